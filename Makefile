@@ -1,0 +1,51 @@
+# make demo   installs everything into .venv and trains the example model
+# make test   installs everything into .venv and runs the test suite; ARGS="tests/core -k masks" goes to pytest
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+DEMO_ARGS ?= --config examples/configs/tiny.toml
+
+export JAX_PLATFORMS ?= cpu
+BIN := $(VENV)/bin
+DISTRIBUTIONS := -e ./core[all] -e ./plugins/dot_product -e ./plugins/tpu_splash -e ./plugins/gpu_pallas -e ./plugins/cudnn_te
+TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "optax>=0.2.4"
+LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
+MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
+
+.PHONY: demo test test-install lint format benchmark clean
+
+$(VENV)/.installed: $(MANIFESTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(DISTRIBUTIONS) $(TEST_NEEDS)
+	touch $@
+
+$(VENV)/.lint-installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(LINT_NEEDS)
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Builds fresh environments: the user's two installs, and a third party's plugin added and removed.
+test-install: $(VENV)/.installed
+	$(BIN)/python -m pytest -m install tests/install $(ARGS)
+
+lint: $(VENV)/.lint-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.lint-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/resolution.py
+	$(BIN)/python benchmarks/blockwise.py
+
+clean:
+	rm -rf .venv .venv-* runs

@@ -1,0 +1,39 @@
+"""Serves grouped heads with a kernel that wants as many key/value heads as query heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, final
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernelry.adapters.base import Adapter, Cost
+from kernelry.capabilities import Capabilities
+from kernelry.kernel import Inputs
+from kernelry.refusal import RefusalCode
+from kernelry.request import Request
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class RepeatKVHeads(Adapter):
+    """Repeats each key/value head for the G query heads that read it."""
+
+    name: ClassVar[str] = "repeat_kv_heads"
+    cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.HEAD_GROUPS})
+
+    def rewrite(self, request: Request, capabilities: Capabilities) -> Request | None:
+        return dataclasses.replace(request, kv_heads=request.q_heads)
+
+    def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
+        key, value = (jnp.repeat(array, before.groups, axis=2) for array in (inputs.key, inputs.value))
+        return dataclasses.replace(inputs, key=key, value=value)
+
+    def cost(self, before: Request, after: Request) -> Cost:
+        added = (after.kv_heads - before.kv_heads) * before.batch * before.kv_len
+        return Cost(extra_bytes=added * (before.head_dim + before.value_dim) * _itemsize(before.dtype))
+
+
+def _itemsize(dtype: str) -> int:
+    return int(np.dtype(jnp.dtype(dtype)).itemsize)

@@ -1,0 +1,213 @@
+"""The front end: splits a call into static facts and arrays, resolves, runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kernelry import registry
+from kernelry.errors import ArgumentError, ShapeError, nearest
+from kernelry.guards import without_gradient
+from kernelry.kernel import Inputs
+from kernelry.masks.band import Full
+from kernelry.masks.base import Extent, Mask, check_fits, is_mask
+from kernelry.partial import Partial
+from kernelry.policy import AUTO
+from kernelry.request import Mode, Operand, Request, dtype_name
+from kernelry.resolver import resolve
+from kernelry.scope import current_scope
+from kernelry.target import current_target
+
+_FULL = Full()
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K D"],
+    *,
+    mask: Mask = _FULL,
+    scale: float | None = None,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    mode: str | Mode = Mode.TRAIN,
+    kernel: str = AUTO,
+    gradients: Iterable[str | Operand] | None = None,
+    normalization: str = "softmax",
+    logits_dtype: Any = jnp.float32,
+    precision: str | jax.lax.Precision | None = None,
+    return_partial: bool = False,
+    return_max_logits: bool = False,
+) -> Any:
+    """Attention by the best installed kernel that honours every argument.
+
+    logits = scale · ⟨query, key⟩ + bias, capped to soft_cap · tanh(logits / soft_cap), masked;
+    out = softmax(logits) · value. Query head n reads key/value head n // (N / K). A row that sees
+    no key is 0.
+
+    Args:
+      query: [B, T, N, H], floating.
+      key: [B, S, K, H], query's dtype; K divides N.
+      value: [B, S, K, D], query's dtype.
+      mask: which keys each query sees; see `kernelry.masks`.
+      scale: a number; None is H ** -0.5.
+      bias: floating, broadcastable to B N T S, added before the soft cap.
+      soft_cap: a positive number; None is no cap.
+      sinks: [N], one logit per query head that joins the denominator once, unscaled and unmasked.
+      dropout_rate: on the probabilities, in [0, 1); needs `dropout_rng`.
+      dropout_rng: a PRNG key.
+      mode: `train`, `prefill` or `decode` (alias `autoregressive`).
+      kernel: a kernel's name, absolutely, or `auto`.
+      gradients: names of the operands whose gradient is needed, of `query`, `key`, `value`, `bias`
+        and `sinks`; None is all floating arrays in train mode and none otherwise. Differentiating
+        another operand raises ArgumentError.
+      normalization: the name of a Normalization.
+      logits_dtype: of logits, softmax and statistics.
+      precision: of the products.
+      return_partial: return a Partial with statistics, for `kernelry.merge`.
+      return_max_logits: return `(result, max_logits)`, [B, N], the largest visible logits.
+
+    Returns:
+      [B, T, N, D] in query's dtype, or a Partial; with `return_max_logits` a pair.
+
+    Raises:
+      ShapeError: an array's rank, shape or dtype does not fit.
+      ArgumentError: another argument has a value that means nothing.
+      NoKernelError: no installed kernel serves the call; the message says why for each.
+      KernelRefusedError: the kernel named refuses it.
+    """
+    arrays = _arrays(query, key, value, mask, bias, sinks)
+    _check_numbers(scale, soft_cap, dropout_rate, dropout_rng, normalization)
+    if sinks is not None and return_partial:
+        raise ArgumentError(
+            "sinks join the denominator once, at the end: pass them to kernelry.finalize, not to parts."
+        )
+    if bias is not None and soft_cap is not None:
+        warnings.warn("the soft cap caps bias too: a mask written as a bias comes back into sight", stacklevel=2)
+    batch, q_len, q_heads, head_dim = arrays.query.shape
+    _, kv_len, kv_heads, value_dim = arrays.value.shape
+    scope = current_scope()
+    request = Request(
+        target=scope.target or current_target(),
+        mode=Mode.parse(mode),
+        batch=batch,
+        q_len=q_len,
+        kv_len=kv_len,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtype_name(arrays.query.dtype),
+        mask=mask.form,
+        scale=None if scale is None else float(scale),  # type: ignore[arg-type]
+        bias=None if arrays.bias is None else arrays.bias.shape,
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        sinks=sinks is not None,
+        dropout_rate=float(dropout_rate),
+        gradients=gradients,  # type: ignore[arg-type]
+        normalization=normalization,
+        logits_dtype=dtype_name(logits_dtype),
+        precision=None if precision is None else jax.lax.Precision(precision).name.lower(),
+        partial=return_partial,
+        max_logits=return_max_logits,
+        interpret=scope.interpret,
+    )
+    arrays = Inputs(
+        arrays.query,
+        arrays.key,
+        arrays.value,
+        arrays.mask,
+        arrays.bias,
+        arrays.sinks,
+        dropout_rng if dropout_rate else None,
+    )
+    resolution = resolve(request, kernel=kernel)
+    assert resolution.plan is not None
+    partial = resolution.plan.run(without_gradient(arrays, request.gradients))
+    return _result(partial, request)
+
+
+def _result(partial: Partial, request: Request) -> Any:
+    normalization = registry.installed().normalizations[request.normalization]
+    result = partial if request.partial else normalization.finalize(partial)
+    return (result, partial.max_logits) if request.max_logits else result
+
+
+def _arrays(query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any) -> Inputs:
+    q, k, v = (_array(name, array, 4) for name, array in (("query", query), ("key", key), ("value", value)))
+    _check_qkv(q, k, v)
+    if not is_mask(mask):
+        found = f"{type(mask).__name__}" + (f" of shape {mask.shape}" if hasattr(mask, "shape") else "")
+        raise ShapeError(f"mask must be a kernelry mask, got {found}; wrap a boolean array in masks.Dense.")
+    check_fits(mask, Extent(q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    if bias is not None:
+        bias = _bias(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    if sinks is not None:
+        sinks = _array("sinks", sinks, 1)
+        if sinks.shape != (q.shape[2],):
+            raise ShapeError(f"sinks must be [N] = [{q.shape[2]}], one logit per query head, got shape {sinks.shape}.")
+    return Inputs(q, k, v, mask.canonical(), bias, sinks)
+
+
+def _array(name: str, array: Any, rank: int) -> jax.Array:
+    if not isinstance(array, jax.Array | np.ndarray):
+        raise ShapeError(f"{name} must be an array, got {type(array).__name__}.")
+    if array.ndim != rank:
+        layout = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, D]"}.get(name, "[N]")
+        raise ShapeError(f"{name} must be {layout}, rank {rank}, got shape {array.shape}.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ShapeError(f"{name} must be floating, got {array.dtype}.")
+    return jnp.asarray(array)
+
+
+def _check_qkv(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    for name, array in (("key", key), ("value", value)):
+        if array.dtype != query.dtype:
+            raise ShapeError(f"{name} must have query's dtype {query.dtype}, got {array.dtype}.")
+        if array.shape[0] != query.shape[0]:
+            raise ShapeError(f"{name} must have query's batch B={query.shape[0]}, got shape {array.shape}.")
+    if key.shape[3] != query.shape[3]:
+        raise ShapeError(f"key must have query's head dim H={query.shape[3]}, got shape {key.shape}.")
+    if value.shape[1] != key.shape[1]:
+        raise ShapeError(f"value must have key's length S={key.shape[1]}, got shape {value.shape}.")
+    if value.shape[2] != key.shape[2]:
+        raise ShapeError(f"value must have key's K={key.shape[2]} heads, got shape {value.shape}.")
+    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+        raise ShapeError(f"key's heads K={key.shape[2]} must divide query's heads N={query.shape[2]}.")
+
+
+def _bias(bias: Any, full: tuple[int, ...]) -> jax.Array:
+    if not isinstance(bias, jax.Array | np.ndarray) or bias.ndim > 4:
+        raise ShapeError(f"bias must be an array that broadcasts to B N T S = {full}, got {np.shape(bias)}.")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ShapeError(f"bias must be floating, got {bias.dtype}; a boolean mask belongs in mask=masks.Dense(…).")
+    array = jnp.asarray(bias).reshape((1,) * (4 - bias.ndim) + bias.shape)
+    if any(have not in (1, want) for have, want in zip(array.shape, full, strict=True)):
+        raise ShapeError(f"bias must broadcast to B N T S = {full}, got shape {bias.shape}.")
+    return array
+
+
+def _check_numbers(scale: Any, soft_cap: Any, dropout_rate: Any, dropout_rng: Any, normalization: str) -> None:
+    for name, number in (("scale", scale), ("soft_cap", soft_cap), ("dropout_rate", dropout_rate)):
+        if isinstance(number, jax.core.Tracer):
+            raise ArgumentError(
+                f"{name} must be a Python number, got a traced array; for scale, multiply query instead."
+            )
+    if soft_cap is not None and not soft_cap > 0:
+        raise ArgumentError(f"soft_cap must be positive, got {soft_cap}; pass None for no cap.")
+    if not 0 <= dropout_rate < 1:
+        raise ArgumentError(f"dropout_rate must be in [0, 1), got {dropout_rate}.")
+    if dropout_rate and dropout_rng is None:
+        raise ArgumentError(f"dropout_rate={dropout_rate} needs dropout_rng=, a PRNG key.")
+    known = registry.installed().normalizations
+    if normalization not in known:
+        raise ArgumentError(f"unknown normalization {normalization!r}{nearest(normalization, known)}")

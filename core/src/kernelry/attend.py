@@ -1,0 +1,131 @@
+"""Runs kernels over parts of the keys; holds the only custom_vjp of core.
+
+Without statistics a kernel's `forward` is called bare, so the program and its derivative are the
+kernel's own. With statistics, a kernel that declares `gradient=BACKWARD` is differentiated by its
+`backward` with the output and lse of the whole attention (all parts merged, sinks included):
+probabilities are exp(logits − lse) and delta is Σ out · d_out, so each part's unmodified backward
+yields its exact share, and d_sink = −Σ exp(sink − lse) · delta.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import final
+
+import jax
+import jax.numpy as jnp
+
+from kernelry.capabilities import Gradient
+from kernelry.kernel import Gradients, Inputs, KernelSpec, Tiling
+from kernelry.normalization import merge, to_lse, with_sinks
+from kernelry.partial import Partial
+from kernelry.request import Request
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """A kernel and the request it serves: one part of the keys."""
+
+    kernel: KernelSpec
+    request: Request
+    tiling: Tiling
+
+    def forward(self, inputs: Inputs, *, statistics: bool) -> Partial:
+        """Runs the kernel."""
+        return self.kernel.body().forward(inputs, self.request, self.tiling, statistics=statistics)
+
+
+def attend(
+    parts: tuple[Part, ...], inputs: tuple[Inputs, ...], *, sinks: jax.Array | None, statistics: bool
+) -> Partial:
+    """Attends to all parts.
+
+    Args:
+      parts: what runs over each part of the keys.
+      inputs: the arrays of each part; the query is the same.
+      sinks: [N], when core itself must apply them.
+      statistics: whether the result needs them.
+
+    Returns:
+      A Partial; with sinks it has no statistics.
+    """
+    if len(parts) == 1 and sinks is None and not statistics:
+        return parts[0].forward(inputs[0], statistics=False)
+    if any(part.request.gradients and _has_backward(part) for part in parts):
+        return _differentiated(parts, statistics, inputs, sinks)
+    return _whole(_run(parts, inputs), sinks)[0]
+
+
+def _has_backward(part: Part) -> bool:
+    return part.kernel.capabilities.gradient is Gradient.BACKWARD
+
+
+def _run(parts: tuple[Part, ...], inputs: tuple[Inputs, ...]) -> list[Partial]:
+    return [part.forward(arrays, statistics=True) for part, arrays in zip(parts, inputs, strict=True)]
+
+
+def _whole(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, jax.Array | None]:
+    """Merges partials and applies sinks; returns the result and the lse that includes the sinks."""
+    merged = partials[0] if len(partials) == 1 else merge(partials)
+    if sinks is None:
+        return merged, merged.lse
+    merged = to_lse(merged)
+    assert merged.lse is not None
+    out = with_sinks(merged.out, merged.lse, sinks).astype(merged.out.dtype)
+    lse = jnp.logaddexp(merged.lse, sinks.astype(jnp.float32)[None, :, None])
+    return dataclasses.replace(merged, out=out, lse=None), lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiated(
+    parts: tuple[Part, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
+) -> Partial:
+    return _whole([to_lse(partial) for partial in _run(parts, inputs)], sinks)[0]
+
+
+_Residuals = tuple[tuple[Inputs, ...], jax.Array | None, jax.Array, jax.Array | None, list[jax.Array]]
+
+
+def _forward(
+    parts: tuple[Part, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
+) -> tuple[Partial, _Residuals]:
+    partials = [to_lse(partial) for partial in _run(parts, inputs)]
+    # Empty rows are remembered per part and before sinks: a global lse that is finite thanks to a
+    # sink or another part would make a vendor's backward explode on a row that is empty here.
+    empty = [jnp.isneginf(partial.lse) for partial in partials]  # type: ignore[arg-type]
+    whole, lse = _whole(partials, sinks)
+    return whole, (inputs, sinks, whole.out, lse, empty)
+
+
+def _backward(
+    parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
+) -> tuple[tuple[Inputs, ...], jax.Array | None]:
+    inputs, sinks, out, lse, empty = residuals
+    assert lse is not None
+    d_out = d_whole.out.astype(out.dtype)
+    d_lse = d_whole.lse if statistics else None
+    shares = [
+        part.kernel.body().backward(arrays, part.request, part.tiling, out, jnp.where(none, jnp.inf, lse), d_out, d_lse)
+        for part, arrays, none in zip(parts, inputs, empty, strict=True)
+    ]
+    d_inputs = tuple(_cotangent(arrays, share) for arrays, share in zip(inputs, shares, strict=True))
+    if sinks is None:
+        return d_inputs, None
+    delta = jnp.einsum("BTND,BTND->BNT", out.astype(jnp.float32), d_out.astype(jnp.float32))
+    probability = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - lse)
+    return d_inputs, -(probability * delta).sum(axis=(0, 2)).astype(sinks.dtype)
+
+
+def _cotangent(inputs: Inputs, share: Gradients) -> Inputs:
+    return Inputs(
+        query=share.query.astype(inputs.query.dtype),
+        key=share.key.astype(inputs.key.dtype),
+        value=share.value.astype(inputs.value.dtype),
+        mask=None,  # type: ignore[arg-type]
+        bias=None if inputs.bias is None or share.bias is None else share.bias.astype(inputs.bias.dtype),
+    )
+
+
+_differentiated.defvjp(_forward, _backward)

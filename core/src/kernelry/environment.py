@@ -1,0 +1,88 @@
+"""Which vendor libraries and drivers are present: facts a kernel may ask for while refusing."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable
+from typing import final
+
+import importlib_metadata
+
+
+@final
+class Knowledge(enum.Enum):
+    """How an Environment answers: by looking, by assuming, or not at all."""
+
+    PROBED = "probed"
+    ASSUMED = "assumed"
+    NOT_PROBED = "not probed"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Vendor:
+    """An answer about one distribution: `version` is None when it is known to be absent."""
+
+    distribution: str
+    version: str | None
+    knowledge: Knowledge
+
+    @property
+    def missing(self) -> bool:
+        """True only when the distribution was looked for and not found."""
+        return self.knowledge is Knowledge.PROBED and self.version is None
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Environment:
+    """The vendor facts of the place where a request would run.
+
+    At home, questions are answered by looking; for a foreign Target they are assumed in the
+    kernel's favour, and for a candidate that is not about to win they are not asked. `versions`
+    holds facts stated beforehand, e.g. by a test or a recorded machine; they win over looking.
+    """
+
+    knowledge: Knowledge = Knowledge.PROBED
+    versions: tuple[tuple[str, str | None], ...] = ()
+
+    def vendor(self, distribution: str) -> Vendor:
+        """Returns what is known of an installed distribution. Imports nothing."""
+        stated = dict(self.versions)
+        if distribution in stated:
+            return Vendor(distribution, stated[distribution], Knowledge.PROBED)
+        if self.knowledge is not Knowledge.PROBED:
+            return Vendor(distribution, None, self.knowledge)
+        return Vendor(distribution, _installed_version(distribution), Knowledge.PROBED)
+
+    def probe(self, question: Callable[[], str | None]) -> str | None:
+        """Asks a question that may import a vendor or touch a driver.
+
+        Args:
+          question: a module-level function that returns None when all is well, else the
+            reason why not. It runs once per process, and only when looking is allowed.
+        """
+        if self.knowledge is not Knowledge.PROBED:
+            return None
+        return _answer(question)
+
+    def without_probing(self) -> Environment:
+        """Returns the same Environment for candidates that are not about to win."""
+        if self.knowledge is Knowledge.PROBED:
+            return dataclasses.replace(self, knowledge=Knowledge.NOT_PROBED)
+        return self
+
+
+@functools.lru_cache(maxsize=256)
+def _installed_version(distribution: str) -> str | None:
+    try:
+        return importlib_metadata.version(distribution)
+    except importlib_metadata.PackageNotFoundError:
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def _answer(question: Callable[[], str | None]) -> str | None:
+    return question()

@@ -1,0 +1,179 @@
+"""The Kernel protocol: a light description that is importable anywhere, and a body loaded when chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, final
+
+import jax
+from jaxtyping import Array, Float
+
+from kernelry._pytree import pytree
+from kernelry.capabilities import Capabilities
+from kernelry.environment import Environment
+from kernelry.errors import ConfigError, PluginError, nearest
+from kernelry.masks.base import Mask
+from kernelry.partial import Partial
+from kernelry.refusal import Refusal
+from kernelry.request import Request
+
+
+@final
+@pytree("query", "key", "value", "mask", "bias", "sinks", "dropout_rng")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The arrays of one call.
+
+    Args:
+      query: [B, T, N, H]. key: [B, S, K, H]. value: [B, S, K, D].
+      mask: the conjunction, aligned with `request.mask.atoms`.
+      bias: broadcastable to B N T S, rank 4. sinks: [N]. dropout_rng: a PRNG key.
+    """
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K D"]
+    mask: tuple[Mask, ...] = ()
+    bias: Float[Array, "#B #N #T #S"] | None = None
+    sinks: Float[Array, " N"] | None = None
+    dropout_rng: jax.Array | None = None
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """What `Kernel.backward` returns: the cotangents of the operands, in their dtypes."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None = None
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tiling:
+    """Block sizes and other tunables of a kernel, by name, in the vendor's units."""
+
+    values: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, **values: int) -> Tiling:
+        """`Tiling.of(block_q=128)`."""
+        return cls(tuple(sorted(values.items())))
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.values)[name]
+
+    def replace(self, values: Mapping[str, int], kernel: str) -> Tiling:
+        """Overrides some values.
+
+        Raises:
+          ConfigError: the kernel has no tunable of that name.
+        """
+        mine = dict(self.values)
+        for name in values:
+            if name not in mine:
+                raise ConfigError(f"tiling: {kernel} has no tunable {name!r}{nearest(name, mine)}")
+        return Tiling.of(**{**mine, **values})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.values) or "none"
+
+
+class Kernel(Protocol):
+    """The body of a kernel.
+
+    `forward` without statistics must be differentiable by JAX where the kernel declares any
+    gradient at all.
+    """
+
+    @abstractmethod
+    def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
+        """Computes attention, with statistics when asked for."""
+
+    def backward(
+        self,
+        inputs: Inputs,
+        request: Request,
+        tiling: Tiling,
+        out: Float[Array, "B T N D"],
+        lse: Float[Array, "B N T"],
+        d_out: Float[Array, "B T N D"],
+        d_lse: Float[Array, "B N T"] | None,
+    ) -> Gradients:
+        """Returns this part's exact share of the gradients; written where `gradient=BACKWARD`.
+
+        Args:
+          out, lse: of the whole attention: all parts merged, sinks included, natural logarithm,
+            float32. `lse = +inf` marks a row that is empty in this part and contributes zero.
+          d_out: the cotangent of out.
+          d_lse: the cotangent of lse; None unless the kernel declares `lse_cotangent`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no backward")
+
+
+def no_refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    """The refusals of a kernel whose capabilities say it all."""
+    return ()
+
+
+def one_tiling(request: Request) -> tuple[Tiling, ...]:
+    """The tilings of a kernel without tunables."""
+    return (Tiling(),)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSpec:
+    """The light description of a kernel: pure data and small functions, no vendor imports.
+
+    Args:
+      name: how users ask for it; unique among the installed plugins.
+      capabilities: what it can do.
+      load: `module:attribute` of the body, a Kernel or a class of no arguments; imported when the
+        kernel is first chosen. A function that returns the body serves notebooks and tests.
+      refusals: what data cannot say: divisibility, vendor probes.
+      tilings: the search space for a request, the default first.
+      signature: texts that a lowered program must contain if this kernel really ran.
+      summary: one line for listings.
+    """
+
+    name: str
+    capabilities: Capabilities
+    load: str | Callable[[], Kernel]
+    refusals: Callable[[Request, Environment], tuple[Refusal, ...]] = no_refusals
+    tilings: Callable[[Request], tuple[Tiling, ...]] = one_tiling
+    signature: Callable[[Request], tuple[str, ...]]
+    summary: str = ""
+
+    def body(self) -> Kernel:
+        """Imports the body, once.
+
+        Raises:
+          PluginError: the import fails.
+        """
+        return _loaded(self)
+
+    def _import(self) -> Kernel:
+        if not isinstance(self.load, str):
+            return self.load()
+        module, _, attribute = self.load.partition(":")
+        try:
+            found: Any = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise PluginError(f"kernel {self.name!r}: cannot load its body {self.load!r}: {error!r}") from error
+        return found() if isinstance(found, type) else found
+
+
+@functools.cache
+def _loaded(spec: KernelSpec) -> Kernel:
+    # A lazy import under a trace would leak tracers into the vendor's module constants.
+    with jax.ensure_compile_time_eval():
+        return spec._import()

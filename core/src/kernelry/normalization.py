@@ -1,0 +1,167 @@
+"""How partials merge and finish: the two forms of the softmax's statistics.
+
+Laws: `merge` is associative and commutative up to rounding, an empty part is its identity, and
+`finalize(merge(parts))` equals attention over the concatenated keys, gradients included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Protocol, final
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernelry.errors import ArgumentError
+from kernelry.partial import Partial, heads_last
+
+
+class Normalization(Protocol):
+    """Turns weighted values and their statistics into attention."""
+
+    @abstractmethod
+    def merge(self, partials: Sequence[Partial]) -> Partial:
+        """Merges attention over disjoint parts of the keys into attention over all of them."""
+
+    @abstractmethod
+    def finalize(self, partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N D"]:
+        """Returns the output in the query's dtype; sinks join the denominator here, once."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class LogSumExp(Normalization):
+    """Softmax by `lse`: out = Σᵢ outᵢ · exp(lseᵢ − lse), lse = log Σᵢ exp(lseᵢ)."""
+
+    def merge(self, partials: Sequence[Partial]) -> Partial:
+        parts = [to_lse(partial) for partial in partials]
+        lses = jnp.stack([_float32(part.lse) for part in parts])
+        top = lax.stop_gradient(_finite(lses.max(axis=0)))
+        weights = jnp.exp(lses - top)
+        total = weights.sum(axis=0)
+        some = total > 0
+        divisor = jnp.where(some, total, 1.0)
+        outs = (heads_last(w / divisor) * part.out.astype(jnp.float32) for w, part in zip(weights, parts, strict=True))
+        lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)
+        return Partial(sum(outs), lse=lse, max_logits=_largest(parts), dtype=parts[0].dtype)  # type: ignore[arg-type]
+
+    def finalize(self, partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N D"]:
+        if not partial.has_statistics and sinks is None:
+            return partial.out.astype(partial.dtype)
+        partial = to_lse(partial)
+        out = partial.out if sinks is None else with_sinks(partial.out, partial.lse, sinks)
+        return out.astype(partial.dtype)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class MaxSum(Normalization):
+    """Softmax by running maximum and sum of an unnormalised output. The maximum has no gradient."""
+
+    def merge(self, partials: Sequence[Partial]) -> Partial:
+        parts = [to_max_sum(partial) for partial in partials]
+        maxima = jnp.stack([_float32(part.max) for part in parts])
+        top = lax.stop_gradient(maxima.max(axis=0))
+        weights = jnp.exp(lax.stop_gradient(maxima) - _finite(top))
+        outs = (heads_last(w) * part.out.astype(jnp.float32) for w, part in zip(weights, parts, strict=True))
+        sums = (w * _float32(part.sum) for w, part in zip(weights, parts, strict=True))
+        return Partial(
+            sum(outs),  # type: ignore[arg-type]
+            max=top,
+            sum=sum(sums),  # type: ignore[arg-type]
+            max_logits=_largest(parts),
+            dtype=parts[0].dtype,
+        )
+
+    def finalize(self, partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N D"]:
+        return LogSumExp().finalize(partial, sinks)
+
+
+def to_lse(partial: Partial) -> Partial:
+    """Converts a Partial to the normative statistic: lse = max + log(sum), out divided by sum.
+
+    Raises:
+      ArgumentError: it holds no statistics.
+    """
+    if partial.lse is not None:
+        return partial
+    if partial.max is None or partial.sum is None:
+        raise ArgumentError("this Partial holds no statistics; ask for them with return_partial=True.")
+    some = partial.sum > 0
+    divisor = jnp.where(some, partial.sum, 1.0)
+    lse = jnp.where(some, lax.stop_gradient(_finite(partial.max)) + jnp.log(divisor), -jnp.inf)
+    out = partial.out.astype(jnp.float32) / heads_last(divisor)
+    return dataclasses.replace(partial, out=out, lse=lse, max=None, sum=None)
+
+
+def to_max_sum(partial: Partial) -> Partial:
+    """Converts a Partial to the other form: max = lse, sum = 1, so out stays as it is.
+
+    Gradients through lse are carried by `sum`, for `max` has none.
+    """
+    if partial.max is not None:
+        return partial
+    lse = _float32(to_lse(partial).lse)
+    top = lax.stop_gradient(lse)
+    some = top > -jnp.inf
+    total = jnp.where(some, jnp.exp(jnp.where(some, lse, 0.0) - jnp.where(some, top, 0.0)), 0.0)
+    out = partial.out.astype(jnp.float32) * heads_last(total)
+    return dataclasses.replace(partial, out=out, lse=None, max=top, sum=total)
+
+
+def with_sinks(
+    out: Float[Array, "B T N D"], lse: Float[Array, "B N T"] | None, sinks: Float[Array, " N"]
+) -> Float[Array, "B T N D"]:
+    """Lets one sink logit per head join the denominator: out · sigmoid(lse − sink), in float32."""
+    share = jax.nn.sigmoid(_float32(lse) - sinks.astype(jnp.float32)[None, :, None])
+    return out.astype(jnp.float32) * heads_last(share)
+
+
+def merge(partials: Sequence[Partial]) -> Partial:
+    """Merges attention over disjoint parts of the keys into attention over all of them, in float32.
+
+    Args:
+      partials: at least one, each with statistics, of the same shape.
+
+    Returns:
+      A Partial with `max` and `sum` where every part has them, else with `lse`.
+
+    Raises:
+      ArgumentError: no partials, or one without statistics.
+    """
+    if not partials:
+        raise ArgumentError("merge got no partials; there is no shape to give an empty result.")
+    form: Normalization = MaxSum() if all(partial.max is not None for partial in partials) else LogSumExp()
+    return form.merge(partials)
+
+
+def finalize(partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N D"]:
+    """Returns the output of a Partial in the query's dtype.
+
+    Args:
+      partial: what `attention(..., return_partial=True)` or `merge` returned.
+      sinks: [N], one logit per query head, joins the denominator once.
+    """
+    return LogSumExp().finalize(partial, sinks)
+
+
+def _finite(statistic: jax.Array) -> jax.Array:
+    """Replaces −inf by 0, so that differences of empty rows stay defined."""
+    return jnp.where(statistic == -jnp.inf, 0.0, statistic)
+
+
+def _float32(statistic: jax.Array | None) -> jax.Array:
+    if statistic is None:
+        raise ArgumentError("this Partial lacks a statistic; ask for it with return_partial=True.")
+    return statistic.astype(jnp.float32)
+
+
+def _largest(parts: Sequence[Partial]) -> jax.Array | None:
+    found = [part.max_logits for part in parts]
+    if any(part is None for part in found):
+        return None
+    return jnp.stack(found).max(axis=0)  # type: ignore[arg-type]

@@ -1,0 +1,54 @@
+"""Everything a plugin author imports.
+
+A plugin is a module named by an entry point in group `kernelry.plugins`. It states the contract it
+was written for, `contract = (1, 1)`, and implements hooks of `kernelry.hookspecs` with `@hookimpl`.
+"""
+
+from kernelry.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
+from kernelry.environment import Environment, Knowledge, Vendor
+from kernelry.hookspecs import CONTRACT, hookimpl
+from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
+from kernelry.masks import Atom, AtomKind, Axis, Mask, MaskForm, PositionForm, PositionKind, Side
+from kernelry.normalization import Normalization, with_sinks
+from kernelry.partial import Partial
+from kernelry.policy import Policy
+from kernelry.refusal import Refusal, RefusalCode
+from kernelry.request import Mode, Operand, Request
+from kernelry.target import Target
+
+__all__ = [
+    "CONTRACT",
+    "Atom",
+    "AtomKind",
+    "Axis",
+    "Capabilities",
+    "Dims",
+    "Environment",
+    "Feature",
+    "Gradient",
+    "Gradients",
+    "Inputs",
+    "Kernel",
+    "KernelSpec",
+    "Knowledge",
+    "Mask",
+    "MaskForm",
+    "Mode",
+    "Normalization",
+    "Operand",
+    "Partial",
+    "Policy",
+    "PositionForm",
+    "PositionKind",
+    "Refusal",
+    "RefusalCode",
+    "Request",
+    "Side",
+    "Statistic",
+    "Target",
+    "Tiling",
+    "Tolerance",
+    "Vendor",
+    "hookimpl",
+    "with_sinks",
+]

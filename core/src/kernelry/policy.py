@@ -1,0 +1,263 @@
+"""Policies: which kernels are preferred for which requests, as frozen data."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, final
+
+from kernelry.errors import ConfigError, nearest
+from kernelry.masks.form import AtomKind
+from kernelry.request import Mode, Request
+from kernelry.switches import Switches
+
+AUTO = "auto"
+FULL = "full"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """Whole numbers from `minimum` to `maximum`, both included; None is open."""
+
+    minimum: int | None = None
+    maximum: int | None = None
+
+    @classmethod
+    def parse(cls, value: int | str) -> Range:
+        """Reads `128`, `">=128"`, `">128"`, `"<=128"`, `"<128"` or `"128..1024"`.
+
+        Raises:
+          ConfigError: it is none of these.
+        """
+        if isinstance(value, int) and not isinstance(value, bool):
+            return cls(value, value)
+        match = re.fullmatch(r"(>=|>|<=|<|)\s*(\d+)|(\d+)\s*\.\.\s*(\d+)", str(value).strip())
+        if match is None:
+            raise ConfigError(f"cannot read {value!r} as a range; write 128, '>=128', '<128' or '128..1024'.")
+        sign, bound, low, high = match.groups()
+        if low is not None:
+            return cls(int(low), int(high))
+        number = int(bound)
+        ranges = {">=": (number, None), ">": (number + 1, None), "<=": (None, number), "<": (None, number - 1)}
+        return cls(*ranges.get(sign, (number, number)))
+
+    def __contains__(self, value: int) -> bool:
+        above = self.minimum is None or value >= self.minimum
+        return above and (self.maximum is None or value <= self.maximum)
+
+    def __str__(self) -> str:
+        if self.minimum == self.maximum:
+            return f"={self.minimum}"
+        if self.maximum is None:
+            return f">={self.minimum}"
+        return f"<={self.maximum}" if self.minimum is None else f"={self.minimum}..{self.maximum}"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """When a rule applies; what is left out is not looked at.
+
+    Args:
+      platform: any of these platforms.
+      kind: any of these device kinds; globs such as `v5*`.
+      mode: any of these modes.
+      q_len, kv_len, batch, head_dim: in this range.
+      dtype: any of these dtypes.
+      mask: the mask has all of these atoms (`causal`, `window`, …); `full` means no atom at all.
+    """
+
+    platform: tuple[str, ...] = ()
+    kind: tuple[str, ...] = ()
+    mode: tuple[Mode, ...] = ()
+    q_len: Range | None = None
+    kv_len: Range | None = None
+    batch: Range | None = None
+    head_dim: Range | None = None
+    dtype: tuple[str, ...] = ()
+    mask: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = [FULL, *(kind.value for kind in AtomKind)]
+        for name in self.mask:
+            if name not in known:
+                raise ConfigError(f"when.mask: unknown atom {name!r}{nearest(name, known)}")
+
+    def matches(self, request: Request) -> bool:
+        """Says whether the rule applies to a request."""
+        target = request.target
+        atoms = {atom.kind.value for atom in request.mask.atoms} or {FULL}
+        return (
+            (not self.platform or target.platform in self.platform)
+            and (not self.kind or any(fnmatch.fnmatchcase(target.kind or "", glob) for glob in self.kind))
+            and (not self.mode or request.mode in self.mode)
+            and all(
+                wanted is None or getattr(request, name) in wanted
+                for name, wanted in (
+                    ("q_len", self.q_len),
+                    ("kv_len", self.kv_len),
+                    ("batch", self.batch),
+                    ("head_dim", self.head_dim),
+                )
+            )
+            and (not self.dtype or request.dtype in self.dtype)
+            and atoms.issuperset(self.mask)
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            f"{field.name}{value}" if isinstance(value, Range) else f"{field.name}={'|'.join(map(_text, value))}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name))
+        ]
+        return " ".join(parts) or "always"
+
+
+def _text(value: Any) -> str:
+    return value.value if isinstance(value, Mode) else str(value)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rule:
+    """`when` a condition holds, `use` these kernels in this order.
+
+    Args:
+      when: the condition.
+      use: kernel names, best first; exhaustive unless the last one is `auto`.
+      tiling: overrides of the kernels' tunables.
+      source: where the rule stands, e.g. a file, for explanations.
+    """
+
+    when: Condition
+    use: tuple[str, ...]
+    tiling: tuple[tuple[str, int], ...] = ()
+    source: str = "a Policy"
+
+    def __post_init__(self) -> None:
+        if not self.use:
+            raise ConfigError(f"{self.source}: a rule must use at least one kernel, or 'auto'.")
+        if AUTO in self.use[:-1]:
+            raise ConfigError(f"{self.source}: 'auto' may only stand last in use={list(self.use)}.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kernels named, without `auto`."""
+        return tuple(name for name in self.use if name != AUTO)
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """True where no other kernel may be chosen."""
+        return self.use[-1] != AUTO
+
+    def __str__(self) -> str:
+        return f"{self.source}: when {self.when} use {', '.join(self.use)}"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Threshold:
+    """A number that decides between kernels, with its unit and where it comes from."""
+
+    name: str
+    value: int
+    unit: str
+    source: str
+
+
+FLASH_MIN_Q_LEN = Threshold(
+    "flash_min_q_len", 128, "query tokens", "MaxText 0.2.5: dot_product below 128 query tokens, flash from there on"
+)
+CPU_BLOCKWISE_MIN_KV_LEN = Threshold(
+    "cpu_blockwise_min_kv_len", 512, "key tokens", "benchmarks/blockwise.py on two CPU cores"
+)
+SHIPPED_THRESHOLDS = (FLASH_MIN_Q_LEN, CPU_BLOCKWISE_MIN_KV_LEN)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Which kernels are preferred, as frozen data.
+
+    Args:
+      rules: of the user's config; the first that applies decides.
+      defaults: shipped preferences; the first that applies orders the kernels it names, the
+        others follow by name.
+      thresholds: the numbers in the defaults.
+      kernel: what KERNELRY_KERNEL says; absolute.
+      forbidden_adapters: names of adapters that must not be used.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    defaults: tuple[Rule, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
+    kernel: str | None = None
+    forbidden_adapters: frozenset[str] = frozenset()
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts = (self.rules, self.defaults, self.thresholds, self.kernel, self.forbidden_adapters)
+        object.__setattr__(self, "_hash", hash(parts))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @classmethod
+    def shipped(
+        cls,
+        *,
+        rules: Iterable[Rule] = (),
+        thresholds: Mapping[str, int] | None = None,
+        forbidden_adapters: Iterable[str] = (),
+        switches: Switches | None = None,
+    ) -> Policy:
+        """The shipped preferences, with a user's rules and thresholds.
+
+        Args:
+          rules: come before the shipped preferences.
+          thresholds: replace shipped values, by name.
+          forbidden_adapters: adapters that must not be used.
+          switches: the environment variables; None reads those of the process.
+
+        Raises:
+          ConfigError: a threshold or an adapter is unknown.
+        """
+        chosen = _override(dict(thresholds or {}))
+        forbidden = frozenset(forbidden_adapters)
+        switches = Switches.of_process() if switches is None else switches
+        return cls(
+            rules=tuple(rules),
+            defaults=_shipped_rules(chosen),
+            thresholds=tuple(chosen.values()),
+            kernel=switches.kernel,
+            forbidden_adapters=forbidden,
+        )
+
+
+def _override(values: Mapping[str, int]) -> dict[str, Threshold]:
+    chosen = {threshold.name: threshold for threshold in SHIPPED_THRESHOLDS}
+    for name, value in values.items():
+        if name not in chosen:
+            raise ConfigError(f"unknown threshold {name!r}{nearest(name, chosen)}")
+        chosen[name] = dataclasses.replace(chosen[name], value=value, source="the user's config")
+    return chosen
+
+
+def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
+    short = Range(maximum=thresholds[FLASH_MIN_Q_LEN.name].value - 1)
+    long = Range(minimum=thresholds[CPU_BLOCKWISE_MIN_KV_LEN.name].value)
+    return (
+        _shipped(Condition(mode=(Mode.DECODE,)), "dot_product"),
+        _shipped(Condition(q_len=short), "dot_product"),
+        _shipped(Condition(platform=("tpu",)), "splash", "dot_product"),
+        _shipped(Condition(platform=("gpu",)), "cudnn_jax", "pallas_mha", "dot_product"),
+        _shipped(Condition(mask=("window",), kv_len=long), "blockwise", "dot_product"),
+        _shipped(Condition(), "dot_product"),
+    )
+
+
+def _shipped(when: Condition, *use: str) -> Rule:
+    return Rule(when, (*use, AUTO), source="shipped policy")

@@ -1,0 +1,68 @@
+"""A coded reason why a kernel cannot serve a request."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, final
+
+
+@final
+class RefusalCode(enum.Enum):
+    """Why a kernel says no. Adapters are found by these codes."""
+
+    PLATFORM = "platform"
+    GENERATION = "generation"
+    MODE = "mode"
+    DTYPE = "dtype"
+    HEAD_DIM = "head_dim"
+    SPLIT_HEAD_DIM = "split_head_dim"
+    HEAD_GROUPS = "head_groups"
+    UNEQUAL_LENGTHS = "unequal_lengths"
+    SEQUENCE_LENGTH = "sequence_length"
+    EMPTY_ARRAY = "empty_array"
+    MASK_ATOM = "mask_atom"
+    POSITIONS = "positions"
+    EMPTY_ROWS = "empty_rows"
+    HIDDEN_SLOTS = "hidden_slots"
+    SCALE = "scale"
+    BIAS = "bias"
+    SOFT_CAP = "soft_cap"
+    SINKS = "sinks"
+    DROPOUT = "dropout"
+    GRADIENT = "gradient"
+    STATISTICS_GRADIENT = "statistics_gradient"
+    NORMALIZATION = "normalization"
+    LOGITS_DTYPE = "logits_dtype"
+    PRECISION = "precision"
+    STATISTICS = "statistics"
+    MAX_LOGITS = "max_logits"
+    VENDOR_MISSING = "vendor_missing"
+    VENDOR_VERSION = "vendor_version"
+    DRIVER = "driver"
+    NOT_INSTALLED = "not_installed"
+    TILING = "tiling"
+    FAULT = "fault"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a kernel cannot serve a request.
+
+    Args:
+      code: the kind of reason.
+      detail: the reason with its values, e.g. `head_dim=192 > 128`.
+      remedy: what the user can do about it, e.g. a pip command; None when nothing.
+    """
+
+    code: RefusalCode
+    detail: str
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.detail}; {self.remedy}" if self.remedy else self.detail
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return {"code": self.code.value, "detail": self.detail, "remedy": self.remedy}

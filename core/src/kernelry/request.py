@@ -1,0 +1,247 @@
+"""The static facts of one attention call."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Mapping
+from typing import Any, cast, final
+
+import numpy as np
+
+from kernelry.errors import ArgumentError, ConfigError, nearest
+from kernelry.masks.base import Mask, is_mask
+from kernelry.masks.form import MaskForm
+from kernelry.target import Target
+
+
+@final
+class Mode(enum.Enum):
+    """What the model is doing."""
+
+    TRAIN = "train"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+    @classmethod
+    def parse(cls, value: str | Mode) -> Mode:
+        """Reads a mode; `autoregressive` is an alias of `decode`.
+
+        Raises:
+          ArgumentError: the mode is unknown.
+        """
+        if isinstance(value, Mode):
+            return value
+        if value == "autoregressive":
+            return cls.DECODE
+        try:
+            return cls(value)
+        except ValueError:
+            known = [mode.value for mode in cls]
+            raise ArgumentError(f"unknown mode {value!r}{nearest(str(value), known)}") from None
+
+
+@final
+class Operand(enum.Enum):
+    """The arrays of a call that can have a gradient."""
+
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    BIAS = "bias"
+    SINKS = "sinks"
+
+    @classmethod
+    def parse(cls, value: str | Operand) -> Operand:
+        """Reads an operand's name.
+
+        Raises:
+          ArgumentError: there is no such operand.
+        """
+        try:
+            return cls(value)
+        except ValueError:
+            known = [operand.value for operand in cls]
+            raise ArgumentError(f"gradients: unknown operand {value!r}{nearest(str(value), known)}") from None
+
+
+_QKV = frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE})
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The static facts of one attention call: hashable, comparable, JSON-serialisable.
+
+    Strings are accepted where an enum or a Target is kept, a Mask where its form is kept, and None
+    where a value follows from the others.
+
+    Args:
+      target: where it will run, e.g. `gpu:h100`.
+      mode: train, prefill or decode.
+      batch, q_len, kv_len: B, T and S; `kv_len=None` is T.
+      q_heads, kv_heads: N and K; `kv_heads=None` is N.
+      head_dim, value_dim: H and D; `value_dim=None` is H.
+      dtype: of query, key and value, e.g. `bfloat16`.
+      mask: the static side of the mask.
+      scale: the factor on the logits; None is H ** -0.5.
+      bias: the bias's shape, each of its four dimensions 1 or that of B N T S; None without bias.
+      soft_cap: the logits' cap; None without.
+      sinks: whether a sink logit per query head joins the denominator.
+      dropout_rate: on the probabilities, in [0, 1).
+      gradients: the operands whose gradient is needed; None is all floating arrays in train mode
+        and none otherwise.
+      normalization: the Normalization's name.
+      logits_dtype: of logits, softmax and statistics.
+      precision: of the products, as in `jax.lax.Precision`; None is JAX's default.
+      partial: whether the result is a Partial with statistics instead of an array.
+      max_logits: whether the largest visible logit per batch row and head is wanted.
+      interpret: whether accelerator kernels may run on CPU in interpret mode.
+    """
+
+    target: Target = Target("cpu")
+    mode: Mode = Mode.TRAIN
+    batch: int = 1
+    q_len: int
+    kv_len: int = cast(int, None)
+    q_heads: int = 1
+    kv_heads: int = cast(int, None)
+    head_dim: int = 64
+    value_dim: int = cast(int, None)
+    dtype: str = "float32"
+    mask: MaskForm = MaskForm()
+    scale: float = cast(float, None)
+    bias: tuple[int, ...] | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    dropout_rate: float = 0.0
+    gradients: frozenset[Operand] = cast("frozenset[Operand]", None)
+    normalization: str = "softmax"
+    logits_dtype: str = "float32"
+    precision: str | None = None
+    partial: bool = False
+    max_logits: bool = False
+    interpret: bool = False
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._fill("kv_len", self.q_len)
+        self._fill("kv_heads", self.q_heads)
+        self._fill("value_dim", self.head_dim)
+        self._fill("scale", self.default_scale)
+        if not isinstance(self.target, Target):
+            object.__setattr__(self, "target", Target.parse(self.target))
+        if not isinstance(self.mode, Mode):
+            object.__setattr__(self, "mode", Mode.parse(self.mode))
+        if not isinstance(self.mask, MaskForm):
+            object.__setattr__(self, "mask", _form_of(self.mask))
+        self._fill("gradients", self._default_gradients)
+        if not isinstance(self.gradients, frozenset):
+            object.__setattr__(self, "gradients", frozenset(Operand.parse(name) for name in self.gradients))
+        object.__setattr__(self, "_hash", hash(self._key()))
+
+    def _fill(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def _key(self) -> tuple[Any, ...]:
+        # hash(frozenset of enums) is slow in Python, and these few fields tell requests apart.
+        return self.target, self.mode.value, self.batch, self.q_len, self.kv_len, self.head_dim, self.dtype, self.mask
+
+    @property
+    def default_scale(self) -> float:
+        """The scale that `scale=None` means: H ** -0.5."""
+        return float(self.head_dim) ** -0.5 if self.head_dim else 1.0
+
+    @property
+    def groups(self) -> int:
+        """G, the query heads that share one key/value head."""
+        return self.q_heads // self.kv_heads if self.kv_heads else 1
+
+    @property
+    def _default_gradients(self) -> frozenset[Operand]:
+        if self.mode is not Mode.TRAIN:
+            return frozenset()
+        if self.bias is None and not self.sinks:
+            return _QKV
+        present = {Operand.BIAS: self.bias is not None, Operand.SINKS: self.sinks}
+        return _QKV.union(operand for operand, given in present.items() if given)
+
+    def __str__(self) -> str:
+        heads = f"N={self.q_heads}" if self.q_heads == self.kv_heads else f"N={self.q_heads} K={self.kv_heads}"
+        dims = f"H={self.head_dim}" if self.head_dim == self.value_dim else f"H={self.head_dim} D={self.value_dim}"
+        extra = [f"{name}={value}" for name, value in self._unusual()]
+        return " ".join(
+            (
+                f"platform={self.target} mode={self.mode.value} B={self.batch} T={self.q_len} S={self.kv_len}",
+                f"{heads} {dims} dtype={self.dtype} mask={self.mask}",
+                *extra,
+            )
+        )
+
+    def _unusual(self) -> Iterable[tuple[str, Any]]:
+        for name, neutral in NEUTRAL.items():
+            value = getattr(self, name)
+            if value != neutral and name != "mask":
+                yield name, value
+        if self.scale != self.default_scale:
+            yield "scale", self.scale
+        if self.gradients != self._default_gradients:
+            yield "gradients", ",".join(sorted(o.value for o in self.gradients)) or "none"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data; `from_json` reads it back."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        return {
+            **data,
+            "target": str(self.target),
+            "mode": self.mode.value,
+            "mask": self.mask.to_json(),
+            "bias": None if self.bias is None else list(self.bias),
+            "gradients": sorted(operand.value for operand in self.gradients),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Request:
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ConfigError: a field is unknown.
+        """
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        for name in data:
+            if name not in known:
+                raise ConfigError(f"request: unknown field {name!r}{nearest(name, known)}")
+        bias = data.get("bias")
+        mask = MaskForm.from_json(data.get("mask", ()))
+        return cls(**{**data, "mask": mask, "bias": None if bias is None else tuple(bias)})
+
+
+NEUTRAL: Mapping[str, Any] = {
+    "mask": MaskForm(),
+    "bias": None,
+    "soft_cap": None,
+    "sinks": False,
+    "dropout_rate": 0.0,
+    "normalization": "softmax",
+    "logits_dtype": "float32",
+    "precision": None,
+    "partial": False,
+    "max_logits": False,
+    "interpret": False,
+}
+"""The value of each optional field that asks nothing of a kernel (softmax is declared all the same)."""
+
+
+def _form_of(mask: Any) -> MaskForm:
+    if is_mask(mask):
+        return cast(Mask, mask).form
+    raise ArgumentError(f"mask must be a kernelry mask or its form, got {type(mask).__name__}.")
+
+
+def dtype_name(dtype: Any) -> str:
+    """Returns a dtype's canonical name, e.g. `bfloat16`."""
+    return np.dtype(dtype).name

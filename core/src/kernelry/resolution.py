@@ -1,0 +1,218 @@
+"""What was decided: the plan, every candidate's refusals, and the rule that decided."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, final
+
+from jax.ad_checkpoint import checkpoint_name
+
+from kernelry.adapters import Adapter, Cost
+from kernelry.attend import Part, attend
+from kernelry.errors import NoKernelError, PluginError
+from kernelry.kernel import Inputs, KernelSpec, Tiling
+from kernelry.partial import Partial
+from kernelry.refusal import Refusal
+from kernelry.request import Request
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One adapter of a plan, with the request outside and inside it."""
+
+    adapter: Adapter
+    before: Request
+    after: Request
+
+    @property
+    def cost(self) -> Cost:
+        """What the adapter adds."""
+        return self.adapter.cost(self.before, self.after)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """A kernel, the adapters around it (outermost first) and its tiling.
+
+    Args:
+      kernel: what runs.
+      steps: the adapters.
+      request: what the caller asked.
+      tiling: the kernel's tunables.
+    """
+
+    kernel: KernelSpec
+    steps: tuple[Step, ...]
+    request: Request
+    tiling: Tiling
+
+    @property
+    def inner_request(self) -> Request:
+        """What the kernel itself is asked, inside all adapters."""
+        return self.steps[-1].after if self.steps else self.request
+
+    @property
+    def cost(self) -> Cost:
+        """What the adapters add together."""
+        return sum((step.cost for step in self.steps), Cost())
+
+    def run(self, inputs: Inputs) -> Partial:
+        """Runs the plan on the arrays of the call."""
+        arrays = [step for step in self.steps if not step.adapter.on_statistics]
+        for step in arrays:
+            inputs = step.adapter.prepare(inputs, step.before, step.after)
+        inner = self.inner_request
+        sinks = inputs.sinks if inner.sinks != self.request.sinks else None
+        if sinks is not None:
+            inputs = dataclasses.replace(inputs, sinks=None)
+        part = Part(self.kernel, inner, self.tiling)
+        partial = attend((part,), (inputs,), sinks=sinks, statistics=self.request.partial)
+        for step in reversed(arrays):
+            partial = step.adapter.restore(partial, step.before, step.after)
+        return _named(partial)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        adapters = [{"name": step.adapter.name, **dataclasses.asdict(step.cost)} for step in self.steps]
+        return {"kernel": self.kernel.name, "adapters": adapters, "tiling": dict(self.tiling.values)}
+
+
+def _named(partial: Partial) -> Partial:
+    """Names out and lse for rematerialisation policies; adds no operation."""
+    out = checkpoint_name(partial.out, "kernelry_out")
+    lse = None if partial.lse is None else checkpoint_name(partial.lse, "kernelry_lse")
+    return dataclasses.replace(partial, out=out, lse=lse)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """A kernel that was considered.
+
+    Args:
+      name: the kernel's.
+      distribution: where it comes from, `name version`.
+      refusals: why it cannot serve; empty where it can.
+      steps: the adapters it would need.
+      notes: what was assumed or not looked at.
+    """
+
+    name: str
+    distribution: str
+    refusals: tuple[Refusal, ...]
+    steps: tuple[Step, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return {
+            "name": self.name,
+            "distribution": self.distribution,
+            "refusals": [refusal.to_json() for refusal in self.refusals],
+            "adapters": [step.adapter.name for step in self.steps],
+            "notes": list(self.notes),
+        }
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resolution:
+    """The answer to a request.
+
+    Args:
+      request: what was asked.
+      plan: what will run; None where no kernel serves the request.
+      candidates: every kernel considered, in order of preference.
+      rule: what decided the order, with its source.
+      excluded: installed kernels that the deciding rule did not let in.
+    """
+
+    request: Request
+    plan: Plan | None
+    candidates: tuple[Candidate, ...]
+    rule: str
+    excluded: tuple[str, ...] = ()
+
+    @property
+    def kernel(self) -> str | None:
+        """The winner's name."""
+        return None if self.plan is None else self.plan.kernel.name
+
+    @property
+    def winner(self) -> Candidate | None:
+        """The winner."""
+        return next((c for c in self.candidates if c.name == self.kernel), None)
+
+    @property
+    def refused(self) -> tuple[Candidate, ...]:
+        """The candidates that cannot serve the request."""
+        return tuple(candidate for candidate in self.candidates if candidate.refusals)
+
+    @property
+    def headline(self) -> str:
+        """The decision in one line, as logged."""
+        through = "".join(f" through {step.adapter.name}" for step in self.plan.steps) if self.plan else ""
+        refused = ", ".join(candidate.name for candidate in self.refused)
+        return f"{self.request} → {self.kernel or 'no kernel'}{through} ({self.rule}; refused: {refused or 'none'})"
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    def explain(self) -> str:
+        """Returns the decision as text: winner, adapters, rule, and every other candidate's reasons."""
+        lines = [f"{self.request}"]
+        lines.append(f"  decided by: {self.rule}")
+        for candidate in self.candidates:
+            lines.extend(self._lines(candidate))
+        if self.excluded:
+            lines.append(f"  not considered under this rule: {', '.join(self.excluded)}")
+        return "\n".join(lines)
+
+    def _lines(self, candidate: Candidate) -> list[str]:
+        notes = f" ({'; '.join(candidate.notes)})" if candidate.notes else ""
+        if self.plan is not None and candidate.name == self.kernel:
+            through = "".join(f" through {step.adapter.name} ({step.cost})" for step in self.plan.steps)
+            tiling = f" with {self.plan.tiling}" if self.plan.tiling.values else ""
+            return [f"  → {candidate.name} [{candidate.distribution}]{through}{tiling}{notes}"]
+        if not candidate.refusals:
+            return [f"    {candidate.name}: could serve, ranked lower{notes}"]
+        return [f"    {candidate.name}: {refusal}{notes}" for refusal in candidate.refusals]
+
+    def verify(self, program: Any) -> None:
+        """Checks that a lowered or compiled program contains the chosen kernel's signature.
+
+        Args:
+          program: what `jax.jit(f).lower(...)` or `.compile()` returned.
+
+        Raises:
+          NoKernelError: nothing was resolved.
+          PluginError: the signature is missing: something else ran.
+        """
+        if self.plan is None:
+            raise NoKernelError(f"nothing was resolved for {self.request}", self)
+        text = _program_text(program)
+        missing = [part for part in self.plan.kernel.signature(self.plan.inner_request) if part not in text]
+        if missing:
+            raise PluginError(
+                f"the program does not contain {', '.join(map(repr, missing))}, the signature of kernel "
+                f"{self.kernel!r}: another kernel ran, or this program is not the one that was resolved."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data: request, plan, candidates, rule, excluded."""
+        return {
+            "request": self.request.to_json(),
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "rule": self.rule,
+            "excluded": list(self.excluded),
+        }
+
+
+def _program_text(program: Any) -> str:
+    try:
+        return str(program.as_text(debug_info=True))  # a lowered program
+    except TypeError:
+        return str(program.as_text())  # a compiled one, which always carries its names

@@ -1,0 +1,112 @@
+"""Scopes around calls: `use(...)` overrides choices, `record()` collects resolutions.
+
+Both are part of JAX's trace-cache key, so they take effect around functions already jitted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import jax
+
+from kernelry.errors import ArgumentError
+from kernelry.kernel import KernelSpec
+from kernelry.policy import AUTO, Policy
+from kernelry.target import Target
+
+if TYPE_CHECKING:
+    from kernelry.resolution import Resolution
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scope:
+    """What the `use` scopes around a call say together; the innermost wins."""
+
+    kernel: str | None = None
+    policy: Policy | None = None
+    target: Target | None = None
+    kernels: tuple[KernelSpec, ...] = ()
+    tiling: tuple[tuple[str, int], ...] = ()
+    interpret: bool = False
+
+
+@final
+class Recorder:
+    """Where `record()` collects; compared by identity, so each one makes JAX trace anew."""
+
+    def __init__(self) -> None:
+        self.resolutions: list[Resolution] = []
+
+
+_NO_SCOPE = Scope()
+_scope: Any = jax.make_user_context(_NO_SCOPE)
+_recorders: Any = jax.make_user_context(())
+
+
+def current_scope() -> Scope:
+    """Returns what the surrounding `use` scopes say."""
+    scope: Scope = _scope.value
+    return scope
+
+
+def current_recorders() -> tuple[Recorder, ...]:
+    """Returns the recorders of the surrounding `record` scopes."""
+    recorders: tuple[Recorder, ...] = _recorders.value
+    return recorders
+
+
+@contextlib.contextmanager
+def use(
+    kernel: str | None = None,
+    *,
+    policy: Policy | None = None,
+    target: str | Target | None = None,
+    kernels: Sequence[KernelSpec] = (),
+    tiling: dict[str, int] | None = None,
+) -> Iterator[None]:
+    """Overrides choices for the calls inside, also for functions that are already jitted.
+
+    Args:
+      kernel: the kernel to use, absolutely; `auto` lifts an outer scope's choice.
+      policy: replaces the policy.
+      target: answers for that hardware instead of the one at hand.
+      kernels: adds kernels that no plugin registers.
+      tiling: overrides tunables by name.
+
+    Raises:
+      ArgumentError: `kernels` holds something that is not a KernelSpec.
+      ConfigError: the target is unknown.
+    """
+    for spec in kernels:
+        if not isinstance(spec, KernelSpec):
+            raise ArgumentError(f"use(kernels=…) takes KernelSpecs, got {spec!r}.")
+    outer = current_scope()
+    inner = dataclasses.replace(
+        outer,
+        kernel=outer.kernel if kernel is None else (None if kernel == AUTO else kernel),
+        policy=policy or outer.policy,
+        target=outer.target if target is None else (target if isinstance(target, Target) else Target.parse(target)),
+        kernels=(*outer.kernels, *kernels),
+        tiling=tuple(sorted({**dict(outer.tiling), **(tiling or {})}.items())),
+    )
+    with _scope(inner):
+        yield
+
+
+@contextlib.contextmanager
+def interpret() -> Iterator[None]:
+    """Lets accelerator kernels resolve, and run in interpret mode, on CPU."""
+    with _scope(dataclasses.replace(current_scope(), interpret=True)):
+        yield
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Resolution]]:
+    """Collects the Resolutions made inside, in order, one per call that is traced or run."""
+    recorder = Recorder()
+    with _recorders((*current_recorders(), recorder)):
+        yield recorder.resolutions

@@ -1,0 +1,22 @@
+"""Dense attention in plain XLA: materialises B N T S logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import final
+
+import jax
+
+from kernelry.plugin import Inputs, Kernel, Partial, Request, Side, Tiling
+from kernelry_dot_product.softmax import attend_dense, visible_of
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class DotProductKernel(Kernel):
+    """The kernel that serves everything; other kernels are held to it."""
+
+    def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
+        with jax.named_scope("kernelry.dot_product"):
+            visible = visible_of(inputs.mask, Side.query(request.q_len), Side.kv(request.kv_len))
+            return attend_dense(inputs, request, visible, statistics=statistics)
