@@ -7,7 +7,7 @@ sentinels inside, so `__init__` must not run then.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -29,7 +29,7 @@ def pytree(*leaves: str) -> Callable[[type[_T]], type[_T]]:
         def flatten(tree: _T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             return tuple(getattr(tree, n) for n in leaves), tuple(getattr(tree, n) for n in static)
 
-        def unflatten(aux: tuple[Any, ...], children: tuple[Any, ...]) -> _T:
+        def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> _T:
             tree = object.__new__(cls)
             for name, value in zip(leaves + static, (*children, *aux), strict=True):
                 object.__setattr__(tree, name, value)

@@ -16,7 +16,7 @@ from kernelry.request import Operand
 
 def without_gradient(inputs: Inputs, wanted: Set[Operand]) -> Inputs:
     """Guards the operands that are not wanted; adds no operation to the program."""
-    guarded = {
+    guarded: dict[str, Any] = {
         operand.value: _guard(operand.value, array)
         for operand in Operand
         if operand not in wanted and (array := getattr(inputs, operand.value)) is not None

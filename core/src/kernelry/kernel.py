@@ -116,7 +116,11 @@ class Kernel(Protocol):
           d_out: the cotangent of out.
           d_lse: the cotangent of lse; None unless the kernel declares `lse_cotangent`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no backward")
+        return _no_backward(self)
+
+
+def _no_backward(kernel: Kernel) -> Gradients:
+    raise NotImplementedError(f"{type(kernel).__name__} declares a backward and has none")
 
 
 def no_refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -169,7 +173,8 @@ class KernelSpec:
             found: Any = getattr(importlib.import_module(module), attribute)
         except Exception as error:
             raise PluginError(f"kernel {self.name!r}: cannot load its body {self.load!r}: {error!r}") from error
-        return found() if isinstance(found, type) else found
+        body: Kernel = found() if isinstance(found, type) else found
+        return body
 
 
 @functools.cache

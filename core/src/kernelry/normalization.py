@@ -72,7 +72,7 @@ class MaxSum(Normalization):
         return Partial(
             sum(outs),  # type: ignore[arg-type]
             max=top,
-            sum=sum(sums),  # type: ignore[arg-type]
+            sum=sum(sums),
             max_logits=_largest(parts),
             dtype=parts[0].dtype,
         )

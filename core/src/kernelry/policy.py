@@ -12,8 +12,10 @@ from kernelry.errors import ConfigError, nearest
 from kernelry.masks.form import AtomKind
 from kernelry.request import Mode, Request
 from kernelry.switches import Switches
+from kernelry.target import PLATFORMS
 
 AUTO = "auto"
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 FULL = "full"
 
 
@@ -81,10 +83,15 @@ class Condition:
     mask: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        known = [FULL, *(kind.value for kind in AtomKind)]
-        for name in self.mask:
-            if name not in known:
-                raise ConfigError(f"when.mask: unknown atom {name!r}{nearest(name, known)}")
+        atoms = [FULL, *(kind.value for kind in AtomKind)]
+        for field, names, known in (
+            ("platform", self.platform, PLATFORMS),
+            ("dtype", self.dtype, _DTYPES),
+            ("mask", self.mask, atoms),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ConfigError(f"when.{field}: unknown name {name!r}{nearest(name, known)}")
 
     def matches(self, request: Request) -> bool:
         """Says whether the rule applies to a request."""

@@ -65,6 +65,8 @@ class Operand(enum.Enum):
             raise ArgumentError(f"gradients: unknown operand {value!r}{nearest(str(value), known)}") from None
 
 
+_CPU = Target("cpu")
+_FULL = MaskForm()
 _QKV = frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE})
 
 
@@ -99,7 +101,7 @@ class Request:
       interpret: whether accelerator kernels may run on CPU in interpret mode.
     """
 
-    target: Target = Target("cpu")
+    target: Target = _CPU
     mode: Mode = Mode.TRAIN
     batch: int = 1
     q_len: int
@@ -109,7 +111,7 @@ class Request:
     head_dim: int = 64
     value_dim: int = cast(int, None)
     dtype: str = "float32"
-    mask: MaskForm = MaskForm()
+    mask: MaskForm = _FULL
     scale: float = cast(float, None)
     bias: tuple[int, ...] | None = None
     soft_cap: float | None = None
@@ -244,4 +246,4 @@ def _form_of(mask: Any) -> MaskForm:
 
 def dtype_name(dtype: Any) -> str:
     """Returns a dtype's canonical name, e.g. `bfloat16`."""
-    return np.dtype(dtype).name
+    return str(np.dtype(dtype).name)

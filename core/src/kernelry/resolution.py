@@ -81,8 +81,8 @@ class Plan:
 
 def _named(partial: Partial) -> Partial:
     """Names out and lse for rematerialisation policies; adds no operation."""
-    out = checkpoint_name(partial.out, "kernelry_out")
-    lse = None if partial.lse is None else checkpoint_name(partial.lse, "kernelry_lse")
+    out = checkpoint_name(partial.out, "kernelry_out")  # type: ignore[no-untyped-call]
+    lse = None if partial.lse is None else checkpoint_name(partial.lse, "kernelry_lse")  # type: ignore[no-untyped-call]
     return dataclasses.replace(partial, out=out, lse=lse)
 
 

@@ -1,6 +1,4 @@
-"""Picks a kernel for a request: a pure function of the request, the kernels, the policy,
-measurements and the environment, cached.
-"""
+"""Picks a kernel for a request: pure, from kernels, policy, measurements and environment; cached."""
 
 from __future__ import annotations
 
@@ -141,10 +139,10 @@ def _preference(
 ) -> _Preference:
     forced = _forced(kernel, scope, policy)
     if forced is not None:
-        name, rule = forced
+        name, why = forced
         _check_contested(name, pool)
         others = tuple(other for other in sorted(pool) if other != name)
-        return _Preference((name,), rule, others, scope.tiling)
+        return _Preference((name,), why, others, scope.tiling)
     for rule in policy.rules:
         if rule.when.matches(request):
             return _by_rule(rule, request, scope, policy, pool, measurements)

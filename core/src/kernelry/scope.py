@@ -43,8 +43,8 @@ class Recorder:
 
 
 _NO_SCOPE = Scope()
-_scope: Any = jax.make_user_context(_NO_SCOPE)
-_recorders: Any = jax.make_user_context(())
+_scope: Any = jax.make_user_context(_NO_SCOPE)  # type: ignore[no-untyped-call]
+_recorders: Any = jax.make_user_context(())  # type: ignore[no-untyped-call]
 
 
 def current_scope() -> Scope:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import final
+from typing import Any, final
 
 import jax
 
@@ -109,7 +109,7 @@ def current_target() -> Target:
     device = _compat.abstract_device()
     if device is not None:
         return Target.of_device(device.platform, device.device_kind)
-    default = jax.config.jax_default_device
+    default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(default, str):
         default = jax.devices(default)[0]
     if default is not None:

@@ -52,6 +52,7 @@ class Mask(Protocol):
 
     def check(self, extent: Extent) -> None:
         """Raises ShapeError where the mask's arrays do not fit."""
+        return
 
     def __and__(self, other: Mask) -> Mask:
         return And((*_parts(self, And), *_parts(_mask(other), And)))
@@ -228,7 +229,7 @@ class Not(Mask):
 
 
 def _parts(mask: Mask, of: type[And] | type[Or]) -> tuple[Mask, ...]:
-    return mask.parts if isinstance(mask, of) else (mask,)  # type: ignore[attr-defined]
+    return mask.parts if isinstance(mask, of) else (mask,)
 
 
 def _mask(value: Any) -> Mask:

@@ -1,0 +1,148 @@
+"""The verbs of the command: list, doctor, explain."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kernelry import _version, registry
+from kernelry.cli import report
+from kernelry.config import load_config
+from kernelry.errors import KernelryError
+from kernelry.masks.parse import parse_form
+from kernelry.policy import AUTO
+from kernelry.request import Request, dtype_name
+from kernelry.resolver import explain as explain_request
+from kernelry.switches import Switches
+from kernelry.target import Target, home_target
+
+app = typer.Typer(
+    help="Which attention kernels are installed, what is wrong with them, and which one a request gets.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_console = Console(highlight=False, soft_wrap=False)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def run() -> int:
+    """Runs the command and returns its exit status; errors of kernelry are one message, status 2."""
+    with warnings.catch_warnings():
+        # Faults are what `doctor` prints; the other verbs point there.
+        warnings.filterwarnings("ignore", message="kernelry plugin ")
+        try:
+            result = app(standalone_mode=False)
+        except KernelryError as error:
+            sys.stderr.write(f"{error}\n")
+            return 2
+        except typer.Exit as stop:
+            return stop.exit_code
+        except typer.Abort:
+            return 1
+        except Exception as error:
+            if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+                raise
+            error.show()  # a usage error of the command line
+            return int(error.exit_code)
+    return result if isinstance(result, int) else 0
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        sys.stdout.write(f"kernelry {_version.__version__}\n")
+        raise typer.Exit
+
+
+@app.command("list")
+def list_kernels(as_json: Json = False) -> None:
+    """The installed kernels and what they declare."""
+    installed = registry.installed()
+    if as_json:
+        _print_json(report.kernels_json(installed))
+        return
+    _console.print(report.kernels_table(installed))
+    if installed.faults:
+        _console.print(f"{len(installed.faults)} plugin fault(s): run kernelry doctor")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, plugins, environment switches, and what is wrong with a fix for each."""
+    installed, switches = registry.installed(), Switches.of_process()
+    if as_json:
+        _print_json(report.doctor_json(installed, switches))
+    else:
+        for part in report.doctor_parts(installed, switches):
+            _console.print(part)
+    raise typer.Exit(1 if installed.faults else 0)
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Option(help="platform[:kind[:topology]], e.g. gpu:h100; default: this machine.")] = "",
+    mode: Annotated[str, typer.Option(help="train, prefill or decode.")] = "train",
+    q_len: Annotated[int, typer.Option(min=0, help="T, query tokens.")] = 1024,
+    kv_len: Annotated[int | None, typer.Option(min=0, help="S, key tokens; default T.")] = None,
+    batch: Annotated[int, typer.Option(min=0, help="B.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, help="N, query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="K, key/value heads; default N.")] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="H.")] = 128,
+    value_dim: Annotated[int | None, typer.Option(min=1, help="D; default H.")] = None,
+    dtype: Annotated[str, typer.Option(help="of query, key and value.")] = "bfloat16",
+    mask: Annotated[str, typer.Option(help="e.g. 'causal & segments', 'window(511)', 'full'.")] = "causal",
+    soft_cap: Annotated[float | None, typer.Option(help="cap of the logits.")] = None,
+    sinks: Annotated[bool, typer.Option("--sinks", help="one sink logit per head.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="statistics are wanted.")] = False,
+    kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
+    config: Annotated[Path | None, typer.Option(help="a config whose [attention] table decides.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which kernel a request gets and why, on hardware that need not be here. Status 2: none."""
+    request = Request(
+        target=Target.parse(target) if target else home_target(),
+        mode=mode,  # type: ignore[arg-type]
+        batch=batch,
+        q_len=q_len,
+        kv_len=q_len if kv_len is None else kv_len,
+        q_heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim if value_dim is None else value_dim,
+        dtype=_dtype(dtype),
+        mask=parse_form(mask, registry.installed().masks),
+        soft_cap=soft_cap,
+        sinks=sinks,
+        partial=partial,
+    )
+    if request.q_heads % request.kv_heads:
+        raise typer.BadParameter(f"--kv-heads {request.kv_heads} must divide --heads {request.q_heads}")
+    policy = load_config(config).policy if config else None
+    resolution = explain_request(request, kernel=kernel, policy=policy)
+    if as_json:
+        _print_json(resolution.to_json())
+    else:
+        for part in report.resolution_parts(resolution):
+            _console.print(part)
+    raise typer.Exit(0 if resolution.plan else 2)
+
+
+def _dtype(name: str) -> str:
+    import jax.numpy as jnp
+
+    try:
+        return dtype_name(jnp.dtype(name))
+    except TypeError:
+        raise typer.BadParameter(f"--dtype {name!r} is no dtype; e.g. bfloat16, float32") from None

@@ -1,0 +1,153 @@
+"""What the command prints: rich tables for people, plain data for programs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import importlib_metadata
+import jax
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from kernelry._version import __version__
+from kernelry.hookspecs import CONTRACT
+from kernelry.registry import InstalledKernel, Registry
+from kernelry.resolution import Candidate, Resolution
+from kernelry.switches import Switches
+from kernelry.target import home_target
+
+
+def kernels_json(installed: Registry) -> dict[str, Any]:
+    """The installed kernels as plain data."""
+    return {"kernels": [_kernel_json(kernel) for kernel in installed.kernels.values()]}
+
+
+def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
+    can = kernel.spec.capabilities
+    return {
+        "name": kernel.name,
+        "plugin": kernel.plugin,
+        "distribution": kernel.distribution,
+        "summary": kernel.spec.summary,
+        "platforms": sorted(can.platforms),
+        "modes": sorted(mode.value for mode in can.modes),
+        "dtypes": sorted(can.dtypes),
+        "atoms": sorted(atom.value for atom in can.atoms),
+        "features": sorted(feature.value for feature in can.features),
+        "statistics": sorted(statistic.value for statistic in can.statistics),
+        "gradient": can.gradient.value,
+    }
+
+
+def kernels_table(installed: Registry) -> RenderableType:
+    """The installed kernels as a table."""
+    if not installed.kernels:
+        return Text("No kernels are installed; pip install kernelry-dot-product serves every platform.")
+    table = Table(show_lines=True)
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("serves")
+    for row in kernels_json(installed)["kernels"]:
+        name = Text(row["name"] + "\n", style="bold").append(row["distribution"].replace(" ", "\n"), style="dim")
+        table.add_row(name, _serves(row))
+    return table
+
+
+def _serves(row: dict[str, Any]) -> RenderableType:
+    facts = Table.grid(padding=(0, 1))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column()
+    for label, key in (
+        ("platforms", "platforms"),
+        ("modes", "modes"),
+        ("dtypes", "dtypes"),
+        ("masks", "atoms"),
+        ("features", "features"),
+        ("statistics", "statistics"),
+    ):
+        facts.add_row(label, _words(row[key]))
+    facts.add_row("gradient", row["gradient"])
+    return Group(Text(row["summary"]), facts)
+
+
+def _words(names: Iterable[str]) -> str:
+    return escape(" ".join(names)) or "–"
+
+
+def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
+    """Versions, plugins, switches and faults as plain data."""
+    return {
+        "versions": _versions(),
+        "target": str(home_target()),
+        "switches": {"KERNELRY_KERNEL": switches.kernel, "KERNELRY_PLUGINS": switches.plugins},
+        "plugins": [plugin.to_json() for plugin in installed.plugins],
+        "faults": [fault.to_json() for fault in installed.faults],
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "kernelry": __version__,
+        "contract": str(CONTRACT),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": importlib_metadata.version("jaxlib"),
+    }
+
+
+def doctor_parts(installed: Registry, switches: Switches) -> Iterator[RenderableType]:
+    """Versions, plugins, switches and faults for people."""
+    yield "  ".join(f"{name} {version}" for name, version in _versions().items())
+    yield f"this machine is {home_target()}"
+    for name, value in (("KERNELRY_KERNEL", switches.kernel), ("KERNELRY_PLUGINS", switches.plugins)):
+        if value is not None:
+            yield f"{name} is set: {value if isinstance(value, str) else ', '.join(value) or 'no plugins'}"
+    plugins = Table(title="Plugins", title_justify="left")
+    for column in ("plugin", "distribution", "module", "kernels"):
+        plugins.add_column(column, overflow="fold")
+    for plugin in installed.plugins:
+        kernels = _words(plugin.kernels) if plugin.enabled else "not in KERNELRY_PLUGINS"
+        plugins.add_row(plugin.name, plugin.distribution, plugin.module, kernels)
+    yield plugins
+    if not installed.faults:
+        yield "No faults."
+        return
+    faults = Table(title="Faults", title_justify="left", show_lines=True)
+    for column in ("plugin", "distribution", "fault", "what happened", "fix"):
+        faults.add_column(column, overflow="fold")
+    for fault in installed.faults:
+        faults.add_row(fault.plugin, fault.distribution, fault.kind.value, escape(fault.detail), escape(fault.fix))
+    yield faults
+
+
+def resolution_parts(resolution: Resolution) -> Iterator[RenderableType]:
+    """A resolution for people: what was asked, what decided, and each candidate's answer."""
+    yield Text(str(resolution.request))
+    yield Text(f"decided by {resolution.rule}")
+    table = Table(show_lines=True)
+    for column in ("", "kernel", "from", "answer"):
+        table.add_column(column, overflow="fold")
+    for candidate in resolution.candidates:
+        chosen = candidate.name == resolution.kernel
+        table.add_row("→" if chosen else "", candidate.name, candidate.distribution, _answer(resolution, candidate))
+    for name in resolution.excluded:
+        table.add_row("", name, "", "not considered under this rule")
+    yield table
+    if resolution.plan is None:
+        yield Text("No kernel serves this request.")
+
+
+def _answer(resolution: Resolution, candidate: Candidate) -> RenderableType:
+    lines = [Text(str(refusal)) for refusal in candidate.refusals]
+    if not lines and candidate.name != resolution.kernel:
+        lines = [Text("could serve, ranked lower")]
+    if not lines:
+        lines = [Text("chosen")]
+    if resolution.plan is not None and candidate.name == resolution.kernel and resolution.plan.tiling.values:
+        lines.append(Text(f"tiling: {resolution.plan.tiling}"))
+    lines.extend(Text(f"through {step.adapter.name} ({step.cost})") for step in candidate.steps)
+    lines.extend(Text(note) for note in candidate.notes)
+    return Group(*lines)
