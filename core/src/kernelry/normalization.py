@@ -41,7 +41,7 @@ class LogSumExp(Normalization):
         parts = [to_lse(partial) for partial in partials]
         lses = jnp.stack([_float32(part.lse) for part in parts])
         top = lax.stop_gradient(_finite(lses.max(axis=0)))
-        weights = jnp.exp(lses - top)
+        weights = jnp.exp(lses - top[None])
         total = weights.sum(axis=0)
         some = total > 0
         divisor = jnp.where(some, total, 1.0)
@@ -66,7 +66,7 @@ class MaxSum(Normalization):
         parts = [to_max_sum(partial) for partial in partials]
         maxima = jnp.stack([_float32(part.max) for part in parts])
         top = lax.stop_gradient(maxima.max(axis=0))
-        weights = jnp.exp(lax.stop_gradient(maxima) - _finite(top))
+        weights = jnp.exp(lax.stop_gradient(maxima) - _finite(top)[None])
         outs = (heads_last(w) * part.out.astype(jnp.float32) for w, part in zip(weights, parts, strict=True))
         sums = (w * _float32(part.sum) for w, part in zip(weights, parts, strict=True))
         return Partial(

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, final
 
 import importlib_metadata
+import jax
 import pluggy
 
 from kernelry import hookspecs
@@ -23,6 +24,7 @@ from kernelry.normalization import LogSumExp, MaxSum, Normalization
 from kernelry.switches import Switches
 
 GROUP = "kernelry.plugins"
+_UNKNOWN = "unknown distribution"
 _logger = logging.getLogger("kernelry")
 
 
@@ -30,6 +32,7 @@ _logger = logging.getLogger("kernelry")
 class FaultKind(enum.Enum):
     """What is wrong with a plugin."""
 
+    METADATA = "unreadable metadata"
     IMPORT_ERROR = "import error"
     CONTRACT = "unsupported contract"
     UNKNOWN_HOOK = "unknown hook"
@@ -127,8 +130,7 @@ class Registry:
     def check_name(self, name: str) -> None:
         """Raises PluginError for a contested kernel name."""
         if name in self.contested:
-            claimants = " and ".join(self.contested[name])
-            raise PluginError(f"kernel {name!r} is claimed by {claimants}; uninstall one of them.")
+            raise PluginError("; ".join(_claim(name, self.contested[name])) + ".")
 
 
 _CORE_NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
@@ -139,10 +141,40 @@ _CORE_NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
 @functools.lru_cache(maxsize=1)
 def installed() -> Registry:
     """Returns the plugins of this process; the entry points are scanned once."""
-    registry = build(importlib_metadata.entry_points(group=GROUP), Switches.of_process().plugins)
+    points, unreadable = _scan()
+    # The first call may stand under a trace, which would leak tracers into constants of plugin modules.
+    with jax.ensure_compile_time_eval():
+        registry = build(points, Switches.of_process().plugins)
+    registry = dataclasses.replace(registry, faults=(*unreadable, *registry.faults))
     for fault in registry.faults:
         warnings.warn(f"kernelry plugin {fault}", stacklevel=2)
     return registry
+
+
+def _scan() -> tuple[Iterable[importlib_metadata.EntryPoint], tuple[Fault, ...]]:
+    """Finds the entry points; where one distribution's cannot be parsed, finds those of the others."""
+    try:
+        return importlib_metadata.entry_points(group=GROUP), ()
+    except Exception:
+        return _scan_one_by_one()
+
+
+def _scan_one_by_one() -> tuple[list[importlib_metadata.EntryPoint], tuple[Fault, ...]]:
+    points: list[importlib_metadata.EntryPoint] = []
+    faults: list[Fault] = []
+    seen: set[str] = set()
+    for distribution in importlib_metadata.distributions():
+        description = _described(distribution)
+        name = description.split(" ")[0]
+        if name in seen and description != _UNKNOWN:  # the first on sys.path is the one that is imported
+            continue
+        seen.add(name)
+        try:
+            points.extend(distribution.entry_points.select(group=GROUP))
+        except Exception as error:
+            detail = f"reading its entry points raised {error!r}"
+            faults.append(Fault(FaultKind.METADATA, name, description, detail, "reinstall or uninstall it"))
+    return points, tuple(faults)
 
 
 def build(entry_points: Iterable[importlib_metadata.EntryPoint], allowed: tuple[str, ...] | None = None) -> Registry:
@@ -152,11 +184,19 @@ def build(entry_points: Iterable[importlib_metadata.EntryPoint], allowed: tuple[
       entry_points: of the group `kernelry.plugins`, in any order.
       allowed: the entry-point names to load; None loads all.
     """
-    return _Builder(allowed).build(sorted(entry_points, key=lambda point: (point.name, _distribution(point))))
+    ordered = sorted(entry_points, key=lambda point: (point.name, _distribution(point), point.value))
+    return _Builder(allowed).build(ordered)
 
 
 def _distribution(point: importlib_metadata.EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
+    return _described(point.dist) if point.dist else _UNKNOWN
+
+
+def _described(distribution: importlib_metadata.Distribution) -> str:
+    try:
+        return f"{distribution.name} {distribution.version}"
+    except Exception:  # half uninstalled: the folder is there, the metadata is not
+        return _UNKNOWN
 
 
 class _Builder:
@@ -188,16 +228,16 @@ class _Builder:
             contested=MappingProxyType(contested),
             plugins=plugins,
             faults=tuple(self.faults),
-            masks=MappingProxyType(self._mapping("kernelry_masks", _is_mask_class)),
-            normalizations=MappingProxyType(
-                {**self._mapping("kernelry_normalizations", _is_normalization), **_CORE_NORMALIZATIONS}
+            masks=MappingProxyType(
+                self._mapping("kernelry_masks", "a mapping of names to Mask classes", _is_mask_class)
             ),
+            normalizations=MappingProxyType({**self._normalizations(), **_CORE_NORMALIZATIONS}),
             rankers=MappingProxyType(dict(self._callables("kernelry_rank"))),
             observers=MappingProxyType(dict(self._callables("kernelry_resolved"))),
         )
 
     def _fault(self, kind: FaultKind, plugin: str, detail: str, fix: str) -> None:
-        fault = Fault(kind, plugin, self.distributions.get(plugin, "unknown distribution"), detail, fix)
+        fault = Fault(kind, plugin, self.distributions.get(plugin, _UNKNOWN), detail, fix)
         _logger.debug("plugin fault: %s", fault)
         self.faults.append(fault)
 
@@ -215,14 +255,13 @@ class _Builder:
             return
         try:
             plugin = points[0].load()
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
+            if self._honours_contract(name, plugin):
+                self._register(name, plugin)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit and test outcomes are no Exceptions
             detail = f"importing {points[0].value} raised {error!r}"
             self._fault(FaultKind.IMPORT_ERROR, name, detail, f"reinstall or upgrade {self.distributions[name]}")
-            return
-        if self._honours_contract(name, plugin):
-            self._register(name, plugin)
 
     def _honours_contract(self, name: str, plugin: Any) -> bool:
         stated = getattr(plugin, "contract", None)
@@ -241,9 +280,13 @@ class _Builder:
         return False
 
     def _register(self, name: str, plugin: Any) -> None:
+        if self.manager.is_registered(plugin):
+            detail = f"it is the plugin {self.manager.get_name(plugin)!r} under a second name, which is not used"
+            self._fault(FaultKind.DUPLICATE_PLUGIN, name, detail, "remove one of the two entry points")
+            return
         try:
             self.manager.register(plugin, name=name)
-        except (pluggy.PluginValidationError, ValueError) as error:
+        except pluggy.PluginValidationError as error:
             self.manager.set_blocked(name)
             fix = "make the hook's parameters those of kernelry.hookspecs"
             self._fault(FaultKind.HOOK_SIGNATURE, name, " ".join(str(error).split()), fix)
@@ -272,10 +315,14 @@ class _Builder:
     def _results(self, hook: str) -> Iterable[tuple[str, Any]]:
         for plugin, call in self._callables(hook):
             try:
-                yield plugin, call()
-            except Exception as error:
+                result = call()
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 fix = f"report it to the authors of {self.distributions[plugin]}"
                 self._fault(FaultKind.HOOK_RAISED, plugin, f"{hook} raised {error!r}", fix)
+                continue
+            yield plugin, result
 
     def _wrong_return(self, plugin: str, hook: str, wanted: str, got: Any) -> None:
         detail = f"{hook} must return {wanted}, got {got!r}"
@@ -288,8 +335,18 @@ class _Builder:
             if not sequence or not all(isinstance(spec, KernelSpec) for spec in result):
                 self._wrong_return(plugin, "kernelry_kernels", "a list of KernelSpec", result)
                 continue
-            specs.extend(InstalledKernel(spec, plugin, self.distributions[plugin]) for spec in result)
+            usable = [spec for spec in result if self._is_hashable(plugin, spec)]
+            specs.extend(InstalledKernel(spec, plugin, self.distributions[plugin]) for spec in usable)
         return specs
+
+    def _is_hashable(self, plugin: str, spec: KernelSpec) -> bool:
+        try:
+            hash(spec)
+        except TypeError as error:
+            wanted = "KernelSpecs of hashable data (tuples and frozensets, no lists and sets)"
+            self._wrong_return(plugin, "kernelry_kernels", wanted, f"{spec.name!r}: {error}")
+            return False
+        return True
 
     def _uncontested(
         self, specs: list[InstalledKernel]
@@ -298,17 +355,20 @@ class _Builder:
         for spec in specs:
             claims.setdefault(spec.name, []).append(spec)
         contested = {name: tuple(k.distribution for k in found) for name, found in claims.items() if len(found) > 1}
-        for name, found in claims.items():
-            for kernel in found if name in contested else ():
-                detail = f"kernel {name!r} is claimed by {' and '.join(contested[name])}; none of them is used"
-                self._fault(FaultKind.DUPLICATE_KERNEL, kernel.plugin, detail, "uninstall one of them")
+        for name, claimants in contested.items():
+            for plugin in dict.fromkeys(kernel.plugin for kernel in claims[name]):
+                self._fault(FaultKind.DUPLICATE_KERNEL, plugin, *_claim(name, claimants))
         return {name: found[0] for name, found in sorted(claims.items()) if name not in contested}, contested
 
-    def _mapping(self, hook: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
+    def _normalizations(self) -> dict[str, Any]:
+        return self._mapping("kernelry_normalizations", "a mapping of names to Normalizations", _is_normalization)
+
+    def _mapping(self, hook: str, wanted: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
         claims: dict[str, list[tuple[str, Any]]] = {}
         for plugin, result in self._results(hook):
-            if not isinstance(result, Mapping) or not all(fits(value) for value in result.values()):
-                self._wrong_return(plugin, hook, "a mapping of names", result)
+            named = isinstance(result, Mapping) and all(isinstance(name, str) for name in result)
+            if not named or not all(fits(value) for value in result.values()):
+                self._wrong_return(plugin, hook, wanted, result)
                 continue
             for name, value in result.items():
                 claims.setdefault(name, []).append((plugin, value))
@@ -318,6 +378,14 @@ class _Builder:
                 detail = f"{hook}: {name!r} is claimed by core or another plugin too; none of the plugins' is used"
                 self._fault(FaultKind.DUPLICATE_NAME, plugin, detail, "rename it or uninstall one of them")
         return {name: found[0][1] for name, found in claims.items() if len(found) == 1 and name not in reserved}
+
+
+def _claim(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:
+    """Says who claims a kernel's name, and what to do."""
+    who = tuple(dict.fromkeys(claimants))
+    if len(who) == 1:
+        return f"kernel {kernel!r} is claimed twice by {who[0]} and not used", f"upgrade {who[0]} or report it"
+    return f"kernel {kernel!r} is claimed by {' and '.join(who)}; none of them is used", "uninstall one of them"
 
 
 def _call(function: Callable[..., Any], argnames: tuple[str, ...], **arguments: Any) -> Any:

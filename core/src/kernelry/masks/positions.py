@@ -75,6 +75,8 @@ class Side:
         """
         values = values if values.ndim == 2 else values[None]
         if not self.whole:
+            # NumPy cannot be indexed by a traced slot.
+            values = values if isinstance(self.slots, np.ndarray) else jnp.asarray(values)
             values = values[:, self.slots.reshape(-1)]
         return _place(values, self.axis)
 

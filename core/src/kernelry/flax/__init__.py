@@ -1,0 +1,6 @@
+"""Attention for Flax: a module for nnx and linen, and an `attention_fn` for Flax's own modules."""
+
+from kernelry.flax.function import attention_fn
+from kernelry.flax.operation import AttentionOp, attention_op_as_linen
+
+__all__ = ["AttentionOp", "attention_fn", "attention_op_as_linen"]

@@ -1,0 +1,190 @@
+"""`attention_fn` for Flax's MultiHeadAttention (nnx) and MultiHeadDotProductAttention (linen)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernelry.api import attention
+from kernelry.config import AttentionConfig
+from kernelry.errors import ArgumentError, ShapeError
+from kernelry.flax.operation import policy_of
+from kernelry.masks import Causal, Dense, Full, Mask
+from kernelry.masks.base import is_mask
+from kernelry.policy import AUTO
+from kernelry.request import Mode
+
+_FULL = Full()
+_SHIPPED = AttentionConfig()
+
+
+# linen passes only the keywords it finds named in the signature, so each of them is named here.
+def attention_fn(
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K D"],
+    bias: jax.Array | None = None,
+    mask: Any = None,
+    *,
+    dropout_rng: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    broadcast_dropout: bool = True,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    is_causal: bool = False,
+    input_positions: jax.Array | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Any = None,
+    qk_attn_weights_einsum: Any = None,
+    attn_weights_value_einsum: Any = None,
+    layer_mask: Mask = _FULL,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    mode: str | Mode = Mode.TRAIN,
+    kernel: str = AUTO,
+    config: AttentionConfig = _SHIPPED,
+) -> Float[Array, "*batch T N D"]:
+    """Attention with Flax's arguments, for `attention_fn=` of its attention modules.
+
+    Bind what Flax knows nothing of (`layer_mask` and what follows it) with `functools.partial`:
+
+        nnx.MultiHeadAttention(…, attention_fn=partial(attention_fn, layer_mask=masks.SlidingWindow(127)))
+
+    A row that sees no key is 0 (Flax: the mean of all values), and softmax is always in float32.
+
+    Args:
+      query, key, value: with any number of batch dimensions; K divides N.
+      bias: floating, broadcastable to [*batch, N, T, S].
+      mask: a kernelry mask; or an array broadcastable to [*batch, N, T, S], boolean or 0 and 1.
+      dropout_rng, dropout_rate, deterministic: dropout on the probabilities.
+      broadcast_dropout: must be False where there is dropout.
+      dtype: query, key and value are cast to it; None is what they promote to.
+      precision: of the products.
+      module: must be None: no attention weights exist that it could keep.
+      is_causal: adds `masks.Causal()`; needs T = S.
+      input_positions: must be None: rotary embedding is the model's own business.
+      force_fp32_for_softmax: is the case anyway.
+      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
+      layer_mask: is added to `mask`.
+      scale, soft_cap, sinks, mode, kernel: as in `kernelry.attention`.
+      config: how kernels are chosen, unless an enclosing `use(policy=…)` says so.
+
+    Returns:
+      [*batch, T, N, D] in the dtype of the computation.
+
+    Raises:
+      ArgumentError: an argument of Flax that has no meaning here.
+      ShapeError: an array does not fit.
+    """
+    _check_servable(
+        module=module,
+        input_positions=input_positions,
+        einsum_dot_general=einsum_dot_general,
+        qk_attn_weights_einsum=qk_attn_weights_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum,
+    )
+    _check_precision(precision)
+    if deterministic:
+        dropout_rate, dropout_rng = 0.0, None
+    if dropout_rate and broadcast_dropout:
+        raise ArgumentError(
+            f"broadcast_dropout=True with dropout_rate={dropout_rate} drops the same probabilities in every row and "
+            "head, which no kernel here does: build the module with broadcast_dropout=False."
+        )
+    query, key, value = _promoted(dtype, query, key, value)
+    batch = _batch(query, key, value)
+    with policy_of(config):
+        out: jax.Array = attention(
+            _folded(query),
+            _folded(key),
+            _folded(value),
+            mask=_mask(mask, is_causal, batch, query.shape[-3], key.shape[-3]) & layer_mask,
+            scale=scale,
+            bias=None if bias is None else _on_logits("bias", bias, batch),
+            soft_cap=soft_cap,
+            sinks=sinks,
+            dropout_rate=dropout_rate,
+            dropout_rng=dropout_rng,
+            mode=mode,
+            kernel=kernel,
+            precision=precision,
+        )
+    return out.reshape(*batch, *out.shape[1:])
+
+
+_WHY_NOT = {
+    "module": "sow_weights=True asks for the attention weights, which a fused kernel never forms: leave it False",
+    "input_positions": "attention_fn applies no rotary embedding: apply it in the model, or pass "
+    "attention_fn=flax.nnx.dot_product_attention_with_rope",
+    "einsum_dot_general": "a kernel computes its own products: leave it None, or use precision=",
+    "qk_attn_weights_einsum": "a kernel computes its own products: leave qk_attn_weights_einsum_cls None",
+    "attn_weights_value_einsum": "a kernel computes its own products: leave attn_weights_value_einsum_cls None",
+}
+
+
+def _check_servable(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ArgumentError(f"attention_fn got {name}=<{type(value).__name__}>: {_WHY_NOT[name]}.")
+
+
+def _check_precision(precision: Any) -> None:
+    if isinstance(precision, tuple):
+        raise ArgumentError(f"precision={precision} differs for the two operands: pass one precision for both.")
+
+
+def _promoted(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
+    common = jnp.result_type(*arrays) if dtype is None else dtype
+    return [jnp.asarray(array, common) for array in arrays]
+
+
+def _batch(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[int, ...]:
+    batch = query.shape[:-3]
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim < 3 or array.shape[:-3] != batch:
+            raise ShapeError(
+                f"query, key and value must be [*batch, length, heads, depth] with one *batch = {list(batch)}, "
+                f"got {name} of shape {array.shape}."
+            )
+    return batch
+
+
+def _folded(array: jax.Array) -> jax.Array:
+    return array.reshape(math.prod(array.shape[:-3]), *array.shape[-3:])
+
+
+def _on_logits(name: str, array: Any, batch: tuple[int, ...]) -> jax.Array:
+    """Lays an array that broadcasts to [*batch, N, T, S] out as B N T S, each 1 where it can be."""
+    missing = len(batch) + 3 - array.ndim
+    padded = jnp.asarray(array).reshape((1,) * missing + array.shape) if missing >= 0 else None
+    if padded is None or any(have not in (1, want) for have, want in zip(padded.shape[:-3], batch, strict=True)):
+        raise ShapeError(f"{name} must broadcast to [*batch, N, T, S] with *batch = {list(batch)}, got {array.shape}.")
+    if any(size != 1 for size in padded.shape[:-3]):
+        padded = jnp.broadcast_to(padded, (*batch, *padded.shape[-3:]))
+    return _folded(padded)
+
+
+def _mask(mask: Any, is_causal: bool, batch: tuple[int, ...], q_len: int, kv_len: int) -> Mask:
+    given: Mask = _FULL
+    if is_mask(mask):
+        given = mask
+    elif mask is not None:
+        visible = _on_logits("mask", mask, batch)
+        # Flax's mask makers give 0 and 1 in float32 unless told otherwise.
+        given = Dense(visible if visible.dtype == jnp.bool_ else visible > 0)
+    if not is_causal:
+        return given
+    if q_len != kv_len:
+        raise ShapeError(
+            f"is_causal=True with T={q_len} and S={kv_len} does not say where the queries stand (Flax takes them for "
+            f"the first {q_len}, which hides a cache from a decode step): pass is_causal=False and bind "
+            f"layer_mask=masks.Causal().at(query_offset={max(kv_len - q_len, 0)}), or where they do stand."
+        )
+    return given & Causal()

@@ -1,0 +1,103 @@
+"""Forms: equal masks written differently are equal, and forms travel as JSON."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernelry.errors import ArgumentError
+from kernelry.masks import AtomKind, Causal, Full, Lengths, MaskForm, PositionKind, Segments, SlidingWindow
+from kernelry.masks.parse import parse_form
+
+
+@pytest.mark.parametrize(
+    ("written", "otherwise"),
+    [
+        (Causal() & Causal(), Causal()),
+        (SlidingWindow(3) & Causal(), SlidingWindow(3)),
+        (SlidingWindow(3, 2) & Causal(), SlidingWindow(3)),
+        (SlidingWindow(3) & SlidingWindow(5, 1), SlidingWindow(3)),
+        (Full() & Causal(), Causal()),
+        (Lengths(np.array([1])) & Causal(), Causal() & Lengths(np.array([2]))),
+        (Causal().at(query_offset=2) & SlidingWindow(3).at(query_offset=2), SlidingWindow(3).at(query_offset=2)),
+        (Causal().at(query_positions=np.arange(4)), Causal().at(query_positions=np.array([0, 1, 2, 3]))),
+        (Causal() | Lengths(np.array([1])), Lengths(np.array([1])) | Causal()),
+    ],
+)
+def test_equal_masks_have_equal_forms(written, otherwise):
+    assert written.form == otherwise.form
+    assert hash(written.form) == hash(otherwise.form)
+
+
+def test_one_at_around_a_composite_keeps_bands_mergeable_when_traced():
+    offset = jnp.int32(3)
+    assert (Causal() & SlidingWindow(3)).at(query_offset=offset).form == SlidingWindow(3).at(query_offset=offset).form
+
+
+def test_bands_at_different_positions_stay_apart():
+    assert len((Causal() & SlidingWindow(3).at(query_offset=1)).form.atoms) == 2
+
+
+def test_shared_and_separate_segment_ids_are_two_kinds():
+    ids = np.zeros((1, 4), int)
+    assert Segments(ids).form.atoms[0].kind is AtomKind.SEGMENTS
+    assert Segments(ids, ids).form.atoms[0].kind is AtomKind.SEGMENTS_SEPARATE
+
+
+def test_take_splits_indices_in_order():
+    form = (Causal() & Lengths(np.array([2])) & Segments(np.zeros((1, 4), int))).form
+    taken, rest = form.take(lambda atom: atom.is_band)
+    assert [form.atoms[i].kind for i in taken] == [AtomKind.CAUSAL]
+    assert sorted(taken + rest) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Full(),
+        Causal().at(query_offset=3),
+        SlidingWindow(3, 1).at(kv_positions=np.array([[0, 1, 5], [2, 3, 4]])),
+        Causal().at(query_offset=np.array([1, 2])),
+        (~Causal() | Lengths(np.array([1]))) & Segments(np.zeros((1, 4), int)),
+        Causal().at(query_offset=jnp.int32(1)),
+    ],
+)
+def test_forms_survive_json(mask):
+    assert MaskForm.from_json(json.loads(json.dumps(mask.form.to_json()))) == mask.form
+
+
+@pytest.mark.parametrize(
+    ("text", "mask"),
+    [
+        ("full", Full()),
+        ("causal & window(3, 1)", SlidingWindow(3)),
+        ("causal & segments", Causal() & Segments(np.zeros((1, 4), int))),
+        ("(causal | lengths).at(query_offset=4)", (Causal() | Lengths(np.array([1]))).at(query_offset=4)),
+        ("~causal", ~Causal()),
+        ("causal.at(query_offset=traced)", Causal().at(query_offset=jnp.int32(1))),
+    ],
+)
+def test_mask_expressions_are_read(text, mask):
+    assert parse_form(text) == mask.form
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("causl", "did you mean 'causal'"),
+        ("causal &", "not an expression"),
+        ("window('x')", "must be a whole number"),
+        ("window()", "window"),
+        ("__import__('os')", "must be a whole number"),
+        ("causal + full", "cannot read"),
+    ],
+)
+def test_bad_mask_expressions_say_what_is_wrong(text, complaint):
+    with pytest.raises(ArgumentError, match=complaint):
+        parse_form(text)
+
+
+def test_position_kinds_reach_inside_composites():
+    form = (~Causal().at(query_offset=jnp.int32(1)) | Full()).form
+    assert PositionKind.TRACED in form.position_kinds

@@ -1,0 +1,266 @@
+"""Masks: each atom means its definition, in NumPy and in JAX, moved by `.at` and composed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernelry import masks
+from kernelry.masks.base import Extent, check_fits
+from kernelry.testing import reference_mask
+
+BATCH, HEADS = 2, 2
+
+
+def _ids(draw, length):
+    rows = [draw(st.lists(st.integers(-1, 2), min_size=length, max_size=length)) for _ in range(BATCH)]
+    return np.asarray(rows, np.int32).reshape(BATCH, length)
+
+
+def _positions(draw, length):
+    kind = draw(st.sampled_from(["none", "offset", "offsets", "positions", "rows"]))
+    if kind == "none":
+        return None, None
+    numbers = st.integers(-3, 9)
+    if kind == "offset":
+        return draw(numbers), None
+    if kind == "offsets":
+        return np.asarray([draw(numbers) for _ in range(BATCH)]), None
+    shape = (length,) if kind == "positions" else (BATCH, length)
+    flat = draw(st.lists(numbers, min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
+    return None, np.asarray(flat, np.int32).reshape(shape)
+
+
+@st.composite
+def placed_masks(draw, depth=2):
+    """Draws (mask, T, S): atoms, composites, and `.at` at any level."""
+    q_len, kv_len = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    return _mask(draw, q_len, kv_len, depth), q_len, kv_len
+
+
+def _mask(draw, q_len, kv_len, depth):
+    kind = draw(st.sampled_from(["atom", "and", "or", "not", "at"] if depth else ["atom"]))
+    if kind == "atom":
+        return _atom(draw, q_len, kv_len)
+    inside = _mask(draw, q_len, kv_len, depth - 1)
+    if kind == "not":
+        return ~inside
+    if kind == "at":
+        query_offset, query_positions = _positions(draw, q_len)
+        kv_offset, kv_positions = _positions(draw, kv_len)
+        as_given = draw(st.sampled_from([lambda x: x, lambda x: None if x is None else jnp.asarray(x)]))
+        return inside.at(
+            query_offset=as_given(query_offset),
+            query_positions=as_given(query_positions),
+            kv_offset=as_given(kv_offset),
+            kv_positions=as_given(kv_positions),
+        )
+    other = _mask(draw, q_len, kv_len, depth - 1)
+    return inside & other if kind == "and" else inside | other
+
+
+def _atom(draw, q_len, kv_len):
+    kind = draw(st.sampled_from(["full", "causal", "window", "segments", "lengths", "dense"]))
+    if kind == "full":
+        return masks.Full()
+    if kind == "causal":
+        return masks.Causal()
+    if kind == "window":
+        return masks.SlidingWindow(draw(st.integers(0, 4)), draw(st.integers(0, 4)))
+    if kind == "segments":
+        return masks.Segments(_ids(draw, q_len), _ids(draw, kv_len))
+    if kind == "lengths":
+        lengths = np.asarray([draw(st.integers(0, kv_len)) for _ in range(BATCH)], np.int32)
+        query_lengths = np.asarray([draw(st.integers(0, q_len)) for _ in range(BATCH)], np.int32)
+        return masks.Lengths(lengths, draw(st.sampled_from([None, query_lengths])))
+    shape = tuple(draw(st.sampled_from([1, size])) for size in (BATCH, HEADS, q_len, kv_len))
+    flat = draw(st.lists(st.booleans(), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
+    return masks.Dense(np.asarray(flat, bool).reshape(shape))
+
+
+def _full(visible, q_len, kv_len):
+    return np.broadcast_to(np.asarray(visible), (BATCH, HEADS, q_len, kv_len))
+
+
+@given(placed_masks())
+@settings(max_examples=150, deadline=None)
+def test_materialize_equals_the_definition(drawn):
+    mask, q_len, kv_len = drawn
+    expected = reference_mask(mask, BATCH, HEADS, q_len, kv_len)
+    np.testing.assert_array_equal(_full(mask.materialize(q_len, kv_len), q_len, kv_len), expected)
+
+
+@given(placed_masks())
+@settings(max_examples=100, deadline=None)
+def test_canonical_conjunction_equals_the_mask(drawn):
+    mask, q_len, kv_len = drawn
+    conjuncts = mask.canonical()
+    assert len(conjuncts) == len(mask.form.atoms)
+    product = np.ones((BATCH, HEADS, q_len, kv_len), bool)
+    for conjunct in conjuncts:
+        product &= _full(conjunct.materialize(q_len, kv_len), q_len, kv_len)
+    np.testing.assert_array_equal(product, reference_mask(mask, BATCH, HEADS, q_len, kv_len))
+
+
+@given(placed_masks())
+@settings(max_examples=100, deadline=None)
+def test_form_never_denies_empty_rows_or_hidden_slots_that_exist(drawn):
+    mask, q_len, kv_len = drawn
+    visible = reference_mask(mask, BATCH, HEADS, q_len, kv_len)
+    if not visible.any(axis=3).all():
+        assert mask.form.may_have_empty_rows(q_len, kv_len)
+    if not visible.any(axis=2).all():
+        assert mask.form.may_hide_slots(q_len, kv_len)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), placed_masks(depth=1))
+@settings(max_examples=100, deadline=None)
+def test_block_map_is_exact_for_static_masks(q_len, kv_len, block_q, block_kv, drawn):
+    mask = drawn[0]
+    form = mask.form
+    if not all(atom.is_static for atom in form.atoms) or masks.PositionKind.STATIC in form.position_kinds:
+        mask = masks.SlidingWindow(block_q, block_kv).at(query_offset=2)
+    visible = reference_mask(mask, 1, 1, q_len, kv_len)[0, 0]
+    found = mask.block_map(q_len, kv_len, block_q, block_kv)
+    for i in range(found.shape[0]):
+        for j in range(found.shape[1]):
+            block = visible[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
+            wanted = (
+                masks.BlockKind.FULL
+                if block.all()
+                else masks.BlockKind.PARTIAL
+                if block.any()
+                else masks.BlockKind.EMPTY
+            )
+            assert found[i, j] == wanted
+
+
+def test_block_map_of_a_dynamic_part_is_never_full():
+    mask = masks.Causal() & masks.Segments(jnp.zeros((1, 8), jnp.int32))
+    assert (mask.block_map(8, 8, 4, 4) == [[masks.BlockKind.PARTIAL, masks.BlockKind.EMPTY], [1, 1]]).all()
+
+
+def test_numpy_in_numpy_out():
+    mask = masks.Causal() & masks.Segments(np.zeros((1, 4), np.int32)) & masks.Lengths(np.array([3]))
+    assert isinstance(mask.materialize(4, 4), np.ndarray)
+
+
+def test_innermost_at_wins():
+    inner = masks.Causal().at(query_offset=1)
+    outer = inner.at(query_offset=5, kv_offset=0)
+    np.testing.assert_array_equal(outer.materialize(2, 4), inner.materialize(2, 4))
+
+
+def test_at_does_not_move_indexed_masks():
+    mask = masks.Lengths(np.array([2]))
+    np.testing.assert_array_equal(mask.at(kv_offset=7).materialize(3, 3), mask.materialize(3, 3))
+    assert mask.at(kv_offset=7).form == mask.form
+
+
+def test_at_refuses_two_ways_of_saying_where():
+    with pytest.raises(ValueError, match="both query_offset and query_positions"):
+        masks.Causal().at(query_offset=1, query_positions=np.arange(3))
+
+
+@pytest.mark.parametrize("bad", [1.5, np.ones(3), "x", np.zeros((2, 2), int)])
+def test_at_refuses_offsets_that_are_not_integers(bad):
+    with pytest.raises(ValueError, match="query_offset must be integers"):
+        masks.Causal().at(query_offset=bad)
+
+
+@pytest.mark.parametrize("bad", [-1, 1.0, True, 2**31])
+def test_window_refuses_bounds_that_mean_nothing(bad):
+    with pytest.raises(ValueError, match="left must be an integer"):
+        masks.SlidingWindow(bad)
+
+
+def test_dense_refuses_numbers():
+    with pytest.raises(ValueError, match="visible must be boolean"):
+        masks.Dense(np.ones((2, 2)))
+
+
+def test_segments_refuse_floats():
+    with pytest.raises(ValueError, match="query_ids must be integers"):
+        masks.Segments(np.ones((1, 4)))
+
+
+def test_composing_with_an_array_says_to_use_dense():
+    with pytest.raises(ValueError, match=r"masks\.Dense"):
+        masks.Causal() & np.ones((4, 4), bool)
+
+
+def test_double_negation_is_the_mask_itself():
+    mask = masks.Causal()
+    assert ~~mask is mask
+
+
+def test_masks_without_arrays_are_hashable_and_equal_by_value():
+    assert hash(masks.SlidingWindow(3) & masks.Causal()) == hash(masks.SlidingWindow(3) & masks.Causal())
+    assert masks.Causal().at(query_offset=2) == masks.Causal().at(query_offset=2)
+
+
+def test_masks_with_arrays_are_not_hashable():
+    with pytest.raises(TypeError):
+        hash(masks.Causal() & masks.Lengths(np.array([3])))
+
+
+def test_masks_are_pytrees_whose_arrays_are_leaves():
+    ids = jnp.zeros((2, 4), jnp.int32)
+    mask = (masks.Causal().at(query_offset=jnp.int32(3)) & masks.Segments(ids)) | masks.SlidingWindow(2)
+    leaves, structure = jax.tree.flatten(mask)
+    assert len(leaves) == 2
+    rebuilt = jax.tree.unflatten(structure, leaves)
+    assert rebuilt.form == mask.form
+
+
+def test_unflatten_does_not_validate():
+    mask = masks.Segments(jnp.zeros((2, 4), jnp.int32)) & masks.SlidingWindow(2)
+    assert jax.tree.map(lambda leaf: None, mask) is not None
+    axes = jax.tree.map(lambda leaf: 0, mask)
+    rows = jax.vmap(lambda m: m.materialize(4, 4)[0, 0], in_axes=(axes,))(mask)
+    np.testing.assert_array_equal(rows, mask.materialize(4, 4)[:, 0])
+
+
+def test_equal_masks_share_one_trace():
+    traces = []
+
+    @jax.jit
+    def visible(mask):
+        traces.append(mask.form)
+        return mask.materialize(4, 4)
+
+    for offset in (1, 2):
+        visible(masks.Causal().at(query_offset=jnp.int32(offset)))
+    visible(masks.SlidingWindow(2))
+    visible(masks.SlidingWindow(2))
+    assert len(traces) == 2
+
+
+def test_repr_can_be_pasted_back():
+    mask = ~(masks.Causal().at(query_offset=3) & masks.SlidingWindow(4, 1)) | masks.Full()
+    pasted = eval(repr(mask), {name: getattr(masks, name) for name in masks.__all__})
+    assert pasted == mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "named"),
+    [
+        (masks.Segments(np.zeros((2, 3), int)), "query_ids"),
+        (masks.Segments(np.zeros((2, 4), int)), "kv_ids=None"),
+        (masks.Segments(np.zeros((2, 4), int), np.zeros((2, 4), int)), "kv_ids"),
+        (masks.Lengths(np.array([1, 2, 3])), "kv_lengths"),
+        (masks.Lengths(np.array([1, 2]), np.array([1])), "query_lengths"),
+        (masks.Dense(np.ones((4, 4), bool)), "visible"),
+        (masks.Causal(), "query_offset"),
+        (~masks.SlidingWindow(3), "query_offset"),
+        (masks.Causal().at(query_positions=np.arange(3)), "query_positions"),
+        (masks.Causal().at(kv_positions=np.zeros((3, 5), int)), "kv_positions"),
+        (masks.Causal().at(query_offset=np.array([1, 2, 3])), "query_offset"),
+        (masks.Causal().at(query_offset=jnp.array([1, 2, 3])), "query_offset"),
+    ],
+)
+def test_masks_that_do_not_fit_say_which_argument(mask, named):
+    with pytest.raises(ValueError, match=named):
+        check_fits(mask, Extent(batch=2, q_heads=2, q_len=4, kv_len=5))

@@ -1,0 +1,140 @@
+"""Requests are values: equal, hashable, serialisable, and strict about what they are given."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernelry import Mode, Request, Target, masks
+from kernelry.errors import ArgumentError, ConfigError
+from kernelry.request import Operand
+
+MASKS = [
+    masks.Full(),
+    masks.Causal().at(query_offset=3),
+    masks.SlidingWindow(2) & masks.Lengths(np.array([1])),
+    ~masks.Causal() | masks.Full(),
+]
+requests = st.builds(
+    Request,
+    target=st.sampled_from(["cpu", "gpu:h100", "tpu:v5e:2x2"]),
+    mode=st.sampled_from(Mode),
+    batch=st.integers(0, 4),
+    q_len=st.integers(0, 4096),
+    kv_len=st.none() | st.integers(0, 4096),
+    q_heads=st.sampled_from([1, 8]),
+    kv_heads=st.sampled_from([None, 1]),
+    head_dim=st.integers(1, 256),
+    value_dim=st.none() | st.integers(1, 256),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    mask=st.sampled_from(MASKS),
+    scale=st.none() | st.floats(0.1, 2),
+    bias=st.none() | st.just((1, 1, 1, 1)),
+    soft_cap=st.none() | st.floats(1, 50),
+    sinks=st.booleans(),
+    gradients=st.none() | st.sets(st.sampled_from(["query", "key"])),
+    partial=st.booleans(),
+)
+
+
+@given(requests)
+def test_requests_survive_json(request):
+    again = Request.from_json(json.loads(json.dumps(request.to_json())))
+    assert again == request
+    assert hash(again) == hash(request)
+
+
+def test_missing_facts_follow_from_the_others():
+    request = Request(q_len=8, q_heads=4, head_dim=16)
+    assert (request.kv_len, request.kv_heads, request.value_dim, request.scale) == (8, 4, 16, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("facts", "gradients"),
+    [
+        ({}, {"query", "key", "value"}),
+        ({"sinks": True, "bias": (1, 1, 1, 1)}, {"query", "key", "value", "bias", "sinks"}),
+        ({"mode": "prefill"}, set()),
+        ({"mode": "autoregressive"}, set()),
+        ({"gradients": ["bias"]}, {"bias"}),
+    ],
+)
+def test_gradients_default_by_mode(facts, gradients):
+    assert {operand.value for operand in Request(q_len=8, **facts).gradients} == gradients
+
+
+@pytest.mark.parametrize(
+    ("facts", "complaint"),
+    [
+        ({"mode": "trian"}, "did you mean 'train'"),
+        ({"gradients": ["querry"]}, "did you mean 'query'"),
+        ({"mask": "causal"}, "mask must be a kernelry mask"),
+    ],
+)
+def test_unknown_names_are_errors_with_the_nearest(facts, complaint):
+    with pytest.raises(ArgumentError, match=complaint):
+        Request(q_len=8, **facts)
+
+
+def test_json_with_an_unknown_field_is_an_error():
+    with pytest.raises(ConfigError, match="did you mean 'q_len'"):
+        Request.from_json({"q_ln": 3})
+
+
+def test_text_shows_every_unusual_field():
+    text = str(Request(q_len=8, soft_cap=5.0, sinks=True, q_heads=4, kv_heads=2, scale=1.0, gradients={Operand.KEY}))
+    for part in ("soft_cap=5.0", "sinks=True", "K=2", "scale=1.0", "gradients=key", "mask=full"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("cpu", Target("cpu")),
+        ("cuda:h100", Target("gpu", "h100")),
+        ("gpu:NVIDIA H100 80GB HBM3", Target("gpu", "h100")),
+        ("tpu:TPU v5 lite", Target("tpu", "v5e")),
+        ("tpu:v5e:2x2", Target("tpu", "v5e", "2x2")),
+        ("tpu:TPU v4", Target("tpu", "v4")),
+    ],
+)
+def test_targets_are_read_with_aliases(text, target):
+    assert Target.parse(text) == target
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu:a100", "tpu:v6e", "tpu:v5p:2x2x1"])
+def test_targets_print_as_they_are_read(target):
+    assert str(Target.parse(target)) == target
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "generation"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100", 80),
+        ("NVIDIA H200", "h200", 90),
+        ("NVIDIA B200", "b200", 100),
+        ("NVIDIA L40S", "l40s", 89),
+        ("Tesla V100-SXM2-16GB", "v100", 70),
+        ("Tesla T4", "t4", 75),
+        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090", None),
+    ],
+)
+def test_gpus_are_recognised_by_jaxs_names(kind, name, generation):
+    target = Target.of_device("gpu", kind)
+    assert (target.kind, target.generation) == (name, generation)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x")],
+)
+def test_tpus_are_recognised_by_jaxs_names(kind, name):
+    assert Target.of_device("tpu", kind).kind == name
+
+
+@pytest.mark.parametrize(("text", "near"), [("gpux", "'gpu'"), ("gpu:h10", "'h100'"), ("tpu:v5x", "'v5")])
+def test_unknown_targets_name_the_nearest(text, near):
+    with pytest.raises(ConfigError, match=near):
+        Target.parse(text)
