@@ -127,6 +127,7 @@ class Resolution:
       candidates: every kernel considered, in order of preference.
       rule: what decided the order, with its source.
       excluded: installed kernels that the deciding rule did not let in.
+      forced: whether a name was asked for, so that no other kernel may take its place.
     """
 
     request: Request
@@ -134,6 +135,7 @@ class Resolution:
     candidates: tuple[Candidate, ...]
     rule: str
     excluded: tuple[str, ...] = ()
+    forced: bool = False
 
     @property
     def kernel(self) -> str | None:
@@ -201,13 +203,14 @@ class Resolution:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain data: request, plan, candidates, rule, excluded."""
+        """Returns plain data: request, plan, candidates, rule, excluded, forced."""
         return {
             "request": self.request.to_json(),
             "plan": None if self.plan is None else self.plan.to_json(),
             "candidates": [candidate.to_json() for candidate in self.candidates],
             "rule": self.rule,
             "excluded": list(self.excluded),
+            "forced": self.forced,
         }
 
 

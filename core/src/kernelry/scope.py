@@ -43,14 +43,14 @@ class Recorder:
 
 
 _NO_SCOPE = Scope()
-_scope: Any = jax.make_user_context(_NO_SCOPE)  # type: ignore[no-untyped-call]
+_scope: Any = jax.make_user_context(None)  # type: ignore[no-untyped-call]
 _recorders: Any = jax.make_user_context(())  # type: ignore[no-untyped-call]
 
 
 def current_scope() -> Scope:
     """Returns what the surrounding `use` scopes say."""
-    scope: Scope = _scope.value
-    return scope
+    scope: Scope | None = _scope.value
+    return _NO_SCOPE if scope is None else scope
 
 
 def current_recorders() -> tuple[Recorder, ...]:

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernelry import masks
 from kernelry.masks.base import And, At, Mask, Not, Or
@@ -20,9 +21,9 @@ from kernelry.masks.base import And, At, Mask, Not, Or
 class Reference:
     """The float64 result: out [B, T, N, D], lse [B, N, T], max_logits [B, N]."""
 
-    out: np.ndarray
-    lse: np.ndarray
-    max_logits: np.ndarray
+    out: NDArray[Any]
+    lse: NDArray[Any]
+    max_logits: NDArray[Any]
 
 
 def reference_attention(
@@ -67,23 +68,24 @@ def reference_attention(
 
 
 def _without_hidden(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, groups: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], visible: NDArray[Any], groups: int
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """A slot that no row sees takes no part, whatever it holds."""
-    seen = visible.any(axis=2).reshape(k.shape[0], k.shape[2], groups, k.shape[1]).any(axis=2)
-    seen = seen.swapaxes(1, 2)[..., None]
-    sees = visible.any(axis=3).swapaxes(1, 2)[..., None]
+    by_group = np.any(visible, axis=2).reshape(k.shape[0], k.shape[2], groups, k.shape[1])
+    seen = np.any(by_group, axis=2)
+    seen = np.moveaxis(seen, 1, 2)[..., None]
+    sees = np.moveaxis(np.any(visible, axis=3), 1, 2)[..., None]
     return np.where(sees, q, 0), np.where(seen, k, 0), np.where(seen, v, 0)
 
 
-def reference_mask(mask: Mask, batch: int, q_heads: int, q_len: int, kv_len: int) -> np.ndarray:
+def reference_mask(mask: Mask, batch: int, q_heads: int, q_len: int, kv_len: int) -> NDArray[Any]:
     """Evaluates a mask from its definition: booleans [B, N, T, S]."""
     sides = np.arange(q_len)[None, :], np.arange(kv_len)[None, :]
     full = (batch, q_heads, q_len, kv_len)
     return np.broadcast_to(_evaluate(mask, *sides, full), full)
 
 
-def _evaluate(mask: Mask, query: np.ndarray, kv: np.ndarray, full: tuple[int, int, int, int]) -> np.ndarray:
+def _evaluate(mask: Mask, query: NDArray[Any], kv: NDArray[Any], full: tuple[int, int, int, int]) -> Any:
     """Positions [rows, T] and [rows, S] are known here; an inner `.at` replaces them."""
     match mask:
         case And(parts=parts):
@@ -99,7 +101,7 @@ def _evaluate(mask: Mask, query: np.ndarray, kv: np.ndarray, full: tuple[int, in
     return _atom(mask, query[:, None, :, None], kv[:, None, None, :], full)
 
 
-def _positions(where: Any, length: int) -> np.ndarray:
+def _positions(where: Any, length: int) -> NDArray[Any]:
     form = where.form
     if form.kind is masks.PositionKind.TRACED:
         value = np.asarray(where.value)
@@ -110,7 +112,7 @@ def _positions(where: Any, length: int) -> np.ndarray:
     return np.asarray(positions)
 
 
-def _atom(mask: Mask, p_q: np.ndarray, p_k: np.ndarray, full: tuple[int, int, int, int]) -> np.ndarray:
+def _atom(mask: Mask, p_q: NDArray[Any], p_k: NDArray[Any], full: tuple[int, int, int, int]) -> Any:
     slots_q, slots_k = np.arange(full[2])[None, None, :, None], np.arange(full[3])[None, None, None, :]
     match mask:
         case masks.Full():

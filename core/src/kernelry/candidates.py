@@ -1,0 +1,94 @@
+"""Asks one kernel whether it can serve a request, with adapters where they help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernelry.adapters import ADAPTERS
+from kernelry.environment import Environment, Knowledge
+from kernelry.errors import ConfigError
+from kernelry.kernel import KernelSpec, Tiling, no_refusals
+from kernelry.policy import Policy
+from kernelry.refusal import Refusal, RefusalCode
+from kernelry.registry import InstalledKernel
+from kernelry.request import Request
+from kernelry.resolution import Candidate, Step
+
+
+def consider(
+    installed: InstalledKernel,
+    request: Request,
+    policy: Policy,
+    environment: Environment,
+    overrides: tuple[tuple[str, int], ...],
+) -> tuple[Candidate, Tiling]:
+    """Returns a kernel's answer, and the tiling it would run with.
+
+    Args:
+      installed: the kernel.
+      request: what is asked.
+      policy: may forbid adapters.
+      environment: vendor facts, looked at or assumed.
+      overrides: tunables set by a rule or a scope.
+    """
+    spec = installed.spec
+    steps, refusals = _adapt(spec, request, policy, environment)
+    tiling = Tiling()
+    if not refusals:
+        tiling, refusals = _tile(spec, steps[-1].after if steps else request, overrides)
+    unsure = spec.refusals is not no_refusals and environment.knowledge is not Knowledge.PROBED and not refusals
+    notes = (f"vendor: {environment.knowledge.value}",) if unsure else ()
+    return Candidate(spec.name, installed.distribution, refusals, steps, notes), tiling
+
+
+def _tile(
+    spec: KernelSpec, request: Request, overrides: tuple[tuple[str, int], ...]
+) -> tuple[Tiling, tuple[Refusal, ...]]:
+    try:
+        tilings = spec.tilings(request)
+        return tilings[0].replace(dict(overrides), spec.name), ()
+    except ConfigError as error:
+        return Tiling(), (Refusal(RefusalCode.TILING, str(error)),)
+    except Exception as error:
+        return Tiling(), (Refusal(RefusalCode.FAULT, f"its tilings raised {error!r}"),)
+
+
+def _adapt(
+    spec: KernelSpec, request: Request, policy: Policy, environment: Environment
+) -> tuple[tuple[Step, ...], tuple[Refusal, ...]]:
+    """Applies adapters while they cure refusals; each at most once, in their fixed order."""
+    steps: list[Step] = []
+    current = request
+    refusals = _refusals(spec, current, environment)
+    while refusals:
+        step = next(_cures(spec, current, refusals, steps, policy), None)
+        if step is None:
+            return tuple(steps), refusals
+        steps.append(step)
+        current = step.after
+        refusals = _refusals(spec, current, environment)
+    return tuple(steps), ()
+
+
+def _cures(
+    spec: KernelSpec, request: Request, refusals: tuple[Refusal, ...], steps: list[Step], policy: Policy
+) -> Iterator[Step]:
+    codes = {refusal.code for refusal in refusals}
+    used = {step.adapter.name for step in steps}
+    for adapter in ADAPTERS:
+        if adapter.name in used or adapter.name in policy.forbidden_adapters or not adapter.cures & codes:
+            continue
+        after = adapter.rewrite(request, spec.capabilities)
+        if after is not None:
+            yield Step(adapter, request, after)
+
+
+def _refusals(spec: KernelSpec, request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    """The capabilities' refusals; where there are none, the kernel's own."""
+    declared = spec.capabilities.refusals(request)
+    if declared:
+        return declared
+    try:
+        return tuple(spec.refusals(request, environment))
+    except Exception as error:
+        return (Refusal(RefusalCode.FAULT, f"its refusals raised {error!r}", "report it to the kernel's authors"),)

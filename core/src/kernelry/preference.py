@@ -1,0 +1,107 @@
+"""Orders the kernels for a request: by name asked, by rule, or automatically."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import final
+
+from kernelry import registry
+from kernelry.measurements import Measurements
+from kernelry.policy import AUTO, Policy, Rule
+from kernelry.registry import InstalledKernel
+from kernelry.request import Request
+from kernelry.scope import Scope
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """A request with everything that may decide the order of kernels."""
+
+    request: Request
+    kernel: str
+    scope: Scope
+    policy: Policy
+    pool: Mapping[str, InstalledKernel]
+    measurements: Measurements
+
+    @property
+    def forced(self) -> tuple[str, str] | None:
+        """The kernel that must run and who says so; None where a choice is left."""
+        if self.kernel != AUTO:
+            return self.kernel, f"kernel={self.kernel!r} was asked for"
+        if self.scope.kernel is not None:
+            return self.scope.kernel, f"use({self.scope.kernel!r}) is in force"
+        if self.policy.kernel is not None:
+            return self.policy.kernel, f"KERNELRY_KERNEL={self.policy.kernel}"
+        return None
+
+    @property
+    def preference(self) -> Preference:
+        """The kernels to try, in order."""
+        if self.forced is not None:
+            name, why = self.forced
+            self._check_contested(name)
+            others = tuple(other for other in sorted(self.pool) if other != name)
+            return Preference((name,), why, others, self.scope.tiling)
+        for rule in self.policy.rules:
+            if rule.when.matches(self.request):
+                return self._by_rule(rule)
+        names, why = self._automatic()
+        return Preference(names, why, (), self.scope.tiling)
+
+    def _check_contested(self, name: str) -> None:
+        if name not in self.pool:
+            registry.installed().check_name(name)
+
+    def _by_rule(self, rule: Rule) -> Preference:
+        for name in rule.names:
+            self._check_contested(name)
+        rest = tuple(name for name in self._automatic()[0] if name not in rule.names)
+        tiling = tuple(sorted({**dict(rule.tiling), **dict(self.scope.tiling)}.items()))
+        if rule.is_exhaustive:
+            return Preference(rule.names, str(rule), rest, tiling)
+        return Preference((*rule.names, *rest), str(rule), (), tiling)
+
+    def _automatic(self) -> tuple[tuple[str, ...], str]:
+        """Orders all kernels: by measured time, then by votes, then by the shipped policy, then by name."""
+        measured = [name for name in self.measurements.fastest(self.request) if name in self.pool]
+        votes = _votes(self.request, tuple(sorted(self.pool)))
+        default = next((rule for rule in self.policy.defaults if rule.when.matches(self.request)), None)
+        preferred = default.names if default else ()
+
+        def rank(name: str) -> tuple[int, int, int, str]:
+            return _place(name, measured), -votes.get(name, 0), _place(name, preferred), name
+
+        why = "measurements of this device" if measured else "votes of plugins" if votes else str(default or "by name")
+        return tuple(sorted(self.pool, key=rank)), why
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preference:
+    """The names to try in order, what decided that, what it left out, and the tunables it sets."""
+
+    names: tuple[str, ...]
+    rule: str
+    excluded: tuple[str, ...] = ()
+    tiling: tuple[tuple[str, int], ...] = ()
+
+
+def _place(name: str, names: Sequence[str]) -> int:
+    return names.index(name) if name in names else len(names)
+
+
+def _votes(request: Request, candidates: tuple[str, ...]) -> dict[str, int]:
+    points: dict[str, int] = {}
+    for plugin, ask in sorted(registry.installed().rankers.items()):
+        try:
+            vote = ask(request=request, candidates=candidates)
+        except Exception as error:
+            warnings.warn(f"kernelry plugin {plugin}: kernelry_rank raised {error!r}; its vote is lost", stacklevel=2)
+            continue
+        for place, name in enumerate(vote or ()):
+            points[name] = points.get(name, 0) + len(candidates) - place
+    return points
