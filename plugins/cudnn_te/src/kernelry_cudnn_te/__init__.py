@@ -1,0 +1,3 @@
+"""cuDNN attention for NVIDIA GPUs."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+"""JAX's Pallas Triton attention for NVIDIA GPUs."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,88 @@
+"""Flash attention written in Pallas for Triton.
+
+Source: jax.experimental.pallas.ops.gpu.attention.mha, jax 0.10 … 0.12 (deprecated in 0.12).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, final
+
+import jax
+from jaxtyping import Array, Float
+
+from kernelry.errors import ConfigError
+from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
+from kernelry_gpu_pallas import _vendor
+
+_SCOPE = "kernelry.pallas_mha"
+_LN_2 = math.log(2.0)
+"""The vendor's logsumexp is to base 2."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class PallasMhaKernel(Kernel):
+    """JAX's Pallas Triton `mha`. Without statistics, the vendor's own derivative is kept."""
+
+    def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
+        with jax.named_scope(_SCOPE):
+            result = _vendor.mha(
+                inputs.query,
+                inputs.key,
+                inputs.value,
+                segment_ids=None,
+                return_residuals=statistics,
+                **_options(request, tiling),
+            )
+            if not statistics:
+                return Partial(result, dtype=request.dtype)
+            out, lse = result
+            return Partial(out, lse=lse * _LN_2, dtype=request.dtype)
+
+    def backward(
+        self,
+        inputs: Inputs,
+        request: Request,
+        tiling: Tiling,
+        out: Float[Array, "B T N D"],
+        lse: Float[Array, "B N T"],
+        d_out: Float[Array, "B T N D"],
+        d_lse: Float[Array, "B N T"] | None,
+    ) -> Gradients:
+        residuals = (inputs.query, inputs.key, inputs.value, None, out, lse / _LN_2)
+        with jax.named_scope(_SCOPE):
+            d_query, d_key, d_value, _ = _vendor.mha_backward(
+                backward_pass_impl="triton",
+                num_warps=None,
+                num_stages=2,
+                grid=None,
+                debug=False,
+                return_residuals=False,
+                res=residuals,
+                do=d_out.astype(inputs.query.dtype),
+                **_options(request, tiling),
+            )
+            return Gradients(d_query, d_key, d_value)
+
+
+def _options(request: Request, tiling: Tiling) -> dict[str, Any]:
+    return {
+        "sm_scale": request.scale,
+        "causal": bool(request.mask.atoms),
+        "block_sizes": _block_sizes(request, tiling),
+        "interpret": request.interpret and request.target.platform == "cpu",
+    }
+
+
+def _block_sizes(request: Request, tiling: Tiling) -> _vendor.BlockSizes:
+    """Checks what the vendor does not: its backward leaves out the rest of an uneven division."""
+    for name, block in tiling.values:
+        if request.q_len % block:
+            raise ConfigError(f"tiling: {name}={block} of pallas_mha does not divide q_len={request.q_len}")
+    if tiling["block_q_dq"] != tiling["block_kv_dkv"]:
+        raise ConfigError(
+            f"tiling: block_q_dq={tiling['block_q_dq']} of pallas_mha must equal block_kv_dkv={tiling['block_kv_dkv']}"
+        )
+    return _vendor.BlockSizes(**dict(tiling.values))

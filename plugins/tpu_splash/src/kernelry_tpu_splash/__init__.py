@@ -1,0 +1,3 @@
+"""JAX's splash attention for TPUs."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,104 @@
+"""What this plugin registers: `splash`, JAX's splash attention for TPUs."""
+
+from __future__ import annotations
+
+from kernelry.plugin import (
+    AtomKind,
+    Capabilities,
+    Dims,
+    Environment,
+    Feature,
+    Gradient,
+    KernelSpec,
+    Mode,
+    Operand,
+    PositionKind,
+    Refusal,
+    RefusalCode,
+    Request,
+    Statistic,
+    Tiling,
+    Tolerance,
+    hookimpl,
+)
+
+contract = (1, 1)
+
+_LANES = 128
+"""Elements; the width of a TPU vector register, of which every splash block is a multiple."""
+
+_BLOCKS = (512, 1024, 256, 128)
+"""Elements; the block sizes of the search space. The default, 512, is MaxText's (sa_block_q and its
+siblings); 2048 runs out of vector memory on v5e."""
+
+_BLOCK_NAMES_Q = ("block_q", "block_q_dkv", "block_q_dq")
+_BLOCK_NAMES_KV = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+
+
+def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    lengths = (("q_len", request.q_len, "block_q"), ("kv_len", request.kv_len, "block_kv"))
+    return tuple(_uneven(*length) for length in lengths if length[1] % _LANES)
+
+
+def _uneven(name: str, length: int, block: str) -> Refusal:
+    return Refusal(
+        RefusalCode.SEQUENCE_LENGTH,
+        f"{name}={length} is not a multiple of {_LANES}, the smallest {block}",
+        f"pad to {-(-length // _LANES) * _LANES}",
+    )
+
+
+def _tilings(request: Request) -> tuple[Tiling, ...]:
+    return tuple(dict.fromkeys(_tiling(request, block) for block in _BLOCKS))
+
+
+def _tiling(request: Request, block: int) -> Tiling:
+    block_q, block_kv = _largest_divisor(request.q_len, block), _largest_divisor(request.kv_len, block)
+    return Tiling.of(**dict.fromkeys(_BLOCK_NAMES_Q, block_q), **dict.fromkeys(_BLOCK_NAMES_KV, block_kv))
+
+
+def _largest_divisor(length: int, block: int) -> int:
+    """The largest multiple of 128, at most `block`, that divides the length."""
+    return next(size for size in range(block, 0, -_LANES) if length % size == 0)
+
+
+def _signature(request: Request) -> tuple[str, ...]:
+    interpreted = request.interpret and request.target.platform == "cpu"
+    return ("kernelry.splash",) if interpreted else ("tpu_custom_call", "kernelry.splash")
+
+
+SPLASH = KernelSpec(
+    name="splash",
+    capabilities=Capabilities(
+        platforms=frozenset({"tpu"}),
+        interpret=True,
+        modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
+        dtypes=frozenset({"float32", "bfloat16"}),
+        head_dims=Dims(maximum=256),
+        split_head_dim=True,
+        grouped_heads=True,
+        unequal_lengths=True,
+        atoms=frozenset({AtomKind.CAUSAL, AtomKind.WINDOW}),
+        positions=frozenset({PositionKind.OFFSET}),
+        features=frozenset({Feature.SCALE, Feature.SOFT_CAP}),
+        statistics=frozenset({Statistic.LSE}),
+        normalizations=frozenset({"softmax"}),
+        gradient=Gradient.BACKWARD,
+        gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
+        tolerances=(
+            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
+            Tolerance("bfloat16", 1e-2, 4e-2, "scaled queries, output and gradients are rounded to 8 bits of mantissa"),
+        ),
+    ),
+    load="kernelry_tpu_splash.splash:SplashKernel",
+    refusals=_refusals,
+    tilings=_tilings,
+    signature=_signature,
+    summary="JAX's splash attention for TPUs; skips hidden blocks; lengths in multiples of 128",
+)
+
+
+@hookimpl
+def kernelry_kernels() -> list[KernelSpec]:
+    """The kernels of this plugin."""
+    return [SPLASH]

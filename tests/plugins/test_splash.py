@@ -1,0 +1,258 @@
+"""splash in interpret mode against dot_product; lowered for TPU; and what it refuses.
+
+Interpret mode proves numbers, lowering proves that the program holds the kernel: nothing here runs
+on a TPU.
+"""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+import kernelry
+from kernelry import masks, testing
+from kernelry.attend import Part, attend
+from kernelry.errors import ConfigError, KernelRefusedError
+from kernelry.kernel import Inputs
+from kernelry.request import Request
+from kernelry_tpu_splash.plugin import SPLASH
+from kernelry_tpu_splash.splash import vendor_mask
+
+# Without it, one block would hold the whole test and no block would be skipped or joined.
+SMALL = dict.fromkeys(
+    (
+        "block_q",
+        "block_q_dkv",
+        "block_q_dq",
+        "block_kv",
+        "block_kv_compute",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+        "block_kv_dq",
+    ),
+    128,
+)
+MASKS = {
+    "full": masks.Full(),
+    "causal": masks.Causal(),
+    "window": masks.SlidingWindow(40),
+    "window_both_sides": masks.SlidingWindow(40, 30),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_agree_with_dense(name, make_arrays, check_against_dense):
+    check_against_dense("splash", make_arrays(), mask=MASKS[name], tiling=SMALL)
+
+
+def test_window_wider_than_the_keys_is_full(make_arrays, check_against_dense):
+    check_against_dense("splash", make_arrays(128), mask=masks.SlidingWindow(4000, 3000))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(128, 256), (256, 128)])
+def test_unequal_lengths_agree_with_dense(q_len, kv_len, make_arrays, check_against_dense):
+    check_against_dense("splash", make_arrays(q_len, kv_len), tiling=SMALL)
+
+
+def test_query_offset_places_a_chunk_of_queries(make_arrays, check_against_dense):
+    mask = masks.Causal().at(query_offset=128)
+    check_against_dense("splash", make_arrays(128, 256), mask=mask, tiling=SMALL)
+
+
+def test_kv_offset_counts_against_the_query_offset(make_arrays, check_against_dense):
+    mask = masks.SlidingWindow(300, 20).at(query_offset=200, kv_offset=72)
+    check_against_dense("splash", make_arrays(128, 256), mask=mask, tiling=SMALL)
+
+
+def test_soft_cap_and_scale_agree_with_dense(make_arrays, check_against_dense):
+    check_against_dense("splash", make_arrays(), mask=masks.Causal(), soft_cap=2.0, scale=0.3, tiling=SMALL)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(32, 48), (80, 24)])
+def test_split_head_dims_agree_with_dense(head_dim, value_dim, make_arrays, check_against_dense):
+    arrays = make_arrays(128, head_dim=head_dim, value_dim=value_dim)
+    check_against_dense("splash", arrays, mask=masks.Causal())
+
+
+def test_grouped_heads_need_no_adapter(make_arrays, check_against_dense):
+    arrays = make_arrays(128, heads=4, kv_heads=2, batch=2)
+    plan = check_against_dense("splash", arrays, mask=masks.Causal())
+    assert plan.steps == ()
+
+
+def test_bfloat16_stays_within_its_tolerance(make_arrays, check_against_dense):
+    arrays = make_arrays(128, dtype="bfloat16", head_dim=80)
+    check_against_dense("splash", arrays, mask=masks.Causal(), forward=1e-2, gradient=4e-2)
+
+
+def test_sinks_have_gradients_through_the_statistics(make_arrays, check_against_dense):
+    sinks = jnp.asarray([-1.0, 2.0])
+    check_against_dense("splash", make_arrays(), sinks=sinks, mask=masks.SlidingWindow(40), tiling=SMALL)
+
+
+def test_sinks_with_soft_cap_and_scale_have_gradients(make_arrays, check_against_dense):
+    sinks = jnp.asarray([0.0, 1.0])
+    check_against_dense("splash", make_arrays(128), sinks=sinks, mask=masks.Causal(), soft_cap=2.0, scale=0.3)
+
+
+def test_partial_holds_a_natural_lse(make_arrays):
+    query, key, value, _ = make_arrays()
+    options = {"mask": masks.Causal(), "mode": "prefill", "return_partial": True}
+    with testing.interpret(), kernelry.use(tiling=SMALL):
+        found = kernelry.attention(query, key, value, kernel="splash", **options)
+    wanted = kernelry.attention(query, key, value, kernel="dot_product", **options)
+    assert found.lse.dtype == jnp.float32
+    np.testing.assert_allclose(found.lse, wanted.lse, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(found.out, wanted.out, rtol=2e-6, atol=2e-6)
+
+
+def _part(query, key, value, mask):
+    request = Request(
+        target="cpu",
+        q_len=query.shape[1],
+        kv_len=key.shape[1],
+        q_heads=query.shape[2],
+        kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        mask=mask,
+        interpret=True,
+    )
+    return Part(SPLASH, request, SPLASH.tilings(request)[0]), Inputs(query, key, value)
+
+
+def _in_two_parts(query, key, value, sinks):
+    """Causal attention whose second half of the keys hides from the first half of the queries."""
+    first = _part(query, key[:, :128], value[:, :128], masks.Causal().at(query_offset=0))
+    second = _part(query, key[:, 128:], value[:, 128:], masks.Causal().at(kv_offset=128))
+    return attend((first[0], second[0]), (first[1], second[1]), sinks=sinks, statistics=False).out
+
+
+def test_two_parts_merge_to_the_whole(make_arrays):
+    query, key, value, d_out = make_arrays()
+    sinks = jnp.asarray([-1.0, 2.0])
+
+    def whole(query, key, value, sinks):
+        return kernelry.attention(query, key, value, sinks=sinks, mask=masks.Causal(), kernel="dot_product")
+
+    def run(function):
+        out, pull = jax.vjp(function, query, key, value, sinks)
+        return out, pull(d_out)
+
+    found, wanted = run(jax.jit(_in_two_parts)), run(jax.jit(whole))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=5e-6, atol=5e-6)
+    for mine, right in zip(found[1], wanted[1], strict=True):
+        np.testing.assert_allclose(mine, right, rtol=2e-5, atol=2e-5)
+
+
+def test_rows_that_see_nothing_are_the_identity_of_merge(make_arrays):
+    query, key, value, _ = make_arrays(256, 128)
+    part, inputs = _part(query, key, value, masks.Causal().at(kv_offset=130))
+    partial = jax.jit(lambda inputs: part.forward(inputs, statistics=True))(inputs)
+    np.testing.assert_array_equal(partial.lse[..., :130], -np.inf)
+    np.testing.assert_array_equal(partial.out[:, :130], 0.0)
+    assert np.isfinite(partial.lse[..., 130:]).all()
+
+
+def test_infinite_lse_contributes_no_gradient(make_arrays):
+    query, key, value, d_out = make_arrays(128)
+    part, inputs = _part(query, key, value, masks.Causal())
+    lse = jnp.full((1, 2, 128), jnp.inf)
+    body = part.kernel.body()
+    shares = body.backward(inputs, part.request, part.tiling, d_out, lse, d_out, None)
+    for share in (shares.query, shares.key, shares.value):
+        np.testing.assert_array_equal(share, 0.0)
+
+
+def test_conjunction_of_bands_becomes_one_vendor_mask():
+    mask = masks.Causal() & masks.SlidingWindow(20, 10).at(query_offset=16)
+    found = vendor_mask(mask.form, 32, 32)[:, :]
+    np.testing.assert_array_equal(found, np.asarray(mask.materialize(32, 32)).reshape(32, 32))
+
+
+def _refusal(arrays, **options):
+    with testing.interpret(), pytest.raises(KernelRefusedError) as caught:
+        kernelry.attention(*arrays[:3], kernel="splash", **options)
+    return str(caught.value)
+
+
+def test_uneven_query_length_is_refused_with_its_values(make_arrays):
+    text = _refusal(make_arrays(200, 256))
+    assert "q_len=200 is not a multiple of 128, the smallest block_q; pad to 256" in text
+
+
+def test_uneven_key_length_is_refused_with_its_values(make_arrays):
+    text = _refusal(make_arrays(128, 130))
+    assert "kv_len=130 is not a multiple of 128, the smallest block_kv; pad to 256" in text
+
+
+def test_float16_is_refused(make_arrays):
+    assert "dtype=float16 is not bfloat16 or float32" in _refusal(make_arrays(128, dtype="float16"))
+
+
+def test_decode_is_refused(make_arrays):
+    assert "mode=decode is not prefill or train" in _refusal(make_arrays(128), mode="decode")
+
+
+def test_segments_are_refused(make_arrays):
+    mask = masks.Causal() & masks.Segments(np.zeros(128, np.int32))
+    assert "mask atom segments is not causal or window" in _refusal(make_arrays(128), mask=mask)
+
+
+def test_gradient_through_lse_is_refused(make_arrays):
+    assert "no gradient through the lse of a Partial" in _refusal(make_arrays(128), return_partial=True)
+
+
+def test_default_blocks_divide_the_lengths():
+    tilings = SPLASH.tilings(Request(q_len=768, kv_len=4096))
+    assert (tilings[0]["block_q"], tilings[0]["block_kv"]) == (384, 512)
+    assert all(768 % t["block_q"] == 0 and 4096 % t["block_kv"] == 0 for t in tilings)
+
+
+def test_blocks_that_do_not_divide_are_an_error(make_arrays):
+    arrays = make_arrays(128)
+    with testing.interpret(), kernelry.use(tiling={"block_q": 96}), pytest.raises(ConfigError, match="block_q=96"):
+        kernelry.attention(*arrays[:3], kernel="splash")
+
+
+def test_lowered_for_tpu_holds_the_kernel(make_arrays, lower):
+    def loss(query, key, value):
+        out = kernelry.attention(query, key, value, mask=masks.Causal(), kernel="splash")
+        return out.astype(jnp.float32).sum()
+
+    arrays = make_arrays(dtype="bfloat16", head_dim=128)[:3]
+    resolutions, lowered = lower(jax.grad(loss, (0, 1, 2)), arrays, "tpu:v5e")
+    resolutions[0].verify(lowered)
+    assert lowered.as_text().count("stablehlo.custom_call @tpu_custom_call") == 3
+
+
+def test_program_equals_the_direct_call(make_arrays, lower):
+    arrays = make_arrays(dtype="float32", head_dim=128)[:3]
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((256, 256))] * 2)
+    blocks = splash_attention_kernel.BlockSizes(**dict.fromkeys(SMALL, 256))
+    vendor = splash_attention_kernel.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+
+    def direct(query, key, value):
+        query, key, value = ((query * 128**-0.5).swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2))
+        return jax.vmap(vendor)(query, key, value).swapaxes(1, 2)
+
+    def ours(query, key, value):
+        return kernelry.attention(query, key, value, mask=masks.Causal(), kernel="splash")
+
+    def program(function):
+        gradient = jax.grad(lambda *arrays: function(*arrays).sum(), (0, 1, 2))
+        return lower(gradient, arrays, "tpu:v5e")[1].as_text()
+
+    assert program(ours) == program(direct)
+
+
+def test_listing_imports_no_vendor():
+    code = (
+        "import sys, kernelry_tpu_splash.plugin, kernelry_gpu_pallas.plugin, kernelry_cudnn_te.plugin\n"
+        "vendors = ('jax.experimental.pallas', 'tokamax', 'transformer_engine')\n"
+        "sys.exit([name for name in sys.modules if name.startswith(vendors)] or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
