@@ -96,8 +96,9 @@ def attention(
     batch, q_len, q_heads, head_dim = arrays.query.shape
     _, kv_len, kv_heads, value_dim = arrays.value.shape
     scope = current_scope()
+    target = scope.target or current_target()
     request = Request(
-        target=scope.target or current_target(),
+        target=target,
         mode=Mode.parse(mode),
         batch=batch,
         q_len=q_len,
@@ -119,7 +120,7 @@ def attention(
         precision=None if precision is None else jax.lax.Precision(precision).name.lower(),
         partial=return_partial,
         max_logits=return_max_logits,
-        interpret=scope.interpret,
+        interpret=scope.interpret and target.platform == "cpu",
     )
     arrays = Inputs(
         arrays.query,

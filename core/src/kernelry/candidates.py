@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernelry.adapters import ADAPTERS
-from kernelry.environment import Environment, Knowledge
+from kernelry.environment import Environment
 from kernelry.errors import ConfigError
-from kernelry.kernel import KernelSpec, Tiling, no_refusals
+from kernelry.kernel import KernelSpec, Tiling
 from kernelry.policy import Policy
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.registry import InstalledKernel
@@ -32,13 +32,13 @@ def consider(
       overrides: tunables set by a rule or a scope.
     """
     spec = installed.spec
+    environment = environment.fresh()
     steps, refusals = _adapt(spec, request, policy, environment)
     tiling = Tiling()
     if not refusals:
         tiling, refusals = _tile(spec, steps[-1].after if steps else request, overrides)
-    unsure = spec.refusals is not no_refusals and environment.knowledge is not Knowledge.PROBED and not refusals
-    notes = (f"vendor: {environment.knowledge.value}",) if unsure else ()
-    return Candidate(spec.name, installed.distribution, refusals, steps, notes), tiling
+    notes = (f"vendor: {environment.knowledge.value}",) if environment.left_open and not refusals else ()
+    return Candidate(spec.name, installed.distribution, refusals, () if refusals else steps, notes), tiling
 
 
 def _tile(

@@ -47,6 +47,7 @@ class Environment:
 
     knowledge: Knowledge = Knowledge.PROBED
     versions: tuple[tuple[str, str | None], ...] = ()
+    _unanswered: list[str] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
 
     def vendor(self, distribution: str) -> Vendor:
         """Returns what is known of an installed distribution. Imports nothing."""
@@ -54,6 +55,7 @@ class Environment:
         if distribution in stated:
             return Vendor(distribution, stated[distribution], Knowledge.PROBED)
         if self.knowledge is not Knowledge.PROBED:
+            self._unanswered.append(distribution)
             return Vendor(distribution, None, self.knowledge)
         return Vendor(distribution, _installed_version(distribution), Knowledge.PROBED)
 
@@ -65,8 +67,18 @@ class Environment:
             reason why not. It runs once per process, and only when looking is allowed.
         """
         if self.knowledge is not Knowledge.PROBED:
+            self._unanswered.append(question.__name__)
             return None
         return _answer(question)
+
+    @property
+    def left_open(self) -> bool:
+        """Whether this Environment was asked something that it did not look up."""
+        return bool(self._unanswered)
+
+    def fresh(self) -> Environment:
+        """Returns an equal Environment that was not asked anything yet."""
+        return dataclasses.replace(self)
 
     def without_probing(self) -> Environment:
         """Returns the same Environment for candidates that are not about to win."""
