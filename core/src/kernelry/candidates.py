@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernelry.adapters import ADAPTERS
+from kernelry.catalogue import InstalledKernel
 from kernelry.environment import Environment
 from kernelry.errors import ConfigError
 from kernelry.kernel import KernelSpec, Tiling
 from kernelry.policy import Policy
 from kernelry.refusal import Refusal, RefusalCode
-from kernelry.registry import InstalledKernel
 from kernelry.request import Request
 from kernelry.resolution import Candidate, Step
 

@@ -4,11 +4,12 @@ A plugin is a module named by an entry point in group `kernelry.plugins`. It sta
 was written for, `contract = (1, 1)`, and implements hooks of `kernelry.hookspecs` with `@hookimpl`.
 """
 
+from kernelry._pytree import pytree
 from kernelry.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
 from kernelry.environment import Environment, Knowledge, Vendor
 from kernelry.hookspecs import CONTRACT, hookimpl
 from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
-from kernelry.masks import Atom, AtomKind, Axis, Mask, MaskForm, PositionForm, PositionKind, Side
+from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.normalization import Normalization, with_sinks
 from kernelry.partial import Partial
 from kernelry.policy import Policy
@@ -24,6 +25,7 @@ __all__ = [
     "Capabilities",
     "Dims",
     "Environment",
+    "Extent",
     "Feature",
     "Gradient",
     "Gradients",
@@ -50,5 +52,6 @@ __all__ = [
     "Tolerance",
     "Vendor",
     "hookimpl",
+    "pytree",
     "with_sinks",
 ]

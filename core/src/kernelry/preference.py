@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import final
 
 from kernelry import registry
+from kernelry.catalogue import InstalledKernel
 from kernelry.measurements import Measurements
 from kernelry.policy import AUTO, Policy, Rule
-from kernelry.registry import InstalledKernel
 from kernelry.request import Request
 from kernelry.scope import Scope
 
@@ -102,6 +102,6 @@ def _votes(request: Request, candidates: tuple[str, ...]) -> dict[str, int]:
         except Exception as error:
             warnings.warn(f"kernelry plugin {plugin}: kernelry_rank raised {error!r}; its vote is lost", stacklevel=2)
             continue
-        for place, name in enumerate(vote or ()):
+        for place, name in enumerate(dict.fromkeys(vote or ())):
             points[name] = points.get(name, 0) + len(candidates) - place
     return points

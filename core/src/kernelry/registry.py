@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, final
+from typing import Any
 
 import importlib_metadata
 import jax
 import pluggy
 
 from kernelry import hookspecs
+from kernelry.catalogue import Fault, FaultKind, InstalledKernel, Plugin, Registry, claim_of
 from kernelry.errors import PluginError, nearest
 from kernelry.hookspecs import CONTRACT, PROJECT
 from kernelry.kernel import KernelSpec
@@ -28,111 +27,6 @@ _UNKNOWN = "unknown distribution"
 _logger = logging.getLogger("kernelry")
 
 
-@final
-class FaultKind(enum.Enum):
-    """What is wrong with a plugin."""
-
-    METADATA = "unreadable metadata"
-    IMPORT_ERROR = "import error"
-    CONTRACT = "unsupported contract"
-    UNKNOWN_HOOK = "unknown hook"
-    UNMARKED_HOOK = "unmarked hook"
-    HOOK_SIGNATURE = "wrong hook signature"
-    HOOK_RAISED = "exception in a hook"
-    WRONG_RETURN = "wrong return type"
-    DUPLICATE_PLUGIN = "two plugins with one name"
-    DUPLICATE_KERNEL = "kernel name claimed twice"
-    DUPLICATE_NAME = "mask or normalization name claimed twice"
-    UNKNOWN_IN_ALLOW_LIST = "unknown name in KERNELRY_PLUGINS"
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Fault:
-    """Something wrong with a plugin, and what to do about it."""
-
-    kind: FaultKind
-    plugin: str
-    distribution: str
-    detail: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.plugin} [{self.distribution}]: {self.kind.value}: {self.detail}; {self.fix}"
-
-    def to_json(self) -> dict[str, str]:
-        """Returns plain data."""
-        return {**dataclasses.asdict(self), "kind": self.kind.value}
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plugin:
-    """A plugin that was found."""
-
-    name: str
-    distribution: str
-    module: str
-    enabled: bool
-    kernels: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain data."""
-        return dataclasses.asdict(self)
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class InstalledKernel:
-    """A kernel and the distribution it came from."""
-
-    spec: KernelSpec
-    plugin: str
-    distribution: str
-
-    @property
-    def name(self) -> str:
-        """How users ask for it."""
-        return self.spec.name
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Registry:
-    """Everything that the installed plugins bring.
-
-    Args:
-      kernels: by name; names claimed twice are left out.
-      contested: names claimed twice, with the distributions that claim them.
-      plugins: every plugin found, enabled or not.
-      faults: what is wrong.
-      masks: mask classes of plugins, by name.
-      normalizations: by name, core's included.
-      rankers: the votes of plugins, by plugin name.
-      observers: the observers of plugins, by plugin name.
-    """
-
-    kernels: Mapping[str, InstalledKernel]
-    contested: Mapping[str, tuple[str, ...]]
-    plugins: tuple[Plugin, ...]
-    faults: tuple[Fault, ...]
-    masks: Mapping[str, type[Mask]]
-    normalizations: Mapping[str, Normalization]
-    rankers: Mapping[str, Callable[..., Any]]
-    observers: Mapping[str, Callable[..., Any]]
-
-    def check_usable(self) -> None:
-        """Raises PluginError where the allow-list names an unknown plugin."""
-        unknown = [fault for fault in self.faults if fault.kind is FaultKind.UNKNOWN_IN_ALLOW_LIST]
-        if unknown:
-            raise PluginError("; ".join(f"{fault.detail}; {fault.fix}" for fault in unknown))
-
-    def check_name(self, name: str) -> None:
-        """Raises PluginError for a contested kernel name."""
-        if name in self.contested:
-            raise PluginError("; ".join(_claim(name, self.contested[name])) + ".")
-
-
 _CORE_NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
     {"softmax": LogSumExp(), "softmax_max_sum": MaxSum()}
 )
@@ -141,40 +35,13 @@ _CORE_NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
 @functools.lru_cache(maxsize=1)
 def installed() -> Registry:
     """Returns the plugins of this process; the entry points are scanned once."""
-    points, unreadable = _scan()
+    points = importlib_metadata.entry_points(group=GROUP)
     # The first call may stand under a trace, which would leak tracers into constants of plugin modules.
     with jax.ensure_compile_time_eval():
         registry = build(points, Switches.of_process().plugins)
-    registry = dataclasses.replace(registry, faults=(*unreadable, *registry.faults))
     for fault in registry.faults:
         warnings.warn(f"kernelry plugin {fault}", stacklevel=2)
     return registry
-
-
-def _scan() -> tuple[Iterable[importlib_metadata.EntryPoint], tuple[Fault, ...]]:
-    """Finds the entry points; where one distribution's cannot be parsed, finds those of the others."""
-    try:
-        return importlib_metadata.entry_points(group=GROUP), ()
-    except Exception:
-        return _scan_one_by_one()
-
-
-def _scan_one_by_one() -> tuple[list[importlib_metadata.EntryPoint], tuple[Fault, ...]]:
-    points: list[importlib_metadata.EntryPoint] = []
-    faults: list[Fault] = []
-    seen: set[str] = set()
-    for distribution in importlib_metadata.distributions():
-        description = _described(distribution)
-        name = description.split(" ")[0]
-        if name in seen and description != _UNKNOWN:  # the first on sys.path is the one that is imported
-            continue
-        seen.add(name)
-        try:
-            points.extend(distribution.entry_points.select(group=GROUP))
-        except Exception as error:
-            detail = f"reading its entry points raised {error!r}"
-            faults.append(Fault(FaultKind.METADATA, name, description, detail, "reinstall or uninstall it"))
-    return points, tuple(faults)
 
 
 def build(entry_points: Iterable[importlib_metadata.EntryPoint], allowed: tuple[str, ...] | None = None) -> Registry:
@@ -189,12 +56,8 @@ def build(entry_points: Iterable[importlib_metadata.EntryPoint], allowed: tuple[
 
 
 def _distribution(point: importlib_metadata.EntryPoint) -> str:
-    return _described(point.dist) if point.dist else _UNKNOWN
-
-
-def _described(distribution: importlib_metadata.Distribution) -> str:
     try:
-        return f"{distribution.name} {distribution.version}"
+        return f"{point.dist.name} {point.dist.version}" if point.dist else _UNKNOWN
     except Exception:  # half uninstalled: the folder is there, the metadata is not
         return _UNKNOWN
 
@@ -223,17 +86,21 @@ class _Builder:
             Plugin(point.name, _distribution(point), point.value, point.name in enabled, _names(specs, point.name))
             for point in points
         )
+        masks = self._mapping("kernelry_masks", "a mapping of names to Mask classes", _is_mask_class)
+        normalizations = self._mapping(
+            "kernelry_normalizations", "a mapping of names to Normalizations", _is_normalization
+        )
         return Registry(
             kernels=MappingProxyType(kernels),
             contested=MappingProxyType(contested),
             plugins=plugins,
-            faults=tuple(self.faults),
-            masks=MappingProxyType(
-                self._mapping("kernelry_masks", "a mapping of names to Mask classes", _is_mask_class)
+            masks=MappingProxyType(masks),
+            normalizations=MappingProxyType({**normalizations, **_CORE_NORMALIZATIONS}),
+            rankers=MappingProxyType(
+                {plugin: functools.partial(_vote, ask) for plugin, ask in self._callables("kernelry_rank")}
             ),
-            normalizations=MappingProxyType({**self._normalizations(), **_CORE_NORMALIZATIONS}),
-            rankers=MappingProxyType(dict(self._callables("kernelry_rank"))),
             observers=MappingProxyType(dict(self._callables("kernelry_resolved"))),
+            faults=tuple(self.faults),  # last: all of the above adds to it
         )
 
     def _fault(self, kind: FaultKind, plugin: str, detail: str, fix: str) -> None:
@@ -287,7 +154,7 @@ class _Builder:
         try:
             self.manager.register(plugin, name=name)
         except pluggy.PluginValidationError as error:
-            self.manager.set_blocked(name)
+            self.manager.set_blocked(name)  # before 1.7, pluggy keeps the hooks it came to first
             fix = "make the hook's parameters those of kernelry.hookspecs"
             self._fault(FaultKind.HOOK_SIGNATURE, name, " ".join(str(error).split()), fix)
             return
@@ -357,11 +224,8 @@ class _Builder:
         contested = {name: tuple(k.distribution for k in found) for name, found in claims.items() if len(found) > 1}
         for name, claimants in contested.items():
             for plugin in dict.fromkeys(kernel.plugin for kernel in claims[name]):
-                self._fault(FaultKind.DUPLICATE_KERNEL, plugin, *_claim(name, claimants))
+                self._fault(FaultKind.DUPLICATE_KERNEL, plugin, *claim_of(name, claimants))
         return {name: found[0] for name, found in sorted(claims.items()) if name not in contested}, contested
-
-    def _normalizations(self) -> dict[str, Any]:
-        return self._mapping("kernelry_normalizations", "a mapping of names to Normalizations", _is_normalization)
 
     def _mapping(self, hook: str, wanted: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
         claims: dict[str, list[tuple[str, Any]]] = {}
@@ -380,16 +244,16 @@ class _Builder:
         return {name: found[0][1] for name, found in claims.items() if len(found) == 1 and name not in reserved}
 
 
-def _claim(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:
-    """Says who claims a kernel's name, and what to do."""
-    who = tuple(dict.fromkeys(claimants))
-    if len(who) == 1:
-        return f"kernel {kernel!r} is claimed twice by {who[0]} and not used", f"upgrade {who[0]} or report it"
-    return f"kernel {kernel!r} is claimed by {' and '.join(who)}; none of them is used", "uninstall one of them"
-
-
 def _call(function: Callable[..., Any], argnames: tuple[str, ...], **arguments: Any) -> Any:
     return function(*(arguments[name] for name in argnames))
+
+
+def _vote(ask: Callable[..., Any], **arguments: Any) -> Sequence[str] | None:
+    """Asks a ranker; raises PluginError where it answers with something else than names or None."""
+    vote = ask(**arguments)
+    if vote is not None and not (isinstance(vote, list | tuple) and all(isinstance(name, str) for name in vote)):
+        raise PluginError(f"kernelry_rank must return a list of kernel names or None, got {vote!r}")
+    return vote
 
 
 def _is_mask_class(value: Any) -> bool:

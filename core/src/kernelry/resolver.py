@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from kernelry import registry
 from kernelry.candidates import consider
+from kernelry.catalogue import InstalledKernel
 from kernelry.environment import Environment, Knowledge
 from kernelry.errors import KernelRefusedError, NoKernelError, nearest
 from kernelry.kernel import KernelSpec
@@ -16,10 +17,10 @@ from kernelry.measurements import Measurements
 from kernelry.policy import AUTO, Policy
 from kernelry.preference import Question
 from kernelry.refusal import Refusal, RefusalCode
-from kernelry.registry import InstalledKernel
 from kernelry.request import Request
 from kernelry.resolution import Candidate, Plan, Resolution
 from kernelry.scope import Scope, current_recorders, current_scope
+from kernelry.switches import Switches
 from kernelry.target import home_target
 
 _logger = logging.getLogger("kernelry")
@@ -153,8 +154,15 @@ def _refusal_error(resolution: Resolution) -> NoKernelError:
     if others:
         lines.append(f"Not considered under this rule: {others}. Force one with kernel=…, or end the rule in 'auto'.")
     if not resolution.candidates:
-        lines.append("pip install kernelry-dot-product serves every platform.")
+        lines.append(_where_kernels_come_from())
     return NoKernelError("\n".join(lines), resolution)
+
+
+def _where_kernels_come_from() -> str:
+    allowed = Switches.of_process().plugins
+    if allowed is not None:
+        return f"KERNELRY_PLUGINS={','.join(allowed)!r} allows no plugin that brings a kernel; change or unset it."
+    return "kernelry-dot-product serves every platform: pip install kernelry-dot-product"
 
 
 def _observe(resolution: Resolution) -> None:

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kernelry._version import __version__
+from kernelry.catalogue import InstalledKernel, Registry
 from kernelry.hookspecs import CONTRACT
-from kernelry.registry import InstalledKernel, Registry
 from kernelry.resolution import Candidate, Resolution
 from kernelry.switches import Switches
 from kernelry.target import home_target

@@ -6,7 +6,7 @@ and `~`.
 """
 
 from kernelry.masks.band import Causal, Full, SlidingWindow
-from kernelry.masks.base import Mask
+from kernelry.masks.base import Extent, Mask
 from kernelry.masks.blocks import BlockKind
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionForm, PositionKind
 from kernelry.masks.indexed import Dense, Lengths, Segments
@@ -19,6 +19,7 @@ __all__ = [
     "BlockKind",
     "Causal",
     "Dense",
+    "Extent",
     "Full",
     "Lengths",
     "Mask",

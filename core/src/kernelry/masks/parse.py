@@ -26,7 +26,7 @@ def parse_form(text: str, classes: Mapping[str, type[Mask]] | None = None) -> Ma
     Args:
       text: names, calls with whole numbers, `&`, `|`, `~`, parentheses and `.at(query_offset=…)`,
         where the word `traced` stands for an offset known only at run time.
-      classes: masks of plugins, by name.
+      classes: masks of plugins, by name; core's own names come first.
 
     Raises:
       ArgumentError: it is no mask expression, or a name is unknown.
@@ -35,7 +35,7 @@ def parse_form(text: str, classes: Mapping[str, type[Mask]] | None = None) -> Ma
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         raise ArgumentError(f"mask {text!r} is not an expression: {error.msg}.") from error
-    return _Reader(text, {**_BUILTIN, **(classes or {})}).read(tree).form
+    return _Reader(text, {**(classes or {}), **_BUILTIN}).read(tree).form
 
 
 def _segments(separate: int = 0) -> Mask:

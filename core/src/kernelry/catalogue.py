@@ -1,0 +1,125 @@
+"""What the installed plugins bring, and what is wrong with them, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+from kernelry.errors import PluginError
+from kernelry.kernel import KernelSpec
+from kernelry.masks.base import Mask
+from kernelry.normalization import Normalization
+
+
+@final
+class FaultKind(enum.Enum):
+    """What is wrong with a plugin."""
+
+    IMPORT_ERROR = "import error"
+    CONTRACT = "unsupported contract"
+    UNKNOWN_HOOK = "unknown hook"
+    UNMARKED_HOOK = "unmarked hook"
+    HOOK_SIGNATURE = "wrong hook signature"
+    HOOK_RAISED = "exception in a hook"
+    WRONG_RETURN = "wrong return type"
+    DUPLICATE_PLUGIN = "two plugins with one name"
+    DUPLICATE_KERNEL = "kernel name claimed twice"
+    DUPLICATE_NAME = "mask or normalization name claimed twice"
+    UNKNOWN_IN_ALLOW_LIST = "unknown name in KERNELRY_PLUGINS"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fault:
+    """Something wrong with a plugin, and what to do about it."""
+
+    kind: FaultKind
+    plugin: str
+    distribution: str
+    detail: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.plugin} [{self.distribution}]: {self.kind.value}: {self.detail}; {self.fix}"
+
+    def to_json(self) -> dict[str, str]:
+        """Returns plain data."""
+        return {**dataclasses.asdict(self), "kind": self.kind.value}
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plugin:
+    """A plugin that was found."""
+
+    name: str
+    distribution: str
+    module: str
+    enabled: bool
+    kernels: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return dataclasses.asdict(self)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class InstalledKernel:
+    """A kernel and the distribution it came from."""
+
+    spec: KernelSpec
+    plugin: str
+    distribution: str
+
+    @property
+    def name(self) -> str:
+        """How users ask for it."""
+        return self.spec.name
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Registry:
+    """Everything that the installed plugins bring.
+
+    Args:
+      kernels: by name; names claimed twice are left out.
+      contested: names claimed twice, with the distributions that claim them.
+      plugins: every plugin found, enabled or not.
+      faults: what is wrong.
+      masks: mask classes of plugins, by name.
+      normalizations: by name, core's included.
+      rankers: the votes of plugins, by plugin name.
+      observers: the observers of plugins, by plugin name.
+    """
+
+    kernels: Mapping[str, InstalledKernel]
+    contested: Mapping[str, tuple[str, ...]]
+    plugins: tuple[Plugin, ...]
+    faults: tuple[Fault, ...]
+    masks: Mapping[str, type[Mask]]
+    normalizations: Mapping[str, Normalization]
+    rankers: Mapping[str, Callable[..., Any]]
+    observers: Mapping[str, Callable[..., Any]]
+
+    def check_usable(self) -> None:
+        """Raises PluginError where the allow-list names an unknown plugin."""
+        unknown = [fault for fault in self.faults if fault.kind is FaultKind.UNKNOWN_IN_ALLOW_LIST]
+        if unknown:
+            raise PluginError("; ".join(f"{fault.detail}; {fault.fix}" for fault in unknown))
+
+    def check_name(self, name: str) -> None:
+        """Raises PluginError for a contested kernel name."""
+        if name in self.contested:
+            raise PluginError("; ".join(claim_of(name, self.contested[name])) + ".")
+
+
+def claim_of(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:
+    """Says who claims a kernel's name, and what to do."""
+    who = tuple(dict.fromkeys(claimants))
+    if len(who) == 1:
+        return f"kernel {kernel!r} is claimed twice by {who[0]} and not used", f"upgrade {who[0]} or report it"
+    return f"kernel {kernel!r} is claimed by {' and '.join(who)}; none of them is used", "uninstall one of them"

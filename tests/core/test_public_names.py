@@ -1,0 +1,127 @@
+"""The public names; a change here is a change of the API and wants a line in CHANGELOG.md."""
+
+import kernelry
+from kernelry import errors, plugin
+
+TOP = {
+    "Mode",
+    "Partial",
+    "Plan",
+    "Request",
+    "Resolution",
+    "Target",
+    "__version__",
+    "attention",
+    "errors",
+    "explain",
+    "finalize",
+    "kernels",
+    "masks",
+    "merge",
+    "plugins",
+    "record",
+    "resolve",
+    "use",
+}
+MASKS = {
+    "Atom",
+    "AtomKind",
+    "Axis",
+    "BlockKind",
+    "Causal",
+    "Dense",
+    "Extent",
+    "Full",
+    "Lengths",
+    "Mask",
+    "MaskForm",
+    "PositionForm",
+    "PositionKind",
+    "Segments",
+    "Side",
+    "SlidingWindow",
+}
+PLUGIN = {
+    "CONTRACT",
+    "Atom",
+    "AtomKind",
+    "Axis",
+    "Capabilities",
+    "Dims",
+    "Environment",
+    "Extent",
+    "Feature",
+    "Gradient",
+    "Gradients",
+    "Inputs",
+    "Kernel",
+    "KernelSpec",
+    "Knowledge",
+    "Mask",
+    "MaskForm",
+    "Mode",
+    "Normalization",
+    "Operand",
+    "Partial",
+    "Policy",
+    "PositionForm",
+    "PositionKind",
+    "Refusal",
+    "RefusalCode",
+    "Request",
+    "Side",
+    "Statistic",
+    "Target",
+    "Tiling",
+    "Tolerance",
+    "Vendor",
+    "hookimpl",
+    "pytree",
+    "with_sinks",
+}
+ERRORS = {
+    "KernelryError": Exception,
+    "ArgumentError": ValueError,
+    "ShapeError": ValueError,
+    "ConfigError": ValueError,
+    "PluginError": RuntimeError,
+    "NoKernelError": LookupError,
+    "KernelRefusedError": LookupError,
+}
+
+
+def test_names_of_kernelry_are_pinned():
+    assert set(kernelry.__all__) == TOP
+
+
+def test_names_of_masks_are_pinned():
+    assert set(kernelry.masks.__all__) == MASKS
+
+
+def test_names_of_plugin_are_pinned():
+    assert set(plugin.__all__) == PLUGIN
+
+
+def test_names_of_errors_are_pinned():
+    assert {name for name, value in vars(errors).items() if _is_ours(value)} == set(ERRORS)
+
+
+def _is_ours(value):
+    return isinstance(value, type) and value.__module__ == errors.__name__
+
+
+def test_errors_are_the_builtins_a_caller_expects():
+    assert {name for name, builtin in ERRORS.items() if not issubclass(getattr(errors, name), builtin)} == set()
+
+
+def test_errors_share_one_base():
+    assert {name for name in ERRORS if not issubclass(getattr(errors, name), errors.KernelryError)} == set()
+
+
+def test_every_pinned_name_exists():
+    rooms = ((kernelry, TOP), (kernelry.masks, MASKS), (plugin, PLUGIN))
+    assert [name for room, names in rooms for name in names if not hasattr(room, name)] == []
+
+
+def test_attention_is_the_function():
+    assert callable(kernelry.attention)

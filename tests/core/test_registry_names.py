@@ -1,0 +1,175 @@
+"""Names of plugins, kernels, masks and normalizations: claimed twice, allowed, in any order."""
+
+import itertools
+
+import pytest
+
+import kernelry
+from kernelry import registry
+from kernelry.catalogue import FaultKind
+from kernelry.errors import PluginError
+from kernelry.switches import Switches
+
+MASKS = """
+    from kernelry.masks import Causal
+    from kernelry.plugin import hookimpl
+    contract = (1, 1)
+
+    @hookimpl
+    def kernelry_masks():
+        return {"mine": Causal}
+"""
+NORMALIZATIONS = """
+    from kernelry.normalization import LogSumExp
+    from kernelry.plugin import hookimpl
+    contract = (1, 1)
+
+    @hookimpl
+    def kernelry_normalizations():
+        return {"mine": LogSumExp()}
+"""
+
+
+def test_two_plugins_with_one_name_are_both_excluded(shelf):
+    for project in ("first", "second"):
+        shelf.put_kernel(project, f"{project}_kernel", name="same")
+    found = shelf.build()
+    (fault,) = found.faults
+    assert (fault.kind, fault.distribution) == (FaultKind.DUPLICATE_PLUGIN, "first 1.0 and second 1.0")
+    assert fault.fix == "uninstall one of them"
+    assert list(found.kernels) == ["healthy_kernel"]
+
+
+def test_one_plugin_under_two_names_is_used_once(shelf):
+    info = shelf.put_kernel("double", "double_kernel")
+    (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\none = double\ntwo = double\n")
+    found = shelf.build()
+    (fault,) = found.faults
+    assert (fault.kind, fault.plugin) == (FaultKind.DUPLICATE_PLUGIN, "two")
+    assert fault.detail == "it is the plugin 'one' under a second name, which is not used"
+    assert list(found.kernels) == ["double_kernel", "healthy_kernel"]
+
+
+@pytest.fixture
+def contested(shelf, installed):
+    for project in ("first", "second"):
+        shelf.put_kernel(project, "same_kernel")
+    return installed()
+
+
+def test_contested_kernel_is_reported_for_both_distributions(contested):
+    detail = "kernel 'same_kernel' is claimed by first 1.0 and second 1.0; none of them is used"
+    assert [(fault.kind, fault.distribution, fault.detail) for fault in contested.faults] == [
+        (FaultKind.DUPLICATE_KERNEL, "first 1.0", detail),
+        (FaultKind.DUPLICATE_KERNEL, "second 1.0", detail),
+    ]
+
+
+def test_contested_kernel_is_excluded(contested):
+    assert list(contested.kernels) == ["healthy_kernel"]
+
+
+def test_contested_kernel_asked_for_raises(contested, fresh_request):
+    with pytest.raises(PluginError, match=r"claimed by first 1\.0 and second 1\.0; .*; uninstall one of them"):
+        kernelry.resolve(fresh_request, kernel="same_kernel")
+
+
+def test_contested_kernel_leaves_auto_alone(contested, fresh_request):
+    assert kernelry.resolve(fresh_request).kernel == "healthy_kernel"
+
+
+def test_kernel_claimed_twice_by_one_plugin_is_reported_once(shelf):
+    body = "from kernelry_dot_product.plugin import DOT_PRODUCT; return 2 * [DOT_PRODUCT]"
+    shelf.put_hook("broken", "kernelry_kernels()", body)
+    (fault,) = shelf.build().faults
+    assert fault.detail == "kernel 'dot_product' is claimed twice by broken 1.0 and not used"
+
+
+@pytest.mark.parametrize(("source", "table"), [(MASKS, "masks"), (NORMALIZATIONS, "normalizations")])
+def test_name_claimed_once_is_listed(shelf, source, table):
+    shelf.put("first", source)
+    assert "mine" in getattr(shelf.build(), table)
+
+
+@pytest.mark.parametrize(("source", "table"), [(MASKS, "masks"), (NORMALIZATIONS, "normalizations")])
+def test_name_claimed_twice_is_nobodys(shelf, source, table):
+    shelf.put("first", source)
+    shelf.put("second", source)
+    found = shelf.build()
+    assert "mine" not in getattr(found, table)
+    assert [(fault.kind, fault.distribution) for fault in found.faults] == [
+        (FaultKind.DUPLICATE_NAME, "first 1.0"),
+        (FaultKind.DUPLICATE_NAME, "second 1.0"),
+    ]
+
+
+def test_normalization_of_core_cannot_be_replaced(shelf):
+    shelf.put("broken", NORMALIZATIONS.replace("mine", "softmax"))
+    found = shelf.build()
+    assert found.normalizations["softmax"] is kernelry.registry._CORE_NORMALIZATIONS["softmax"]
+    assert [fault.kind for fault in found.faults] == [FaultKind.DUPLICATE_NAME]
+
+
+# The allow-list and the environment variables.
+
+
+def test_allow_list_loads_only_what_it_names(shelf):
+    shelf.put("broken", "1 / 0")
+    found = shelf.build(("healthy",))
+    assert [(plugin.name, plugin.enabled) for plugin in found.plugins] == [("broken", False), ("healthy", True)]
+    assert found.faults == ()
+
+
+def test_empty_allow_list_loads_nothing(shelf):
+    assert not shelf.build(()).kernels
+
+
+def test_unknown_name_in_allow_list_is_reported_with_the_nearest(shelf):
+    (fault,) = shelf.build(("healthy", "healty")).faults
+    assert fault.kind is FaultKind.UNKNOWN_IN_ALLOW_LIST
+    assert fault.detail == "KERNELRY_PLUGINS names 'healty', which is not installed; did you mean 'healthy'?"
+    assert fault.fix == "correct or unset KERNELRY_PLUGINS"
+
+
+def test_unknown_name_in_allow_list_raises_when_plugins_are_needed(installed, fresh_request):
+    installed(("healthy", "healty"))
+    with pytest.raises(PluginError, match=r"did you mean 'healthy'.*correct or unset KERNELRY_PLUGINS"):
+        kernelry.resolve(fresh_request)
+
+
+@pytest.mark.parametrize(
+    ("variable", "names"), [(None, None), ("", ()), ("healthy", ("healthy",)), (" a , b,", ("a", "b"))]
+)
+def test_plugins_variable_is_a_list_of_names(variable, names):
+    assert Switches.parse({} if variable is None else {"KERNELRY_PLUGINS": variable}).plugins == names
+
+
+def test_unknown_variable_warns_with_the_nearest():
+    with pytest.warns(UserWarning, match="KERNELRY_PLUGIN is ignored; did you mean 'KERNELRY_PLUGINS'"):
+        Switches.parse({"KERNELRY_PLUGIN": "x"})
+
+
+# Load order.
+
+
+def _facts(found):
+    return (
+        [(name, kernel.plugin, kernel.distribution) for name, kernel in found.kernels.items()],
+        [plugin.to_json() for plugin in found.plugins],
+        [fault.to_json() for fault in found.faults],
+        dict(found.contested),
+        list(found.masks),
+        list(found.normalizations),
+    )
+
+
+def test_load_order_decides_nothing(shelf):
+    shelf.put_kernel("first", "same_kernel")
+    shelf.put_kernel("second", "same_kernel")
+    shelf.put("third", MASKS)
+    info = shelf.put("fourth", "1 / 0")
+    (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\none = fourth\none = third\n")
+    points = shelf.points()
+    expected = _facts(registry.build(points))
+    for order in itertools.permutations(points):
+        assert _facts(registry.build(order)) == expected

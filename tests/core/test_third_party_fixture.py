@@ -1,0 +1,100 @@
+"""The plugin in tests/fixtures/third_party does what it says; tests/install installs it for real."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import kernelry
+from kernelry import masks
+
+SOURCE = Path(__file__).parents[1] / "fixtures" / "third_party" / "src"
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    monkeypatch.syspath_prepend(str(SOURCE))
+    from kernelry_example import plugin
+
+    return plugin
+
+
+@pytest.fixture
+def strided(plugin):
+    return plugin.kernelry_masks()["strided"]
+
+
+def _qkv(q_len=6, kv_len=6, heads=2):
+    rng = np.random.default_rng(0)
+    return tuple(rng.standard_normal((2, length, heads, 8), np.float32) for length in (q_len, kv_len, kv_len))
+
+
+def _value_and_grad(mask, kernel):
+    def loss(qkv):
+        return (kernelry.attention(*qkv, mask=mask, kernel=kernel) ** 2).mean()
+
+    return jax.jit(jax.value_and_grad(loss))(_qkv())
+
+
+@pytest.mark.parametrize("mask", [masks.Full(), masks.Causal()], ids=repr)
+def test_example_kernel_equals_dot_product(plugin, mask):
+    with kernelry.use(kernels=[plugin.REFERENCE]):
+        out, grads = _value_and_grad(mask, "example_reference")
+    expected, expected_grads = _value_and_grad(mask, "dot_product")
+    np.testing.assert_allclose(out, expected, rtol=2e-6)
+    for found, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_example_kernel_statistics_equal_dot_product(plugin):
+    with kernelry.use(kernels=[plugin.REFERENCE]):
+        part = kernelry.attention(*_qkv(), mask=masks.Causal(), return_partial=True, kernel="example_reference")
+    expected = kernelry.attention(*_qkv(), mask=masks.Causal(), return_partial=True, kernel="dot_product")
+    np.testing.assert_allclose(part.lse, expected.lse, rtol=2e-6)
+
+
+def test_example_kernel_carries_its_signature(plugin):
+    with kernelry.use("example_reference", kernels=[plugin.REFERENCE]), kernelry.record() as resolutions:
+        program = jax.jit(kernelry.attention).lower(*_qkv())
+    resolutions[0].verify(program)
+
+
+@pytest.mark.parametrize("argument", [{"scale": 0.5}, {"soft_cap": 3.0}, {"mask": masks.SlidingWindow(1)}], ids=str)
+def test_example_kernel_refuses_what_it_does_not_declare(plugin, argument):
+    with (
+        kernelry.use(kernels=[plugin.REFERENCE]),
+        pytest.raises(kernelry.errors.KernelRefusedError, match="example_reference"),
+    ):
+        kernelry.attention(*_qkv(), **argument, kernel="example_reference")
+
+
+def test_example_mask_looks_like_its_picture(strided):
+    picture = [line.split() for line in strided.__doc__.splitlines() if line.strip()[:1] in ("1", ".")]
+    np.testing.assert_array_equal(strided(2).materialize(4, 4)[0, 0], np.array(picture) == "1")
+
+
+def test_example_mask_equals_dense(strided):
+    mask = strided(3) & masks.Causal()
+    seen = np.array([[(p - k) % 3 == 0 and k <= p for k in range(6)] for p in range(6)])
+    out = kernelry.attention(*_qkv(), mask=mask, kernel="dot_product")
+    expected = kernelry.attention(*_qkv(), mask=masks.Dense(seen[None, None]), kernel="dot_product")
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_example_mask_moves_with_at(strided):
+    seen = np.array([[(p - k) % 3 == 0 for k in range(6)] for p in (4, 5)])
+    out = kernelry.attention(*_qkv(q_len=2), mask=strided(3).at(query_offset=4), kernel="dot_product")
+    expected = kernelry.attention(*_qkv(q_len=2), mask=masks.Dense(seen[None, None]), kernel="dot_product")
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_example_mask_is_static_under_jit(strided):
+    run = jax.jit(lambda mask, *qkv: kernelry.attention(*qkv, mask=mask, kernel="dot_product"))
+    out = run(strided(2), *_qkv())
+    np.testing.assert_allclose(out, kernelry.attention(*_qkv(), mask=strided(2), kernel="dot_product"), rtol=1e-6)
+
+
+def test_example_mask_without_a_step_raises(strided):
+    with pytest.raises(ValueError, match="step must be at least 1, got 0"):
+        strided(0)

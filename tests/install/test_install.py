@@ -1,0 +1,188 @@
+"""What users do: install the core with one plugin, add the others, add a third party's, remove it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.install
+
+ROOT = Path(__file__).parents[2]
+THIRD_PARTY = ROOT / "tests" / "fixtures" / "third_party"
+CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON", "VIRTUAL_ENV"))}
+
+
+class Venv:
+    """A virtual environment of the running Python, and copies of the distributions to build in."""
+
+    def __init__(self, folder):
+        self.folder = folder / "venv"
+        self.sources = folder / "sources"
+        self.bin = self.folder / ("Scripts" if os.name == "nt" else "bin")
+        build_outputs = shutil.ignore_patterns("__pycache__", "build", "dist", "*.egg-info")
+        shutil.copytree(ROOT / "core", self.sources / "core", ignore=build_outputs)
+        shutil.copytree(ROOT / "plugins", self.sources / "plugins", ignore=build_outputs)
+        shutil.copytree(THIRD_PARTY, self.sources / "third_party", ignore=build_outputs)
+        subprocess.run([sys.executable, "-m", "venv", self.folder], env=CLEAN, check=True)
+
+    def pip(self, *arguments):
+        done = self.run("pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:])
+        assert done.returncode == 0, done.stderr
+
+    def python(self, code):
+        """Runs code in which any warning is an error, and returns what it prints as JSON."""
+        done = self.run("python", "-W", "error", "-c", code)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def run(self, command, *arguments):
+        environ = {**CLEAN, "JAX_PLATFORMS": "cpu"}
+        command = [self.bin / command, *arguments]
+        return subprocess.run(command, env=environ, cwd=self.sources, capture_output=True, text=True, check=False)
+
+    def kernels(self):
+        return self.python("import json, kernelry; print(json.dumps([k.name for k in kernelry.kernels()]))")
+
+    def plugins(self):
+        return self.python("import json, kernelry; print(json.dumps([p.name for p in kernelry.plugins()]))")
+
+
+ATTEND = """
+import json
+import numpy as np
+import kernelry
+
+rng = np.random.default_rng(0)
+query, key, value = (rng.standard_normal((2, 5, 4, 8), np.float32) for _ in range(3))
+mask = kernelry.masks.Causal()
+expected = kernelry.attention(query, key, value, mask=mask, kernel="dot_product")
+"""
+RUN = """
+with kernelry.record() as resolutions:
+    out = kernelry.attention(query, key, value, mask=mask)
+np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+print(json.dumps(resolutions[0].kernel))
+"""
+RUN_BY_CONFIG = """
+from kernelry.config import load_config
+
+config = load_config({"rules": [{"when": {"platform": "cpu", "mask": ["causal"]}, "use": ["example_reference"]}]})
+with kernelry.use(policy=config.policy), kernelry.record() as resolutions:
+    out = kernelry.attention(query, key, value, mask=mask)
+np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+print(json.dumps(resolutions[0].kernel))
+"""
+RUN_MASK = """
+from kernelry_example.masks import Strided
+
+picture = np.array([[(p - k) % 2 == 0 for k in range(5)] for p in range(5)])
+dense = kernelry.attention(query, key, value, mask=kernelry.masks.Dense(picture[None, None]))
+out = kernelry.attention(query, key, value, mask=Strided(2))
+np.testing.assert_allclose(out, dense, rtol=1e-5, atol=1e-6)
+print(json.dumps("ok"))
+"""
+OURS = ["cudnn_te", "dot_product", "gpu_pallas", "tpu_splash"]
+
+
+# Four states of one environment, each made once, in this order.
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    venv = Venv(tmp_path_factory.mktemp("install"))
+    venv.pip("install", "./core", "./plugins/dot_product")
+    return venv
+
+
+@pytest.fixture(scope="module")
+def complete(bare):
+    bare.pip("install", *(f"./plugins/{folder.name}" for folder in sorted((ROOT / "plugins").iterdir())))
+    return bare
+
+
+@pytest.fixture(scope="module")
+def extended(complete):
+    complete.pip("install", "./core[config,cli]", "./third_party")
+    return complete
+
+
+@pytest.fixture(scope="module")
+def restored(extended):
+    extended.pip("uninstall", "-y", "kernelry-example-third-party")
+    return extended
+
+
+def test_core_and_one_plugin_list_that_plugins_kernels(bare):
+    assert bare.kernels() == ["blockwise", "dot_product"]
+
+
+def test_core_and_one_plugin_attend(bare):
+    assert bare.python(ATTEND + RUN) == "dot_product"
+
+
+def test_command_without_its_extra_says_what_to_install(bare):
+    done = bare.run("kernelry", "list")
+    assert done.returncode != 0
+    assert "pip install 'kernelry[cli]'" in done.stderr
+
+
+def test_config_without_its_extra_says_what_to_install(bare):
+    done = bare.run("python", "-c", "import kernelry.config; kernelry.config.load_config({})")
+    assert "pip install 'kernelry[config]'" in done.stderr
+
+
+def test_all_plugins_are_listed(complete):
+    assert complete.plugins() == OURS
+
+
+def test_all_plugins_leave_attention_working(complete):
+    assert complete.python(ATTEND + RUN) == "dot_product"
+
+
+def test_third_partys_kernel_is_chosen_by_config_and_equals_dot_product(extended):
+    assert extended.python(ATTEND + RUN_BY_CONFIG) == "example_reference"
+
+
+def test_third_partys_kernel_is_not_chosen_unasked(extended):
+    assert extended.python(ATTEND + RUN) == "dot_product"
+
+
+def test_third_partys_mask_equals_dense(extended):
+    assert extended.python(ATTEND + RUN_MASK) == "ok"
+
+
+def test_third_partys_kernel_is_in_the_commands_list(extended):
+    done = extended.run("kernelry", "list", "--json")
+    listed = {kernel["name"]: kernel["distribution"] for kernel in json.loads(done.stdout)["kernels"]}
+    assert listed["example_reference"] == "kernelry-example-third-party 1.0"
+
+
+def test_third_partys_mask_is_known_to_the_command(extended):
+    done = extended.run("kernelry", "explain", "--mask", "strided(2)", "--json")
+    assert json.loads(done.stdout)["plan"]["kernel"] == "dot_product"
+
+
+def test_doctor_finds_no_fault(extended):
+    done = extended.run("kernelry", "doctor", "--json")
+    assert json.loads(done.stdout)["faults"] == []
+
+
+def test_uninstalling_the_third_party_removes_its_kernel(restored):
+    assert "example_reference" not in restored.kernels()
+
+
+def test_uninstalling_the_third_party_leaves_the_others(restored):
+    assert restored.plugins() == OURS
+
+
+def test_uninstalling_the_third_party_leaves_attention_working(restored):
+    assert restored.python(ATTEND + RUN) == "dot_product"
+
+
+def test_config_that_still_names_the_third_partys_kernel_says_it_is_not_installed(restored):
+    done = restored.run("python", "-c", ATTEND + RUN_BY_CONFIG)
+    assert "example_reference: no installed plugin brings a kernel of that name" in done.stderr
