@@ -1,0 +1,40 @@
+"""What README shows is run."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import kernelry
+from kernelry.config import load_config
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def _blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_runs():
+    example = _blocks("python")[0]
+    names = {}
+    exec(example.replace("print(", "text = str("), names)
+    assert names["out"].shape == (2, 1, 8, 64)
+    assert "→ dot_product" in names["text"]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+
+
+def test_the_config_is_valid_and_decides():
+    config = load_config(tomllib.loads(_blocks("toml")[0])["attention"])
+    resolution = kernelry.explain(kernelry.Request(q_len=2048, target="gpu:a100"), policy=config.policy)
+    assert "rule 1" in resolution.rule
+
+
+def test_every_kernel_of_ours_is_in_the_table():
+    ours = {k.name for k in kernelry.kernels() if k.distribution.startswith("kernelry-")}
+    assert {name for name in ours if f"| `{name}` |" in README} == ours
+
+
+def test_every_make_target_named_exists():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z-]+)", README)):
+        assert f"\n{target}:" in makefile
