@@ -1,0 +1,57 @@
+"""Text from a trained model: prefill the prompt, then decode a byte at a time from caches."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kernelry import Mode
+from lm.model import Cache, Decoder
+from lm.settings import GenerationSettings
+
+Caches = tuple[Cache, ...]
+
+
+def prefill(model: Decoder, prompt: jax.Array, capacity: int) -> tuple[jax.Array, Caches]:
+    """Reads a prompt [B, T]; returns the logits after it, [B, 256], and the caches."""
+    logits, caches = model(prompt, mode=Mode.PREFILL, caches=model.empty_caches(prompt.shape[0], capacity))
+    return logits[:, -1], caches
+
+
+def decode(model: Decoder, token: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
+    """Reads one more token per row, [B]; returns the logits after it and the caches."""
+    logits, caches = model(token[:, None], mode=Mode.DECODE, caches=caches)
+    return logits[:, -1], caches
+
+
+@functools.partial(nnx.jit, static_argnames=("length", "temperature"))
+def generate(model: Decoder, prompt: jax.Array, key: jax.Array, *, length: int, temperature: float) -> jax.Array:
+    """Continues prompts [B, T] by `length` bytes, [B, length]; temperature 0 is greedy."""
+    logits, caches = prefill(model, prompt, prompt.shape[1] + length)
+
+    def step(carry: tuple[jax.Array, Caches], key: jax.Array) -> tuple[tuple[jax.Array, Caches], jax.Array]:
+        logits, caches = carry
+        token = sample(logits, key, temperature)
+        return decode(model, token, caches), token
+
+    _, tokens = jax.lax.scan(step, (logits, caches), jax.random.split(key, length))
+    return tokens.T
+
+
+def sample(logits: jax.Array, key: jax.Array, temperature: float) -> jax.Array:
+    """Draws a byte from softmax(logits / temperature); 0 takes the likeliest."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    return jax.random.categorical(key, logits / temperature)
+
+
+def continue_text(model: Decoder, generation: GenerationSettings, seed: int) -> str:
+    """Returns the continuation of the prompt of a config."""
+    prompt = jnp.asarray(np.frombuffer(generation.prompt.encode(), np.uint8)[None], jnp.int32)
+    length, temperature = generation.length, generation.temperature
+    tokens = generate(model, prompt, jax.random.key(seed), length=length, temperature=temperature)
+    return bytes(np.asarray(tokens[0], np.uint8)).decode(errors="replace")

@@ -1,0 +1,129 @@
+"""A decoder: RMSNorm, rotary positions, grouped heads, SwiGLU, local and global layers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernelry import Mode, masks
+from kernelry.config import AttentionConfig
+from kernelry.flax import AttentionOp
+from lm.settings import ModelSettings
+
+VOCABULARY = 256  # bytes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer in slots 0 … length − 1 of a fixed capacity, [B, S, K, H]."""
+
+    key: jax.Array
+    value: jax.Array
+    length: jax.Array
+
+    def append(self, key: jax.Array, value: jax.Array) -> Cache:
+        """Writes the next keys and values."""
+        start = (0, self.length, 0, 0)
+        return Cache(
+            jax.lax.dynamic_update_slice(self.key, key, start),
+            jax.lax.dynamic_update_slice(self.value, value, start),
+            self.length + key.shape[1],
+        )
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; the mask says whether the layer is local or global."""
+
+    def __init__(self, model: ModelSettings, kind: str, config: AttentionConfig, rngs: nnx.Rngs) -> None:
+        heads, width = (model.heads, model.head_dim), model.width
+        kv_heads = (model.kv_heads, model.head_dim)
+        self.query = nnx.LinearGeneral(width, heads, use_bias=False, rngs=rngs)
+        self.key = nnx.LinearGeneral(width, kv_heads, use_bias=False, rngs=rngs)
+        self.value = nnx.LinearGeneral(width, kv_heads, use_bias=False, rngs=rngs)
+        self.out = nnx.LinearGeneral(heads, width, axis=(-2, -1), use_bias=False, rngs=rngs)
+        # A window of w keys has the query's own at its right end.
+        mask = masks.SlidingWindow(model.window - 1) if kind == "local" else masks.Causal()
+        self.attend = AttentionOp(config, mask=mask)
+
+    def __call__(self, x: jax.Array, mode: Mode, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        start = 0 if cache is None else cache.length
+        query, key, value = rotate(self.query(x), start), rotate(self.key(x), start), self.value(x)
+        if cache is not None:
+            cache = cache.append(key, value)
+        if cache is not None and mode is Mode.DECODE:
+            # The same mask, standing where the new query stands: it hides the unwritten slots, too.
+            mask = self.attend.mask.at(query_offset=start)
+            x = self.attend(query, cache.key, cache.value, mask=mask, mode=mode)
+        else:
+            x = self.attend(query, key, value, mode=mode)
+        return self.out(x), cache
+
+
+class Block(nnx.Module):
+    """Attention and a SwiGLU, each behind a norm and around a residual."""
+
+    def __init__(self, model: ModelSettings, kind: str, config: AttentionConfig, rngs: nnx.Rngs) -> None:
+        self.kind = kind
+        self.attention_norm = nnx.RMSNorm(model.width, rngs=rngs)
+        self.attention = Attention(model, kind, config, rngs)
+        self.feed_norm = nnx.RMSNorm(model.width, rngs=rngs)
+        self.gate = nnx.Linear(model.width, model.hidden, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(model.width, model.hidden, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(model.hidden, model.width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mode: Mode, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        attended, cache = self.attention(self.attention_norm(x), mode, cache)
+        x = x + attended
+        fed = self.feed_norm(x)
+        return x + self.down(nnx.silu(self.gate(fed)) * self.up(fed)), cache
+
+
+class Decoder(nnx.Module):
+    """Bytes to logits of the next byte."""
+
+    def __init__(self, model: ModelSettings, config: AttentionConfig, *, seed: int) -> None:
+        rngs = nnx.Rngs(seed)
+        self.settings = model
+        small = nnx.initializers.normal(0.02)  # so that a tied head starts near uniform: ln 256 = 5.5 nats
+        self.embed = nnx.Embed(VOCABULARY, model.width, embedding_init=small, rngs=rngs)
+        self.blocks = nnx.List([Block(model, kind, config, rngs) for kind in model.layers])
+        self.norm = nnx.RMSNorm(model.width, rngs=rngs)
+        head = None if model.tied else nnx.Linear(model.width, VOCABULARY, use_bias=False, kernel_init=small, rngs=rngs)
+        self.head = nnx.data(head)
+
+    def __call__(
+        self, tokens: jax.Array, *, mode: Mode = Mode.TRAIN, caches: tuple[Cache, ...] | None = None
+    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+        """Returns logits [B, T, 256] and, where caches [layers] were given, those after these tokens."""
+        x = self.embed(tokens)
+        after: list[Cache] = []
+        for place, block in enumerate(self.blocks):
+            x, cache = block(x, mode, None if caches is None else caches[place])
+            after.append(cache)
+        x = self.norm(x)
+        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        return logits, None if caches is None else tuple(after)
+
+    def empty_caches(self, batch: int, capacity: int) -> tuple[Cache, ...]:
+        """Returns one empty cache per layer."""
+        slots = jnp.zeros((batch, capacity, self.settings.kv_heads, self.settings.head_dim))
+        return tuple(Cache(slots, slots, jnp.int32(0)) for _ in self.blocks)
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+
+def rotate(x: jax.Array, start: jax.Array | int) -> jax.Array:
+    """Rotary position embedding of [B, L, heads, H] at positions start … start + L − 1."""
+    half = x.shape[-1] // 2
+    frequencies = 10_000.0 ** (-jnp.arange(half) / half)
+    angles = (start + jnp.arange(x.shape[1]))[:, None] * frequencies[None, :]
+    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    left, right = x[..., :half], x[..., half:]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
