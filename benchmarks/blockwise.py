@@ -27,6 +27,11 @@ def forward_and_gradient(call):
     return jax.jit(call), jax.jit(gradient)
 
 
+def cell(what, measured, base):
+    median, low, high = measured
+    return f"   {what} {median:8.1f} ms ({low:.1f} – {high:.1f}), ×{base / median:.2f}"
+
+
 def main():
     for length, window in ((256, 63), (512, 63), (1024, 63), (1024, 255), (1024, None), (2048, 255), (2048, None)):
         keys = jax.random.split(jax.random.key(0), 3)
@@ -45,10 +50,7 @@ def main():
         for name, call in calls.items():
             forward, gradient = (milliseconds(f, q, k, v) for f in forward_and_gradient(call))
             base = base or (forward[0], gradient[0])
-            print(
-                f"  {name:<12} forward {forward[0]:8.1f} ms ({forward[1]:.1f} – {forward[2]:.1f}), ×{base[0] / forward[0]:.2f}"
-                f"   forward+gradient {gradient[0]:8.1f} ms ({gradient[1]:.1f} – {gradient[2]:.1f}), ×{base[1] / gradient[0]:.2f}"
-            )
+            print(f"  {name:<12}" + cell("forward", forward, base[0]) + cell("forward+gradient", gradient, base[1]))
 
 
 if __name__ == "__main__":

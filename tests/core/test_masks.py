@@ -217,8 +217,8 @@ def test_masks_are_pytrees_whose_arrays_are_leaves():
 
 def test_unflatten_does_not_validate():
     mask = masks.Segments(jnp.zeros((2, 4), jnp.int32)) & masks.SlidingWindow(2)
-    assert jax.tree.map(lambda leaf: None, mask) is not None
-    axes = jax.tree.map(lambda leaf: 0, mask)
+    assert jax.tree.map(lambda _: None, mask) is not None
+    axes = jax.tree.map(lambda _: 0, mask)
     rows = jax.vmap(lambda m: m.materialize(4, 4)[0, 0], in_axes=(axes,))(mask)
     np.testing.assert_array_equal(rows, mask.materialize(4, 4)[:, 0])
 

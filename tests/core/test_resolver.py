@@ -54,7 +54,7 @@ class Zero(Kernel):
 
 
 def spec(name, capabilities=PLAIN, **changes):
-    return KernelSpec(name=name, capabilities=capabilities, load=Zero, signature=lambda r: ("tests.zero",), **changes)
+    return KernelSpec(name=name, capabilities=capabilities, load=Zero, signature=lambda _: ("tests.zero",), **changes)
 
 
 A, B, C = spec("a"), spec("b"), spec("c")
@@ -217,7 +217,7 @@ def test_stated_versions_win_over_looking():
 
 
 def test_tiling_overrides_reach_the_plan():
-    tiled = spec("a", tilings=lambda request: (Tiling.of(block_q=64), Tiling.of(block_q=128)))
+    tiled = spec("a", tilings=lambda _: (Tiling.of(block_q=64), Tiling.of(block_q=128)))
     rules = (Rule(Condition(), ("a",), (("block_q", 32),), "r"),)
     assert kernelry.resolve(REQUEST, kernels=(tiled,), policy=policy()).plan.tiling["block_q"] == 64
     assert kernelry.resolve(REQUEST, kernels=(tiled,), policy=policy(*rules)).plan.tiling["block_q"] == 32
