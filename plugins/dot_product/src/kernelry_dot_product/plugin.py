@@ -48,7 +48,11 @@ _EVERYWHERE = Capabilities(
     clean_hidden_slots=True,
     tolerances=_TOLERANCES,
 )
-_BLOCK_Q = 256
+_BLOCKS_Q = (64, 128, 256, 512)
+"""Query slots. Under a window the block nearest above it wins: benchmarks/blockwise.py."""
+
+_UNBOUNDED_BLOCK_Q = 256
+"""Query slots, where a row may see any distance: benchmarks/blockwise.py."""
 
 
 def _dot_product_signature(request: Request) -> tuple[str, ...]:
@@ -65,7 +69,10 @@ DOT_PRODUCT = KernelSpec(
 
 
 def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
-    return tuple(Tiling.of(block_q=block) for block in (_BLOCK_Q, 128, 512))
+    spans = (sum(atom.params) + 1 for atom in request.mask.atoms if atom.is_band and None not in atom.params)
+    span = next(spans, _UNBOUNDED_BLOCK_Q)
+    preferred = next((block for block in _BLOCKS_Q if block >= span), _UNBOUNDED_BLOCK_Q)
+    return tuple(Tiling.of(block_q=block) for block in dict.fromkeys((preferred, *_BLOCKS_Q)))
 
 
 def _blockwise_signature(request: Request) -> tuple[str, ...]:
