@@ -10,7 +10,7 @@ import importlib_metadata
 import pytest
 
 import kernelry
-from kernelry import registry
+from kernelry import installation, registry
 
 _HEALTHY = """
     import dataclasses
@@ -89,7 +89,7 @@ def installed(shelf, monkeypatch):
 
     def install(allowed=None):
         found = shelf.build(allowed)
-        monkeypatch.setattr(registry, "installed", lambda: found)
+        monkeypatch.setattr(installation, "installed", lambda: found)
         return found
 
     return install

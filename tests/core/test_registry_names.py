@@ -106,7 +106,7 @@ def test_name_claimed_twice_is_nobodys(shelf, source, table):
 def test_normalization_of_core_cannot_be_replaced(shelf):
     shelf.put("broken", NORMALIZATIONS.replace("mine", "softmax"))
     found = shelf.build()
-    assert found.normalizations["softmax"] is kernelry.registry._CORE_NORMALIZATIONS["softmax"]
+    assert found.normalizations["softmax"] is registry._CORE_NORMALIZATIONS["softmax"]
     assert [fault.kind for fault in found.faults] == [FaultKind.DUPLICATE_NAME]
 
 

@@ -8,9 +8,9 @@ picks the best installed kernel that honours every argument, or says why none ca
 from kernelry import errors, masks
 from kernelry._version import __version__
 from kernelry.api import attention
+from kernelry.installation import kernels, plugins
 from kernelry.normalization import finalize, merge
 from kernelry.partial import Partial
-from kernelry.registry import kernels, plugins
 from kernelry.request import Mode, Request
 from kernelry.resolution import Plan, Resolution
 from kernelry.resolver import explain, resolve

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernelry import registry
+from kernelry import installation
 from kernelry.errors import ArgumentError, ShapeError, nearest
 from kernelry.guards import without_gradient
 from kernelry.kernel import Inputs
@@ -138,7 +138,7 @@ def attention(
 
 
 def _result(partial: Partial, request: Request) -> Any:
-    normalization = registry.installed().normalizations[request.normalization]
+    normalization = installation.installed().normalizations[request.normalization]
     result = partial if request.partial else normalization.finalize(partial)
     return (result, partial.max_logits) if request.max_logits else result
 
@@ -209,6 +209,6 @@ def _check_numbers(scale: Any, soft_cap: Any, dropout_rate: Any, dropout_rng: An
         raise ArgumentError(f"dropout_rate must be in [0, 1), got {dropout_rate}.")
     if dropout_rate and dropout_rng is None:
         raise ArgumentError(f"dropout_rate={dropout_rate} needs dropout_rng=, a PRNG key.")
-    known = registry.installed().normalizations
+    known = installation.installed().normalizations
     if normalization not in known:
         raise ArgumentError(f"unknown normalization {normalization!r}{nearest(normalization, known)}")

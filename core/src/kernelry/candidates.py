@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kernelry.adapters import ADAPTERS
-from kernelry.catalogue import InstalledKernel
 from kernelry.environment import Environment
 from kernelry.errors import ConfigError
 from kernelry.kernel import KernelSpec, Tiling
@@ -13,6 +13,9 @@ from kernelry.policy import Policy
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
 from kernelry.resolution import Candidate, Step
+
+if TYPE_CHECKING:
+    from kernelry.catalogue import InstalledKernel
 
 
 def consider(

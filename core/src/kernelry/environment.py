@@ -8,8 +8,6 @@ import functools
 from collections.abc import Callable
 from typing import final
 
-import importlib_metadata
-
 
 @final
 class Knowledge(enum.Enum):
@@ -89,6 +87,8 @@ class Environment:
 
 @functools.lru_cache(maxsize=256)
 def _installed_version(distribution: str) -> str | None:
+    import importlib_metadata  # not needed to import kernelry
+
     try:
         return importlib_metadata.version(distribution)
     except importlib_metadata.PackageNotFoundError:

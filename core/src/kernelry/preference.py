@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
-from kernelry import registry
-from kernelry.catalogue import InstalledKernel
-from kernelry.measurements import Measurements
+from kernelry import installation
 from kernelry.policy import AUTO, Policy, Rule
 from kernelry.request import Request
 from kernelry.scope import Scope
+
+if TYPE_CHECKING:
+    from kernelry.catalogue import InstalledKernel
+    from kernelry.measurements import Measurements
 
 
 @final
@@ -25,7 +27,7 @@ class Question:
     scope: Scope
     policy: Policy
     pool: Mapping[str, InstalledKernel]
-    measurements: Measurements
+    measurements: Measurements | None
 
     @property
     def forced(self) -> tuple[str, str] | None:
@@ -54,7 +56,7 @@ class Question:
 
     def _check_contested(self, name: str) -> None:
         if name not in self.pool:
-            registry.installed().check_name(name)
+            installation.installed().check_name(name)
 
     def _by_rule(self, rule: Rule) -> Preference:
         for name in rule.names:
@@ -67,7 +69,8 @@ class Question:
 
     def _automatic(self) -> tuple[tuple[str, ...], str]:
         """Orders all kernels: by measured time, then by votes, then by the shipped policy, then by name."""
-        measured = [name for name in self.measurements.fastest(self.request) if name in self.pool]
+        timed = self.measurements.fastest(self.request) if self.measurements else ()
+        measured = [name for name in timed if name in self.pool]
         votes = _votes(self.request, tuple(sorted(self.pool)))
         default = next((rule for rule in self.policy.defaults if rule.when.matches(self.request)), None)
         preferred = default.names if default else ()
@@ -96,7 +99,7 @@ def _place(name: str, names: Sequence[str]) -> int:
 
 def _votes(request: Request, candidates: tuple[str, ...]) -> dict[str, int]:
     points: dict[str, int] = {}
-    for plugin, ask in sorted(registry.installed().rankers.items()):
+    for plugin, ask in sorted(installation.installed().rankers.items()):
         try:
             vote = ask(request=request, candidates=candidates)
         except Exception as error:

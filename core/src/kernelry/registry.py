@@ -32,15 +32,14 @@ _CORE_NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
 )
 
 
-@functools.lru_cache(maxsize=1)
-def installed() -> Registry:
-    """Returns the plugins of this process; the entry points are scanned once."""
+def find() -> Registry:
+    """Scans the entry points of this process and loads what the switches allow."""
     points = importlib_metadata.entry_points(group=GROUP)
     # The first call may stand under a trace, which would leak tracers into constants of plugin modules.
     with jax.ensure_compile_time_eval():
         registry = build(points, Switches.of_process().plugins)
     for fault in registry.faults:
-        warnings.warn(f"kernelry plugin {fault}", stacklevel=2)
+        warnings.warn(f"kernelry plugin {fault}", stacklevel=3)
     return registry
 
 
@@ -266,13 +265,3 @@ def _is_normalization(value: Any) -> bool:
 
 def _names(specs: list[InstalledKernel], plugin: str) -> tuple[str, ...]:
     return tuple(spec.name for spec in specs if spec.plugin == plugin)
-
-
-def kernels() -> tuple[InstalledKernel, ...]:
-    """Returns the installed kernels, sorted by name. Imports no vendor library."""
-    return tuple(installed().kernels.values())
-
-
-def plugins() -> tuple[Plugin, ...]:
-    """Returns the plugins that were found, sorted by name. Imports no vendor library."""
-    return installed().plugins

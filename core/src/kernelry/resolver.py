@@ -6,14 +6,13 @@ import functools
 import logging
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from kernelry import registry
+from kernelry import installation
 from kernelry.candidates import consider
-from kernelry.catalogue import InstalledKernel
 from kernelry.environment import Environment, Knowledge
 from kernelry.errors import KernelRefusedError, NoKernelError, nearest
 from kernelry.kernel import KernelSpec
-from kernelry.measurements import Measurements
 from kernelry.policy import AUTO, Policy
 from kernelry.preference import Question
 from kernelry.refusal import Refusal, RefusalCode
@@ -22,6 +21,10 @@ from kernelry.resolution import Candidate, Plan, Resolution
 from kernelry.scope import Scope, current_recorders, current_scope
 from kernelry.switches import Switches
 from kernelry.target import home_target
+
+if TYPE_CHECKING:
+    from kernelry.catalogue import InstalledKernel
+    from kernelry.measurements import Measurements
 
 _logger = logging.getLogger("kernelry")
 
@@ -93,7 +96,7 @@ def _resolution(
     environment: Environment | None,
 ) -> Resolution:
     policy = policy or scope.policy or Policy.shipped()
-    question = Question(request, kernel, scope, policy, _pool(scope, kernels), measurements or Measurements())
+    question = Question(request, kernel, scope, policy, _pool(scope, kernels), measurements)
     resolution = _choose(question, environment or _environment_for(request))
     _logger.info("%s", resolution.headline)
     _observe(resolution)
@@ -107,12 +110,12 @@ def _environment_for(request: Request) -> Environment:
 
 def _pool(scope: Scope, kernels: tuple[KernelSpec, ...] | None) -> dict[str, InstalledKernel]:
     if kernels is None:
-        installed = registry.installed()
-        installed.check_usable()
-        pool = dict(installed.kernels)
+        found = installation.installed()
+        found.check_usable()
+        pool = dict(found.kernels)
     else:
-        pool = {spec.name: InstalledKernel(spec, "given", "given to resolve") for spec in kernels}
-    given = {spec.name: InstalledKernel(spec, "use", "given to use") for spec in scope.kernels}
+        pool = {spec.name: installation.not_installed(spec, "resolve") for spec in kernels}
+    given = {spec.name: installation.not_installed(spec, "use") for spec in scope.kernels}
     return {**pool, **given}
 
 
@@ -125,11 +128,11 @@ def _choose(question: Question, environment: Environment) -> Resolution:
             candidates.append(_absent(name, question.pool))
             continue
         looking = environment if plan is None else environment.without_probing()
-        installed = question.pool[name]
-        candidate, tiling = consider(installed, question.request, question.policy, looking, preference.tiling)
+        chosen = question.pool[name]
+        candidate, tiling = consider(chosen, question.request, question.policy, looking, preference.tiling)
         candidates.append(candidate)
         if plan is None and not candidate.refusals:
-            plan = Plan(installed.spec, candidate.steps, question.request, tiling)
+            plan = Plan(chosen.spec, candidate.steps, question.request, tiling)
     forced = question.forced is not None
     return Resolution(question.request, plan, tuple(candidates), preference.rule, preference.excluded, forced)
 
@@ -166,7 +169,7 @@ def _where_kernels_come_from() -> str:
 
 
 def _observe(resolution: Resolution) -> None:
-    for plugin, observer in sorted(registry.installed().observers.items()):
+    for plugin, observer in sorted(installation.installed().observers.items()):
         try:
             observer(resolution=resolution)
         except Exception as error:

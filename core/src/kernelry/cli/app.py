@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from kernelry import _version, registry
+from kernelry import _version, installation
 from kernelry.cli import report
 from kernelry.config import load_config
 from kernelry.errors import KernelryError
@@ -69,25 +69,25 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command("list")
 def list_kernels(as_json: Json = False) -> None:
     """The installed kernels and what they declare."""
-    installed = registry.installed()
+    found = installation.installed()
     if as_json:
-        _print_json(report.kernels_json(installed))
+        _print_json(report.kernels_json(found))
         return
-    _console.print(report.kernels_table(installed))
-    if installed.faults:
-        _console.print(f"{len(installed.faults)} plugin fault(s): run kernelry doctor")
+    _console.print(report.kernels_table(found))
+    if found.faults:
+        _console.print(f"{len(found.faults)} plugin fault(s): run kernelry doctor")
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, plugins, environment switches, and what is wrong with a fix for each."""
-    installed, switches = registry.installed(), Switches.of_process()
+    found, switches = installation.installed(), Switches.of_process()
     if as_json:
-        _print_json(report.doctor_json(installed, switches))
+        _print_json(report.doctor_json(found, switches))
     else:
-        for part in report.doctor_parts(installed, switches):
+        for part in report.doctor_parts(found, switches):
             _console.print(part)
-    raise typer.Exit(1 if installed.faults else 0)
+    raise typer.Exit(1 if found.faults else 0)
 
 
 @app.command()
@@ -122,7 +122,7 @@ def explain(
         head_dim=head_dim,
         value_dim=head_dim if value_dim is None else value_dim,
         dtype=_dtype(dtype),
-        mask=parse_form(mask, registry.installed().masks),
+        mask=parse_form(mask, installation.installed().masks),
         soft_cap=soft_cap,
         sinks=sinks,
         partial=partial,
