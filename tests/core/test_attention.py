@@ -135,6 +135,19 @@ def test_fully_masked_rows_are_zero_with_zero_gradients(kernel):
     assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("kernel", ["dot_product", "blockwise"])
+def test_sinks_of_minus_infinity_are_no_sinks(kernel):
+    q, k, v = _arrays()
+    mask = MASKS["packed"]
+    sinks = jnp.full(4, -jnp.inf)
+    without = _call(kernel, q, k, v, mask=mask)
+    np.testing.assert_allclose(
+        np.asarray(_call(kernel, q, k, v, mask=mask, sinks=sinks)), np.asarray(without), atol=1e-6
+    )
+    gradient = jax.grad(lambda q: _call(kernel, q, k, v, mask=mask, sinks=sinks).sum())(q)
+    assert np.isfinite(np.asarray(gradient)).all()
+
+
 @pytest.mark.parametrize(("shape_q", "shape_kv"), [((2, 0), 4), ((2, 3), 0), ((0, 3), 4)])
 def test_empty_arrays_give_empty_or_zero_results(shape_q, shape_kv):
     q = jnp.ones((*shape_q, 4, 8))

@@ -114,7 +114,9 @@ def _backward(
     if sinks is None:
         return d_inputs, None
     delta = jnp.einsum("BTND,BTND->BNT", out.astype(jnp.float32), d_out.astype(jnp.float32))
-    probability = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - lse)
+    nothing = jnp.isneginf(lse)  # no key and no sink
+    exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, lse)
+    probability = jnp.where(nothing, 0.0, jnp.exp(exponent))
     return d_inputs, -(probability * delta).sum(axis=(0, 2)).astype(sinks.dtype)
 
 

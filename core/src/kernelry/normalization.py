@@ -117,7 +117,9 @@ def with_sinks(
     out: Float[Array, "B T N D"], lse: Float[Array, "B N T"] | None, sinks: Float[Array, " N"]
 ) -> Float[Array, "B T N D"]:
     """Lets one sink logit per head join the denominator: out · sigmoid(lse − sink), in float32."""
-    share = jax.nn.sigmoid(_float32(lse) - sinks.astype(jnp.float32)[None, :, None])
+    lse = _float32(lse)
+    empty = jnp.isneginf(lse)  # a sink of −inf must not meet the lse of an empty row
+    share = jnp.where(empty, 0.0, jax.nn.sigmoid(jnp.where(empty, 0.0, lse) - sinks.astype(jnp.float32)[None, :, None]))
     return out.astype(jnp.float32) * heads_last(share)
 
 
