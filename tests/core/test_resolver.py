@@ -312,6 +312,12 @@ def test_use_refuses_what_is_no_kernel_spec():
         pass
 
 
+def test_use_refuses_a_spec_that_cannot_be_hashed():
+    unhashable = spec("a", Capabilities(platforms={"cpu"}))
+    with pytest.raises(ValueError, match="kernel 'a' cannot be hashed"), kernelry.use(kernels=[unhashable]):
+        pass
+
+
 def test_use_target_answers_for_other_hardware():
     q = jnp.ones((1, 8, 1, 64))
     with kernelry.use(target="tpu:v5e"), kernelry.record() as resolutions:

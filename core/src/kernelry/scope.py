@@ -78,12 +78,11 @@ def use(
       tiling: overrides tunables by name.
 
     Raises:
-      ArgumentError: `kernels` holds something that is not a KernelSpec.
+      ArgumentError: `kernels` holds something that is not a KernelSpec, or one that cannot be hashed.
       ConfigError: the target is unknown.
     """
     for spec in kernels:
-        if not isinstance(spec, KernelSpec):
-            raise ArgumentError(f"use(kernels=…) takes KernelSpecs, got {spec!r}.")
+        _check_spec(spec)
     outer = current_scope()
     inner = dataclasses.replace(
         outer,
@@ -95,6 +94,18 @@ def use(
     )
     with _scope(inner):
         yield
+
+
+def _check_spec(spec: object) -> None:
+    if not isinstance(spec, KernelSpec):
+        raise ArgumentError(f"use(kernels=…) takes KernelSpecs, got {spec!r}.")
+    try:
+        hash(spec)
+    except TypeError as error:
+        raise ArgumentError(
+            f"use(kernels=…): kernel {spec.name!r} cannot be hashed ({error}); write its capabilities with frozenset "
+            "and tuple."
+        ) from error
 
 
 @contextlib.contextmanager
