@@ -5,10 +5,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernelry.errors import ArgumentError
 from kernelry.masks import AtomKind, Causal, Full, Lengths, MaskForm, PositionKind, Segments, SlidingWindow
 from kernelry.masks.parse import parse_form
+from kernelry.testing import reference_mask
 
 
 @pytest.mark.parametrize(
@@ -101,3 +104,19 @@ def test_bad_mask_expressions_say_what_is_wrong(text, complaint):
 def test_position_kinds_reach_inside_composites():
     form = (~Causal().at(query_offset=jnp.int32(1)) | Full()).form
     assert PositionKind.TRACED in form.position_kinds
+
+
+@given(
+    st.integers(0, 6), st.integers(0, 6), st.integers(-4, 6), st.integers(-4, 6), st.integers(0, 4), st.integers(0, 4)
+)
+@settings(max_examples=200, deadline=None)
+def test_visibility_of_consecutive_positions_is_exact(q_len, kv_len, query, kv, left, right):
+    for mask in (SlidingWindow(left, right), Causal()):
+        placed = mask.at(query_offset=query, kv_offset=kv)
+        visible = reference_mask(placed, 1, 1, q_len, kv_len)[0, 0]
+        assert placed.form.may_have_empty_rows(q_len, kv_len) == (not visible.any(axis=1).all())
+        assert placed.form.may_hide_slots(q_len, kv_len) == (not visible.any(axis=0).all())
+
+
+def test_visibility_of_long_sequences_costs_nothing():
+    assert not SlidingWindow(5).form.may_have_empty_rows(10**12, 10**12)

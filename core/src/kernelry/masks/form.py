@@ -56,6 +56,13 @@ class PositionForm:
     kind: PositionKind = PositionKind.DEFAULT
     value: int | Runs | None = None
 
+    @property
+    def start(self) -> int | None:
+        """The first position where they are consecutive and known, else None."""
+        if self.kind is PositionKind.DEFAULT:
+            return 0
+        return self.value if isinstance(self.value, int) else None
+
     def positions(self, length: int) -> np.ndarray | None:
         """Returns the positions as int64 [rows, length], or None where they are traced."""
         if self.kind is PositionKind.TRACED:
@@ -63,7 +70,7 @@ class PositionForm:
         if self.kind is PositionKind.STATIC:
             assert isinstance(self.value, tuple)
             return np.stack([_expand(row, length) for row in self.value])
-        start = self.value if isinstance(self.value, int) else 0
+        start = self.start or 0
         return np.arange(start, start + length)[None]
 
     def __str__(self) -> str:
@@ -220,6 +227,9 @@ class MaskForm:
 @functools.lru_cache(maxsize=512)
 def _band_visibility(atom: Atom, q_len: int, kv_len: int) -> tuple[bool, bool]:
     left, right = atom.params
+    if atom.query.start is not None and atom.kv.start is not None:
+        queries, slots = (atom.query.start, q_len), (atom.kv.start, kv_len)
+        return not _all_see(queries, slots, left, right), not _all_see(slots, queries, right, left)
     query, kv = atom.query.positions(q_len), atom.kv.positions(kv_len)
     assert query is not None
     assert kv is not None
@@ -228,6 +238,15 @@ def _band_visibility(atom: Atom, q_len: int, kv_len: int) -> tuple[bool, bool]:
     empty = any(not _sees_any(q, k, left, right).all() for q, k in pairs)
     hidden = any(not _sees_any(k, q, right, left).all() for q, k in pairs)
     return empty, hidden
+
+
+def _all_see(own: tuple[int, int], other: tuple[int, int], below: int | None, above: int | None) -> bool:
+    """Says whether every position p of a run (first, count) has one of `other` in [p − below, p + above]."""
+    (first, count), (other_first, other_count) = own, other
+    if count == 0 or other_count == 0:
+        return count == 0
+    last, other_last = first + count - 1, other_first + other_count - 1
+    return (below is None or last - below <= other_last) and (above is None or first + above >= other_first)
 
 
 def _sees_any(own: np.ndarray, other: np.ndarray, below: int | None, above: int | None) -> np.ndarray:
