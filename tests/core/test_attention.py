@@ -232,3 +232,35 @@ def test_numpy_arrays_are_accepted():
     np.testing.assert_allclose(
         np.asarray(kernelry.attention(*arrays)), reference_attention(*arrays, mask=masks.Full()).out, atol=2e-6
     )
+
+
+def test_hidden_bias_never_leaks_through_the_soft_cap():
+    arrays = _arrays()
+    mask = masks.Lengths(np.array([20, 20], np.int32))
+    bias = jnp.where(jnp.arange(S) < 20, 0.0, jnp.nan)[None]
+
+    def loss(query, bias):
+        return kernelry.attention(query, *arrays[1:], mask=mask, bias=bias, soft_cap=3.0).sum()
+
+    with pytest.warns(UserWarning, match="soft cap caps bias"):
+        found = jax.grad(loss)(arrays[0], bias)
+    with pytest.warns(UserWarning, match="soft cap caps bias"):
+        np.testing.assert_array_equal(found, jax.grad(loss)(arrays[0], jnp.zeros((1, S))))
+
+
+def test_output_carries_a_name_for_remat_policies():
+    q, k, v = _arrays()
+    assert "kernelry_out" in str(jax.make_jaxpr(lambda q: kernelry.attention(q, k, v))(q))
+    partial = jax.make_jaxpr(lambda q: kernelry.attention(q, k, v, return_partial=True).lse)(q)
+    assert "kernelry_lse" in str(partial)
+
+
+def test_gradients_of_an_operand_that_is_not_passed_are_an_error():
+    with pytest.raises(ArgumentError, match="gradients names bias"):
+        kernelry.attention(*_arrays(), gradients=["query", "bias"])
+
+
+def test_default_precision_asks_nothing_of_a_kernel():
+    with kernelry.record() as resolutions:
+        kernelry.attention(*_arrays(), precision=jax.lax.Precision.DEFAULT)
+    assert resolutions[0].request.precision is None

@@ -24,6 +24,8 @@ from kernelry.testing import reference_mask
         (Full() & Causal(), Causal()),
         (Lengths(np.array([1])) & Causal(), Causal() & Lengths(np.array([2]))),
         (Causal().at(query_offset=2) & SlidingWindow(3).at(query_offset=2), SlidingWindow(3).at(query_offset=2)),
+        (Causal().at(query_offset=0), Causal()),
+        (Causal() & SlidingWindow(3).at(kv_offset=0), SlidingWindow(3)),
         (Causal().at(query_positions=np.arange(4)), Causal().at(query_positions=np.array([0, 1, 2, 3]))),
         (Causal() | Lengths(np.array([1])), Lengths(np.array([1])) | Causal()),
     ],
@@ -120,3 +122,18 @@ def test_visibility_of_consecutive_positions_is_exact(q_len, kv_len, query, kv, 
 
 def test_visibility_of_long_sequences_costs_nothing():
     assert not SlidingWindow(5).form.may_have_empty_rows(10**12, 10**12)
+
+
+@given(
+    st.lists(st.integers(-3, 6), min_size=1, max_size=4),
+    st.lists(st.integers(-3, 6), min_size=1, max_size=4),
+    st.integers(0, 2),
+    st.integers(0, 2),
+)
+@settings(max_examples=200, deadline=None)
+def test_visibility_of_static_positions_is_exact(query, kv, left, right):
+    for mask in (SlidingWindow(left, right), Causal()):
+        placed = mask.at(query_positions=np.array(query), kv_positions=np.array(kv))
+        visible = reference_mask(placed, 1, 1, len(query), len(kv))[0, 0]
+        assert placed.form.may_have_empty_rows(len(query), len(kv)) == (not visible.any(axis=1).all())
+        assert placed.form.may_hide_slots(len(query), len(kv)) == (not visible.any(axis=0).all())

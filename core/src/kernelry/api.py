@@ -117,7 +117,7 @@ def attention(
         gradients=gradients,  # type: ignore[arg-type]
         normalization=normalization,
         logits_dtype=dtype_name(logits_dtype),
-        precision=None if precision is None else jax.lax.Precision(precision).name.lower(),
+        precision=_precision(precision),
         partial=return_partial,
         max_logits=return_max_logits,
         interpret=scope.interpret and target.platform == "cpu",
@@ -131,10 +131,23 @@ def attention(
         arrays.sinks,
         dropout_rng if dropout_rate else None,
     )
+    _check_gradients(request, arrays)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
     partial = resolution.plan.run(without_gradient(arrays, request.gradients))
     return _result(partial, request)
+
+
+def _precision(precision: str | jax.lax.Precision | None) -> str | None:
+    if precision is None or jax.lax.Precision(precision) is jax.lax.Precision.DEFAULT:
+        return None
+    return jax.lax.Precision(precision).name.lower()
+
+
+def _check_gradients(request: Request, inputs: Inputs) -> None:
+    absent = sorted(operand.value for operand in request.gradients if getattr(inputs, operand.value) is None)
+    if absent:
+        raise ArgumentError(f"gradients names {', '.join(absent)}, which this call does not pass; leave it out.")
 
 
 def _result(partial: Partial, request: Request) -> Any:

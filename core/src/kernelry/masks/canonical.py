@@ -9,7 +9,7 @@ from typing import Any
 from kernelry.masks.band import Band, Causal, Full, SlidingWindow, band_atom
 from kernelry.masks.base import And, At, Conjunct, Mask, Not, Or
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionForm
-from kernelry.masks.positions import Positions, TracedOffset, TracedPositions
+from kernelry.masks.positions import Positions, StaticOffset, TracedOffset, TracedPositions
 
 
 def conjuncts_of(mask: Mask) -> tuple[Conjunct, ...]:
@@ -70,6 +70,8 @@ def _position_form(where: Positions | None) -> PositionForm:
 
 def _identity(where: Positions | None) -> Any:
     """Equal for positions that are certainly the same: static ones by value, arrays by identity."""
+    if where == StaticOffset(0):
+        return None
     return id(where.value) if isinstance(where, TracedOffset | TracedPositions) else where
 
 

@@ -118,7 +118,7 @@ class StaticOffset(Positions):
 
     @property
     def form(self) -> PositionForm:
-        return PositionForm(PositionKind.OFFSET, self.value)
+        return PositionForm(PositionKind.OFFSET, self.value) if self.value else PositionForm()
 
     def of(self, side: Side) -> ArrayLike:
         return side.slots + np.int32(self.value)

@@ -39,7 +39,7 @@ def attend_dense(
     """
     grouped = None if visible is None else _grouped(visible, request)
     query, key, value = _clean(inputs, request, grouped)
-    logits = _logits(query, key, inputs.bias, request)
+    logits = _logits(query, key, inputs.bias, grouped, request)
     if grouped is not None:
         logits = jnp.where(grouped, logits, -jnp.inf)
     top = lax.stop_gradient(logits.max(axis=-1, initial=-jnp.inf))
@@ -69,7 +69,9 @@ def attend_dense(
     return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype)
 
 
-def _logits(query: jax.Array, key: jax.Array, bias: jax.Array | None, request: Request) -> Float[Array, "B K G T S"]:
+def _logits(
+    query: jax.Array, key: jax.Array, bias: jax.Array | None, visible: jax.Array | None, request: Request
+) -> Float[Array, "B K G T S"]:
     grouped = query.reshape(*query.shape[:2], request.kv_heads, request.groups, query.shape[-1])
     # Heads before time, so that no product has to transpose the logits: twice as fast on CPU.
     logits = jnp.einsum(
@@ -82,6 +84,9 @@ def _logits(query: jax.Array, key: jax.Array, bias: jax.Array | None, request: R
     logits = logits * jnp.asarray(request.scale, logits.dtype)
     if bias is not None:
         logits = logits + _grouped(bias, request).astype(logits.dtype)
+    if bias is not None and visible is not None and request.soft_cap is not None:
+        # The derivative of tanh at a hidden NaN is NaN, which no zero from behind can mend.
+        logits = jnp.where(visible, logits, 0)
     if request.soft_cap is not None:
         cap = jnp.asarray(request.soft_cap, logits.dtype)
         logits = cap * jnp.tanh(logits / cap)
