@@ -264,3 +264,11 @@ def test_default_precision_asks_nothing_of_a_kernel():
     with kernelry.record() as resolutions:
         kernelry.attention(*_arrays(), precision=jax.lax.Precision.DEFAULT)
     assert resolutions[0].request.precision is None
+
+
+@pytest.mark.parametrize("kernel", ["dot_product", "blockwise"])
+def test_half_precision_survives_strict_promotion(kernel):
+    arrays = _arrays(dtype="bfloat16")
+    with jax.numpy_dtype_promotion("strict"):
+        out = _call(kernel, *arrays, mask=masks.Causal(), soft_cap=3.0)
+    assert out.dtype == jnp.bfloat16

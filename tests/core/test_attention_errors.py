@@ -65,6 +65,15 @@ def test_misfits_raise_shape_errors_that_name_the_argument(change, words):
         ({"normalization": "softmx"}, "did you mean 'softmax'"),
         ({"gradients": ["querry"]}, "did you mean 'query'"),
         ({"sinks": jnp.ones(4), "return_partial": True}, "kernelry.finalize"),
+        ({"scale": "x"}, "scale must be a finite number"),
+        ({"scale": jnp.ones(2)}, "scale must be a finite number"),
+        ({"soft_cap": float("inf")}, "soft_cap must be a finite number"),
+        ({"dropout_rate": "a"}, "dropout_rate must be a finite number"),
+        ({"kernel": None}, "kernel must be a name or 'auto', got None"),
+        ({"precision": "hihgest"}, "did you mean 'highest'"),
+        ({"logits_dtype": "foo"}, "logits_dtype='foo' is no dtype"),
+        ({"logits_dtype": jnp.int32}, "logits_dtype must be floating, got int32"),
+        ({"normalization": None}, "unknown normalization None"),
     ],
 )
 def test_meaningless_values_raise_argument_errors(change, complaint):
@@ -75,6 +84,10 @@ def test_meaningless_values_raise_argument_errors(change, complaint):
 def test_traced_numbers_are_refused_before_jax_complains():
     with pytest.raises(ArgumentError, match="scale must be a Python number"):
         jax.jit(lambda scale: kernelry.attention(Q, K, K, scale=scale))(0.5)
+
+
+def test_numbers_may_be_arrays_of_rank_0():
+    kernelry.attention(Q, K, K, scale=1 / jnp.sqrt(8.0), soft_cap=np.float32(3))
 
 
 def test_positional_masks_with_at_accept_unequal_lengths():

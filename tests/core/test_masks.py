@@ -264,3 +264,18 @@ def test_repr_can_be_pasted_back():
 def test_masks_that_do_not_fit_say_which_argument(mask, named):
     with pytest.raises(ValueError, match=named):
         check_fits(mask, Extent(batch=2, q_heads=2, q_len=4, kv_len=5))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+def test_positions_of_narrow_and_unsigned_dtypes_do_not_wrap(dtype):
+    positions = jnp.arange(8).astype(dtype)
+    mask = masks.SlidingWindow(40, 10).at(query_positions=positions, kv_positions=positions)
+    assert np.asarray(mask.materialize(8, 8)).all()
+    offset = masks.SlidingWindow(40, 10).at(query_offset=positions[1])
+    assert np.asarray(offset.materialize(8, 8)).all()
+
+
+@pytest.mark.parametrize("where", [{"query_offset": 2**31}, {"kv_positions": np.arange(8) + 2**31}])
+def test_positions_that_do_not_fit_int32_are_errors(where):
+    with pytest.raises(ValueError, match="must lie within"):
+        masks.Causal().at(**where)

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -418,3 +422,39 @@ def test_a_threshold_changes_the_choice():
     assert kernelry.resolve(request, policy=policy()).kernel == "blockwise"
     higher = policy(thresholds={"cpu_blockwise_min_kv_len": 2048})
     assert kernelry.resolve(request, policy=higher).kernel == "dot_product"
+
+
+def test_a_rules_tiling_is_for_the_kernels_it_names():
+    tiled = spec("a", PLAIN_HALF, tilings=lambda _: (Tiling.of(block_q=64),))
+    rules = (Rule(Condition(), ("a", "auto"), (("block_q", 32),), "r"),)
+    assert kernelry.resolve(REQUEST, kernels=(tiled, B), policy=policy(*rules)).kernel == "b"
+
+
+@pytest.mark.parametrize("block", [0, -8, 64.5, True])
+def test_block_sizes_must_be_positive_integers(block):
+    with kernelry.use(tiling={"block_q": block}), pytest.raises(NoKernelError, match="must be a positive integer"):
+        kernelry.resolve(Request(q_len=512), kernel="blockwise")
+
+
+@pytest.mark.parametrize("answer", ["no", ("no",), 3])
+def test_refusals_of_the_wrong_type_are_a_fault_of_that_kernel(answer):
+    faulty = spec("a", refusals=lambda *_: answer)
+    resolution = kernelry.resolve(REQUEST, kernels=(faulty, B), policy=policy())
+    assert resolution.kernel == "b"
+    assert resolution.refused[0].refusals[0].code is RefusalCode.FAULT
+
+
+def test_capabilities_of_the_wrong_type_are_a_fault_of_that_kernel():
+    faulty = spec("a", Capabilities(platforms=frozenset({"cpu"}), head_dims=(64, 128)))
+    assert kernelry.resolve(REQUEST, kernels=(faulty, B), policy=policy()).kernel == "b"
+
+
+def test_values_are_found_again_in_another_process():
+    values = (Request(q_len=8, mask=masks.SlidingWindow(3)), masks.Causal().form, policy(Rule(Condition(), ("a",))))
+    code = (
+        "import pickle, sys; values = pickle.load(sys.stdin.buffer);"
+        "rebuilt = [make(*facts) for make, facts in (value.__reduce__() for value in values)];"
+        "assert [hash(v) for v in values] == [hash(r) for r in rebuilt]"
+    )
+    environ = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(values), env=environ, check=True)

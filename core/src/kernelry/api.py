@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import jax
@@ -86,6 +88,7 @@ def attention(
       KernelRefusedError: the kernel named refuses it.
     """
     arrays = _arrays(query, key, value, mask, bias, sinks)
+    _check_kernel(kernel)
     _check_numbers(scale, soft_cap, dropout_rate, dropout_rng, normalization)
     if sinks is not None and return_partial:
         raise ArgumentError(
@@ -116,7 +119,7 @@ def attention(
         dropout_rate=float(dropout_rate),
         gradients=gradients,  # type: ignore[arg-type]
         normalization=normalization,
-        logits_dtype=dtype_name(logits_dtype),
+        logits_dtype=_logits_dtype(logits_dtype),
         precision=_precision(precision),
         partial=return_partial,
         max_logits=return_max_logits,
@@ -139,9 +142,32 @@ def attention(
 
 
 def _precision(precision: str | jax.lax.Precision | None) -> str | None:
-    if precision is None or jax.lax.Precision(precision) is jax.lax.Precision.DEFAULT:
-        return None
-    return jax.lax.Precision(precision).name.lower()
+    try:
+        known = jax.lax.Precision(precision)
+    except (ValueError, TypeError):
+        names = [member.name.lower() for member in jax.lax.Precision]
+        raise ArgumentError(f"unknown precision {precision!r}{nearest(str(precision), names)}") from None
+    return None if known is jax.lax.Precision.DEFAULT else known.name.lower()
+
+
+def _logits_dtype(dtype: Any) -> str:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        raise ArgumentError(f"logits_dtype={dtype!r} is no dtype.") from None
+    if not jnp.issubdtype(found, jnp.floating):
+        raise ArgumentError(f"logits_dtype must be floating, got {found}.")
+    return dtype_name(found)
+
+
+def _is_finite(number: Any) -> bool:
+    is_number = isinstance(number, Real) or (isinstance(number, jax.Array | np.ndarray) and number.ndim == 0)
+    return is_number and math.isfinite(number)  # 1 / jnp.sqrt(64) is a number, too
+
+
+def _check_kernel(kernel: Any) -> None:
+    if not isinstance(kernel, str):
+        raise ArgumentError(f"kernel must be a name or 'auto', got {kernel!r}.")
 
 
 def _check_gradients(request: Request, inputs: Inputs) -> None:
@@ -216,6 +242,9 @@ def _check_numbers(scale: Any, soft_cap: Any, dropout_rate: Any, dropout_rng: An
             raise ArgumentError(
                 f"{name} must be a Python number, got a traced array; for scale, multiply query instead."
             )
+    for name, number in (("scale", scale), ("soft_cap", soft_cap), ("dropout_rate", dropout_rate)):
+        if number is not None and not _is_finite(number):
+            raise ArgumentError(f"{name} must be a finite number, got {number!r}.")
     if soft_cap is not None and not soft_cap > 0:
         raise ArgumentError(f"soft_cap must be positive, got {soft_cap}; pass None for no cap.")
     if not 0 <= dropout_rate < 1:
@@ -223,5 +252,5 @@ def _check_numbers(scale: Any, soft_cap: Any, dropout_rate: Any, dropout_rng: An
     if dropout_rate and dropout_rng is None:
         raise ArgumentError(f"dropout_rate={dropout_rate} needs dropout_rng=, a PRNG key.")
     known = installation.installed().normalizations
-    if normalization not in known:
-        raise ArgumentError(f"unknown normalization {normalization!r}{nearest(normalization, known)}")
+    if not isinstance(normalization, str) or normalization not in known:
+        raise ArgumentError(f"unknown normalization {normalization!r}{nearest(str(normalization), known)}")

@@ -88,10 +88,13 @@ def _cures(
 
 def _refusals(spec: KernelSpec, request: Request, environment: Environment) -> tuple[Refusal, ...]:
     """The capabilities' refusals; where there are none, the kernel's own."""
-    declared = spec.capabilities.refusals(request)
-    if declared:
-        return declared
     try:
-        return tuple(spec.refusals(request, environment))
+        declared = spec.capabilities.refusals(request)
+        if declared:
+            return declared
+        own = tuple(spec.refusals(request, environment))
+        if not all(isinstance(refusal, Refusal) for refusal in own):
+            raise TypeError(f"expected Refusals, got {own!r}")
+        return own
     except Exception as error:
         return (Refusal(RefusalCode.FAULT, f"its refusals raised {error!r}", "report it to the kernel's authors"),)

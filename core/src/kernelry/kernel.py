@@ -81,6 +81,8 @@ class Tiling:
         for name in values:
             if name not in mine:
                 raise ConfigError(f"tiling: {kernel} has no tunable {name!r}{nearest(name, mine)}")
+            if isinstance(values[name], bool) or not isinstance(values[name], int) or values[name] < 1:
+                raise ConfigError(f"tiling: {name}={values[name]!r} of {kernel} must be a positive integer")
         return Tiling.of(**{**mine, **values})
 
     def __str__(self) -> str:

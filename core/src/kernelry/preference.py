@@ -62,10 +62,8 @@ class Question:
         for name in rule.names:
             self._check_contested(name)
         rest = tuple(name for name in self._automatic()[0] if name not in rule.names)
-        tiling = tuple(sorted({**dict(rule.tiling), **dict(self.scope.tiling)}.items()))
-        if rule.is_exhaustive:
-            return Preference(rule.names, str(rule), rest, tiling)
-        return Preference((*rule.names, *rest), str(rule), (), tiling)
+        names, excluded = (rule.names, rest) if rule.is_exhaustive else ((*rule.names, *rest), ())
+        return Preference(names, str(rule), excluded, self.scope.tiling, rule)
 
     def _automatic(self) -> tuple[tuple[str, ...], str]:
         """Orders all kernels: by measured time, then by votes, then by the shipped policy, then by name."""
@@ -91,6 +89,12 @@ class Preference:
     rule: str
     excluded: tuple[str, ...] = ()
     tiling: tuple[tuple[str, int], ...] = ()
+    by_rule: Rule | None = None
+
+    def tiling_for(self, name: str) -> tuple[tuple[str, int], ...]:
+        """The tunables set for a kernel: a rule's only for those it names, a scope's for all."""
+        ruled = self.by_rule.tiling if self.by_rule is not None and name in self.by_rule.names else ()
+        return tuple(sorted({**dict(ruled), **dict(self.tiling)}.items()))
 
 
 def _place(name: str, names: Sequence[str]) -> int:

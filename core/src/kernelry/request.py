@@ -149,6 +149,10 @@ class Request:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Strings hash differently in every process, so the hash is made anew where this arrives.
+        return _rebuilt, (tuple((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init),)
+
     def _key(self) -> tuple[Any, ...]:
         # hash(frozenset of enums) is slow in Python, and these few fields tell requests apart.
         return self.target, self.mode.value, self.batch, self.q_len, self.kv_len, self.head_dim, self.dtype, self.mask
@@ -236,6 +240,10 @@ NEUTRAL: Mapping[str, Any] = {
     "interpret": False,
 }
 """The value of each optional field that asks nothing of a kernel (softmax is declared all the same)."""
+
+
+def _rebuilt(facts: tuple[tuple[str, Any], ...]) -> Request:
+    return Request(**dict(facts))
 
 
 def _form_of(mask: Any) -> MaskForm:

@@ -129,7 +129,7 @@ def _choose(question: Question, environment: Environment) -> Resolution:
             continue
         looking = environment if plan is None else environment.without_probing()
         chosen = question.pool[name]
-        candidate, tiling = consider(chosen, question.request, question.policy, looking, preference.tiling)
+        candidate, tiling = consider(chosen, question.request, question.policy, looking, preference.tiling_for(name))
         candidates.append(candidate)
         if plan is None and not candidate.refusals:
             plan = Plan(chosen.spec, candidate.steps, question.request, tiling)

@@ -182,6 +182,9 @@ class MaskForm:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MaskForm, (self.atoms,)  # hashes differ between processes
+
     def take(self, wanted: Callable[[Atom], bool]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Splits the atoms into those a kernel wants and the rest.
 

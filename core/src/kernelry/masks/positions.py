@@ -166,7 +166,8 @@ class TracedOffset(Positions):
         return PositionForm(PositionKind.TRACED)
 
     def of(self, side: Side) -> ArrayLike:
-        offset = self.value if self.value.ndim == 0 else self.value.reshape(-1, 1, 1, 1)
+        value = self.value.astype(jnp.int32)  # differences of narrow or unsigned positions would wrap
+        offset = value if value.ndim == 0 else value.reshape(-1, 1, 1, 1)
         return side.slots + offset
 
     def check(self, name: str, batch: int, length: int) -> None:
@@ -225,7 +226,7 @@ class TracedPositions(Positions):
         return PositionForm(PositionKind.TRACED)
 
     def of(self, side: Side) -> ArrayLike:
-        return side.take(self.value)
+        return side.take(self.value.astype(jnp.int32))
 
     def check(self, name: str, batch: int, length: int) -> None:
         _check_positions(name, self.value.shape, batch, length)
@@ -272,7 +273,7 @@ def from_arguments(name: str, offset: Any, positions: Any) -> Positions | None:
 
 def _offset(name: str, offset: Any) -> Positions:
     if isinstance(offset, int | np.integer):
-        return StaticOffset(int(offset))
+        return StaticOffset(int(_in_range(name, np.asarray(offset, object))))
     array = _integers(name, offset, ranks=(0, 1))
     if not isinstance(array, np.ndarray):
         return TracedOffset(array)
@@ -290,4 +291,14 @@ def _integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
         raise ShapeError(
             f"{name} must be integers of rank {' or '.join(map(str, ranks))}, got {array.dtype}{array.shape}."
         )
-    return array
+    return array if isinstance(array, jax.Array) else _in_range(name, array)
+
+
+_FARTHEST = 2**30
+"""Positions stay below it, so that they and their differences fit int32."""
+
+
+def _in_range(name: str, values: np.ndarray) -> np.ndarray:
+    if values.size and not (values.min() > -_FARTHEST and values.max() < _FARTHEST):
+        raise ArgumentError(f"{name} must lie within ±2**30, got {values.min()} … {values.max()}.")
+    return values

@@ -79,7 +79,7 @@ def _logits(
         jnp.moveaxis(grouped, 1, 3),
         key,
         precision=request.precision,
-        preferred_element_type=jnp.promote_types(jnp.float32, request.dtype),
+        preferred_element_type=jnp.float64 if request.dtype == "float64" else jnp.float32,
     ).astype(request.logits_dtype)
     logits = logits * jnp.asarray(request.scale, logits.dtype)
     if bias is not None:
