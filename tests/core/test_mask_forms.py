@@ -96,6 +96,7 @@ def test_mask_expressions_are_read(text, mask):
         ("window()", "window"),
         ("__import__('os')", "must be a whole number"),
         ("causal + full", "cannot read"),
+        ("causal.at(query_ofset=1)", "did you mean 'query_offset'"),
     ],
 )
 def test_bad_mask_expressions_say_what_is_wrong(text, complaint):

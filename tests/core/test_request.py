@@ -71,6 +71,8 @@ def test_gradients_default_by_mode(facts, gradients):
         ({"mode": "trian"}, "did you mean 'train'"),
         ({"gradients": ["querry"]}, "did you mean 'query'"),
         ({"mask": "causal"}, "mask must be a kernelry mask"),
+        ({"q_heads": 3, "kv_heads": 2}, "kv_heads=2 must divide q_heads=3"),
+        ({"kv_len": -1}, "must not be negative"),
     ],
 )
 def test_unknown_names_are_errors_with_the_nearest(facts, complaint):

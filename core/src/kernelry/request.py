@@ -137,10 +137,19 @@ class Request:
             object.__setattr__(self, "mode", Mode.parse(self.mode))
         if not isinstance(self.mask, MaskForm):
             object.__setattr__(self, "mask", _form_of(self.mask))
+        self._check_sizes()
         self._fill("gradients", self._default_gradients)
         if not isinstance(self.gradients, frozenset):
             object.__setattr__(self, "gradients", frozenset(Operand.parse(name) for name in self.gradients))
         object.__setattr__(self, "_hash", hash(self._key()))
+
+    def _check_sizes(self) -> None:
+        if min(self.batch, self.q_len, self.kv_len) < 0:
+            raise ArgumentError(
+                f"batch={self.batch}, q_len={self.q_len} and kv_len={self.kv_len} must not be negative."
+            )
+        if self.kv_heads < 1 or self.q_heads % self.kv_heads:
+            raise ArgumentError(f"kv_heads={self.kv_heads} must divide q_heads={self.q_heads}.")
 
     def _fill(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:

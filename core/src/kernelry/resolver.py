@@ -104,8 +104,15 @@ def _resolution(
 
 
 def _environment_for(request: Request) -> Environment:
-    at_home = request.target.platform == home_target().platform
-    return Environment(Knowledge.PROBED if at_home else Knowledge.ASSUMED)
+    return Environment(Knowledge.PROBED if request.target.platform == _home_platform() else Knowledge.ASSUMED)
+
+
+def _home_platform() -> str | None:
+    try:
+        return home_target().platform
+    except Exception as error:  # JAX_PLATFORMS names a backend that is not here; JAX raises various types
+        _logger.warning("JAX has no usable backend: %s", error)
+        return None
 
 
 def _pool(scope: Scope, kernels: tuple[KernelSpec, ...] | None) -> dict[str, InstalledKernel]:

@@ -81,11 +81,18 @@ def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
     """Versions, plugins, switches and faults as plain data."""
     return {
         "versions": _versions(),
-        "target": str(home_target()),
+        "target": _home(),
         "switches": {"KERNELRY_KERNEL": switches.kernel, "KERNELRY_PLUGINS": switches.plugins},
         "plugins": [plugin.to_json() for plugin in installed.plugins],
         "faults": [fault.to_json() for fault in installed.faults],
     }
+
+
+def _home() -> str:
+    try:
+        return str(home_target())
+    except Exception as error:  # JAX_PLATFORMS names a backend that is not here; JAX raises various types
+        return f"unknown, for JAX has no usable backend: {error!r}"
 
 
 def _versions() -> dict[str, str]:
@@ -101,7 +108,7 @@ def _versions() -> dict[str, str]:
 def doctor_parts(installed: Registry, switches: Switches) -> Iterator[RenderableType]:
     """Versions, plugins, switches and faults for people."""
     yield "  ".join(f"{name} {version}" for name, version in _versions().items())
-    yield f"this machine is {home_target()}"
+    yield Text(f"this machine is {_home()}")
     for name, value in (("KERNELRY_KERNEL", switches.kernel), ("KERNELRY_PLUGINS", switches.plugins)):
         if value is not None:
             yield f"{name} is set: {value if isinstance(value, str) else ', '.join(value) or 'no plugins'}"

@@ -69,12 +69,21 @@ class _Reader:
             case ast.UnaryOp(op=ast.Invert(), operand=operand):
                 return ~self.read(operand)
             case ast.Call(func=ast.Attribute(value=inside, attr="at"), args=[], keywords=keywords):
-                return self.read(inside).at(**{k.arg: self.offset(k.value) for k in keywords if k.arg})
+                return self.placed(inside, keywords)
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
                 return self.make(name, [self.number(argument) for argument in arguments])
             case ast.Name(id=name):
                 return self.make(name, [])
         raise ArgumentError(f"mask {self.text!r}: cannot read {ast.unparse(node)!r}.")
+
+    def placed(self, inside: ast.expr, keywords: list[ast.keyword]) -> Mask:
+        known = ("query_offset", "kv_offset")
+        for keyword in keywords:
+            if keyword.arg not in known:
+                raise ArgumentError(
+                    f"mask {self.text!r}: unknown .at({keyword.arg}=…){nearest(str(keyword.arg), known)}"
+                )
+        return self.read(inside).at(**{str(keyword.arg): self.offset(keyword.value) for keyword in keywords})
 
     def make(self, name: str, numbers: list[int]) -> Mask:
         if name not in self.names:
