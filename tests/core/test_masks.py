@@ -5,91 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from mask_strategies import BATCH, KV_HEADS, Q_HEADS, placed_masks
 
 from kernelry import masks
+from kernelry.masks import Side
 from kernelry.masks.base import Extent, check_fits
 from kernelry.testing import reference_mask
 
-BATCH, HEADS = 2, 2
 
-
-def _ids(draw, length):
-    rows = [draw(st.lists(st.integers(-1, 2), min_size=length, max_size=length)) for _ in range(BATCH)]
-    return np.asarray(rows, np.int32).reshape(BATCH, length)
-
-
-def _positions(draw, length):
-    kind = draw(st.sampled_from(["none", "offset", "offsets", "positions", "rows"]))
-    if kind == "none":
-        return None, None
-    numbers = st.integers(-3, 9)
-    if kind == "offset":
-        return draw(numbers), None
-    if kind == "offsets":
-        return np.asarray([draw(numbers) for _ in range(BATCH)]), None
-    shape = (length,) if kind == "positions" else (BATCH, length)
-    flat = draw(st.lists(numbers, min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
-    return None, np.asarray(flat, np.int32).reshape(shape)
-
-
-@st.composite
-def placed_masks(draw, depth=2):
-    """Draws (mask, T, S): atoms, composites, and `.at` at any level."""
-    q_len, kv_len = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    return _mask(draw, q_len, kv_len, depth), q_len, kv_len
-
-
-def _mask(draw, q_len, kv_len, depth):
-    kind = draw(st.sampled_from(["atom", "and", "or", "not", "at"] if depth else ["atom"]))
-    if kind == "atom":
-        return _atom(draw, q_len, kv_len)
-    inside = _mask(draw, q_len, kv_len, depth - 1)
-    if kind == "not":
-        return ~inside
-    if kind == "at":
-        query_offset, query_positions = _positions(draw, q_len)
-        kv_offset, kv_positions = _positions(draw, kv_len)
-        as_given = draw(st.sampled_from([lambda x: x, lambda x: None if x is None else jnp.asarray(x)]))
-        return inside.at(
-            query_offset=as_given(query_offset),
-            query_positions=as_given(query_positions),
-            kv_offset=as_given(kv_offset),
-            kv_positions=as_given(kv_positions),
-        )
-    other = _mask(draw, q_len, kv_len, depth - 1)
-    return inside & other if kind == "and" else inside | other
-
-
-def _atom(draw, q_len, kv_len):
-    kind = draw(st.sampled_from(["full", "causal", "window", "segments", "lengths", "dense"]))
-    if kind == "full":
-        return masks.Full()
-    if kind == "causal":
-        return masks.Causal()
-    if kind == "window":
-        return masks.SlidingWindow(draw(st.integers(0, 4)), draw(st.integers(0, 4)))
-    if kind == "segments":
-        return masks.Segments(_ids(draw, q_len), _ids(draw, kv_len))
-    if kind == "lengths":
-        lengths = np.asarray([draw(st.integers(0, kv_len)) for _ in range(BATCH)], np.int32)
-        query_lengths = np.asarray([draw(st.integers(0, q_len)) for _ in range(BATCH)], np.int32)
-        return masks.Lengths(lengths, draw(st.sampled_from([None, query_lengths])))
-    shape = tuple(draw(st.sampled_from([1, size])) for size in (BATCH, HEADS, q_len, kv_len))
-    flat = draw(st.lists(st.booleans(), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
-    return masks.Dense(np.asarray(flat, bool).reshape(shape))
+def _reference(mask, q_len, kv_len):
+    return reference_mask(mask, BATCH, Q_HEADS, q_len, kv_len)
 
 
 def _full(visible, q_len, kv_len):
-    return np.broadcast_to(np.asarray(visible), (BATCH, HEADS, q_len, kv_len))
+    visible = np.asarray(visible)
+    if visible.shape[1] == KV_HEADS:
+        visible = np.repeat(visible, Q_HEADS // KV_HEADS, axis=1)
+    return np.broadcast_to(visible, (BATCH, Q_HEADS, q_len, kv_len))
+
+
+def _evaluated(mask, q_len, kv_len):
+    leaves = jax.tree.leaves(mask)
+    xp = jnp if any(isinstance(leaf, jax.Array) for leaf in leaves) else np
+    return mask.evaluate(Side.query(q_len, xp, q_heads=Q_HEADS), Side.kv(kv_len, xp))
 
 
 @given(placed_masks())
 @settings(max_examples=150, deadline=None)
-def test_materialize_equals_the_definition(drawn):
+def test_evaluation_equals_the_definition(drawn):
     mask, q_len, kv_len = drawn
-    expected = reference_mask(mask, BATCH, HEADS, q_len, kv_len)
-    np.testing.assert_array_equal(_full(mask.materialize(q_len, kv_len), q_len, kv_len), expected)
+    np.testing.assert_array_equal(
+        _full(_evaluated(mask, q_len, kv_len), q_len, kv_len), _reference(mask, q_len, kv_len)
+    )
 
 
 @given(placed_masks())
@@ -98,43 +45,21 @@ def test_canonical_conjunction_equals_the_mask(drawn):
     mask, q_len, kv_len = drawn
     conjuncts = mask.canonical()
     assert len(conjuncts) == len(mask.form.atoms)
-    product = np.ones((BATCH, HEADS, q_len, kv_len), bool)
+    product = np.ones((BATCH, Q_HEADS, q_len, kv_len), bool)
     for conjunct in conjuncts:
-        product &= _full(conjunct.materialize(q_len, kv_len), q_len, kv_len)
-    np.testing.assert_array_equal(product, reference_mask(mask, BATCH, HEADS, q_len, kv_len))
+        product &= _full(_evaluated(conjunct, q_len, kv_len), q_len, kv_len)
+    np.testing.assert_array_equal(product, _reference(mask, q_len, kv_len))
 
 
 @given(placed_masks())
 @settings(max_examples=100, deadline=None)
 def test_form_never_denies_empty_rows_or_hidden_slots_that_exist(drawn):
     mask, q_len, kv_len = drawn
-    visible = reference_mask(mask, BATCH, HEADS, q_len, kv_len)
+    visible = _reference(mask, q_len, kv_len)
     if not visible.any(axis=3).all():
         assert mask.form.may_have_empty_rows(q_len, kv_len)
     if not visible.any(axis=2).all():
         assert mask.form.may_hide_slots(q_len, kv_len)
-
-
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), placed_masks(depth=1))
-@settings(max_examples=100, deadline=None)
-def test_block_map_is_exact_for_static_masks(q_len, kv_len, block_q, block_kv, drawn):
-    mask = drawn[0]
-    form = mask.form
-    if not all(atom.is_static for atom in form.atoms) or masks.PositionKind.STATIC in form.position_kinds:
-        mask = masks.SlidingWindow(block_q, block_kv).at(query_offset=2)
-    visible = reference_mask(mask, 1, 1, q_len, kv_len)[0, 0]
-    found = mask.block_map(q_len, kv_len, block_q, block_kv)
-    for i in range(found.shape[0]):
-        for j in range(found.shape[1]):
-            block = visible[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
-            wanted = (
-                masks.BlockKind.FULL
-                if block.all()
-                else masks.BlockKind.PARTIAL
-                if block.any()
-                else masks.BlockKind.EMPTY
-            )
-            assert found[i, j] == wanted
 
 
 def test_block_map_of_a_dynamic_part_is_never_full():
@@ -263,7 +188,7 @@ def test_repr_can_be_pasted_back():
 )
 def test_masks_that_do_not_fit_say_which_argument(mask, named):
     with pytest.raises(ValueError, match=named):
-        check_fits(mask, Extent(batch=2, q_heads=2, q_len=4, kv_len=5))
+        check_fits(mask, Extent(batch=2, q_heads=2, kv_heads=2, q_len=4, kv_len=5))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])

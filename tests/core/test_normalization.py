@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import kernelry
 from kernelry import masks
-from kernelry.errors import ArgumentError
+from kernelry.errors import ArgumentError, ShapeError
 from kernelry.normalization import LogSumExp, MaxSum, to_lse, to_max_sum
 
 B, T, N, K, H = 2, 6, 4, 2, 8
@@ -124,3 +124,35 @@ def test_max_logits_of_parts_merge_to_the_largest():
 
     whole = kernelry.attention(q, k, v, return_max_logits=True)[1]
     _close(kernelry.merge([part(0, 3), part(3, 8)]).max_logits, whole)
+
+
+def _partial(shape=(1, 2, 4, 8), dtype="float32", **statistics):
+    batch, length, heads, _ = shape
+    return kernelry.Partial(jnp.zeros(shape), lse=jnp.zeros((batch, heads, length)), dtype=dtype, **statistics)
+
+
+@pytest.mark.parametrize("other", [_partial((1, 3, 4, 8)), _partial((2, 2, 4, 8)), _partial(dtype="bfloat16")])
+def test_merge_of_parts_of_different_attentions_is_an_error(other):
+    with pytest.raises(ShapeError, match="for the same queries; got outputs"):
+        kernelry.merge([_partial(), other])
+
+
+def test_merge_never_drops_max_logits():
+    with pytest.raises(ArgumentError, match="1 of 2 partials hold no max_logits"):
+        kernelry.merge([_partial(), _partial(max_logits=jnp.zeros((1, 4)))])
+
+
+def test_merge_of_arrays_is_an_error():
+    with pytest.raises(ArgumentError, match="merge takes Partials, got"):
+        kernelry.merge([jnp.zeros((1, 2, 4, 8))])
+
+
+def test_finalize_of_an_array_is_an_error():
+    with pytest.raises(ArgumentError, match="finalize takes a Partial, got"):
+        kernelry.finalize(jnp.zeros((1, 2, 4, 8)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 4)])
+def test_finalize_refuses_sinks_that_are_not_one_per_head(shape):
+    with pytest.raises(ShapeError, match="one logit per query head"):
+        kernelry.finalize(_partial(), jnp.zeros(shape))

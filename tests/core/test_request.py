@@ -1,5 +1,6 @@
 """Requests are values: equal, hashable, serialisable, and strict about what they are given."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -33,14 +34,13 @@ requests = st.builds(
     scale=st.none() | st.floats(0.1, 2),
     bias=st.none() | st.just((1, 1, 1, 1)),
     soft_cap=st.none() | st.floats(1, 50),
-    sinks=st.booleans(),
     gradients=st.none() | st.sets(st.sampled_from(["query", "key"])),
-    partial=st.booleans(),
 )
 
 
-@given(requests)
-def test_requests_survive_json(request):
+@given(requests, st.sampled_from([{}, {"sinks": True}, {"partial": True}]))
+def test_requests_survive_json(request, more):
+    request = dataclasses.replace(request, **more)
     again = Request.from_json(json.loads(json.dumps(request.to_json())))
     assert again == request
     assert hash(again) == hash(request)
@@ -140,3 +140,18 @@ def test_tpus_are_recognised_by_jaxs_names(kind, name):
 def test_unknown_targets_name_the_nearest(text, near):
     with pytest.raises(ConfigError, match=near):
         Target.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"dropout_rate": 2.0}, r"dropout_rate must be in \[0, 1\)"),
+        ({"dropout_rate": -0.1}, r"dropout_rate must be in \[0, 1\)"),
+        ({"soft_cap": 0.0}, "soft_cap must be positive"),
+        ({"soft_cap": float("nan")}, "soft_cap must be positive"),
+        ({"sinks": True, "partial": True}, "pass them to kernelry.finalize"),
+    ],
+)
+def test_facts_that_mean_nothing_are_errors(facts, message):
+    with pytest.raises(ArgumentError, match=message):
+        Request(q_len=8, **facts)

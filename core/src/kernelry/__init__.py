@@ -5,7 +5,7 @@
 picks the best installed kernel that honours every argument, or says why none can.
 """
 
-from kernelry import errors, masks
+from kernelry import errors, masks, moba
 from kernelry._version import __version__
 from kernelry.api import attention
 from kernelry.installation import kernels, plugins
@@ -32,6 +32,7 @@ __all__ = [
     "kernels",
     "masks",
     "merge",
+    "moba",
     "plugins",
     "record",
     "resolve",

@@ -89,11 +89,7 @@ def attention(
     """
     arrays = _arrays(query, key, value, mask, bias, sinks)
     _check_kernel(kernel)
-    _check_numbers(scale, soft_cap, dropout_rate, dropout_rng, normalization)
-    if sinks is not None and return_partial:
-        raise ArgumentError(
-            "sinks join the denominator once, at the end: pass them to kernelry.finalize, not to parts."
-        )
+    _check_numbers(scale, soft_cap, dropout_rate, normalization)
     if bias is not None and soft_cap is not None:
         warnings.warn("the soft cap caps bias too: a mask written as a bias comes back into sight", stacklevel=2)
     batch, q_len, q_heads, head_dim = arrays.query.shape
@@ -134,7 +130,7 @@ def attention(
         arrays.sinks,
         dropout_rng if dropout_rate else None,
     )
-    _check_gradients(request, arrays)
+    _check_given(request, arrays)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
     partial = resolution.plan.run(without_gradient(arrays, request.gradients))
@@ -170,7 +166,9 @@ def _check_kernel(kernel: Any) -> None:
         raise ArgumentError(f"kernel must be a name or 'auto', got {kernel!r}.")
 
 
-def _check_gradients(request: Request, inputs: Inputs) -> None:
+def _check_given(request: Request, inputs: Inputs) -> None:
+    if request.dropout_rate and inputs.dropout_rng is None:
+        raise ArgumentError(f"dropout_rate={request.dropout_rate} needs dropout_rng=, a PRNG key.")
     absent = sorted(operand.value for operand in request.gradients if getattr(inputs, operand.value) is None)
     if absent:
         raise ArgumentError(f"gradients names {', '.join(absent)}, which this call does not pass; leave it out.")
@@ -188,7 +186,8 @@ def _arrays(query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any) 
     if not is_mask(mask):
         found = f"{type(mask).__name__}" + (f" of shape {mask.shape}" if hasattr(mask, "shape") else "")
         raise ShapeError(f"mask must be a kernelry mask, got {found}; wrap a boolean array in masks.Dense.")
-    check_fits(mask, Extent(q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    extent = Extent(batch=q.shape[0], q_heads=q.shape[2], kv_heads=k.shape[2], q_len=q.shape[1], kv_len=k.shape[1])
+    check_fits(mask, extent)
     if bias is not None:
         bias = _bias(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     if sinks is not None:
@@ -236,7 +235,7 @@ def _bias(bias: Any, full: tuple[int, ...]) -> jax.Array:
     return array
 
 
-def _check_numbers(scale: Any, soft_cap: Any, dropout_rate: Any, dropout_rng: Any, normalization: str) -> None:
+def _check_numbers(scale: Any, soft_cap: Any, dropout_rate: Any, normalization: str) -> None:
     for name, number in (("scale", scale), ("soft_cap", soft_cap), ("dropout_rate", dropout_rate)):
         if isinstance(number, jax.core.Tracer):
             raise ArgumentError(
@@ -245,12 +244,6 @@ def _check_numbers(scale: Any, soft_cap: Any, dropout_rate: Any, dropout_rng: An
     for name, number in (("scale", scale), ("soft_cap", soft_cap), ("dropout_rate", dropout_rate)):
         if number is not None and not _is_finite(number):
             raise ArgumentError(f"{name} must be a finite number, got {number!r}.")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ArgumentError(f"soft_cap must be positive, got {soft_cap}; pass None for no cap.")
-    if not 0 <= dropout_rate < 1:
-        raise ArgumentError(f"dropout_rate must be in [0, 1), got {dropout_rate}.")
-    if dropout_rate and dropout_rng is None:
-        raise ArgumentError(f"dropout_rate={dropout_rate} needs dropout_rng=, a PRNG key.")
     known = installation.installed().normalizations
     if not isinstance(normalization, str) or normalization not in known:
         raise ArgumentError(f"unknown normalization {normalization!r}{nearest(str(normalization), known)}")

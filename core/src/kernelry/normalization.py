@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernelry.errors import ArgumentError
+from kernelry.errors import ArgumentError, ShapeError
 from kernelry.partial import Partial, heads_last
 
 
@@ -127,16 +127,17 @@ def merge(partials: Sequence[Partial]) -> Partial:
     """Merges attention over disjoint parts of the keys into attention over all of them, in float32.
 
     Args:
-      partials: at least one, each with statistics, of the same shape.
+      partials: at least one, each with statistics, for the same queries: same shape and dtype.
 
     Returns:
-      A Partial with `max` and `sum` where every part has them, else with `lse`.
+      A Partial with `max` and `sum` where every part has them, else with `lse`; with the largest
+      `max_logits` where the parts have them.
 
     Raises:
-      ArgumentError: no partials, or one without statistics.
+      ArgumentError: no partials, one without statistics, or some with `max_logits` and some without.
+      ShapeError: outputs of different shapes or dtypes.
     """
-    if not partials:
-        raise ArgumentError("merge got no partials; there is no shape to give an empty result.")
+    _check_parts(partials)
     form: Normalization = MaxSum() if all(partial.max is not None for partial in partials) else LogSumExp()
     return form.merge(partials)
 
@@ -147,8 +148,34 @@ def finalize(partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float
     Args:
       partial: what `attention(..., return_partial=True)` or `merge` returned.
       sinks: [N], one logit per query head, joins the denominator once.
+
+    Raises:
+      ArgumentError: not a Partial, or sinks without statistics.
+      ShapeError: sinks are not [N].
     """
+    if not isinstance(partial, Partial):
+        raise ArgumentError(f"finalize takes a Partial, got {type(partial).__name__}.")
+    if sinks is not None and jnp.shape(sinks) != (partial.out.shape[2],):
+        raise ShapeError(
+            f"sinks must be [N] = [{partial.out.shape[2]}], one logit per query head, got shape {jnp.shape(sinks)}."
+        )
     return LogSumExp().finalize(partial, sinks)
+
+
+def _check_parts(partials: Sequence[Partial]) -> None:
+    if not partials:
+        raise ArgumentError("merge got no partials; there is no shape to give an empty result.")
+    for partial in partials:
+        if not isinstance(partial, Partial):
+            raise ArgumentError(f"merge takes Partials, got {type(partial).__name__}.")
+    outputs = sorted({f"{part.dtype}{list(part.out.shape)}" for part in partials})
+    if len(outputs) > 1:
+        raise ShapeError(f"merge takes parts of one attention, for the same queries; got outputs {', '.join(outputs)}.")
+    without = sum(part.max_logits is None for part in partials)
+    if 0 < without < len(partials):
+        raise ArgumentError(
+            f"{without} of {len(partials)} partials hold no max_logits; ask for them in every part or in none."
+        )
 
 
 def _finite(statistic: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, final
 
@@ -138,6 +139,7 @@ class Request:
         if not isinstance(self.mask, MaskForm):
             object.__setattr__(self, "mask", _form_of(self.mask))
         self._check_sizes()
+        self._check_numbers()
         self._fill("gradients", self._default_gradients)
         if not isinstance(self.gradients, frozenset):
             object.__setattr__(self, "gradients", frozenset(Operand.parse(name) for name in self.gradients))
@@ -150,6 +152,16 @@ class Request:
             )
         if self.kv_heads < 1 or self.q_heads % self.kv_heads:
             raise ArgumentError(f"kv_heads={self.kv_heads} must divide q_heads={self.q_heads}.")
+
+    def _check_numbers(self) -> None:
+        if not 0 <= self.dropout_rate < 1:
+            raise ArgumentError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
+        if self.soft_cap is not None and not 0 < self.soft_cap < math.inf:
+            raise ArgumentError(f"soft_cap must be positive, got {self.soft_cap}; pass None for no cap.")
+        if self.sinks and self.partial:
+            raise ArgumentError(
+                "sinks join the denominator once, at the end: pass them to kernelry.finalize, not to parts."
+            )
 
     def _fill(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:

@@ -1,23 +1,31 @@
 """Masks: which keys each query may see.
 
-Positional masks (`Causal`, `SlidingWindow`) are predicates over positions, which `.at` sets;
-indexed masks (`Segments`, `Lengths`, `Dense`) are about array slots. All compose with `&`, `|`
-and `~`.
+Positional masks (`Causal`, `SlidingWindow`, `Chunked`, `BlockCausal`, `PrefixLM`, `BlockSelection`,
+`Predicate`) are predicates over positions, which `.at` sets; indexed masks (`Segments`,
+`BidirectionalSpans`, `Lengths`, `Dense`) are about array slots. All compose with `&`, `|` and `~`.
 """
 
 from kernelry.masks.band import Causal, Full, SlidingWindow
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.blocks import BlockKind
+from kernelry.masks.chunked import BlockCausal, Chunked
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionForm, PositionKind
-from kernelry.masks.indexed import Dense, Lengths, Segments
-from kernelry.masks.positions import Axis, Side
+from kernelry.masks.indexed import BidirectionalSpans, Dense, Lengths, Segments
+from kernelry.masks.predicate import Predicate
+from kernelry.masks.prefix import PrefixLM
+from kernelry.masks.selection import BlockSelection
+from kernelry.masks.side import Axis, Side
 
 __all__ = [
     "Atom",
     "AtomKind",
     "Axis",
+    "BidirectionalSpans",
+    "BlockCausal",
     "BlockKind",
+    "BlockSelection",
     "Causal",
+    "Chunked",
     "Dense",
     "Extent",
     "Full",
@@ -26,6 +34,8 @@ __all__ = [
     "MaskForm",
     "PositionForm",
     "PositionKind",
+    "Predicate",
+    "PrefixLM",
     "Segments",
     "Side",
     "SlidingWindow",

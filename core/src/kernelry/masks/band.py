@@ -12,7 +12,7 @@ from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError
 from kernelry.masks.base import Mask
 from kernelry.masks.form import Atom, AtomKind
-from kernelry.masks.positions import ArrayLike, Side
+from kernelry.masks.side import ArrayLike, Side
 
 
 @final

@@ -14,16 +14,18 @@ import numpy as np
 from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.form import Atom, MaskForm
-from kernelry.masks.positions import ArrayLike, Positions, Side, from_arguments
+from kernelry.masks.positions import Positions, from_arguments
+from kernelry.masks.side import ArrayLike, Side
 
 
 @final
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """What a mask must fit: batch B, query heads N, query length T, key/value length S."""
+    """What a mask must fit: batch B, heads N and K, query length T, key/value length S."""
 
     batch: int
     q_heads: int
+    kv_heads: int
     q_len: int
     kv_len: int
 
@@ -40,6 +42,9 @@ class Mask(Protocol):
 
     positional: ClassVar[bool] = False
     """True when the mask is a predicate over positions, so that `.at` moves it."""
+
+    uses_query_positions: ClassVar[bool] = True
+    """False when a positional mask looks only at where the keys stand."""
 
     @abstractmethod
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
@@ -103,7 +108,14 @@ class Mask(Protocol):
         return conjuncts_of(self)
 
     def materialize(self, q_len: int, kv_len: int) -> ArrayLike:
-        """Returns the mask as booleans [B or 1, N or 1, T, S]; NumPy unless arrays are JAX's."""
+        """Returns the mask as booleans [B or 1, N or 1, T, S]; NumPy unless arrays are JAX's.
+
+        A mask that differs by key/value head has K in place of N.
+
+        Raises:
+          ShapeError: a positional mask meets T ≠ S without `.at`.
+        """
+        check_located(self, q_len, kv_len)
         xp: ModuleType = jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self)) else np
         visible = self.evaluate(Side.query(q_len, xp), Side.kv(kv_len, xp))
         return xp.broadcast_to(visible, (*visible.shape[:2], q_len, kv_len))
@@ -112,29 +124,50 @@ class Mask(Protocol):
         """Says for each block of the static part whether it is EMPTY, PARTIAL or FULL.
 
         Returns:
-          int8 [ceil(T / block_q), ceil(S / block_kv)] of `BlockKind`. Atoms that depend on arrays
-          can only empty a block at run time: where they occur, FULL becomes PARTIAL.
+          int8 [ceil(T / block_q), ceil(S / block_kv)] of `BlockKind`; the blocks at the end hold
+          what is left. Over a batch of positions a block is EMPTY or FULL where it is so in every
+          row. Atoms that depend on arrays can only empty a block at run time: where they occur,
+          FULL becomes PARTIAL.
+
+        Raises:
+          ShapeError: a positional mask meets T ≠ S without `.at`.
+          ArgumentError: a block is smaller than 1.
         """
         from kernelry.masks.blocks import block_map_of
 
+        check_located(self, q_len, kv_len)
         return block_map_of(self, q_len, kv_len, block_q, block_kv)
 
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conjunct:
-    """One atom of a conjunction with its array-carrying mask and its positions."""
+    """One atom of a conjunction with its array-carrying mask and its positions.
+
+    Args:
+      mask: the mask; of a disjunction or negation, at its positions already.
+      atom: its static side.
+      query, kv: where it stands; None is the default.
+      key: equal for conjuncts that are certainly the same, arrays compared by identity.
+      branches: of a disjunction, the conjunctions it chooses from.
+    """
 
     mask: Mask
     atom: Atom
     query: Positions | None
     kv: Positions | None
+    key: tuple[Any, ...]
+    branches: tuple[tuple[Conjunct, ...], ...] = ()
+
+    @property
+    def places(self) -> tuple[Any, Any]:
+        """Equal for atoms that certainly stand at the same positions."""
+        return self.key[-2], self.key[-1]
 
     @property
     def located_mask(self) -> Mask:
         """The mask at its positions."""
-        stays = (self.query is None and self.kv is None) or not is_positional(self.mask)
-        return self.mask if stays else At(self.mask, self.query, self.kv)
+        return self.mask if self.query is None and self.kv is None else At(self.mask, self.query, self.kv)
 
 
 @final
@@ -156,13 +189,9 @@ class At(Mask):
 
     def __repr__(self) -> str:
         named = (("query", self.query), ("kv", self.kv))
-        given = ", ".join(f"{side}_{_word(where)}={where}" for side, where in named if where is not None)
+        given = ", ".join(f"{side}_{where.word}={where}" for side, where in named if where is not None)
         inner = f"({self.mask!r})" if isinstance(self.mask, And | Or | Not) else repr(self.mask)
         return f"{inner}.at({given})"
-
-
-def _word(where: Positions) -> str:
-    return "offset" if "Offset" in type(where).__name__ else "positions"
 
 
 @final
@@ -256,24 +285,41 @@ def is_positional(mask: Mask) -> bool:
     return any(is_positional(part) for part in inside) if inside else mask.positional
 
 
-def check_fits(mask: Mask, extent: Extent, *, located: bool = False) -> None:
+def check_fits(mask: Mask, extent: Extent) -> None:
     """Checks a mask and everything inside against the call.
 
     Raises:
       ShapeError: an array does not fit, or a positional mask meets T ≠ S without `.at`.
     """
+    check_located(mask, extent.q_len, extent.kv_len)
+    _check_arrays(mask, extent)
+
+
+def _check_arrays(mask: Mask, extent: Extent) -> None:
     if isinstance(mask, At):
         for name, where, length in (("query", mask.query, extent.q_len), ("kv", mask.kv, extent.kv_len)):
             if where is not None:
                 where.check(name, extent.batch, length)
-        located = True
-    for part in children(mask):
-        check_fits(part, extent, located=located)
-    if children(mask):
+    inside = children(mask)
+    for part in inside:
+        _check_arrays(part, extent)
+    if not inside:
+        mask.check(extent)
+
+
+def check_located(mask: Mask, q_len: int, kv_len: int) -> None:
+    """Checks that positional masks say where the queries stand, where that is not plain.
+
+    Raises:
+      ShapeError: T ≠ S without `.at`.
+    """
+    if q_len == kv_len or isinstance(mask, At):
         return
-    if mask.positional and not located and extent.q_len != extent.kv_len:
+    inside = children(mask)
+    for part in inside:
+        check_located(part, q_len, kv_len)
+    if mask.positional and not inside:
         raise ShapeError(
-            f"mask={mask!r} compares positions, but query has length T={extent.q_len} and key has S={extent.kv_len}: "
-            f"say where the queries stand, e.g. mask.at(query_offset={max(extent.kv_len - extent.q_len, 0)})."
+            f"mask={mask!r} compares positions, but query has length T={q_len} and key has S={kv_len}: "
+            f"say where the queries stand, e.g. mask.at(query_offset={max(kv_len - q_len, 0)})."
         )
-    mask.check(extent)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
+
+from kernelry.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from kernelry.masks.visibility import Visibility
 
 Runs: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
 """Static positions per batch row: each row is runs of (first position, count)."""
@@ -32,6 +36,15 @@ class AtomKind(enum.Enum):
     SEGMENTS_SEPARATE = "segments_separate"
     """Two arrays of ids."""
     LENGTHS = "lengths"
+    SPANS = "spans"
+    """One array of span ids for queries and keys."""
+    SPANS_SEPARATE = "spans_separate"
+    """Two arrays of span ids."""
+    CHUNKED = "chunked"
+    BLOCK_CAUSAL = "block_causal"
+    PREFIX_LM = "prefix_lm"
+    BLOCK_SELECTION = "block_selection"
+    PREDICATE = "predicate"
     DENSE = "dense"
     ANY_OF = "any_of"
     NOT = "not"
@@ -93,7 +106,9 @@ class Atom:
     Args:
       kind: what it is.
       params: its static parameters; for CAUSAL and WINDOW the band `(left, right)`, None meaning
-        unbounded; for ANY_OF and NOT the MaskForms inside; for CUSTOM the name first.
+        unbounded; for CHUNKED, BLOCK_CAUSAL and BLOCK_SELECTION the size; for PREDICATE the
+        function, by name where it has one, and the word `operands` where it takes arrays; for
+        ANY_OF and NOT the MaskForms inside; for CUSTOM the name first.
       query, kv: how the positions of each side are given.
     """
 
@@ -112,8 +127,11 @@ class Atom:
         """True when the mask can be evaluated without any array of the call."""
         if self.kind is AtomKind.ANY_OF or self.kind is AtomKind.NOT:
             return all(atom.is_static for form in self.params for atom in form.atoms)
-        traced = PositionKind.TRACED in (self.query.kind, self.kv.kind)
-        return self.is_band and not traced
+        if PositionKind.TRACED in (self.query.kind, self.kv.kind):
+            return False
+        if self.kind is AtomKind.PREDICATE:
+            return len(self.params) == 1
+        return self.is_band or self.kind in (AtomKind.CHUNKED, AtomKind.BLOCK_CAUSAL)
 
     @property
     def position_kinds(self) -> frozenset[PositionKind]:
@@ -133,8 +151,12 @@ class Atom:
         return f"{text} at {', '.join(where)}" if where else text
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain data; `from_json` reads it back."""
-        params = [p.to_json() if isinstance(p, MaskForm) else p for p in self.params]
+        """Returns plain data; `from_json` reads it back.
+
+        Raises:
+          ArgumentError: a Predicate's function has no name by which it could be found again.
+        """
+        params = [_plain(param) for param in self.params]
         sides = {side: {"kind": form.kind.value, "value": form.value} for side, form in self._sides()}
         return {"kind": self.kind.value, "params": params, **sides}
 
@@ -151,6 +173,17 @@ class Atom:
         return ("query", self.query), ("kv", self.kv)
 
 
+def _plain(param: Any) -> Any:
+    if isinstance(param, MaskForm):
+        return param.to_json()
+    if callable(param):
+        raise ArgumentError(
+            f"Predicate: {param!r} cannot be written down, for it stands in no module; "
+            "define it with def at module level."
+        )
+    return param
+
+
 def _describe(kind: AtomKind, params: tuple[Any, ...]) -> str:
     if kind is AtomKind.CAUSAL:
         return "causal"
@@ -161,7 +194,8 @@ def _describe(kind: AtomKind, params: tuple[Any, ...]) -> str:
         return "(" + " | ".join(str(p) for p in params) + ")"
     if kind is AtomKind.NOT:
         return f"~({params[0]})"
-    return f"{kind.value}({', '.join(str(p) for p in params)})" if params else kind.value
+    named = (getattr(param, "__qualname__", str(param)) for param in params)
+    return f"{kind.value}({', '.join(named)})" if params else kind.value
 
 
 def _frozen(value: Any) -> Any:
@@ -201,18 +235,17 @@ class MaskForm:
 
     def may_have_empty_rows(self, q_len: int, kv_len: int) -> bool:
         """False only where every query row certainly sees a key."""
-        return self._visibility(q_len, kv_len)[0]
+        return self._visibility(q_len, kv_len).empty_rows
 
     def may_hide_slots(self, q_len: int, kv_len: int) -> bool:
         """False only where every key is certainly seen by some query row."""
-        return self._visibility(q_len, kv_len)[1]
+        return self._visibility(q_len, kv_len).hidden_slots
 
-    def _visibility(self, q_len: int, kv_len: int) -> tuple[bool, bool]:
-        if not self.atoms:
-            return kv_len == 0, q_len == 0
-        if len(self.atoms) > 1 or not (self.atoms[0].is_band and self.atoms[0].is_static):
-            return True, True
-        return _band_visibility(self.atoms[0], q_len, kv_len)
+    def _visibility(self, q_len: int, kv_len: int) -> Visibility:
+        # Imported here because it takes forms apart.
+        from kernelry.masks.visibility import visibility_of
+
+        return visibility_of(self, q_len, kv_len)
 
     def __str__(self) -> str:
         return " & ".join(str(atom) for atom in self.atoms) or "full"
@@ -225,36 +258,3 @@ class MaskForm:
     def from_json(cls, data: Iterable[Mapping[str, Any]]) -> MaskForm:
         """Reads what `to_json` wrote."""
         return cls(tuple(Atom.from_json(atom) for atom in data))
-
-
-@functools.lru_cache(maxsize=512)
-def _band_visibility(atom: Atom, q_len: int, kv_len: int) -> tuple[bool, bool]:
-    left, right = atom.params
-    if atom.query.start is not None and atom.kv.start is not None:
-        queries, slots = (atom.query.start, q_len), (atom.kv.start, kv_len)
-        return not _all_see(queries, slots, left, right), not _all_see(slots, queries, right, left)
-    query, kv = atom.query.positions(q_len), atom.kv.positions(kv_len)
-    assert query is not None
-    assert kv is not None
-    rows = max(len(query), len(kv))
-    pairs = list(zip(np.broadcast_to(query, (rows, q_len)), np.broadcast_to(kv, (rows, kv_len)), strict=True))
-    empty = any(not _sees_any(q, k, left, right).all() for q, k in pairs)
-    hidden = any(not _sees_any(k, q, right, left).all() for q, k in pairs)
-    return empty, hidden
-
-
-def _all_see(own: tuple[int, int], other: tuple[int, int], below: int | None, above: int | None) -> bool:
-    """Says whether every position p of a run (first, count) has one of `other` in [p − below, p + above]."""
-    (first, count), (other_first, other_count) = own, other
-    if count == 0 or other_count == 0:
-        return count == 0
-    last, other_last = first + count - 1, other_first + other_count - 1
-    return (below is None or last - below <= other_last) and (above is None or first + above >= other_first)
-
-
-def _sees_any(own: np.ndarray, other: np.ndarray, below: int | None, above: int | None) -> np.ndarray:
-    """Says for each own position p whether `other` has one in [p − below, p + above]."""
-    ordered = np.sort(other)
-    first = 0 if below is None else np.searchsorted(ordered, own - below, side="left")
-    last = len(ordered) if above is None else np.searchsorted(ordered, own + above, side="right")
-    return np.broadcast_to(np.asarray(last > first), own.shape)

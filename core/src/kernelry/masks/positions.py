@@ -1,11 +1,9 @@
-"""Where the slots of an array stand: sides of a mask, and the positions `.at` gives them."""
+"""Where the slots of an array stand: the positions that `.at` gives them."""
 
 from __future__ import annotations
 
 import dataclasses
-import enum
-from types import ModuleType
-from typing import Any, Protocol, TypeAlias, final
+from typing import Any, ClassVar, Protocol, final
 
 import jax
 import jax.numpy as jnp
@@ -14,85 +12,14 @@ import numpy as np
 from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.form import OPEN_RUN, PositionForm, PositionKind, Runs
-
-ArrayLike: TypeAlias = Any
-"""A NumPy array (host) or a JAX array (device or tracer)."""
-
-
-@final
-class Axis(enum.Enum):
-    """The axis of B N T S that a side runs along."""
-
-    QUERY = -2
-    KV = -1
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Side:
-    """One side of a mask, placed so that both sides broadcast to B N T S.
-
-    Args:
-      axis: the axis its slots run along.
-      slots: array indices, int32, e.g. [1, 1, T, 1] for queries and [1, 1, 1, S] for keys.
-      positions: the positions of these slots, equal to the slots unless `.at` says otherwise.
-      whole: True when the slots are 0 … length−1 in order, so that arrays need no gather.
-      heads: query head indices [1, N, 1, 1] where a mask needs them.
-    """
-
-    axis: Axis
-    slots: ArrayLike
-    positions: ArrayLike
-    whole: bool = True
-    heads: ArrayLike | None = None
-
-    @classmethod
-    def query(cls, length: int, xp: ModuleType = jnp) -> Side:
-        """All T query slots; `xp` (numpy or jax.numpy) decides what `evaluate` returns."""
-        return cls._of(Axis.QUERY, length, xp)
-
-    @classmethod
-    def kv(cls, length: int, xp: ModuleType = jnp) -> Side:
-        """All S key/value slots."""
-        return cls._of(Axis.KV, length, xp)
-
-    @classmethod
-    def _of(cls, axis: Axis, length: int, xp: ModuleType) -> Side:
-        slots = _place(xp.arange(length, dtype=xp.int32), axis)
-        return cls(axis, slots, slots)
-
-    @classmethod
-    def of_slots(cls, axis: Axis, slots: ArrayLike) -> Side:
-        """A part of a side: int32 slots [L] of a tile, in any order."""
-        placed = _place(slots, axis)
-        return cls(axis, placed, placed, whole=False)
-
-    def take(self, values: ArrayLike) -> ArrayLike:
-        """Places per-slot values, [B, length] or [length], along this side's axis.
-
-        Returns:
-          An array that broadcasts to B N T S.
-        """
-        values = values if values.ndim == 2 else values[None]
-        if not self.whole:
-            # NumPy cannot be indexed by a traced slot.
-            values = values if isinstance(self.slots, np.ndarray) else jnp.asarray(values)
-            values = values[:, self.slots.reshape(-1)]
-        return _place(values, self.axis)
-
-    def at(self, where: Positions | None) -> Side:
-        """Returns the same slots at other positions."""
-        return self if where is None else dataclasses.replace(self, positions=where.of(self))
-
-
-def _place(values: ArrayLike, axis: Axis) -> ArrayLike:
-    rows = values.shape[0] if values.ndim == 2 else 1
-    length = values.shape[-1]
-    return values.reshape((rows, 1, length, 1) if axis is Axis.QUERY else (rows, 1, 1, length))
+from kernelry.masks.side import ArrayLike, Side
 
 
 class Positions(Protocol):
     """How `.at` says where one side's slots stand."""
+
+    word: ClassVar[str]
+    """The end of the argument's name: `offset` or `positions`."""
 
     @property
     def form(self) -> PositionForm:
@@ -116,6 +43,8 @@ class StaticOffset(Positions):
 
     value: int
 
+    word: ClassVar[str] = "offset"
+
     @property
     def form(self) -> PositionForm:
         return PositionForm(PositionKind.OFFSET, self.value) if self.value else PositionForm()
@@ -138,6 +67,8 @@ class StaticOffsets(Positions):
 
     values: tuple[int, ...]
 
+    word: ClassVar[str] = "offset"
+
     @property
     def form(self) -> PositionForm:
         return PositionForm(PositionKind.STATIC, tuple(((first, OPEN_RUN),) for first in self.values))
@@ -155,11 +86,15 @@ class StaticOffsets(Positions):
 
 @final
 @pytree("value")
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class TracedOffset(Positions):
     """Slot i stands at `value + i`; value is a JAX integer array, scalar or [B]."""
 
+    __hash__ = None  # type: ignore[assignment]
+
     value: jax.Array
+
+    word: ClassVar[str] = "offset"
 
     @property
     def form(self) -> PositionForm:
@@ -186,6 +121,8 @@ class StaticPositions(Positions):
 
     runs: Runs
 
+    word: ClassVar[str] = "positions"
+
     @classmethod
     def of_array(cls, values: np.ndarray) -> StaticPositions:
         """Compresses positions [L] or [B, L] into runs of consecutive numbers."""
@@ -210,16 +147,21 @@ class StaticPositions(Positions):
         _check_positions(name, self.array.shape, batch, length)
 
     def __str__(self) -> str:
-        return f"<{sum(len(row) for row in self.runs)} runs>"
+        rows = [_run_text(row) for row in self.runs]
+        return rows[0] if len(rows) == 1 else f"[{', '.join(rows)}]"
 
 
 @final
 @pytree("value")
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class TracedPositions(Positions):
     """Positions given by a JAX integer array, [L] or [B, L]."""
 
+    __hash__ = None  # type: ignore[assignment]
+
     value: jax.Array
+
+    word: ClassVar[str] = "positions"
 
     @property
     def form(self) -> PositionForm:
@@ -233,6 +175,16 @@ class TracedPositions(Positions):
 
     def __str__(self) -> str:
         return f"array{list(self.value.shape)}"
+
+
+_SHOWN = 64
+"""Positions; longer rows are shown as their number of runs."""
+
+
+def _run_text(row: tuple[tuple[int, int], ...]) -> str:
+    if sum(count for _, count in row) > _SHOWN:
+        return f"<{len(row)} runs>"
+    return str([first + i for first, count in row for i in range(count)])
 
 
 def _check_positions(name: str, shape: tuple[int, ...], batch: int, length: int) -> None:

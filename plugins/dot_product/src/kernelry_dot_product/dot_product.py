@@ -18,5 +18,6 @@ class DotProductKernel(Kernel):
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope("kernelry.dot_product"):
-            visible = visible_of(inputs.mask, Side.query(request.q_len), Side.kv(request.kv_len))
+            query = Side.query(request.q_len, q_heads=request.q_heads)
+            visible = visible_of(inputs.mask, query, Side.kv(request.kv_len))
             return attend_dense(inputs, request, visible, statistics=statistics)

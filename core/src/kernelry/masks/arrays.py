@@ -1,0 +1,78 @@
+"""What masks do with the arrays they carry: checks, and a text that can be pasted back."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernelry.errors import ShapeError
+from kernelry.masks.side import ArrayLike
+
+_SHOWN = 64
+"""Elements; larger arrays are shown by dtype and shape, for nobody pastes them."""
+
+
+def as_array(value: Any) -> ArrayLike:
+    """NumPy unless it is JAX's already."""
+    return value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
+
+
+def as_integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
+    """Checks an integer array.
+
+    Raises:
+      ShapeError: not integers, or the wrong rank.
+    """
+    array = as_array(value)
+    if array.ndim not in ranks or not jnp.issubdtype(array.dtype, jnp.integer):
+        wanted = " or ".join(str(rank) for rank in ranks)
+        raise ShapeError(f"{name} must be integers of rank {wanted}, got {array.dtype} of shape {array.shape}.")
+    return array
+
+
+def as_booleans(name: str, value: Any, instead: str) -> ArrayLike:
+    """Checks a boolean array of rank 4 at most, and gives it four dimensions.
+
+    Raises:
+      ShapeError: not booleans, or more than four dimensions.
+    """
+    array = as_array(value)
+    if array.dtype != np.bool_:
+        raise ShapeError(f"{name} must be boolean, got {array.dtype}; {instead}")
+    if array.ndim > 4:
+        raise ShapeError(f"{name} must have four dimensions at most, got rank {array.ndim}.")
+    return with_rank_4(array)
+
+
+def with_rank_4(array: ArrayLike) -> ArrayLike:
+    """Puts dimensions of 1 before the others."""
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+def module_of(*arrays: ArrayLike) -> ModuleType:
+    """Numpy where all arrays are NumPy's, else jax.numpy."""
+    return np if all(isinstance(array, np.ndarray | np.generic) for array in arrays) else jnp
+
+
+def check_rows(name: str, array: ArrayLike, batch: int, length: int) -> None:
+    """Checks per-slot values.
+
+    Raises:
+      ShapeError: neither [length] nor [batch, length].
+    """
+    rows = array.shape[0] if array.ndim == 2 else 1
+    if array.shape[-1] != length or rows not in (1, batch):
+        raise ShapeError(f"{name} must be [{batch}, {length}] or [{length}], got shape {array.shape}.")
+
+
+def described(array: Any) -> str:
+    """A small array as nested lists, which constructors read; dtype and shape of any other."""
+    if not hasattr(array, "shape"):  # a sentinel inside a pytree
+        return repr(array)
+    if isinstance(array, jax.core.Tracer) or array.size > _SHOWN:
+        return f"<{array.dtype}{list(array.shape)}>"
+    return repr(np.asarray(array).tolist())

@@ -1,0 +1,85 @@
+"""Any predicate over positions that a user writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar, final
+
+import numpy as np
+
+from kernelry._pytree import pytree
+from kernelry.errors import ArgumentError, ShapeError
+from kernelry.masks.arrays import as_array, described, module_of
+from kernelry.masks.base import Mask
+from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.side import ArrayLike, Side
+
+
+@final
+@pytree("operands")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, init=False)
+class Predicate(Mask):
+    """A query sees the keys for which a function of the positions says so.
+
+    Define the function with `def` at module level: a fresh lambda is another function in every
+    call, so that everything is traced again, and an anonymous one cannot be written down.
+
+    Args:
+      fn: `fn(query_positions, kv_positions, *operands)` returns booleans. The positions are
+        [B or 1, 1, T, 1] and [B or 1, 1, 1, S], so that they broadcast to B N T S; a kernel may
+        call it with the positions of a tile. It must be traceable.
+      operands: arrays handed to it as they are; give them four dimensions, e.g. [B, 1, 1, 1].
+    """
+
+    fn: Callable[..., Any]
+    operands: tuple[Any, ...]
+
+    positional: ClassVar[bool] = True
+
+    def __init__(self, fn: Callable[..., Any], *operands: Any) -> None:
+        if not callable(fn):
+            raise ArgumentError(f"Predicate: fn must be a function of positions, got {fn!r}.")
+        object.__setattr__(self, "fn", fn)
+        object.__setattr__(self, "operands", operands)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Predicate) or self.fn is not other.fn or len(self.operands) != len(other.operands):
+            return False
+        return all(mine is theirs for mine, theirs in zip(self.operands, other.operands, strict=True))
+
+    def __hash__(self) -> int:
+        if self.operands:
+            raise TypeError("a Predicate with operands is not hashable; its form is the key")
+        return hash(self.fn)
+
+    @property
+    def atom(self) -> Atom:
+        named = _name(self.fn) or self.fn
+        return Atom(AtomKind.PREDICATE, (named, "operands") if self.operands else (named,))
+
+    def evaluate(self, query: Side, kv: Side) -> ArrayLike:
+        visible = as_array(self.fn(query.positions, kv.positions, *self.operands))
+        if visible.dtype != np.bool_ or visible.ndim > 4:
+            raise ShapeError(
+                f"Predicate: {_title(self.fn)} must return booleans that broadcast to B N T S, "
+                f"got {visible.dtype} of shape {visible.shape}."
+            )
+        whole = np.broadcast_shapes(visible.shape, (1, 1, query.slots.shape[2], kv.slots.shape[3]))
+        return module_of(visible).broadcast_to(visible, whole)
+
+    def __repr__(self) -> str:
+        return f"Predicate({', '.join([_title(self.fn), *map(described, self.operands)])})"
+
+
+def _name(fn: Callable[..., Any]) -> str | None:
+    """`module:name`, where the function is found under it; else None."""
+    module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
+    if module is None or name is None or getattr(sys.modules.get(module), name, None) is not fn:
+        return None
+    return f"{module}:{name}"
+
+
+def _title(fn: Callable[..., Any]) -> str:
+    return str(getattr(fn, "__qualname__", fn))

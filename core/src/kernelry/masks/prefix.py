@@ -1,0 +1,59 @@
+"""The mask of prefix language models."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, final
+
+from kernelry._pytree import pytree
+from kernelry.errors import ShapeError
+from kernelry.masks.arrays import as_integers, described
+from kernelry.masks.base import Extent, Mask
+from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.side import ArrayLike, Side
+
+
+@final
+@pytree("prefix_lengths")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PrefixLM(Mask):
+    """Every query sees the prefix, and causally what follows it: p_k < prefix or p_k ≤ p_q.
+
+    `PrefixLM(2)`:
+
+        1 1 . .
+        1 1 . .
+        1 1 1 .
+        1 1 1 1
+
+    Args:
+      prefix_lengths: an integer, or integers [B]: positions below it are the prefix.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
+
+    prefix_lengths: ArrayLike
+
+    positional: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checked = as_integers("PrefixLM: prefix_lengths", self.prefix_lengths, (0, 1))
+        object.__setattr__(self, "prefix_lengths", checked)
+
+    @property
+    def atom(self) -> Atom:
+        return Atom(AtomKind.PREFIX_LM)
+
+    def evaluate(self, query: Side, kv: Side) -> ArrayLike:
+        prefix = self.prefix_lengths.reshape(-1, 1, 1, 1)
+        return (kv.positions < prefix) | (kv.positions <= query.positions)
+
+    def check(self, extent: Extent) -> None:
+        if self.prefix_lengths.shape not in ((), (extent.batch,)):
+            raise ShapeError(
+                f"PrefixLM: prefix_lengths must be a number or [B] = [{extent.batch}], "
+                f"got shape {self.prefix_lengths.shape}."
+            )
+
+    def __repr__(self) -> str:
+        return f"PrefixLM({described(self.prefix_lengths)})"

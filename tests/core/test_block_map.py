@@ -1,0 +1,101 @@
+"""block_map says EMPTY, PARTIAL and FULL exactly, for any lengths, offsets and block sizes."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mask_strategies import STATIC_ATOMS, placed_masks
+
+from kernelry import masks
+from kernelry.errors import ArgumentError, ShapeError
+from kernelry.masks import BlockKind
+from kernelry.testing import reference_mask
+
+
+def _expected(visible, block_q, block_kv):
+    """Classifies the blocks of booleans [B, N, T, S] by looking at every element."""
+    q_len, kv_len = visible.shape[2:]
+    kinds = np.zeros((-(-q_len // block_q), -(-kv_len // block_kv)), int)
+    for i in range(kinds.shape[0]):
+        for j in range(kinds.shape[1]):
+            block = visible[:, :, i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
+            kinds[i, j] = BlockKind.FULL if block.all() else BlockKind.PARTIAL if block.any() else BlockKind.EMPTY
+    return kinds
+
+
+def _reference(mask, q_len, kv_len):
+    return reference_mask(mask, 2, 4, q_len, kv_len)
+
+
+@given(placed_masks(atoms=STATIC_ATOMS, max_len=12, traced=False), st.integers(1, 5), st.integers(1, 5))
+@settings(max_examples=300, deadline=None)
+def test_block_map_of_a_static_mask_is_exact(drawn, block_q, block_kv):
+    mask, q_len, kv_len = drawn
+    found = mask.block_map(q_len, kv_len, block_q, block_kv)
+    np.testing.assert_array_equal(found, _expected(_reference(mask, q_len, kv_len), block_q, block_kv))
+
+
+@given(placed_masks(max_len=9), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_block_map_of_any_mask_is_never_empty_or_full_where_the_mask_is_not(drawn, block_q, block_kv):
+    mask, q_len, kv_len = drawn
+    found = mask.block_map(q_len, kv_len, block_q, block_kv)
+    exact = _expected(_reference(mask, q_len, kv_len), block_q, block_kv)
+    wrong = (found != exact) & (found != BlockKind.PARTIAL)
+    assert not wrong.any()
+
+
+def test_block_map_of_a_dynamic_part_is_never_full():
+    mask = masks.Causal() & masks.Segments(np.zeros((1, 8), np.int32))
+    np.testing.assert_array_equal(
+        mask.block_map(8, 8, 4, 4), [[BlockKind.PARTIAL, BlockKind.EMPTY], [BlockKind.PARTIAL, BlockKind.PARTIAL]]
+    )
+
+
+def test_block_map_tells_partial_blocks_that_have_nothing_in_common():
+    mask = masks.SlidingWindow(0, 0) & masks.Predicate(_odd_distance)
+    assert (mask.block_map(8, 8, 4, 4) == BlockKind.EMPTY).all()
+
+
+def _odd_distance(query, kv):
+    return (query - kv) % 2 == 1
+
+
+def test_block_map_of_a_long_band_looks_at_blocks_only():
+    kinds = masks.SlidingWindow(4095).block_map(2**22, 2**22, 2**14, 2**14)
+    assert kinds.shape == (256, 256)
+    assert (np.count_nonzero(kinds, axis=1) == [1, *[2] * 255]).all()
+
+
+def test_block_map_of_zero_lengths_is_empty():
+    assert masks.Full().block_map(0, 8, 4, 4).shape == (0, 2)
+
+
+def test_block_map_refuses_blocks_of_nothing():
+    with pytest.raises(ArgumentError, match="block_q=0 must be at least 1"):
+        masks.Full().block_map(8, 8, 0, 4)
+
+
+def test_block_map_wants_to_know_where_the_queries_stand():
+    with pytest.raises(ShapeError, match="query_offset=4"):
+        masks.Causal().block_map(4, 8, 4, 4)
+
+
+def test_block_map_works_while_tracing():
+    import jax
+
+    found = []
+
+    @jax.jit
+    def traced(x):
+        found.append(masks.Predicate(_jax_predicate).block_map(8, 8, 4, 4))
+        return x
+
+    traced(1.0)
+    np.testing.assert_array_equal(found[0], masks.Causal().block_map(8, 8, 4, 4))
+
+
+def _jax_predicate(query, kv):
+    import jax.numpy as jnp
+
+    return jnp.less_equal(kv, query)
