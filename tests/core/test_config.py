@@ -8,6 +8,7 @@ import kernelry
 from kernelry import Request
 from kernelry.config import AttentionConfig, load_config
 from kernelry.errors import ConfigError
+from kernelry.policy import Condition, Policy, Range, Rule
 
 TOML = """
 [model]
@@ -80,12 +81,21 @@ def test_configs_are_values():
         ({"rules": [{"wen": {}, "use": ["a"]}]}, ["rules.0.wen", "did you mean 'when'"]),
         ({"rules": [{"when": {"qlen": 3}, "use": ["a"]}]}, ["rules.0.when.qlen", "did you mean 'q_len'"]),
         ({"rules": [{"when": {"q_len": "abc"}, "use": ["a"]}]}, ["rule 1", "'abc'", ">=128"]),
+        ({"rules": [{"when": {"q_len": "10..5"}, "use": ["a"]}]}, ["rule 1", "when.q_len", "10..5", "low end first"]),
+        ({"rules": [{"when": {"q_len": True}, "use": ["a"]}]}, ["rule 1", "when.q_len", "True", ">=128"]),
+        ({"rules": [{"when": {"batch": -1}, "use": ["a"]}]}, ["rule 1", "when.batch", "-1", ">=128"]),
+        ({"rules": [{"when": {"kv_len": 12.0}, "use": ["a"]}]}, ["rule 1", "when.kv_len", "12.0", ">=128"]),
+        ({"rules": [{"when": {"kv_len": "<0"}, "use": ["a"]}]}, ["rule 1", "when.kv_len", "'<0'", "no number"]),
+        ({"rules": [{"use": ["a"], "tiling": {"block_q": True}}]}, ["rules.0.tiling.block_q", "integer", "got True"]),
+        ({"rules": [{"use": ["a"], "tiling": {"block_q": -8}}]}, ["rules.0.tiling.block_q", "greater", "got -8"]),
         ({"rules": [{"when": {"mode": "trian"}, "use": ["a"]}]}, ["rule 1", "did you mean 'train'"]),
         ({"rules": [{"when": {"mask": "casual"}, "use": ["a"]}]}, ["rule 1", "did you mean 'causal'"]),
         ({"rules": [{"use": ["auto", "x"]}]}, ["rule 1", "only stand last"]),
         ({"rules": [{"when": {}}]}, ["rules.0.use", "required"]),
         ({"thresholds": {"flash_min_qlen": 3}}, ["did you mean 'flash_min_q_len'"]),
         ({"thresholds": {"flash_min_q_len": "many"}}, ["flash_min_q_len", "'many'"]),
+        ({"thresholds": {"flash_min_q_len": True}}, ["flash_min_q_len", "integer", "got True"]),
+        ({"thresholds": {"flash_min_q_len": -1}}, ["flash_min_q_len", "greater", "got -1"]),
         ({"forbid_adapters": ["repeat_kv"]}, ["did you mean 'repeat_kv_heads'"]),
         ({"kernel": 3}, ["kernel", "got 3"]),
     ],
@@ -109,6 +119,37 @@ def test_wrong_content_names_the_key_and_the_nearest(content, words):
 def test_files_that_cannot_be_read_say_why(tmp_path, name, text, complaint):
     with pytest.raises(ConfigError, match=complaint):
         load_config(_file(tmp_path, name, text))
+
+
+def test_a_file_that_is_not_utf8_says_where(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_bytes(b"[attention]\nkernel = '\xe9'\n")
+    with pytest.raises(ConfigError, match=r"c\.toml is not UTF-8: .* at byte 22"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("threshold", [True, -1, 1.5, "64"])
+def test_a_policy_refuses_a_threshold_that_is_no_length(threshold):
+    with pytest.raises(ConfigError, match=r"threshold flash_min_q_len must be an integer, 0 or more query tokens"):
+        Policy.shipped(thresholds={"flash_min_q_len": threshold})
+
+
+def test_a_threshold_of_zero_leaves_no_short_query():
+    config = load_config({"thresholds": {"flash_min_q_len": 0}})
+    request = Request(q_len=1, kv_len=1024, target="tpu:v5e", mask=kernelry.masks.Causal().at(query_offset=1023))
+    default = next(rule for rule in config.policy.defaults if rule.when.matches(request))
+    assert default.names[0] == "splash"
+
+
+@pytest.mark.parametrize("value", [True, 0, -8, 8.0])
+def test_a_rule_refuses_a_tunable_that_is_no_size(value):
+    with pytest.raises(ConfigError, match=r"tiling: block_q must be a positive integer, got"):
+        Rule(Condition(), ("blockwise",), (("block_q", value),))
+
+
+def test_a_range_refuses_its_ends_turned_round():
+    with pytest.raises(ConfigError, match=r"10\.\.5 holds no number"):
+        Range(10, 5)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -218,6 +218,14 @@ def test_blocks_that_do_not_divide_are_an_error(make_arrays):
         kernelry.attention(*arrays[:3], kernel="splash")
 
 
+def test_blocks_longer_than_a_sequence_are_the_sequence(make_arrays):
+    arrays = make_arrays(128)[:3]
+    with testing.interpret():
+        plain = kernelry.attention(*arrays, kernel="splash")
+        with kernelry.use(tiling={"block_q": 1024, "block_kv": 512}):
+            np.testing.assert_array_equal(kernelry.attention(*arrays, kernel="splash"), plain)
+
+
 def test_lowered_for_tpu_holds_the_kernel(make_arrays, lower):
     def loss(query, key, value):
         out = kernelry.attention(query, key, value, mask=masks.Causal(), kernel="splash")

@@ -14,7 +14,8 @@ def _listed(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-RangeText = int | str
+Count = Annotated[int, Field(strict=True, ge=1)]
+Threshold = Annotated[int, Field(strict=True, ge=0)]
 
 
 class _Table(BaseModel):
@@ -22,19 +23,19 @@ class _Table(BaseModel):
 
 
 class WhenTable(_Table):
-    """Conditions of a rule."""
+    """Conditions of a rule; `Range.parse` reads the numbers."""
 
     platform: Names = ()
     kind: Names = ()
     mode: Names = ()
-    q_len: RangeText | None = None
-    kv_len: RangeText | None = None
-    batch: RangeText | None = None
-    head_dim: RangeText | None = None
+    q_len: Any = None
+    kv_len: Any = None
+    batch: Any = None
+    head_dim: Any = None
     dtype: Names = ()
     mask: Names = ()
 
-    def ranges(self) -> dict[str, RangeText]:
+    def ranges(self) -> dict[str, Any]:
         """The conditions on numbers that are given."""
         found = {name: getattr(self, name) for name in ("q_len", "kv_len", "batch", "head_dim")}
         return {name: value for name, value in found.items() if value is not None}
@@ -45,20 +46,41 @@ class RuleTable(_Table):
 
     when: WhenTable = WhenTable()
     use: Names
-    tiling: dict[str, int] = Field(default_factory=dict)
+    tiling: dict[str, Count] = Field(default_factory=dict)
+
+
+class MoBATable(_Table):
+    """Mixture of block attention."""
+
+    chunk_size: Count
+    top_k: Count
 
 
 class AttentionTable(_Table):
-    """The whole table."""
+    """The whole table; AttentionConfig checks the layer's options, which are Any here."""
 
     kernel: str = AUTO
     rules: tuple[RuleTable, ...] = ()
-    thresholds: dict[str, int] = Field(default_factory=dict)
+    thresholds: dict[str, Threshold] = Field(default_factory=dict)
     forbid_adapters: tuple[str, ...] = ()
+    type: Any = None
+    window: Any = None
+    chunk_size: Any = None
+    block_size: Any = None
+    soft_cap: Any = None
+    scale: Any = None
+    sinks: Any = None
+    moba: MoBATable | None = None
+    record_max_logits: Any = None
+    dropout_rate: Any = None
+    logits_dtype: Any = None
+    precision: Any = None
+    tilings: dict[str, dict[str, Count]] = Field(default_factory=dict)
 
 
 KEYS = {
     "attention": tuple(AttentionTable.model_fields),
     "rules": tuple(RuleTable.model_fields),
+    "moba": tuple(MoBATable.model_fields),
     "when": tuple(WhenTable.model_fields),
 }

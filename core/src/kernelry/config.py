@@ -1,11 +1,17 @@
 """The attention part of a training script's config: read, validated, turned into a Policy.
 
 [attention]
+type = "local_sliding"                # what a layer is: see AttentionConfig
+window = 512
+soft_cap = 50.0
 kernel = "auto"                       # or a kernel's name, absolutely
 forbid_adapters = []
 
 [attention.thresholds]
 flash_min_q_len = 128
+
+[attention.tilings]
+splash = { block_q = 1024 }           # where that kernel is chosen; a rule's own tiling goes before it
 
 [[attention.rules]]                   # the first rule that applies decides
 when = { platform = "gpu", mode = ["train", "prefill"], q_len = ">=128", mask = ["window"] }
@@ -15,53 +21,24 @@ tiling = { block_q = 64 }
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any
 
+from kernelry._maxtext import from_maxtext
 from kernelry.adapters import ADAPTERS
 from kernelry.errors import ConfigError, nearest
-from kernelry.policy import AUTO, SHIPPED_THRESHOLDS, Condition, Policy, Range, Rule
+from kernelry.layer import AttentionConfig, AttentionType, MoBA
+from kernelry.policy import SHIPPED_THRESHOLDS, Condition, Range, Rule
 from kernelry.request import Mode
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+    from kernelry._config_schema import AttentionTable, RuleTable
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class AttentionConfig:
-    """How attention kernels are chosen, as a config file says it.
-
-    Args:
-      kernel: a kernel's name, absolutely, or `auto`.
-      rules: the first that applies decides.
-      thresholds: (name, value) pairs that replace shipped thresholds.
-      forbid_adapters: adapters that must not be used.
-      source: where this was read, for explanations.
-    """
-
-    kernel: str = AUTO
-    rules: tuple[Rule, ...] = ()
-    thresholds: tuple[tuple[str, int], ...] = ()
-    forbid_adapters: tuple[str, ...] = ()
-    source: str = "config"
-
-    @property
-    def policy(self) -> Policy:
-        """The policy this config asks for, environment variables included."""
-        return _policy(self)
-
-
-@functools.lru_cache(maxsize=64)
-def _policy(config: AttentionConfig) -> Policy:
-    rules = config.rules
-    if config.kernel != AUTO:
-        rules = (Rule(Condition(), (config.kernel,), source=f"{config.source}: kernel = {config.kernel!r}"), *rules)
-    return Policy.shipped(rules=rules, thresholds=dict(config.thresholds), forbidden_adapters=config.forbid_adapters)
+__all__ = ["AttentionConfig", "AttentionType", "MoBA", "from_maxtext", "load_config"]
 
 
 def load_config(source: str | Path | Mapping[str, Any], *, table: str = "attention") -> AttentionConfig:
@@ -95,6 +72,8 @@ def _read(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8.") from error
     if path.suffix == ".toml":
         try:
             return tomllib.loads(text)
@@ -131,13 +110,22 @@ def _validated(content: Mapping[str, Any], source: str) -> AttentionConfig:
         raise ConfigError(f"{source}: {problems}.") from error
     _check_names("thresholds", table.thresholds, {threshold.name for threshold in SHIPPED_THRESHOLDS}, source)
     _check_names("forbid_adapters", table.forbid_adapters, {adapter.name for adapter in ADAPTERS}, source)
-    return AttentionConfig(
-        kernel=table.kernel,
-        rules=tuple(_rule(rule, f"{source}: rule {place}") for place, rule in enumerate(table.rules, start=1)),
-        thresholds=tuple(sorted(table.thresholds.items())),
-        forbid_adapters=tuple(sorted(table.forbid_adapters)),
-        source=source,
-    )
+    rules = tuple(_rule(rule, f"{source}: rule {place}") for place, rule in enumerate(table.rules, start=1))
+    return _config(table, rules, source)
+
+
+def _config(table: AttentionTable, rules: tuple[Rule, ...], source: str) -> AttentionConfig:
+    given = {name: getattr(table, name) for name in table.model_fields_set}
+    moba = None if table.moba is None else MoBA(table.moba.chunk_size, table.moba.top_k)
+    lists = {
+        "rules": rules,
+        "thresholds": tuple(sorted(table.thresholds.items())),
+        "forbid_adapters": tuple(sorted(table.forbid_adapters)),
+    }
+    try:
+        return AttentionConfig(**{**given, **lists, "moba": moba, "source": source})
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _check_names(key: str, names: Any, known: set[str], source: str) -> None:
@@ -146,10 +134,10 @@ def _check_names(key: str, names: Any, known: set[str], source: str) -> None:
             raise ConfigError(f"{source}: {key}: unknown name {name!r}{nearest(name, known)}")
 
 
-def _rule(rule: Any, source: str) -> Rule:
+def _rule(rule: RuleTable, source: str) -> Rule:
     when = rule.when
+    ranges = {name: _range(name, value, source) for name, value in when.ranges().items()}
     try:
-        ranges = {name: Range.parse(value) for name, value in when.ranges().items()}
         condition = Condition(
             platform=when.platform,
             kind=when.kind,
@@ -161,6 +149,13 @@ def _rule(rule: Any, source: str) -> Rule:
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from error
     return Rule(condition, rule.use, tuple(sorted(rule.tiling.items())), source)
+
+
+def _range(name: str, value: Any, source: str) -> Range:
+    try:
+        return Range.parse(value)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: when.{name}: {error}") from error
 
 
 def _problem(detail: ErrorDetails, keys: Mapping[str, tuple[str, ...]]) -> str:

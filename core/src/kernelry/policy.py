@@ -16,8 +16,11 @@ from kernelry.switches import Switches
 from kernelry.target import PLATFORMS
 
 AUTO = "auto"
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 FULL = "full"
+
+Tilings = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+"""(kernel name, ((tunable, value), …)) pairs."""
 
 
 @final
@@ -28,21 +31,25 @@ class Range:
     minimum: int | None = None
     maximum: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise ConfigError(f"the range {self.minimum}..{self.maximum} holds no number; write the low end first.")
+
     @classmethod
     def parse(cls, value: int | str) -> Range:
         """Reads `128`, `">=128"`, `">128"`, `"<=128"`, `"<128"` or `"128..1024"`.
 
         Raises:
-          ConfigError: it is none of these.
+          ConfigError: it is none of these, or no number lies in it.
         """
-        if isinstance(value, int) and not isinstance(value, bool):
-            return cls(value, value)
         match = re.fullmatch(r"(>=|>|<=|<|)\s*(\d+)|(\d+)\s*\.\.\s*(\d+)", str(value).strip())
-        if match is None:
+        if match is None or isinstance(value, bool | float):
             raise ConfigError(f"cannot read {value!r} as a range; write 128, '>=128', '<128' or '128..1024'.")
         sign, bound, low, high = match.groups()
         if low is not None:
             return cls(int(low), int(high))
+        if (sign, int(bound)) == ("<", 0):
+            raise ConfigError(f"the range {value!r} holds no number: lengths start at 0.")
         number = int(bound)
         ranges = {">=": (number, None), ">": (number + 1, None), "<=": (None, number), "<": (None, number - 1)}
         return cls(*ranges.get(sign, (number, number)))
@@ -87,7 +94,7 @@ class Condition:
         atoms = [FULL, *(kind.value for kind in AtomKind)]
         for field, names, known in (
             ("platform", self.platform, PLATFORMS),
-            ("dtype", self.dtype, _DTYPES),
+            ("dtype", self.dtype, DTYPES),
             ("mask", self.mask, atoms),
         ):
             for name in names:
@@ -150,6 +157,7 @@ class Rule:
             raise ConfigError(f"{self.source}: a rule must use at least one kernel, or 'auto'.")
         if AUTO in self.use[:-1]:
             raise ConfigError(f"{self.source}: 'auto' may only stand last in use={list(self.use)}.")
+        check_tiling(self.tiling, self.source)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,6 +171,13 @@ class Rule:
 
     def __str__(self) -> str:
         return f"{self.source}: when {self.when} use {', '.join(self.use)}"
+
+
+def check_tiling(tiling: Iterable[tuple[str, int]], source: str) -> None:
+    """Raises ConfigError where a tunable is no positive integer."""
+    for name, value in tiling:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{source}: tiling: {name} must be a positive integer, got {value!r}.")
 
 
 @final
@@ -197,6 +212,7 @@ class Policy:
       thresholds: the numbers in the defaults.
       kernel: what KERNELRY_KERNEL says; absolute.
       forbidden_adapters: names of adapters that must not be used.
+      tilings: overrides of the tunables of kernels, by kernel name; a rule's own go before them.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -204,10 +220,13 @@ class Policy:
     thresholds: tuple[Threshold, ...] = ()
     kernel: str | None = None
     forbidden_adapters: frozenset[str] = frozenset()
+    tilings: Tilings = ()
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        parts = (self.rules, self.defaults, self.thresholds, self.kernel, self.forbidden_adapters)
+        for kernel, tiling in self.tilings:
+            check_tiling(tiling, f"tilings: {kernel}")
+        parts = (self.rules, self.defaults, self.thresholds, self.kernel, self.forbidden_adapters, self.tilings)
         object.__setattr__(self, "_hash", hash(parts))
 
     def __hash__(self) -> int:
@@ -225,6 +244,7 @@ class Policy:
         thresholds: Mapping[str, int] | None = None,
         forbidden_adapters: Iterable[str] = (),
         switches: Switches | None = None,
+        tilings: Tilings = (),
     ) -> Policy:
         """The shipped preferences, with a user's rules and thresholds.
 
@@ -233,9 +253,10 @@ class Policy:
           thresholds: replace shipped values, by name.
           forbidden_adapters: adapters that must not be used.
           switches: the environment variables; None reads those of the process.
+          tilings: overrides of the tunables of kernels, by kernel name.
 
         Raises:
-          ConfigError: a threshold or an adapter is unknown.
+          ConfigError: a threshold is unknown, or a number is not one that it may be.
         """
         chosen = _override(dict(thresholds or {}))
         forbidden = frozenset(forbidden_adapters)
@@ -246,6 +267,7 @@ class Policy:
             thresholds=tuple(chosen.values()),
             kernel=switches.kernel,
             forbidden_adapters=forbidden,
+            tilings=tilings,
         )
 
 
@@ -254,6 +276,8 @@ def _override(values: Mapping[str, int]) -> dict[str, Threshold]:
     for name, value in values.items():
         if name not in chosen:
             raise ConfigError(f"unknown threshold {name!r}{nearest(name, chosen)}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(f"threshold {name} must be an integer, 0 or more {chosen[name].unit}, got {value!r}.")
         chosen[name] = dataclasses.replace(chosen[name], value=value, source="the user's config")
     return chosen
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 from kernelry import installation
-from kernelry.policy import AUTO, Policy, Rule
+from kernelry.policy import AUTO, Policy, Rule, Tilings
 from kernelry.request import Request
 from kernelry.scope import Scope
 
@@ -47,12 +47,12 @@ class Question:
             name, why = self.forced
             self._check_contested(name)
             others = tuple(other for other in sorted(self.pool) if other != name)
-            return Preference((name,), why, others, self.scope.tiling)
+            return Preference((name,), why, others, self.scope.tiling, tilings=self.policy.tilings)
         for rule in self.policy.rules:
             if rule.when.matches(self.request):
                 return self._by_rule(rule)
         names, why = self._automatic()
-        return Preference(names, why, (), self.scope.tiling)
+        return Preference(names, why, (), self.scope.tiling, tilings=self.policy.tilings)
 
     def _check_contested(self, name: str) -> None:
         if name not in self.pool:
@@ -63,7 +63,7 @@ class Question:
             self._check_contested(name)
         rest = tuple(name for name in self._automatic()[0] if name not in rule.names)
         names, excluded = (rule.names, rest) if rule.is_exhaustive else ((*rule.names, *rest), ())
-        return Preference(names, str(rule), excluded, self.scope.tiling, rule)
+        return Preference(names, str(rule), excluded, self.scope.tiling, rule, self.policy.tilings)
 
     def _automatic(self) -> tuple[tuple[str, ...], str]:
         """Orders all kernels: by measured time, then by votes, then by the shipped policy, then by name."""
@@ -90,11 +90,16 @@ class Preference:
     excluded: tuple[str, ...] = ()
     tiling: tuple[tuple[str, int], ...] = ()
     by_rule: Rule | None = None
+    tilings: Tilings = ()
 
     def tiling_for(self, name: str) -> tuple[tuple[str, int], ...]:
-        """The tunables set for a kernel: a rule's only for those it names, a scope's for all."""
+        """The tunables set for a kernel: the policy's for that kernel, then a rule's, then a scope's.
+
+        What comes later wins. A rule's are only for the kernels it names, a scope's for all.
+        """
+        own = dict(self.tilings).get(name, ())
         ruled = self.by_rule.tiling if self.by_rule is not None and name in self.by_rule.names else ()
-        return tuple(sorted({**dict(ruled), **dict(self.tiling)}.items()))
+        return tuple(sorted({**dict(own), **dict(ruled), **dict(self.tiling)}.items()))
 
 
 def _place(name: str, names: Sequence[str]) -> int:

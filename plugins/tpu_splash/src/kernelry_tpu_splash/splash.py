@@ -125,9 +125,10 @@ def _built(facts: _Facts, tiling: Tiling, statistics: bool) -> _vendor.SplashAtt
 
 
 def _block_sizes(tiling: Tiling, q_len: int, kv_len: int) -> _vendor.BlockSizes:
-    sizes: dict[str, Any] = dict(tiling.values)
-    for name, block in sizes.items():
+    sizes: dict[str, Any] = {}
+    for name, size in tiling.values:
         side, length = ("q_len", q_len) if name.startswith("block_q") else ("kv_len", kv_len)
+        block = sizes[name] = min(size, length)  # one block of 1024 holds a sequence of 512
         if block % _vendor.NUM_LANES or length % block:
             raise ConfigError(
                 f"tiling: {name}={block} of splash is not a multiple of {_vendor.NUM_LANES} "

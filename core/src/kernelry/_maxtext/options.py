@@ -1,0 +1,196 @@
+"""The table of MaxText's options about attention: name, default, what a value may be, what becomes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import Any, final
+
+
+@final
+class Kind(enum.Enum):
+    """What a value may be; the text is what an error says was expected."""
+
+    FLAG = "true or false"
+    SIZE = "a positive integer"
+    COUNT = "an integer, 0 or more"
+    INTEGER = "an integer"
+    NUMBER = "a finite number"
+    TEXT = "a text"
+
+    def accepts(self, value: Any) -> bool:
+        """Says whether a value is of this kind."""
+        if self in (Kind.FLAG, Kind.TEXT):
+            return isinstance(value, bool if self is Kind.FLAG else str)
+        if self is Kind.NUMBER:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        least = {Kind.SIZE: 1, Kind.COUNT: 0, Kind.INTEGER: value}[self]
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@final
+class Fate(enum.Enum):
+    """What becomes of an option."""
+
+    MAPPED = "goes into the AttentionConfig"
+    PER_CALL = "belongs to the arrays of a call: accepted, nothing to configure"
+    FOREIGN = "has no meaning here: accepted at its default only"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """One option.
+
+    Args:
+      name: in base.yml.
+      default: in base.yml, as YAML reads it (an unquoted None is the text "None").
+      kind: what a value may be; None and "None" are, where `optional`.
+      meaning: what it becomes; for a foreign one why it becomes nothing, and what to do instead.
+      neutral: values of a foreign option that say the same as its default.
+    """
+
+    name: str
+    default: Any
+    kind: Kind
+    fate: Fate
+    meaning: str
+    optional: bool = False
+    neutral: tuple[Any, ...] = ()
+
+    def accepts(self, value: Any) -> bool:
+        """Says whether a value is of the right kind."""
+        return (self.optional and is_none(value)) or self.kind.accepts(value)
+
+    @property
+    def expected(self) -> str:
+        """What a value may be, in words."""
+        return f"{self.kind.value}, or none" if self.optional else self.kind.value
+
+
+def is_none(value: Any) -> bool:
+    """Says whether base.yml means none: null, or None, which YAML reads as a text."""
+    return value is None or value == "None"
+
+
+BLOCKS = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+"""The suffixes of sa_block_*; with `block_` before them they are splash's tunables."""
+
+SHIPPED_BLOCK = 512
+"""Elements; the default of every sa_block_* in base.yml."""
+
+
+def _mapped(name: str, default: Any, kind: Kind, meaning: str, *, optional: bool = False) -> Option:
+    return Option(name, default, kind, Fate.MAPPED, meaning, optional)
+
+
+def _foreign(name: str, default: Any, kind: Kind, why: str) -> Option:
+    return Option(name, default, kind, Fate.FOREIGN, why)
+
+
+def _foreign_local(name: str, default: Any, kind: Kind, why: str) -> Option:
+    """An option of local layers; none means that the global one applies, whose default says nothing."""
+    return Option(name, "None", kind, Fate.FOREIGN, why, optional=True, neutral=(None, default))
+
+
+_LAYER = (
+    _mapped("attention_type", "global", Kind.TEXT, "type"),
+    _mapped("sliding_window_size", 0, Kind.COUNT, "window, for local_sliding; 0 is none"),
+    _mapped("chunk_attn_window_size", 0, Kind.COUNT, "chunk_size, for chunk; 0 is none"),
+    _mapped("causal_block_size", 32, Kind.SIZE, "block_size, for block_diffusion"),
+    _mapped("attn_logits_soft_cap", 0.0, Kind.NUMBER, "soft_cap; 0 is none", optional=True),
+    _mapped("attention_sink", False, Kind.FLAG, "sinks"),
+    _mapped("float32_qk_product", False, Kind.FLAG, "logits are float32 either way"),
+    _mapped("float32_logits", False, Kind.FLAG, "logits and softmax are float32 either way"),
+    _mapped("matmul_precision", "default", Kind.TEXT, "precision"),
+    _mapped("dropout_rate", 0.0, Kind.NUMBER, "dropout_rate, where enable_dropout"),
+    _mapped("enable_dropout", True, Kind.FLAG, "false: dropout_rate is 0"),
+    _mapped("use_qk_clip", False, Kind.FLAG, "record_max_logits"),
+    _mapped("moba", False, Kind.FLAG, "moba"),
+    _mapped("moba_chunk_size", 1024, Kind.SIZE, "moba.chunk_size, where moba"),
+    _mapped("moba_topk", 8, Kind.SIZE, "moba.top_k, where moba"),
+)
+_KERNELS = (
+    _mapped("attention", "autoselected", Kind.TEXT, "kernel or rules"),
+    _mapped("use_tokamax_splash", False, Kind.FLAG, "the flash kernel on TPU is tokamax_splash"),
+    _mapped("use_jax_splash", False, Kind.FLAG, "the flash kernel on TPU is blockwise"),
+    _mapped("use_ragged_attention", False, Kind.FLAG, "rules for decode: ragged on TPU, pallas_decode on GPU"),
+    _mapped("ragged_block_size", 256, Kind.SIZE, "tilings of these two: block_kv"),
+    *(_mapped(f"sa_block_{name}", SHIPPED_BLOCK, Kind.SIZE, f"tilings: block_{name}") for name in BLOCKS),
+    *(
+        _mapped(f"local_sa_block_{name}", "None", Kind.SIZE, f"the same for local_sliding: block_{name}", optional=True)
+        for name in BLOCKS
+    ),
+)
+
+_DATA = "the segment ids of a call are a mask, kernelry.masks.Segments"
+_CHUNKS = "a chunk's queries say where they stand: mask.at(query_offset=…)"
+_PER_CALL = (
+    Option("packing", True, Kind.FLAG, Fate.PER_CALL, _DATA),
+    Option("max_segments_per_seq", -1, Kind.INTEGER, Fate.PER_CALL, _DATA),
+    Option("use_chunked_prefill", False, Kind.FLAG, Fate.PER_CALL, _CHUNKS),
+    Option("prefill_chunk_size", 256, Kind.SIZE, Fate.PER_CALL, _CHUNKS),
+    Option("use_indexer", False, Kind.FLAG, Fate.PER_CALL, "the indexer's choice is a mask, kernelry.masks.Dense"),
+)
+
+_CACHE = "caches are quantised where they are made: see kernelry.cache"
+_SHARDING = "attention is sharded by a wrapper around it: see kernelry.parallel"
+_EVAL = "there is one tiling per config: build a second config for evaluation, with these values as sa_* and local_sa_*"
+_LAYOUT = "a kernel's layout is its own affair, and arrays are [batch, length, heads, dim] everywhere else"
+_TUNING = "kernels here have no such tunable, and it does not change what attention means"
+_QUANTISED = "a kernel never quantises its inputs unasked: quantise query and key before the call"
+_MINOR = "HEAD_DIM_MINOR"
+
+_SHARDED = (
+    _foreign("context_parallel_strategy", "all_gather", Kind.TEXT, _SHARDING),
+    _foreign("context_parallel_load_balance", True, Kind.FLAG, _SHARDING),
+    _foreign("context_parallel_reorder_strategy", "auto", Kind.TEXT, _SHARDING),
+    _foreign("context_sharding", "context", Kind.TEXT, _SHARDING),
+    _foreign("ulysses_context_sharding", "context_usp_ulysses", Kind.TEXT, _SHARDING),
+    _foreign("ring_scan_unroll", 1, Kind.INTEGER, _SHARDING),
+    *(
+        _foreign(f"{network}_{axis}_parallelism", 1, Kind.INTEGER, _SHARDING)
+        for network in ("ici", "dcn")
+        for axis in ("context", "context_usp_ulysses", "context_autoregressive")
+    ),
+)
+_STORED = (
+    _foreign("quantize_kvcache", False, Kind.FLAG, _CACHE),
+    _foreign("kv_quant_axis", "heads_and_dkv", Kind.TEXT, _CACHE),
+    _foreign("kv_quant_dtype", "int8", Kind.TEXT, _CACHE),
+    _foreign("prefill_cache_axis_order", "1,2,0,3", Kind.TEXT, _LAYOUT),
+    _foreign("ar_cache_axis_order", "1,2,0,3", Kind.TEXT, _LAYOUT),
+    _foreign("compute_axis_order", "0,1,2,3", Kind.TEXT, _LAYOUT),
+    _foreign("reshape_q", False, Kind.FLAG, _LAYOUT),
+    _foreign("force_q_layout", False, Kind.FLAG, _LAYOUT),
+    *(_foreign(f"{phase}sa_{array}_layout", _MINOR, Kind.TEXT, _LAYOUT) for phase in ("", "eval_") for array in "qkv"),
+    *(
+        _foreign_local(f"{phase}local_sa_{array}_layout", _MINOR, Kind.TEXT, _LAYOUT)
+        for phase in ("", "eval_")
+        for array in "qkv"
+    ),
+)
+_TUNED = (
+    *(_foreign(f"eval_sa_block_{name}", SHIPPED_BLOCK, Kind.SIZE, _EVAL) for name in BLOCKS[:3]),
+    *(_foreign_local(f"eval_local_sa_block_{name}", SHIPPED_BLOCK, Kind.SIZE, _EVAL) for name in BLOCKS[:3]),
+    _foreign("sa_use_fused_bwd_kernel", False, Kind.FLAG, _TUNING),
+    _foreign_local("local_sa_use_fused_bwd_kernel", False, Kind.FLAG, _TUNING),
+    _foreign("sa_bwd_dkv_megacore", False, Kind.FLAG, _TUNING),
+    _foreign("use_splash_scheduler", False, Kind.FLAG, _TUNING),
+    _foreign_local("local_use_splash_scheduler", False, Kind.FLAG, _TUNING),
+    _foreign("sa_fuse_reciprocal", True, Kind.FLAG, _TUNING),
+    _foreign_local("local_sa_fuse_reciprocal", True, Kind.FLAG, _TUNING),
+    _foreign("sa_use_base2_exp", True, Kind.FLAG, _TUNING),
+    _foreign_local("local_sa_use_base2_exp", True, Kind.FLAG, _TUNING),
+    _foreign("dq_reduction_steps", 0, Kind.INTEGER, _TUNING),
+    _foreign("cost_estimate_flops_fwd", -1, Kind.INTEGER, _TUNING),
+    _foreign("cost_estimate_flops_bwd", -1, Kind.INTEGER, _TUNING),
+    _foreign("use_max_logit_estimate", -1, Kind.NUMBER, "the largest logit is computed here, never assumed"),
+    _foreign("experimental_sa_quant_q_fp8", False, Kind.FLAG, _QUANTISED),
+    _foreign("experimental_sa_quant_k_fp8", False, Kind.FLAG, _QUANTISED),
+    _foreign("enable_padding_causal_mask", True, Kind.FLAG, "padding is always masked: see kernelry.masks.Segments"),
+)
+
+OPTIONS = (*_KERNELS, *_LAYER, *_PER_CALL, *_SHARDED, *_STORED, *_TUNED)
+"""Every option of base.yml that is about attention."""

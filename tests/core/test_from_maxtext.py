@@ -1,0 +1,327 @@
+"""MaxText's options become an AttentionConfig; what has no meaning here, or is misspelt, says so."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from kernelry import masks
+from kernelry._maxtext.options import OPTIONS, Fate, Kind
+from kernelry._maxtext.reading import not_attention
+from kernelry.config import AttentionConfig, AttentionType, MoBA, from_maxtext
+from kernelry.errors import ConfigError
+from kernelry.policy import Range
+from kernelry.request import Mode
+
+DEFAULT = AttentionConfig(source="MaxText", scale=1.0)
+FOREIGN = [option for option in OPTIONS if option.fate is Fate.FOREIGN]
+LOCAL = {"attention_type": "local_sliding", "sliding_window_size": 64}
+CHANGED = {Kind.SIZE: 256, Kind.INTEGER: 3, Kind.NUMBER: 3.5, Kind.TEXT: "other"}
+
+
+def _real():
+    found = importlib.util.find_spec("maxtext")
+    places = found.submodule_search_locations if found else ()
+    return next((path for place in places if (path := pathlib.Path(place, "configs/base.yml")).exists()), None)
+
+
+def _rules(config):
+    return [(rule.when.platform, rule.when.mode, rule.use) for rule in config.rules]
+
+
+def _whole():
+    return {**dict.fromkeys(not_attention(), object()), **{option.name: option.default for option in OPTIONS}}
+
+
+def test_a_whole_config_at_its_defaults_is_the_default_with_scaled_queries():
+    assert from_maxtext(_whole()) == DEFAULT
+
+
+def test_an_empty_mapping_means_the_defaults():
+    assert from_maxtext({}) == DEFAULT
+
+
+@pytest.mark.skipif(_real() is None, reason="maxtext is not installed")
+def test_the_real_base_yml_is_accepted_and_the_table_has_its_defaults():
+    yaml = pytest.importorskip("yaml")
+    content = yaml.safe_load(_real().read_text(encoding="utf-8"))
+    assert from_maxtext(content) == DEFAULT
+    table = {option.name: option.default for option in OPTIONS}
+    assert {name: value for name, value in content.items() if name in table} == table
+
+
+def test_no_key_is_both_about_attention_and_not():
+    names = [option.name for option in OPTIONS]
+    assert len(set(names)) == len(names)
+    assert not_attention().isdisjoint(names)
+    assert len(not_attention()) > 600
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_every_default_is_accepted_alone(option):
+    assert from_maxtext({option.name: option.default}) == DEFAULT
+
+
+@pytest.mark.parametrize("option", FOREIGN, ids=lambda option: option.name)
+def test_an_option_without_meaning_says_why_where_it_is_changed(option):
+    default = option.neutral[-1] if option.neutral else option.default
+    changed = not default if option.kind is Kind.FLAG else CHANGED[option.kind]
+    with pytest.raises(ConfigError) as caught:
+        from_maxtext({option.name: changed})
+    assert f"{option.name} = {changed!r} has no meaning here: {option.meaning}" in str(caught.value)
+    assert f"ignore=({option.name!r},)" in str(caught.value)
+    assert from_maxtext({option.name: changed}, ignore=(option.name,)) == DEFAULT
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_a_value_of_the_wrong_kind_names_key_value_and_what_was_expected(option):
+    wrong = 0.5 if option.kind in (Kind.SIZE, Kind.COUNT, Kind.INTEGER) else ["x"]
+    with pytest.raises(ConfigError) as caught:
+        from_maxtext({option.name: wrong})
+    assert f"{option.name} must be {option.expected}, got {wrong!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_a_flag_is_no_number_and_no_text(option):
+    wrong = 1 if option.kind is Kind.FLAG else True
+    with pytest.raises(ConfigError, match=f"{option.name} must be"):
+        from_maxtext({option.name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("given", "kernel"),
+    [
+        ("autoselected", "auto"),
+        ("dot_product", "dot_product"),
+        ("cudnn_flash_jax", "cudnn_jax"),
+        ("cudnn_flash_te", "cudnn_te"),
+        ("paged", "paged"),
+    ],
+)
+def test_attention_names_a_kernel(given, kernel):
+    config = from_maxtext({"attention": given})
+    assert (config.kernel, config.rules) == (kernel, ())
+
+
+def test_flash_is_one_exhaustive_rule_per_platform():
+    config = from_maxtext({"attention": "flash"})
+    assert config.kernel == "auto"
+    assert _rules(config) == [
+        (("gpu",), (Mode.DECODE,), ("dot_product",)),
+        (("tpu",), (), ("splash",)),
+        (("gpu",), (), ("pallas_mha",)),
+        (("cpu",), (), ("blockwise",)),
+    ]
+    assert all(rule.is_exhaustive for rule in config.rules)
+
+
+@pytest.mark.parametrize(
+    ("option", "kernel"), [("use_tokamax_splash", "tokamax_splash"), ("use_jax_splash", "blockwise")]
+)
+def test_a_variant_of_flash_replaces_it_on_tpu(option, kernel):
+    config = from_maxtext({"attention": "flash", option: True})
+    assert [use for platform, _, use in _rules(config) if platform == ("tpu",)] == [(kernel,)]
+
+
+@pytest.mark.parametrize(
+    ("option", "kernel"), [("use_tokamax_splash", "tokamax_splash"), ("use_jax_splash", "blockwise")]
+)
+def test_a_variant_of_flash_goes_first_where_autoselected_takes_flash(option, kernel):
+    config = from_maxtext({option: True})
+    assert _rules(config) == [(("tpu",), (Mode.TRAIN, Mode.PREFILL), (kernel, "auto"))]
+    assert config.rules[0].when.q_len == Range(minimum=128)
+
+
+def test_two_variants_of_flash_are_an_error():
+    with pytest.raises(ConfigError, match="use_tokamax_splash and use_jax_splash"):
+        from_maxtext({"use_tokamax_splash": True, "use_jax_splash": True})
+
+
+def test_ragged_attention_is_for_decode():
+    ragged = [(("tpu",), (Mode.DECODE,), ("ragged",)), (("gpu",), (Mode.DECODE,), ("pallas_decode",))]
+    assert _rules(from_maxtext({"use_ragged_attention": True})) == ragged
+    config = from_maxtext({"use_ragged_attention": True, "attention": "dot_product"})
+    assert config.kernel == "auto"
+    assert _rules(config) == [*ragged, ((), (), ("dot_product",))]
+    assert _rules(from_maxtext({"use_ragged_attention": True, "attention": "flash"}))[:2] == ragged
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        ("flsh", ["unknown kernel 'flsh'", "did you mean 'flash'"]),
+        ("cudnn_flash", ["unknown kernel 'cudnn_flash'", "did you mean 'cudnn_flash_"]),
+        ("vllm_rpa", ["has no meaning here", "vLLM"]),
+    ],
+)
+def test_an_attention_that_is_no_kernel_here_says_why(attention, words):
+    with pytest.raises(ConfigError) as caught:
+        from_maxtext({"attention": attention})
+    for word in ("attention", *words):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "value"),
+    [
+        ({"attention_type": "full"}, "type", AttentionType.FULL),
+        ({"attention_type": "mla"}, "type", AttentionType.MLA),
+        (LOCAL, "window", 64),
+        ({"attention_type": "chunk", "chunk_attn_window_size": 8192}, "chunk_size", 8192),
+        ({"attention_type": "block_diffusion"}, "block_size", 32),
+        ({"attention_type": "block_diffusion", "causal_block_size": 4}, "block_size", 4),
+        ({"attn_logits_soft_cap": 50.0}, "soft_cap", 50.0),
+        ({"attn_logits_soft_cap": 50}, "soft_cap", 50.0),
+        ({"attn_logits_soft_cap": 0}, "soft_cap", None),
+        ({"attn_logits_soft_cap": None}, "soft_cap", None),
+        ({"attn_logits_soft_cap": "None"}, "soft_cap", None),
+        ({"attention_sink": True}, "sinks", True),
+        ({"matmul_precision": "highest"}, "precision", "highest"),
+        ({"dropout_rate": 0.1}, "dropout_rate", 0.1),
+        ({"dropout_rate": 0.1, "enable_dropout": False}, "dropout_rate", 0.0),
+        ({"use_qk_clip": True}, "record_max_logits", True),
+        ({"moba": True}, "moba", MoBA(1024, 8)),
+        ({"moba": True, "moba_chunk_size": 64, "moba_topk": 2}, "moba", MoBA(64, 2)),
+        ({"moba_chunk_size": 64, "moba_topk": 2}, "moba", None),
+        ({"float32_qk_product": True, "float32_logits": True}, "logits_dtype", "float32"),
+    ],
+)
+def test_an_option_becomes_a_field(options, field, value):
+    assert getattr(from_maxtext(options), field) == value
+
+
+def test_sizes_of_other_types_are_accepted_and_not_used():
+    sizes = {"sliding_window_size": 4096, "chunk_attn_window_size": 8192, "causal_block_size": 4}
+    assert from_maxtext(sizes) == DEFAULT
+
+
+def test_local_layers_are_built_from_the_same_options():
+    base = {"sliding_window_size": 4096, "attn_logits_soft_cap": 50.0}
+    local = from_maxtext({**base, "attention_type": "local_sliding"})
+    assert local.mask.form == masks.SlidingWindow(4095).form
+    assert from_maxtext(base).mask.form == masks.Causal().form
+    assert local.soft_cap == from_maxtext(base).soft_cap == 50.0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attention_type": "local_sliding"}, ["'local_sliding' needs sliding_window_size", "it is 0"]),
+        ({"attention_type": "chunk"}, ["'chunk' needs chunk_attn_window_size", "it is 0"]),
+        ({"attention_type": "compressed"}, ["attention_type", "no meaning here"]),
+        ({"attention_type": "gobal"}, ["attention_type", "did you mean 'global'"]),
+        ({"sliding_window_size": -1}, ["sliding_window_size must be an integer, 0 or more, got -1"]),
+        ({"causal_block_size": 0}, ["causal_block_size must be a positive integer, got 0"]),
+        ({"attn_logits_soft_cap": -1.0}, ["attn_logits_soft_cap must be 0 or more, got -1.0"]),
+        ({"attn_logits_soft_cap": "50"}, ["attn_logits_soft_cap must be a finite number, or none, got '50'"]),
+        ({"dropout_rate": 1.0}, ["dropout_rate must be in [0, 1), got 1.0"]),
+        ({"matmul_precision": "hi"}, ["matmul_precision must be default, high or highest, got 'hi'"]),
+    ],
+)
+def test_a_value_that_means_nothing_names_the_option(options, words):
+    with pytest.raises(ConfigError) as caught:
+        from_maxtext(options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_blocks_that_differ_from_the_default_are_tilings_of_splash():
+    options = {"sa_block_q": 1024, "sa_block_kv_dkv_compute": 256, "sa_block_kv": 512}
+    assert from_maxtext(options).tilings == (("splash", (("block_kv_dkv_compute", 256), ("block_q", 1024))),)
+
+
+@pytest.mark.parametrize("none", [None, "None"])
+def test_local_layers_take_their_own_blocks_or_inherit(none):
+    blocks = {"sa_block_q": 1024, "local_sa_block_q": none, "sa_block_kv": 1024, "local_sa_block_kv": 256}
+    assert from_maxtext({**LOCAL, **blocks}).tilings == (("splash", (("block_kv", 256), ("block_q", 1024))),)
+    assert from_maxtext(blocks).tilings == (("splash", (("block_kv", 1024), ("block_q", 1024))),)
+
+
+def test_blocks_go_to_the_variant_that_reads_them():
+    blocks = {"sa_block_q": 1024, "sa_block_kv": 256}
+    both = (("block_kv", 256), ("block_q", 1024))
+    assert from_maxtext({**blocks, "use_tokamax_splash": True}).tilings == (("tokamax_splash", both),)
+    jax_splash = from_maxtext({**blocks, "use_jax_splash": True}).tilings
+    assert jax_splash == (("blockwise", (("block_q", 1024),)), ("splash", both))
+
+
+def test_a_ragged_block_is_a_tiling_where_ragged_attention_is_used():
+    block = (("block_kv", 128),)
+    options = {"use_ragged_attention": True, "ragged_block_size": 128}
+    assert from_maxtext(options).tilings == (("pallas_decode", block), ("ragged", block))
+    assert from_maxtext({"ragged_block_size": 128}) == DEFAULT
+
+
+def test_the_tunables_named_are_those_of_the_installed_splash():
+    plugin = pytest.importorskip("kernelry_tpu_splash.plugin")
+    options = {option.name: 128 for option in OPTIONS if option.name.startswith("sa_block_")}
+    [(_, tiling)] = from_maxtext(options).tilings
+    request = plugin.Request(q_len=1024, target="tpu:v5e")
+    assert dict(plugin.SPLASH.tilings(request)[0].values).keys() == dict(tiling).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("packing", False), ("max_segments_per_seq", 32), ("use_chunked_prefill", True), ("use_indexer", True)],
+)
+def test_what_belongs_to_a_call_is_accepted_at_any_value(name, value):
+    assert from_maxtext({name: value}) == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("sliding_windw_size", "sliding_window_size"),
+        ("attn_logit_softcap", "attn_logits_soft_cap"),
+        ("sa_blok_q", "sa_block_q"),
+        ("learning_rat", "learning_rate"),
+    ],
+)
+def test_a_misspelt_option_names_the_nearest(name, nearest):
+    with pytest.raises(ConfigError) as caught:
+        from_maxtext({name: 1})
+    assert f"Unknown MaxText option {name!r}; did you mean {nearest!r}?" in str(caught.value)
+    assert f"ignore=({name!r},)" in str(caught.value)
+
+
+def test_an_unknown_option_near_nothing_says_so():
+    with pytest.raises(ConfigError, match=r"'qqqqqq'; no known one is near it\."):
+        from_maxtext({"qqqqqq": 1})
+
+
+def test_all_unknown_options_are_named_at_once():
+    with pytest.raises(ConfigError, match=r"ignore=\('my_key', 'other_key'\)"):
+        from_maxtext({"my_key": 1, "other_key": 2})
+
+
+def test_ignore_lets_keys_pass():
+    assert from_maxtext({"my_key": 1, "attention_sink": True}, ignore=("my_key",)).sinks
+    assert from_maxtext({"attention_sink": True}, ignore=["attention_sink"]) == DEFAULT
+
+
+def test_ignore_as_a_text_is_an_error():
+    with pytest.raises(ConfigError, match=r"write ignore=\('moba',\)"):
+        from_maxtext({}, ignore="moba")
+
+
+def test_what_is_no_mapping_is_named():
+    with pytest.raises(ConfigError, match=r"got list; of a config of MaxText, pass config\.get_keys\(\)"):
+        from_maxtext([("attention", "flash")])
+
+
+def test_a_config_is_a_value():
+    options = {**LOCAL, "attention": "flash", "sa_block_q": 1024, "moba": True}
+    assert from_maxtext(options) == from_maxtext(options)
+    assert hash(from_maxtext(options)) == hash(from_maxtext(options))
+    assert from_maxtext(options).policy.tilings == (("splash", (("block_q", 1024),)),)
+
+
+def test_neither_importing_nor_reading_needs_an_optional_library():
+    code = (
+        "import sys; from kernelry.config import from_maxtext; from_maxtext({'run_name': 'a'}); "
+        "print(*{'pydantic', 'yaml', 'flax', 'maxtext'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
