@@ -2,6 +2,7 @@
 # make test   installs everything into .venv and runs the test suite; ARGS="tests/core -k masks" goes to pytest
 PYTHON ?= python3
 VENV ?= .venv
+MAXTEXT_PYTHON ?= python3.12
 ARGS ?=
 DEMO_ARGS ?= --config examples/configs/tiny.toml
 
@@ -12,7 +13,7 @@ TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "optax>=0.2.
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
-.PHONY: demo test test-install lint format benchmark clean
+.PHONY: demo test test-install test-maxtext lint format benchmark clean
 
 $(VENV)/.installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,18 @@ test: $(VENV)/.installed
 # Builds fresh environments: the user's two installs, and a third party's plugin added and removed.
 test-install: $(VENV)/.installed
 	$(BIN)/python -m pytest -m install tests/install $(ARGS)
+
+# The parity tests beside the real MaxText, which wants Python 3.12 and about 1 GB in an environment of its own.
+MAXTEXT_NEEDS := maxtext==0.2.5 tokamax qwix aqtp jaxtyping immutabledict pathwaysutils fastapi starlette \
+	annotated-doc anyio opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions idna sniffio requests \
+	urllib3 certifi uvicorn click jinja2 markupsafe xprof fire termcolor six einshape tqdm importlib_metadata
+
+test-maxtext:
+	$(MAXTEXT_PYTHON) -m venv .venv-maxtext
+	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product -e ./plugins/tpu_splash \
+		"jax==0.12.0.1" omegaconf $(TEST_NEEDS)
+	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
+	.venv-maxtext/bin/python -m pytest -n 2 tests/parity tests/core/test_from_maxtext.py $(ARGS)
 
 lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .
