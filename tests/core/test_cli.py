@@ -1,6 +1,8 @@
 """The command: readable tables, JSON, exit statuses, one-line errors."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -83,6 +85,16 @@ def test_explain_follows_a_config(run, tmp_path):
         (["explain", "--mode", "trian"], "did you mean 'train'"),
         (["explain", "--mask", "causl"], "did you mean 'causal'"),
         (["explain", "--dtype", "float99"], "is no dtype"),
+        (["explain", "--soft-cap", "nan"], "no finite number above 0"),
+        (["explain", "--soft-cap", "inf", "--json"], "no finite number above 0"),
+        (["explain", "--soft-cap", "0"], "no finite number above 0"),
+        (["mask", "segments"], "write segments(0, 0, 1, 1)"),
+        (["mask", "causl"], "did you mean 'causal'"),
+        (["mask", "~" * 5000 + "causal"], "is nested more than"),
+        (["mask", "causal", "--q-len", "2", "--kv-len", "4"], "query_offset"),
+        (["mask", "causal", "--q-len", "0"], "q-len"),
+        (["mask", "segments(0, 1)", "--q-len", "3"], "query_ids must be"),
+        (["mask", "causal", "--png", "absent/folder/mask.png"], "cannot write the image"),
         (["explain", "--heads", "4", "--kv-heads", "3"], "must divide"),
         (["explain", "--q-len", "-1"], "q-len"),
         (["explain", "--config", "absent.toml"], "absent.toml"),
@@ -94,6 +106,74 @@ def test_mistakes_are_one_message_and_status_2(run, arguments, complaint):
     assert status == 2
     assert complaint in " ".join(err.split())
     assert "Traceback" not in err
+
+
+def test_mask_is_drawn_as_text(run):
+    status, out, _ = run("mask", "causal & window(3) & segments(0,0,0,1,1,1)")
+    lines = out.splitlines()
+    assert status == 0
+    assert lines[0] == "segments & window(3, 0)"
+    assert lines[3:9] == ["1 . . . . .", "1 1 . . . .", "1 1 1 . . .", ". . . 1 . .", ". . . 1 1 .", ". . . 1 1 1"]
+
+
+def test_mask_as_json(run):
+    status, out, _ = run("mask", "causal", "--q-len", "4", "--block-q", "2", "--block-kv", "2", "--json")
+    data = json.loads(out)
+    assert status == 0
+    assert {data["q_len"], data["kv_len"]} == {4}
+    assert [atom["kind"] for atom in data["form"]] == ["causal"]
+    [picture] = data["pictures"]
+    assert picture["visible"] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert picture["block_map"] == [[1, 0], [2, 1]]
+    assert (picture["batch_row"], picture["head"], data["block_q"]) == (None, None, 2)
+
+
+def test_mask_as_json_leaves_out_many_tokens(run):
+    data = json.loads(run("mask", "causal", "--q-len", "2048", "--json")[1])
+    assert data["pictures"][0]["visible"] is None
+    assert len(data["pictures"][0]["block_map"]) == 2048 // data["block_q"]
+
+
+def test_mask_as_json_has_a_picture_for_each_row(run):
+    data = json.loads(run("mask", "lengths(1, 2)", "--q-len", "2", "--json")[1])
+    assert [picture["visible"] for picture in data["pictures"]] == [[[1, 0], [1, 0]], [[1, 1], [1, 1]]]
+    assert [picture["batch_row"] for picture in data["pictures"]] == [0, 1]
+
+
+@pytest.mark.parametrize("tokens", [6, 1024])
+def test_mask_as_an_image(run, tmp_path, tokens):
+    path = tmp_path / "mask.png"
+    status, out, _ = run("mask", "causal & window(3)", "--q-len", str(tokens), "--png", str(path))
+    content = path.read_bytes()
+    assert (status, out) == (0, f"{path}\n")
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    assert min(width, height) > 500
+
+
+def test_mask_image_without_matplotlib_names_the_extra(run, monkeypatch, tmp_path):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    status, _, err = run("mask", "causal", "--png", str(tmp_path / "mask.png"))
+    assert status == 2
+    assert err == "drawing images needs matplotlib; pip install 'kernelry[plot]'.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["mask", "causal", "--q-len", "128"], "# full   + partial   . empty"),
+        (["explain", "--target", "cpu", "--q-len", "64"], ">"),
+        (["list"], "dot_product"),
+        (["mask", "causal.at(x=1)"], "unknown .at(x=.)"),
+    ],
+)
+def test_outputs_that_know_ascii_alone_get_plainer_signs(arguments, shown):
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "import sys; from kernelry.cli import main; sys.exit(main())", *arguments]
+    done = subprocess.run(command, env=environ, capture_output=True, encoding="ascii", check=False, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert shown in done.stdout + done.stderr
 
 
 def test_version(run):

@@ -207,3 +207,21 @@ def test_large_and_traced_arrays_are_shown_by_shape():
     shown = []
     jax.jit(lambda ids: shown.append(repr(masks.Segments(ids))))(jnp.zeros(4, jnp.int32))
     assert shown == ["Segments(<int32[4]>)"]
+
+
+def test_small_arrays_are_shown_so_that_they_can_be_pasted_back():
+    where = jnp.asarray([1, 2])
+    assert repr(masks.Causal().at(query_offset=where)) == "Causal().at(query_offset=[1, 2])"
+    assert repr(masks.Segments([])) == "Segments([])"
+
+
+def test_gradients_pass_through_functions_that_take_masks():
+    query = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+
+    def loss(query, mask):
+        return jnp.sin(kernelry.attention(query, query, query, mask=mask)).sum()
+
+    for mask in (masks.Chunked(2), masks.Segments(jnp.asarray([0, 0, 1, 1])), masks.PrefixLM(jnp.int32(2))):
+        dense = masks.Dense(np.asarray(mask.materialize(4, 4)))
+        found, expected = jax.jit(jax.grad(loss))(query, mask), jax.grad(loss)(query, dense)
+        np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-6)

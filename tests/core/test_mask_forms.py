@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_strategies import Q_HEADS, placed_masks, strided
 
-from kernelry.errors import ArgumentError
 from kernelry.masks import (
     AtomKind,
     BlockCausal,
@@ -25,7 +24,6 @@ from kernelry.masks import (
     Segments,
     SlidingWindow,
 )
-from kernelry.masks.parse import parse_form
 from kernelry.testing import reference_mask
 
 SEGMENTS = Segments(np.zeros((1, 4), int))
@@ -133,38 +131,6 @@ def test_take_splits_indices_in_order():
 )
 def test_forms_survive_json(mask):
     assert MaskForm.from_json(json.loads(json.dumps(mask.form.to_json()))) == mask.form
-
-
-@pytest.mark.parametrize(
-    ("text", "mask"),
-    [
-        ("full", Full()),
-        ("causal & window(3, 1)", SlidingWindow(3)),
-        ("causal & segments", Causal() & Segments(np.zeros((1, 4), int))),
-        ("(causal | lengths).at(query_offset=4)", (Causal() | Lengths(np.array([1]))).at(query_offset=4)),
-        ("~causal", ~Causal()),
-        ("causal.at(query_offset=traced)", Causal().at(query_offset=jnp.int32(1))),
-    ],
-)
-def test_mask_expressions_are_read(text, mask):
-    assert parse_form(text) == mask.form
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("causl", "did you mean 'causal'"),
-        ("causal &", "not an expression"),
-        ("window('x')", "must be a whole number"),
-        ("window()", "window"),
-        ("__import__('os')", "must be a whole number"),
-        ("causal + full", "cannot read"),
-        ("causal.at(query_ofset=1)", "did you mean 'query_offset'"),
-    ],
-)
-def test_bad_mask_expressions_say_what_is_wrong(text, complaint):
-    with pytest.raises(ArgumentError, match=complaint):
-        parse_form(text)
 
 
 def test_position_kinds_reach_inside_composites():

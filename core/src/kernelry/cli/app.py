@@ -1,18 +1,19 @@
-"""The verbs of the command: list, doctor, explain."""
+"""The verbs of the command: list, doctor, explain; `mask` is in a file of its own."""
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from kernelry import _version, installation
-from kernelry.cli import report
+from kernelry.cli import mask, report
+from kernelry.cli.output import Json, print_json, survive_narrow_encodings
 from kernelry.config import load_config
 from kernelry.errors import KernelryError
 from kernelry.masks.parse import parse_form
@@ -23,18 +24,18 @@ from kernelry.switches import Switches
 from kernelry.target import Target, home_target
 
 app = typer.Typer(
-    help="Which attention kernels are installed, what is wrong with them, and which one a request gets.",
+    help="Which attention kernels are installed, what is wrong with them, which one a request gets.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 _console = Console(highlight=False, soft_wrap=False)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def run() -> int:
     """Runs the command and returns its exit status; errors of kernelry are one message, status 2."""
+    survive_narrow_encodings()
     with warnings.catch_warnings():
         # Faults are what `doctor` prints; the other verbs point there.
         warnings.filterwarnings("ignore", message="kernelry plugin ")
@@ -55,10 +56,6 @@ def run() -> int:
     return result if isinstance(result, int) else 0
 
 
-def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
-
-
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -71,7 +68,7 @@ def list_kernels(as_json: Json = False) -> None:
     """The installed kernels and what they declare."""
     found = installation.installed()
     if as_json:
-        _print_json(report.kernels_json(found))
+        print_json(report.kernels_json(found))
         return
     _console.print(report.kernels_table(found))
     if found.faults:
@@ -83,11 +80,17 @@ def doctor(as_json: Json = False) -> None:
     """Versions, plugins, environment switches, and what is wrong with a fix for each."""
     found, switches = installation.installed(), Switches.of_process()
     if as_json:
-        _print_json(report.doctor_json(found, switches))
+        print_json(report.doctor_json(found, switches))
     else:
         for part in report.doctor_parts(found, switches):
             _console.print(part)
     raise typer.Exit(1 if found.faults else 0)
+
+
+def _usable_cap(soft_cap: float | None) -> float | None:
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise typer.BadParameter(f"{soft_cap} is no finite number above 0; leave it out for no cap")
+    return soft_cap
 
 
 @app.command()
@@ -103,7 +106,7 @@ def explain(
     value_dim: Annotated[int | None, typer.Option(min=1, help="D; default H.")] = None,
     dtype: Annotated[str, typer.Option(help="of query, key and value.")] = "bfloat16",
     mask: Annotated[str, typer.Option(help="e.g. 'causal & segments', 'window(511)', 'full'.")] = "causal",
-    soft_cap: Annotated[float | None, typer.Option(help="cap of the logits.")] = None,
+    soft_cap: Annotated[float | None, typer.Option(help="cap of the logits.", callback=_usable_cap)] = None,
     sinks: Annotated[bool, typer.Option("--sinks", help="one sink logit per head.")] = False,
     partial: Annotated[bool, typer.Option("--partial", help="statistics are wanted.")] = False,
     kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
@@ -132,11 +135,14 @@ def explain(
     policy = load_config(config).policy if config else None
     resolution = explain_request(request, kernel=kernel, policy=policy)
     if as_json:
-        _print_json(resolution.to_json())
+        print_json(resolution.to_json())
     else:
         for part in report.resolution_parts(resolution):
             _console.print(part)
     raise typer.Exit(0 if resolution.plan else 2)
+
+
+app.command("mask")(mask.draw)
 
 
 def _dtype(name: str) -> str:

@@ -28,6 +28,8 @@ def as_integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
       ShapeError: not integers, or the wrong rank.
     """
     array = as_array(value)
+    if isinstance(value, list | tuple) and array.size == 0:
+        array = array.astype(np.int32)  # NumPy reads an empty list as floats
     if array.ndim not in ranks or not jnp.issubdtype(array.dtype, jnp.integer):
         wanted = " or ".join(str(rank) for rank in ranks)
         raise ShapeError(f"{name} must be integers of rank {wanted}, got {array.dtype} of shape {array.shape}.")

@@ -1,107 +1,185 @@
-"""Reads a mask's form from text such as `causal & window(511)`, for commands.
+"""Reads masks from text such as `causal & window(511)`, for commands.
 
-What holds arrays is written by name alone (`segments`, `lengths`, `dense`), for only its form
-matters where nothing is computed.
+    mask       = mask & mask | mask | mask | ~mask | (mask) | mask.at(place=whole numbers, …) | name | name(…)
+    place      = query_offset | kv_offset | query_positions | kv_positions
+
+The names are those of forms (`causal`, `window(3)`) and of the classes (`Causal()`, `SlidingWindow(3)`),
+so that what a mask's repr shows can be read back. Nothing is evaluated as Python.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernelry.errors import ArgumentError, nearest
-from kernelry.masks.band import Causal, Full, SlidingWindow
+from kernelry.errors import ArgumentError, KernelryError, nearest
 from kernelry.masks.base import Mask
 from kernelry.masks.form import MaskForm
-from kernelry.masks.indexed import Dense, Lengths, Segments
+from kernelry.masks.words import CLASSES, STAND_INS, WORDS
+
+_DEEPEST = 50
+"""Levels of nesting; far more than a person writes, and canonical forms recurse a few times per level."""
+_SHOWN = 100
+"""Characters of the expression that messages repeat."""
+_PLACES = ("query_offset", "kv_offset", "query_positions", "kv_positions")
+_TRUTH = {"true": True, "false": False}
+
+
+def parse_mask(text: str, classes: Mapping[str, type[Mask]] | None = None) -> Mask:
+    """Reads a mask with its arrays, e.g. `causal & segments(0, 0, 1, 1)`.
+
+    Args:
+      text: an expression as above; arrays are written as whole numbers or as lists.
+      classes: masks of plugins, by name; core's own names come first.
+
+    Raises:
+      ArgumentError: it is no mask expression, a name is unknown, or an array is missing.
+    """
+    return _parse(text, classes, form_only=False)
 
 
 def parse_form(text: str, classes: Mapping[str, type[Mask]] | None = None) -> MaskForm:
-    """Reads a mask expression.
+    """Reads a mask's form, in which arrays may be left out.
 
     Args:
-      text: names, calls with whole numbers, `&`, `|`, `~`, parentheses and `.at(query_offset=…)`,
-        where the word `traced` stands for an offset known only at run time.
+      text: an expression as above. `segments`, `segments_separate`, `spans`, `spans_separate`, `lengths`,
+        `prefix_lm`, `dense` and `block_selection(size)` need no arrays, and the word `traced` stands for an
+        offset or positions known only at run time.
       classes: masks of plugins, by name; core's own names come first.
 
     Raises:
       ArgumentError: it is no mask expression, or a name is unknown.
     """
+    return _parse(text, classes, form_only=True).form
+
+
+def _parse(text: str, classes: Mapping[str, type[Mask]] | None, *, form_only: bool) -> Mask:
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise ArgumentError(f"mask {text!r} is not an expression: {error.msg}.") from error
-    return _Reader(text, {**(classes or {}), **_BUILTIN}).read(tree).form
+        return _Reader(shown, {**(classes or {}), **CLASSES, **WORDS}, form_only=form_only).read(tree)
+    except (SyntaxError, UnicodeError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ArgumentError(f"mask {shown!r} is not an expression: {reason}.") from error
+    except (RecursionError, MemoryError):  # how Python's own parser answers to thousands of levels
+        raise _too_deep(shown) from None
 
 
-def _segments(separate: int = 0) -> Mask:
-    ids = jnp.zeros((1,), jnp.int32)
-    return Segments(ids, ids) if separate else Segments(ids)
-
-
-_BUILTIN: dict[str, Any] = {
-    "full": Full,
-    "causal": Causal,
-    "window": SlidingWindow,
-    "segments": _segments,
-    "lengths": lambda: Lengths(jnp.zeros((1,), jnp.int32)),
-    "dense": lambda: Dense(jnp.ones((1, 1, 1, 1), bool)),
-}
+def _too_deep(shown: str) -> ArgumentError:
+    return ArgumentError(f"mask {shown!r} is nested more than {_DEEPEST} deep; compose it in Python.")
 
 
 class _Reader:
-    """Walks the syntax tree; knows names, calls and operators, and nothing else."""
+    """Walks the syntax tree; knows names, calls, operators and lists, and nothing else."""
 
-    def __init__(self, text: str, names: Mapping[str, Any]) -> None:
-        self.text = text
+    def __init__(self, shown: str, names: Mapping[str, Callable[..., Mask]], *, form_only: bool) -> None:
+        self.shown = shown
         self.names = names
+        self.form_only = form_only
 
-    def read(self, node: ast.expr) -> Mask:
+    def read(self, node: ast.expr, depth: int = 0) -> Mask:
+        if depth > _DEEPEST:
+            raise _too_deep(self.shown)
         match node:
-            case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
-                return self.read(left) & self.read(right)
-            case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-                return self.read(left) | self.read(right)
+            case ast.BinOp(op=ast.BitAnd()):
+                return functools.reduce(operator.and_, [self.read(part, depth + 1) for part in _chain(node)])
+            case ast.BinOp(op=ast.BitOr()):
+                return functools.reduce(operator.or_, [self.read(part, depth + 1) for part in _chain(node)])
             case ast.UnaryOp(op=ast.Invert(), operand=operand):
-                return ~self.read(operand)
-            case ast.Call(func=ast.Attribute(value=inside, attr="at"), args=[], keywords=keywords):
-                return self.placed(inside, keywords)
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
-                return self.make(name, [self.number(argument) for argument in arguments])
-            case ast.Name(id=name):
-                return self.make(name, [])
-        raise ArgumentError(f"mask {self.text!r}: cannot read {ast.unparse(node)!r}.")
+                return ~self.read(operand, depth + 1)
+            case ast.Call(func=ast.Attribute(value=inside, attr="at"), args=arguments, keywords=keywords):
+                if arguments:
+                    raise self.wrong(f"at() takes its arguments by name: {', '.join(_PLACES)}")
+                return self.placed(self.read(inside, depth + 1), keywords)
+            case ast.Call(func=ast.Name() | ast.Attribute() as called, args=arguments, keywords=keywords):
+                if _dotted(called) == "Predicate":
+                    raise self.wrong("a Predicate's Python function cannot be written; draw it with kernelry.pictures")
+                named = {str(keyword.arg): self.value(keyword.value) for keyword in keywords}
+                return self.make(_dotted(called), [self.value(argument) for argument in arguments], named)
+            case ast.Name() | ast.Attribute():
+                return self.make(_dotted(node), [], {})
+        raise self.wrong(f"cannot read {_source(node)!r}; masks are names, calls, &, |, ~ and .at(...)")
 
-    def placed(self, inside: ast.expr, keywords: list[ast.keyword]) -> Mask:
-        known = ("query_offset", "kv_offset")
+    def placed(self, mask: Mask, keywords: list[ast.keyword]) -> Mask:
         for keyword in keywords:
-            if keyword.arg not in known:
-                raise ArgumentError(
-                    f"mask {self.text!r}: unknown .at({keyword.arg}=…){nearest(str(keyword.arg), known)}"
-                )
-        return self.read(inside).at(**{str(keyword.arg): self.offset(keyword.value) for keyword in keywords})
+            if keyword.arg not in _PLACES:
+                raise self.wrong(f"unknown .at({keyword.arg}=…){nearest(str(keyword.arg), _PLACES)}")
+        return mask.at(**{str(keyword.arg): self.place(keyword) for keyword in keywords})
 
-    def make(self, name: str, numbers: list[int]) -> Mask:
+    def place(self, keyword: ast.keyword) -> Any:
+        if not (isinstance(keyword.value, ast.Name) and keyword.value.id == "traced"):
+            return self.value(keyword.value)
+        if not self.form_only:
+            raise self.wrong(f"a picture needs the numbers of {keyword.arg}; `traced` is known only at run time")
+        return jnp.zeros((1,) if str(keyword.arg).endswith("positions") else (), jnp.int32)
+
+    def make(self, name: str, values: list[Any], named: Mapping[str, Any]) -> Mask:
+        if name not in self.names and name not in STAND_INS:
+            known = {*self.names, *STAND_INS} - {*CLASSES}
+            raise self.wrong(f"unknown name {name!r}{nearest(name, known)}")
+        stand_in = STAND_INS.get(name)
+        if stand_in is not None and len(values) == stand_in.numbers and not named:
+            if self.form_only:
+                return stand_in.make(*values)
+            raise self.wrong(f"a picture needs the array of {name!r}: write {stand_in.instead}")
         if name not in self.names:
-            raise ArgumentError(f"mask {self.text!r}: unknown name {name!r}{nearest(name, self.names)}")
+            assert stand_in is not None
+            raise self.wrong(f"{name!r} stands alone, without arrays: write {stand_in.instead}")
         try:
-            made: Mask = self.names[name](*numbers)
-        except TypeError as error:
-            raise ArgumentError(f"mask {self.text!r}: {name}{tuple(numbers)}: {error}.") from error
-        return made
+            return self.names[name](*values, **named)
+        except KernelryError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:  # wrong in number or kind
+            raise self.wrong(f"{name}(…): {error}") from error
 
-    def number(self, node: ast.expr) -> int:
+    def value(self, node: ast.expr) -> Any:
+        """A whole number, a truth value, or a NumPy array written as a list."""
+        found = self.literal(node)
+        if not isinstance(found, list):
+            return found
+        try:
+            array = np.asarray(found)
+        except ValueError as error:
+            raise self.wrong(f"the rows of {_source(node)!r} differ in length") from error
+        return array if array.size else array.astype(np.int32)
+
+    def literal(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=int(value)):
                 return value
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(value))):
                 return -value
-        raise ArgumentError(f"mask {self.text!r}: {ast.unparse(node)!r} must be a whole number.")
+            case ast.Name(id=name) if name in _TRUTH:
+                return _TRUTH[name]
+            case ast.List(elts=elements):
+                return [self.literal(element) for element in elements]
+        raise self.wrong(f"{_source(node)!r} must be a whole number, or a list of them")
 
-    def offset(self, node: ast.expr) -> int | jax.Array:
-        traced = isinstance(node, ast.Name) and node.id == "traced"
-        return jnp.zeros((), jnp.int32) if traced else self.number(node)
+    def wrong(self, what: str) -> ArgumentError:
+        return ArgumentError(f"mask {self.shown!r}: {what}.")
+
+
+def _chain(node: ast.BinOp) -> list[ast.expr]:
+    """The operands of `a & b & c`, which Python nests to the left."""
+    operands: list[ast.expr] = []
+    inside: ast.expr = node
+    while isinstance(inside, ast.BinOp) and isinstance(inside.op, type(node.op)):
+        operands.append(inside.right)
+        inside = inside.left
+    return [inside, *reversed(operands)]
+
+
+def _dotted(node: ast.expr) -> str:
+    """`Causal` of `Causal`, `masks.Causal` and `kernelry.masks.Causal`."""
+    return _source(node).removeprefix("kernelry.").removeprefix("masks.")
+
+
+def _source(node: ast.expr) -> str:
+    text = ast.unparse(node)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -11,6 +11,7 @@ import numpy as np
 
 from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, ShapeError
+from kernelry.masks.arrays import as_integers, described
 from kernelry.masks.form import OPEN_RUN, PositionForm, PositionKind, Runs
 from kernelry.masks.side import ArrayLike, Side
 
@@ -110,7 +111,7 @@ class TracedOffset(Positions):
             _check_offsets(name, self.value.shape[0], batch)
 
     def __str__(self) -> str:
-        return f"array{list(self.value.shape)}"
+        return described(self.value)
 
 
 @final
@@ -174,7 +175,7 @@ class TracedPositions(Positions):
         _check_positions(name, self.value.shape, batch, length)
 
     def __str__(self) -> str:
-        return f"array{list(self.value.shape)}"
+        return described(self.value)
 
 
 _SHOWN = 64
@@ -238,11 +239,7 @@ def _positions(name: str, positions: Any) -> Positions:
 
 
 def _integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
-    if array.ndim not in ranks or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ShapeError(
-            f"{name} must be integers of rank {' or '.join(map(str, ranks))}, got {array.dtype}{array.shape}."
-        )
+    array = as_integers(name, value, ranks)
     return array if isinstance(array, jax.Array) else _in_range(name, array)
 
 
