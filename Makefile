@@ -59,6 +59,7 @@ format: $(VENV)/.lint-installed
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/resolution.py
 	$(BIN)/python benchmarks/blockwise.py
+	$(BIN)/python benchmarks/dot_product.py
 
 clean:
 	rm -rf .venv .venv-* runs

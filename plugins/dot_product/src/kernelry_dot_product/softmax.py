@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from kernelry.plugin import Inputs, Mask, Partial, Request, Side, with_sinks
@@ -42,28 +43,26 @@ def attend_dense(
     logits = _logits(query, key, inputs.bias, grouped, request)
     if grouped is not None:
         logits = jnp.where(grouped, logits, -jnp.inf)
-    top = lax.stop_gradient(logits.max(axis=-1, initial=-jnp.inf))
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top)[..., None])
+    # The maximum starts from a finite number: −inf − top is then −inf in an empty row too, without a guard that
+    # would keep XLA from joining maximum, difference and exponential into one pass.
+    lowest = jnp.finfo(logits.dtype).min  # type: ignore[no-untyped-call]
+    top = lax.stop_gradient(logits.max(axis=-1, initial=lowest))
+    weights = jnp.exp(logits - top[..., None])
     total = weights.sum(axis=-1)
-    may_be_empty = visible is not None or key.shape[1] == 0
-    divisor = jnp.where(total > 0, total, 1.0) if may_be_empty else total
-    weights = _dropped(weights, inputs, request)
-    out = jnp.einsum(
-        "BKGTS,BSKD->BKGTD",
-        weights.astype(value.dtype),
-        value,
-        precision=request.precision,
-        preferred_element_type=logits.dtype,
-    )
+    empty = total == 0  # a row that sees something has a weight of 1
+    divisor = jnp.where(empty, 1.0, total)
+    weights = _dropped(weights, inputs, request).astype(value.dtype)
+    out = _product("BKGTS,BSKD->BKGTD", weights, value, request, logits.dtype)
     out = jnp.moveaxis(out / divisor[..., None], 3, 1)
     out = out.reshape(*query.shape[:2], request.q_heads, value.shape[-1])
     lse = None
     if statistics or inputs.sinks is not None:
-        finite = jnp.where(jnp.isneginf(top), 0.0, top) + jnp.log(divisor)
-        lse = _ungrouped(jnp.where(total > 0, finite, -jnp.inf) if may_be_empty else finite)
+        lse = _ungrouped(jnp.where(empty, -jnp.inf, top + jnp.log(divisor)))
     if inputs.sinks is not None:
         out, lse = with_sinks(out, lse, inputs.sinks), None
-    max_logits = _ungrouped(top).max(axis=-1, initial=-jnp.inf) if request.max_logits else None
+    max_logits = None
+    if request.max_logits:
+        max_logits = _ungrouped(jnp.where(empty, -jnp.inf, top)).max(axis=-1, initial=-jnp.inf)
     if not statistics:
         out = out.astype(request.dtype)
     return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype)
@@ -73,14 +72,10 @@ def _logits(
     query: jax.Array, key: jax.Array, bias: jax.Array | None, visible: jax.Array | None, request: Request
 ) -> Float[Array, "B K G T S"]:
     grouped = query.reshape(*query.shape[:2], request.kv_heads, request.groups, query.shape[-1])
+    dtype = jnp.float64 if request.dtype == "float64" else jnp.float32
     # Heads before time, so that no product has to transpose the logits: twice as fast on CPU.
-    logits = jnp.einsum(
-        "BKGTH,BSKH->BKGTS",
-        jnp.moveaxis(grouped, 1, 3),
-        key,
-        precision=request.precision,
-        preferred_element_type=jnp.float64 if request.dtype == "float64" else jnp.float32,
-    ).astype(request.logits_dtype)
+    logits = _product("BKGTH,BSKH->BKGTS", jnp.moveaxis(grouped, 1, 3), key, request, dtype)
+    logits = logits.astype(request.logits_dtype)
     logits = logits * jnp.asarray(request.scale, logits.dtype)
     if bias is not None:
         logits = logits + _grouped(bias, request).astype(logits.dtype)
@@ -91,6 +86,25 @@ def _logits(
         cap = jnp.asarray(request.soft_cap, logits.dtype)
         logits = cap * jnp.tanh(logits / cap)
     return logits
+
+
+def _product(equation: str, rows: jax.Array, columns: jax.Array, request: Request, dtype: DTypeLike) -> jax.Array:
+    """Multiplies rows B K G T … by keys or values; G is left out of the product where it is 1.
+
+    The gradients of keys and values sum over G and T. Sums over two axes make XLA write a transposed copy of the
+    logits first; over T alone it needs none, and the backward pass on CPU takes two thirds of the time:
+    benchmarks/dot_product.py. A larger G is not merged with T, though as fast: where T is sharded, XLA would
+    gather the logits.
+    """
+    alone = request.groups == 1
+    product = jnp.einsum(
+        equation.replace("G", "") if alone else equation,
+        rows.squeeze(2) if alone else rows,
+        columns,
+        precision=request.precision,
+        preferred_element_type=dtype,
+    )
+    return jnp.expand_dims(product, 2) if alone else product
 
 
 def _grouped(array: jax.Array, request: Request) -> jax.Array:
