@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from mask_strategies import BATCH, KV_HEADS, Q_HEADS, placed_masks
+from mask_strategies import BATCH, Q_HEADS, placed_masks
 
 from kernelry import masks
-from kernelry.masks import Side
 from kernelry.masks.base import Extent, check_fits
 from kernelry.testing import reference_mask
 
@@ -18,16 +17,7 @@ def _reference(mask, q_len, kv_len):
 
 
 def _full(visible, q_len, kv_len):
-    visible = np.asarray(visible)
-    if visible.shape[1] == KV_HEADS:
-        visible = np.repeat(visible, Q_HEADS // KV_HEADS, axis=1)
-    return np.broadcast_to(visible, (BATCH, Q_HEADS, q_len, kv_len))
-
-
-def _evaluated(mask, q_len, kv_len):
-    leaves = jax.tree.leaves(mask)
-    xp = jnp if any(isinstance(leaf, jax.Array) for leaf in leaves) else np
-    return mask.evaluate(Side.query(q_len, xp, q_heads=Q_HEADS), Side.kv(kv_len, xp))
+    return np.broadcast_to(np.asarray(visible), (BATCH, Q_HEADS, q_len, kv_len))
 
 
 @given(placed_masks())
@@ -35,7 +25,7 @@ def _evaluated(mask, q_len, kv_len):
 def test_evaluation_equals_the_definition(drawn):
     mask, q_len, kv_len = drawn
     np.testing.assert_array_equal(
-        _full(_evaluated(mask, q_len, kv_len), q_len, kv_len), _reference(mask, q_len, kv_len)
+        _full(mask.materialize(q_len, kv_len, q_heads=Q_HEADS), q_len, kv_len), _reference(mask, q_len, kv_len)
     )
 
 
@@ -47,7 +37,7 @@ def test_canonical_conjunction_equals_the_mask(drawn):
     assert len(conjuncts) == len(mask.form.atoms)
     product = np.ones((BATCH, Q_HEADS, q_len, kv_len), bool)
     for conjunct in conjuncts:
-        product &= _full(_evaluated(conjunct, q_len, kv_len), q_len, kv_len)
+        product &= _full(conjunct.materialize(q_len, kv_len, q_heads=Q_HEADS), q_len, kv_len)
     np.testing.assert_array_equal(product, _reference(mask, q_len, kv_len))
 
 

@@ -153,6 +153,8 @@ def _logits_dtype(dtype: Any) -> str:
         raise ArgumentError(f"logits_dtype={dtype!r} is no dtype.") from None
     if not jnp.issubdtype(found, jnp.floating):
         raise ArgumentError(f"logits_dtype must be floating, got {found}.")
+    if found == jnp.float64 and jax.dtypes.canonicalize_dtype(found) != found:
+        raise ArgumentError("logits_dtype=float64 needs 64-bit types, which are off: set JAX_ENABLE_X64=1.")
     return dtype_name(found)
 
 

@@ -116,11 +116,14 @@ def to_max_sum(partial: Partial) -> Partial:
 def with_sinks(
     out: Float[Array, "B T N D"], lse: Float[Array, "B N T"] | None, sinks: Float[Array, " N"]
 ) -> Float[Array, "B T N D"]:
-    """Lets one sink logit per head join the denominator: out · sigmoid(lse − sink), in float32."""
-    lse = _float32(lse)
+    """Lets one sink logit per head join the denominator: out · sigmoid(lse − sink), in float32 or wider."""
+    if lse is None:
+        raise ArgumentError("sinks need lse; ask for it with return_partial=True.")
+    wide = jnp.promote_types(lse.dtype, jnp.float32)
     empty = jnp.isneginf(lse)  # a sink of −inf must not meet the lse of an empty row
-    share = jnp.where(empty, 0.0, jax.nn.sigmoid(jnp.where(empty, 0.0, lse) - sinks.astype(jnp.float32)[None, :, None]))
-    return out.astype(jnp.float32) * heads_last(share)
+    difference = jnp.where(empty, 0.0, lse).astype(wide) - sinks.astype(wide)[None, :, None]
+    share = jnp.where(empty, 0.0, jax.nn.sigmoid(difference))
+    return out.astype(wide) * heads_last(share)
 
 
 def merge(partials: Sequence[Partial]) -> Partial:

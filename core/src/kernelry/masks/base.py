@@ -107,17 +107,19 @@ class Mask(Protocol):
 
         return conjuncts_of(self)
 
-    def materialize(self, q_len: int, kv_len: int) -> ArrayLike:
+    def materialize(self, q_len: int, kv_len: int, *, q_heads: int | None = None) -> ArrayLike:
         """Returns the mask as booleans [B or 1, N or 1, T, S]; NumPy unless arrays are JAX's.
 
-        A mask that differs by key/value head has K in place of N.
+        Args:
+          q_len, kv_len: T and S.
+          q_heads: N; without it a mask that differs by key/value head has K in place of N.
 
         Raises:
           ShapeError: a positional mask meets T ≠ S without `.at`.
         """
         check_located(self, q_len, kv_len)
         xp: ModuleType = jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self)) else np
-        visible = self.evaluate(Side.query(q_len, xp), Side.kv(kv_len, xp))
+        visible = self.evaluate(Side.query(q_len, xp, q_heads=q_heads), Side.kv(kv_len, xp))
         return xp.broadcast_to(visible, (*visible.shape[:2], q_len, kv_len))
 
     def block_map(self, q_len: int, kv_len: int, block_q: int, block_kv: int) -> np.ndarray:

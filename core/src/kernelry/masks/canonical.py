@@ -52,13 +52,12 @@ def _conjunction(mask: Mask, places: Places, *, negated: bool) -> tuple[Conjunct
 def _of_atom(mask: Mask, places: Places) -> Conjunct:
     mask = _as_band(mask)
     query, kv = places if mask.positional else (None, None)
-    if not mask.uses_query_positions:
-        query = None
+    query_read = query if mask.uses_query_positions else None
     atom = mask.atom
     if mask.positional:
-        atom = dataclasses.replace(atom, query=_position_form(query), kv=_position_form(kv))
+        atom = dataclasses.replace(atom, query=_position_form(query_read), kv=_position_form(kv))
     leaves, structure = jax.tree.flatten(mask)
-    key = (structure, tuple(map(id, leaves)), _identity(query), _identity(kv))
+    key = (structure, tuple(map(id, leaves)), _identity(query_read), _identity(kv))
     return Conjunct(mask, atom, query, kv, key)
 
 

@@ -53,7 +53,10 @@ def attend_dense(
     divisor = jnp.where(empty, 1.0, total)
     weights = _dropped(weights, inputs, request).astype(value.dtype)
     out = _product("BKGTS,BSKD->BKGTD", weights, value, request, logits.dtype)
-    out = jnp.moveaxis(out / divisor[..., None], 3, 1)
+    out = out / divisor[..., None]
+    if request.mask.may_have_empty_rows(request.q_len, request.kv_len):
+        out = jnp.where(empty[..., None], 0, out)  # so that a NaN in the cotangent of such a row stops here
+    out = jnp.moveaxis(out, 3, 1)
     out = out.reshape(*query.shape[:2], request.q_heads, value.shape[-1])
     lse = None
     if statistics or inputs.sinks is not None:
@@ -134,7 +137,8 @@ def _clean(inputs: Inputs, request: Request, visible: jax.Array | None) -> tuple
     if request.mask.may_have_empty_rows(request.q_len, request.kv_len):
         sees = visible.any(axis=4)  # [B, K or 1, G or 1, T]
         heads = sees.shape[1] * sees.shape[2]
-        query = jnp.where(sees.reshape(sees.shape[0], heads, -1).swapaxes(1, 2)[..., None], query, 0)
+        by_head = sees.reshape(sees.shape[0], heads, sees.shape[3])
+        query = jnp.where(by_head.swapaxes(1, 2)[..., None], query, 0)
     return query, key, value
 
 
