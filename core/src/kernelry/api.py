@@ -21,7 +21,7 @@ from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask, check_fits, is_mask
 from kernelry.partial import Partial
 from kernelry.policy import AUTO
-from kernelry.request import Mode, Operand, Request, dtype_name
+from kernelry.request import Mode, Operand, Request, dtype_name, precision_name
 from kernelry.resolver import resolve
 from kernelry.scope import current_scope
 from kernelry.target import current_target
@@ -116,7 +116,7 @@ def attention(
         gradients=gradients,  # type: ignore[arg-type]
         normalization=normalization,
         logits_dtype=_logits_dtype(logits_dtype),
-        precision=_precision(precision),
+        precision=precision_name(precision),
         partial=return_partial,
         max_logits=return_max_logits,
         interpret=scope.interpret and target.platform == "cpu",
@@ -135,15 +135,6 @@ def attention(
     assert resolution.plan is not None
     partial = resolution.plan.run(without_gradient(arrays, request.gradients))
     return _result(partial, request)
-
-
-def _precision(precision: str | jax.lax.Precision | None) -> str | None:
-    try:
-        known = jax.lax.Precision(precision)
-    except (ValueError, TypeError):
-        names = [member.name.lower() for member in jax.lax.Precision]
-        raise ArgumentError(f"unknown precision {precision!r}{nearest(str(precision), names)}") from None
-    return None if known is jax.lax.Precision.DEFAULT else known.name.lower()
 
 
 def _logits_dtype(dtype: Any) -> str:

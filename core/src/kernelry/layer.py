@@ -8,11 +8,10 @@ import functools
 import math
 from typing import Any, final
 
-import jax
-
-from kernelry.errors import ConfigError, nearest
+from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Mask
 from kernelry.policy import AUTO, DTYPES, Condition, Policy, Rule, Tilings, check_tiling
+from kernelry.request import precision_name
 
 
 @final
@@ -214,11 +213,9 @@ def _is_number(value: Any) -> bool:
 
 def _precision(value: Any) -> str | None:
     try:
-        known = jax.lax.Precision(value)
-    except (ValueError, TypeError):
-        names = [member.name.lower() for member in jax.lax.Precision]
-        raise ConfigError(f"unknown precision {value!r}{nearest(str(value), names)}") from None
-    return None if known is jax.lax.Precision.DEFAULT else known.name.lower()
+        return precision_name(value)
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _tilings(tilings: Any) -> Tilings:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, final
 
+import jax
 import numpy as np
 
 from kernelry.errors import ArgumentError, ConfigError, nearest
@@ -276,3 +277,17 @@ def _form_of(mask: Any) -> MaskForm:
 def dtype_name(dtype: Any) -> str:
     """Returns a dtype's canonical name, e.g. `bfloat16`."""
     return str(np.dtype(dtype).name)
+
+
+def precision_name(precision: str | jax.lax.Precision | None) -> str | None:
+    """Returns the name of a precision, e.g. `highest`; None for JAX's default.
+
+    Raises:
+      ArgumentError: it is none.
+    """
+    try:
+        known = jax.lax.Precision(precision)
+    except (ValueError, TypeError):
+        names = [member.name.lower() for member in jax.lax.Precision]
+        raise ArgumentError(f"unknown precision {precision!r}{nearest(str(precision), names)}") from None
+    return None if known is jax.lax.Precision.DEFAULT else known.name.lower()
