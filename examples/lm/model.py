@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernelry import Mode, masks
-from kernelry.config import AttentionConfig
-from kernelry.flax import AttentionOp
+from kernelry import Mode
+from kernelry.config import AttentionConfig, AttentionType
+from kernelry.errors import ConfigError
+from kernelry.flax import AttentionOp, Tokens
 from lm.settings import ModelSettings
 
 VOCABULARY = 256  # bytes
@@ -36,7 +37,7 @@ class Cache:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; the mask says whether the layer is local or global."""
+    """Grouped-query attention; the config says whether the layer is local or global."""
 
     def __init__(self, model: ModelSettings, kind: str, config: AttentionConfig, rngs: nnx.Rngs) -> None:
         heads, width = (model.heads, model.head_dim), model.width
@@ -45,9 +46,9 @@ class Attention(nnx.Module):
         self.key = nnx.LinearGeneral(width, kv_heads, use_bias=False, rngs=rngs)
         self.value = nnx.LinearGeneral(width, kv_heads, use_bias=False, rngs=rngs)
         self.out = nnx.LinearGeneral(heads, width, axis=(-2, -1), use_bias=False, rngs=rngs)
-        # A window of w keys has the query's own at its right end.
-        mask = masks.SlidingWindow(model.window - 1) if kind == "local" else masks.Causal()
-        self.attend = AttentionOp(config, mask=mask)
+        self.attend = AttentionOp(
+            layer_config(config, kind, model.window), sink_heads=model.heads if config.sinks else None
+        )
 
     def __call__(self, x: jax.Array, mode: Mode, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         start = 0 if cache is None else cache.length
@@ -55,9 +56,8 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.append(key, value)
         if cache is not None and mode is Mode.DECODE:
-            # The same mask, standing where the new query stands: it hides the unwritten slots, too.
-            mask = self.attend.mask.at(query_offset=start)
-            x = self.attend(query, cache.key, cache.value, mask=mask, mode=mode)
+            # The layer's mask, standing where the new query stands, hides the unwritten slots, too.
+            x = self.attend(query, cache.key, cache.value, tokens=Tokens(query_offset=start), mode=mode)
         else:
             x = self.attend(query, key, value, mode=mode)
         return self.out(x), cache
@@ -117,6 +117,20 @@ class Decoder(nnx.Module):
     def size(self) -> int:
         """The number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+
+def layer_config(config: AttentionConfig, kind: str, window: int) -> AttentionConfig:
+    """Makes the config of a run that of a local or global layer.
+
+    Raises:
+      ConfigError: it has an option that this script has no use for.
+    """
+    for name in ("type", "dropout_rate", "record_max_logits"):
+        if getattr(config, name) != getattr(AttentionConfig(), name):
+            raise ConfigError(f"attention.{name}: this script does not use it (layers are named in model.layers).")
+    if kind == "global":
+        return config
+    return dataclasses.replace(config, type=AttentionType.LOCAL_SLIDING, window=window)
 
 
 def rotate(x: jax.Array, start: jax.Array | int) -> jax.Array:

@@ -2,5 +2,6 @@
 
 from kernelry.flax.function import attention_fn
 from kernelry.flax.operation import AttentionOp, attention_op_as_linen
+from kernelry.flax.tokens import CachedPart, Tokens
 
-__all__ = ["AttentionOp", "attention_fn", "attention_op_as_linen"]
+__all__ = ["AttentionOp", "CachedPart", "Tokens", "attention_fn", "attention_op_as_linen"]

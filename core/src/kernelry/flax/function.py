@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -74,7 +75,8 @@ def attention_fn(
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
       layer_mask: is added to `mask`.
       scale, soft_cap, sinks, mode, kernel: as in `kernelry.attention`.
-      config: how kernels are chosen, unless an enclosing `use(policy=…)` says so.
+      config: how kernels are chosen, unless an enclosing `use(policy=…)` says so. Its options of
+        the layer must be left at their defaults: Flax's module and the arguments above say those.
 
     Returns:
       [*batch, T, N, D] in the dtype of the computation.
@@ -91,6 +93,7 @@ def attention_fn(
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
     _check_precision(precision)
+    _check_config(config)
     if deterministic:
         dropout_rate, dropout_rng = 0.0, None
     if dropout_rate and broadcast_dropout:
@@ -138,6 +141,22 @@ def _check_servable(**arguments: Any) -> None:
 def _check_precision(precision: Any) -> None:
     if isinstance(precision, tuple):
         raise ArgumentError(f"precision={precision} differs for the two operands: pass one precision for both.")
+
+
+_OF_THE_CHOICE = frozenset({"kernel", "rules", "thresholds", "forbid_adapters", "source", "tilings"})
+
+
+def _check_config(config: AttentionConfig) -> None:
+    """An option that only AttentionOp reads must not be lost here."""
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in given.items():
+        if name not in _OF_THE_CHOICE and value != getattr(_SHIPPED, name):
+            shown = getattr(value, "value", value)
+            raise ArgumentError(
+                f"attention_fn takes from a config how kernels are chosen, and got config.{name}={shown!r}: bind what "
+                "the layer is with functools.partial (layer_mask=config.mask, soft_cap=, scale=, sinks=), or use "
+                "kernelry.flax.AttentionOp."
+            )
 
 
 def _promoted(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernelry.api import attention
 from kernelry.config import AttentionConfig
 from kernelry.errors import ArgumentError
-from kernelry.masks import Causal, Mask
-from kernelry.policy import AUTO
+from kernelry.flax.call import Call
+from kernelry.flax.tokens import CachedPart, Tokens
+from kernelry.masks import Mask
+from kernelry.partial import Partial
 from kernelry.request import Mode, Operand
 from kernelry.scope import current_scope, use
 
@@ -23,23 +27,29 @@ try:
 except ImportError as error:
     raise ImportError("kernelry.flax needs flax 0.12 or newer: pip install 'kernelry[flax]'.") from error
 
+CONTEXT = "context"
+"""The name of the output for checkpoint policies, as in MaxText."""
+
+_NO_TOKENS = Tokens()
+
 
 @final
 class AttentionOp(nnx.Module):
-    """Attention whose kernel a config chooses; `kernelry.attention` as an nnx module.
+    """Attention as a config describes it; `kernelry.attention` as an nnx module.
 
-    A policy given by an enclosing `kernelry.use(policy=…)` goes before the config's.
+    A policy given by an enclosing `kernelry.use(policy=…)` goes before the config's. The output is
+    named `context` for `jax.checkpoint` policies. With `config.record_max_logits` each call appends
+    its largest visible logits [B, N] to the nnx.Intermediate `max_logits`, as `sow` does: read them
+    with `nnx.capture` or `nnx.pop(model, nnx.Intermediate)`, once per step; in linen they are in the
+    collection `intermediates`.
 
     Args:
-      config: how kernels are chosen.
-      mask: which keys each query sees, unless a call brings its own.
-      scale: the factor on the logits; None is H ** -0.5.
-      soft_cap: the logits' cap; None is no cap.
+      config: the options of the layer, and how kernels are chosen.
+      mask: which keys each query sees, in place of `config.mask`.
       sink_heads: N for a learned sink logit per query head, which starts at 0 in the parameter
-        `sinks`; None for no sinks.
-      dropout_rate: on the probabilities, in [0, 1).
+        `sinks`, whatever `config.sinks` says; None for none of its own. `config.sinks` demands
+        sinks: the parameter, or those of the call.
       deterministic: no dropout; `model.train()` and `model.eval()` set it.
-      kernel: a kernel's name, absolutely, or `auto`: what the config says.
       rngs: where dropout draws from (stream `dropout`), unless a call brings its own.
     """
 
@@ -47,34 +57,29 @@ class AttentionOp(nnx.Module):
         self,
         config: AttentionConfig = AttentionConfig(),  # noqa: B008  # frozen
         *,
-        mask: Mask = Causal(),  # noqa: B008  # frozen
-        scale: float | None = None,
-        soft_cap: float | None = None,
+        mask: Mask | None = None,
         sink_heads: int | None = None,
-        dropout_rate: float = 0.0,
         deterministic: bool = False,
-        kernel: str = AUTO,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         self.config = config
-        self.mask = nnx.data(mask)  # it may carry arrays
-        self.scale = scale
-        self.soft_cap = soft_cap
+        self.mask = nnx.data(config.mask if mask is None else mask)  # it may carry arrays
         self.sinks = nnx.data(None if sink_heads is None else nnx.Param(jnp.zeros(sink_heads)))
-        self.dropout_rate = dropout_rate
         self.deterministic = deterministic
-        self.kernel = kernel
-        self.rngs = nnx.data(rngs.dropout.fork() if rngs is not None and dropout_rate else None)
+        self.rngs = nnx.data(rngs.dropout.fork() if rngs is not None and config.dropout_rate else None)
 
     def __call__(
         self,
         query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K D"],
+        key: Float[Array, "B S K H"] | None = None,
+        value: Float[Array, "B S K D"] | None = None,
         *,
+        tokens: Tokens = _NO_TOKENS,
+        cached: Sequence[CachedPart] = (),
         mask: Mask | None = None,
         mode: str | Mode = Mode.TRAIN,
         bias: Float[Array, "#B #N #T #S"] | None = None,
+        sinks: Float[Array, " N"] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
         gradients: Iterable[str | Operand] | None = None,
@@ -83,82 +88,105 @@ class AttentionOp(nnx.Module):
     ) -> Any:
         """Attends; see `kernelry.attention` for what is not described here.
 
+        A query sees ((mask & segments) | bidirectional spans) & indexer & MoBA's blocks.
+
         Args:
-          query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, D].
-          mask: takes the place of the module's own; for a cache, `op.mask.at(query_offset=…)`.
-          mode: `train`, `prefill` or `decode`.
-          bias: broadcastable to B N T S.
+          query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, D]. Beside `cached`, key and value
+            are those of the query's own tokens, or None where these are cached already.
+          tokens: segments, positions and what else is known of the tokens.
+          cached: parts of a key/value cache; the query sees those slots of each that hold tokens.
+          mask: takes the place of the module's own. The tokens say where it stands, as far as it
+            does not.
+          mode: `train`, `prefill` or `decode` (alias `autoregressive`).
+          bias: broadcastable to B N T S; with `cached`, S counts the slots of all parts, key's last.
+          sinks: [N], where the module has none of its own.
           deterministic: no dropout; None is what the module says.
           rngs: a key, or where to draw one; None is the module's own stream.
           gradients, return_partial, return_max_logits: as in `kernelry.attention`.
 
         Raises:
-          ArgumentError: there is dropout and nothing to draw from.
+          ArgumentError: arguments that do not go together, with what to pass instead.
+          ShapeError: an array does not fit, or T ≠ S and nothing says where the queries stand.
         """
+        if not isinstance(tokens, Tokens):
+            raise ArgumentError(f"tokens must be kernelry.flax.Tokens, got {type(tokens).__name__}.")
         rate, dropout_rng = self._dropout(deterministic, rngs)
+        call = Call(
+            config=self.config,
+            mask=self.mask if mask is None else mask,
+            tokens=tokens,
+            cached=(cached,) if isinstance(cached, CachedPart) else tuple(cached),
+            mode=mode,
+            bias=bias,
+            sinks=self._sinks(sinks, return_partial),
+            dropout_rate=rate,
+            dropout_rng=dropout_rng,
+            gradients=None if gradients is None else frozenset(Operand.parse(name) for name in gradients),
+            return_partial=return_partial,
+            max_logits=return_max_logits or self.config.record_max_logits,
+        )
         with policy_of(self.config):
-            return attention(
-                query,
-                key,
-                value,
-                mask=self.mask if mask is None else mask,
-                scale=self.scale,
-                bias=bias,
-                soft_cap=self.soft_cap,
-                sinks=None if self.sinks is None else self.sinks[...],
-                dropout_rate=rate,
-                dropout_rng=dropout_rng,
-                mode=mode,
-                kernel=self.kernel,
-                gradients=gradients,
-                return_partial=return_partial,
-                return_max_logits=return_max_logits,
+            result, max_logits = call.attend(query, key, value)
+        if self.config.record_max_logits:
+            self._record(max_logits)
+        result = _named(result)
+        return (result, max_logits) if return_max_logits else result
+
+    def _sinks(self, given: Any, return_partial: bool) -> Any:
+        if self.sinks is not None and given is not None:
+            raise ArgumentError("sinks= meets the module's own, from sink_heads=: leave one of them out.")
+        sinks = given if self.sinks is None else self.sinks[...]
+        if sinks is None and self.config.sinks and not return_partial:
+            raise ArgumentError(
+                "config.sinks is on and there are no sinks: build AttentionOp with sink_heads=, the number of query "
+                "heads, for a parameter, or pass sinks= to the call."
             )
+        return sinks
+
+    def _record(self, max_logits: jax.Array | None) -> None:
+        with warnings.catch_warnings():
+            # Flax warns of sow outside nnx.capture, which linen and most training loops do not use.
+            warnings.filterwarnings("ignore", "Using 'Module.sow", DeprecationWarning)
+            self.sow(nnx.Intermediate, "max_logits", max_logits)
 
     def _dropout(self, deterministic: bool | None, rngs: Any) -> tuple[float, jax.Array | None]:
-        if not self.dropout_rate or (self.deterministic if deterministic is None else deterministic):
+        rate = self.config.dropout_rate
+        if not rate or (self.deterministic if deterministic is None else deterministic):
             return 0.0, None
         source = self.rngs if rngs is None else rngs
         if source is None:
             raise ArgumentError(
-                f"dropout_rate={self.dropout_rate} has nothing to draw from: pass rngs= to AttentionOp or to the "
-                "call, or deterministic=True."
+                f"dropout_rate={rate} has nothing to draw from: pass rngs= to AttentionOp or to the call, or "
+                "deterministic=True."
             )
         if isinstance(source, nnx.Rngs):
             source = source.dropout
-        return self.dropout_rate, source() if isinstance(source, nnx.RngStream) else source
+        return rate, source() if isinstance(source, nnx.RngStream) else source
+
+
+def _named(result: Any) -> Any:
+    if isinstance(result, Partial):
+        return dataclasses.replace(result, out=checkpoint_name(result.out, CONTEXT))  # type: ignore[no-untyped-call]
+    return checkpoint_name(result, CONTEXT)  # type: ignore[no-untyped-call]
 
 
 def attention_op_as_linen(
     config: AttentionConfig = AttentionConfig(),  # noqa: B008  # frozen
     *,
-    mask: Mask = Causal(),  # noqa: B008  # frozen
-    scale: float | None = None,
-    soft_cap: float | None = None,
+    mask: Mask | None = None,
     sink_heads: int | None = None,
-    dropout_rate: float = 0.0,
     deterministic: bool = False,
-    kernel: str = AUTO,
     name: str | None = None,
 ) -> nnx.bridge.ToLinen:
     """Returns an `AttentionOp` as a linen module; it draws dropout from the collection `dropout`.
 
     Args:
-      config, mask, scale, soft_cap, sink_heads, dropout_rate, deterministic, kernel: as in
-        `AttentionOp`; calls take the same arguments, too.
+      config, mask, sink_heads, deterministic: as in `AttentionOp`; calls take the same arguments,
+        too.
       name: the linen module's.
     """
     module: nnx.bridge.ToLinen = nnx.bridge.to_linen(
-        AttentionOp,
-        config,
-        mask=mask,
-        scale=scale,
-        soft_cap=soft_cap,
-        sink_heads=sink_heads,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        kernel=kernel,
-        name=name,
+        AttentionOp, config, mask=mask, sink_heads=sink_heads, deterministic=deterministic, name=name
     )
     return module
 
