@@ -253,3 +253,22 @@ def test_an_unknown_tunable_is_a_refusal_that_names_the_nearest():
     policy = AttentionConfig(kernel="blockwise", tilings={"blockwise": {"blok_q": 32}}).policy
     with pytest.raises(kernelry.errors.NoKernelError, match=r"no tunable 'blok_q'; did you mean 'block_q'"):
         kernelry.resolve(Request(q_len=256), policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rules": 3}, "rules must be a tuple of Rule"),
+        ({"forbid_adapters": "pad"}, "forbid_adapters must be a tuple of str"),
+        ({"thresholds": 3}, "thresholds must be numbers by name"),
+    ],
+)
+def test_choices_of_the_wrong_kind_are_errors(options, message):
+    with pytest.raises(ConfigError, match=message):
+        AttentionConfig(**options)
+
+
+def test_lists_and_mappings_are_accepted():
+    config = AttentionConfig(thresholds={"flash_min_q_len": 64}, forbid_adapters=["repeat_kv_heads"])
+    assert config == AttentionConfig(thresholds=(("flash_min_q_len", 64),), forbid_adapters=("repeat_kv_heads",))
+    assert hash(config.policy)

@@ -225,3 +225,89 @@ def test_gradients_pass_through_functions_that_take_masks():
         dense = masks.Dense(np.asarray(mask.materialize(4, 4)))
         found, expected = jax.jit(jax.grad(loss))(query, mask), jax.grad(loss)(query, dense)
         np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-6)
+
+
+WIDE = np.array([1, 2**32 + 1])
+
+
+@pytest.mark.parametrize("make", [masks.Segments, masks.BidirectionalSpans])
+def test_ids_that_do_not_fit_int32_are_errors(make):
+    with pytest.raises(ArgumentError, match="must fit int32"):
+        make(WIDE)
+
+
+@pytest.mark.parametrize("limit", [np.iinfo(np.int64).max, 2**33, np.iinfo(np.int64).min])
+def test_limits_beyond_int32_are_the_farthest(limit):
+    query = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    for make in (masks.Lengths, masks.PrefixLM):
+        found = kernelry.attention(query, query, query, mask=make(np.array([limit])))
+        nearer = make(np.array([4 if limit > 0 else 0]))
+        np.testing.assert_array_equal(found, kernelry.attention(query, query, query, mask=nearer))
+
+
+def test_an_unsigned_id_is_never_a_negative_one():
+    mask = masks.Segments(jnp.array([2**32 - 1], jnp.uint32), jnp.array([-1]))
+    assert not np.asarray(mask.materialize(1, 1)).any()
+
+
+def test_lengths_can_be_mapped_over():
+    query = jax.random.normal(jax.random.key(0), (2, 4, 2, 8))
+    lengths = jnp.array([2, 3])
+
+    def row(query, mask):
+        return kernelry.attention(query[None], query[None], query[None], mask=mask)[0]
+
+    batched = kernelry.attention(query, query, query, mask=masks.Lengths(lengths))
+    np.testing.assert_allclose(np.asarray(jax.vmap(row)(query, masks.Lengths(lengths))), np.asarray(batched), atol=1e-6)
+
+
+@pytest.mark.parametrize("where", [{"query_positions": np.zeros((0, 4), int)}, {"query_offset": np.zeros(0, int)}])
+def test_positions_of_an_empty_batch_serve_it(where):
+    mask = masks.Causal().at(**where)
+    query = jnp.ones((0, 4, 2, 8))
+    assert kernelry.attention(query, query, query, mask=mask).shape == query.shape
+    assert mask.block_map(4, 4, 2, 2).shape == (2, 2)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 4), (5, 1, 4, 4), (1, 3, 4, 4), (1, 1, 1, 1, 1)])
+def test_predicates_must_fit_the_call(shape):
+    query = jnp.ones((2, 4, 4, 8))
+    with pytest.raises(ShapeError, match="must return booleans that broadcast to B N T S"):
+        kernelry.attention(query, query, query, mask=masks.Predicate(lambda *_: np.ones(shape, bool)))
+
+
+def test_predicates_must_have_a_hash():
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, query, kv):
+            return kv <= query
+
+    with pytest.raises(ArgumentError, match="has no hash"):
+        masks.Predicate(Unhashable())
+
+
+def test_masks_are_neither_true_nor_false():
+    with pytest.raises(ArgumentError, match=r"with &, \| and ~"):
+        masks.Causal() and masks.Full()
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_an_array_before_a_mask_says_to_use_dense(xp):
+    with pytest.raises(ArgumentError, match=r"masks\.Dense"):
+        xp.ones((4, 4), bool) & masks.Causal()
+    with pytest.raises(ArgumentError, match=r"masks\.Dense"):
+        xp.ones((4, 4), bool) | masks.Causal()
+
+
+def test_offsets_are_no_truth_values():
+    with pytest.raises(ShapeError, match="query_offset must be integers"):
+        masks.Causal().at(query_offset=True)
+
+
+def test_materialize_asks_for_the_heads_where_parts_differ_in_theirs():
+    keep, visible = np.ones((1, 2, 4, 2), bool), np.ones((1, 4, 4, 4), bool)
+    mask = masks.BlockSelection(keep, 2) & masks.Dense(visible)
+    with pytest.raises(ShapeError, match="pass q_heads=, N"):
+        mask.materialize(4, 4)
+    assert mask.materialize(4, 4, q_heads=4).shape == (1, 4, 4, 4)

@@ -147,6 +147,17 @@ def test_merge_of_arrays_is_an_error():
         kernelry.merge([jnp.zeros((1, 2, 4, 8))])
 
 
+def test_merge_takes_any_sequence_and_says_so():
+    part = _partial()
+    _close(kernelry.merge(p for p in (part, part)), kernelry.merge([part, part]))
+    with pytest.raises(ArgumentError, match=r"write merge\(\[partial\]\)"):
+        kernelry.merge(part)
+
+
+def test_finalize_takes_sinks_as_a_list():
+    _close(kernelry.finalize(_partial(), [0.0] * 4), kernelry.finalize(_partial(), jnp.zeros(4)))
+
+
 def test_finalize_of_an_array_is_an_error():
     with pytest.raises(ArgumentError, match="finalize takes a Partial, got"):
         kernelry.finalize(jnp.zeros((1, 2, 4, 8)))

@@ -151,7 +151,15 @@ def _logits_dtype(dtype: Any) -> str:
 
 def _is_finite(number: Any) -> bool:
     is_number = isinstance(number, Real) or (isinstance(number, jax.Array | np.ndarray) and number.ndim == 0)
-    return is_number and math.isfinite(number)  # 1 / jnp.sqrt(64) is a number, too
+    return is_number and not isinstance(number, bool) and math.isfinite(number)  # 1 / jnp.sqrt(64) is a number, too
+
+
+def _is_key(value: Any) -> bool:
+    if not isinstance(value, jax.Array | np.ndarray):
+        return False
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value.ndim == 0
+    return value.dtype == np.uint32 and value.ndim == 1  # what jax.random.PRNGKey makes
 
 
 def _check_kernel(kernel: Any) -> None:
@@ -162,6 +170,8 @@ def _check_kernel(kernel: Any) -> None:
 def _check_given(request: Request, inputs: Inputs) -> None:
     if request.dropout_rate and inputs.dropout_rng is None:
         raise ArgumentError(f"dropout_rate={request.dropout_rate} needs dropout_rng=, a PRNG key.")
+    if inputs.dropout_rng is not None and not _is_key(inputs.dropout_rng):
+        raise ArgumentError(f"dropout_rng must be one PRNG key, e.g. jax.random.key(0), got {inputs.dropout_rng!r}.")
     absent = sorted(operand.value for operand in request.gradients if getattr(inputs, operand.value) is None)
     if absent:
         raise ArgumentError(f"gradients names {', '.join(absent)}, which this call does not pass; leave it out.")

@@ -58,6 +58,8 @@ def load_config(source: str | Path | Mapping[str, Any], *, table: str = "attenti
     """
     if isinstance(source, Mapping):
         return _validated(source, "config")
+    if not isinstance(source, str | Path) or not isinstance(table, str):
+        raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     path = Path(source)
     content: Any = _read(path)
     for name in table.split("."):

@@ -74,7 +74,7 @@ class AttentionConfig:
     Args:
       kernel: a kernel's name, absolutely, or `auto`.
       rules: the first that applies decides.
-      thresholds: (name, value) pairs that replace shipped thresholds.
+      thresholds: (name, value) pairs that replace shipped thresholds. A mapping is accepted.
       forbid_adapters: adapters that must not be used.
       source: where this was read, for explanations.
       type: which keys a query sees, by position; a name or an AttentionType.
@@ -120,6 +120,9 @@ class AttentionConfig:
         object.__setattr__(self, "type", AttentionType.parse(self.type))
         object.__setattr__(self, "precision", _precision(self.precision))
         object.__setattr__(self, "tilings", _tilings(self.tilings))
+        object.__setattr__(self, "thresholds", _pairs(self.thresholds))
+        for name, kind in (("rules", Rule), ("forbid_adapters", str)):
+            object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         if not isinstance(self.kernel, str) or not self.kernel:
             raise ConfigError(f"kernel must be a name or 'auto', got {self.kernel!r}.")
         if self.moba is not None and not isinstance(self.moba, MoBA):
@@ -216,6 +219,19 @@ def _precision(value: Any) -> str | None:
         return precision_name(value)
     except ArgumentError as error:
         raise ConfigError(str(error)) from None
+
+
+def _pairs(thresholds: Any) -> tuple[tuple[str, int], ...]:
+    try:
+        return tuple(sorted(dict(thresholds).items()))
+    except (TypeError, ValueError):
+        raise ConfigError(f"thresholds must be numbers by name, got {thresholds!r}.") from None
+
+
+def _listed(name: str, values: Any, kind: type) -> tuple[Any, ...]:
+    if isinstance(values, list | tuple) and all(isinstance(value, kind) for value in values):
+        return tuple(values)
+    raise ConfigError(f"{name} must be a tuple of {kind.__name__}, got {values!r}.")
 
 
 def _tilings(tilings: Any) -> Tilings:

@@ -50,6 +50,7 @@ def select_blocks(
     positions = query_positions if isinstance(query_positions, jax.Array) else np.asarray(query_positions)
     if positions.shape not in ((query.shape[1],), query.shape[:2]):
         raise ShapeError(f"query_positions must be [T] or [B, T] of {query.shape[:2]}, got shape {positions.shape}.")
+    chunk_size, top_k = int(chunk_size), int(top_k)
     gate = _gate(lax.stop_gradient(query), lax.stop_gradient(key), chunk_size)
     own = jnp.asarray(positions).reshape(-1, 1, query.shape[1], 1) // chunk_size
     block = jnp.arange(gate.shape[-1]).reshape(1, 1, 1, -1)
@@ -73,7 +74,7 @@ def _gate(query: jax.Array, key: jax.Array, chunk_size: int) -> Float[Array, "B 
 
 def _check(query: Any, key: Any, chunk_size: Any, top_k: Any) -> None:
     for name, number in (("chunk_size", chunk_size), ("top_k", top_k)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
             raise ArgumentError(f"{name} must be a positive integer, got {number!r}.")
     for name, array, layout in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]")):
         if np.ndim(array) != 4:

@@ -140,6 +140,9 @@ def merge(partials: Sequence[Partial]) -> Partial:
       ArgumentError: no partials, one without statistics, or some with `max_logits` and some without.
       ShapeError: outputs of different shapes or dtypes.
     """
+    if isinstance(partials, Partial):
+        raise ArgumentError("merge takes a sequence of Partials, got one Partial; write merge([partial]).")
+    partials = tuple(partials)
     _check_parts(partials)
     form: Normalization = MaxSum() if all(partial.max is not None for partial in partials) else LogSumExp()
     return form.merge(partials)
@@ -158,6 +161,7 @@ def finalize(partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float
     """
     if not isinstance(partial, Partial):
         raise ArgumentError(f"finalize takes a Partial, got {type(partial).__name__}.")
+    sinks = None if sinks is None else jnp.asarray(sinks)
     if sinks is not None and jnp.shape(sinks) != (partial.out.shape[2],):
         raise ShapeError(
             f"sinks must be [N] = [{partial.out.shape[2]}], one logit per query head, got shape {jnp.shape(sinks)}."

@@ -142,6 +142,8 @@ class Request:
         self._check_sizes()
         self._check_numbers()
         self._fill("gradients", self._default_gradients)
+        if isinstance(self.gradients, str) or not isinstance(self.gradients, Iterable):
+            raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {self.gradients!r}.")
         if not isinstance(self.gradients, frozenset):
             object.__setattr__(self, "gradients", frozenset(Operand.parse(name) for name in self.gradients))
         object.__setattr__(self, "_hash", hash(self._key()))

@@ -46,8 +46,8 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
             f"from_maxtext takes a mapping of option names to values, got {type(mapping).__name__}; "
             "of a config of MaxText, pass config.get_keys()."
         )
-    if isinstance(ignore, str):
-        raise ConfigError(f"ignore must be names in a tuple, got the text {ignore!r}; write ignore=({ignore!r},).")
+    if isinstance(ignore, str) or not isinstance(ignore, Iterable):
+        raise ConfigError(f"ignore must be names in a tuple, got {ignore!r}; write ignore=({str(ignore)!r},).")
     dropped = frozenset(ignore)
     given = {name: value for name, value in mapping.items() if name not in dropped}
     _check_known(given)

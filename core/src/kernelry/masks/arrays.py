@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.errors import ShapeError
+from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.side import ArrayLike
 
 _SHOWN = 64
 """Elements; larger arrays are shown by dtype and shape, for nobody pastes them."""
+
+_INT32 = np.iinfo(np.int32)
 
 
 def as_array(value: Any) -> ArrayLike:
@@ -22,10 +24,11 @@ def as_array(value: Any) -> ArrayLike:
 
 
 def as_integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
-    """Checks an integer array.
+    """Checks an integer array, and makes a NumPy one int32, as JAX would without a word.
 
     Raises:
       ShapeError: not integers, or the wrong rank.
+      ArgumentError: a number does not fit int32.
     """
     array = as_array(value)
     if isinstance(value, list | tuple) and array.size == 0:
@@ -33,7 +36,25 @@ def as_integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
     if array.ndim not in ranks or not jnp.issubdtype(array.dtype, jnp.integer):
         wanted = " or ".join(str(rank) for rank in ranks)
         raise ShapeError(f"{name} must be integers of rank {wanted}, got {array.dtype} of shape {array.shape}.")
-    return array
+    if isinstance(array, jax.Array) or array.dtype == np.int32:
+        return array
+    if array.size and not (array.min() >= _INT32.min and array.max() <= _INT32.max):
+        raise ArgumentError(
+            f"{name} must fit int32, got {array.min()} … {array.max()}: number them anew, e.g. with numpy.unique."
+        )
+    return array.astype(np.int32)
+
+
+def as_limits(name: str, value: Any) -> ArrayLike:
+    """Checks an integer or integers [B] that positions are compared with; a NumPy one is clipped to int32.
+
+    Raises:
+      ShapeError: not integers, or the wrong rank.
+    """
+    array = as_array(value)
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
+        array = np.clip(array, _INT32.min, _INT32.max).astype(np.int32)  # no slot and no position is beyond
+    return as_integers(name, array, (0, 1))
 
 
 def as_booleans(name: str, value: Any, instead: str) -> ArrayLike:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernelry._pytree import pytree
-from kernelry.errors import ArgumentError, ShapeError
+from kernelry.errors import ArgumentError, KernelryError, ShapeError
 from kernelry.masks.form import Atom, MaskForm
 from kernelry.masks.positions import Positions, from_arguments
 from kernelry.masks.side import ArrayLike, Side
@@ -40,6 +40,8 @@ class Mask(Protocol):
 
     __slots__ = ()
 
+    __array_ufunc__: ClassVar[None] = None  # so that NumPy leaves `array & mask` to __rand__
+
     positional: ClassVar[bool] = False
     """True when the mask is a predicate over positions, so that `.at` moves it."""
 
@@ -64,6 +66,15 @@ class Mask(Protocol):
 
     def __or__(self, other: Mask) -> Mask:
         return Or((*_parts(self, Or), *_parts(_mask(other), Or)))
+
+    def __rand__(self, other: Any) -> Mask:
+        return _mask(other) & self
+
+    def __ror__(self, other: Any) -> Mask:
+        return _mask(other) | self
+
+    def __bool__(self) -> bool:
+        raise ArgumentError("a mask is neither true nor false: compose masks with &, | and ~, not with and, or, not.")
 
     def __invert__(self) -> Mask:
         return self.mask if isinstance(self, Not) else Not(self)
@@ -115,11 +126,18 @@ class Mask(Protocol):
           q_heads: N; without it a mask that differs by key/value head has K in place of N.
 
         Raises:
-          ShapeError: a positional mask meets T ≠ S without `.at`.
+          ShapeError: a positional mask meets T ≠ S without `.at`, or heads differ and `q_heads` is missing.
         """
         check_located(self, q_len, kv_len)
         xp: ModuleType = jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self)) else np
-        visible = self.evaluate(Side.query(q_len, xp, q_heads=q_heads), Side.kv(kv_len, xp))
+        try:
+            visible = self.evaluate(Side.query(q_len, xp, q_heads=q_heads), Side.kv(kv_len, xp))
+        except (ValueError, TypeError) as error:
+            if q_heads is not None or isinstance(error, KernelryError):
+                raise
+            raise ShapeError(
+                f"the parts of mask={self!r} do not fit each other: {error}. Where they differ by head, pass q_heads=, N."
+            ) from error
         return xp.broadcast_to(visible, (*visible.shape[:2], q_len, kv_len))
 
     def block_map(self, q_len: int, kv_len: int, block_q: int, block_kv: int) -> np.ndarray:

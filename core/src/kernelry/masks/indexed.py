@@ -9,7 +9,16 @@ import numpy as np
 
 from kernelry._pytree import pytree
 from kernelry.errors import ShapeError
-from kernelry.masks.arrays import as_array, as_booleans, as_integers, check_rows, described, module_of, with_rank_4
+from kernelry.masks.arrays import (
+    as_array,
+    as_booleans,
+    as_integers,
+    as_limits,
+    check_rows,
+    described,
+    module_of,
+    with_rank_4,
+)
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.form import Atom, AtomKind
 from kernelry.masks.side import ArrayLike, Axis, Side
@@ -124,8 +133,8 @@ class BidirectionalSpans(Mask):
 
 
 def _equal_ids(query: Side, kv: Side, query_ids: ArrayLike, kv_ids: ArrayLike | None) -> ArrayLike:
-    own = query.take(query_ids)
-    return (own == kv.take(query_ids if kv_ids is None else kv_ids)) & (own >= 0)
+    own, other = query.take(query_ids), kv.take(query_ids if kv_ids is None else kv_ids)
+    return (own == other) & (own >= 0) & (other >= 0)  # an unsigned id may equal a negative one
 
 
 def _check_ids(mask: str, word: str, query_ids: ArrayLike, kv_ids: ArrayLike | None, extent: Extent) -> None:
@@ -157,8 +166,8 @@ class Lengths(Mask):
         1 1 . .
 
     Args:
-      kv_lengths: integers [B].
-      query_lengths: integers [B]; None means every query counts.
+      kv_lengths: an integer, or integers [B].
+      query_lengths: an integer, or integers [B]; None means every query counts.
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
@@ -167,10 +176,9 @@ class Lengths(Mask):
     query_lengths: ArrayLike | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_lengths", as_integers("Lengths: kv_lengths", self.kv_lengths, (1,)))
+        object.__setattr__(self, "kv_lengths", as_limits("Lengths: kv_lengths", self.kv_lengths))
         if self.query_lengths is not None:
-            checked = as_integers("Lengths: query_lengths", self.query_lengths, (1,))
-            object.__setattr__(self, "query_lengths", checked)
+            object.__setattr__(self, "query_lengths", as_limits("Lengths: query_lengths", self.query_lengths))
 
     @property
     def atom(self) -> Atom:
@@ -184,8 +192,10 @@ class Lengths(Mask):
 
     def check(self, extent: Extent) -> None:
         for name, lengths in (("kv_lengths", self.kv_lengths), ("query_lengths", self.query_lengths)):
-            if lengths is not None and lengths.shape != (extent.batch,):
-                raise ShapeError(f"Lengths: {name} must be [B] = [{extent.batch}], got shape {lengths.shape}.")
+            if lengths is not None and lengths.shape not in ((), (extent.batch,)):
+                raise ShapeError(
+                    f"Lengths: {name} must be a number or [B] = [{extent.batch}], got shape {lengths.shape}."
+                )
 
     def __repr__(self) -> str:
         return f"Lengths({_pair(self.kv_lengths, self.query_lengths)})"

@@ -225,9 +225,13 @@ def from_arguments(name: str, offset: Any, positions: Any) -> Positions | None:
 
 
 def _offset(name: str, offset: Any) -> Positions:
+    if isinstance(offset, bool):
+        raise ShapeError(f"{name} must be integers, got {offset}.")
     if isinstance(offset, int | np.integer):
         return StaticOffset(int(_in_range(name, np.asarray(offset, object))))
     array = _integers(name, offset, ranks=(0, 1))
+    if array.shape == (0,):
+        return StaticOffset(0)  # of no rows
     if not isinstance(array, np.ndarray):
         return TracedOffset(array)
     return StaticOffset(int(array)) if array.ndim == 0 else StaticOffsets(tuple(array.tolist()))
@@ -235,12 +239,16 @@ def _offset(name: str, offset: Any) -> Positions:
 
 def _positions(name: str, positions: Any) -> Positions:
     array = _integers(name, positions, ranks=(1, 2))
+    if array.ndim == 2 and array.shape[0] == 0:
+        return StaticOffset(0)  # of no rows
     return StaticPositions.of_array(array) if isinstance(array, np.ndarray) else TracedPositions(array)
 
 
 def _integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
-    array = as_integers(name, value, ranks)
-    return array if isinstance(array, jax.Array) else _in_range(name, array)
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
+        _in_range(name, array)
+    return as_integers(name, value, ranks)
 
 
 _FARTHEST = 2**30

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, final
 
+import jax
 import numpy as np
 
 from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.arrays import as_array, described, module_of
-from kernelry.masks.base import Mask
+from kernelry.masks.base import Extent, Mask
 from kernelry.masks.form import Atom, AtomKind
 from kernelry.masks.side import ArrayLike, Side
 
@@ -41,6 +42,10 @@ class Predicate(Mask):
     def __init__(self, fn: Callable[..., Any], *operands: Any) -> None:
         if not callable(fn):
             raise ArgumentError(f"Predicate: fn must be a function of positions, got {fn!r}.")
+        try:
+            hash(fn)
+        except TypeError:
+            raise ArgumentError(f"Predicate: {fn!r} has no hash, so that programs cannot be kept by it.") from None
         object.__setattr__(self, "fn", fn)
         object.__setattr__(self, "operands", operands)
 
@@ -68,6 +73,17 @@ class Predicate(Mask):
             )
         whole = np.broadcast_shapes(visible.shape, (1, 1, query.slots.shape[2], kv.slots.shape[3]))
         return module_of(visible).broadcast_to(visible, whole)
+
+    def check(self, extent: Extent) -> None:
+        full = (extent.batch, extent.q_heads, extent.q_len, extent.kv_len)
+        query = jax.ShapeDtypeStruct((1, 1, extent.q_len, 1), np.int32)  # type: ignore[no-untyped-call]
+        kv = jax.ShapeDtypeStruct((1, 1, 1, extent.kv_len), np.int32)  # type: ignore[no-untyped-call]
+        shape = np.shape(jax.eval_shape(self.fn, query, kv, *self.operands))
+        if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], full[::-1], strict=False)):
+            raise ShapeError(
+                f"Predicate: {_title(self.fn)} must return booleans that broadcast to B N T S = {full}, "
+                f"got shape {shape}."
+            )
 
     def __repr__(self) -> str:
         return f"Predicate({', '.join([_title(self.fn), *map(described, self.operands)])})"

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from kernelry._pytree import pytree
 from kernelry.errors import ShapeError
-from kernelry.masks.arrays import as_integers, described
+from kernelry.masks.arrays import as_limits, described
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.form import Atom, AtomKind
 from kernelry.masks.side import ArrayLike, Side
@@ -37,8 +37,7 @@ class PrefixLM(Mask):
     positional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        checked = as_integers("PrefixLM: prefix_lengths", self.prefix_lengths, (0, 1))
-        object.__setattr__(self, "prefix_lengths", checked)
+        object.__setattr__(self, "prefix_lengths", as_limits("PrefixLM: prefix_lengths", self.prefix_lengths))
 
     @property
     def atom(self) -> Atom:
