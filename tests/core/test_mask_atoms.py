@@ -12,7 +12,8 @@ import kernelry
 from kernelry import masks
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks import Axis, Side
-from kernelry.masks.base import Extent, check_fits
+from kernelry.masks.base import Extent
+from kernelry.masks.fit import check_fits
 
 EXTENT = Extent(batch=2, q_heads=4, kv_heads=2, q_len=4, kv_len=4)
 

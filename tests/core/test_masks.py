@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from mask_strategies import BATCH, Q_HEADS, placed_masks
 
 from kernelry import masks
-from kernelry.masks.base import Extent, check_fits
+from kernelry.masks.base import Extent
+from kernelry.masks.fit import check_fits
 from kernelry.testing import reference_mask
 
 

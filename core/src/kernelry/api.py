@@ -18,7 +18,8 @@ from kernelry.errors import ArgumentError, ShapeError, nearest
 from kernelry.guards import without_gradient
 from kernelry.kernel import Inputs
 from kernelry.masks.band import Full
-from kernelry.masks.base import Extent, Mask, check_fits, is_mask
+from kernelry.masks.base import Extent, Mask, is_mask
+from kernelry.masks.fit import check_fits
 from kernelry.partial import Partial
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Operand, Request, dtype_name, precision_name

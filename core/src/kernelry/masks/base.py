@@ -128,6 +128,9 @@ class Mask(Protocol):
         Raises:
           ShapeError: a positional mask meets T ≠ S without `.at`, or heads differ and `q_heads` is missing.
         """
+        # Imported here because it knows the composites below.
+        from kernelry.masks.fit import check_located
+
         check_located(self, q_len, kv_len)
         xp: ModuleType = jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self)) else np
         try:
@@ -136,7 +139,7 @@ class Mask(Protocol):
             if q_heads is not None or isinstance(error, KernelryError):
                 raise
             raise ShapeError(
-                f"the parts of mask={self!r} do not fit each other: {error}. Where they differ by head, pass q_heads=, N."
+                f"the parts of mask={self!r} do not fit each other: {error}. Where heads differ, pass q_heads=, N."
             ) from error
         return xp.broadcast_to(visible, (*visible.shape[:2], q_len, kv_len))
 
@@ -154,6 +157,7 @@ class Mask(Protocol):
           ArgumentError: a block is smaller than 1.
         """
         from kernelry.masks.blocks import block_map_of
+        from kernelry.masks.fit import check_located
 
         check_located(self, q_len, kv_len)
         return block_map_of(self, q_len, kv_len, block_q, block_kv)
@@ -303,43 +307,3 @@ def is_positional(mask: Mask) -> bool:
     """True where some atom inside is a predicate over positions."""
     inside = children(mask)
     return any(is_positional(part) for part in inside) if inside else mask.positional
-
-
-def check_fits(mask: Mask, extent: Extent) -> None:
-    """Checks a mask and everything inside against the call.
-
-    Raises:
-      ShapeError: an array does not fit, or a positional mask meets T ≠ S without `.at`.
-    """
-    check_located(mask, extent.q_len, extent.kv_len)
-    _check_arrays(mask, extent)
-
-
-def _check_arrays(mask: Mask, extent: Extent) -> None:
-    if isinstance(mask, At):
-        for name, where, length in (("query", mask.query, extent.q_len), ("kv", mask.kv, extent.kv_len)):
-            if where is not None:
-                where.check(name, extent.batch, length)
-    inside = children(mask)
-    for part in inside:
-        _check_arrays(part, extent)
-    if not inside:
-        mask.check(extent)
-
-
-def check_located(mask: Mask, q_len: int, kv_len: int) -> None:
-    """Checks that positional masks say where the queries stand, where that is not plain.
-
-    Raises:
-      ShapeError: T ≠ S without `.at`.
-    """
-    if q_len == kv_len or isinstance(mask, At):
-        return
-    inside = children(mask)
-    for part in inside:
-        check_located(part, q_len, kv_len)
-    if mask.positional and not inside:
-        raise ShapeError(
-            f"mask={mask!r} compares positions, but query has length T={q_len} and key has S={kv_len}: "
-            f"say where the queries stand, e.g. mask.at(query_offset={max(kv_len - q_len, 0)})."
-        )

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Int, Int8
 
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.masks.base import At, Extent, Mask, check_fits, children
+from kernelry.masks.base import At, Extent, Mask, children
 from kernelry.masks.blocks import BlockKind
+from kernelry.masks.fit import check_fits
 from kernelry.masks.indexed import BidirectionalSpans, Dense, Lengths, Segments
 from kernelry.masks.positions import Positions, StaticOffsets, StaticPositions, TracedOffset, TracedPositions
 from kernelry.masks.prefix import PrefixLM
