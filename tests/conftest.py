@@ -1,5 +1,14 @@
-"""Settings for every test: a silent broadcast between ranks is an error."""
+"""Settings for every test: a silent broadcast between ranks is an error; in CI the examples are the same each time."""
+
+import os
 
 import jax
+from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile(
+    "gate", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+if os.environ.get("CI"):
+    settings.load_profile("gate")

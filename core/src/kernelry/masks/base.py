@@ -139,7 +139,7 @@ class Mask(Protocol):
             if q_heads is not None or isinstance(error, KernelryError):
                 raise
             raise ShapeError(
-                f"the parts of mask={self!r} do not fit each other: {error}. Where heads differ, pass q_heads=, N."
+                f"the parts of mask={self!r} do not fit each other ({error}); where heads differ, pass q_heads=, N."
             ) from error
         return xp.broadcast_to(visible, (*visible.shape[:2], q_len, kv_len))
 
