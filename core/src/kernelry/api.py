@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterable
@@ -122,15 +123,7 @@ def attention(
         max_logits=return_max_logits,
         interpret=scope.interpret and target.platform == "cpu",
     )
-    arrays = Inputs(
-        arrays.query,
-        arrays.key,
-        arrays.value,
-        arrays.mask,
-        arrays.bias,
-        arrays.sinks,
-        dropout_rng if dropout_rate else None,
-    )
+    arrays = dataclasses.replace(arrays, dropout_rng=dropout_rng if dropout_rate else None)
     _check_given(request, arrays)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
