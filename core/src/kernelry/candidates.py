@@ -81,7 +81,7 @@ def _cures(
     for adapter in ADAPTERS:
         if adapter.name in used or adapter.name in policy.forbidden_adapters or not adapter.cures & codes:
             continue
-        after = adapter.rewrite(request, spec.capabilities)
+        after = adapter.rewrite(request, spec.capabilities, refusals)
         if after is not None:
             yield Step(adapter, request, after)
 

@@ -54,11 +54,14 @@ class Refusal:
       code: the kind of reason.
       detail: the reason with its values, e.g. `head_dim=192 > 128`.
       remedy: what the user can do about it, e.g. a pip command; None when nothing.
+      pad_to: the nearest larger sizes that the kernel takes, by request field, e.g.
+        `(("q_len", 256),)`; from these the padding adapters know how far to pad.
     """
 
     code: RefusalCode
     detail: str
     remedy: str | None = None
+    pad_to: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.detail}; {self.remedy}" if self.remedy else self.detail

@@ -60,8 +60,7 @@ class Plan:
 
     def run(self, inputs: Inputs) -> Partial:
         """Runs the plan on the arrays of the call."""
-        arrays = [step for step in self.steps if not step.adapter.on_statistics]
-        for step in arrays:
+        for step in self.steps:
             inputs = step.adapter.prepare(inputs, step.before, step.after)
         inner = self.inner_request
         sinks = inputs.sinks if inner.sinks != self.request.sinks else None
@@ -69,7 +68,7 @@ class Plan:
             inputs = dataclasses.replace(inputs, sinks=None)
         part = Part(self.kernel, inner, self.tiling)
         partial = attend((part,), (inputs,), sinks=sinks, statistics=self.request.partial)
-        for step in reversed(arrays):
+        for step in reversed(self.steps):
             partial = step.adapter.restore(partial, step.before, step.after)
         return _named(partial)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from abc import abstractmethod
 from typing import ClassVar, Protocol, final
+
+import jax.numpy as jnp
+import numpy as np
 
 from kernelry.capabilities import Capabilities
 from kernelry.kernel import Inputs
 from kernelry.partial import Partial
-from kernelry.refusal import RefusalCode
+from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
 
 
@@ -28,21 +32,46 @@ class Cost:
         return f"+{self.extra_bytes / 2**20:.1f} MiB, +{self.extra_flops / 1e6:.1f} MFLOP"
 
 
+@final
+class Duty(enum.Enum):
+    """What core does for an adapter with a kernel's statistics, inside its one custom_vjp."""
+
+    SINKS = "sinks"
+    """Sinks join the denominator after the kernel."""
+    EMPTY_ROWS = "empty_rows"
+    """Rows whose lse is −inf become 0, with zero gradients."""
+    LSE_GRADIENT = "lse_gradient"
+    """The cotangent of lse goes through the last column of the values, which is 0."""
+
+
 class Adapter(Protocol):
     """Rewrites a request that a kernel refuses into one that it may serve.
 
-    An array adapter changes inputs and outputs as ordinary JAX; the resolved program contains
-    exactly these operations besides the kernel's. A statistics adapter (`on_statistics`) changes
-    nothing here: core works on the kernel's statistics, inside its one custom_vjp.
+    The array part (`prepare`, `restore`) changes inputs and outputs as ordinary JAX; the resolved
+    program contains exactly these operations besides the kernel's. A statistics adapter has a
+    `duty`: core works on the kernel's statistics, inside its one custom_vjp.
+
+    Args:
+      name: how policies forbid it and explanations show it.
+      cures: the refusals for which it is tried.
+      settles: refusals that no longer count inside, though the request still shows their cause.
+      duty: what core does on its behalf; None where `prepare` and `restore` are all.
     """
 
     name: ClassVar[str]
     cures: ClassVar[frozenset[RefusalCode]]
-    on_statistics: ClassVar[bool] = False
+    settles: ClassVar[frozenset[RefusalCode]] = frozenset()
+    duty: ClassVar[Duty | None] = None
 
     @abstractmethod
-    def rewrite(self, request: Request, capabilities: Capabilities) -> Request | None:
-        """Returns the request for the kernel inside, or None where this adapter cannot help."""
+    def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
+        """Returns the request for the kernel inside, or None where this adapter cannot help.
+
+        Args:
+          request: what the kernel refuses.
+          capabilities: the kernel's.
+          refusals: all its reasons, of which at least one has a code in `cures`.
+        """
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
         """Rewrites the arrays of `before` for `after`."""
@@ -55,3 +84,8 @@ class Adapter(Protocol):
     @abstractmethod
     def cost(self, before: Request, after: Request) -> Cost:
         """What it adds."""
+
+
+def itemsize(dtype: str) -> int:
+    """The bytes of one element."""
+    return int(np.dtype(jnp.dtype(dtype)).itemsize)

@@ -6,12 +6,11 @@ import dataclasses
 from typing import ClassVar, final
 
 import jax.numpy as jnp
-import numpy as np
 
-from kernelry.adapters.base import Adapter, Cost
+from kernelry.adapters.base import Adapter, Cost, itemsize
 from kernelry.capabilities import Capabilities
 from kernelry.kernel import Inputs
-from kernelry.refusal import RefusalCode
+from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
 
 
@@ -23,7 +22,7 @@ class RepeatKVHeads(Adapter):
     name: ClassVar[str] = "repeat_kv_heads"
     cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.HEAD_GROUPS})
 
-    def rewrite(self, request: Request, capabilities: Capabilities) -> Request | None:
+    def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         return dataclasses.replace(request, kv_heads=request.q_heads)
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
@@ -32,8 +31,4 @@ class RepeatKVHeads(Adapter):
 
     def cost(self, before: Request, after: Request) -> Cost:
         added = (after.kv_heads - before.kv_heads) * before.batch * before.kv_len
-        return Cost(extra_bytes=added * (before.head_dim + before.value_dim) * _itemsize(before.dtype))
-
-
-def _itemsize(dtype: str) -> int:
-    return int(np.dtype(jnp.dtype(dtype)).itemsize)
+        return Cost(extra_bytes=added * (before.head_dim + before.value_dim) * itemsize(before.dtype))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, final
 
-from kernelry.adapters.base import Adapter, Cost
+from kernelry.adapters.base import Adapter, Cost, Duty
 from kernelry.capabilities import Capabilities
-from kernelry.refusal import RefusalCode
+from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Operand, Request
 
 
@@ -18,9 +18,9 @@ class SinksFromLse(Adapter):
 
     name: ClassVar[str] = "sinks_from_lse"
     cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.SINKS, RefusalCode.GRADIENT})
-    on_statistics: ClassVar[bool] = True
+    duty: ClassVar[Duty | None] = Duty.SINKS
 
-    def rewrite(self, request: Request, capabilities: Capabilities) -> Request | None:
+    def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         if not request.sinks or not capabilities.statistics:
             return None
         return dataclasses.replace(request, sinks=False, gradients=request.gradients - {Operand.SINKS})
