@@ -11,30 +11,46 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import final
 
 import jax
 import jax.numpy as jnp
 
+from kernelry.adapters.base import Duty
 from kernelry.capabilities import Gradient
 from kernelry.kernel import Gradients, Inputs, KernelSpec, Tiling
 from kernelry.normalization import merge, to_lse, with_sinks
-from kernelry.partial import Partial
+from kernelry.partial import Partial, heads_last
 from kernelry.request import Request
 
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """A kernel and the request it serves: one part of the keys."""
+    """A kernel and the request it serves: one part of the keys; `duties` is what core adds to it."""
 
     kernel: KernelSpec
     request: Request
     tiling: Tiling
+    duties: frozenset[Duty] = frozenset()
 
     def forward(self, inputs: Inputs, *, statistics: bool) -> Partial:
         """Runs the kernel."""
-        return self.kernel.body().forward(inputs, self.request, self.tiling, statistics=statistics)
+        partial = self.kernel.body().forward(inputs, self.request, self.tiling, statistics=statistics)
+        return _zero_in_empty_rows(partial) if Duty.EMPTY_ROWS in self.duties else partial
+
+    def backward(
+        self, inputs: Inputs, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array | None
+    ) -> Gradients:
+        """Runs the kernel's backward; see `Kernel.backward`."""
+        if d_lse is not None and Duty.LSE_GRADIENT in self.duties:
+            # delta = Σ out · d_out is what a backward subtracts from the cotangents of the probabilities. The last
+            # column of the values is 0, so out = −1 and d_out = d_lse in it change delta by −d_lse and nothing else.
+            out = out.at[..., -1].set(-1)
+            d_out = d_out.at[..., -1].set(d_lse.swapaxes(1, 2).astype(d_out.dtype))
+            d_lse = None
+        return self.kernel.body().backward(inputs, self.request, self.tiling, out, lse, d_out, d_lse)
 
 
 def attend(
@@ -51,7 +67,7 @@ def attend(
     Returns:
       A Partial; with sinks it has no statistics.
     """
-    if len(parts) == 1 and sinks is None and not statistics:
+    if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties:
         return parts[0].forward(inputs[0], statistics=False)
     if any(part.request.gradients and _has_backward(part) for part in parts):
         return _differentiated(parts, statistics, inputs, sinks)
@@ -60,6 +76,12 @@ def attend(
 
 def _has_backward(part: Part) -> bool:
     return part.kernel.capabilities.gradient is Gradient.BACKWARD
+
+
+def _zero_in_empty_rows(partial: Partial) -> Partial:
+    """Gives rows that see nothing the output 0, whatever the kernel left there."""
+    empty = jnp.isneginf(partial.lse) if partial.lse is not None else jnp.equal(partial.sum, 0)  # type: ignore[arg-type]
+    return dataclasses.replace(partial, out=jnp.where(heads_last(empty), 0, partial.out))
 
 
 def _run(parts: tuple[Part, ...], inputs: tuple[Inputs, ...]) -> list[Partial]:
@@ -104,12 +126,13 @@ def _backward(
 ) -> tuple[tuple[Inputs, ...], jax.Array | None]:
     inputs, sinks, out, lse, empty = residuals
     assert lse is not None
-    d_out = d_whole.out.astype(out.dtype)
+    nowhere = heads_last(functools.reduce(operator.and_, empty))
+    d_out = jnp.where(nowhere, 0, d_whole.out.astype(out.dtype))  # so that a NaN in an empty row's cotangent stops here
     d_lse = d_whole.lse if statistics else None
-    shares = [
-        part.kernel.body().backward(arrays, part.request, part.tiling, out, jnp.where(none, jnp.inf, lse), d_out, d_lse)
-        for part, arrays, none in zip(parts, inputs, empty, strict=True)
-    ]
+    shares = []
+    for part, arrays, none in zip(parts, inputs, empty, strict=True):
+        d_statistic = None if d_lse is None else jnp.where(none, 0.0, d_lse)
+        shares.append(part.backward(arrays, out, jnp.where(none, jnp.inf, lse), d_out, d_statistic))
     d_inputs = tuple(_cotangent(arrays, share) for arrays, share in zip(inputs, shares, strict=True))
     if sinks is None:
         return d_inputs, None

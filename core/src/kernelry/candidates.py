@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import TYPE_CHECKING
 
-from kernelry.adapters import ADAPTERS
+from kernelry.composition import compose
 from kernelry.environment import Environment
 from kernelry.errors import ConfigError
 from kernelry.kernel import KernelSpec, Tiling
 from kernelry.policy import Policy
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
-from kernelry.resolution import Candidate, Step
+from kernelry.resolution import Candidate
 
 if TYPE_CHECKING:
     from kernelry.catalogue import InstalledKernel
@@ -36,7 +36,8 @@ def consider(
     """
     spec = installed.spec
     environment = environment.fresh()
-    steps, refusals = _adapt(spec, request, policy, environment)
+    refuse = functools.partial(_refusals, spec, environment)
+    steps, refusals = compose(request, spec.capabilities, refuse, policy.forbidden_adapters)
     tiling = Tiling()
     if not refusals:
         tiling, refusals = _tile(spec, steps[-1].after if steps else request, overrides)
@@ -56,45 +57,17 @@ def _tile(
         return Tiling(), (Refusal(RefusalCode.FAULT, f"its tilings raised {error!r}"),)
 
 
-def _adapt(
-    spec: KernelSpec, request: Request, policy: Policy, environment: Environment
-) -> tuple[tuple[Step, ...], tuple[Refusal, ...]]:
-    """Applies adapters while they cure refusals; each at most once, in their fixed order."""
-    steps: list[Step] = []
-    current = request
-    refusals = _refusals(spec, current, environment)
-    while refusals:
-        step = next(_cures(spec, current, refusals, steps, policy), None)
-        if step is None:
-            return tuple(steps), refusals
-        steps.append(step)
-        current = step.after
-        refusals = _refusals(spec, current, environment)
-    return tuple(steps), ()
-
-
-def _cures(
-    spec: KernelSpec, request: Request, refusals: tuple[Refusal, ...], steps: list[Step], policy: Policy
-) -> Iterator[Step]:
-    codes = {refusal.code for refusal in refusals}
-    used = {step.adapter.name for step in steps}
-    for adapter in ADAPTERS:
-        if adapter.name in used or adapter.name in policy.forbidden_adapters or not adapter.cures & codes:
-            continue
-        after = adapter.rewrite(request, spec.capabilities, refusals)
-        if after is not None:
-            yield Step(adapter, request, after)
-
-
-def _refusals(spec: KernelSpec, request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    """The capabilities' refusals; where there are none, the kernel's own."""
+def _refusals(
+    spec: KernelSpec, environment: Environment, request: Request, settled: frozenset[RefusalCode]
+) -> tuple[Refusal, ...]:
+    """The capabilities' refusals; where there are none, the kernel's own. Settled codes do not count."""
     try:
-        declared = spec.capabilities.refusals(request)
+        declared = tuple(r for r in spec.capabilities.refusals(request) if r.code not in settled)
         if declared:
             return declared
         own = tuple(spec.refusals(request, environment))
         if not all(isinstance(refusal, Refusal) for refusal in own):
             raise TypeError(f"expected Refusals, got {own!r}")
-        return own
+        return tuple(refusal for refusal in own if refusal.code not in settled)
     except Exception as error:
         return (Refusal(RefusalCode.FAULT, f"its refusals raised {error!r}", "report it to the kernel's authors"),)

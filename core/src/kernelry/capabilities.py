@@ -70,6 +70,12 @@ class Dims:
             return f"{name}={value} is not a multiple of {self.multiple_of}"
         return None
 
+    def padded(self, value: int) -> int | None:
+        """Returns the smallest dim taken that is at least `value`; None where there is none."""
+        least = max(value, self.minimum)
+        dim = -(-least // self.multiple_of) * self.multiple_of
+        return None if self.maximum is not None and dim > self.maximum else dim
+
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any, final
 from jax.ad_checkpoint import checkpoint_name
 
 from kernelry.adapters import Adapter, Cost
+from kernelry.adapters.base import Duty
 from kernelry.attend import Part, attend
 from kernelry.errors import NoKernelError, PluginError
 from kernelry.kernel import Inputs, KernelSpec, Tiling
@@ -62,11 +63,11 @@ class Plan:
         """Runs the plan on the arrays of the call."""
         for step in self.steps:
             inputs = step.adapter.prepare(inputs, step.before, step.after)
-        inner = self.inner_request
-        sinks = inputs.sinks if inner.sinks != self.request.sinks else None
+        duties = frozenset(step.adapter.duty for step in self.steps if step.adapter.duty is not None)
+        sinks = inputs.sinks if Duty.SINKS in duties else None
         if sinks is not None:
             inputs = dataclasses.replace(inputs, sinks=None)
-        part = Part(self.kernel, inner, self.tiling)
+        part = Part(self.kernel, self.inner_request, self.tiling, duties - {Duty.SINKS})
         partial = attend((part,), (inputs,), sinks=sinks, statistics=self.request.partial)
         for step in reversed(self.steps):
             partial = step.adapter.restore(partial, step.before, step.after)

@@ -1,0 +1,109 @@
+"""Finds the cheapest adapters through which a kernel serves a request.
+
+A best-first search over chains of adapters, each at most once: fewest extra bytes, then fewest
+extra FLOPs, then the fewest adapters, then their names. It is bounded and depends on nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Callable
+from typing import final
+
+from kernelry.adapters import ADAPTERS, Adapter, Cost
+from kernelry.capabilities import Capabilities
+from kernelry.refusal import Refusal, RefusalCode
+from kernelry.request import Request
+from kernelry.resolution import Step
+
+_MOST_CHAINS = 128
+"""Chains of adapters looked at for one kernel; five adapters that all apply have 2⁵ = 32 sets."""
+
+_NO_COST = Cost()
+
+Refuse = Callable[[Request, frozenset[RefusalCode]], tuple[Refusal, ...]]
+"""Asks a kernel about a request, leaving out refusals of settled codes."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Chain:
+    """Adapters applied so far, outermost first, and what the kernel inside is asked."""
+
+    request: Request
+    steps: tuple[Step, ...] = ()
+    settled: frozenset[RefusalCode] = frozenset()
+    cost: Cost = _NO_COST
+
+    @property
+    def order(self) -> tuple[Cost, int, tuple[str, ...]]:
+        return self.cost, len(self.steps), tuple(step.adapter.name for step in self.steps)
+
+    def through(self, adapter: Adapter, after: Request) -> _Chain:
+        step = Step(adapter, self.request, after)
+        return _Chain(after, (*self.steps, step), self.settled | adapter.settles, self.cost + step.cost)
+
+    def used(self, adapter: Adapter) -> bool:
+        return any(step.adapter is adapter for step in self.steps)
+
+
+def compose(
+    request: Request, capabilities: Capabilities, refuse: Refuse, forbidden: frozenset[str]
+) -> tuple[tuple[Step, ...], tuple[Refusal, ...]]:
+    """Returns the adapters, outermost first, or the refusals that none can cure.
+
+    Args:
+      request: what is asked.
+      capabilities: the kernel's.
+      refuse: asks the kernel.
+      forbidden: names of adapters that must not be used.
+    """
+    waiting = [(_Chain(request).order, _Chain(request))]
+    seen: set[tuple[Request, frozenset[RefusalCode]]] = set()
+    stuck: tuple[Refusal, ...] | None = None
+    for _ in range(_MOST_CHAINS):
+        if not waiting:
+            break
+        _, chain = heapq.heappop(waiting)
+        if (chain.request, chain.settled) in seen:
+            continue
+        seen.add((chain.request, chain.settled))
+        refusals = refuse(chain.request, chain.settled)
+        if not refusals:
+            return chain.steps, ()
+        helpful = _helpful(chain, refusals, capabilities)
+        incurable = _incurable(refusals, helpful, forbidden)
+        if incurable:
+            stuck = incurable if stuck is None or len(incurable) < len(stuck) else stuck
+            continue
+        for adapter, after in helpful:
+            if adapter.name not in forbidden:
+                longer = chain.through(adapter, after)
+                heapq.heappush(waiting, (longer.order, longer))
+    return (), stuck or refuse(request, frozenset())
+
+
+_Helpful = tuple[tuple[Adapter, Request], ...]
+
+
+def _helpful(chain: _Chain, refusals: tuple[Refusal, ...], capabilities: Capabilities) -> _Helpful:
+    """The adapters not yet used that cure some refusal, forbidden ones included, and what they would ask."""
+    codes = {refusal.code for refusal in refusals}
+    tried = (adapter for adapter in ADAPTERS if adapter.cures & codes and not chain.used(adapter))
+    asked = ((adapter, adapter.rewrite(chain.request, capabilities, refusals)) for adapter in tried)
+    return tuple((adapter, after) for adapter, after in asked if after is not None)
+
+
+def _incurable(refusals: tuple[Refusal, ...], helpful: _Helpful, forbidden: frozenset[str]) -> tuple[Refusal, ...]:
+    """The refusals for which no adapter is left, those of forbidden adapters with a word about that."""
+    cured = {code for adapter, _ in helpful if adapter.name not in forbidden for code in adapter.cures}
+    return tuple(_with_hint(refusal, helpful, forbidden) for refusal in refusals if refusal.code not in cured)
+
+
+def _with_hint(refusal: Refusal, helpful: _Helpful, forbidden: frozenset[str]) -> Refusal:
+    names = [adapter.name for adapter, _ in helpful if refusal.code in adapter.cures and adapter.name in forbidden]
+    if not names:
+        return refusal
+    hint = f"{' or '.join(names)} would help, which the policy forbids"
+    return dataclasses.replace(refusal, remedy=f"{refusal.remedy}; {hint}" if refusal.remedy else hint)
