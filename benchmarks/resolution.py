@@ -13,6 +13,15 @@ from kernelry import Request, masks, resolver
 
 REPEATS = 9
 
+PACKED = masks.Causal() & masks.Segments([0] * 200) & masks.Lengths([180])
+HARD = {
+    f"many adapters on {target}": Request(
+        target=target, q_len=200, q_heads=8, kv_heads=2, head_dim=80, mask=PACKED, sinks=True, dtype="float16"
+    )
+    for target in ("cpu", "gpu:h100", "tpu:v5e")
+}
+"""Requests that only adapters serve, on their accelerators."""
+
 
 def microseconds(function, calls):
     """Median and spread (min–max) over REPEATS of the mean of `calls` calls."""
@@ -53,11 +62,13 @@ def main():
     report("resolve, a fresh equal request", microseconds(lambda: kernelry.resolve(next(requests)), 20_000))
     report("build a request", microseconds(lambda: Request(q_len=1024, q_heads=8, mask=request.mask), 5_000))
 
-    def uncached():
-        resolver.clear_cache()
-        kernelry.resolve(request)
+    for name, asked in {"plain": request, **HARD}.items():
 
-    report(f"resolve, uncached, {len(kernelry.kernels())} kernels", microseconds(uncached, 200))
+        def uncached(asked=asked):
+            resolver.clear_cache()
+            kernelry.resolve(asked)
+
+        report(f"resolve, uncached, {len(kernelry.kernels())} kernels, {name}", microseconds(uncached, 100))
     query = jax.ShapeDtypeStruct((1, 128, 8, 64), jnp.float32)
 
     def trace():

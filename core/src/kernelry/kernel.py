@@ -149,6 +149,8 @@ class KernelSpec:
       tilings: the search space for a request, the default first.
       signature: texts that a lowered program must contain if this kernel really ran.
       summary: one line for listings.
+      known_failures: (name of a conformance case, reason) pairs: what the author knows to be wrong. A case listed
+        here that passes fails the kit, so that the list is kept honest.
     """
 
     name: str
@@ -158,6 +160,7 @@ class KernelSpec:
     tilings: Callable[[Request], tuple[Tiling, ...]] = one_tiling
     signature: Callable[[Request], tuple[str, ...]]
     summary: str = ""
+    known_failures: tuple[tuple[str, str], ...] = ()
 
     def body(self) -> Kernel:
         """Imports the body, once.
