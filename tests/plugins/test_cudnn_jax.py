@@ -10,6 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from policies import NO_ADAPTERS
 
 import kernelry
 from kernelry import masks
@@ -86,7 +87,7 @@ def test_program_equals_the_direct_call(make_arrays, lower):
 
 def _explained(environment=None, **options):
     facts = {"target": "gpu:h100", "q_len": 128, "head_dim": 64, "dtype": "bfloat16", **options}
-    return str(kernelry.explain(Request(**facts), kernel="cudnn_jax", environment=environment))
+    return str(kernelry.explain(Request(**facts), kernel="cudnn_jax", policy=NO_ADAPTERS, environment=environment))
 
 
 def test_right_window_is_refused_with_its_values():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from policies import NO_ADAPTERS
 
 import kernelry
 from kernelry import masks, testing
@@ -78,13 +79,15 @@ def test_infinite_lse_contributes_no_gradient(make_arrays):
 
 
 def _refusal(arrays, **options):
-    with testing.interpret(), pytest.raises(KernelRefusedError) as caught:
+    with testing.interpret(), kernelry.use(policy=NO_ADAPTERS), pytest.raises(KernelRefusedError) as caught:
         kernelry.attention(*arrays[:3], kernel="pallas_mha", **options)
     return str(caught.value)
 
 
 def test_uneven_length_is_refused_with_its_values(make_arrays):
-    assert "q_len=200 is not a multiple of 16, the smallest block_q; pad to 208" in _refusal(make_arrays(200))
+    assert "q_len=200 is not a multiple of 16, the smallest block_q; pad to 208" in _refusal(
+        make_arrays(200, kv_heads=2)
+    )
 
 
 def test_soft_cap_is_refused(make_arrays):
@@ -92,7 +95,7 @@ def test_soft_cap_is_refused(make_arrays):
 
 
 def test_window_is_refused(make_arrays):
-    assert "mask atom window(5, 0) is not causal" in _refusal(make_arrays(64), mask=masks.SlidingWindow(5))
+    assert "mask atom window(5, 0) is not causal or segments" in _refusal(make_arrays(64), mask=masks.SlidingWindow(5))
 
 
 def test_unequal_lengths_are_refused(make_arrays):

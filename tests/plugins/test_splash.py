@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from policies import NO_ADAPTERS
 
 import kernelry
 from kernelry import masks, testing
@@ -174,7 +175,7 @@ def test_conjunction_of_bands_becomes_one_vendor_mask():
 
 
 def _refusal(arrays, **options):
-    with testing.interpret(), pytest.raises(KernelRefusedError) as caught:
+    with testing.interpret(), kernelry.use(policy=NO_ADAPTERS), pytest.raises(KernelRefusedError) as caught:
         kernelry.attention(*arrays[:3], kernel="splash", **options)
     return str(caught.value)
 
@@ -197,9 +198,15 @@ def test_decode_is_refused(make_arrays):
     assert "mode=decode is not prefill or train" in _refusal(make_arrays(128), mode="decode")
 
 
-def test_segments_are_refused(make_arrays):
-    mask = masks.Causal() & masks.Segments(np.zeros(128, np.int32))
-    assert "mask atom segments is not causal or window" in _refusal(make_arrays(128), mask=mask)
+def test_lengths_are_refused(make_arrays):
+    mask = masks.Causal() & masks.Lengths(np.int32(100))
+    assert "mask atom lengths is not causal or segments" in _refusal(make_arrays(128), mask=mask)
+
+
+def test_two_pairs_of_ids_are_refused():
+    mask = masks.Segments(np.zeros(128, np.int32)) & masks.Segments(np.arange(128))
+    request = Request(target="tpu:v5e", q_len=128, mask=mask)
+    assert "has 2 pairs of ids" in str(kernelry.explain(request, kernel="splash"))
 
 
 def test_gradient_through_lse_is_refused(make_arrays):

@@ -10,9 +10,11 @@ import math
 from typing import Any, final
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kernelry.errors import ConfigError
+from kernelry.masks import Segments
 from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
 from kernelry_gpu_pallas import _vendor
 
@@ -28,18 +30,23 @@ class PallasMhaKernel(Kernel):
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope(_SCOPE):
+            ids, dead = _segments(inputs)
             result = _vendor.mha(
                 inputs.query,
                 inputs.key,
                 inputs.value,
-                segment_ids=None,
+                segment_ids=ids,
                 return_residuals=statistics,
                 **_options(request, tiling),
             )
             if not statistics:
                 return Partial(result, dtype=request.dtype)
             out, lse = result
-            return Partial(out, lse=lse * _LN_2, dtype=request.dtype)
+            lse = lse * _LN_2
+            if dead is not None:
+                out = jnp.where(dead[:, :, None, None], 0, out)
+                lse = jnp.where(dead[:, None, :], -jnp.inf, lse)
+            return Partial(out, lse=lse, dtype=request.dtype)
 
     def backward(
         self,
@@ -51,8 +58,8 @@ class PallasMhaKernel(Kernel):
         d_out: Float[Array, "B T N D"],
         d_lse: Float[Array, "B N T"] | None,
     ) -> Gradients:
-        residuals = (inputs.query, inputs.key, inputs.value, None, out, lse / _LN_2)
         with jax.named_scope(_SCOPE):
+            residuals = (inputs.query, inputs.key, inputs.value, _segments(inputs)[0], out, lse / _LN_2)
             d_query, d_key, d_value, _ = _vendor.mha_backward(
                 backward_pass_impl="triton",
                 num_warps=None,
@@ -67,10 +74,25 @@ class PallasMhaKernel(Kernel):
             return Gradients(d_query, d_key, d_value)
 
 
+def _segments(inputs: Inputs) -> tuple[Int[Array, "B T"] | None, Bool[Array, "B T"] | None]:
+    """The vendor's ids, and which slots see nothing.
+
+    The vendor lets every id see its like, so a negative one becomes an id of its slot alone. That
+    row then sees itself, and `forward` undoes it.
+    """
+    found = next((mask for mask in inputs.mask if isinstance(mask, Segments)), None)
+    if found is None:
+        return None, None
+    batch, q_len = inputs.query.shape[:2]
+    ids = jnp.broadcast_to(jnp.asarray(found.query_ids), (batch, q_len)).astype(jnp.int32)
+    dead = ids < 0
+    return jnp.where(dead, -1 - jnp.arange(q_len, dtype=jnp.int32), ids), dead
+
+
 def _options(request: Request, tiling: Tiling) -> dict[str, Any]:
     return {
         "sm_scale": request.scale,
-        "causal": bool(request.mask.atoms),
+        "causal": any(atom.is_band for atom in request.mask.atoms),
         "block_sizes": _block_sizes(request, tiling),
         "interpret": request.interpret and request.target.platform == "cpu",
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kernelry.plugin import (
     AtomKind,
     Capabilities,
@@ -43,11 +45,21 @@ _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    if request.q_len % _SMALLEST_BLOCK == 0:
-        return ()
-    detail = f"q_len={request.q_len} is not a multiple of {_SMALLEST_BLOCK}, the smallest block_q"
-    padded = -(-request.q_len // _SMALLEST_BLOCK) * _SMALLEST_BLOCK
-    return (Refusal(RefusalCode.SEQUENCE_LENGTH, detail, f"pad to {padded}"),)
+    return (*_uneven(request), *_many_segments(request))
+
+
+def _uneven(request: Request) -> Iterator[Refusal]:
+    if request.q_len % _SMALLEST_BLOCK:
+        detail = f"q_len={request.q_len} is not a multiple of {_SMALLEST_BLOCK}, the smallest block_q"
+        padded = -(-request.q_len // _SMALLEST_BLOCK) * _SMALLEST_BLOCK
+        sizes = (("q_len", padded), ("kv_len", padded))
+        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, f"pad to {padded}", sizes)
+
+
+def _many_segments(request: Request) -> Iterator[Refusal]:
+    found = sum(atom.kind is AtomKind.SEGMENTS for atom in request.mask.atoms)
+    if found > 1:
+        yield Refusal(RefusalCode.MASK_ATOM, f"mask={request.mask} has {found} arrays of ids")
 
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
@@ -85,7 +97,7 @@ PALLAS_MHA = KernelSpec(
         modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
         dtypes=frozenset({"float16", "bfloat16", "float32"}),
         head_dims=Dims(minimum=16, maximum=256),
-        atoms=frozenset({AtomKind.CAUSAL}),
+        atoms=frozenset({AtomKind.CAUSAL, AtomKind.SEGMENTS}),
         features=frozenset({Feature.SCALE}),
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),

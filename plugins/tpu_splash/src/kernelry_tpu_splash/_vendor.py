@@ -9,6 +9,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
     DEFAULT_MASK_VALUE,
     NUM_LANES,
     BlockSizes,
+    SegmentIds,
     SplashAttentionKernel,
     make_splash_mha,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "LocalMask",
     "Mask",
     "MultiHeadMask",
+    "SegmentIds",
     "SplashAttentionKernel",
     "make_splash_mha",
     "splash_attention_bwd",

@@ -35,17 +35,22 @@ _BLOCK_NAMES_Q = ("block_q", "block_q_dkv", "block_q_dq")
 _BLOCK_NAMES_KV = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
 
 
+_SEGMENTS = frozenset({AtomKind.SEGMENTS, AtomKind.SEGMENTS_SEPARATE})
+
+
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
     lengths = (("q_len", request.q_len, "block_q"), ("kv_len", request.kv_len, "block_kv"))
-    return tuple(_uneven(*length) for length in lengths if length[1] % _LANES)
+    uneven = tuple(_uneven(*length) for length in lengths if length[1] % _LANES)
+    segments = [atom for atom in request.mask.atoms if atom.kind in _SEGMENTS]
+    if len(segments) > 1:
+        return (*uneven, Refusal(RefusalCode.MASK_ATOM, f"mask={request.mask} has {len(segments)} pairs of ids"))
+    return uneven
 
 
 def _uneven(name: str, length: int, block: str) -> Refusal:
-    return Refusal(
-        RefusalCode.SEQUENCE_LENGTH,
-        f"{name}={length} is not a multiple of {_LANES}, the smallest {block}",
-        f"pad to {-(-length // _LANES) * _LANES}",
-    )
+    padded = -(-length // _LANES) * _LANES
+    detail = f"{name}={length} is not a multiple of {_LANES}, the smallest {block}"
+    return Refusal(RefusalCode.SEQUENCE_LENGTH, detail, f"pad to {padded}", ((name, padded),))
 
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
@@ -78,7 +83,7 @@ SPLASH = KernelSpec(
         split_head_dim=True,
         grouped_heads=True,
         unequal_lengths=True,
-        atoms=frozenset({AtomKind.CAUSAL, AtomKind.WINDOW}),
+        atoms=frozenset({AtomKind.CAUSAL, AtomKind.WINDOW}) | _SEGMENTS,
         positions=frozenset({PositionKind.OFFSET}),
         features=frozenset({Feature.SCALE, Feature.SOFT_CAP}),
         statistics=frozenset({Statistic.LSE}),

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kernelry.errors import ConfigError
+from kernelry.masks import Segments
 from kernelry.plugin import Atom, Gradients, Inputs, Kernel, MaskForm, Partial, PositionForm, Request, Tiling
 from kernelry_tpu_splash import _vendor
 
@@ -32,7 +33,7 @@ class SplashKernel(Kernel):
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope(_SCOPE):
             query, key, value = _heads_first(inputs, request)
-            result: Any = jax.vmap(_kernel_for(request, tiling, statistics))(query, key, value)
+            result: Any = jax.vmap(_kernel_for(request, tiling, statistics))(query, key, value, _segments(inputs))
             if not statistics:
                 return Partial(_swapped(result), dtype=request.dtype)
             out, (lse,) = result
@@ -50,14 +51,14 @@ class SplashKernel(Kernel):
     ) -> Gradients:
         kernel = _kernel_for(request, tiling, False)
 
-        def one_row(q: Any, k: Any, v: Any, o: Any, total: Any, d_o: Any) -> Any:
-            residuals = (q, k, v, None, None, o, total, kernel.dq_mask_info, kernel.dkv_mask_info)
+        def one_row(q: Any, k: Any, v: Any, ids: Any, o: Any, total: Any, d_o: Any) -> Any:
+            residuals = (q, k, v, ids, None, o, total, kernel.dq_mask_info, kernel.dkv_mask_info)
             return _vendor.splash_attention_bwd(**kernel.kwargs, res=residuals, do=d_o)[3:6]
 
         with jax.named_scope(_SCOPE):
             query, key, value = _heads_first(inputs, request)
             d_query, d_key, d_value = jax.vmap(one_row)(
-                query, key, value, _swapped(out), lse, _swapped(d_out.astype(query.dtype))
+                query, key, value, _segments(inputs), _swapped(out), lse, _swapped(d_out.astype(query.dtype))
             )
             return Gradients(_scaled(_swapped(d_query), request), _swapped(d_key), _swapped(d_value))
 
@@ -65,6 +66,19 @@ class SplashKernel(Kernel):
 def _heads_first(inputs: Inputs, request: Request) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The vendor's layout, [B, heads, length, dim], with the scale in the queries: it takes none."""
     return _swapped(_scaled(inputs.query, request)), _swapped(inputs.key), _swapped(inputs.value)
+
+
+def _segments(inputs: Inputs) -> _vendor.SegmentIds | None:
+    """The vendor's ids, [B, T] and [B, S]; it knows no id that sees nothing, so −1 never meets −2."""
+    found = next((mask for mask in inputs.mask if isinstance(mask, Segments)), None)
+    if found is None:
+        return None
+    query_ids = jnp.asarray(found.query_ids)
+    kv_ids = query_ids if found.kv_ids is None else jnp.asarray(found.kv_ids)
+    batch = inputs.query.shape[0]
+    rows = (jnp.broadcast_to(ids, (batch, ids.shape[-1])).astype(jnp.int32) for ids in (query_ids, kv_ids))
+    query_rows, kv_rows = rows
+    return _vendor.SegmentIds(jnp.where(query_rows < 0, -1, query_rows), jnp.where(kv_rows < 0, -2, kv_rows))
 
 
 def _scaled(query: jax.Array, request: Request) -> jax.Array:
@@ -138,8 +152,8 @@ def _block_sizes(tiling: Tiling, q_len: int, kv_len: int) -> _vendor.BlockSizes:
 
 
 def vendor_mask(form: MaskForm, q_len: int, kv_len: int) -> _vendor.Mask:
-    """Returns the vendor's mask of a conjunction of static bands."""
-    masks = [_band(atom, (q_len, kv_len)) for atom in form.atoms]
+    """Returns the vendor's mask of the static bands of a conjunction; segments are arrays of the call."""
+    masks = [_band(atom, (q_len, kv_len)) for atom in form.atoms if atom.is_band]
     return functools.reduce(operator.and_, masks) if masks else _vendor.FullMask((q_len, kv_len))
 
 

@@ -1,0 +1,7 @@
+"""Policies for tests."""
+
+from kernelry.adapters import ADAPTERS
+from kernelry.plugin import Policy
+
+NO_ADAPTERS = Policy(forbidden_adapters=frozenset(adapter.name for adapter in ADAPTERS))
+"""Leaves a kernel alone with what it declares."""
