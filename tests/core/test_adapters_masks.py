@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import HIDING, MASKS, arrays_of, masks_of_every_class, masks_that_hide, visible_by
+from attention_cases import HIDING, MASKS, Heads, arrays_of, masks_of_every_class, masks_that_hide, visible_by
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mask_strategies import BATCH, KV_HEADS, Q_HEADS, near, placed_masks
@@ -19,7 +19,7 @@ from kernelry.masks.form import AtomKind
 from kernelry.plugin import Atom, Capabilities, Inputs, Mask, Refusal, RefusalCode, Request, Side, pytree
 from kernelry.testing import reference_mask
 
-QUICK = settings(max_examples=50, deadline=None)
+QUICK = settings(max_examples=30, deadline=None)
 EVERYTHING = Capabilities(atoms=frozenset(AtomKind), unequal_lengths=True)
 TAKES = {
     "segments": EVERYTHING,
@@ -59,12 +59,13 @@ class Disguised(Mask):
 
 def asked(mask, q_len, kv_len, **others):
     return Request(
-        batch=BATCH, q_len=q_len, kv_len=kv_len, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=8, mask=mask, **others
+        batch=BATCH, q_len=q_len, kv_len=kv_len, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=2, mask=mask, **others
     )
 
 
 def inputs_of(mask, q_len, kv_len):
-    return Inputs(**arrays_of(q_len, kv_len), mask=mask.canonical())
+    """Two columns per head: nothing here depends on the numbers in them."""
+    return Inputs(**arrays_of(q_len, kv_len, Heads(Q_HEADS, KV_HEADS, 2, 2)), mask=mask.canonical())
 
 
 def defined(mask, request):
@@ -75,7 +76,8 @@ def defined(mask, request):
 def shown(conjunction, request):
     """What canonical masks show, bands among them, which the definitions do not know."""
     full = (request.batch, request.q_heads, request.q_len, request.kv_len)
-    query, kv = Side.query(request.q_len, q_heads=request.q_heads), Side.kv(request.kv_len)
+    xp = jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(conjunction)) else np
+    query, kv = Side.query(request.q_len, xp, q_heads=request.q_heads), Side.kv(request.kv_len, xp)
     parts = [np.broadcast_to(mask.evaluate(query, kv), full) for mask in conjunction]
     return np.logical_and.reduce([np.ones(full, bool), *parts])
 
@@ -115,10 +117,10 @@ def assert_padding_is_out_of_sight(mask, before, after, found):
         assert not visible[:, :, rows:].any()
 
 
-@QUICK
+@settings(max_examples=200, deadline=None)
 @given(
     placed_masks(max_len=5),
-    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(st.sampled_from([0, 2]), st.sampled_from([0, 2])),
     st.sampled_from(sorted(TAKES)),
     st.booleans(),
 )
@@ -165,6 +167,38 @@ def test_padding_adds_an_atom_only_where_the_mask_needs_one(mask, more, atoms):
     assert str(after.mask) == atoms
 
 
+@pytest.mark.parametrize(
+    ("mask", "atoms"),
+    [
+        (masks.Full(), "segments"),
+        (masks.Causal(), "causal & segments"),
+        (masks.Lengths(np.int32(4)), "lengths(query)"),
+        (masks.Lengths(np.int32(4)) & masks.Segments(np.zeros(6, int)), "lengths & segments"),
+        (masks.Dense(np.ones((1, 1, 1, 6), bool)), "dense"),
+        (masks.BidirectionalSpans(np.zeros(6, int)), "spans"),
+    ],
+)
+def test_no_padding_is_seen_by_a_padded_row_where_the_largest_logit_is_wanted(mask, atoms):
+    before, after, found = padded_beyond(mask, 6, 6, (3, 3), max_logits=True)
+    assert str(after.mask) == atoms
+    assert_padding_is_out_of_sight(mask, before, after, found)
+
+
+@pytest.mark.parametrize(
+    ("mask", "atoms"),
+    [
+        (masks.Causal().at(query_offset=-2), "causal at query=-2 & segments_separate"),
+        (masks.Causal().at(query_offset=-2) & masks.Lengths(np.int32(5)), "causal at query=-2 & lengths(query)"),
+        (masks.Causal() & masks.Lengths(np.int32(5)), "causal & lengths"),
+        (masks.Dense(np.ones((1, 1, 1, 6), bool)), "dense"),
+    ],
+)
+def test_a_padded_row_sees_no_slot_that_is_hidden_from_the_others(mask, atoms):
+    before, after, found = padded_beyond(mask, 6, 6, (3, 0))
+    assert str(after.mask) == atoms
+    assert_padding_is_out_of_sight(mask, before, after, found)
+
+
 def test_lengths_beyond_the_keys_do_not_show_the_padding():
     mask = masks.Lengths(np.array([9, 3]), np.array([99, 2]))
     assert_padding_is_out_of_sight(mask, *padded_beyond(mask, 5, 5, (3, 3)))
@@ -209,7 +243,7 @@ def test_unequal_lengths_are_padded_to_the_longer(lengths):
 
 
 @QUICK
-@given(placed_masks(max_len=5))
+@given(placed_masks(max_len=3))
 def test_a_dense_mask_shows_what_the_conjunction_shows(drawn):
     mask, q_len, kv_len = drawn
     before = asked(mask, q_len, kv_len)
@@ -279,21 +313,14 @@ def test_lengths_are_left_alone_where_the_kernel_takes_them_or_one_array_of_ids_
 
 
 def assert_cleaned(mask, q_len, kv_len):
-    """Slots out of every row's sight are 0 in the arrays and without gradient; the others are as they were."""
+    """Slots out of every row's sight are 0 in the arrays; the others are as they were."""
     request = asked(mask, q_len, kv_len)
     given_here = inputs_of(mask, q_len, kv_len)
     poisoned, seen = poisoned_where_hidden(given_here, visible_by(mask, arrays_of(q_len, kv_len)))
-
-    def cleaned(arrays):
-        return CleanHiddenSlots().prepare(dataclasses.replace(given_here, **arrays), request, request)
-
-    found, pull = jax.vjp(lambda arrays: {name: getattr(cleaned(arrays), name) for name in arrays}, poisoned)
-    gradients = pull({name: jnp.ones_like(array) for name, array in found.items()})[0]
-    for name, array in found.items():
-        expected = np.where(seen[name], getattr(given_here, name), 0)
-        np.testing.assert_array_equal(np.asarray(array), expected, err_msg=name)
-        ones = np.broadcast_to(seen[name], expected.shape)
-        np.testing.assert_array_equal(np.asarray(gradients[name]), ones, err_msg=name)
+    found = CleanHiddenSlots().prepare(dataclasses.replace(given_here, **poisoned), request, request)
+    for name, keep in seen.items():
+        expected = np.where(keep, getattr(given_here, name), 0)
+        np.testing.assert_array_equal(np.asarray(getattr(found, name)), expected, err_msg=name)
 
 
 def poisoned_where_hidden(inputs, visible):
@@ -310,8 +337,8 @@ def test_nan_in_hidden_slots_is_cleaned(name):
     assert_cleaned(masks_that_hide(9)[name], 9, 9)
 
 
-@settings(max_examples=25, deadline=None)
-@given(placed_masks(max_len=5))
+@settings(max_examples=20, deadline=None)
+@given(placed_masks(max_len=3))
 def test_cleaning_leaves_every_visible_slot_as_it_is(drawn):
     assert_cleaned(*drawn)
 

@@ -55,13 +55,27 @@ def test_the_spare_column_pads_the_head_dim_at_once_because_that_costs_less():
     assert (steps[0].after.head_dim, steps[0].after.value_dim) == (32, 32)
 
 
-def test_an_adapter_stands_in_a_chain_once():
+def test_an_adapter_stands_in_a_chain_at_most_twice():
     steps, refusals = found(
         Request(q_len=32, q_heads=4, kv_heads=2),
         own=lambda _: (Refusal(RefusalCode.HEAD_GROUPS, "never content"),),
     )
     assert steps == ()
     assert [refusal.detail for refusal in refusals] == ["never content"]
+
+
+def test_lengths_are_made_equal_first_and_then_what_the_kernel_itself_wants():
+    def own(request):
+        if request.q_len % 16 == 0:
+            return ()
+        size = -(-request.q_len // 16) * 16
+        return (Refusal(RefusalCode.SEQUENCE_LENGTH, "uneven", pad_to=(("q_len", size), ("kv_len", size))),)
+
+    equal = dataclasses.replace(PLAIN, unequal_lengths=False, clean_hidden_slots=True, empty_rows=True)
+    steps, refusals = found(Request(q_len=20, kv_len=40, head_dim=32), equal, own)
+    assert not refusals
+    assert names(steps) == ["pad_sequence", "pad_sequence"]
+    assert (steps[-1].after.q_len, steps[-1].after.kv_len) == (48, 48)
 
 
 def test_what_no_adapter_cures_is_reported_without_what_one_would():

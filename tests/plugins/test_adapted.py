@@ -153,3 +153,8 @@ def test_two_parts_merge_with_gradients_through_their_lse(kernel, make_arrays):
     np.testing.assert_allclose(np.asarray(out), np.asarray(expected), rtol=0, atol=FORWARD)
     for name, found, right in zip(("query", "key", "value"), gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(np.asarray(found), np.asarray(right), rtol=0, atol=GRADIENT, err_msg=name)
+
+
+def test_unequal_lengths_that_are_no_multiples_in_pallas_mha(check):
+    shape = {"q_len": 21, "kv_len": 37, "heads": 2, "kv_heads": 2, "head_dim": 16}
+    assert "pad_sequence" in check("pallas_mha", arrays=shape, mask=masks.Full())

@@ -1,7 +1,8 @@
 """Finds the cheapest adapters through which a kernel serves a request.
 
-A best-first search over chains of adapters, each at most once: fewest extra bytes, then fewest
-extra FLOPs, then the fewest adapters, then their names. It is bounded and depends on nothing else.
+A best-first search over chains of adapters: fewest extra bytes, then fewest extra FLOPs, then the
+fewest adapters, then their names. An adapter may stand in a chain twice, for a kernel shows its own
+refusals only when core has none: equal lengths first, then lengths in multiples. It is bounded and depends on nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from kernelry.resolution import Step
 
 _MOST_CHAINS = 128
 """Chains of adapters looked at for one kernel; five adapters that all apply have 2⁵ = 32 sets."""
+
+_MOST_USES = 2
+"""Times that an adapter may stand in one chain."""
 
 _NO_COST = Cost()
 
@@ -44,8 +48,8 @@ class _Chain:
         step = Step(adapter, self.request, after)
         return _Chain(after, (*self.steps, step), self.settled | adapter.settles, self.cost + step.cost)
 
-    def used(self, adapter: Adapter) -> bool:
-        return any(step.adapter is adapter for step in self.steps)
+    def used_up(self, adapter: Adapter) -> bool:
+        return sum(step.adapter is adapter for step in self.steps) >= _MOST_USES
 
 
 def compose(
@@ -88,9 +92,9 @@ _Helpful = tuple[tuple[Adapter, Request], ...]
 
 
 def _helpful(chain: _Chain, refusals: tuple[Refusal, ...], capabilities: Capabilities) -> _Helpful:
-    """The adapters not yet used that cure some refusal, forbidden ones included, and what they would ask."""
+    """The adapters that may be used and cure some refusal, forbidden ones included, and what they would ask."""
     codes = {refusal.code for refusal in refusals}
-    tried = (adapter for adapter in ADAPTERS if adapter.cures & codes and not chain.used(adapter))
+    tried = (adapter for adapter in ADAPTERS if adapter.cures & codes and not chain.used_up(adapter))
     asked = ((adapter, adapter.rewrite(chain.request, capabilities, refusals)) for adapter in tried)
     return tuple((adapter, after) for adapter, after in asked if after is not None)
 

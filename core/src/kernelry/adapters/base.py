@@ -20,7 +20,7 @@ from kernelry.request import Request
 @final
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
 class Cost:
-    """What an adapter adds to a call, in bytes moved or held and in floating-point operations."""
+    """What an adapter adds to a call: bytes of the arrays it makes, and floating-point operations."""
 
     extra_bytes: int = 0
     extra_flops: int = 0

@@ -57,10 +57,10 @@ class LseGradientColumn(Adapter):
 
     def cost(self, before: Request, after: Request) -> Cost:
         more, more_values = after.head_dim - before.head_dim, after.value_dim - before.value_dim
-        queries = before.q_len * before.q_heads * (more + more_values)
-        keys = before.kv_len * before.kv_heads * (more + more_values)
+        rows, slots = before.q_len * before.q_heads, before.kv_len * before.kv_heads
+        elements = (rows + slots) * (after.head_dim * bool(more) + after.value_dim)
         pairs = before.q_heads * before.q_len * before.kv_len
         return Cost(
-            extra_bytes=before.batch * (queries + keys) * itemsize(before.dtype),
+            extra_bytes=before.batch * elements * itemsize(before.dtype),
             extra_flops=2 * before.batch * pairs * (more + more_values),
         )

@@ -30,5 +30,5 @@ class RepeatKVHeads(Adapter):
         return dataclasses.replace(inputs, key=key, value=value)
 
     def cost(self, before: Request, after: Request) -> Cost:
-        added = (after.kv_heads - before.kv_heads) * before.batch * before.kv_len
-        return Cost(extra_bytes=added * (before.head_dim + before.value_dim) * itemsize(before.dtype))
+        elements = after.kv_heads * before.batch * before.kv_len * (before.head_dim + before.value_dim)
+        return Cost(extra_bytes=elements * itemsize(before.dtype))
