@@ -239,7 +239,7 @@ def test_adapters_serve_what_the_kernel_refuses_and_show_their_cost():
     resolution = kernelry.resolve(grouped, kernels=(A,), policy=policy())
     assert [step.adapter.name for step in resolution.plan.steps] == ["repeat_kv_heads"]
     assert resolution.plan.inner_request.kv_heads == 4
-    assert resolution.plan.cost.extra_bytes == 2 * 8 * (64 + 64) * 4
+    assert resolution.plan.cost.extra_bytes == 4 * 8 * (64 + 64) * 4
     assert "through repeat_kv_heads" in resolution.explain()
 
 

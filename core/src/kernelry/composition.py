@@ -2,7 +2,8 @@
 
 A best-first search over chains of adapters: fewest extra bytes, then fewest extra FLOPs, then the
 fewest adapters, then their names. An adapter may stand in a chain twice, for a kernel shows its own
-refusals only when core has none: equal lengths first, then lengths in multiples. It is bounded and depends on nothing else.
+refusals only when core has none: equal lengths first, then lengths in multiples. The search is
+bounded and depends on nothing else.
 """
 
 from __future__ import annotations
@@ -96,7 +97,11 @@ def _helpful(chain: _Chain, refusals: tuple[Refusal, ...], capabilities: Capabil
     codes = {refusal.code for refusal in refusals}
     tried = (adapter for adapter in ADAPTERS if adapter.cures & codes and not chain.used_up(adapter))
     asked = ((adapter, adapter.rewrite(chain.request, capabilities, refusals)) for adapter in tried)
-    return tuple((adapter, after) for adapter, after in asked if after is not None)
+    return tuple((adapter, after) for adapter, after in asked if after is not None and _changes(chain, adapter, after))
+
+
+def _changes(chain: _Chain, adapter: Adapter, after: Request) -> bool:
+    return after != chain.request or not adapter.settles <= chain.settled
 
 
 def _incurable(refusals: tuple[Refusal, ...], helpful: _Helpful, forbidden: frozenset[str]) -> tuple[Refusal, ...]:
