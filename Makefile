@@ -13,7 +13,7 @@ TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "optax>=0.2.
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
-.PHONY: demo test test-install test-maxtext lint format benchmark clean
+.PHONY: demo test test-install test-fuzz test-maxtext conformance lint format benchmark wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# 20,000 random requests, valid and absurd: only kernelry's own errors come out.
+test-fuzz: $(VENV)/.installed
+	$(BIN)/python -m pytest -m fuzz tests/core/test_fuzz_resolution.py $(ARGS)
+
+# Every kernel that can run here is held to everything it declares, and serves no fewer cases than before.
+conformance: $(VENV)/.installed
+	$(BIN)/kernelry conformance --all --at-least tests/contract/served.json $(ARGS)
 
 # Builds fresh environments: the user's two installs, and a third party's plugin added and removed.
 test-install: $(VENV)/.installed

@@ -12,3 +12,13 @@ settings.register_profile(
 )
 if os.environ.get("CI"):
     settings.load_profile("gate")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints how many lying kernels the conformance kit caught."""
+    tried = {
+        outcome: sum("test_mutant_is_caught" in report.nodeid for report in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed")
+    }
+    if sum(tried.values()):
+        terminalreporter.write_line(f"mutants caught: {tried['passed']} of {sum(tried.values())}")

@@ -1,12 +1,14 @@
 """Configs: TOML, YAML and mappings mean the same; what is wrong is named with the nearest right."""
 
 import textwrap
+import tomllib
 
 import pytest
 
 import kernelry
 from kernelry import Request
 from kernelry.config import AttentionConfig, load_config
+from kernelry.config_lines import toml_lines
 from kernelry.errors import ConfigError
 from kernelry.policy import Condition, Policy, Range, Rule
 
@@ -51,7 +53,7 @@ def test_a_file_is_named_as_the_rules_source(tmp_path):
     resolution = kernelry.resolve(Request(q_len=256, mask=kernelry.masks.Causal()), policy=config.policy)
     assert resolution.kernel == "blockwise"
     assert resolution.plan.tiling["block_q"] == 64
-    assert "c.toml: rule 1" in resolution.rule
+    assert "c.toml:8: rule 1" in resolution.rule
 
 
 def test_an_absent_table_means_the_defaults(tmp_path):
@@ -155,3 +157,125 @@ def test_a_range_refuses_its_ends_turned_round():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.toml"):
         load_config(tmp_path / "absent.toml")
+
+
+LINED_TOML = """\
+[model]
+name = "a # [attention]"
+text = '''
+[attention]
+kernel = 3
+'''
+[attention]
+window = 4  # a size
+
+[attention.thresholds]
+flash_min_q_len = 64
+
+[[attention.rules]]
+use = [
+  "blockwise",
+  "auto",
+]
+[[attention.rules]]
+use = ["auto"]
+tiling = { block_q = 64 }
+[attention.rules.when]
+q_len = ">=128"
+"""
+LINED_YAML = """\
+model: {name: a}
+attention:
+  type: global
+
+  thresholds: {flash_min_q_len: 64}
+  rules:
+    - use: [blockwise, auto]
+    - when:
+        q_len: ">=128"
+      use: auto
+"""
+
+
+def test_every_key_of_toml_is_found_on_its_line():
+    lines = toml_lines(LINED_TOML)
+    found = {path: LINED_TOML.splitlines()[line - 1].strip() for path, line in lines.items()}
+    assert found["attention", "window"].startswith("window")
+    assert found["attention", "rules", 0, "use", 1] == '"auto",'
+    assert found["attention", "rules", 1, "tiling", "block_q"].startswith("tiling")
+    assert found["attention", "rules", 1, "when", "q_len"].startswith("q_len")
+    assert lines["attention",] == 7
+
+
+def _paths(value, path=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from _paths(inner, (*path, key))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LINED_TOML,
+        TOML,
+        "a.b.c = 1\n'x y'.\"z\\u0041\" = [[1, 2], {k = [3]}]\n",
+        't = 1979-05-27T07:32:00Z\nf = -1.5e3 # c\ns = "a\\"]#"\n[[p]]\n[[p.q]]\nr=1\n[[p.q]]\n[[p]]\n[p.s]\n',
+        's = """\n[x]\n\\""" """"\n[y]\nk = [ # ]\n 1,\n]\n',
+    ],
+)
+def test_the_scan_finds_exactly_the_paths_that_tomllib_reads(text):
+    assert set(toml_lines(text)) == set(_paths(tomllib.loads(text)))
+
+
+@pytest.mark.parametrize("text", ["= 3", "[a", "a = [1 {", "a = 'b"])
+def test_the_scan_leaves_lines_out_where_it_loses_its_way(text):
+    assert toml_lines(text) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("c.toml", "[attention]\n\nkernl = 'x'\n", ["c.toml:3: unknown key 'kernl'", "did you mean 'kernel'"]),
+        ("c.toml", "[attention]\nkernel = 3\n", ["c.toml:2: kernel", "got 3"]),
+        ("c.toml", "[attention]\nsinks = 3\n", ["c.toml:2: sinks must be true or false, got 3"]),
+        ("c.toml", "[attention]\ntype = 'local_sliding'\n", ["c.toml:2: type 'local_sliding' needs window"]),
+        ("c.toml", "[attention]\nforbid_adapters = [\n'pad',\n]\n", ["c.toml:3: forbid_adapters", "'pad'"]),
+        ("c.toml", "[attention.thresholds]\n\nflash_min = 3\n", ["c.toml:3: thresholds", "'flash_min_q_len'"]),
+        ("c.toml", "[[attention.rules]]\nuse='a'\n[[attention.rules]]\n", ["c.toml:3: rules.1.use", "required"]),
+        (
+            "c.toml",
+            "[[attention.rules]]\nuse = 'a'\n[attention.rules.when]\nmode = 'train'\nq_len = 'abc'\n",
+            ["c.toml:5: rule 1: when.q_len", "'abc'"],
+        ),
+        ("c.yaml", "attention:\n\n  kernl: x\n", ["c.yaml:3: unknown key 'kernl'", "did you mean 'kernel'"]),
+        (
+            "c.yaml",
+            "attention:\n  rules:\n    - use: a\n    - use: a\n      when:\n        mode: trian\n",
+            ["c.yaml:6: rule 2: when.mode", "did you mean 'train'"],
+        ),
+        ("c.yaml", "a: 1\natention:\n  kernel: a\n", ["c.yaml:2: unknown table 'atention'", "mean 'attention'"]),
+        ("c.toml", "[Attention]\nkernel = 'a'\n", ["c.toml:1: unknown table 'Attention'", "mean 'attention'"]),
+    ],
+)
+def test_wrong_content_of_a_file_names_the_line(tmp_path, name, text, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(_file(tmp_path, name, text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_misspelt_table_inside_another_is_noticed(tmp_path):
+    with pytest.raises(ConfigError, match=r"c\.toml:2: unknown table 'attentoin'; did you mean 'attention'"):
+        load_config(_file(tmp_path, "c.toml", "[model]\n[model.attentoin]\n"), table="model.attention")
+
+
+@pytest.mark.parametrize(("name", "text", "line"), [("c.toml", LINED_TOML, 18), ("c.yaml", LINED_YAML, 8)])
+def test_a_rules_source_is_its_line(tmp_path, name, text, line):
+    text = text.replace("window = 4", "sinks = true")
+    assert load_config(_file(tmp_path, name, text)).rules[1].source.endswith(f"{name}:{line}: rule 2")
+
+
+def test_a_kernel_of_a_file_is_explained_by_its_line(tmp_path):
+    config = load_config(_file(tmp_path, "c.toml", "[attention]\nsinks = false\nkernel = 'blockwise'\n"))
+    assert "c.toml:3: kernel = 'blockwise'" in kernelry.explain(Request(q_len=9), policy=config.policy).rule

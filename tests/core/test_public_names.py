@@ -5,6 +5,7 @@ from kernelry import errors, plugin
 
 TOP = {
     "Mode",
+    "ModelShape",
     "Partial",
     "Plan",
     "Request",
@@ -22,6 +23,7 @@ TOP = {
     "plugins",
     "record",
     "resolve",
+    "resolve_phases",
     "use",
 }
 MASKS = {

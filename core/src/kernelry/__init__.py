@@ -11,6 +11,7 @@ from kernelry.api import attention
 from kernelry.installation import kernels, plugins
 from kernelry.normalization import finalize, merge
 from kernelry.partial import Partial
+from kernelry.phases import ModelShape, resolve_phases
 from kernelry.request import Mode, Request
 from kernelry.resolution import Plan, Resolution
 from kernelry.resolver import explain, resolve
@@ -19,6 +20,7 @@ from kernelry.target import Target
 
 __all__ = [
     "Mode",
+    "ModelShape",
     "Partial",
     "Plan",
     "Request",
@@ -36,5 +38,6 @@ __all__ = [
     "plugins",
     "record",
     "resolve",
+    "resolve_phases",
     "use",
 ]

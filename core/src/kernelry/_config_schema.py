@@ -23,7 +23,7 @@ class _Table(BaseModel):
 
 
 class WhenTable(_Table):
-    """Conditions of a rule; `Range.parse` reads the numbers."""
+    """Conditions of a rule; `AnyRange.parse` reads the numbers."""
 
     platform: Names = ()
     kind: Names = ()
@@ -34,11 +34,6 @@ class WhenTable(_Table):
     head_dim: Any = None
     dtype: Names = ()
     mask: Names = ()
-
-    def ranges(self) -> dict[str, Any]:
-        """The conditions on numbers that are given."""
-        found = {name: getattr(self, name) for name in ("q_len", "kv_len", "batch", "head_dim")}
-        return {name: value for name, value in found.items() if value is not None}
 
 
 class RuleTable(_Table):

@@ -21,6 +21,8 @@ tiling = { block_q = 64 }
 
 from __future__ import annotations
 
+import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +30,11 @@ from typing import TYPE_CHECKING, Any
 
 from kernelry._maxtext import from_maxtext
 from kernelry.adapters import ADAPTERS
+from kernelry.conditions import RANGES, AnyRange, Condition
+from kernelry.config_lines import Keys, Place, toml_lines, yaml_lines
 from kernelry.errors import ConfigError, nearest
 from kernelry.layer import AttentionConfig, AttentionType, MoBA
-from kernelry.policy import SHIPPED_THRESHOLDS, Condition, Range, Rule
+from kernelry.policy import SHIPPED_THRESHOLDS, Rule
 from kernelry.request import Mode
 
 if TYPE_CHECKING:
@@ -53,23 +57,35 @@ def load_config(source: str | Path | Mapping[str, Any], *, table: str = "attenti
       The validated config.
 
     Raises:
-      ConfigError: the file cannot be read, or a key or value is wrong; the message names the key,
-        what was found and the nearest valid name.
+      ConfigError: the file cannot be read, or a key or value is wrong; the message names the file,
+        the line, the key, what was found and the nearest valid name; for a mapping, the key.
     """
     if isinstance(source, Mapping):
-        return _validated(source, "config")
+        return _validated(source, Place("config"))
     if not isinstance(source, str | Path) or not isinstance(table, str):
         raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     path = Path(source)
-    content: Any = _read(path)
+    content, lines = _read(path)
+    place = Place(str(path), lines)
     for name in table.split("."):
-        content = content.get(name, {}) if isinstance(content, Mapping) else content
+        content = _inside(content, name, place)
+        place = Place(place.name, lines, (*place.table, name))
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{path}: [{table}] must be a table, got {content!r}.")
-    return _validated(content, str(path))
+        raise ConfigError(f"{place.at()}: [{table}] must be a table, got {content!r}.")
+    return _validated(content, place)
 
 
-def _read(path: Path) -> Any:
+def _inside(content: Any, name: str, place: Place) -> Any:
+    """Returns the table of that name, nothing where it is absent; a misspelt one is an error."""
+    if not isinstance(content, Mapping) or name in content:
+        return content[name] if isinstance(content, Mapping) else content
+    for found in difflib.get_close_matches(name, [key for key in content if isinstance(key, str)], n=1, cutoff=0.8):
+        raise ConfigError(f"{place.at(found)}: unknown table {found!r}; did you mean {name!r}?")
+    return {}
+
+
+def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
+    """Reads a file, and the lines of its keys."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -78,7 +94,7 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8.") from error
     if path.suffix == ".toml":
         try:
-            return tomllib.loads(text)
+            return tomllib.loads(text), toml_lines(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     if path.suffix in (".yaml", ".yml"):
@@ -86,10 +102,10 @@ def _read(path: Path) -> Any:
     raise ConfigError(f"{path}: unknown kind of config {path.suffix!r}; use .toml, .yaml or .yml.")
 
 
-def _read_yaml(path: Path, text: str) -> Any:
+def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
     yaml = _need("yaml")
     try:
-        return yaml.safe_load(text) or {}
+        return yaml.safe_load(text) or {}, yaml_lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
@@ -101,22 +117,22 @@ def _need(module: str) -> Any:
         raise ConfigError(f"reading configs needs {error.name}; pip install 'kernelry[config]'.") from error
 
 
-def _validated(content: Mapping[str, Any], source: str) -> AttentionConfig:
+def _validated(content: Mapping[str, Any], place: Place) -> AttentionConfig:
     pydantic = _need("pydantic")
     from kernelry import _config_schema as schema
 
     try:
         table = schema.AttentionTable.model_validate(dict(content))
     except pydantic.ValidationError as error:
-        problems = "; ".join(_problem(detail, schema.KEYS) for detail in error.errors())
-        raise ConfigError(f"{source}: {problems}.") from error
-    _check_names("thresholds", table.thresholds, {threshold.name for threshold in SHIPPED_THRESHOLDS}, source)
-    _check_names("forbid_adapters", table.forbid_adapters, {adapter.name for adapter in ADAPTERS}, source)
-    rules = tuple(_rule(rule, f"{source}: rule {place}") for place, rule in enumerate(table.rules, start=1))
-    return _config(table, rules, source)
+        problems = "; ".join(_problem(detail, schema.KEYS, place) for detail in error.errors())
+        raise ConfigError(f"{problems}.") from error
+    _check_names("thresholds", table.thresholds, {threshold.name for threshold in SHIPPED_THRESHOLDS}, place)
+    _check_names("forbid_adapters", table.forbid_adapters, {adapter.name for adapter in ADAPTERS}, place)
+    rules = tuple(_rule(rule, index, place) for index, rule in enumerate(table.rules))
+    return _config(table, rules, place)
 
 
-def _config(table: AttentionTable, rules: tuple[Rule, ...], source: str) -> AttentionConfig:
+def _config(table: AttentionTable, rules: tuple[Rule, ...], place: Place) -> AttentionConfig:
     given = {name: getattr(table, name) for name in table.model_fields_set}
     moba = None if table.moba is None else MoBA(table.moba.chunk_size, table.moba.top_k)
     lists = {
@@ -124,45 +140,52 @@ def _config(table: AttentionTable, rules: tuple[Rule, ...], source: str) -> Atte
         "thresholds": tuple(sorted(table.thresholds.items())),
         "forbid_adapters": tuple(sorted(table.forbid_adapters)),
     }
+    source = place.at("kernel") if "kernel" in given else place.name
     try:
         return AttentionConfig(**{**given, **lists, "moba": moba, "source": source})
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
+        # The message names the option first; where it is not in the table, the type that needs it is.
+        named = next((word for word in re.findall(r"\w+", str(error)) if word in given), None)
+        raise ConfigError(f"{place.at() if named is None else place.at(named)}: {error}") from error
 
 
-def _check_names(key: str, names: Any, known: set[str], source: str) -> None:
-    for name in names:
+def _check_names(key: str, names: Any, known: set[str], place: Place) -> None:
+    for index, name in enumerate(names):
         if name not in known:
-            raise ConfigError(f"{source}: {key}: unknown name {name!r}{nearest(name, known)}")
+            where = place.at(key, name if isinstance(names, Mapping) else index)
+            raise ConfigError(f"{where}: {key}: unknown name {name!r}{nearest(name, known)}")
 
 
-def _rule(rule: RuleTable, source: str) -> Rule:
-    when = rule.when
-    ranges = {name: _range(name, value, source) for name, value in when.ranges().items()}
+def _rule(rule: RuleTable, index: int, place: Place) -> Rule:
+    source = f"{place.at('rules', index)}: rule {index + 1}"
+    facts: dict[str, Any] = {}
+    for name in sorted(rule.when.model_fields_set):
+        where = f"{place.at('rules', index, 'when', name)}: rule {index + 1}"
+        facts[name] = _fact(name, getattr(rule.when, name), where)
     try:
-        condition = Condition(
-            platform=when.platform,
-            kind=when.kind,
-            mode=tuple(Mode.parse(mode) for mode in when.mode),
-            dtype=when.dtype,
-            mask=when.mask,
-            **ranges,
-        )
-    except ValueError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    return Rule(condition, rule.use, tuple(sorted(rule.tiling.items())), source)
-
-
-def _range(name: str, value: Any, source: str) -> Range:
-    try:
-        return Range.parse(value)
+        return Rule(Condition(**facts), rule.use, tuple(sorted(rule.tiling.items())), source)
     except ConfigError as error:
-        raise ConfigError(f"{source}: when.{name}: {error}") from error
+        message = str(error)
+        raise ConfigError(message if message.startswith(source) else f"{source}: {message}") from error
 
 
-def _problem(detail: ErrorDetails, keys: Mapping[str, tuple[str, ...]]) -> str:
+def _fact(name: str, value: Any, where: str) -> Any:
+    """Reads one condition, and checks it alone, so that an error can name its line."""
+    try:
+        if name in RANGES:
+            return None if value is None else AnyRange.parse(value)
+        read: Any = tuple(Mode.parse(mode) for mode in value) if name == "mode" else value
+        Condition(**{name: read})
+    except ValueError as error:
+        message = str(error).removeprefix(f"when.{name}: ")
+        raise ConfigError(f"{where}: when.{name}: {message}") from error
+    return read
+
+
+def _problem(detail: ErrorDetails, keys: Mapping[str, tuple[str, ...]], place: Place) -> str:
     where = ".".join(str(part) for part in detail["loc"])
+    line = place.at(*detail["loc"])
     if detail["type"] == "extra_forbidden":
         table = next((str(part) for part in reversed(detail["loc"][:-1]) if not isinstance(part, int)), "attention")
-        return f"unknown key {where!r}{nearest(str(detail['loc'][-1]), keys[table])}"
-    return f"{where}: {detail['msg'].lower()}, got {detail['input']!r}"
+        return f"{line}: unknown key {where!r}{nearest(str(detail['loc'][-1]), keys[table])}"
+    return f"{line}: {where}: {detail['msg'].lower()}, got {detail['input']!r}"

@@ -8,9 +8,10 @@ import functools
 import math
 from typing import Any, final
 
+from kernelry.conditions import DTYPES, Condition
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Mask
-from kernelry.policy import AUTO, DTYPES, Condition, Policy, Rule, Tilings, check_tiling
+from kernelry.policy import AUTO, Policy, Rule, Tilings, check_tiling
 from kernelry.request import precision_name
 
 

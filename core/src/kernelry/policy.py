@@ -3,136 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
+from kernelry.conditions import Condition as Condition  # rules and their conditions are written together
+from kernelry.conditions import Range as Range
 from kernelry.errors import ConfigError, nearest
-from kernelry.masks.form import AtomKind
-from kernelry.request import Mode, Request
+from kernelry.request import Mode
 from kernelry.switches import Switches
-from kernelry.target import PLATFORMS
 
 AUTO = "auto"
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-FULL = "full"
 
 Tilings = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 """(kernel name, ((tunable, value), …)) pairs."""
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Range:
-    """Whole numbers from `minimum` to `maximum`, both included; None is open."""
-
-    minimum: int | None = None
-    maximum: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
-            raise ConfigError(f"the range {self.minimum}..{self.maximum} holds no number; write the low end first.")
-
-    @classmethod
-    def parse(cls, value: int | str) -> Range:
-        """Reads `128`, `">=128"`, `">128"`, `"<=128"`, `"<128"` or `"128..1024"`.
-
-        Raises:
-          ConfigError: it is none of these, or no number lies in it.
-        """
-        match = re.fullmatch(r"(>=|>|<=|<|)\s*(\d+)|(\d+)\s*\.\.\s*(\d+)", str(value).strip())
-        if match is None or isinstance(value, bool | float):
-            raise ConfigError(f"cannot read {value!r} as a range; write 128, '>=128', '<128' or '128..1024'.")
-        sign, bound, low, high = match.groups()
-        if low is not None:
-            return cls(int(low), int(high))
-        if (sign, int(bound)) == ("<", 0):
-            raise ConfigError(f"the range {value!r} holds no number: lengths start at 0.")
-        number = int(bound)
-        ranges = {">=": (number, None), ">": (number + 1, None), "<=": (None, number), "<": (None, number - 1)}
-        return cls(*ranges.get(sign, (number, number)))
-
-    def __contains__(self, value: int) -> bool:
-        above = self.minimum is None or value >= self.minimum
-        return above and (self.maximum is None or value <= self.maximum)
-
-    def __str__(self) -> str:
-        if self.minimum == self.maximum:
-            return f"={self.minimum}"
-        if self.maximum is None:
-            return f">={self.minimum}"
-        return f"<={self.maximum}" if self.minimum is None else f"={self.minimum}..{self.maximum}"
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
-    """When a rule applies; what is left out is not looked at.
-
-    Args:
-      platform: any of these platforms.
-      kind: any of these device kinds; globs such as `v5*`.
-      mode: any of these modes.
-      q_len, kv_len, batch, head_dim: in this range.
-      dtype: any of these dtypes.
-      mask: the mask has all of these atoms (`causal`, `window`, …); `full` means no atom at all.
-    """
-
-    platform: tuple[str, ...] = ()
-    kind: tuple[str, ...] = ()
-    mode: tuple[Mode, ...] = ()
-    q_len: Range | None = None
-    kv_len: Range | None = None
-    batch: Range | None = None
-    head_dim: Range | None = None
-    dtype: tuple[str, ...] = ()
-    mask: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        atoms = [FULL, *(kind.value for kind in AtomKind)]
-        for field, names, known in (
-            ("platform", self.platform, PLATFORMS),
-            ("dtype", self.dtype, DTYPES),
-            ("mask", self.mask, atoms),
-        ):
-            for name in names:
-                if name not in known:
-                    raise ConfigError(f"when.{field}: unknown name {name!r}{nearest(name, known)}")
-
-    def matches(self, request: Request) -> bool:
-        """Says whether the rule applies to a request."""
-        target = request.target
-        atoms = {atom.kind.value for atom in request.mask.atoms} or {FULL}
-        return (
-            (not self.platform or target.platform in self.platform)
-            and (not self.kind or any(fnmatch.fnmatchcase(target.kind or "", glob) for glob in self.kind))
-            and (not self.mode or request.mode in self.mode)
-            and all(
-                wanted is None or getattr(request, name) in wanted
-                for name, wanted in (
-                    ("q_len", self.q_len),
-                    ("kv_len", self.kv_len),
-                    ("batch", self.batch),
-                    ("head_dim", self.head_dim),
-                )
-            )
-            and (not self.dtype or request.dtype in self.dtype)
-            and atoms.issuperset(self.mask)
-        )
-
-    def __str__(self) -> str:
-        parts = [
-            f"{field.name}{value}" if isinstance(value, Range) else f"{field.name}={'|'.join(map(_text, value))}"
-            for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name))
-        ]
-        return " ".join(parts) or "always"
-
-
-def _text(value: Any) -> str:
-    return value.value if isinstance(value, Mode) else str(value)
 
 
 @final

@@ -68,4 +68,5 @@ class Refusal:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
-        return {"code": self.code.value, "detail": self.detail, "remedy": self.remedy}
+        plain = {"code": self.code.value, "detail": self.detail, "remedy": self.remedy}
+        return {**plain, "pad_to": dict(self.pad_to)}

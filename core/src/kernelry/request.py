@@ -239,15 +239,19 @@ class Request:
         """Reads what `to_json` wrote.
 
         Raises:
-          ConfigError: a field is unknown.
+          ConfigError: a field is unknown, or has a value that `to_json` does not write.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"request: expected an object with its fields, got {data!r}.")
         known = {field.name for field in dataclasses.fields(cls) if field.init}
         for name in data:
             if name not in known:
                 raise ConfigError(f"request: unknown field {name!r}{nearest(name, known)}")
-        bias = data.get("bias")
-        mask = MaskForm.from_json(data.get("mask", ()))
-        return cls(**{**data, "mask": mask, "bias": None if bias is None else tuple(bias)})
+        facts = {**data, "mask": MaskForm.from_json(data.get("mask", ()))}
+        try:
+            return cls(**{**facts, "bias": None if data.get("bias") is None else tuple(data["bias"])})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"request: cannot be read from {dict(data)!r}: {error}") from error
 
 
 NEUTRAL: Mapping[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, final
 
 from jax.ad_checkpoint import checkpoint_name
@@ -12,9 +13,13 @@ from kernelry.adapters.base import Duty
 from kernelry.attend import Part, attend
 from kernelry.errors import NoKernelError, PluginError
 from kernelry.kernel import Inputs, KernelSpec, Tiling
+from kernelry.nearest_change import Change
 from kernelry.partial import Partial
 from kernelry.refusal import Refusal
 from kernelry.request import Request
+
+SCHEMA = 1
+"""The version of `Resolution.to_json`."""
 
 
 @final
@@ -76,7 +81,12 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
         adapters = [{"name": step.adapter.name, **dataclasses.asdict(step.cost)} for step in self.steps]
-        return {"kernel": self.kernel.name, "adapters": adapters, "tiling": dict(self.tiling.values)}
+        return {
+            "kernel": self.kernel.name,
+            "adapters": adapters,
+            "cost": dataclasses.asdict(self.cost),
+            "tiling": dict(self.tiling.values),
+        }
 
 
 def _named(partial: Partial) -> Partial:
@@ -128,6 +138,7 @@ class Resolution:
       rule: what decided the order, with its source.
       excluded: installed kernels that the deciding rule did not let in.
       forced: whether a name was asked for, so that no other kernel may take its place.
+      changes: for each other kernel that one changed fact would choose, the nearest such change; filled by `explain`.
     """
 
     request: Request
@@ -136,6 +147,7 @@ class Resolution:
     rule: str
     excluded: tuple[str, ...] = ()
     forced: bool = False
+    changes: tuple[Change, ...] = ()
 
     @property
     def kernel(self) -> str | None:
@@ -170,16 +182,19 @@ class Resolution:
             lines.extend(self._lines(candidate))
         if self.excluded:
             lines.append(f"  not considered under this rule: {', '.join(self.excluded)}")
+        lines.extend(f"  would be {change}" for change in self.changes)
         return "\n".join(lines)
 
     def _lines(self, candidate: Candidate) -> list[str]:
         notes = f" ({'; '.join(candidate.notes)})" if candidate.notes else ""
         if self.plan is not None and candidate.name == self.kernel:
-            through = "".join(f" through {step.adapter.name} ({step.cost})" for step in self.plan.steps)
             tiling = f" with {self.plan.tiling}" if self.plan.tiling.values else ""
-            return [f"  → {candidate.name} [{candidate.distribution}]{through}{tiling}{notes}"]
+            through = [f"      through {step.adapter.name} ({step.cost})" for step in self.plan.steps]
+            total = [f"      adapters together: {self.plan.cost}"] if len(self.plan.steps) > 1 else []
+            return [f"  → {candidate.name} [{candidate.distribution}]{tiling}{notes}", *through, *total]
         if not candidate.refusals:
-            return [f"    {candidate.name}: could serve, ranked lower{notes}"]
+            needed = "".join(f" through {step.adapter.name}" for step in candidate.steps)
+            return [f"    {candidate.name}: could serve{needed}, ranked lower{notes}"]
         return [f"    {candidate.name}: {refusal}{notes}" for refusal in candidate.refusals]
 
     def verify(self, program: Any) -> None:
@@ -195,7 +210,10 @@ class Resolution:
         if self.plan is None:
             raise NoKernelError(f"nothing was resolved for {self.request}", self)
         text = _program_text(program)
-        missing = [part for part in self.plan.kernel.signature(self.plan.inner_request) if part not in text]
+        wanted = self.plan.kernel.signature(self.plan.inner_request)
+        if not wanted:
+            raise PluginError(f"kernel {self.kernel!r} has an empty signature: nothing could prove that it ran.")
+        missing = [part for part in wanted if not _holds(text, part)]
         if missing:
             raise PluginError(
                 f"the program does not contain {', '.join(map(repr, missing))}, the signature of kernel "
@@ -203,15 +221,22 @@ class Resolution:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain data: request, plan, candidates, rule, excluded, forced."""
+        """Returns plain data, described in docs/explanations.md; `schema` grows when a key changes its meaning."""
         return {
+            "schema": SCHEMA,
             "request": self.request.to_json(),
             "plan": None if self.plan is None else self.plan.to_json(),
             "candidates": [candidate.to_json() for candidate in self.candidates],
             "rule": self.rule,
             "excluded": list(self.excluded),
             "forced": self.forced,
+            "changes": [change.to_json() for change in self.changes],
         }
+
+
+def _holds(text: str, part: str) -> bool:
+    """Says whether a name stands in a program as a whole: `kernelry.splash` is not in `kernelry.splash_v2`."""
+    return re.search(rf"(?<![\w.$]){re.escape(part)}(?![\w.$])", text) is not None
 
 
 def _program_text(program: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import warnings
@@ -13,6 +14,9 @@ from kernelry.candidates import consider
 from kernelry.environment import Environment, Knowledge
 from kernelry.errors import KernelRefusedError, NoKernelError, nearest
 from kernelry.kernel import KernelSpec
+from kernelry.lock import lock_in_force
+from kernelry.nearest_change import nearest_changes
+from kernelry.notices import log_resolution
 from kernelry.policy import AUTO, Policy
 from kernelry.preference import Question
 from kernelry.refusal import Refusal, RefusalCode
@@ -55,10 +59,14 @@ def resolve(
       NoKernelError: no kernel serves the request.
       KernelRefusedError: the kernel named refuses it.
       PluginError: the kernel named is claimed by two plugins.
+      ConfigError: strict mode is on, and this is not what the lock file says.
     """
-    resolution = _resolution(request, kernel, current_scope(), kernels, policy, measurements, environment)
+    resolution = _announced(request, kernel, current_scope(), kernels, policy, measurements, environment)
     if resolution.plan is None:
         raise _refusal_error(resolution)
+    lock = lock_in_force(current_scope().strict)
+    if lock is not None:
+        lock.check(resolution)
     for recorder in current_recorders():
         recorder.resolutions.append(resolution)
     return resolution
@@ -75,14 +83,56 @@ def explain(
 ) -> Resolution:
     """Answers like `resolve`, but returns a Resolution without a plan where no kernel serves.
 
-    `str(explain(request))` is the explanation as text.
+    `str(explain(request))` is the explanation as text. Its `changes` say what would have to be
+    different for another kernel to be chosen; `resolve` leaves them out.
     """
-    return _resolution(request, kernel, current_scope(), kernels, policy, measurements, environment)
+    return _explained(request, kernel, current_scope(), kernels, policy, measurements, environment)
 
 
 def clear_cache() -> None:
     """Forgets every resolution."""
-    _resolution.cache_clear()
+    for cached in (_announced, _resolution, _explained):
+        cached.cache_clear()
+
+
+@functools.lru_cache(maxsize=8192)
+def _announced(
+    request: Request,
+    kernel: str,
+    scope: Scope,
+    kernels: tuple[KernelSpec, ...] | None,
+    policy: Policy | None,
+    measurements: Measurements | None,
+    environment: Environment | None,
+) -> Resolution:
+    """Logs a new resolution and shows it to the observers, once."""
+    resolution = _resolution(request, kernel, scope, kernels, policy, measurements, environment)
+    policy = policy or scope.policy or Policy.shipped()
+    log_resolution(resolution, Question(request, kernel, scope, policy, _pool(scope, kernels), measurements))
+    _observe(resolution)
+    return resolution
+
+
+@functools.lru_cache(maxsize=512)
+def _explained(
+    request: Request,
+    kernel: str,
+    scope: Scope,
+    kernels: tuple[KernelSpec, ...] | None,
+    policy: Policy | None,
+    measurements: Measurements | None,
+    environment: Environment | None,
+) -> Resolution:
+    resolution = _resolution(request, kernel, scope, kernels, policy, measurements, environment)
+    pool = _pool(scope, kernels)
+    # Neighbours are not logged, not observed, and import no vendor.
+    unprobed = (environment or _environment_for(request)).without_probing()
+
+    def ask(neighbour: Request) -> str | None:
+        question = Question(neighbour, kernel, scope, policy or scope.policy or Policy.shipped(), pool, measurements)
+        return _choose(question, unprobed).kernel
+
+    return dataclasses.replace(resolution, changes=nearest_changes(request, resolution.kernel, ask))
 
 
 @functools.lru_cache(maxsize=8192)
@@ -97,10 +147,7 @@ def _resolution(
 ) -> Resolution:
     policy = policy or scope.policy or Policy.shipped()
     question = Question(request, kernel, scope, policy, _pool(scope, kernels), measurements)
-    resolution = _choose(question, environment or _environment_for(request))
-    _logger.info("%s", resolution.headline)
-    _observe(resolution)
-    return resolution
+    return _choose(question, environment or _environment_for(request))
 
 
 def _environment_for(request: Request) -> Environment:

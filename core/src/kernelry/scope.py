@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import jax
 
 from kernelry.errors import ArgumentError
 from kernelry.kernel import KernelSpec
+from kernelry.lock import Lock
 from kernelry.policy import AUTO, Policy
 from kernelry.target import Target
 
@@ -32,6 +34,7 @@ class Scope:
     kernels: tuple[KernelSpec, ...] = ()
     tiling: tuple[tuple[str, int], ...] = ()
     interpret: bool = False
+    strict: Lock | None = None
 
 
 @final
@@ -67,6 +70,7 @@ def use(
     target: str | Target | None = None,
     kernels: Sequence[KernelSpec] = (),
     tiling: dict[str, int] | None = None,
+    strict: str | Path | Lock | None = None,
 ) -> Iterator[None]:
     """Overrides choices for the calls inside, also for functions that are already jitted.
 
@@ -76,10 +80,12 @@ def use(
       target: answers for that hardware instead of the one at hand.
       kernels: adds kernels that no plugin registers.
       tiling: overrides tunables by name.
+      strict: a lock file, as `kernelry lock` writes it; a resolution that is not the one written
+        there is a ConfigError.
 
     Raises:
       ArgumentError: `kernels` holds something that is not a KernelSpec, or one that cannot be hashed.
-      ConfigError: the target is unknown.
+      ConfigError: the target is unknown, or the lock file cannot be read.
     """
     for spec in kernels:
         _check_spec(spec)
@@ -91,6 +97,7 @@ def use(
         target=outer.target if target is None else (target if isinstance(target, Target) else Target.parse(target)),
         kernels=(*outer.kernels, *kernels),
         tiling=tuple(sorted({**dict(outer.tiling), **(tiling or {})}.items())),
+        strict=Lock.read(strict) if isinstance(strict, str | Path) else strict or outer.strict,
     )
     with _scope(inner):
         yield

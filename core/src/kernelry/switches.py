@@ -9,10 +9,12 @@ import warnings
 from collections.abc import Mapping
 from typing import final
 
-from kernelry.errors import nearest
+from kernelry.errors import ConfigError, nearest
 
 _PREFIX = "KERNELRY_"
-_KNOWN = ("KERNELRY_KERNEL", "KERNELRY_PLUGINS")
+_KNOWN = ("KERNELRY_KERNEL", "KERNELRY_LOCK", "KERNELRY_PLUGINS", "KERNELRY_STRICT")
+_YES_NO = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+LOCK_FILE = "kernelry.lock.json"
 
 
 @final
@@ -24,26 +26,44 @@ class Switches:
       kernel: KERNELRY_KERNEL, the kernel to use unless a call or a scope names one; None when
         unset or `auto`.
       plugins: KERNELRY_PLUGINS, the entry-point names to load; None when unset.
+      strict: KERNELRY_STRICT, whether resolutions must be those of the lock file.
+      lock: KERNELRY_LOCK, the path of the lock file; looked at only when strict.
     """
 
     kernel: str | None = None
     plugins: tuple[str, ...] | None = None
+    strict: bool = False
+    lock: str = LOCK_FILE
 
     @classmethod
     def parse(cls, environ: Mapping[str, str]) -> Switches:
-        """Reads the variables; an unknown `KERNELRY_*` warns with the nearest known one."""
+        """Reads the variables; an unknown `KERNELRY_*` warns with the nearest known one.
+
+        Raises:
+          ConfigError: KERNELRY_STRICT is neither yes nor no.
+        """
         for name in environ:
             if name.startswith(_PREFIX) and name not in _KNOWN:
                 warnings.warn(f"unknown environment variable {name} is ignored{nearest(name, _KNOWN)}", stacklevel=3)
         kernel = environ.get("KERNELRY_KERNEL", "").strip()
         listed = environ.get("KERNELRY_PLUGINS")
         names = None if listed is None else tuple(name.strip() for name in listed.split(",") if name.strip())
-        return cls(None if kernel in ("", "auto") else kernel, names)
+        lock = environ.get("KERNELRY_LOCK", "").strip() or LOCK_FILE
+        return cls(None if kernel in ("", "auto") else kernel, names, _strict(environ), lock)
 
     @staticmethod
     def of_process() -> Switches:
         """Returns the switches of this process, read once."""
         return _of_process()
+
+
+def _strict(environ: Mapping[str, str]) -> bool:
+    text = environ.get("KERNELRY_STRICT", "").strip()
+    if not text:
+        return False
+    if text.lower() not in _YES_NO:
+        raise ConfigError(f"KERNELRY_STRICT={text!r} is neither yes nor no; write one of {', '.join(_YES_NO)}.")
+    return _YES_NO[text.lower()]
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""The verbs of the command: list, doctor, explain; `mask` is in a file of its own."""
+"""The verbs of the command: list, doctor, explain; the others have files of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from kernelry import _version, installation
-from kernelry.cli import mask, report
+from kernelry.cli import conformance, lock, mask, report
 from kernelry.cli.output import Json, print_json, survive_narrow_encodings
 from kernelry.config import load_config
 from kernelry.errors import KernelryError
@@ -143,6 +143,8 @@ def explain(
 
 
 app.command("mask")(mask.draw)
+app.command("lock")(lock.lock)
+app.command("conformance")(conformance.check)
 
 
 def _dtype(name: str) -> str:

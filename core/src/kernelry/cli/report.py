@@ -82,9 +82,19 @@ def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
     return {
         "versions": _versions(),
         "target": _home(),
-        "switches": {"KERNELRY_KERNEL": switches.kernel, "KERNELRY_PLUGINS": switches.plugins},
+        "switches": _switches(switches),
         "plugins": [plugin.to_json() for plugin in installed.plugins],
         "faults": [fault.to_json() for fault in installed.faults],
+    }
+
+
+def _switches(switches: Switches) -> dict[str, Any]:
+    """The environment variables by name; None for what is not set."""
+    return {
+        "KERNELRY_KERNEL": switches.kernel,
+        "KERNELRY_PLUGINS": switches.plugins,
+        "KERNELRY_STRICT": True if switches.strict else None,
+        "KERNELRY_LOCK": switches.lock if switches.strict else None,
     }
 
 
@@ -109,9 +119,9 @@ def doctor_parts(installed: Registry, switches: Switches) -> Iterator[Renderable
     """Versions, plugins, switches and faults for people."""
     yield "  ".join(f"{name} {version}" for name, version in _versions().items())
     yield Text(f"this machine is {_home()}")
-    for name, value in (("KERNELRY_KERNEL", switches.kernel), ("KERNELRY_PLUGINS", switches.plugins)):
+    for name, value in _switches(switches).items():
         if value is not None:
-            yield f"{name} is set: {value if isinstance(value, str) else ', '.join(value) or 'no plugins'}"
+            yield f"{name} is set: {', '.join(value) or 'no plugins' if isinstance(value, tuple) else value}"
     plugins = Table(title="Plugins", title_justify="left")
     for column in ("plugin", "distribution", "module", "kernels"):
         plugins.add_column(column, overflow="fold")
@@ -145,6 +155,10 @@ def resolution_parts(resolution: Resolution) -> Iterator[RenderableType]:
     yield table
     if resolution.plan is None:
         yield Text("No kernel serves this request.")
+    elif len(resolution.plan.steps) > 1:
+        yield Text(f"adapters together: {resolution.plan.cost}")
+    for change in resolution.changes:
+        yield Text(f"would be {change}")
 
 
 def _answer(resolution: Resolution, candidate: Candidate) -> RenderableType:

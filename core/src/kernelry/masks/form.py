@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
-from kernelry.errors import ArgumentError
+from kernelry.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
     from kernelry.masks.visibility import Visibility
@@ -256,5 +256,16 @@ class MaskForm:
 
     @classmethod
     def from_json(cls, data: Iterable[Mapping[str, Any]]) -> MaskForm:
-        """Reads what `to_json` wrote."""
-        return cls(tuple(Atom.from_json(atom) for atom in data))
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ConfigError: it is nothing that `to_json` writes.
+        """
+        try:
+            atoms = tuple(Atom.from_json(atom) for atom in data)
+            hash(atoms)
+        except KeyError as error:
+            raise ConfigError(f"mask: cannot be read from {data!r}: it lacks {error}.") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"mask: cannot be read from {data!r}: {error}") from error
+        return cls(atoms)

@@ -1,6 +1,7 @@
-"""Tools for testing kernels: interpret mode on CPU, and the float64 reference."""
+"""Tools for testing kernels: interpret mode on CPU, the float64 reference, and the conformance kit."""
 
 from kernelry.scope import interpret
+from kernelry.testing import conformance
 from kernelry.testing.reference import (
     Reference,
     ReferenceGradients,
@@ -14,6 +15,7 @@ from kernelry.testing.reference import (
 __all__ = [
     "Reference",
     "ReferenceGradients",
+    "conformance",
     "interpret",
     "reference_attention",
     "reference_gradients",

@@ -1,0 +1,156 @@
+"""The verb `conformance`: holds kernels to what they declare."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from kernelry import installation
+from kernelry.cli.output import Json, print_json
+from kernelry.errors import ConfigError
+from kernelry.kernel import KernelSpec
+from kernelry.testing.conformance import Outcome, Report, installed_spec, run
+
+_console = Console(highlight=False, soft_wrap=False)
+_COLUMNS = {
+    "passed": Outcome.PASSED,
+    "refused": Outcome.REFUSED,
+    "skipped": Outcome.SKIPPED,
+    "known": Outcome.KNOWN_FAILURE,
+}
+
+
+def check(
+    kernels: Annotated[list[str] | None, typer.Argument(help="names of installed kernels.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="all installed kernels.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="a thinned subset: under a minute for all.")] = False,
+    known_failures: Annotated[
+        Path | None, typer.Option(help="TOML: a table per kernel, 'case name' = 'reason'; strict.")
+    ] = None,
+    at_least: Annotated[
+        Path | None, typer.Option(help="JSON: kernel → {quick, full}, cases that must be served.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Whether kernels do what they declare and refuse the rest. Status 1: some case failed."""
+    specs = _specs(kernels or [], every)
+    known = _known(known_failures) if known_failures else {}
+    least = _least(at_least, "quick" if quick else "full") if at_least else {}
+    reports = _run(specs, quick, known)
+    short = [message for report in reports for message in _shortfalls(report, least)]
+    ok = all(report.ok for report in reports) and not short
+    if as_json:
+        print_json({"ok": ok, "kernels": [report.to_json() for report in reports], "too_few": short})
+    else:
+        for part in _parts(reports, short):
+            _console.print(part)
+    raise typer.Exit(0 if ok else 1)
+
+
+def _specs(names: list[str], every: bool) -> list[KernelSpec]:
+    if bool(names) == every:
+        raise typer.BadParameter("name kernels, or pass --all")
+    return [installed_spec(name) for name in (sorted(installation.installed().kernels) if every else names)]
+
+
+def _run(specs: list[KernelSpec], quick: bool, known: Mapping[str, Mapping[str, str]]) -> list[Report]:
+    """Runs all, with a progress bar on a terminal's stderr."""
+    console = Console(stderr=True)
+    reports = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for spec in specs:
+            task = progress.add_task(spec.name, total=None)
+
+            def tell(index: int, total: int, name: str, task: Any = task, kernel: str = spec.name) -> None:
+                progress.update(task, completed=index, total=total, description=f"{kernel}: {name}")
+
+            reports.append(run(spec, quick=quick, known_failures=known.get(spec.name, {}), progress=tell))
+            progress.remove_task(task)
+    return reports
+
+
+def _known(path: Path) -> dict[str, dict[str, str]]:
+    try:
+        read: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--known-failures {path}: {error}") from error
+    for kernel, cases in read.items():
+        if not isinstance(cases, dict) or not all(isinstance(reason, str) and reason for reason in cases.values()):
+            raise ConfigError(f"--known-failures {path}: write [{kernel}] and below it 'case name' = 'reason'.")
+    return read
+
+
+def _least(path: Path, form: str) -> dict[str, int]:
+    try:
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {kernel: int(counts[form]) for kernel, counts in read.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        example = '{"dot_product": {"quick": 70, "full": 150}}'
+        raise ConfigError(f"--at-least {path}: {error!r}; expected e.g. {example}.") from error
+
+
+def _shortfalls(report: Report, least: Mapping[str, int]) -> Iterator[str]:
+    wanted = least.get(report.kernel, 0)
+    if report.runs_here and report.served < wanted:
+        yield f"{report.kernel} served {report.served} cases; at least {wanted} are wanted"
+
+
+def _parts(reports: list[Report], short: list[str]) -> Iterator[RenderableType]:
+    for report in reports:
+        yield _table(report)
+        for case in report.failures:
+            yield Text(f"  {case.outcome.value}: {case.name} ({case.claim})", style="bold")
+            yield Text(f"    {case.detail}")
+        yield from _reasons(report)
+    yield _summary(reports)
+    for message in short:
+        yield Text(message, style="bold")
+
+
+def _table(report: Report) -> Table:
+    table = Table(title=f"{report.kernel}: {_verdict(report)}", title_justify="left")
+    table.add_column("claim")
+    for name in (*_COLUMNS, "failed"):
+        table.add_column(name, justify="right")
+    table.add_column("seconds", justify="right")
+    for claim, cases in report.by_claim().items():
+        counts = [sum(case.outcome is outcome for case in cases) for outcome in _COLUMNS.values()]
+        bad, seconds = sum(case.outcome.is_bad for case in cases), sum(case.seconds for case in cases)
+        table.add_row(claim, *(str(count or "·") for count in (*counts, bad)), f"{seconds:.1f}")
+    return table
+
+
+def _verdict(report: Report) -> str:
+    if not report.runs_here:
+        return "cannot run here; refusals looked at" if report.ok else "failed"
+    if not report.served:
+        return "served nothing"
+    return "ok" if report.ok else "failed"
+
+
+def _reasons(report: Report) -> Iterator[RenderableType]:
+    """Why cases were skipped, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for case in report.cases:
+        if case.outcome is Outcome.SKIPPED:
+            reasons.setdefault(case.detail, []).append(case.name)
+    for reason, names in reasons.items():
+        listed = names[0] if len(names) == 1 else f"{len(names)} cases"
+        yield Text(f"  skipped {listed}: {reason}")
+
+
+def _summary(reports: list[Report]) -> Text:
+    total, seconds = sum(len(report.cases) for report in reports), sum(report.seconds for report in reports)
+    served, refused = sum(report.served for report in reports), sum(report.refused for report in reports)
+    skipped, failed = sum(report.skipped for report in reports), sum(report.failed for report in reports)
+    text = f"{total} cases in {seconds:.0f} s: {served} served, {refused} refused, {skipped} skipped, {failed} failed"
+    return Text(text, style="bold")

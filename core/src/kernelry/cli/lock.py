@@ -1,0 +1,72 @@
+"""The verb `lock`: writes the resolutions of a config to a file, or checks that they stand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kernelry.cli.output import Json, print_json
+from kernelry.config import load_config
+from kernelry.lock import Lock
+from kernelry.phases import ModelShape, resolve_phases
+from kernelry.policy import Policy
+from kernelry.resolver import explain
+from kernelry.switches import LOCK_FILE
+
+
+def lock(
+    config: Annotated[Path, typer.Argument(help="a config whose [attention] table decides.")],
+    target: Annotated[str, typer.Option(help="platform[:kind[:topology]]; default: this machine.")] = "",
+    q_len: Annotated[int, typer.Option(min=1, help="T, tokens of a training sequence and of a prompt.")] = 1024,
+    max_len: Annotated[int | None, typer.Option(min=1, help="slots of the cache; default T.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="B.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, help="N, query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="K, key/value heads; default N.")] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="H.")] = 128,
+    value_dim: Annotated[int | None, typer.Option(min=1, help="D; default H.")] = None,
+    dtype: Annotated[str, typer.Option(help="of query, key and value.")] = "bfloat16",
+    two_part: Annotated[bool, typer.Option("--two-part", help="the cache keeps prompt and answer apart.")] = False,
+    file: Annotated[Path, typer.Option(help="the lock file.")] = Path(LOCK_FILE),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; status 1 when a resolution changed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The kernels of train, prefill and decode, written down for strict mode; --check compares."""
+    read = load_config(config)
+    if check:
+        _check(Lock.read(file), read.policy, as_json)
+        return
+    shape = ModelShape(
+        q_len=q_len,
+        max_len=q_len if max_len is None else max_len,
+        batch=batch,
+        q_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtype,
+        two_part=two_part,
+    )
+    phases = resolve_phases(read, shape, target=target or None)
+    locked = Lock.of(phases.all)
+    locked.write(file)
+    if as_json:
+        print_json({"file": str(file), **locked.to_json(), "disagreements": list(phases.disagreements)})
+        return
+    for entry in locked.entries:
+        sys.stdout.write(f"{entry.request.mode.value}: {entry.choice}\n")
+    for text in phases.disagreements:
+        sys.stdout.write(f"disagreement: {text}\n")
+
+
+def _check(locked: Lock, policy: Policy, as_json: bool) -> None:
+    """Asks every locked request again, so that no option needs repeating."""
+    found = [locked.difference(explain(entry.request, policy=policy)) for entry in locked.entries]
+    differences = [text for text in found if text is not None]
+    if as_json:
+        print_json({"file": locked.source, "checked": len(found), "differences": differences})
+    else:
+        sys.stdout.write("".join(f"{text}\n" for text in differences) or f"{len(found)} resolutions stand.\n")
+    raise typer.Exit(1 if differences else 0)

@@ -1,0 +1,25 @@
+"""The conformance kit: holds a kernel to everything it declares, and to refusing everything else.
+
+`run(spec)` returns a `Report`; `kernelry conformance NAME` and
+`pytest --pyargs kernelry.testing --kernelry-kernel NAME` are the same kit at the command line.
+"""
+
+from kernelry.testing.conformance.cases import Case
+from kernelry.testing.conformance.generate import cases_of
+from kernelry.testing.conformance.installed import Assignment, assignments, installed_spec
+from kernelry.testing.conformance.report import CaseResult, Outcome, Report
+from kernelry.testing.conformance.run import Progress, run, run_case
+
+__all__ = [
+    "Assignment",
+    "Case",
+    "CaseResult",
+    "Outcome",
+    "Progress",
+    "Report",
+    "assignments",
+    "cases_of",
+    "installed_spec",
+    "run",
+    "run_case",
+]

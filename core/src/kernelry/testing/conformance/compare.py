@@ -1,0 +1,104 @@
+"""Holds answers to the float64 oracle, within what the kernel itself declares."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import numpy as np
+
+from kernelry.capabilities import Capabilities, Tolerance
+from kernelry.testing.conformance.bench import Answer
+from kernelry.testing.conformance.calls import QKV, Call
+from kernelry.testing.reference import reference_attention, reference_gradients
+
+SANE = {
+    "float32": Tolerance("float32", 1e-4, 1e-3, "the most that a float32 kernel may ask for"),
+    "bfloat16": Tolerance("bfloat16", 5e-2, 2e-1, "the most that a 16-bit kernel may ask for"),
+    "float16": Tolerance("float16", 5e-2, 2e-1, "the most that a 16-bit kernel may ask for"),
+    "float64": Tolerance("float64", 1e-4, 1e-3, "logits and statistics are float32 all the same"),
+}
+"""Beyond these a tolerance would hide wrong results."""
+
+_DEFAULT = {
+    "float32": Tolerance("float32", 2e-6, 2e-5, "float32 products and sums"),
+    "bfloat16": Tolerance("bfloat16", 1e-2, 4e-2, "8 bits of mantissa"),
+    "float16": Tolerance("float16", 2e-3, 1e-2, "11 bits of mantissa"),
+    "float64": Tolerance("float64", 2e-6, 2e-5, "float32 statistics"),
+}
+
+
+@final
+class MismatchError(AssertionError):
+    """An answer that is not the oracle's."""
+
+
+def tolerance_for(can: Capabilities, call: Call) -> Tolerance:
+    """The kernel's own tolerance, capped at a sane one; a rounding of the logits has its own."""
+    declared = {tolerance.dtype: tolerance for tolerance in can.tolerances}
+    narrow = min((call.dtype, call.logits_dtype), key=lambda dtype: np.dtype(_numpy(dtype)).itemsize)
+    if narrow != call.dtype:
+        return SANE[narrow]
+    mine, sane = declared.get(call.dtype, _DEFAULT[call.dtype]), SANE[call.dtype]
+    return Tolerance(call.dtype, min(mine.forward, sane.forward), min(mine.gradient, sane.gradient), mine.reason)
+
+
+def _numpy(dtype: str) -> str:
+    return "float16" if dtype == "bfloat16" else dtype
+
+
+def oracle(call: Call, *, seed: int = 0) -> Answer:
+    """The float64 answer, with statistics whether or not the call asks for them."""
+    arrays = {name: np.asarray(array, np.float64) for name, array in call.arrays(seed).items()}
+    known: dict[str, Any] = {name: array for name, array in arrays.items() if name not in QKV}
+    known |= {"mask": call.mask, "scale": call.scale, "soft_cap": call.soft_cap}
+    qkv = [arrays[name] for name in QKV]
+    found = reference_attention(*qkv, **known)
+    if not call.wanted:
+        return Answer(found.out, found.lse, found.max_logits, {})
+    cotangents = call.cotangents(seed)
+    gradients = reference_gradients(*qkv, d_out=cotangents["out"], d_lse=cotangents.get("lse"), **known)
+    wanted = {operand.value: getattr(gradients, operand.value) for operand in call.wanted}
+    return Answer(found.out, found.lse, found.max_logits, wanted)
+
+
+def hold(answer: Answer, expected: Answer, call: Call, tolerance: Tolerance) -> None:
+    """Holds an answer to the oracle's, as far as it was asked for.
+
+    The error allowed is the tolerance times the largest magnitude expected, at least 1.
+
+    Raises:
+      MismatchError: a number, a shape or a dtype is wrong; the message says which and by how much.
+    """
+    if str(answer.out.dtype) != call.dtype:
+        raise MismatchError(f"out is {answer.out.dtype}, not the query's {call.dtype}")
+    close("out", answer.out, expected.out, tolerance.forward)
+    if call.partial:
+        close("lse", answer.lse, expected.lse, tolerance.forward)
+    if call.max_logits:
+        if answer.max_logits is None:
+            raise MismatchError("max_logits were asked for, and none came")
+        close("max_logits", answer.max_logits, expected.max_logits, tolerance.forward)
+    for name, gradient in sorted(answer.gradients.items()):
+        close(f"gradient of {name}", gradient, expected.gradients[name], tolerance.gradient)
+
+
+def close(name: str, found: Any, expected: Any, tolerance: float) -> None:
+    """Compares two arrays; infinities must agree exactly.
+
+    Raises:
+      MismatchError: they differ.
+    """
+    mine, theirs = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if mine.shape != theirs.shape:
+        raise MismatchError(f"{name} has shape {mine.shape}, expected {theirs.shape}")
+    finite = np.isfinite(theirs)
+    allowed = tolerance * max(1.0, float(np.abs(theirs[finite]).max(initial=0.0)))
+    wrong = np.where(finite, ~(np.abs(mine - np.where(finite, theirs, 0)) <= allowed), mine != theirs)
+    if not wrong.any():
+        return
+    first = tuple(int(index) for index in np.argwhere(wrong)[0])
+    distance = np.abs(mine - theirs)[wrong & finite & np.isfinite(mine)].max(initial=0.0)
+    raise MismatchError(
+        f"{name} is wrong in {int(wrong.sum())} of {wrong.size} places, by up to {distance:.3g} where {allowed:.3g} "
+        f"is allowed; e.g. at {first} it is {mine[first]:.6g}, not {theirs[first]:.6g}"
+    )

@@ -1,0 +1,139 @@
+"""Makes the list of cases of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from kernelry.kernel import KernelSpec
+from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.cases import Case, Skip, Verdict
+from kernelry.testing.conformance.compare import SANE, hold, oracle, tolerance_for
+from kernelry.testing.conformance.dropout import dropout_cases
+from kernelry.testing.conformance.negative import negative_cases, undeclared_calls
+from kernelry.testing.conformance.partials import partial_cases, statistics_calls
+from kernelry.testing.conformance.positive import Named, masked, named_calls, why_not_float64
+from kernelry.testing.conformance.report import DECLARATIONS, Outcome
+from kernelry.testing.conformance.subject import Subject
+from kernelry.testing.conformance.transforms import transform_cases
+
+_MOST_WHEN_SLOW = 12
+"""Calls of an interpreted kernel in a quick run; the first of every claim go before others."""
+
+_MOST_ADAPTED = 2
+
+
+def cases_of(spec: KernelSpec, quick: bool = False) -> tuple[Case, ...]:
+    """Returns the cases of a kernel, from its capabilities alone; the same list each time.
+
+    Args:
+      spec: the kernel.
+      quick: a thinned subset that still has every claim.
+    """
+    subject = Subject.of(spec, quick)
+    base = subject.base
+    cases = [*_declaration_cases(subject)]
+    if base is None:
+        base = subject.plainest
+        cases.append(Case("serves a plain call", "output", _serves_nothing(subject, base)))
+        return (*cases, *negative_cases(subject, base))
+    cases += _call_cases(subject, base)
+    cases += partial_cases(subject, base)
+    cases += dropout_cases(subject, base)
+    cases += transform_cases(subject, masked(subject, base))
+    cases += _adapted_cases(subject, base)
+    return (*cases, *negative_cases(subject, base))
+
+
+def _declaration_cases(subject: Subject) -> Iterator[Case]:
+    for dtype in sorted(subject.can.dtypes & SANE.keys()):
+        yield Case(f"a sane tolerance for {dtype}", DECLARATIONS, _sane(subject, dtype))
+    yield Case("a signature", DECLARATIONS, _signed(subject))
+
+
+def _sane(subject: Subject, dtype: str) -> Callable[[], Verdict]:
+    def check() -> Verdict:
+        sane, mine = SANE[dtype], [t for t in subject.can.tolerances if t.dtype == dtype]
+        if not mine and dtype == "float64":
+            raise Skip("no tolerance is declared for float64; that of float32 statistics holds")
+        assert mine, f"it takes {dtype} and declares no tolerance for it"
+        for tolerance in mine:
+            found = f"forward={tolerance.forward}, gradient={tolerance.gradient}"
+            small = 0 < tolerance.forward <= sane.forward and 0 < tolerance.gradient <= sane.gradient
+            assert small, f"{found} for {dtype} would hide errors; the most is {sane.forward} and {sane.gradient}"
+        return Outcome.PASSED, ""
+
+    return check
+
+
+def _signed(subject: Subject) -> Callable[[], Verdict]:
+    def check() -> Verdict:
+        texts = subject.spec.signature((subject.base or subject.plainest).request(subject.place))
+        assert texts, "its signature is empty, so nobody could tell whether it ran"
+        return Outcome.PASSED, ", ".join(texts)
+
+    return check
+
+
+def _serves_nothing(subject: Subject, base: Call) -> Callable[[], Verdict]:
+    def check() -> Verdict:
+        reasons = "; ".join(map(str, subject.refusals(base)))
+        raise AssertionError(f"it serves no plain call at any of the lengths, dtypes and modes tried: {reasons}")
+
+    return check
+
+
+def _call_cases(subject: Subject, base: Call) -> list[Case]:
+    named = [*named_calls(subject, base), *statistics_calls(subject, base)]
+    if subject.quick:
+        named = _at_most(named, 3)
+    if subject.quick and subject.is_slow and len(named) > _MOST_WHEN_SLOW:
+        firsts = {claim: index for index, (claim, _, _) in reversed([*enumerate(named)])}
+        others = [index for index in range(len(named)) if index not in firsts.values()]
+        masks = {index for index, (claim, _, _) in enumerate(named) if claim == "masks"}
+        kept = {*firsts.values(), *masks, *others[: max(0, _MOST_WHEN_SLOW - len(firsts))]}
+        named = [entry for index, entry in enumerate(named) if index in kept]
+    return [Case(name, claim, _right(subject, calls)) for claim, name, calls in named]
+
+
+def _at_most(named: list[Named], most: int) -> list[Named]:
+    """The first few of each claim; masks and positions say something different each."""
+    kept: list[Named] = []
+    for entry in named:
+        claim = entry[0]
+        if claim in ("masks", "positions") or sum(other[0] == claim for other in kept) < most:
+            kept.append(entry)
+    return kept
+
+
+def _right(subject: Subject, calls: tuple[Call, ...]) -> Callable[[], Verdict]:
+    """Holds the first call that is served to the oracle; through adapters where the kernel alone serves none."""
+
+    def check() -> Verdict:
+        call = subject.first(calls)
+        adapters = call is None
+        call = call or next((call for call in calls if subject.serves_adapted(call)), None)
+        if call is None:
+            reasons = "; ".join(map(str, subject.refusals(calls[0])))
+            raise Skip(f"declared, but each call that would show it is refused: {reasons}")
+        for why_not in (why_not_float64(call), subject.place.why_not):
+            if why_not is not None:
+                raise Skip(why_not)
+        answer = subject.bench.answer(call, adapters=adapters)
+        hold(answer, oracle(call), call, tolerance_for(subject.can, call))
+        return Outcome.PASSED, "through adapters" if adapters else ""
+
+    return check
+
+
+def _adapted_cases(subject: Subject, base: Call) -> Iterator[Case]:
+    """What the kernel does not declare, where adapters make up for it: right all the same."""
+    if subject.place.why_not is not None:
+        return
+    most, found = (1 if subject.is_slow else _MOST_ADAPTED) if subject.quick else None, 0
+    for name, call, _ in undeclared_calls(subject, base):
+        if call.dropout_rate or why_not_float64(call) or found == most:
+            continue
+        if not subject.serves_adapted(call):
+            continue
+        found += 1
+        yield Case(f"through adapters: {name}", "adapters", _right(subject, (call,)))

@@ -1,0 +1,148 @@
+"""Statistics, and the laws of merging: parts over split keys are the whole, and an empty part changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernelry.capabilities import Feature, Statistic
+from kernelry.masks import Causal, Mask
+from kernelry.normalization import finalize, merge, to_lse
+from kernelry.partial import Partial
+from kernelry.testing.conformance import samples
+from kernelry.testing.conformance.bench import Answer, Bench
+from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.cases import Case, Verdict
+from kernelry.testing.conformance.compare import close, hold, oracle, tolerance_for
+from kernelry.testing.conformance.positive import Named, but, masked
+from kernelry.testing.conformance.report import Outcome
+from kernelry.testing.conformance.subject import Subject
+
+
+def statistics_calls(subject: Subject, base: Call) -> Iterator[Named]:
+    """Calls that return a Partial: with gradients through lse where declared, else forward."""
+    if not subject.can.statistics:
+        return
+    causal = masked(subject, base)
+    yield "statistics", "lse", _forms(causal)
+    if subject.can.empty_rows:
+        drawn = (mask for masks in samples.emptying(base).values() for mask in masks)
+        yield "statistics", "lse of empty rows", tuple(c for mask in drawn for c in _forms(but(base, mask=mask)))
+    if Feature.SOFT_CAP in subject.can.features:
+        yield "statistics", "lse under a soft cap", _forms(but(causal, soft_cap=1.2))
+    if Feature.BIAS in subject.can.features:
+        bias = (base.batch, base.q_heads, base.q_len, base.kv_len)
+        yield "statistics", "lse with bias", _forms(but(causal, bias=bias))
+
+
+def _forms(call: Call) -> tuple[Call, ...]:
+    partial = but(call, partial=True)
+    return partial, but(partial, gradients=frozenset())
+
+
+def partial_cases(subject: Subject, base: Call) -> Iterator[Case]:
+    """The laws, each as one case."""
+    if not subject.can.statistics:
+        return
+    [whole, forward] = _forms(base)
+    call = whole if subject.serves(whole) else forward
+    bench = subject.bench
+    for statistic in sorted(subject.can.statistics, key=lambda statistic: statistic.value):
+        yield Case(f"a Partial holds {statistic.value}", "statistics", _returns(bench, forward, statistic))
+    yield Case("two parts merge into the whole", "merge laws", _merges(bench, call, (base.mask, base.mask)))
+    if subject.quick and subject.is_slow:
+        return
+    placed = (Causal(), Causal().at(kv_offset=base.kv_len))
+    if all(subject.serves(but(call, mask=mask)) for mask in placed):
+        yield Case("two causal parts merge into the whole", "merge laws", _merges(bench, call, placed))
+    empty = subject.first(but(call, mask=masks) for masks in _nothing(base))
+    if empty is not None and subject.can.empty_rows:
+        yield Case("an empty part changes nothing", "merge laws", _identity(bench, call, empty.mask))
+
+
+def _nothing(call: Call) -> Iterator[Mask]:
+    from kernelry import masks
+
+    yield Causal().at(query_offset=-call.q_len)
+    yield masks.Segments(np.full(call.q_len, -1, np.int32))
+    yield masks.Lengths(np.zeros(call.batch, np.int32))
+    yield masks.Dense(np.zeros((1, 1, call.q_len, call.kv_len), bool))
+
+
+def _returns(bench: Bench, call: Call, statistic: Statistic) -> Callable[[], Verdict]:
+    def check() -> Verdict:
+        program = bench.compiled(lambda arrays, mask: bench.attend(call, arrays, mask), call.arrays(), call.mask)
+        partial: Partial = program(call.arrays(), call.mask)
+        found = ("lse",) if partial.lse is not None else ("max", "sum") if partial.max is not None else ()
+        assert found, f"it declares {statistic.value} and returned no statistics"
+        many = len(bench.spec.capabilities.statistics) > 1
+        wanted = ("lse",) if statistic is Statistic.LSE else ("max", "sum")
+        assert many or found == wanted, f"it declares {statistic.value} and returned {', '.join(found)}"
+        if partial.max is not None:
+            assert partial.sum is not None, "max came without sum"
+        close("lse", to_lse(partial).lse, oracle(call).lse, tolerance_for(bench.spec.capabilities, call).forward)
+        return Outcome.PASSED, ""
+
+    return check
+
+
+def _merges(bench: Bench, call: Call, placed: tuple[Mask, Mask]) -> Callable[[], Verdict]:
+    """Keys split in two, each part by the kernel, merged: out, lse and gradients are those of the whole."""
+
+    def check() -> Verdict:
+        length = call.kv_len
+        mask = Causal() if placed[0] is not placed[1] else call.mask
+        if placed[0] is not placed[1]:
+            mask = Causal().at(query_offset=0)
+        whole = but(call, kv_len=2 * length, mask=mask)
+        arrays, cotangents = whole.arrays(), whole.cotangents()
+
+        def forward(moving: dict[str, Any], masks: Any) -> Any:
+            parts = []
+            for index, part in enumerate(masks):
+                slots = slice(index * length, (index + 1) * length)
+                own = {name: array[:, slots] if name in ("key", "value") else array for name, array in moving.items()}
+                parts.append(bench.attend(call, own, part))
+            merged = to_lse(merge(parts))
+            return {"out": finalize(merged), "lse": merged.lse}
+
+        hold(_answer(bench, call, forward, arrays, placed, cotangents), oracle(whole), whole, _tolerance(bench, call))
+        return Outcome.PASSED, ""
+
+    return check
+
+
+def _identity(bench: Bench, call: Call, nothing: Mask) -> Callable[[], Verdict]:
+    def check() -> Verdict:
+        def forward(moving: dict[str, Any], masks: Any) -> Any:
+            parts = [bench.attend(call, moving, mask) for mask in masks]
+            merged = to_lse(merge(parts))
+            return {"out": finalize(merged), "lse": merged.lse}
+
+        placed = (call.mask, nothing)
+        found = _answer(bench, call, forward, call.arrays(), placed, call.cotangents())
+        hold(found, oracle(call), call, _tolerance(bench, call))
+        return Outcome.PASSED, ""
+
+    return check
+
+
+def _answer(bench: Bench, call: Call, forward: Callable[..., Any], arrays: Any, masks: Any, cotangents: Any) -> Answer:
+    wanted = sorted(operand.value for operand in call.wanted)
+
+    def program(arrays: Any, masks: Any, cotangents: Any) -> Any:
+        moving = {name: arrays[name] for name in wanted}
+        returned, pull = jax.vjp(lambda moving: forward(arrays | moving, masks), moving)
+        return returned["out"], returned["lse"], pull(cotangents)[0] if wanted else {}
+
+    out, lse, gradients = bench.compiled(program, arrays, masks, cotangents)(arrays, masks, cotangents)
+    assert bool(jnp.isfinite(out).all()), "out is not finite"
+    return Answer(out, lse, None, gradients)
+
+
+def _tolerance(bench: Bench, call: Call) -> Any:
+    return tolerance_for(bench.spec.capabilities, call)

@@ -1,0 +1,87 @@
+"""Where a kernel can be tested: compiled at home, interpreted, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import final
+
+from kernelry.adapters import ADAPTERS
+from kernelry.environment import Environment, Knowledge
+from kernelry.kernel import KernelSpec
+from kernelry.policy import Policy
+from kernelry.refusal import Refusal
+from kernelry.request import Request
+from kernelry.scope import interpret, use
+from kernelry.target import Target, current_target
+
+_BARE = Policy(forbidden_adapters=frozenset(adapter.name for adapter in ADAPTERS))
+"""No adapter may stand between the kit and a kernel's own claims."""
+
+_ANY = Policy()
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where the calls of the kit resolve.
+
+    Args:
+      target: the device at hand where the kernel runs on it, else a platform that it names.
+      interpreted: whether it runs in interpret mode.
+      why_not: why nothing can run here; None where it can.
+    """
+
+    target: Target
+    interpreted: bool = False
+    why_not: str | None = None
+
+    @classmethod
+    def of(cls, spec: KernelSpec) -> Place:
+        """Finds the place for a kernel on this machine."""
+        here, can = current_target(), spec.capabilities
+        if here.platform in can.platforms:
+            return cls(here)
+        if here.platform == "cpu" and can.interpret:
+            return cls(here, interpreted=True)
+        platforms = sorted(can.platforms)
+        if not platforms:
+            return cls(here, why_not="it names no platform and has no interpret mode")
+        needs = " or ".join(platforms)
+        mode = " on CPU only" if can.interpret else ""
+        return cls(Target(platforms[0]), why_not=f"needs {needs}; this is {here}; interpret mode:{mode or ' none'}")
+
+    @property
+    def environment(self) -> Environment:
+        """Looked at where the kernel runs, assumed elsewhere."""
+        return Environment(Knowledge.PROBED if self.why_not is None else Knowledge.ASSUMED)
+
+    @contextlib.contextmanager
+    def entered(self, spec: KernelSpec, *, adapters: bool = False) -> Iterator[None]:
+        """Adds the kernel to the calls inside, in place of an installed one of its name."""
+        target = None if self.why_not is None else self.target
+        with contextlib.ExitStack() as scopes:
+            scopes.enter_context(_without_warnings())
+            scopes.enter_context(use(kernels=(spec,), policy=_ANY if adapters else _BARE, target=target))
+            if self.interpreted:
+                scopes.enter_context(interpret())
+            yield
+
+    def refusals(self, spec: KernelSpec, request: Request) -> tuple[Refusal, ...]:
+        """What the kernel itself has against a request, without adapters."""
+        declared = spec.capabilities.refusals(request)
+        return declared or tuple(spec.refusals(request, self.environment))
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Mutes the log: that an adapter costs much on 16 tokens is no news."""
+    logger = logging.getLogger("kernelry")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

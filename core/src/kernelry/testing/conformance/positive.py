@@ -1,0 +1,218 @@
+"""Calls that a kernel says it serves, generated from its capabilities alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from kernelry.capabilities import Dims, Feature
+from kernelry.masks import AtomKind, Causal, Mask, PositionKind
+from kernelry.request import Mode, Operand
+from kernelry.testing.conformance import samples
+from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.subject import Subject
+from kernelry.testing.reference import reference_mask
+
+Named: TypeAlias = tuple[str, str, tuple[Call, ...]]
+"""The claim, the name of a case, and calls of which the first that is served stands for the claim."""
+
+_VARIED_LENGTHS = (5, 1, 40, 72, 128, 200, 256)
+_LARGEST_DIM = 256
+
+
+def named_calls(subject: Subject, base: Call) -> Iterator[Named]:
+    """Every claim of the kernel with calls that put it to the test."""
+    for part in (_sizes, _dtypes, _modes, _masks, _positions, _features, _gradients, _edges, _combinations):
+        yield from part(subject, base)
+
+
+def but(base: Call, **changes: Any) -> Call:
+    """The base call with changes."""
+    return dataclasses.replace(base, **changes)
+
+
+def masked(subject: Subject, base: Call) -> Call:
+    """The base call with a causal mask where the kernel takes one."""
+    causal = but(base, mask=Causal())
+    return causal if subject.serves(causal) else base
+
+
+def _sizes(subject: Subject, base: Call) -> Iterator[Named]:
+    yield "output", "full attention", (base,)
+    if base.scale is not None:
+        yield "scale", "the default scale", (but(base, scale=None),)
+    yield from _heads(subject, base)
+    yield from _head_dims(subject, base)
+    square = [but(masked(subject, base), q_len=n, kv_len=n) for n in _VARIED_LENGTHS if n != base.q_len]
+    served = [call for call in square if subject.serves(call)]
+    for call in served[: 1 if subject.quick else 4]:
+        yield "lengths", f"T = S = {call.q_len}", (call,)
+    if subject.can.unequal_lengths:
+        yield from _unequal(base)
+
+
+def _heads(subject: Subject, base: Call) -> Iterator[Named]:
+    counts = [(4, 4), (1, 1)] + ([(4, 2), (4, 1)] if subject.can.grouped_heads else [])
+    for q_heads, kv_heads in counts:
+        if (q_heads, kv_heads) != (base.q_heads, base.kv_heads):
+            yield "heads", f"N = {q_heads}, K = {kv_heads}", (but(base, q_heads=q_heads, kv_heads=kv_heads),)
+
+
+def _head_dims(subject: Subject, base: Call) -> Iterator[Named]:
+    dims = subject.can.head_dims or Dims()
+    largest = _LARGEST_DIM if dims.maximum is None else dims.maximum
+    asked = (dims.padded(1), dims.padded(20), dims.padded(64), largest - largest % dims.multiple_of)
+    if subject.can.split_head_dim:
+        wider = dims.padded(2 * base.head_dim) or base.head_dim
+        for head_dim, value_dim in ((base.head_dim, wider), (wider, base.head_dim)):
+            name = f"H = {head_dim}, D = {value_dim}"
+            yield "head dims", name, (but(base, head_dim=head_dim, value_dim=value_dim, scale=None),)
+    for dim in dict.fromkeys(dim for dim in asked if dim and dim != base.head_dim):
+        yield "head dims", f"H = D = {dim}", (but(base, head_dim=dim, value_dim=dim, scale=None),)
+
+
+def _unequal(base: Call) -> Iterator[Named]:
+    for q_len, kv_len in ((base.q_len, 2 * base.kv_len), (2 * base.q_len, base.kv_len), (1, base.kv_len)):
+        name = f"T = {q_len}, S = {kv_len}"
+        sized = but(base, q_len=q_len, kv_len=kv_len)
+        yield "lengths", name, (sized,)
+        yield "lengths", f"{name}, causal", (but(sized, mask=Causal().at(query_offset=max(kv_len - q_len, 0))),)
+
+
+def _dtypes(subject: Subject, base: Call) -> Iterator[Named]:
+    for dtype in sorted(subject.can.dtypes - {base.dtype}):
+        yield "dtypes", dtype, (but(masked(subject, base), dtype=dtype),)
+
+
+def _modes(subject: Subject, base: Call) -> Iterator[Named]:
+    for mode in sorted(subject.can.modes - {base.mode}, key=lambda mode: mode.value):
+        one, many = but(base, mode=mode, q_len=1), but(masked(subject, base), mode=mode)
+        yield "modes", mode.value, (one, many) if mode is Mode.DECODE else (many, one)
+
+
+def _masks(subject: Subject, base: Call) -> Iterator[Named]:
+    for kind in sorted(subject.can.atoms, key=lambda kind: kind.value):
+        drawn = samples.samples(kind, base).items()
+        for name, alternatives in itertools.islice(drawn, 1 if subject.quick else None):
+            yield "masks", name, tuple(but(base, mask=mask) for mask in alternatives)
+
+
+def _positions(subject: Subject, base: Call) -> Iterator[Named]:
+    for kind in sorted(subject.can.positions - {PositionKind.DEFAULT}, key=lambda kind: kind.value):
+        served = [
+            (f"{name} at {where}", tuple(but(base, mask=mask) for mask in alternatives))
+            for name, plain in samples.positional(base).items()
+            if subject.serves(but(base, mask=plain)) or name == "causal"
+            for where, alternatives in samples.placed(kind, plain, base)
+        ]
+        kept = [(name, calls) for name, calls in served if subject.first(calls)] or served[:1]
+        for name, calls in kept[: 2 if subject.quick else 9]:
+            yield "positions", name, calls
+
+
+def _features(subject: Subject, base: Call) -> Iterator[Named]:
+    can, causal = subject.can.features, masked(subject, base)
+    batch, heads, q_len, kv_len = base.batch, base.q_heads, base.q_len, base.kv_len
+    if Feature.BIAS in can:
+        yield "bias", "bias for every pair", (but(causal, bias=(batch, heads, q_len, kv_len)),)
+        for shape in ((1, heads, q_len, kv_len), (batch, 1, 1, kv_len), (1, 1, q_len, 1)):
+            yield "bias", f"bias of shape {shape}", (but(causal, bias=shape),)
+    if Feature.SOFT_CAP in can:
+        yield "soft cap", "soft cap", (but(causal, soft_cap=1.2),)
+    if Feature.SINKS in can:
+        yield "sinks", "sinks", (but(causal, sinks=True),)
+    if Feature.MAX_LOGITS in can:
+        yield "max logits", "max logits", (but(causal, max_logits=True),)
+    if Feature.PRECISION in can:
+        yield "precision", "highest precision", (but(causal, precision="highest"),)
+    if Feature.LOGITS_DTYPE in can:
+        yield "logits dtype", "bfloat16 logits", (but(causal, logits_dtype="bfloat16"),)
+    for name in sorted(subject.can.normalizations - {base.normalization}):
+        if name in ("softmax", "softmax_max_sum"):  # what the oracle knows
+            yield "normalizations", name, (but(causal, normalization=name),)
+
+
+def _gradients(subject: Subject, base: Call) -> Iterator[Named]:
+    if base.mode is not Mode.TRAIN:
+        return
+    causal = masked(subject, base)
+    wanted = sorted(base.wanted, key=lambda operand: operand.value)
+    for operand in wanted[: 1 if subject.quick else None]:
+        yield "gradients", f"the gradient of {operand.value} alone", (but(causal, gradients=frozenset({operand})),)
+    if Feature.BIAS in subject.can.features and not subject.quick:
+        constant = base.gradients - {Operand.BIAS}
+        bias = (1, base.q_heads, base.q_len, base.kv_len)
+        yield "gradients", "a constant bias", (but(causal, gradients=constant, bias=bias),)
+
+
+def _edges(subject: Subject, base: Call) -> Iterator[Named]:
+    if subject.can.empty_arrays:
+        for name in ("batch", "q_len", "kv_len"):
+            yield "empty arrays", f"{name} = 0", (but(base, **{name: 0}), but(base, q_len=0, kv_len=0))
+    drawn = {name: tuple(but(base, mask=mask) for mask in calls) for name, calls in samples.emptying(base).items()}
+    served = [(name, call) for name, calls in drawn.items() if (call := subject.first(calls))]
+    most = 2 if subject.quick else len(served)
+    for name, call in [(n, c) for n, c in served if _has_empty_rows(c)][:most]:
+        if subject.can.empty_rows:
+            yield "empty rows", f"empty rows: {name}", (call,)
+    first = tuple(call for _, call in served)
+    if subject.can.empty_rows and Feature.SINKS in subject.can.features:
+        yield "empty rows", "empty rows with sinks", tuple(but(call, sinks=True) for call in first)
+    if subject.can.empty_rows and Feature.MAX_LOGITS in subject.can.features:
+        blank = [call for call in first if not _visible(call).any(axis=(2, 3)).all()]
+        yield (
+            "max logits",
+            "max logits where nothing is visible",
+            tuple(but(c, max_logits=True) for c in blank or first),
+        )
+    for name, call in [(n, c) for n, c in served if _hides(c)][:most]:
+        if subject.can.clean_hidden_slots:
+            yield "hidden slots", f"NaN in hidden slots: {name}", (but(call, poison=True),)
+
+
+def _combinations(subject: Subject, base: Call) -> Iterator[Named]:
+    kinds: Iterable[AtomKind] = (AtomKind.SEGMENTS, AtomKind.LENGTHS, AtomKind.DENSE, AtomKind.SPANS, AtomKind.CHUNKED)
+    bands: tuple[Mask, ...] = (Causal(), *samples.samples(AtomKind.WINDOW, base)["window"])
+    for kind in [kind for kind in kinds if kind in subject.can.atoms][: 1 if subject.quick else 5]:
+        name, (other, *_) = next(iter(samples.samples(kind, base).items()))
+        yield "combinations", f"band & {name}", tuple(but(base, mask=band & other) for band in reversed(bands))
+    everything = _everything(subject, base)
+    if everything is not None:
+        yield "combinations", "every feature at once", (everything,)
+
+
+def _everything(subject: Subject, base: Call) -> Call | None:
+    """All features that go together, one by one as far as they are served."""
+    call = masked(subject, base)
+    bias = (1, base.q_heads, base.q_len, base.kv_len)
+    added = 0
+    for change in ({"soft_cap": 3.0}, {"bias": bias}, {"sinks": True}, {"max_logits": True}):
+        more = but(call, **change)
+        if subject.serves(more):
+            call, added = more, added + 1
+    return call if added > 1 else None
+
+
+def _visible(call: Call) -> np.ndarray:
+    return reference_mask(call.mask, call.batch, call.q_heads, call.q_len, call.kv_len)
+
+
+def _has_empty_rows(call: Call) -> bool:
+    return not _visible(call).any(axis=3).all()
+
+
+def _hides(call: Call) -> bool:
+    groups = (call.batch, call.kv_heads, call.q_heads // call.kv_heads, call.q_len, call.kv_len)
+    return not _visible(call).reshape(groups).any(axis=(2, 3)).all()
+
+
+def why_not_float64(call: Call) -> str | None:
+    """Says why a call cannot be made as long as 64-bit types are off."""
+    wide = "float64" in (call.dtype, call.logits_dtype)
+    off = jax.dtypes.canonicalize_dtype(np.float64) != np.float64
+    return "float64 needs 64-bit types, which are off: set JAX_ENABLE_X64=1" if wide and off else None

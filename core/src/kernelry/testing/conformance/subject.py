@@ -1,0 +1,124 @@
+"""The kernel under test, and the smallest call of it that shows something."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import final
+
+from kernelry.capabilities import Capabilities, Dims, Gradient
+from kernelry.errors import KernelryError
+from kernelry.kernel import KernelSpec
+from kernelry.refusal import Refusal, RefusalCode
+from kernelry.request import Mode, Operand
+from kernelry.resolver import explain
+from kernelry.testing.conformance.bench import Bench
+from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.place import Place
+
+_LENGTHS = (16, 32, 64, 128, 256, 512)
+"""Tokens; the first that a kernel takes is used everywhere. Windows of 8 slots need 16 to show."""
+
+_SMALL_DIM = 8
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_MODES = (Mode.TRAIN, Mode.PREFILL, Mode.DECODE)
+_SCALE = 1.3
+"""Times H ** -0.5: no default of anybody."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Subject:
+    """A kernel, where it is tested, and what it is asked.
+
+    Args:
+      spec: the kernel.
+      bench: runs it.
+      quick: whether the list of cases is thinned.
+      base: the smallest served call, with grouped heads, gradients and a scale of its own where declared; None
+        where no call is served.
+    """
+
+    spec: KernelSpec
+    bench: Bench
+    quick: bool
+    base: Call | None
+
+    @classmethod
+    def of(cls, spec: KernelSpec, quick: bool) -> Subject:
+        """Finds the base call."""
+        bench = Bench(spec, Place.of(spec))
+        subject = cls(spec, bench, quick, None)
+        return dataclasses.replace(subject, base=subject.first(_base_calls(spec.capabilities)))
+
+    @property
+    def can(self) -> Capabilities:
+        """What the kernel declares."""
+        return self.spec.capabilities
+
+    @property
+    def place(self) -> Place:
+        """Where it is tested."""
+        return self.bench.place
+
+    @property
+    def is_slow(self) -> bool:
+        """Interpreted kernels take seconds a call, so a quick run makes do with fewer of them."""
+        return self.place.interpreted
+
+    @property
+    def plainest(self) -> Call:
+        """The first call tried as the base."""
+        return next(iter(_base_calls(self.can)))
+
+    def refusals(self, call: Call) -> tuple[Refusal, ...]:
+        """Why the kernel itself refuses a call; none where it serves it."""
+        try:
+            return self.place.refusals(self.spec, call.request(self.place))
+        except KernelryError as error:
+            return (Refusal(RefusalCode.FAULT, str(error)),)
+        except Exception as error:  # its refusals raised: core reports that as a refusal, too
+            return (Refusal(RefusalCode.FAULT, repr(error)),)
+
+    def serves(self, call: Call) -> bool:
+        """Whether the kernel serves a call without adapters."""
+        return not self.refusals(call)
+
+    def serves_adapted(self, call: Call) -> bool:
+        """Whether the kernel serves a call through adapters, or without."""
+        with self.place.entered(self.spec, adapters=True):
+            return explain(call.request(self.place), kernel=self.spec.name).plan is not None
+
+    def first(self, calls: Iterable[Call]) -> Call | None:
+        """The first call that is served."""
+        return next((call for call in calls if self.serves(call)), None)
+
+
+def _base_calls(can: Capabilities) -> Iterable[Call]:
+    dims = can.head_dims or Dims()
+    dim = dims.padded(_SMALL_DIM) or dims.maximum or _SMALL_DIM
+    modes = [mode for mode in _MODES if mode in can.modes] or [Mode.TRAIN]
+    dtypes = [dtype for dtype in _DTYPES if dtype in can.dtypes] or ["float32"]
+    normalization = "softmax" if "softmax" in can.normalizations else min(can.normalizations, default="softmax")
+    has_scale = any(feature.value == "scale" for feature in can.features)
+    make = functools.partial(
+        Call,
+        q_heads=4,
+        kv_heads=2 if can.grouped_heads else 4,
+        head_dim=dim,
+        value_dim=dim,
+        scale=_SCALE * dim**-0.5 if has_scale else None,
+        gradients=gradients_of(can),
+        normalization=normalization,
+    )
+    for mode in modes:
+        for length in _LENGTHS if mode is not Mode.DECODE else (1, *_LENGTHS):
+            for dtype in dtypes:
+                yield make(mode=mode, q_len=length, kv_len=length, dtype=dtype)
+                yield make(mode=mode, q_len=1, kv_len=length, dtype=dtype)
+
+
+def gradients_of(can: Capabilities) -> frozenset[Operand]:
+    """The operands that the kernel has gradients of."""
+    return can.gradients if can.gradient is not Gradient.NONE else frozenset()

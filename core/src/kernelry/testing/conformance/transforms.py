@@ -1,0 +1,134 @@
+"""What JAX does with functions must leave a kernel's results alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernelry.testing.conformance.bench import Answer, Bench, flat
+from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.cases import Case, Skip, Verdict
+from kernelry.testing.conformance.compare import hold, oracle, tolerance_for
+from kernelry.testing.conformance.positive import but
+from kernelry.testing.conformance.report import Outcome
+from kernelry.testing.conformance.subject import Subject
+
+_Check = Callable[[Bench, Call], None]
+
+
+def transform_cases(subject: Subject, call: Call) -> Iterator[Case]:
+    """One case per transformation, all of the same call."""
+    checks: dict[str, _Check] = {
+        "determinism": _determinism,
+        "eager": _eager,
+        "vmap": _vmap,
+        "scan": _scan,
+        "remat": _remat,
+        "donation": _donation,
+        "sharded inputs": _sharded,
+    }
+    for name, check in checks.items():
+        if not (subject.quick and subject.is_slow) or name == "determinism":
+            yield Case(name, "transforms", _verdict(check, subject.bench, call))
+
+
+def _verdict(check: _Check, bench: Bench, call: Call) -> Callable[[], Verdict]:
+    def run() -> Verdict:
+        if bench.place.why_not is not None:
+            raise Skip(bench.place.why_not)
+        check(bench, call)
+        return Outcome.PASSED, ""
+
+    return run
+
+
+def _given(call: Call, seed: int = 0) -> tuple[Any, Any, Any]:
+    return call.arrays(seed), call.mask, call.cotangents(seed)
+
+
+def _hold(bench: Bench, call: Call, found: Any, seed: int = 0) -> None:
+    hold(Answer(*found), oracle(call, seed=seed), call, tolerance_for(bench.spec.capabilities, call))
+
+
+def _determinism(bench: Bench, call: Call) -> None:
+    """Twice the same program, and once the same call traced anew, give the same bits."""
+    given = _given(call)
+    program = bench.compiled(flat(bench.program(call)), *given)
+    first, again = program(*given), program(*given)
+    anew = bench.compiled(flat(bench.program(call)), *given)(*given)
+    for name, other in (("a second run", again), ("the same call traced anew", anew)):
+        for mine, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+            assert np.array_equal(np.asarray(mine), np.asarray(theirs), equal_nan=True), f"{name} gave other bits"
+
+
+def _eager(bench: Bench, call: Call) -> None:
+    forward = but(call, gradients=frozenset())
+    with bench.place.entered(bench.spec):
+        out = bench.attend(forward, forward.arrays(), forward.mask)
+    _hold(bench, forward, (out, None, None, {}))
+
+
+def _stacked(call: Call) -> tuple[Any, Any, Any]:
+    pair = [(call.arrays(seed), call.cotangents(seed)) for seed in (0, 1)]
+    arrays, cotangents = jax.tree.map(lambda *each: jnp.stack(each), *pair)
+    return arrays, call.mask, cotangents
+
+
+def _hold_both(bench: Bench, call: Call, found: Any) -> None:
+    for seed in (0, 1):
+        _hold(bench, call, jax.tree.map(lambda leaf, seed=seed: leaf[seed], found), seed)
+
+
+def _vmap(bench: Bench, call: Call) -> None:
+    mapped = jax.vmap(flat(bench.program(call)), in_axes=(0, None, 0))
+    given = _stacked(call)
+    _hold_both(bench, call, bench.compiled(mapped, *given)(*given))
+
+
+def _scan(bench: Bench, call: Call) -> None:
+    program = flat(bench.program(call))
+
+    def scanned(arrays: Any, mask: Any, cotangents: Any) -> Any:
+        step = lambda carry, each: (carry, program(each[0], mask, each[1]))  # noqa: E731
+        return jax.lax.scan(step, None, (arrays, cotangents))[1]
+
+    given = _stacked(call)
+    _hold_both(bench, call, bench.compiled(scanned, *given)(*given))
+
+
+def _remat(bench: Bench, call: Call) -> None:
+    wanted = sorted(operand.value for operand in call.wanted)
+
+    def program(arrays: Any, mask: Any, cotangents: Any) -> Any:
+        forward = jax.checkpoint(lambda moving: bench.attend(call, arrays | moving, mask))
+        out, pull = jax.vjp(forward, {name: arrays[name] for name in wanted})
+        return out, None, None, pull(cotangents["out"])[0] if wanted else {}
+
+    given = _given(call)
+    _hold(bench, call, bench.compiled(program, *given)(*given))
+
+
+def _donation(bench: Bench, call: Call) -> None:
+    """Donated arrays may be overwritten by results, and by nothing before its time."""
+    given = _given(call)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        found = bench.compiled(flat(bench.program(call)), *given, donate_argnums=(0,))(*given)
+    _hold(bench, call, found)
+
+
+def _sharded(bench: Bench, call: Call) -> None:
+    devices = jax.devices()
+    if len(devices) < call.batch:
+        raise Skip(f"needs {call.batch} devices, here {'is' if len(devices) == 1 else 'are'} {len(devices)}")
+    rows = NamedSharding(Mesh(np.asarray(devices[: call.batch]), ("batch",)), PartitionSpec("batch"))  # type: ignore[no-untyped-call]
+    arrays, mask, cotangents = _given(call)
+    arrays, cotangents = jax.device_put((arrays, cotangents), rows)
+    given = (arrays, mask, cotangents)
+    _hold(bench, call, bench.compiled(flat(bench.program(call)), *given)(*given))

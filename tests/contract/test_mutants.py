@@ -1,0 +1,31 @@
+"""The conformance kit catches every lie, and passes honest kernels."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from honest_kernels import HONEST, HONEST_BACKWARD
+
+from kernelry.testing.conformance import Outcome, cases_of, run, run_case
+
+_FOUND = importlib.util.spec_from_file_location("mutants", Path(__file__).parent / "mutants.py")
+mutants = importlib.util.module_from_spec(_FOUND)
+_FOUND.loader.exec_module(mutants)
+
+
+def test_there_are_many_mutants_of_different_names():
+    names = {mutant.spec.name for mutant in mutants.MUTANTS}
+    assert len(names) == len(mutants.MUTANTS) >= 16
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.spec.name)
+def test_mutant_is_caught(mutant):
+    cases = [case for case in cases_of(mutant.spec, quick=True) if mutant.case in case.name]
+    assert cases, f"the kit has no case about {mutant.case!r}"
+    assert any(run_case(case).outcome is Outcome.FAILED for case in cases)
+
+
+@pytest.mark.parametrize("honest", [HONEST, HONEST_BACKWARD], ids=lambda spec: spec.name)
+def test_honest_kernel_passes_everything(honest):
+    report = run(honest, quick=True)
+    assert report.ok, [(case.name, case.detail) for case in report.failures]

@@ -1,0 +1,327 @@
+"""The conformance kit: an honest kernel passes, a refusing or lying one does not, known failures are strict."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import typer
+
+import kernelry
+from kernelry import cli
+from kernelry.cli import app as app_module
+from kernelry.cli.conformance import check
+from kernelry.errors import ArgumentError
+from kernelry.plugin import (
+    AtomKind,
+    Capabilities,
+    Dims,
+    Kernel,
+    KernelSpec,
+    Mode,
+    Partial,
+    Refusal,
+    RefusalCode,
+    Side,
+    Tolerance,
+)
+from kernelry.testing.conformance import CaseResult, Outcome, Report, assignments, cases_of, run, run_case
+
+CAPABILITIES = Capabilities(
+    platforms=frozenset({"cpu", "gpu", "tpu"}),
+    modes=frozenset({Mode.PREFILL}),
+    dtypes=frozenset({"float32"}),
+    head_dims=Dims(minimum=8, maximum=8),
+    atoms=frozenset({AtomKind.CAUSAL}),
+    normalizations=frozenset({"softmax"}),
+    tolerances=(Tolerance("float32", 2e-6, 2e-5, "float32 throughout"),),
+)
+
+
+class Small(Kernel):
+    """Dense and forward only; `.error` is added to what it returns."""
+
+    error = 0.0
+
+    def forward(self, inputs, request, tiling, *, statistics):
+        with jax.named_scope("tests.small"):
+            logits = jnp.einsum("BTNH,BSNH->BNTS", inputs.query, inputs.key) * request.scale
+            for mask in inputs.mask:
+                visible = mask.evaluate(Side.query(request.q_len), Side.kv(request.kv_len))
+                logits = jnp.where(visible, logits, -jnp.inf)
+            out = jnp.einsum("BNTS,BSND->BTND", jax.nn.softmax(logits), inputs.value)
+            return Partial(out + self.error, dtype=request.dtype)
+
+
+class Wrong(Small):
+    """Off by a little everywhere."""
+
+    error = 1e-3
+
+
+def signature(request):
+    return ("tests.small",)
+
+
+SMALL = KernelSpec(name="small", capabilities=CAPABILITIES, load=Small, signature=signature)
+WRONG = dataclasses.replace(SMALL, load=Wrong)
+
+
+def refuse(request, environment):
+    return (Refusal(RefusalCode.DRIVER, "no driver at all"),)
+
+
+def result(spec, name):
+    """Runs one case, as `run` would."""
+    return run_case(next(case for case in cases_of(spec) if case.name == name))
+
+
+@pytest.fixture(scope="module")
+def honest():
+    return run(SMALL)
+
+
+def test_honest_kernel_passes(honest):
+    assert honest.ok, honest.failures
+    assert honest.served > 8
+    assert honest.refused > 20
+
+
+def test_wrong_numbers_fail_and_say_by_how_much():
+    case = result(WRONG, "full attention")
+    assert case.outcome is Outcome.FAILED
+    assert "out is wrong" in case.detail
+    assert "0.001" in case.detail
+
+
+def test_kernel_that_refuses_everything_is_not_ok():
+    report = run(dataclasses.replace(SMALL, refusals=refuse))
+    assert not report.ok
+    assert report.served == 0
+    assert "no driver at all" in report.failures[0].detail
+
+
+def test_report_without_a_served_case_is_not_ok():
+    refusals = (CaseResult("refuses bias", "refusals", Outcome.REFUSED),)
+    assert not Report("small", refusals).ok
+    assert Report("small", refusals, runs_here=False).ok
+
+
+def test_another_kernels_program_fails():
+    case = result(dataclasses.replace(SMALL, signature=lambda _: ("tests.other",)), "full attention")
+    assert case.outcome is Outcome.FAILED
+    assert "tests.other" in case.detail
+
+
+def test_empty_signature_fails():
+    assert result(dataclasses.replace(SMALL, signature=lambda _: ()), "a signature").outcome is Outcome.FAILED
+
+
+@pytest.mark.parametrize("tolerances", [(), (Tolerance("float32", 0.1, 0.1, "generous"),)])
+def test_absent_or_generous_tolerance_fails(tolerances):
+    capabilities = dataclasses.replace(CAPABILITIES, tolerances=tolerances)
+    spec = dataclasses.replace(SMALL, capabilities=capabilities)
+    assert result(spec, "a sane tolerance for float32").outcome is Outcome.FAILED
+
+
+def test_known_failures_are_forgiven():
+    known = {case.name: "rounds too early" for case in run(WRONG, quick=True).failures}
+    report = run(WRONG, quick=True, known_failures=known)
+    assert not report.failed
+    assert report.known_failures == len(known) > 0
+
+
+def test_spec_lists_known_failures_of_its_own():
+    report = run(dataclasses.replace(WRONG, known_failures=(("full attention", "rounds too early"),)), quick=True)
+    [case] = (case for case in report.cases if case.name == "full attention")
+    assert case.outcome is Outcome.KNOWN_FAILURE
+    assert "rounds too early" in case.detail
+
+
+def test_known_failure_that_passes_fails():
+    report = run(SMALL, quick=True, known_failures={"full attention": "was wrong once"})
+    assert [case.name for case in report.failures] == ["full attention"]
+    assert report.failures[0].outcome is Outcome.UNEXPECTED_PASS
+
+
+def test_known_failure_of_no_case_is_an_error():
+    with pytest.raises(ArgumentError, match="full attention"):
+        run(SMALL, known_failures={"full atention": "misspelt"})
+
+
+def test_kernel_that_raises_fails():
+    class Broken(Small):
+        def forward(self, inputs, request, tiling, *, statistics):
+            raise RuntimeError("the vendor is upset")
+
+    case = result(dataclasses.replace(SMALL, load=Broken), "full attention")
+    assert case.outcome is Outcome.FAILED
+    assert "the vendor is upset" in case.detail
+
+
+def test_kernel_of_another_platform_is_skipped_and_its_refusals_looked_at():
+    capabilities = dataclasses.replace(CAPABILITIES, platforms=frozenset({"tpu"}))
+    report = run(dataclasses.replace(SMALL, capabilities=capabilities))
+    assert report.ok
+    assert not report.runs_here
+    assert report.refused > 20
+    assert any("needs tpu" in case.detail for case in report.cases)
+
+
+def test_progress_hears_of_every_case():
+    heard = []
+    report = run(SMALL, quick=True, progress=lambda index, total, name: heard.append((index, total, name)))
+    total = len(report.cases)
+    assert heard == [(index, total, case.name) for index, case in enumerate(report.cases)]
+
+
+@pytest.mark.parametrize("name", ["dot_product", "splash", "pallas_mha", "cudnn_jax"])
+def test_case_names_are_unique_and_the_quick_ones_among_all(name):
+    spec = next(kernel.spec for kernel in kernelry.kernels() if kernel.name == name)
+    names, thinned = ([case.name for case in cases_of(spec, quick)] for quick in (False, True))
+    assert len(names) == len(set(names))
+    assert set(thinned) <= set(names)
+
+
+def test_quick_run_has_every_claim_of_dot_product():
+    spec = next(kernel.spec for kernel in kernelry.kernels() if kernel.name == "dot_product")
+    claims, thinned = ({case.claim for case in cases_of(spec, quick)} for quick in (False, True))
+    assert claims == thinned
+
+
+def test_json_is_plain_and_stable(honest):
+    data = json.loads(json.dumps(honest.to_json()))
+    assert set(data) == {"kernel", "ok", "runs_here", "counts", "cases"}
+    assert set(data["cases"][0]) == {"name", "claim", "outcome", "detail", "seconds"}
+    assert data["counts"]["passed"] == honest.passed
+    assert sum(data["counts"].values()) == len(data["cases"])
+    assert [case["name"] for case in data["cases"]] == [case.name for case in cases_of(SMALL)]
+
+
+def test_case_runs_alone():
+    case = next(case for case in cases_of(SMALL) if case.name == "full attention")
+    assert run_case(case).outcome is Outcome.PASSED
+    assert run_case(case, "was wrong once").outcome is Outcome.UNEXPECTED_PASS
+
+
+def test_assignments_of_an_unknown_kernel_are_an_error():
+    with pytest.raises(ArgumentError, match="did you mean 'dot_product'"):
+        assignments("dot_prodct")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls the verb with `small` and `wrong` installed, and returns status, output and errors."""
+    own = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    own.callback()(lambda: None)
+    own.command("conformance")(check)
+    monkeypatch.setattr(app_module, "app", own)
+    specs = {"small": SMALL, "wrong": dataclasses.replace(WRONG, name="wrong")}
+    monkeypatch.setattr("kernelry.cli.conformance.installed_spec", specs.__getitem__)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kernelry", "conformance", *map(str, arguments)])
+        status = cli.main()
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return call
+
+
+def test_command_reports_each_claim(command):
+    status, out, _ = command("small")
+    assert status == 0
+    assert "small: ok" in out
+    assert "refusals" in out
+    assert "0 failed" in out
+
+
+def test_command_shows_failures_and_exits_with_1(command):
+    status, out, _ = command("wrong")
+    assert status == 1
+    assert "failed: full attention (output)" in out
+    assert "out is wrong" in out
+
+
+def test_command_as_json(command):
+    status, out, _ = command("small", "wrong", "--quick", "--json")
+    data = json.loads(out)
+    assert status == 1
+    assert [kernel["ok"] for kernel in data["kernels"]] == [True, False]
+
+
+@pytest.mark.parametrize("arguments", [(), ("small", "--all")])
+def test_command_wants_names_or_all(command, arguments):
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert "--all" in err
+
+
+def test_command_reads_known_failures(command, tmp_path):
+    path = tmp_path / "known.toml"
+    path.write_text('[small]\n"full attention" = "was wrong once"\n')
+    status, out, _ = command("small", "--quick", "--known-failures", path)
+    assert status == 1
+    assert "unexpected pass: full attention" in out
+    path.write_text("small = 3")
+    status, _, err = command("small", "--known-failures", path)
+    assert status == 2
+    assert "[small]" in err
+
+
+def test_command_holds_served_counts(command, tmp_path):
+    path = tmp_path / "served.json"
+    path.write_text('{"small": {"quick": 1, "full": 100000}}')
+    assert command("small", "--quick", "--at-least", path)[0] == 0
+    path.write_text('{"small": {"quick": 100000}}')
+    status, out, _ = command("small", "--quick", "--at-least", path)
+    assert status == 1
+    assert "at least 100000" in out
+    path.write_text("[]")
+    assert command("small", "--at-least", path)[0] == 2
+
+
+@pytest.fixture(scope="module")
+def run_pytest(tmp_path_factory):
+    """Runs pytest as an author of a kernel would, outside this repository."""
+    folder = tmp_path_factory.mktemp("author")
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTEST_"))}
+
+    def call(*arguments):
+        command = [sys.executable, "-m", "pytest", "-p", "kernelry_pytest", "-p", "no:cacheprovider", "-rs", *arguments]
+        done = subprocess.run(
+            command, cwd=folder, env=environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return call
+
+
+def test_pytest_plugin_makes_a_test_of_each_case(run_pytest):
+    status, text = run_pytest(
+        "--pyargs", "kernelry.testing", "--kernelry-kernel", "cudnn_jax", "--kernelry-quick", "-v"
+    )
+    assert status == 0, text
+    assert "cudnn_jax: refuses bias] PASSED" in text
+    assert "needs gpu" in text
+
+
+def test_pytest_plugin_names_kernels_for_a_misspelt_one(run_pytest):
+    status, text = run_pytest("--pyargs", "kernelry.testing", "--kernelry-kernel", "dot_prodct")
+    assert status != 0
+    assert "did you mean 'dot_product'" in text
+
+
+def test_pytest_without_a_kernel_says_how_to_name_one(run_pytest):
+    status, text = run_pytest("--pyargs", "kernelry.testing")
+    assert status == 0
+    assert "--kernelry-kernel NAME" in text
+
+
+def test_pytest_plugin_imports_no_jax():
+    code = "import sys, kernelry_pytest; assert not {'jax', 'numpy', 'kernelry'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,26 @@
+"""Random requests, valid and absurd: only kernelry's own errors come out, each with a reason."""
+
+import logging
+
+import pytest
+from fuzzing import fuzz
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.getLogger("kernelry").setLevel(logging.ERROR)
+    yield
+    logging.getLogger("kernelry").setLevel(logging.NOTSET)
+
+
+def test_three_hundred_random_requests_are_answered():
+    outcomes = fuzz(300, seed=0)
+    assert all(outcomes.values()), outcomes
+
+
+@pytest.mark.fuzz
+def test_twenty_thousand_random_requests_are_answered(record_testsuite_property):
+    outcomes = fuzz(20_000, seed=1)
+    record_testsuite_property("outcomes", str(outcomes))
+    assert sum(outcomes.values()) == 20_000
+    assert all(count > 1000 for count in outcomes.values()), outcomes

@@ -1,0 +1,181 @@
+"""Lock files: written from a config, checked by the command, by `use(strict=…)` and by KERNELRY_STRICT."""
+
+import dataclasses
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import kernelry
+from kernelry import Request
+from kernelry.cli import lock as verb
+from kernelry.config import load_config
+from kernelry.errors import ConfigError
+from kernelry.lock import Lock, lock_in_force
+from kernelry.switches import Switches
+
+app = typer.Typer()
+app.command()(verb.lock)
+OPTIONS = ["--target", "cpu", "--q-len", "64", "--max-len", "96", "--heads", "2", "--head-dim", "32"]
+REQUEST = Request(q_len=64)
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[[attention.rules]]\nuse = ['dot_product']\n")
+    return path
+
+
+def _run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def _write(config):
+    file = config.parent / "kernelry.lock.json"
+    assert _run(config, *OPTIONS, "--file", file).exit_code == 0
+    return file
+
+
+def _locked(tmp_path, *requests, kernel="auto"):
+    file = tmp_path / "some.lock.json"
+    Lock.of(kernelry.explain(request, kernel=kernel) for request in requests).write(file)
+    return file
+
+
+def test_the_verb_writes_the_three_phases(config):
+    data = json.loads(_write(config).read_text())
+    assert sorted(entry["request"]["mode"] for entry in data["resolutions"]) == ["decode", "prefill", "train"]
+    assert {entry["kernel"] for entry in data["resolutions"]} == {"dot_product"}
+    assert all("c.toml:1: rule 1" in entry["rule"] for entry in data["resolutions"])
+    assert data["versions"]["kernelry"] == kernelry.__version__
+
+
+def test_the_same_config_writes_the_same_bytes(config):
+    first = _write(config).read_bytes()
+    kernelry.resolver.clear_cache()
+    assert _write(config).read_bytes() == first
+
+
+def test_the_order_of_resolutions_does_not_matter():
+    found = [kernelry.explain(Request(q_len=length)) for length in (3, 1, 2)]
+    assert Lock.of(found).to_json() == Lock.of(reversed(found)).to_json()
+
+
+def test_a_lock_is_read_back(config):
+    file = _write(config)
+    assert Lock.read(file).to_json() == json.loads(file.read_text())
+
+
+def test_check_passes_what_stands(config):
+    done = _run(config, "--check", "--file", _write(config))
+    assert (done.exit_code, done.output) == (0, "3 resolutions stand.\n")
+
+
+def test_check_prints_what_changed_and_fails(config):
+    file = _write(config)
+    config.write_text("[[attention.rules]]\nwhen = { mode = 'train' }\nuse = ['blockwise']\n")
+    done = _run(config, "--check", "--json", "--file", file)
+    assert done.exit_code == 1
+    [text] = json.loads(done.output)["differences"]
+    assert "says dot_product (by " in text
+    assert "now it would get blockwise" in text
+
+
+def test_strict_allows_what_is_locked(tmp_path):
+    with kernelry.use(strict=_locked(tmp_path, REQUEST)):
+        assert kernelry.resolve(REQUEST).kernel == "dot_product"
+
+
+@pytest.mark.parametrize("change", [{"kernel": "blockwise"}, {"tiling": {"block_q": 32}}])
+def test_strict_refuses_another_kernel_or_tiling(tmp_path, change):
+    file = _locked(tmp_path, REQUEST, kernel="dot_product" if "kernel" in change else "blockwise")
+    kernel = "auto" if "kernel" in change else "blockwise"
+    with (
+        kernelry.use(strict=file),
+        kernelry.use(**change),
+        pytest.raises(ConfigError, match=r"strict mode: .* says .*, now it would get blockwise.*Run kernelry lock"),
+    ):
+        kernelry.resolve(REQUEST, kernel=kernel)
+
+
+def test_strict_refuses_other_adapters(tmp_path):
+    file = _locked(tmp_path, REQUEST)
+    lock = Lock.read(file)
+    entry = dataclasses.replace(lock.entries[0], adapters=("pad_head_dim",))
+    with (
+        kernelry.use(strict=Lock((entry,))),
+        pytest.raises(ConfigError, match="says dot_product through pad_head_dim"),
+    ):
+        kernelry.resolve(REQUEST)
+
+
+def test_strict_refuses_what_is_not_locked(tmp_path):
+    with (
+        kernelry.use(strict=_locked(tmp_path, REQUEST)),
+        pytest.raises(ConfigError, match=r"is not in .*some\.lock\.json; it would get dot_product"),
+    ):
+        kernelry.resolve(Request(q_len=65))
+
+
+def test_explain_answers_in_strict_mode(tmp_path):
+    with kernelry.use(strict=_locked(tmp_path, REQUEST)):
+        assert kernelry.explain(Request(q_len=65)).kernel == "dot_product"
+
+
+@pytest.mark.parametrize(("strict", "length"), [("1", 1), ("0", None), ("", None)])
+def test_the_environment_puts_a_lock_in_force(tmp_path, monkeypatch, strict, length):
+    switches = Switches.parse({"KERNELRY_STRICT": strict, "KERNELRY_LOCK": str(_locked(tmp_path, REQUEST))})
+    monkeypatch.setattr(Switches, "of_process", staticmethod(lambda: switches))
+    found = lock_in_force(None)
+    assert (None if found is None else len(found.entries)) == length
+
+
+def test_a_strict_process_refuses_what_is_not_locked(shelf, tmp_path):
+    file = _locked(tmp_path, REQUEST)
+    done = shelf.run(
+        """
+        import kernelry
+        try:
+            kernelry.resolve(kernelry.Request(q_len=65))
+        except kernelry.errors.ConfigError as error:
+            print(error)
+        """,
+        KERNELRY_STRICT="yes",
+        KERNELRY_LOCK=str(file),
+    )
+    assert "strict mode: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "no lock file of format 1"),
+        ('{"format": 2}', "no lock file of format 1"),
+        ('{"format": 1}', "cannot be read: KeyError"),
+        ('{"format": 1, "resolutions": [{"request": {"q_len": 1}}]}', "cannot be read: KeyError"),
+        (
+            '{"format": 1, "resolutions": [{"request": {"x": 1}, "tiling": {}, "adapters": []}]}',
+            "unknown field 'x'",
+        ),
+    ],
+)
+def test_files_that_are_no_locks_say_so(tmp_path, text, complaint):
+    path = tmp_path / "x.lock.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=complaint):
+        Lock.read(path)
+
+
+def test_an_absent_lock_file_says_what_to_run(tmp_path):
+    with pytest.raises(ConfigError, match="run kernelry lock"), kernelry.use(strict=tmp_path / "absent.json"):
+        pass
+
+
+def test_a_locked_config_stands_in_strict_mode(config):
+    policy = load_config(config).policy
+    lock = Lock.read(_write(config))
+    with kernelry.use(strict=lock):
+        assert [kernelry.resolve(entry.request, policy=policy).kernel for entry in lock.entries] == ["dot_product"] * 3
