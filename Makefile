@@ -69,5 +69,18 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/blockwise.py
 	$(BIN)/python benchmarks/dot_product.py
 
+# For a machine that has jax and no network:
+# pip install --no-index --find-links wheelhouse "kernelry[cli,config,testing]" kernelry-dot-product kernelry-gpu-pallas
+WHEELHOUSE_NEEDS := pluggy importlib-metadata jaxtyping typer rich pydantic pyyaml pytest pytest-xdist hypothesis
+WHEELHOUSE_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+
+wheelhouse: $(VENV)/.installed
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w wheelhouse ./core ./plugins/*
+	for version in 3.11 3.12; do \
+	  $(BIN)/pip download --quiet --disable-pip-version-check --only-binary=:all: --implementation cp \
+	    --python-version $$version $(addprefix --platform ,$(WHEELHOUSE_PLATFORMS)) -d wheelhouse \
+	    $(WHEELHOUSE_NEEDS) || exit 1; \
+	done
+
 clean:
-	rm -rf .venv .venv-* runs
+	rm -rf wheelhouse .venv .venv-* runs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, final
 
@@ -14,6 +13,7 @@ import numpy as np
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Mask, is_mask
 from kernelry.masks.form import MaskForm
+from kernelry.request_checks import check_kinds, check_sizes
 from kernelry.target import Target
 
 
@@ -132,6 +132,7 @@ class Request:
         self._fill("kv_len", self.q_len)
         self._fill("kv_heads", self.q_heads)
         self._fill("value_dim", self.head_dim)
+        check_sizes(self)
         self._fill("scale", self.default_scale)
         if not isinstance(self.target, Target):
             object.__setattr__(self, "target", Target.parse(self.target))
@@ -139,32 +140,13 @@ class Request:
             object.__setattr__(self, "mode", Mode.parse(self.mode))
         if not isinstance(self.mask, MaskForm):
             object.__setattr__(self, "mask", _form_of(self.mask))
-        self._check_sizes()
-        self._check_numbers()
+        check_kinds(self)
         self._fill("gradients", self._default_gradients)
         if isinstance(self.gradients, str) or not isinstance(self.gradients, Iterable):
             raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {self.gradients!r}.")
         if not isinstance(self.gradients, frozenset):
             object.__setattr__(self, "gradients", frozenset(Operand.parse(name) for name in self.gradients))
         object.__setattr__(self, "_hash", hash(self._key()))
-
-    def _check_sizes(self) -> None:
-        if min(self.batch, self.q_len, self.kv_len) < 0:
-            raise ArgumentError(
-                f"batch={self.batch}, q_len={self.q_len} and kv_len={self.kv_len} must not be negative."
-            )
-        if self.kv_heads < 1 or self.q_heads % self.kv_heads:
-            raise ArgumentError(f"kv_heads={self.kv_heads} must divide q_heads={self.q_heads}.")
-
-    def _check_numbers(self) -> None:
-        if not 0 <= self.dropout_rate < 1:
-            raise ArgumentError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
-        if self.soft_cap is not None and not 0 < self.soft_cap < math.inf:
-            raise ArgumentError(f"soft_cap must be positive, got {self.soft_cap}; pass None for no cap.")
-        if self.sinks and self.partial:
-            raise ArgumentError(
-                "sinks join the denominator once, at the end: pass them to kernelry.finalize, not to parts."
-            )
 
     def _fill(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:

@@ -58,6 +58,8 @@ class Target:
         Raises:
           ConfigError: the platform or the kind is unknown.
         """
+        if not isinstance(text, str):
+            raise ConfigError(f"a target is a name such as 'gpu:h100', got {text!r}.")
         name, _, rest = text.strip().partition(":")
         platform = _PLATFORM_ALIASES.get(name.lower(), name.lower())
         if platform not in PLATFORMS:

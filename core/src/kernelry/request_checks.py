@@ -1,0 +1,72 @@
+"""Checks the values of a Request's fields, before anything is derived from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from kernelry.errors import ArgumentError
+
+_SIZES = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "value_dim")
+_NAMES = ("dtype", "normalization", "logits_dtype")
+_FLAGS = ("sinks", "partial", "max_logits", "interpret")
+
+
+def check_sizes(request: Any) -> None:
+    """Raises ArgumentError where a size is no integer, is negative, or the heads do not fit."""
+    for name in _SIZES:
+        size = getattr(request, name)
+        if type(size) is not int:
+            raise ArgumentError(f"{name} must be an integer, got {size!r}.")
+    if min(request.batch, request.q_len, request.kv_len, request.head_dim, request.value_dim) < 0:
+        raise ArgumentError(
+            f"batch={request.batch}, q_len={request.q_len}, kv_len={request.kv_len}, head_dim={request.head_dim} and "
+            f"value_dim={request.value_dim} must not be negative."
+        )
+    if request.kv_heads < 1 or request.q_heads < 1 or request.q_heads % request.kv_heads:
+        raise ArgumentError(f"kv_heads={request.kv_heads} must divide q_heads={request.q_heads}.")
+
+
+def check_kinds(request: Any) -> None:
+    """Raises ArgumentError where a name is no text, a flag no bool, or a number no number."""
+    for name in _NAMES:
+        if not isinstance(getattr(request, name), str):
+            raise ArgumentError(f"{name} must be a name, got {getattr(request, name)!r}.")
+    for name in _FLAGS:
+        if type(getattr(request, name)) is not bool:
+            raise ArgumentError(f"{name} must be True or False, got {getattr(request, name)!r}.")
+    if request.precision is not None and not isinstance(request.precision, str):
+        raise ArgumentError(f"precision must be a name or None, got {request.precision!r}.")
+    _check_numbers(request)
+    _check_bias(request)
+
+
+def _check_numbers(request: Any) -> None:
+    for name in ("scale", "dropout_rate", "soft_cap"):
+        number = getattr(request, name)
+        if name == "soft_cap" and number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise ArgumentError(f"{name} must be a finite number, got {number!r}.")
+    if not 0 <= request.dropout_rate < 1:
+        raise ArgumentError(f"dropout_rate must be in [0, 1), got {request.dropout_rate}.")
+    if request.soft_cap is not None and request.soft_cap <= 0:
+        raise ArgumentError(f"soft_cap must be positive, got {request.soft_cap}; pass None for no cap.")
+    if request.sinks and request.partial:
+        raise ArgumentError(
+            "sinks join the denominator once, at the end: pass them to kernelry.finalize, not to parts."
+        )
+
+
+def _check_bias(request: Any) -> None:
+    if request.bias is None:
+        return
+    full: Mapping[str, int] = {"B": request.batch, "N": request.q_heads, "T": request.q_len, "S": request.kv_len}
+    shape = request.bias
+    fits = isinstance(shape, tuple) and len(shape) == len(full)
+    if not fits or any(
+        type(have) is not int or have not in (1, want) for have, want in zip(shape, full.values(), strict=True)
+    ):
+        sizes = " ".join(f"{name}={size}" for name, size in full.items())
+        raise ArgumentError(f"bias must be its shape, each dimension 1 or that of {sizes}, got {shape!r}.")
