@@ -1,0 +1,84 @@
+"""A program proves which kernel it holds."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kernelry
+from kernelry import masks
+from kernelry.errors import NoKernelError, PluginError
+from kernelry.plugin import KernelSpec
+
+ARRAY = jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)
+DENSE = next(kernel.spec for kernel in kernelry.kernels() if kernel.name == "dot_product")
+IMPOSTOR = KernelSpec(
+    name="impostor",
+    capabilities=DENSE.capabilities,
+    load=DENSE.body,
+    signature=lambda _: ("kernelry.impostor",),
+)
+
+
+def attend(query):
+    return kernelry.attention(query, query, query, mask=masks.Causal())
+
+
+def gradient(query):
+    return jax.grad(lambda q: attend(q).sum())(query)
+
+
+def nested(query):
+    return jax.jit(attend)(jax.checkpoint(attend)(query))
+
+
+def lowered(function, kernel, kernels=()):
+    with kernelry.use(kernel, kernels=kernels), kernelry.record() as resolutions:
+        program = jax.jit(function).lower(ARRAY)
+    return resolutions[0], program
+
+
+@pytest.mark.parametrize("function", [attend, gradient, nested])
+@pytest.mark.parametrize("kernel", ["dot_product", "blockwise"])
+def test_lowered_and_compiled_programs_hold_their_kernel(kernel, function):
+    resolution, program = lowered(function, kernel)
+    resolution.verify(program)
+    resolution.verify(program.compile())
+
+
+@pytest.mark.parametrize("function", [attend, gradient])
+def test_a_kernel_that_delegates_is_found_out(function):
+    resolution, program = lowered(function, "impostor", (IMPOSTOR,))
+    for text in (program, program.compile()):
+        with pytest.raises(PluginError, match=r"'kernelry\.impostor', the signature of kernel 'impostor'"):
+            resolution.verify(text)
+
+
+def test_another_kernels_program_is_found_out():
+    resolution, _ = lowered(attend, "blockwise")
+    with pytest.raises(PluginError, match="another kernel ran"):
+        resolution.verify(lowered(attend, "dot_product")[1])
+
+
+@pytest.mark.parametrize("name", ["kernelry.dot", "ernelry.dot_product", "kernelry.dot_product.more"])
+def test_a_part_of_a_name_is_not_the_name(name):
+    resolution, program = lowered(attend, "dot_product")
+    spec = dataclasses.replace(resolution.plan.kernel, signature=lambda _: (name,))
+    changed = dataclasses.replace(resolution, plan=dataclasses.replace(resolution.plan, kernel=spec))
+    with pytest.raises(PluginError, match="does not contain"):
+        changed.verify(program)
+
+
+def test_an_empty_signature_proves_nothing():
+    resolution, program = lowered(attend, "dot_product")
+    spec = dataclasses.replace(resolution.plan.kernel, signature=lambda _: ())
+    changed = dataclasses.replace(resolution, plan=dataclasses.replace(resolution.plan, kernel=spec))
+    with pytest.raises(PluginError, match="empty signature"):
+        changed.verify(program)
+
+
+def test_nothing_resolved_cannot_be_verified():
+    resolution = kernelry.explain(kernelry.Request(q_len=8), kernel="splash")
+    with pytest.raises(NoKernelError):
+        resolution.verify(lowered(attend, "dot_product")[1])
