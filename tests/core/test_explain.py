@@ -42,6 +42,21 @@ def test_a_threshold_of_the_config_moves_the_boundary():
     assert "≥ 700" in str(change_to("blockwise", kernelry.explain(WINDOW, policy=policy)))
 
 
+def test_a_length_that_only_multiples_reach_is_not_called_a_boundary():
+    policy = load_config({"forbid_adapters": ["pad_sequence"]}).policy
+    request = Request(target="tpu:v5e", q_len=100, dtype="bfloat16", mask=masks.Causal())
+    assert str(change_to("splash", kernelry.explain(request, policy=policy))) == "splash with q_len and kv_len = 128"
+
+
+def test_a_range_between_powers_of_two_is_found():
+    rule = {"when": {"q_len": ">=600", "kv_len": "<=900"}, "use": ["blockwise"]}
+    policy = load_config({"rules": [rule]}).policy
+    request = Request(q_len=256, mask=masks.Causal())
+    assert (
+        str(change_to("blockwise", kernelry.explain(request, policy=policy))) == "blockwise with q_len and kv_len = 600"
+    )
+
+
 def test_a_shorter_sequence_is_named_too():
     request = Request(target="tpu:v5e", q_len=4096, dtype="bfloat16", mask=masks.Causal())
     assert str(change_to("dot_product", kernelry.explain(request))) == "dot_product with q_len and kv_len ≤ 127"

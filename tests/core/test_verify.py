@@ -61,7 +61,36 @@ def test_another_kernels_program_is_found_out():
         resolution.verify(lowered(attend, "dot_product")[1])
 
 
-@pytest.mark.parametrize("name", ["kernelry.dot", "ernelry.dot_product", "kernelry.dot_product.more"])
+def _sine_in_its_scope(query):
+    with jax.named_scope("kernelry.dot_product"):
+        return jnp.sin(query)
+
+
+def _function_of_its_name(query):
+    def products(query):
+        return query[0, :, 0] @ query[0, :, 0].T
+
+    products.__name__ = "kernelry.dot_product"
+    return jax.jit(products)(query)
+
+
+def _work_elsewhere(query):
+    with kernelry.use("blockwise"):
+        out = attend(query)
+    with jax.named_scope("kernelry.dot_product"):
+        return out + 1
+
+
+@pytest.mark.parametrize("function", [_sine_in_its_scope, _function_of_its_name, _work_elsewhere])
+def test_a_name_without_the_work_proves_nothing(function):
+    resolution, _ = lowered(attend, "dot_product")
+    program = jax.jit(function).lower(ARRAY)
+    for text in (program, program.compile()):
+        with pytest.raises(PluginError, match="does not contain"):
+            resolution.verify(text)
+
+
+@pytest.mark.parametrize("name", ["kernelry.dot", "ernelry.dot_product", "dot_product", "kernelry.dot_product.more"])
 def test_a_part_of_a_name_is_not_the_name(name):
     resolution, program = lowered(attend, "dot_product")
     spec = dataclasses.replace(resolution.plan.kernel, signature=lambda _: (name,))

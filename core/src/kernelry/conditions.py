@@ -49,6 +49,13 @@ class Range:
         ranges = {">=": (number, None), ">": (number + 1, None), "<=": (None, number), "<": (None, number - 1)}
         return cls(*ranges.get(sign, (number, number)))
 
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Its ends, and the numbers just outside."""
+        low = () if self.minimum is None else (self.minimum - 1, self.minimum)
+        high = () if self.maximum is None else (self.maximum, self.maximum + 1)
+        return tuple(number for number in (*low, *high) if number >= 0)
+
     def __contains__(self, value: int) -> bool:
         above = self.minimum is None or value >= self.minimum
         return above and (self.maximum is None or value <= self.maximum)
@@ -81,6 +88,11 @@ class AnyRange:
             raise ConfigError("an empty list holds no number; leave the condition out or name a range.")
         ranges = tuple(Range.parse(part) for part in value)
         return ranges[0] if len(ranges) == 1 else AnyRange(ranges)
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The ends of all parts, and the numbers just outside."""
+        return tuple(number for part in self.ranges for number in part.bounds)
 
     def __contains__(self, value: int) -> bool:
         return any(value in part for part in self.ranges)

@@ -1,8 +1,8 @@
 """What would have to change for another kernel to be chosen: the nearest change for each.
 
 One fact of the request is varied at a time, over a bounded, deterministic set of neighbours: the
-lengths over powers of two with the boundary found by bisection, then single options left out,
-modes, dtypes and head dims. The platform stays.
+lengths over powers of two and the policy's own bounds, with the edge found by bisection and checked
+beyond it, then single options left out, modes, dtypes and head dims. The platform stays.
 """
 
 from __future__ import annotations
@@ -51,22 +51,23 @@ class Change:
         return {**dataclasses.asdict(self), "fields": list(self.fields)}
 
 
-def nearest_changes(request: Request, chosen: str | None, ask: Ask) -> tuple[Change, ...]:
+def nearest_changes(request: Request, chosen: str | None, ask: Ask, bounds: tuple[int, ...] = ()) -> tuple[Change, ...]:
     """Returns for each kernel that a single change would choose the nearest such change.
 
     Args:
       request: what was asked.
       chosen: the kernel it got.
       ask: resolves another request in the same circumstances.
+      bounds: lengths to try besides the powers of two: those that the policy names.
     """
     found: dict[str, Change] = {}
-    for change in (*_of_lengths(request, chosen, ask), *_of_options(request, ask)):
+    for change in (*_of_lengths(request, chosen, ask, bounds), *_of_options(request, ask)):
         if change.kernel != chosen:
             found.setdefault(change.kernel, change)
     return tuple(found[name] for name in sorted(found))
 
 
-def _of_lengths(request: Request, chosen: str | None, ask: Ask) -> Iterator[Change]:
+def _of_lengths(request: Request, chosen: str | None, ask: Ask, bounds: tuple[int, ...]) -> Iterator[Change]:
     """The nearest boundary of each kernel, longer or shorter; in self-attention both lengths move together."""
     if PositionKind.STATIC in request.mask.position_kinds:
         return  # those positions belong to these lengths
@@ -78,7 +79,7 @@ def _of_lengths(request: Request, chosen: str | None, ask: Ask) -> Iterator[Chan
         def asked(length: int, fields: tuple[str, ...] = fields) -> str | None:
             return _answer(ask, lambda: _with_lengths(request, fields, length))
 
-        lengths = sorted(_LENGTHS, key=lambda length: (abs(_steps(length) - _steps(start)), length))
+        lengths = sorted({*_LENGTHS, *bounds}, key=lambda length: (abs(_steps(length) - _steps(start)), length))
         answers = {length: asked(length) for length in lengths if length != start}
         seen: set[str] = set()
         for length, kernel in answers.items():
@@ -86,7 +87,7 @@ def _of_lengths(request: Request, chosen: str | None, ask: Ask) -> Iterator[Chan
                 continue
             seen.add(kernel)
             edge = _edge(start, length, kernel, asked)
-            sign = "≥" if edge > start else "≤"
+            sign = _sign(edge, edge > start, kernel, asked)
             yield Change(kernel, fields, f"{' and '.join(fields)} {sign} {edge}", str(edge))
 
 
@@ -104,6 +105,15 @@ def _edge(start: int, length: int, kernel: str, asked: Callable[[int], str | Non
         else:
             outside = middle
     return inside
+
+
+def _sign(edge: int, upwards: bool, kernel: str, asked: Callable[[int], str | None]) -> str:
+    """`≥` or `≤` where every length tried beyond the edge agrees, odd ones too, else `=`."""
+    beyond = {near for length in (edge, *_LENGTHS) for near in (length - 1, length, length + 1, length + length // 2)}
+    tried = (length for length in beyond if length > 0 and (length >= edge if upwards else length <= edge))
+    if all(asked(length) == kernel for length in tried):
+        return "≥" if upwards else "≤"
+    return "="
 
 
 def _of_options(request: Request, ask: Ask) -> Iterator[Change]:

@@ -120,6 +120,13 @@ class Policy:
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         return functools.partial(Policy, **facts), ()  # hashes differ between processes
 
+    @property
+    def length_bounds(self) -> tuple[int, ...]:
+        """The lengths around which its rules may decide differently, sorted."""
+        conditions = (rule.when for rule in (*self.rules, *self.defaults))
+        ranges = (part for when in conditions for part in (when.q_len, when.kv_len) if part is not None)
+        return tuple(sorted({number for part in ranges for number in part.bounds}))
+
     @classmethod
     def shipped(
         cls,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any, final
 
 from jax.ad_checkpoint import checkpoint_name
@@ -15,6 +14,7 @@ from kernelry.errors import NoKernelError, PluginError
 from kernelry.kernel import Inputs, KernelSpec, Tiling
 from kernelry.nearest_change import Change
 from kernelry.partial import Partial
+from kernelry.proof import missing
 from kernelry.refusal import Refusal
 from kernelry.request import Request
 
@@ -198,7 +198,7 @@ class Resolution:
         return [f"    {candidate.name}: {refusal}{notes}" for refusal in candidate.refusals]
 
     def verify(self, program: Any) -> None:
-        """Checks that a lowered or compiled program contains the chosen kernel's signature.
+        """Checks that a lowered or compiled program contains the chosen kernel's work; see `kernelry.proof`.
 
         Args:
           program: what `jax.jit(f).lower(...)` or `.compile()` returned.
@@ -209,14 +209,13 @@ class Resolution:
         """
         if self.plan is None:
             raise NoKernelError(f"nothing was resolved for {self.request}", self)
-        text = _program_text(program)
         wanted = self.plan.kernel.signature(self.plan.inner_request)
         if not wanted:
             raise PluginError(f"kernel {self.kernel!r} has an empty signature: nothing could prove that it ran.")
-        missing = [part for part in wanted if not _holds(text, part)]
-        if missing:
+        lacking = missing(wanted, program)
+        if lacking:
             raise PluginError(
-                f"the program does not contain {', '.join(map(repr, missing))}, the signature of kernel "
+                f"the program does not contain {', '.join(map(repr, lacking))}, the signature of kernel "
                 f"{self.kernel!r}: another kernel ran, or this program is not the one that was resolved."
             )
 
@@ -232,15 +231,3 @@ class Resolution:
             "forced": self.forced,
             "changes": [change.to_json() for change in self.changes],
         }
-
-
-def _holds(text: str, part: str) -> bool:
-    """Says whether a name stands in a program as a whole: `kernelry.splash` is not in `kernelry.splash_v2`."""
-    return re.search(rf"(?<![\w.$]){re.escape(part)}(?![\w.$])", text) is not None
-
-
-def _program_text(program: Any) -> str:
-    try:
-        return str(program.as_text(debug_info=True))  # a lowered program
-    except TypeError:
-        return str(program.as_text())  # a compiled one, which always carries its names

@@ -128,11 +128,14 @@ def _explained(
     # Neighbours are not logged, not observed, and import no vendor.
     unprobed = (environment or _environment_for(request)).without_probing()
 
-    def ask(neighbour: Request) -> str | None:
-        question = Question(neighbour, kernel, scope, policy or scope.policy or Policy.shipped(), pool, measurements)
-        return _choose(question, unprobed).kernel
+    in_force = policy or scope.policy or Policy.shipped()
 
-    return dataclasses.replace(resolution, changes=nearest_changes(request, resolution.kernel, ask))
+    @functools.cache
+    def ask(neighbour: Request) -> str | None:
+        return _choose(Question(neighbour, kernel, scope, in_force, pool, measurements), unprobed).kernel
+
+    changes = nearest_changes(request, resolution.kernel, ask, in_force.length_bounds)
+    return dataclasses.replace(resolution, changes=changes)
 
 
 @functools.lru_cache(maxsize=8192)
