@@ -148,7 +148,7 @@ def test_unknown_targets_name_the_nearest(text, near):
         ({"dropout_rate": 2.0}, r"dropout_rate must be in \[0, 1\)"),
         ({"dropout_rate": -0.1}, r"dropout_rate must be in \[0, 1\)"),
         ({"soft_cap": 0.0}, "soft_cap must be positive"),
-        ({"soft_cap": float("nan")}, "soft_cap must be positive"),
+        ({"soft_cap": float("nan")}, "soft_cap must be a finite number"),
         ({"sinks": True, "partial": True}, "pass them to kernelry.finalize"),
     ],
 )

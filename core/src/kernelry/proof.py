@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-_WORK = frozenset({"dot_general", "exp", "exp2", "pallas_call", "closed_call", "while", "scan"})
+_WORK = frozenset({"dot_general", "exp", "exp2", "pallas_call", "closed_call", "jit", "while", "scan"})
 """Operations that do an attention's work: products, the softmax's exponentials (XLA renames products), and calls and
 loops, whose bodies lowered programs name apart. A scope around anything else proves nothing."""
 
