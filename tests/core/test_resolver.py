@@ -458,3 +458,35 @@ def test_values_are_found_again_in_another_process():
     )
     environ = {**os.environ, "PYTHONHASHSEED": "1"}
     subprocess.run([sys.executable, "-c", code], input=pickle.dumps(values), env=environ, check=True)
+
+
+CHUNK = Request(target="gpu:h100", mode="prefill", q_len=128, kv_len=4096, head_dim=64, dtype="bfloat16")
+
+
+def test_a_kernel_whose_adapters_multiply_the_work_goes_behind_others():
+    resolution = kernelry.explain(CHUNK)
+    assert resolution.kernel == "dot_product"
+    [cudnn] = [candidate for candidate in resolution.candidates if candidate.name == "cudnn_jax"]
+    assert not cudnn.refusals
+    assert "its adapters add 31.0 times the work, so others go before it" in cudnn.notes
+
+
+def test_a_kernel_whose_adapters_multiply_the_work_runs_where_it_is_asked_for():
+    assert kernelry.explain(CHUNK, kernel="cudnn_jax").kernel == "cudnn_jax"
+    ruled = Policy.shipped(rules=[Rule(Condition(), ("cudnn_jax", "auto"))])
+    assert kernelry.explain(CHUNK, policy=ruled).kernel == "cudnn_jax"
+
+
+def test_how_much_work_adapters_may_add_is_a_threshold():
+    generous = Policy.shipped(thresholds={"adapters_max_extra_work": 5000})
+    assert kernelry.explain(CHUNK, policy=generous).kernel == "cudnn_jax"
+
+
+def test_a_kernel_whose_adapters_multiply_the_work_is_better_than_none():
+    cudnn = tuple(kernel.spec for kernel in kernelry.kernels() if kernel.name == "cudnn_jax")
+    assert kernelry.explain(CHUNK, kernels=cudnn, policy=Policy.shipped()).kernel == "cudnn_jax"
+
+
+def test_a_kernel_that_was_timed_through_its_adapters_needs_no_other_proof():
+    timed = Measurements((Measurement(CHUNK, "cudnn_jax", 1e-3), Measurement(CHUNK, "dot_product", 2e-3)))
+    assert kernelry.explain(CHUNK, measurements=timed).kernel == "cudnn_jax"

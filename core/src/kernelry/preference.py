@@ -54,6 +54,18 @@ class Question:
         names, why = self._automatic()
         return Preference(names, why, (), self.scope.tiling, tilings=self.policy.tilings)
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The kernels here that were timed on this request, fastest first."""
+        timed = self.measurements.fastest(self.request) if self.measurements else ()
+        return tuple(name for name in timed if name in self.pool)
+
+    def insists_on(self, name: str) -> bool:
+        """Says whether a kernel was asked for or timed, so that the work of its adapters does not count against it."""
+        by_rule = self.preference.by_rule
+        ruled = by_rule is not None and name in by_rule.names
+        return ruled or self.forced is not None or name in self.measured
+
     def _check_contested(self, name: str) -> None:
         if name not in self.pool:
             installation.installed().check_name(name)
@@ -67,8 +79,7 @@ class Question:
 
     def _automatic(self) -> tuple[tuple[str, ...], str]:
         """Orders all kernels: by measured time, then by votes, then by the shipped policy, then by name."""
-        timed = self.measurements.fastest(self.request) if self.measurements else ()
-        measured = [name for name in timed if name in self.pool]
+        measured = self.measured
         votes = _votes(self.request, tuple(sorted(self.pool)))
         default = next((rule for rule in self.policy.defaults if rule.when.matches(self.request)), None)
         preferred = default.names if default else ()

@@ -64,6 +64,14 @@ class Plan:
         """What the adapters add together."""
         return sum((step.cost for step in self.steps), Cost())
 
+    @property
+    def extra_work(self) -> float:
+        """The FLOPs that the adapters add, as a multiple of the call's own."""
+        asked = self.request
+        pairs = asked.batch * asked.q_heads * asked.q_len * asked.kv_len
+        own = 2 * pairs * (asked.head_dim + asked.value_dim)
+        return self.cost.extra_flops / own if own else 0.0
+
     def run(self, inputs: Inputs) -> Partial:
         """Runs the plan on the arrays of the call."""
         for step in self.steps:

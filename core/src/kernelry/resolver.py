@@ -178,6 +178,7 @@ def _pool(scope: Scope, kernels: tuple[KernelSpec, ...] | None) -> dict[str, Ins
 
 def _choose(question: Question, environment: Environment) -> Resolution:
     plan: Plan | None = None
+    laborious: Plan | None = None  # served, but through so much work that any other kernel goes before
     candidates: list[Candidate] = []
     preference = question.preference
     for name in preference.names:
@@ -187,10 +188,17 @@ def _choose(question: Question, environment: Environment) -> Resolution:
         looking = environment if plan is None else environment.without_probing()
         chosen = question.pool[name]
         candidate, tiling = consider(chosen, question.request, question.policy, looking, preference.tiling_for(name))
-        candidates.append(candidate)
         if plan is None and not candidate.refusals:
-            plan = Plan(chosen.spec, candidate.steps, question.request, tiling)
+            found = Plan(chosen.spec, candidate.steps, question.request, tiling)
+            if not question.policy.overworks(found.extra_work) or question.insists_on(name):
+                plan = found
+            else:
+                note = f"its adapters add {found.extra_work:.1f} times the work, so others go before it"
+                candidate = dataclasses.replace(candidate, notes=(*candidate.notes, note))
+                laborious = laborious or found
+        candidates.append(candidate)
     forced = question.forced is not None
+    plan = plan or laborious
     return Resolution(question.request, plan, tuple(candidates), preference.rule, preference.excluded, forced)
 
 
