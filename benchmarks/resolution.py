@@ -1,5 +1,6 @@
 """What choosing a kernel costs: imports, cached and uncached resolution, tracing. Run: make benchmark."""
 
+import logging
 import statistics
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def fresh_requests(count):
 
 
 def main():
+    logging.getLogger("kernelry").setLevel(logging.ERROR)  # else each uncached resolution warns of its adapters
     median, low, high = import_milliseconds("import kernelry")
     print(f"{'import kernelry, after import jax':<58} {median:9.2f} ms  ({low:.2f} – {high:.2f})")
     request = Request(q_len=1024, q_heads=8, mask=masks.Causal())

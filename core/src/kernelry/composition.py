@@ -82,10 +82,10 @@ def compose(
         if incurable:
             stuck = incurable if stuck is None or len(incurable) < len(stuck) else stuck
             continue
-        for adapter, after in helpful:
-            if adapter.name not in forbidden:
-                longer = chain.through(adapter, after)
-                heapq.heappush(waiting, (longer.order, longer))
+        allowed = tuple((adapter, after) for adapter, after in helpful if adapter.name not in forbidden)
+        for adapter, after in _certain(allowed, refusals) or allowed:
+            longer = chain.through(adapter, after)
+            heapq.heappush(waiting, (longer.order, longer))
     return (), stuck or refuse(request, frozenset())
 
 
@@ -98,6 +98,19 @@ def _helpful(chain: _Chain, refusals: tuple[Refusal, ...], capabilities: Capabil
     tried = (adapter for adapter in ADAPTERS if adapter.cures & codes and not chain.used_up(adapter))
     asked = ((adapter, adapter.rewrite(chain.request, capabilities, refusals)) for adapter in tried)
     return tuple((adapter, after) for adapter, after in asked if after is not None and _changes(chain, adapter, after))
+
+
+def _certain(helpful: _Helpful, refusals: tuple[Refusal, ...]) -> _Helpful:
+    """The first adapter that settles a refusal, or has a duty, and that no other could replace; else none.
+
+    It stands in every chain from here on, and changes nothing for the adapters of arrays, so its place is no choice
+    either: without this, each such adapter would double the chains looked at.
+    """
+    for refusal in refusals:
+        curing = tuple(found for found in helpful if refusal.code in found[0].cures)
+        if len(curing) == 1 and (curing[0][0].settles or curing[0][0].duty):
+            return curing
+    return ()
 
 
 def _changes(chain: _Chain, adapter: Adapter, after: Request) -> bool:
