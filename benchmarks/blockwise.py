@@ -33,7 +33,17 @@ def cell(what, measured, base):
 
 
 def main():
-    for length, window in ((256, 63), (512, 63), (1024, 63), (1024, 255), (1024, None), (2048, 255), (2048, None)):
+    for length, window in (
+        (256, 63),
+        (512, 63),
+        (512, None),
+        (768, None),
+        (1024, 63),
+        (1024, None),
+        (2048, 255),
+        (2048, None),
+        (4096, None),
+    ):
         keys = jax.random.split(jax.random.key(0), 3)
         q, k, v = (jax.random.normal(key, (1, length, 8, 64)) for key in keys)
         mask = masks.Causal() if window is None else masks.SlidingWindow(window)

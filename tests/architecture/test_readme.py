@@ -21,7 +21,7 @@ def test_the_example_runs():
     assert names["out"].shape == (2, 1, 8, 64)
     exec(_blocks("python")[1], names)
     assert names["out"].shape == (2, 1024, 8, 64)
-    assert "→ dot_product" in names["text"]
+    assert "→ blockwise" in names["text"]
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
 
 

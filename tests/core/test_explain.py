@@ -38,7 +38,7 @@ def test_a_longer_sequence_is_named_with_its_exact_boundary():
 
 
 def test_a_threshold_of_the_config_moves_the_boundary():
-    policy = load_config({"thresholds": {"cpu_blockwise_min_kv_len": 700}}).policy
+    policy = load_config({"thresholds": {"cpu_blockwise_min_window_kv_len": 700}}).policy
     assert "≥ 700" in str(change_to("blockwise", kernelry.explain(WINDOW, policy=policy)))
 
 
@@ -50,7 +50,8 @@ def test_a_length_that_only_multiples_reach_is_not_called_a_boundary():
 
 def test_a_range_between_powers_of_two_is_found():
     rule = {"when": {"q_len": ">=600", "kv_len": "<=900"}, "use": ["blockwise"]}
-    policy = load_config({"rules": [rule]}).policy
+    beyond = {"when": {"kv_len": ">900"}, "use": ["dot_product"]}
+    policy = load_config({"rules": [rule, beyond]}).policy
     request = Request(q_len=256, mask=masks.Causal())
     assert (
         str(change_to("blockwise", kernelry.explain(request, policy=policy))) == "blockwise with q_len and kv_len = 600"

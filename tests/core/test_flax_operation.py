@@ -152,9 +152,9 @@ def test_an_enclosing_policy_reaches_a_module_already_jitted():
 
 
 def test_a_kernel_that_refuses_stops_the_trace():
-    op = AttentionOp(AttentionConfig(kernel="blockwise"))
-    with pytest.raises(NoKernelError, match=r"blockwise: bias=.* is not supported"):
-        jax.eval_shape(functools.partial(op, bias=jnp.zeros((1, 1, T, T))), *qkv(B))
+    op = AttentionOp(AttentionConfig(kernel="blockwise", logits_dtype="bfloat16"))
+    with pytest.raises(NoKernelError, match=r"blockwise: logits_dtype=bfloat16 is not supported"):
+        jax.eval_shape(op, *qkv(B))
 
 
 def test_op_drops_what_its_stream_says():

@@ -79,7 +79,16 @@ FLASH_MIN_Q_LEN = Threshold(
     "flash_min_q_len", 128, "query tokens", "MaxText 0.2.5: dot_product below 128 query tokens, flash from there on"
 )
 CPU_BLOCKWISE_MIN_KV_LEN = Threshold(
-    "cpu_blockwise_min_kv_len", 512, "key tokens", "benchmarks/blockwise.py on two CPU cores"
+    "cpu_blockwise_min_kv_len", 768, "key tokens", "benchmarks/blockwise.py on two CPU cores"
+)
+CPU_BLOCKWISE_MIN_WINDOW_KV_LEN = Threshold(
+    "cpu_blockwise_min_window_kv_len", 512, "key tokens, under a window", "benchmarks/blockwise.py on two CPU cores"
+)
+BLOCKWISE_MIN_KV_LEN = Threshold(
+    "blockwise_min_kv_len",
+    8192,
+    "key tokens, on accelerators where no kernel of their own serves",
+    "dense float32 logits of 8 heads take 2 GiB from there on",
 )
 ADAPTERS_MAX_EXTRA_WORK = Threshold(
     "adapters_max_extra_work",
@@ -87,7 +96,13 @@ ADAPTERS_MAX_EXTRA_WORK = Threshold(
     "percent of the call's own multiplications",
     "tokamax's shipped H100 timings: Triton is 4.7 times as fast as XLA's dense attention (head dim 128, S = 16384)",
 )
-SHIPPED_THRESHOLDS = (FLASH_MIN_Q_LEN, CPU_BLOCKWISE_MIN_KV_LEN, ADAPTERS_MAX_EXTRA_WORK)
+SHIPPED_THRESHOLDS = (
+    FLASH_MIN_Q_LEN,
+    CPU_BLOCKWISE_MIN_KV_LEN,
+    CPU_BLOCKWISE_MIN_WINDOW_KV_LEN,
+    BLOCKWISE_MIN_KV_LEN,
+    ADAPTERS_MAX_EXTRA_WORK,
+)
 
 
 @final
@@ -189,14 +204,22 @@ def _override(values: Mapping[str, int]) -> dict[str, Threshold]:
 
 
 def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
+    def least(threshold: Threshold) -> Range:
+        return Range(minimum=thresholds[threshold.name].value)
+
     short = Range(maximum=thresholds[FLASH_MIN_Q_LEN.name].value - 1)
-    long = Range(minimum=thresholds[CPU_BLOCKWISE_MIN_KV_LEN.name].value)
+    long = least(BLOCKWISE_MIN_KV_LEN)
     return (
         _shipped(Condition(mode=(Mode.DECODE,)), "dot_product"),
         _shipped(Condition(q_len=short), "dot_product"),
+        _shipped(Condition(platform=("tpu",), kv_len=long), "splash", "blockwise", "dot_product"),
         _shipped(Condition(platform=("tpu",)), "splash", "dot_product"),
+        _shipped(Condition(platform=("gpu",), kv_len=long), "cudnn_jax", "pallas_mha", "blockwise", "dot_product"),
         _shipped(Condition(platform=("gpu",)), "cudnn_jax", "pallas_mha", "dot_product"),
-        _shipped(Condition(mask=("window",), kv_len=long), "blockwise", "dot_product"),
+        _shipped(
+            Condition(mask=("window",), kv_len=least(CPU_BLOCKWISE_MIN_WINDOW_KV_LEN)), "blockwise", "dot_product"
+        ),
+        _shipped(Condition(kv_len=least(CPU_BLOCKWISE_MIN_KV_LEN)), "blockwise", "dot_product"),
         _shipped(Condition(), "dot_product"),
     )
 

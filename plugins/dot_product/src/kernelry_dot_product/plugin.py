@@ -48,11 +48,12 @@ _EVERYWHERE = Capabilities(
     clean_hidden_slots=True,
     tolerances=_TOLERANCES,
 )
-_BLOCKS_Q = (64, 128, 256, 512)
-"""Query slots. Under a window the block nearest above it wins: benchmarks/blockwise.py."""
+_TILINGS = ((512, 256), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 512))
+"""(block_q, block_kv) in slots, the fastest on CPU first: benchmarks/blockwise.py."""
 
-_UNBOUNDED_BLOCK_Q = 256
-"""Query slots, where a row may see any distance: benchmarks/blockwise.py."""
+_NARROW_TILING = (64, 64)
+_NARROW = 512
+"""Slots: under a window of at most so many, small blocks skip more than they cost: benchmarks/blockwise.py."""
 
 
 def _dot_product_signature(request: Request) -> tuple[str, ...]:
@@ -70,9 +71,9 @@ DOT_PRODUCT = KernelSpec(
 
 def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
     spans = (sum(atom.params) + 1 for atom in request.mask.atoms if atom.is_band and None not in atom.params)
-    span = next(spans, _UNBOUNDED_BLOCK_Q)
-    preferred = next((block for block in _BLOCKS_Q if block >= span), _UNBOUNDED_BLOCK_Q)
-    return tuple(Tiling.of(block_q=block) for block in dict.fromkeys((preferred, *_BLOCKS_Q)))
+    narrow = min(spans, default=_NARROW + 1) <= _NARROW
+    sizes = dict.fromkeys((_NARROW_TILING, *_TILINGS) if narrow else _TILINGS)
+    return tuple(Tiling.of(block_q=block_q, block_kv=block_kv) for block_q, block_kv in sizes)
 
 
 def _blockwise_signature(request: Request) -> tuple[str, ...]:
@@ -90,13 +91,13 @@ BLOCKWISE = KernelSpec(
         split_head_dim=True,
         grouped_heads=True,
         unequal_lengths=True,
-        atoms=frozenset({AtomKind.CAUSAL, AtomKind.WINDOW, AtomKind.SEGMENTS, AtomKind.SEGMENTS_SEPARATE}),
-        positions=frozenset({PositionKind.OFFSET}),
-        features=frozenset({Feature.SCALE, Feature.SOFT_CAP, Feature.SINKS, Feature.PRECISION, Feature.MAX_LOGITS}),
+        atoms=frozenset(AtomKind),
+        positions=frozenset(PositionKind),
+        features=frozenset(Feature) - {Feature.LOGITS_DTYPE},
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax", "softmax_max_sum"}),
-        gradient=Gradient.NATIVE,
-        gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.SINKS}),
+        gradient=Gradient.BACKWARD,
+        gradients=frozenset(Operand),
         lse_cotangent=True,
         empty_rows=True,
         clean_hidden_slots=True,
@@ -105,7 +106,7 @@ BLOCKWISE = KernelSpec(
     load="kernelry_dot_product.blockwise:BlockwiseKernel",
     tilings=_blockwise_tilings,
     signature=_blockwise_signature,
-    summary="one block of queries at a time in plain XLA; memory O(block·S), sliding windows O(T·window)",
+    summary="tile by tile in plain XLA, forward and backward; memory O(T·block), work where the mask holds anything",
 )
 
 

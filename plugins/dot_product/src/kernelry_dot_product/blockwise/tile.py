@@ -1,0 +1,151 @@
+"""The logits of one tile: a block of queries against a block of keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from kernelry.plugin import Inputs, Request
+from kernelry_dot_product.blockwise.grid import Grid
+from kernelry_dot_product.softmax import visible_of
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Tile:
+    """Logits [B, K, G·block_q, block_kv], capped and masked with −inf, of a block of keys.
+
+    Args:
+      key, value: [B, K, block_kv, H] and [B, K, block_kv, D], with zeros in slots that no row of the tile sees.
+      visible: [B, K, G, block_q, block_kv], or sizes of 1; None where everything is visible.
+    """
+
+    logits: Float[Array, "B K R S"]
+    key: Float[Array, "B K S H"]
+    value: Float[Array, "B K S D"]
+    visible: Bool[Array, "#B #K #G T S"] | None
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Tiles:
+    """Makes the tiles of one call.
+
+    Args:
+      request: what the call wants. grid: its blocks. inputs: its arrays.
+      hides: whether some slot may be seen by no row, so that what it holds must not be multiplied.
+    """
+
+    request: Request
+    grid: Grid
+    inputs: Inputs
+    hides: bool
+
+    @property
+    def scaled(self) -> bool:
+        """Whether queries come multiplied by the scale: where that rounds no more than the logits themselves."""
+        return self.request.dtype == "float32" or math.frexp(self.request.scale)[0] == 0.5
+
+    def scale(self, query: jax.Array) -> jax.Array:
+        """Multiplies the queries by the scale where that is exact enough; a pass less over every tile."""
+        return (query * jnp.asarray(self.request.scale, query.dtype)) if self.scaled else query
+
+    @classmethod
+    def of(cls, request: Request, grid: Grid, inputs: Inputs) -> Tiles:
+        """The tiles of a call; the bias is laid out for the grid."""
+        hides = request.mask.may_hide_slots(request.q_len, request.kv_len)
+        return cls(request, grid, dataclasses.replace(inputs, bias=padded_bias(inputs.bias, grid)), hides)
+
+    def __call__(self, row: Any, column: Any, query: jax.Array, key: jax.Array, value: jax.Array, masked: bool) -> Tile:
+        """Multiplies query [B, K, G·block_q, H] and key [B, K, block_kv, H] of a row and a column of blocks."""
+        visible = self._visible(row, column) if masked else None
+        if visible is not None and self.hides:
+            seen = visible.any(axis=(2, 3))[..., None]
+            key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
+        logits = product("BKRH,BKSH->BKRS", query, key, self.request)
+        if not self.scaled:
+            logits = logits * jnp.float32(self.request.scale)
+        if self.inputs.bias is not None:
+            logits = (self.apart(logits) + self._bias(row, column)).reshape(logits.shape)
+        if self.request.soft_cap is not None:
+            cap = jnp.float32(self.request.soft_cap)
+            logits = cap * jnp.tanh(logits / cap)
+        if visible is not None:
+            logits = jnp.where(visible, self.apart(logits), -jnp.inf).reshape(logits.shape)
+        return Tile(logits, key, value, visible)
+
+    def apart(self, tile: jax.Array) -> jax.Array:
+        """[B, K, G·block_q, block_kv] → [B, K, G, block_q, block_kv]."""
+        batch, heads, _, slots = tile.shape
+        return tile.reshape(batch, heads, self.request.groups, self.grid.block_q, slots)
+
+    def kept(self, row: Any, column: Any, shape: tuple[int, ...]) -> Bool[Array, "B K R S"]:
+        """Which probabilities dropout keeps; the same in the backward pass."""
+        assert self.inputs.dropout_rng is not None
+        key = jax.random.fold_in(self.inputs.dropout_rng, row * self.grid.columns + column)
+        return jax.random.bernoulli(key, 1.0 - self.request.dropout_rate, shape)
+
+    def _visible(self, row: Any, column: Any) -> Bool[Array, "#B #K #G T S"] | None:
+        query = self.grid.query_side(row, self.request.q_heads)
+        visible = visible_of(self.inputs.mask, query, self.grid.kv_side(column))
+        if self.grid.kv_padding:
+            inside = self.grid.kv_inside(column)[None, None, None]
+            visible = inside if visible is None else visible & inside
+        if visible is None:
+            return None
+        visible = jnp.asarray(visible)
+        visible = jnp.broadcast_to(visible, (*visible.shape[:2], self.grid.block_q, self.grid.block_kv))
+        return by_group(visible, self.request)
+
+    def _bias(self, row: Any, column: Any) -> Float[Array, "#B #K #G #T #S"]:
+        bias = self.inputs.bias
+        assert bias is not None
+        starts, sizes = bias_window(bias.shape, self.grid, row, column)
+        return by_group(lax.dynamic_slice(bias, starts, sizes).astype(jnp.float32), self.request)
+
+
+def zero_of(*arrays: Any) -> Float[Array, ""]:
+    """A zero that varies over the manual axes of a shard_map as the arrays do, as a loop's start must.
+
+    No operation is left of it: what it selects is never what the arrays hold.
+    """
+    zero: jax.Array = jnp.zeros((), jnp.float32)
+    for leaf in jax.tree.leaves(arrays):
+        data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.asarray(leaf)
+        if data.size:
+            zero = zero + jnp.where(False, data.reshape(-1)[0].astype(jnp.float32), 0.0)
+    return zero
+
+
+def by_group(array: jax.Array, request: Request) -> jax.Array:
+    """[B, N or 1, T, S] → [B, K or 1, G or 1, T, S]."""
+    heads = (1, 1) if array.shape[1] == 1 else (request.kv_heads, request.groups)
+    return array.reshape(array.shape[0], *heads, *array.shape[2:])
+
+
+def padded_bias(bias: jax.Array | None, grid: Grid) -> jax.Array | None:
+    """Lays zeros beyond T and S where the bias differs along them."""
+    if bias is None:
+        return None
+    more_q = grid.q_padding if bias.shape[2] > 1 else 0
+    more_kv = grid.kv_padding if bias.shape[3] > 1 else 0
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, more_q), (0, more_kv)))
+
+
+def bias_window(shape: tuple[int, ...], grid: Grid, row: Any, column: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Where a tile's part of a padded bias begins, and its shape."""
+    along_q, along_kv = shape[2] > 1, shape[3] > 1
+    starts = (0, 0, row * grid.block_q if along_q else 0, column * grid.block_kv if along_kv else 0)
+    sizes = (*shape[:2], grid.block_q if along_q else 1, grid.block_kv if along_kv else 1)
+    return starts, sizes
+
+
+def product(equation: str, one: jax.Array, other: jax.Array, request: Request) -> jax.Array:
+    """A product of blocks, summed in float32."""
+    return jnp.einsum(equation, one, other, precision=request.precision, preferred_element_type=jnp.float32)
