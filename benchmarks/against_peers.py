@@ -1,7 +1,8 @@
 """blockwise against jax.nn.dot_product_attention and, where torch is installed, its scaled_dot_product_attention.
 
 Run: make benchmark-peers. B1 N8 H64 float32. Every ratio is measured within one run; so is the floor: the time of the
-call's matrix products at the rate of a 2048³ product, and of its exponentials at the rate in cache. The first call's time is what it takes beyond a later one: tracing and compiling.
+call's matrix products at the rate of a 2048³ product, and of its exponentials at the rate in cache. The first call's
+time is what it takes beyond a later one: tracing and compiling.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def seconds(call: Callable[[], Any]) -> tuple[float, float, float, float]:
 def passes(attend: Callable[..., jax.Array]) -> dict[str, Any]:
     """The compiled-on-first-use forms of both passes."""
     both = jax.value_and_grad(lambda q, k, v, w: (attend(q, k, v) * w).sum(), argnums=(0, 1, 2))
-    return {"forward": jax.jit(lambda q, k, v, w: attend(q, k, v)), "forward+backward": jax.jit(both)}
+    return {"forward": jax.jit(lambda q, k, v, _: attend(q, k, v)), "forward+backward": jax.jit(both)}
 
 
 def of_torch(case: Case, arrays: tuple[jax.Array, ...]) -> dict[str, Callable[[], Any]]:
@@ -147,12 +148,12 @@ def show(case: Case, flops: float, exponentials: float) -> None:
             first, median, low, high = seconds(of_peer[which])
             base = base or median
             memory = f", temporary {temporary[name][which] / 2**20:.0f} MiB" if name in temporary else ""
-            line = f"{median * 1e3:8.1f} ms ({low * 1e3:.1f} – {high * 1e3:.1f}), first call +{first - median:.2f} s{memory}"
+            line = f"{median * 1e3:8.1f} ms ({low * 1e3:.1f} – {high * 1e3:.1f}), first call +{first - median:.2f} s"
             share = floor(case, which, flops, exponentials) / median
             note = (
                 f", {share:.0%} of the floor's rate" if name == "blockwise" else f", blockwise is {median / base:.1f}×"
             )
-            print(f"  {name:<10}{line}{note}", flush=True)
+            print(f"  {name:<10}{line}{memory}{note}", flush=True)
 
 
 def main() -> None:
