@@ -71,6 +71,12 @@ DEMANDS = {
     "precision": ({"precision": "highest"}, {"features": {Feature.PRECISION}}, RefusalCode.PRECISION),
     "partial": ({"partial": True}, {"statistics": {Statistic.LSE}}, RefusalCode.STATISTICS),
     "max_logits": ({"max_logits": True}, {"features": {Feature.MAX_LOGITS}}, RefusalCode.MAX_LOGITS),
+    "kv_quantization": (
+        {"kv_quantization": "int8:head_dim"},
+        {"kv_quantizations": {"int8:head_dim"}},
+        RefusalCode.KV_QUANTIZATION,
+    ),
+    "page_size": ({"page_size": 4}, {"pages": True}, RefusalCode.PAGES),
     "head_dim": ({"head_dim": 48}, {"head_dims": Dims(multiple_of=16)}, RefusalCode.HEAD_DIM),
 }
 FIELDS = {field.name for field in dataclasses.fields(Request) if field.init}

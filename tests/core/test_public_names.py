@@ -52,6 +52,7 @@ MASKS = {
 }
 PLUGIN = {
     "CONTRACT",
+    "QUANTIZATIONS",
     "Atom",
     "AtomKind",
     "Axis",
@@ -71,10 +72,13 @@ PLUGIN = {
     "Mode",
     "Normalization",
     "Operand",
+    "PagedArray",
     "Partial",
     "Policy",
     "PositionForm",
     "PositionKind",
+    "Quantization",
+    "QuantizedArray",
     "Refusal",
     "RefusalCode",
     "Request",
@@ -94,6 +98,7 @@ ERRORS = {
     "ShapeError": ValueError,
     "ConfigError": ValueError,
     "PluginError": RuntimeError,
+    "CacheFullError": RuntimeError,
     "NoKernelError": LookupError,
     "KernelRefusedError": LookupError,
 }

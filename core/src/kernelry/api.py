@@ -21,11 +21,13 @@ from kernelry.kernel import Inputs
 from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask, is_mask
 from kernelry.masks.fit import check_fits
+from kernelry.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of
 from kernelry.partial import Partial
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Operand, Request, dtype_name, precision_name
 from kernelry.resolver import resolve
 from kernelry.scope import current_scope
+from kernelry.storage import PagedArray, QuantizedArray
 from kernelry.target import current_target
 
 _FULL = Full()
@@ -33,8 +35,8 @@ _FULL = Full()
 
 def attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K D"],
+    key: Float[Array, "B S K H"] | QuantizedArray | PagedArray,
+    value: Float[Array, "B S K D"] | QuantizedArray | PagedArray,
     *,
     mask: Mask = _FULL,
     scale: float | None = None,
@@ -60,8 +62,8 @@ def attention(
 
     Args:
       query: [B, T, N, H], floating.
-      key: [B, S, K, H], query's dtype; K divides N.
-      value: [B, S, K, D], query's dtype.
+      key: [B, S, K, H], query's dtype; K divides N. Or a `kernelry.cache.QuantizedArray`.
+      value: [B, S, K, D], query's dtype. Or quantised like key.
       mask: which keys each query sees; see `kernelry.masks`.
       scale: a number; None is H ** -0.5.
       bias: floating, broadcastable to B N T S, added before the soft cap.
@@ -122,6 +124,8 @@ def attention(
         partial=return_partial,
         max_logits=return_max_logits,
         interpret=scope.interpret and target.platform == "cpu",
+        kv_quantization=quantization_of(arrays.key),
+        page_size=page_size_of(arrays.key),
     )
     arrays = dataclasses.replace(arrays, dropout_rng=dropout_rng if dropout_rate else None)
     _check_given(request, arrays)
@@ -178,8 +182,8 @@ def _result(partial: Partial, request: Request) -> Any:
 
 
 def _arrays(query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any) -> Inputs:
-    q, k, v = (_array(name, array, 4) for name, array in (("query", query), ("key", key), ("value", value)))
-    _check_qkv(q, k, v)
+    q, k, v = as_array("query", query, 4), as_keys("key", key), as_keys("value", value)
+    check_qkv(q, k, v)
     if not is_mask(mask):
         found = f"{type(mask).__name__}" + (f" of shape {mask.shape}" if hasattr(mask, "shape") else "")
         raise ShapeError(f"mask must be a kernelry mask, got {found}; wrap a boolean array in masks.Dense.")
@@ -188,37 +192,10 @@ def _arrays(query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any) 
     if bias is not None:
         bias = _bias(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     if sinks is not None:
-        sinks = _array("sinks", sinks, 1)
+        sinks = as_array("sinks", sinks, 1)
         if sinks.shape != (q.shape[2],):
             raise ShapeError(f"sinks must be [N] = [{q.shape[2]}], one logit per query head, got shape {sinks.shape}.")
     return Inputs(q, k, v, mask.canonical(), bias, sinks)
-
-
-def _array(name: str, array: Any, rank: int) -> jax.Array:
-    if not isinstance(array, jax.Array | np.ndarray):
-        raise ShapeError(f"{name} must be an array, got {type(array).__name__}.")
-    if array.ndim != rank:
-        layout = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, D]"}.get(name, "[N]")
-        raise ShapeError(f"{name} must be {layout}, rank {rank}, got shape {array.shape}.")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ShapeError(f"{name} must be floating, got {array.dtype}.")
-    return jnp.asarray(array)
-
-
-def _check_qkv(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-    for name, array in (("key", key), ("value", value)):
-        if array.dtype != query.dtype:
-            raise ShapeError(f"{name} must have query's dtype {query.dtype}, got {array.dtype}.")
-        if array.shape[0] != query.shape[0]:
-            raise ShapeError(f"{name} must have query's batch B={query.shape[0]}, got shape {array.shape}.")
-    if key.shape[3] != query.shape[3]:
-        raise ShapeError(f"key must have query's head dim H={query.shape[3]}, got shape {key.shape}.")
-    if value.shape[1] != key.shape[1]:
-        raise ShapeError(f"value must have key's length S={key.shape[1]}, got shape {value.shape}.")
-    if value.shape[2] != key.shape[2]:
-        raise ShapeError(f"value must have key's K={key.shape[2]} heads, got shape {value.shape}.")
-    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
-        raise ShapeError(f"key's heads K={key.shape[2]} must divide query's heads N={query.shape[2]}.")
 
 
 def _bias(bias: Any, full: tuple[int, ...]) -> jax.Array:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -146,11 +146,16 @@ def _backward(
 def _cotangent(inputs: Inputs, share: Gradients) -> Inputs:
     return Inputs(
         query=share.query.astype(inputs.query.dtype),
-        key=share.key.astype(inputs.key.dtype),
-        value=share.value.astype(inputs.value.dtype),
+        key=_cotangent_of(inputs.key, share.key),
+        value=_cotangent_of(inputs.value, share.value),
         mask=None,  # type: ignore[arg-type]
         bias=None if inputs.bias is None or share.bias is None else share.bias.astype(inputs.bias.dtype),
     )
+
+
+def _cotangent_of(stored: Any, share: jax.Array) -> jax.Array | None:
+    """Quantised and paged keys and values have no gradient."""
+    return share.astype(stored.dtype) if isinstance(stored, jax.Array) else None
 
 
 _differentiated.defvjp(_forward, _backward)

@@ -114,6 +114,8 @@ class Capabilities:
       lse_cotangent: whether `backward` takes a cotangent of lse.
       empty_rows: whether fully masked rows come out as 0 with lse −inf and zero gradients.
       clean_hidden_slots: whether NaN or inf in a slot that no row may see stays out of results.
+      kv_quantizations: the quantised keys and values it reads as they are, e.g. `int8:head_dim`.
+      pages: whether it reads keys and values through a table of pages.
       tolerances: per dtype.
     """
 
@@ -137,6 +139,8 @@ class Capabilities:
     lse_cotangent: bool = False
     empty_rows: bool = False
     clean_hidden_slots: bool = False
+    kv_quantizations: frozenset[str] = frozenset()
+    pages: bool = False
     tolerances: tuple[Tolerance, ...] = ()
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
@@ -250,6 +254,14 @@ def _partial(can: Capabilities, request: Request) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.STATISTICS_GRADIENT, "no gradient through the lse of a Partial")
 
 
+def _storage(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    if request.kv_quantization is not None and request.kv_quantization not in can.kv_quantizations:
+        detail = f"kv_quantization={request.kv_quantization} is not {_either(can.kv_quantizations)}"
+        yield Refusal(RefusalCode.KV_QUANTIZATION, detail)
+    if request.page_size is not None and not can.pages:
+        yield Refusal(RefusalCode.PAGES, f"keys and values stand in pages of page_size={request.page_size}")
+
+
 def _feature(feature: Feature, code: RefusalCode) -> Check:
     def run(can: Capabilities, request: Request) -> Iterator[Refusal]:
         value = getattr(request, feature.value)
@@ -283,6 +295,7 @@ CHECKS: tuple[Check, ...] = (
     _feature(Feature.PRECISION, RefusalCode.PRECISION),
     Check(("gradients",), _gradients),
     Check(("partial",), _partial),
+    Check(("kv_quantization", "page_size"), _storage),
     _feature(Feature.MAX_LOGITS, RefusalCode.MAX_LOGITS),
 )
 """Every check of core. A field of Request that no check decides fails a test."""

@@ -95,7 +95,9 @@ _Helpful = tuple[tuple[Adapter, Request], ...]
 def _helpful(chain: _Chain, refusals: tuple[Refusal, ...], capabilities: Capabilities) -> _Helpful:
     """The adapters that may be used and cure some refusal, forbidden ones included, and what they would ask."""
     codes = {refusal.code for refusal in refusals}
-    tried = (adapter for adapter in ADAPTERS if adapter.cures & codes and not chain.used_up(adapter))
+    plain = chain.request.has_plain_kv
+    usable = (adapter for adapter in ADAPTERS if (plain or not adapter.on_keys) and not chain.used_up(adapter))
+    tried = (adapter for adapter in usable if adapter.cures & codes)
     asked = ((adapter, adapter.rewrite(chain.request, capabilities, refusals)) for adapter in tried)
     return tuple((adapter, after) for adapter, after in asked if after is not None and _changes(chain, adapter, after))
 

@@ -5,6 +5,7 @@
     │   └── ShapeError                    … in rank, shape, length or dtype
     ├── ConfigError (ValueError)          a config, policy or environment switch is wrong
     ├── PluginError (RuntimeError)        a plugin is broken or two plugins collide
+    ├── CacheFullError (RuntimeError)     tokens do not fit into a cache
     └── NoKernelError (LookupError)       no kernel serves the request
         └── KernelRefusedError            the kernel that was asked for by name refuses it
 
@@ -39,6 +40,10 @@ class ConfigError(KernelryError, ValueError):
 
 class PluginError(KernelryError, RuntimeError):
     """A plugin is broken, unknown, or claims a name that another one claims too."""
+
+
+class CacheFullError(KernelryError, RuntimeError):
+    """Tokens do not fit into a cache; nothing was written."""
 
 
 class NoKernelError(KernelryError, LookupError):

@@ -29,14 +29,15 @@ class Inputs:
     """The arrays of one call.
 
     Args:
-      query: [B, T, N, H]. key: [B, S, K, H]. value: [B, S, K, D].
+      query: [B, T, N, H]. key: [B, S, K, H]. value: [B, S, K, D]; where the request says so, QuantizedArrays, or
+        PagedArrays that share one table.
       mask: the conjunction, aligned with `request.mask.atoms`.
       bias: broadcastable to B N T S, rank 4. sinks: [N]. dropout_rng: a PRNG key.
     """
 
     query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K D"]
+    key: Any
+    value: Any
     mask: tuple[Mask, ...] = ()
     bias: Float[Array, "#B #N #T #S"] | None = None
     sinks: Float[Array, " N"] | None = None

@@ -15,10 +15,12 @@ from kernelry.partial import Partial
 from kernelry.policy import Policy
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Mode, Operand, Request
+from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedArray
 from kernelry.target import Target
 
 __all__ = [
     "CONTRACT",
+    "QUANTIZATIONS",
     "Atom",
     "AtomKind",
     "Axis",
@@ -38,10 +40,13 @@ __all__ = [
     "Mode",
     "Normalization",
     "Operand",
+    "PagedArray",
     "Partial",
     "Policy",
     "PositionForm",
     "PositionKind",
+    "Quantization",
+    "QuantizedArray",
     "Refusal",
     "RefusalCode",
     "Request",

@@ -37,6 +37,8 @@ class RefusalCode(enum.Enum):
     PRECISION = "precision"
     STATISTICS = "statistics"
     MAX_LOGITS = "max_logits"
+    KV_QUANTIZATION = "kv_quantization"
+    PAGES = "pages"
     VENDOR_MISSING = "vendor_missing"
     VENDOR_VERSION = "vendor_version"
     DRIVER = "driver"

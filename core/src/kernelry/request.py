@@ -13,7 +13,8 @@ import numpy as np
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Mask, is_mask
 from kernelry.masks.form import MaskForm
-from kernelry.request_checks import check_kinds, check_sizes
+from kernelry.request_checks import check_kinds, check_sizes, check_storage
+from kernelry.storage import Quantization
 from kernelry.target import Target
 
 
@@ -70,6 +71,8 @@ class Operand(enum.Enum):
 _CPU = Target("cpu")
 _FULL = MaskForm()
 _QKV = frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE})
+_STORED = frozenset({Operand.KEY, Operand.VALUE})
+"""The operands that may be quantised or stand in pages, and then have no gradient."""
 
 
 @final
@@ -101,6 +104,8 @@ class Request:
       partial: whether the result is a Partial with statistics instead of an array.
       max_logits: whether the largest visible logit per batch row and head is wanted.
       interpret: whether accelerator kernels may run on CPU in interpret mode.
+      kv_quantization: how keys and values are quantised, e.g. `int8:head_dim`; None where they are not.
+      page_size: the slots of a page, where keys and values stand in pages; None where they do not.
     """
 
     target: Target = _CPU
@@ -126,6 +131,8 @@ class Request:
     partial: bool = False
     max_logits: bool = False
     interpret: bool = False
+    kv_quantization: str | None = None
+    page_size: int | None = None
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -141,11 +148,14 @@ class Request:
         if not isinstance(self.mask, MaskForm):
             object.__setattr__(self, "mask", _form_of(self.mask))
         check_kinds(self)
+        if self.kv_quantization is not None:
+            object.__setattr__(self, "kv_quantization", str(Quantization.parse(self.kv_quantization)))
         self._fill("gradients", self._default_gradients)
         if isinstance(self.gradients, str) or not isinstance(self.gradients, Iterable):
             raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {self.gradients!r}.")
         if not isinstance(self.gradients, frozenset):
             object.__setattr__(self, "gradients", frozenset(Operand.parse(name) for name in self.gradients))
+        check_storage(self, _STORED & self.gradients)
         object.__setattr__(self, "_hash", hash(self._key()))
 
     def _fill(self, name: str, value: Any) -> None:
@@ -161,7 +171,8 @@ class Request:
 
     def _key(self) -> tuple[Any, ...]:
         # hash(frozenset of enums) is slow in Python, and these few fields tell requests apart.
-        return self.target, self.mode.value, self.batch, self.q_len, self.kv_len, self.head_dim, self.dtype, self.mask
+        sizes = self.batch, self.q_len, self.kv_len, self.head_dim, self.page_size
+        return self.target, self.mode.value, sizes, self.dtype, self.kv_quantization, self.mask
 
     @property
     def default_scale(self) -> float:
@@ -174,13 +185,19 @@ class Request:
         return self.q_heads // self.kv_heads if self.kv_heads else 1
 
     @property
+    def has_plain_kv(self) -> bool:
+        """Whether keys and values are arrays [B, S, K, H], neither quantised nor in pages."""
+        return self.kv_quantization is None and self.page_size is None
+
+    @property
     def _default_gradients(self) -> frozenset[Operand]:
         if self.mode is not Mode.TRAIN:
             return frozenset()
+        always = _QKV if self.has_plain_kv else _QKV - _STORED
         if self.bias is None and not self.sinks:
-            return _QKV
+            return always
         present = {Operand.BIAS: self.bias is not None, Operand.SINKS: self.sinks}
-        return _QKV.union(operand for operand, given in present.items() if given)
+        return always.union(operand for operand, given in present.items() if given)
 
     def __str__(self) -> str:
         heads = f"N={self.q_heads}" if self.q_heads == self.kv_heads else f"N={self.q_heads} K={self.kv_heads}"
@@ -248,6 +265,8 @@ NEUTRAL: Mapping[str, Any] = {
     "partial": False,
     "max_logits": False,
     "interpret": False,
+    "kv_quantization": None,
+    "page_size": None,
 }
 """The value of each optional field that asks nothing of a kernel (softmax is declared all the same)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from kernelry.errors import ArgumentError
@@ -70,3 +70,14 @@ def _check_bias(request: Any) -> None:
     ):
         sizes = " ".join(f"{name}={size}" for name, size in full.items())
         raise ArgumentError(f"bias must be its shape, each dimension 1 or that of {sizes}, got {shape!r}.")
+
+
+def check_storage(request: Any, differentiated: Set[Any]) -> None:
+    """Raises ArgumentError where pages do not make up S, or stored keys and values should have a gradient."""
+    size = request.page_size
+    if size is not None and (type(size) is not int or size < 1 or request.kv_len % size):
+        raise ArgumentError(f"page_size must be a positive integer that divides kv_len={request.kv_len}, got {size!r}.")
+    if differentiated and not request.has_plain_kv:
+        names = ", ".join(sorted(operand.value for operand in differentiated))
+        how = "quantised" if request.kv_quantization else "in pages"
+        raise ArgumentError(f"gradients names {names}, but keys and values are {how} and have none; pass plain arrays.")

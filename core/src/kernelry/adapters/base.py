@@ -56,12 +56,14 @@ class Adapter(Protocol):
       cures: the refusals for which it is tried.
       settles: refusals that no longer count inside, though the request still shows their cause.
       duty: what core does on its behalf; None where `prepare` and `restore` are all.
+      on_keys: whether it rewrites keys and values, which must then be plain arrays.
     """
 
     name: ClassVar[str]
     cures: ClassVar[frozenset[RefusalCode]]
     settles: ClassVar[frozenset[RefusalCode]] = frozenset()
     duty: ClassVar[Duty | None] = None
+    on_keys: ClassVar[bool] = False
 
     @abstractmethod
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
@@ -84,6 +86,22 @@ class Adapter(Protocol):
     @abstractmethod
     def cost(self, before: Request, after: Request) -> Cost:
         """What it adds."""
+
+
+CURED_ON_KEYS = frozenset(
+    {
+        RefusalCode.DTYPE,
+        RefusalCode.HEAD_DIM,
+        RefusalCode.SPLIT_HEAD_DIM,
+        RefusalCode.HEAD_GROUPS,
+        RefusalCode.UNEQUAL_LENGTHS,
+        RefusalCode.SEQUENCE_LENGTH,
+        RefusalCode.EMPTY_ARRAY,
+        RefusalCode.HIDDEN_SLOTS,
+        RefusalCode.STATISTICS_GRADIENT,
+    }
+)
+"""What the adapters that rewrite keys and values cure: for them, quantised or paged ones are made plain first."""
 
 
 def itemsize(dtype: str) -> int:

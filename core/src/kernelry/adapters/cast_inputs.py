@@ -25,6 +25,7 @@ class CastInputs(Adapter):
 
     name: ClassVar[str] = "cast_inputs"
     cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.DTYPE})
+    on_keys: ClassVar[bool] = True
 
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         for dtype in _TARGETS:

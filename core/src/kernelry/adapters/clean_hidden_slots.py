@@ -33,6 +33,7 @@ class CleanHiddenSlots(Adapter):
 
     name: ClassVar[str] = "clean_hidden_slots"
     cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.HIDDEN_SLOTS})
+    on_keys: ClassVar[bool] = True
     settles: ClassVar[frozenset[RefusalCode]] = cures
 
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:

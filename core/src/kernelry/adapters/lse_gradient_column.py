@@ -27,6 +27,7 @@ class LseGradientColumn(Adapter):
 
     name: ClassVar[str] = "lse_gradient_column"
     cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.STATISTICS_GRADIENT})
+    on_keys: ClassVar[bool] = True
     settles: ClassVar[frozenset[RefusalCode]] = cures
     duty: ClassVar[Duty | None] = Duty.LSE_GRADIENT
 

@@ -27,6 +27,7 @@ class PadHeadDim(Adapter):
 
     name: ClassVar[str] = "pad_head_dim"
     cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.HEAD_DIM, RefusalCode.SPLIT_HEAD_DIM})
+    on_keys: ClassVar[bool] = True
 
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         dims = capabilities.head_dims

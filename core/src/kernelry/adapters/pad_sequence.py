@@ -45,6 +45,7 @@ class PadSequence(Adapter):
     cures: ClassVar[frozenset[RefusalCode]] = frozenset(
         {RefusalCode.SEQUENCE_LENGTH, RefusalCode.UNEQUAL_LENGTHS, RefusalCode.EMPTY_ARRAY}
     )
+    on_keys: ClassVar[bool] = True
 
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         q_len, kv_len = _lengths(request, capabilities, refusals)

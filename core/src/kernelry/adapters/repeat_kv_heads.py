@@ -21,6 +21,7 @@ class RepeatKVHeads(Adapter):
 
     name: ClassVar[str] = "repeat_kv_heads"
     cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.HEAD_GROUPS})
+    on_keys: ClassVar[bool] = True
 
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         return dataclasses.replace(request, kv_heads=request.q_heads)

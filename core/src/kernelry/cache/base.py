@@ -1,0 +1,244 @@
+"""What every cache can do: attend to its parts, and append and attend in one step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import abstractmethod
+from typing import Any, Protocol, Self, TypedDict, Unpack, final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernelry.api import attention
+from kernelry.cache.prefix import SharedPrefix
+from kernelry.errors import ArgumentError, CacheFullError, ShapeError
+from kernelry.masks import Causal, Full, Lengths, Mask
+from kernelry.masks.base import At, children
+from kernelry.normalization import finalize, merge
+from kernelry.operands import Keys
+from kernelry.policy import AUTO
+from kernelry.request import Mode
+
+_CAUSAL = Causal()
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `attend`."""
+
+    mask: Mask
+    lengths: Int[Array, " B"] | None
+    prefix: SharedPrefix | None
+    scale: float | None
+    soft_cap: float | None
+    sinks: Float[Array, " N"] | None
+    mode: str | Mode
+    kernel: str
+    logits_dtype: Any
+    precision: str | jax.lax.Precision | None
+    return_partial: bool
+    return_max_logits: bool
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Part:
+    """Disjoint keys of a cache.
+
+    Args:
+      key, value: [B, S, K, H] and [B, S, K, D], however they are held.
+      lengths: [B], the slots of each row that hold tokens; None where all do.
+      offset: where slot 0 of each row stands, a number or [B].
+      positions: [B, S], where the slots stand, in place of `offset`.
+    """
+
+    key: Keys
+    value: Keys
+    lengths: jax.Array | None = None
+    offset: int | jax.Array = 0
+    positions: jax.Array | None = None
+
+    def mask(self, base: Mask, start: int, query_offset: jax.Array, query_lengths: jax.Array | None) -> Mask:
+        """The mask of the queries over this part, `start` positions further on."""
+        if self.positions is None:
+            placed = base.at(query_offset=query_offset, kv_offset=jnp.asarray(self.offset + start, jnp.int32))
+        else:
+            placed = base.at(query_offset=query_offset, kv_positions=self.positions + start)
+        if self.lengths is not None:
+            return placed & Lengths(self.lengths, query_lengths)
+        if query_lengths is not None:
+            return placed & Lengths(self.key.shape[1], query_lengths)
+        return placed
+
+
+class KVCache(Protocol):
+    """Keys and values of the tokens so far: an immutable pytree, usable under jit, scan and donation.
+
+    `append` comes before `attend`: the queries of `attend` are the last tokens appended. What does not fit is an error
+    where the numbers are known; under jit nothing is written, the rows keep their lengths, `overflowed` is set for
+    good, `attend` returns NaN, and `check()` raises outside.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Int[Array, " B"]:
+        """The tokens of each row."""
+
+    @property
+    @abstractmethod
+    def overflowed(self) -> jax.Array:
+        """A boolean: whether something did not fit."""
+
+    @abstractmethod
+    def append(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K D"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Self:
+        """Writes the next tokens of every row.
+
+        Args:
+          key, value: of T tokens a row.
+          lengths: [B], how many of them are tokens, from the first on; None is all.
+
+        Raises:
+          CacheFullError: they do not fit; nothing was written.
+          ShapeError: an array does not fit the cache.
+        """
+
+    @abstractmethod
+    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+        """The disjoint parts of the keys.
+
+        Raises:
+          ArgumentError: the mask or the number of queries asks for keys that are not kept.
+        """
+
+    def check(self) -> Self:
+        """Returns this cache.
+
+        Raises:
+          CacheFullError: something did not fit, under jit too.
+        """
+        if bool(self.overflowed):
+            raise CacheFullError(
+                f"{type(self).__name__}: tokens were appended that did not fit, and were not written; make it larger."
+            )
+        return self
+
+    def decode(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K D"],
+        **options: Unpack[Options],
+    ) -> tuple[Any, Self]:
+        """One step: appends the tokens and attends from them.
+
+        Args:
+          query, key, value: of the same T tokens a row.
+          options: those of `attend`.
+
+        Returns:
+          What `attend` returns, and the cache after it.
+        """
+        after = self.append(key, value, lengths=options.get("lengths"))
+        return after.attend(query, **options), after
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        *,
+        mask: Mask = _CAUSAL,
+        lengths: Int[Array, " B"] | None = None,
+        prefix: SharedPrefix | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        sinks: Float[Array, " N"] | None = None,
+        mode: str | Mode = Mode.DECODE,
+        kernel: str = AUTO,
+        logits_dtype: Any = jnp.float32,
+        precision: str | jax.lax.Precision | None = None,
+        return_partial: bool = False,
+        return_max_logits: bool = False,
+    ) -> Any:
+        """Attention of the last T tokens of every row to all its tokens; see `kernelry.attention`.
+
+        Args:
+          query: [B, T, N, H], of the tokens appended last.
+          mask: of positions only; token i of a row stands at i, after the prefix.
+          lengths: [B], how many of the T queries are tokens, as given to `append`; the others are 0.
+          prefix: keys that every row sees before its own.
+          scale, soft_cap, sinks, kernel, logits_dtype, precision: as in `kernelry.attention`.
+          mode: `prefill` for the chunks of a prompt.
+          return_partial, return_max_logits: as in `kernelry.attention`.
+
+        Returns:
+          [B, T, N, D] in query's dtype, or a Partial; with `return_max_logits` a pair.
+
+        Raises:
+          ArgumentError: the mask is about slots, or asks for keys that are not kept.
+          ShapeError, NoKernelError, KernelRefusedError: as `kernelry.attention`.
+        """
+        check_mask(mask)
+        if query.ndim != 4 or query.shape[0] != self.lengths.shape[0]:
+            raise ShapeError(f"query must be [B, T, N, H] with B={self.lengths.shape[0]}, got shape {query.shape}.")
+        if sinks is not None and return_partial:
+            raise ArgumentError("sinks join the denominator once, at the end: pass them to kernelry.finalize.")
+        call = functools.partial(
+            attention,
+            scale=scale,
+            soft_cap=soft_cap,
+            mode=mode,
+            kernel=kernel,
+            logits_dtype=logits_dtype,
+            precision=precision,
+            return_max_logits=return_max_logits,
+        )
+        q_len = query.shape[1]
+        start = 0 if prefix is None else prefix.length
+        offset = self.lengths - (q_len if lengths is None else lengths) + start
+        # One token sees all before it: the lengths say so, and kernels that know nothing else can serve.
+        base = Full() if q_len == 1 and isinstance(mask, Causal) else mask
+        parts = self.parts(mask, q_len)
+        masks = [part.mask(base, start, offset, lengths) for part in parts]
+        if len(parts) == 1 and prefix is None and not return_partial:
+            result = call(query, parts[0].key, parts[0].value, mask=masks[0], sinks=sinks)
+            return self._poisoned(result)
+        found = [
+            call(query, part.key, part.value, mask=own, return_partial=True)
+            for part, own in zip(parts, masks, strict=True)
+        ]
+        if prefix is not None:
+            found.append(prefix.attend(call, query, offset, base, lengths, return_max_logits))
+        merged = merge([partial[0] if return_max_logits else partial for partial in found])
+        result = merged if return_partial else finalize(merged, sinks)
+        return self._poisoned((result, merged.max_logits) if return_max_logits else result)
+
+    def _poisoned(self, result: Any) -> Any:
+        """NaN everywhere where something did not fit: an answer without the tokens lost would be a wrong one."""
+        bad = self.overflowed
+        return jax.tree.map(lambda array: jnp.where(bad, jnp.asarray(jnp.nan, array.dtype), array), result)
+
+
+def check_mask(mask: Mask) -> None:
+    """Refuses masks about slots, and masks that say where the keys stand.
+
+    Raises:
+      ArgumentError: it is one.
+    """
+    if isinstance(mask, At) and mask.kv is not None:
+        raise ArgumentError(f"mask={mask!r} says where keys stand, which the cache knows: leave kv_… out.")
+    inside = children(mask)
+    for part in inside:
+        check_mask(part)
+    if not inside and not mask.positional and not isinstance(mask, Full):
+        raise ArgumentError(
+            f"mask={mask!r} is about the slots of an array, and slots of a cache move: use masks of positions, and "
+            "lengths= for rows of different length."
+        )

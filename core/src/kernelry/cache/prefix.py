@@ -1,0 +1,118 @@
+"""Keys that every row shares, attended to once for all rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+
+from kernelry._pytree import pytree
+from kernelry.errors import ArgumentError, ShapeError
+from kernelry.masks import Mask
+from kernelry.partial import Partial
+from kernelry.storage import QuantizedArray
+from kernelry.storage.quantized import Stored
+
+
+@final
+@pytree("key", "value")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class SharedPrefix:
+    """The keys and values of tokens that stand before the tokens of every row, at 0 … P − 1.
+
+    The queries of all rows attend to them as the queries of one row (cascade attention): the keys are read once, not
+    once a row, and the result is merged with what each row sees of its own.
+
+    Args:
+      key, value: [P, K, H] and [P, K, D], arrays or QuantizedArrays.
+
+    Raises:
+      ShapeError: a rank or a length is another one.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+
+    key: Stored
+    value: Stored
+
+    def __post_init__(self) -> None:
+        if self.key.ndim != 3 or self.value.ndim != 3 or self.key.shape[0] != self.value.shape[0]:
+            raise ShapeError(
+                f"SharedPrefix: key and value must be [P, K, H] and [P, K, D], got {self.key.shape} and "
+                f"{self.value.shape}."
+            )
+
+    @property
+    def length(self) -> int:
+        """P, its tokens."""
+        return int(self.key.shape[0])
+
+    def attend(
+        self,
+        call: Callable[..., Any],
+        query: jax.Array,
+        query_offset: jax.Array,
+        mask: Mask,
+        lengths: jax.Array | None,
+        return_max_logits: bool,
+    ) -> Partial:
+        """Attends from the queries of all rows at once.
+
+        Args:
+          call: `kernelry.attention` with the options of the call.
+          query: [B, T, N, H]. query_offset: [B], where its first token stands.
+          mask: of positions. lengths: [B], the queries of each row that are tokens; None is all.
+          return_max_logits: refused, for the largest logit of each row is lost.
+
+        Raises:
+          ArgumentError: the mask holds arrays, which belong to rows, or max_logits are wanted.
+        """
+        if return_max_logits:
+            raise ArgumentError("return_max_logits with prefix= is not available: rows are joined; attend without it.")
+        if jax.tree.leaves(mask):
+            raise ArgumentError(f"mask={mask!r} holds arrays, which belong to rows; with prefix= rows are joined.")
+        batch, q_len = query.shape[:2]
+        positions = query_offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)
+        if lengths is not None:
+            # A query that is no token stands before everything; what it sees is not used.
+            query = jnp.where((jnp.arange(q_len) < lengths[:, None])[..., None, None], query, 0)
+        placed = mask.at(query_positions=positions.reshape(1, -1), kv_offset=0)
+        partial = call(_joined(query), _one_row(self.key), _one_row(self.value), mask=placed, return_partial=True)
+        return _apart(partial, batch, q_len, lengths)
+
+
+def _joined(query: jax.Array) -> jax.Array:
+    """[B, T, N, H] → [1, B·T, N, H]."""
+    return query.reshape(1, -1, *query.shape[2:])
+
+
+def _one_row(stored: Stored) -> Stored:
+    """[P, K, H] → [1, P, K, H]."""
+    if isinstance(stored, QuantizedArray):
+        return QuantizedArray(stored.values[None], stored.scale[None])
+    return stored[None]
+
+
+def _apart(partial: Partial, batch: int, q_len: int, lengths: jax.Array | None) -> Partial:
+    """[1, B·T, N, D] → [B, T, N, D], and the statistics likewise."""
+    real = None if lengths is None else (jnp.arange(q_len) < lengths[:, None])[:, None]
+
+    def of_rows(statistic: jax.Array | None, empty: float) -> jax.Array | None:
+        if statistic is None:
+            return None
+        rows = statistic.reshape(statistic.shape[1], batch, q_len).swapaxes(0, 1)
+        return rows if real is None else jnp.where(real, rows, empty)
+
+    out = partial.out.reshape(batch, q_len, *partial.out.shape[2:])
+    if real is not None:
+        out = jnp.where(real[:, 0, :, None, None], out, 0)
+    return dataclasses.replace(
+        partial,
+        out=out,
+        lse=of_rows(partial.lse, -jnp.inf),
+        max=of_rows(partial.max, -jnp.inf),
+        sum=of_rows(partial.sum, 0.0),
+    )

@@ -1,0 +1,74 @@
+"""Empty storage, and writing tokens into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kernelry.errors import CacheFullError, ShapeError
+from kernelry.storage import Quantization, QuantizedArray
+from kernelry.storage.quantized import Stored
+
+
+def empty(shape: tuple[int, ...], dtype: Any, storage: str | Quantization | None) -> Stored:
+    """Zeros [..., K, H], quantised where `storage` says how."""
+    if storage is None:
+        return jnp.zeros(shape, dtype)
+    how = Quantization.parse(storage)
+    heads = shape[-2] if how.axis == "head_dim" else 1
+    return QuantizedArray(jnp.zeros(shape, how.dtype), jnp.ones((*shape[:-2], heads, 1), jnp.bfloat16))
+
+
+def stored_like(array: Float[Array, ...], like: Stored) -> Stored:
+    """Holds new tokens as a cache holds its own."""
+    if isinstance(like, QuantizedArray):
+        return QuantizedArray.quantize(array, like.quantization, scale_dtype=like.scale.dtype)
+    return array.astype(like.dtype)
+
+
+def write(
+    stored: Stored,
+    new: Float[Array, "B T K H"],
+    rows: Int[Array, "B 1"],
+    slots: Int[Array, "B T"],
+    kept: Bool[Array, "B T"],
+) -> Stored:
+    """Writes new[b, t] into stored[rows[b], slots[b, t]] where `kept`; nothing else changes."""
+    slots = jnp.where(kept, slots, stored.shape[1])  # beyond the end, where mode="drop" writes nothing
+
+    def put(into: jax.Array, what: jax.Array) -> jax.Array:
+        return into.at[rows, slots].set(what, mode="drop")
+
+    written: Stored = jax.tree.map(put, stored, stored_like(new, stored))
+    return written
+
+
+def check_tokens(key: Any, value: Any, lengths: Any, like: tuple[Stored, Stored], batch: int) -> None:
+    """Checks tokens to be written against a cache of [B, S, K, H] and [B, S, K, D].
+
+    Raises:
+      ShapeError: they do not fit.
+    """
+    for name, array, own in (("key", key, like[0]), ("value", value, like[1])):
+        wanted = tuple(own.shape[-2:])
+        if array.ndim != 4 or array.shape[0] != batch or tuple(array.shape[2:]) != wanted:
+            raise ShapeError(
+                f"{name} must be [B, T, {wanted[0]}, {wanted[1]}] with B={batch}, got shape {array.shape}."
+            )
+    if key.shape[1] != value.shape[1]:
+        raise ShapeError(f"key has T={key.shape[1]} tokens and value {value.shape[1]}.")
+    if lengths is not None and jnp.shape(lengths) != (batch,):
+        raise ShapeError(f"lengths must be [B] = [{batch}], got shape {jnp.shape(lengths)}.")
+
+
+def refuse_if_known(overflows: jax.Array, message: str) -> None:
+    """Raises where it is known, outside of jit, that something does not fit.
+
+    Raises:
+      CacheFullError: with the message.
+    """
+    if not isinstance(overflows, jax.core.Tracer) and bool(overflows):
+        raise CacheFullError(message)

@@ -1,0 +1,93 @@
+"""Checks query, key and value of a call, however keys and values are held."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernelry.errors import ShapeError
+from kernelry.storage import PagedArray, QuantizedArray
+
+Keys: TypeAlias = "jax.Array | QuantizedArray | PagedArray"
+"""What key and value may be."""
+
+_LAYOUTS = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, D]"}
+
+
+def as_array(name: str, array: Any, rank: int) -> jax.Array:
+    """Returns a floating array.
+
+    Raises:
+      ShapeError: it is none, or of another rank.
+    """
+    if not isinstance(array, jax.Array | np.ndarray):
+        raise ShapeError(f"{name} must be an array, got {type(array).__name__}.")
+    if array.ndim != rank:
+        raise ShapeError(f"{name} must be {_LAYOUTS.get(name, '[N]')}, rank {rank}, got shape {array.shape}.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ShapeError(f"{name} must be floating, got {array.dtype}.")
+    return jnp.asarray(array)
+
+
+def as_keys(name: str, keys: Any) -> Keys:
+    """Returns keys or values as they are held.
+
+    Raises:
+      ShapeError: they are nothing of the kind, or of another rank.
+    """
+    if not isinstance(keys, QuantizedArray | PagedArray):
+        return as_array(name, keys, 4)
+    if keys.ndim != 4:
+        raise ShapeError(f"{name} must be {_LAYOUTS[name]}, rank 4, got {keys!r}.")
+    return keys
+
+
+def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
+    """Checks that query, key and value go together.
+
+    Raises:
+      ShapeError: they do not.
+    """
+    _check_alike(key, value)
+    for name, array in (("key", key), ("value", value)):
+        plain = array.pages if isinstance(array, PagedArray) else array
+        if not isinstance(plain, QuantizedArray) and plain.dtype != query.dtype:
+            raise ShapeError(f"{name} must have query's dtype {query.dtype}, got {plain.dtype}.")
+        if array.shape[0] != query.shape[0]:
+            raise ShapeError(f"{name} must have query's batch B={query.shape[0]}, got shape {array.shape}.")
+    if key.shape[3] != query.shape[3]:
+        raise ShapeError(f"key must have query's head dim H={query.shape[3]}, got shape {key.shape}.")
+    if value.shape[1] != key.shape[1]:
+        raise ShapeError(f"value must have key's length S={key.shape[1]}, got shape {value.shape}.")
+    if value.shape[2] != key.shape[2]:
+        raise ShapeError(f"value must have key's K={key.shape[2]} heads, got shape {value.shape}.")
+    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+        raise ShapeError(f"key's heads K={key.shape[2]} must divide query's heads N={query.shape[2]}.")
+
+
+def _check_alike(key: Keys, value: Keys) -> None:
+    if page_size_of(key) != page_size_of(value) or quantization_of(key) != quantization_of(value):
+        raise ShapeError(
+            f"key and value must be held alike, got {_described(key)} and {_described(value)}: quantise both in "
+            "one way, and page both or neither."
+        )
+    if isinstance(key, PagedArray) and isinstance(value, PagedArray) and key.table is not value.table:
+        raise ShapeError("key and value in pages must share one table: pass the same array to both PagedArrays.")
+
+
+def _described(keys: Keys) -> str:
+    return f"{keys.dtype}{list(keys.shape)}" if isinstance(keys, jax.Array) else repr(keys)
+
+
+def quantization_of(keys: Keys) -> str | None:
+    """How keys or values are quantised, e.g. `int8:head_dim`; None where they are not."""
+    found = None if isinstance(keys, jax.Array) else keys.quantization
+    return None if found is None else str(found)
+
+
+def page_size_of(keys: Keys) -> int | None:
+    """The slots of a page; None without pages."""
+    return keys.page_size if isinstance(keys, PagedArray) else None

@@ -1,0 +1,87 @@
+"""Arrays that stand in pages, found through a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from kernelry._pytree import pytree
+from kernelry.errors import ShapeError
+from kernelry.storage.quantized import Quantization, QuantizedArray, Stored
+
+
+@final
+@pytree("pages", "table")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PagedArray:
+    """Keys or values [B, S, K, H] of which slot s of row b stands in pages[table[b, s // page_size], s % page_size].
+
+    A negative entry of the table says that there is no page; what a mask shows of it is NaN.
+
+    Args:
+      pages: [P, page_size, K, H], an array or a QuantizedArray.
+      table: int32 [B, M], with S = M · page_size.
+
+    Raises:
+      ShapeError: a rank or a dtype is another one.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+
+    pages: Stored
+    table: Int32[Array, "B M"]
+
+    def __post_init__(self) -> None:
+        if self.pages.ndim != 4:
+            raise ShapeError(f"PagedArray: pages must be [P, page_size, K, H], got shape {self.pages.shape}.")
+        if np.ndim(self.table) != 2 or not jnp.issubdtype(jnp.result_type(self.table), jnp.integer):
+            raise ShapeError(
+                f"PagedArray: table must be integers [B, M], got {jnp.result_type(self.table)}{np.shape(self.table)}."
+            )
+
+    @property
+    def page_size(self) -> int:
+        """The slots of a page."""
+        return self.pages.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, S, K, H."""
+        rows, pages = self.table.shape
+        _, page_size, heads, width = self.pages.shape
+        return rows, pages * page_size, heads, width
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return 4
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its pages are quantised."""
+        return self.pages.quantization if isinstance(self.pages, QuantizedArray) else None
+
+    def gather(self) -> Stored:
+        """Copies the pages of every row side by side, [B, S, K, H]; NaN where there is no page."""
+        if isinstance(self.pages, QuantizedArray):
+            return QuantizedArray(_beside(self.pages.values, self.table), _beside(self.pages.scale, self.table))
+        return _beside(self.pages, self.table)
+
+    def __repr__(self) -> str:
+        return f"PagedArray(pages={list(self.pages.shape)}, table={list(self.table.shape)})"
+
+
+def _beside(pages: jax.Array, table: jax.Array) -> jax.Array:
+    found = pages.at[jnp.where(table < 0, pages.shape[0], table)].get(mode="fill", fill_value=_nothing(pages.dtype))
+    rows, count, page_size, *rest = found.shape
+    return found.reshape(rows, count * page_size, *rest)
+
+
+def _nothing(dtype: np.dtype) -> float:
+    """NaN, where a dtype has it; of quantised values the scale's NaN is enough."""
+    return float("nan") if jnp.issubdtype(dtype, jnp.floating) else 0

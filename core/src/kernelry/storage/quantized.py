@@ -1,0 +1,168 @@
+"""Arrays of few bits with a scale."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeAlias, final
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from kernelry._pytree import pytree
+from kernelry.errors import ArgumentError, ConfigError, ShapeError, nearest
+
+_DTYPES = ("int8", "int4", "float8_e4m3fn")
+_AXES = {"head_dim": (-1,), "heads_and_head_dim": (-2, -1)}
+"""Over which axes of [..., K, H] one scale reaches."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Quantization:
+    """How an array [..., K, H] is quantised, written `int8:head_dim`.
+
+    Args:
+      dtype: of the values: int8, int4 or float8_e4m3fn.
+      axis: `head_dim`, a scale for every token and head, or `heads_and_head_dim`, one for every token.
+
+    Raises:
+      ArgumentError: a dtype or an axis is unknown.
+    """
+
+    dtype: str = "int8"
+    axis: str = "head_dim"
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", _DTYPES), ("axis", tuple(_AXES))):
+            value = getattr(self, name)
+            if value not in known:
+                raise ArgumentError(f"quantization: unknown {name} {value!r}{nearest(str(value), known)}")
+
+    @classmethod
+    def parse(cls, text: str | Quantization) -> Quantization:
+        """Reads `int8`, whose axis is head_dim, or `int8:heads_and_head_dim`.
+
+        Raises:
+          ArgumentError: it is neither.
+        """
+        if isinstance(text, Quantization):
+            return text
+        if not isinstance(text, str):
+            raise ArgumentError(f"a quantization is written like 'int8' or 'int8:head_dim', got {text!r}.")
+        dtype, _, axis = text.partition(":")
+        return cls(dtype, axis) if axis else cls(dtype)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}:{self.axis}"
+
+
+QUANTIZATIONS = frozenset(str(Quantization(dtype, axis)) for dtype in _DTYPES for axis in _AXES)
+"""Every quantization there is, as kernels declare them."""
+
+
+@final
+@pytree("values", "scale")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class QuantizedArray:
+    """An array [..., K, H] held as values · scale.
+
+    `QuantizedArray.quantize(array, "int8")` makes one. The largest magnitude that a scale reaches becomes the largest
+    value of the dtype (127.5 for int8, 7.5 for int4, 448 for float8_e4m3fn), as in MaxText's caches, and the scale is
+    rounded to `scale_dtype`. NaN and inf come back as NaN.
+
+    Args:
+      values: [..., K, H] of int8, int4 or float8_e4m3fn.
+      scale: [..., K, 1] or [..., 1, 1], floating.
+
+    Raises:
+      ShapeError: a dtype or a shape is another one.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+
+    values: Array
+    scale: Float[Array, "*rows heads 1"]
+
+    def __post_init__(self) -> None:
+        dtype = str(jnp.result_type(self.values))
+        if dtype not in _DTYPES:
+            raise ShapeError(f"QuantizedArray: values must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, got {dtype}.")
+        *rows, heads, _ = shape = self.values.shape
+        allowed = {(*rows, heads, 1), (*rows, 1, 1)}
+        if tuple(self.scale.shape) not in allowed or not jnp.issubdtype(self.scale.dtype, jnp.floating):
+            raise ShapeError(
+                f"QuantizedArray: scale of values {list(shape)} must be floating {[*rows, heads, 1]} or "
+                f"{[*rows, 1, 1]}, got {self.scale.dtype}{list(self.scale.shape)}."
+            )
+
+    @classmethod
+    def quantize(
+        cls,
+        array: Float[Array, "*rows K H"],
+        how: str | Quantization = "int8",
+        *,
+        scale_dtype: DTypeLike = jnp.bfloat16,
+    ) -> QuantizedArray:
+        """Quantises with qwix, the scale taken from the largest magnitude it reaches.
+
+        Args:
+          array: [..., K, H], floating.
+          how: `int8`, `int4` or `float8_e4m3fn`, with `:heads_and_head_dim` for one scale a token.
+          scale_dtype: of the scale.
+
+        Raises:
+          ConfigError: qwix is not installed; the message says how to.
+          ArgumentError, ShapeError: an argument means nothing.
+        """
+        kind = Quantization.parse(how)
+        if jnp.ndim(array) < 2 or not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+            raise ShapeError(
+                f"quantize takes a floating array [..., K, H], got {jnp.result_type(array)}{jnp.shape(array)}."
+            )
+        shared = {axis % array.ndim for axis in _AXES[kind.axis]}
+        found = _qwix().quantize(
+            array.astype(jnp.float32),
+            jnp.dtype(kind.dtype),
+            channelwise_axes=tuple(axis for axis in range(array.ndim) if axis not in shared),
+            scale_dtype=jnp.dtype(scale_dtype),
+        )
+        return cls(found.qvalue, found.scale)
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows K H"]:
+        """Returns values · scale, multiplied in float32."""
+        return (self.values.astype(jnp.float32) * self.scale.astype(jnp.float32)).astype(dtype)
+
+    @property
+    def quantization(self) -> Quantization:
+        """How it is quantised."""
+        one_head = self.values.shape[-2] == 1
+        shared = self.scale.shape[-2] == 1 and not one_head
+        return Quantization(str(self.values.dtype), "heads_and_head_dim" if shared else "head_dim")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array it stands for."""
+        return tuple(self.values.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return len(self.values.shape)
+
+    def __repr__(self) -> str:
+        return f"QuantizedArray({self.quantization}, shape={list(self.shape)}, scale={self.scale.dtype})"
+
+
+Stored: TypeAlias = "jax.Array | QuantizedArray"
+"""Numbers as they are kept."""
+
+
+def _qwix() -> Any:
+    # Imported here because it is an extra, and only writing a cache needs it.
+    try:
+        import qwix
+    except ImportError as error:
+        raise ConfigError("quantising needs qwix, which is not installed: pip install 'kernelry[quant]'.") from error
+    return qwix
