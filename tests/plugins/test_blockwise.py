@@ -15,6 +15,7 @@ from mask_strategies import BATCH, KV_HEADS, Q_HEADS, placed_masks
 
 import kernelry
 from kernelry import masks
+from kernelry.cache import PagedArray, QuantizedArray
 from kernelry.masks import BlockKind
 from kernelry.plugin import Request, Tiling
 from kernelry.testing.conformance import run
@@ -24,6 +25,7 @@ from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_keys, visi
 from kernelry_dot_product.plugin import BLOCKWISE
 
 SMALL = {"block_q": 8, "block_kv": 5}
+SQUARE = Grid(q_len=64, kv_len=64, block_q=16, block_kv=16)
 PACKED = np.repeat(np.arange(4, dtype=np.int32), 16)[None]
 
 
@@ -41,8 +43,8 @@ def _blocks_of(mask, q_len, kv_len, grid):
 @given(placed_masks(max_len=11))
 def test_no_block_is_called_emptier_or_fuller_than_it_is(drawn):
     mask, q_len, kv_len = drawn
-    grid = Grid(q_len, kv_len, 3, 4)
-    kinds = np.asarray(kinds_of(mask.canonical(), grid))
+    grid = Grid(q_len=q_len, kv_len=kv_len, block_q=3, block_kv=4, batch=BATCH, step_batch=BATCH)
+    [kinds] = np.asarray(kinds_of(mask.canonical(), grid))
     for row, column, some, full in _blocks_of(mask, q_len, kv_len, grid):
         assert not (kinds[row, column] == BlockKind.EMPTY and some), (row, column)
         assert not (kinds[row, column] == BlockKind.FULL and not full), (row, column)
@@ -65,25 +67,24 @@ def test_no_block_is_called_emptier_or_fuller_than_it_is(drawn):
     ids=lambda value: str(value)[:40],
 )
 def test_blocks_without_a_visible_pair_are_not_visited(mask, visited):
-    kinds = kinds_of(mask.canonical(), Grid(64, 64, 16, 16))
+    kinds = kinds_of(mask.canonical(), SQUARE)
     assert int(visits_of_queries(kinds).some.sum()) == visited
     assert int(visits_of_keys(kinds).some.sum()) == visited
 
 
 def test_blocks_within_one_segment_need_no_mask():
-    kinds = kinds_of(masks.Segments(jnp.asarray(PACKED)).canonical(), Grid(64, 64, 16, 16))
+    kinds = kinds_of(masks.Segments(jnp.asarray(PACKED)).canonical(), SQUARE)
     assert int(visits_of_queries(kinds).full.sum()) == 4
 
 
 def test_ids_that_int32_cannot_hold_are_left_to_the_mask():
     ids = jnp.asarray([[2**31 + 5] * 8], jnp.uint32)
-    kinds = kinds_of(masks.Segments(ids).canonical(), Grid(8, 8, 4, 4))
+    kinds = kinds_of(masks.Segments(ids).canonical(), Grid(q_len=8, kv_len=8, block_q=4, block_kv=4))
     assert (np.asarray(kinds) == BlockKind.PARTIAL).all()
 
 
-@pytest.mark.parametrize("tiling", [(8, 5), (5, 16)], ids=str)
-def test_conformance_holds_over_small_blocks(tiling):
-    small = Tiling.of(block_q=tiling[0], block_kv=tiling[1])
+def test_conformance_holds_over_small_blocks():
+    small = Tiling.of(**SMALL)
     report = run(dataclasses.replace(BLOCKWISE, tilings=lambda _: (small,)), quick=True)
     assert report.ok, [(case.name, case.detail) for case in report.failures]
 
@@ -120,7 +121,7 @@ def _gradient(length):
 
 def test_the_program_does_not_grow_with_the_length():
     sizes = []
-    for length in (1024, 8192):
+    for length in (2048, 8192):
         function, arrays = _gradient(length)
         sizes.append(len(function.lower(*arrays).as_text().splitlines()))
     assert sizes[0] == sizes[1]
@@ -154,3 +155,98 @@ def test_runs_inside_shard_map():
 def test_a_request_says_the_blocks_that_its_window_wants():
     request = Request(q_len=4096, mask=masks.SlidingWindow(63))
     assert BLOCKWISE.tilings(request)[0]["block_q"] < BLOCKWISE.tilings(Request(q_len=4096))[0]["block_q"]
+
+
+def test_each_row_of_a_decoding_batch_visits_the_blocks_of_its_own_length():
+    grid = Grid.of(Request(q_len=1, kv_len=64, batch=3, q_heads=2, mode="decode"), 1, 16)
+    visits = visits_of_queries(kinds_of(masks.Lengths(jnp.asarray([5, 64, 0])).canonical(), grid))
+    assert np.asarray(visits.some).tolist() == [[1], [4], [0]]
+
+
+@pytest.mark.parametrize("batch", [1, 6, 7])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (12, 1)])
+def test_a_step_takes_as_much_of_batch_and_heads_as_fits_a_tile(batch, heads):
+    q_heads, kv_heads = heads
+    grid = Grid.of(Request(q_len=64, batch=batch, q_heads=q_heads, kv_heads=kv_heads), 16, 16)
+    assert (grid.step_batch, grid.step_heads) == (batch, kv_heads)
+    large = Grid.of(Request(q_len=4096, batch=batch, q_heads=q_heads, kv_heads=kv_heads), 512 // grid.groups, 512)
+    assert (large.step_batch, large.step_heads) == (1, 1)
+
+
+def test_splitting_and_joining_are_inverse_in_steps_over_batch_and_heads():
+    grid = Grid(q_len=7, kv_len=10, block_q=3, block_kv=4, batch=4, kv_heads=6, groups=2, step_batch=2, step_heads=3)
+    query = jnp.asarray(np.random.default_rng(0).standard_normal((4, 7, 12, 5)), jnp.float32)
+    key = jnp.asarray(np.random.default_rng(1).standard_normal((4, 10, 6, 5)), jnp.float32)
+    np.testing.assert_array_equal(grid.join_queries(grid.split_queries(query)), query)
+    np.testing.assert_array_equal(grid.join_keys(grid.split_keys(key)), key)
+
+
+def _stored(how, array, page_size):
+    """The array as it is held, in shuffled pages where `page_size` says so, and what it stands for."""
+    held = array if how is None else QuantizedArray.quantize(array, how)
+    means = array if how is None else held.dequantize()
+    if page_size is None:
+        return held, means, None
+    rows, slots = array.shape[:2]
+    count = rows * slots // page_size
+    table = np.random.default_rng(0).permutation(count).reshape(rows, -1).astype(np.int32)
+    places = np.argsort(table.reshape(-1))
+    pages = jax.tree.map(lambda leaf: leaf.reshape(count, page_size, *leaf.shape[2:])[places], held)
+    return pages, means, jnp.asarray(table)
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("how", [None, "int8", "int4:heads_and_head_dim", "float8_e4m3fn"])
+@pytest.mark.parametrize("q_len", [1, 3, 20])
+def test_decoding_reads_ragged_rows_where_they_stand(how, page_size, q_len):
+    rng = np.random.default_rng(3)
+    query = jnp.asarray(rng.standard_normal((3, q_len, 4, 8)), jnp.float32)
+    key, value = (jnp.asarray(rng.standard_normal((3, 28, 2, 8)), jnp.float32) for _ in range(2))
+    lengths = jnp.asarray([28, 21, 0])
+    mask = masks.SlidingWindow(12).at(query_offset=lengths - q_len, kv_offset=0) & masks.Lengths(lengths)
+    hidden = (np.arange(28) >= np.asarray(lengths)[:, None])[..., None, None]
+    clean_key, clean_value = (jnp.where(hidden, 0, array) for array in (key, value))
+    (key, means_key, table), (value, means_value, _) = (
+        _stored(how, jnp.where(hidden, jnp.nan, array), page_size) for array in (clean_key, clean_value)
+    )
+    if page_size is not None:
+        key, value = PagedArray(key, table), PagedArray(value, table)
+    with kernelry.use(tiling={"block_kv": 8, "block_q": 8}):
+        out = jax.jit(
+            lambda q, k, v: kernelry.attention(q, *_one_table(k, v), mask=mask, mode="decode", kernel="blockwise")
+        )(query, key, value)
+    means = (jnp.where(hidden, 0, array) for array in (means_key, means_value))
+    wanted = reference_attention(query, *means, mask=mask)
+    np.testing.assert_allclose(out, wanted.out, rtol=3e-6, atol=3e-6)
+
+
+def _one_table(key, value):
+    """A table that went through jit twice is two arrays."""
+    return (key, PagedArray(value.pages, key.table)) if isinstance(key, PagedArray) else (key, value)
+
+
+def test_a_decode_step_needs_no_more_memory_for_a_larger_cache():
+    def temporary(capacity):
+        shapes = [jax.ShapeDtypeStruct((2, size, 4, 64), jnp.float32) for size in (1, capacity, capacity)]
+
+        def step(query, key, value, lengths):
+            return kernelry.attention(query, key, value, mask=masks.Lengths(lengths), mode="decode", kernel="blockwise")
+
+        lowered = jax.jit(step).lower(*shapes, jax.ShapeDtypeStruct((2,), jnp.int32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(65536) < 1.2 * temporary(8192)
+
+
+def test_the_gradient_of_the_query_through_quantised_keys():
+    rng = np.random.default_rng(4)
+    query, key, value, d_out = (jnp.asarray(rng.standard_normal((1, 12, 2, 8)), jnp.float32) for _ in range(4))
+    held = [QuantizedArray.quantize(array) for array in (key, value)]
+
+    def attend(query):
+        return kernelry.attention(query, *held, mask=masks.Causal(), kernel="blockwise")
+
+    _, pull = jax.vjp(attend, query)
+    means = [np.asarray(array.dequantize()) for array in held]
+    right = reference_gradients(np.asarray(query), *means, mask=masks.Causal(), d_out=np.asarray(d_out))
+    np.testing.assert_allclose(pull(d_out)[0], right.query, rtol=2e-5, atol=2e-5)

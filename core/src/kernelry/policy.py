@@ -84,6 +84,9 @@ CPU_BLOCKWISE_MIN_KV_LEN = Threshold(
 CPU_BLOCKWISE_MIN_WINDOW_KV_LEN = Threshold(
     "cpu_blockwise_min_window_kv_len", 512, "key tokens, under a window", "benchmarks/blockwise.py on two CPU cores"
 )
+CPU_BLOCKWISE_MIN_DECODE_KV_LEN = Threshold(
+    "cpu_blockwise_min_decode_kv_len", 1024, "slots of the cache", "benchmarks/decode.py on two CPU cores"
+)
 BLOCKWISE_MIN_KV_LEN = Threshold(
     "blockwise_min_kv_len",
     8192,
@@ -100,6 +103,7 @@ SHIPPED_THRESHOLDS = (
     FLASH_MIN_Q_LEN,
     CPU_BLOCKWISE_MIN_KV_LEN,
     CPU_BLOCKWISE_MIN_WINDOW_KV_LEN,
+    CPU_BLOCKWISE_MIN_DECODE_KV_LEN,
     BLOCKWISE_MIN_KV_LEN,
     ADAPTERS_MAX_EXTRA_WORK,
 )
@@ -210,6 +214,11 @@ def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
     short = Range(maximum=thresholds[FLASH_MIN_Q_LEN.name].value - 1)
     long = least(BLOCKWISE_MIN_KV_LEN)
     return (
+        _shipped(
+            Condition(platform=("cpu",), mode=(Mode.DECODE,), kv_len=least(CPU_BLOCKWISE_MIN_DECODE_KV_LEN)),
+            "blockwise",
+            "dot_product",
+        ),
         _shipped(Condition(mode=(Mode.DECODE,)), "dot_product"),
         _shipped(Condition(q_len=short), "dot_product"),
         _shipped(Condition(platform=("tpu",), kv_len=long), "splash", "blockwise", "dot_product"),

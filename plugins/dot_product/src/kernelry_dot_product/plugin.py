@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernelry.plugin import (
+    QUANTIZATIONS,
     AtomKind,
     Capabilities,
     Dims,
@@ -48,8 +49,8 @@ _EVERYWHERE = Capabilities(
     clean_hidden_slots=True,
     tolerances=_TOLERANCES,
 )
-_TILINGS = ((512, 256), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 512))
-"""(block_q, block_kv) in slots, the fastest on CPU first: benchmarks/blockwise.py."""
+_TILINGS = ((512, 512), (64, 64), (128, 128), (256, 256), (512, 256), (1024, 512))
+"""(G·block_q, block_kv) in slots, the fastest on CPU first: benchmarks/blockwise.py."""
 
 _NARROW_TILING = (64, 64)
 _NARROW = 512
@@ -72,8 +73,10 @@ DOT_PRODUCT = KernelSpec(
 def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
     spans = (sum(atom.params) + 1 for atom in request.mask.atoms if atom.is_band and None not in atom.params)
     narrow = min(spans, default=_NARROW + 1) <= _NARROW
-    sizes = dict.fromkeys((_NARROW_TILING, *_TILINGS) if narrow else _TILINGS)
-    return tuple(Tiling.of(block_q=block_q, block_kv=block_kv) for block_q, block_kv in sizes)
+    sizes = (_NARROW_TILING, *_TILINGS) if narrow else _TILINGS
+    # The queries of a group stand together in a tile.
+    blocks = dict.fromkeys((max(1, rows // request.groups), block_kv) for rows, block_kv in sizes)
+    return tuple(Tiling.of(block_q=block_q, block_kv=block_kv) for block_q, block_kv in blocks)
 
 
 def _blockwise_signature(request: Request) -> tuple[str, ...]:
@@ -85,7 +88,7 @@ BLOCKWISE = KernelSpec(
     capabilities=Capabilities(
         platforms=frozenset({"cpu", "gpu", "tpu"}),
         interpret=True,
-        modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
+        modes=frozenset(Mode),
         dtypes=frozenset({"float16", "bfloat16", "float32"}),
         head_dims=Dims(),
         split_head_dim=True,
@@ -101,6 +104,8 @@ BLOCKWISE = KernelSpec(
         lse_cotangent=True,
         empty_rows=True,
         clean_hidden_slots=True,
+        kv_quantizations=QUANTIZATIONS,
+        pages=True,
         tolerances=_TOLERANCES,
     ),
     load="kernelry_dot_product.blockwise:BlockwiseKernel",

@@ -11,7 +11,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from kernelry.plugin import Inputs, Mask, Partial, Request, Side, with_sinks
+from kernelry.plugin import Inputs, Mask, Mode, Partial, Request, Side, with_sinks
+
+_FEW_QUERIES = 64
+"""N · T up to which a decode step on CPU multiplies all heads at once: benchmarks/decode.py."""
 
 
 def visible_of(masks: tuple[Mask, ...], query: Side, kv: Side) -> Bool[Array, "#B #N T S"] | None:
@@ -99,6 +102,8 @@ def _product(equation: str, rows: jax.Array, columns: jax.Array, request: Reques
     benchmarks/dot_product.py. A larger G is not merged with T, though as fast: where T is sharded, XLA would
     gather the logits.
     """
+    if _few_queries(request):
+        return _product_by_slot(equation, rows, columns, request, dtype)
     alone = request.groups == 1
     product = jnp.einsum(
         equation.replace("G", "") if alone else equation,
@@ -108,6 +113,40 @@ def _product(equation: str, rows: jax.Array, columns: jax.Array, request: Reques
         preferred_element_type=dtype,
     )
     return jnp.expand_dims(product, 2) if alone else product
+
+
+def _few_queries(request: Request) -> bool:
+    """Whether turning the keys around, head by head, would take longer than the products."""
+    rows = request.q_heads * request.q_len
+    on_cpu = request.target.platform == "cpu"
+    return on_cpu and request.mode is Mode.DECODE and request.kv_heads > 1 and rows <= _FEW_QUERIES
+
+
+def _product_by_slot(
+    equation: str, rows: jax.Array, columns: jax.Array, request: Request, dtype: DTypeLike
+) -> jax.Array:
+    """The same product with keys or values read once, in the order in which they lie: [B, S, K·H].
+
+    A decode step is bound by memory, and XLA on CPU copies [B, S, K, H] to [B, K, S, H] before it multiplies head by
+    head. Here each query meets the columns of all K heads, with zeros where they are not its own.
+    """
+    heads = jnp.arange(request.kv_heads)
+    batch, slots, _, width = columns.shape
+    flat = columns.reshape(batch, slots, request.kv_heads * width)
+    _, _, groups, length, _ = rows.shape
+    if equation.startswith("BKGTH"):
+        own = heads[:, None] == heads[None]
+        spread = jnp.where(own[None, :, None, None, :, None], rows[:, :, :, :, None], 0)  # B K G T K H
+        spread = spread.reshape(batch, -1, request.kv_heads * width)
+        product = _matmul("BRC,BSC->BRS", spread, flat, request, dtype)
+        return product.reshape(batch, request.kv_heads, groups, length, slots)
+    product = _matmul("BRS,BSC->BRC", rows.reshape(batch, -1, slots), flat, request, dtype)
+    every = product.reshape(batch, request.kv_heads, groups, length, request.kv_heads, width)
+    return jnp.moveaxis(jnp.diagonal(every, axis1=1, axis2=4), -1, 1)  # B K G T D
+
+
+def _matmul(equation: str, one: jax.Array, other: jax.Array, request: Request, dtype: DTypeLike) -> jax.Array:
+    return jnp.einsum(equation, one, other, precision=request.precision, preferred_element_type=dtype)
 
 
 def _grouped(array: jax.Array, request: Request) -> jax.Array:

@@ -1,39 +1,70 @@
-"""The grid of blocks over T × S."""
+"""The grid of blocks over T × S, and the steps over batch and heads.
+
+A step takes some batch rows and some key/value heads through all their blocks: as many as keep a tile of logits in the
+caches of a core. With all rows and heads in one tile, its logits would go to memory and back for every operation.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import final
+from typing import Any, Self, final
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernelry.plugin import Axis, Side
+from kernelry.plugin import Axis, Mode, Request, Side
 
 _ALIGNED = 8
 """Slots: blocks shorter than asked are a multiple of it, so that rows of a block stay aligned to vectors."""
 
+_TILE_BYTES = 1 << 20
+"""Of a float32 tile of logits: two cores with 512 KiB of second-level cache each. benchmarks/blockwise.py."""
+
 
 @final
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """Blocks of equal size over the queries and the keys; the last ones go beyond the end.
 
     Args:
       q_len, kv_len: T and S.
       block_q, block_kv: slots of a block.
+      batch, kv_heads, groups: B, K and G.
+      step_batch, step_heads: the batch rows and the key/value heads of a step; they divide B and K.
     """
 
     q_len: int
     kv_len: int
     block_q: int
     block_kv: int
+    batch: int = 1
+    kv_heads: int = 1
+    groups: int = 1
+    step_batch: int = 1
+    step_heads: int = 1
 
     @classmethod
-    def of(cls, q_len: int, kv_len: int, block_q: int, block_kv: int) -> Grid:
+    def of(cls, request: Request, block_q: int, block_kv: int) -> Self:
         """Blocks of at most the sizes asked, of equal length, so that little lies beyond the end."""
-        return cls(q_len, kv_len, _even(q_len, block_q), _even(kv_len, block_kv))
+        block_q, block_kv = _even(request.q_len, block_q), _even(request.kv_len, block_kv)
+        if request.page_size is not None:
+            block_kv = max(1, block_kv // request.page_size) * request.page_size
+        room = max(1, _TILE_BYTES // max(1, 4 * request.groups * block_q * block_kv))
+        heads = _divisor(request.kv_heads, room)
+        # Rows of a decoding batch are of all lengths: each goes through its own blocks.
+        together = heads == request.kv_heads and request.mode is not Mode.DECODE
+        return cls(
+            q_len=request.q_len,
+            kv_len=request.kv_len,
+            block_q=block_q,
+            block_kv=block_kv,
+            batch=request.batch,
+            kv_heads=request.kv_heads,
+            groups=request.groups,
+            step_batch=_divisor(request.batch, room // heads) if together else 1,
+            step_heads=heads,
+        )
 
     @property
     def rows(self) -> int:
@@ -46,6 +77,21 @@ class Grid:
         return -(-self.kv_len // self.block_kv)
 
     @property
+    def batch_steps(self) -> int:
+        """The steps over the batch, the outer ones."""
+        return self.batch // self.step_batch
+
+    @property
+    def head_steps(self) -> int:
+        """The steps over the heads."""
+        return self.kv_heads // self.step_heads
+
+    @property
+    def steps(self) -> int:
+        """All steps."""
+        return self.batch_steps * self.head_steps
+
+    @property
     def q_padding(self) -> int:
         """Slots of the last block of queries beyond T."""
         return self.rows * self.block_q - self.q_len
@@ -55,6 +101,24 @@ class Grid:
         """Slots of the last block of keys beyond S."""
         return self.columns * self.block_kv - self.kv_len
 
+    def batch_start(self, step: Any) -> Any:
+        """The first batch row of a step."""
+        return step // self.head_steps * self.step_batch
+
+    def head_start(self, step: Any) -> Any:
+        """The first key/value head of a step."""
+        return step % self.head_steps * self.step_heads
+
+    def of_step(self, array: jax.Array, step: Any) -> jax.Array:
+        """[B or 1, N or 1, …] → what a step sees of it."""
+        for axis, start, size in (
+            (0, self.batch_start(step), self.step_batch),
+            (1, self.head_start(step) * self.groups, self.step_heads * self.groups),
+        ):
+            if array.shape[axis] not in (1, size):
+                array = lax.dynamic_slice_in_dim(array, start, size, axis)
+        return array
+
     def query_side(self, row: jax.Array | int, q_heads: int) -> Side:
         """The queries of a block; slots beyond the end repeat the last one."""
         slots = row * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)
@@ -62,40 +126,50 @@ class Grid:
 
     def kv_side(self, column: jax.Array | int) -> Side:
         """The keys of a block; slots beyond the end repeat the last one."""
-        slots = column * self.block_kv + jnp.arange(self.block_kv, dtype=jnp.int32)
-        return Side.of_slots(Axis.KV, jnp.minimum(slots, self.kv_len - 1))
+        return Side.of_slots(Axis.KV, jnp.minimum(self._kv_slots(column), self.kv_len - 1))
 
     def kv_inside(self, column: jax.Array | int) -> jax.Array:
         """Whether the slots [block_kv] of a block of keys exist."""
-        return column * self.block_kv + jnp.arange(self.block_kv, dtype=jnp.int32) < self.kv_len
+        return self._kv_slots(column) < self.kv_len
 
-    def split_queries(self, array: jax.Array, groups: int, fill: float = 0.0) -> jax.Array:
-        """[B, T, N, …] → [rows, B, K, G·block_q, …]: the rows of a block's group stand together."""
+    def _kv_slots(self, column: jax.Array | int) -> jax.Array:
+        return column * self.block_kv + jnp.arange(self.block_kv, dtype=jnp.int32)
+
+    def split_queries(self, array: jax.Array, fill: float = 0.0) -> jax.Array:
+        """[B, T, N, …] → [steps, rows, b, k, G·block_q, …]: the rows of a block's group stand together."""
         padded = _padded(array, self.q_padding, fill)
-        batch, _, heads, *rest = padded.shape
-        blocks = padded.reshape(batch, self.rows, self.block_q, heads // groups, groups, *rest)
-        order = (1, 0, 3, 4, 2, *range(5, blocks.ndim))
-        return blocks.transpose(order).reshape(self.rows, batch, heads // groups, groups * self.block_q, *rest)
+        batch, heads = (self.batch_steps, self.step_batch), (self.head_steps, self.step_heads)
+        apart = padded.reshape(*batch, self.rows, self.block_q, *heads, self.groups, *padded.shape[3:])
+        blocks = apart.transpose(0, 4, 2, 1, 5, 6, 3, *range(7, apart.ndim))
+        together = (self.steps, self.rows, self.step_batch, self.step_heads, self.groups * self.block_q)
+        return blocks.reshape(*together, *padded.shape[3:])
 
-    def join_queries(self, blocks: jax.Array, groups: int) -> jax.Array:
-        """[rows, B, K, G·block_q, …] → [B, T, N, …], the inverse of `split_queries`."""
-        _, batch, kv_heads, _, *rest = blocks.shape
-        apart = blocks.reshape(self.rows, batch, kv_heads, groups, self.block_q, *rest)
-        order = (1, 0, 4, 2, 3, *range(5, apart.ndim))
-        whole = apart.transpose(order).reshape(batch, self.rows * self.block_q, kv_heads * groups, *rest)
+    def join_queries(self, blocks: jax.Array) -> jax.Array:
+        """[steps, rows, b, k, G·block_q, …] → [B, T, N, …], the inverse of `split_queries`."""
+        sizes = (self.batch_steps, self.head_steps, self.rows, self.step_batch, self.step_heads)
+        apart = blocks.reshape(*sizes, self.groups, self.block_q, *blocks.shape[5:])
+        order = apart.transpose(0, 3, 2, 6, 1, 4, 5, *range(7, apart.ndim))
+        heads = self.kv_heads * self.groups
+        whole = order.reshape(self.batch, self.rows * self.block_q, heads, *blocks.shape[5:])
         return lax.slice_in_dim(whole, 0, self.q_len, axis=1)
 
     def split_keys(self, array: jax.Array) -> jax.Array:
-        """[B, S, K, H] → [columns, B, K, block_kv, H]."""
+        """[B, S, K, H] → [steps, columns, b, k, block_kv, H]."""
         padded = _padded(array, self.kv_padding, 0.0)
-        batch, _, heads, width = padded.shape
-        return padded.reshape(batch, self.columns, self.block_kv, heads, width).transpose(1, 0, 3, 2, 4)
+        batch, heads = (self.batch_steps, self.step_batch), (self.head_steps, self.step_heads)
+        apart = padded.reshape(*batch, self.columns, self.block_kv, *heads, padded.shape[3])
+        blocks = apart.transpose(0, 4, 2, 1, 5, 3, 6)
+        return blocks.reshape(
+            self.steps, self.columns, self.step_batch, self.step_heads, self.block_kv, padded.shape[3]
+        )
 
     def join_keys(self, blocks: jax.Array) -> jax.Array:
-        """[columns, B, K, block_kv, H] → [B, S, K, H], the inverse of `split_keys`."""
-        _, batch, heads, _, width = blocks.shape
-        whole = blocks.transpose(1, 0, 3, 2, 4).reshape(batch, self.columns * self.block_kv, heads, width)
-        return lax.slice_in_dim(whole, 0, self.kv_len, axis=1)
+        """[steps, columns, b, k, block_kv, H] → [B, S, K, H], the inverse of `split_keys`."""
+        sizes = (self.batch_steps, self.head_steps, self.columns, self.step_batch, self.step_heads)
+        apart = blocks.reshape(*sizes, self.block_kv, blocks.shape[-1])
+        whole = apart.transpose(0, 3, 2, 5, 1, 4, 6)
+        joined = whole.reshape(self.batch, self.columns * self.block_kv, self.kv_heads, blocks.shape[-1])
+        return lax.slice_in_dim(joined, 0, self.kv_len, axis=1)
 
 
 def _even(length: int, block: int) -> int:
@@ -104,6 +178,11 @@ def _even(length: int, block: int) -> int:
     blocks = -(-length // block)
     least = -(-length // blocks)
     return min(block, -(-least // _ALIGNED) * _ALIGNED)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor that is at most `most`, at least 1."""
+    return next(size for size in range(min(number, max(most, 1)), 0, -1) if number % size == 0)
 
 
 def _padded(array: jax.Array, more: int, fill: float) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class BlockwiseKernel(Kernel):
 
 
 def _grid(request: Request, tiling: Tiling) -> Grid:
-    return Grid.of(request.q_len, request.kv_len, tiling["block_q"], tiling["block_kv"])
+    return Grid.of(request, tiling["block_q"], tiling["block_kv"])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -89,12 +89,17 @@ def _delta(out: jax.Array, d_out: jax.Array) -> Float[Array, "B N T"]:
 def _cotangent(inputs: Inputs, share: Gradients, d_sinks: jax.Array | None) -> Inputs:
     return Inputs(
         query=share.query.astype(inputs.query.dtype),
-        key=share.key.astype(inputs.key.dtype),
-        value=share.value.astype(inputs.value.dtype),
+        key=_like(inputs.key, share.key),
+        value=_like(inputs.value, share.value),
         mask=None,  # type: ignore[arg-type]
         bias=None if inputs.bias is None or share.bias is None else share.bias.astype(inputs.bias.dtype),
         sinks=d_sinks,
     )
+
+
+def _like(held: Any, share: jax.Array) -> jax.Array | None:
+    """Quantised and paged keys and values have no gradient."""
+    return share.astype(held.dtype) if isinstance(held, jax.Array) else None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

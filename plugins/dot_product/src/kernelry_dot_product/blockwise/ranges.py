@@ -19,13 +19,14 @@ from kernelry_dot_product.blockwise.grid import Grid
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Decided:
-    """For each block whether it may hold anything, in any batch row, and whether it certainly holds everything, in all.
+    """For each batch row and block whether it may hold anything, and whether it certainly holds everything.
 
-    Both err on the safe side: `some` may be True of an empty block, `full` False of a full one.
+    Both err on the safe side: `some` may be True of an empty block, `full` False of a full one. The batch is 1 where
+    all its rows are alike.
     """
 
-    some: Bool[Array, "rows columns"]
-    full: Bool[Array, "rows columns"]
+    some: Bool[Array, "#B rows columns"]
+    full: Bool[Array, "#B rows columns"]
 
 
 def decided_at_run_time(mask: Mask, grid: Grid) -> Decided:
@@ -49,12 +50,12 @@ def decided_at_run_time(mask: Mask, grid: Grid) -> Decided:
 
 
 def _undecided(grid: Grid) -> Decided:
-    shape = (grid.rows, grid.columns)
+    shape = (1, grid.rows, grid.columns)
     return Decided(jnp.ones(shape, bool), jnp.zeros(shape, bool))
 
 
 def _of_branches(mask: Mask, grid: Grid) -> Decided:
-    some, full = jnp.zeros((grid.rows, grid.columns), bool), jnp.zeros((grid.rows, grid.columns), bool)
+    some = full = jnp.zeros((1, grid.rows, grid.columns), bool)
     for branch in mask.conjuncts()[0].branches:
         every = [decided_at_run_time(conjunct.located_mask, grid) for conjunct in branch]
         branch_some, branch_full = jnp.ones_like(some), jnp.ones_like(full)
@@ -74,7 +75,7 @@ def _of_ids(query: jax.Array, kv: jax.Array | None, grid: Grid) -> Decided:
     apart = (high_q[:, :, None] < low_k[:, None]) | (high_k[:, None] < low_q[:, :, None])
     same = (low_q == high_q)[:, :, None] & (low_k == high_k)[:, None] & (low_q[:, :, None] == low_k[:, None])
     full = same & whole_q[:, :, None] & whole_k[:, None]
-    return Decided(~apart.all(axis=0), full.all(axis=0))
+    return Decided(~apart, full)
 
 
 def _fits_int32(ids: jax.Array) -> bool:
@@ -96,8 +97,13 @@ def _of_lengths(mask: Lengths, grid: Grid) -> Decided:
     if mask.query_lengths is not None:
         some_q, full_q = _reached(mask.query_lengths, grid.block_q, grid.rows, grid.q_len)
         some, full = some & some_q[:, :, None], full & full_q[:, :, None]
-    shape = (grid.rows, grid.columns)
-    return Decided(jnp.broadcast_to(some.any(axis=0), shape), jnp.broadcast_to(full.all(axis=0), shape))
+    return _decided(some, full, grid)
+
+
+def _decided(some: jax.Array, full: jax.Array, grid: Grid) -> Decided:
+    """Lets blocks that are alike along rows or columns stand for all of them."""
+    shape = (some.shape[0], grid.rows, grid.columns)
+    return Decided(jnp.broadcast_to(some, shape), jnp.broadcast_to(full, shape))
 
 
 def _reached(lengths: jax.Array, block: int, blocks: int, end: int) -> tuple[jax.Array, jax.Array]:
@@ -115,15 +121,14 @@ def _of_array(mask: Dense, grid: Grid) -> Decided:
             more = [(0, 0)] * 4
             more[axis] = (0, blocks * block - visible.shape[axis])
             visible = jnp.pad(visible, more, mode="edge")
-    some, full = _over_tiles(visible, grid, jnp.any), _over_tiles(visible, grid, jnp.all)
-    return Decided(some, full)
+    return _decided(_over_tiles(visible, grid, jnp.any), _over_tiles(visible, grid, jnp.all), grid)
 
 
 def _over_tiles(visible: jax.Array, grid: Grid, reduce: Callable[..., jax.Array]) -> jax.Array:
     rows = (grid.rows, grid.block_q) if visible.shape[2] > 1 else (1, 1)
     columns = (grid.columns, grid.block_kv) if visible.shape[3] > 1 else (1, 1)
     tiles = visible.reshape(*visible.shape[:2], *rows, *columns)
-    return jnp.broadcast_to(reduce(tiles, axis=(0, 1, 3, 5)), (grid.rows, grid.columns))
+    return reduce(tiles, axis=(1, 3, 5))
 
 
 def _of_selection(mask: Mask, atom: Atom, grid: Grid) -> Decided:
@@ -147,10 +152,9 @@ def _of_selection(mask: Mask, atom: Atom, grid: Grid) -> Decided:
     covered = (
         within.sum(axis=1) == last // size - first // size + 1
     )  # blocks that the selection does not know are hidden
-    some = (keep.any(axis=(0, 1, 3))[:, None] & within[None]).any(axis=2)
-    full = (keep.all(axis=(0, 1, 3))[:, None] | ~within[None]).all(axis=2) & covered[None]
-    shape = (grid.rows, grid.columns)
-    return Decided(jnp.broadcast_to(some, shape), jnp.broadcast_to(full, shape))
+    some = (keep.any(axis=(1, 3))[:, :, None] & within[None, None]).any(axis=3)
+    full = (keep.all(axis=(1, 3))[:, :, None] | ~within[None, None]).all(axis=3) & covered[None, None]
+    return _decided(some, full, grid)
 
 
 def _of_band(mask: Mask, atom: Atom, grid: Grid) -> Decided:
@@ -168,7 +172,7 @@ def _of_band(mask: Mask, atom: Atom, grid: Grid) -> Decided:
         some, full = some & (low_q - high_k <= left), full & (high_q - low_k <= left)
     if right is not None:
         some, full = some & (low_k - high_q <= right), full & (high_k - low_q <= right)
-    return Decided(some.any(axis=0), full.all(axis=0))
+    return Decided(some, full)
 
 
 def _tiles(values: jax.Array, block: int, blocks: int) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,28 @@ from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.softmax import visible_of
 
 
+class Place(NamedTuple):
+    """Where a tile stands: its step over batch and heads, its block of queries, its block of keys."""
+
+    step: Any
+    row: Any
+    column: Any
+
+
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Logits [B, K, G·block_q, block_kv], capped and masked with −inf, of a block of keys.
+    """Logits [b, k, G·block_q, block_kv] of a block of queries and one of keys, capped and masked with −inf.
 
     Args:
-      key, value: [B, K, block_kv, H] and [B, K, block_kv, D], with zeros in slots that no row of the tile sees.
-      visible: [B, K, G, block_q, block_kv], or sizes of 1; None where everything is visible.
+      key, value: [b, k, block_kv, H] and [b, k, block_kv, D], with zeros in slots that no row of the tile sees.
+      visible: [b, k, G, block_q, block_kv], or sizes of 1; None where everything is visible.
     """
 
-    logits: Float[Array, "B K R S"]
-    key: Float[Array, "B K S H"]
-    value: Float[Array, "B K S D"]
-    visible: Bool[Array, "#B #K #G T S"] | None
+    logits: Float[Array, "b k R S"]
+    key: Float[Array, "b k S H"]
+    value: Float[Array, "b k S D"]
+    visible: Bool[Array, "#b #k #G T S"] | None
 
 
 @final
@@ -59,12 +67,12 @@ class Tiles:
     @classmethod
     def of(cls, request: Request, grid: Grid, inputs: Inputs) -> Tiles:
         """The tiles of a call; the bias is laid out for the grid."""
-        hides = request.mask.may_hide_slots(request.q_len, request.kv_len)
+        hides = request.mask.may_hide_slots(request.q_len, request.kv_len) or bool(grid.kv_padding)
         return cls(request, grid, dataclasses.replace(inputs, bias=padded_bias(inputs.bias, grid)), hides)
 
-    def __call__(self, row: Any, column: Any, query: jax.Array, key: jax.Array, value: jax.Array, masked: bool) -> Tile:
-        """Multiplies query [B, K, G·block_q, H] and key [B, K, block_kv, H] of a row and a column of blocks."""
-        visible = self._visible(row, column) if masked else None
+    def __call__(self, place: Place, query: jax.Array, key: jax.Array, value: jax.Array, masked: bool) -> Tile:
+        """Multiplies query [b, k, G·block_q, H] and key [b, k, block_kv, H]."""
+        visible = self._visible(place) if masked else None
         if visible is not None and self.hides:
             seen = visible.any(axis=(2, 3))[..., None]
             key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
@@ -72,7 +80,7 @@ class Tiles:
         if not self.scaled:
             logits = logits * jnp.float32(self.request.scale)
         if self.inputs.bias is not None:
-            logits = (self.apart(logits) + self._bias(row, column)).reshape(logits.shape)
+            logits = (self.apart(logits) + self._bias(place)).reshape(logits.shape)
         if self.request.soft_cap is not None:
             cap = jnp.float32(self.request.soft_cap)
             logits = cap * jnp.tanh(logits / cap)
@@ -81,33 +89,34 @@ class Tiles:
         return Tile(logits, key, value, visible)
 
     def apart(self, tile: jax.Array) -> jax.Array:
-        """[B, K, G·block_q, block_kv] → [B, K, G, block_q, block_kv]."""
+        """[b, k, G·block_q, block_kv] → [b, k, G, block_q, block_kv]."""
         batch, heads, _, slots = tile.shape
         return tile.reshape(batch, heads, self.request.groups, self.grid.block_q, slots)
 
-    def kept(self, row: Any, column: Any, shape: tuple[int, ...]) -> Bool[Array, "B K R S"]:
+    def kept(self, place: Place, shape: tuple[int, ...]) -> Bool[Array, "b k R S"]:
         """Which probabilities dropout keeps; the same in the backward pass."""
         assert self.inputs.dropout_rng is not None
-        key = jax.random.fold_in(self.inputs.dropout_rng, row * self.grid.columns + column)
+        tile = (place.step * self.grid.rows + place.row) * self.grid.columns + place.column
+        key = jax.random.fold_in(self.inputs.dropout_rng, tile)
         return jax.random.bernoulli(key, 1.0 - self.request.dropout_rate, shape)
 
-    def _visible(self, row: Any, column: Any) -> Bool[Array, "#B #K #G T S"] | None:
-        query = self.grid.query_side(row, self.request.q_heads)
-        visible = visible_of(self.inputs.mask, query, self.grid.kv_side(column))
+    def _visible(self, place: Place) -> Bool[Array, "#b #k #G T S"] | None:
+        query = self.grid.query_side(place.row, self.request.q_heads)
+        visible = visible_of(self.inputs.mask, query, self.grid.kv_side(place.column))
         if self.grid.kv_padding:
-            inside = self.grid.kv_inside(column)[None, None, None]
+            inside = self.grid.kv_inside(place.column)[None, None, None]
             visible = inside if visible is None else visible & inside
         if visible is None:
             return None
-        visible = jnp.asarray(visible)
+        visible = self.grid.of_step(jnp.asarray(visible), place.step)
         visible = jnp.broadcast_to(visible, (*visible.shape[:2], self.grid.block_q, self.grid.block_kv))
-        return by_group(visible, self.request)
+        return by_group(visible, self.grid)
 
-    def _bias(self, row: Any, column: Any) -> Float[Array, "#B #K #G #T #S"]:
+    def _bias(self, place: Place) -> Float[Array, "#b #k #G #T #S"]:
         bias = self.inputs.bias
         assert bias is not None
-        starts, sizes = bias_window(bias.shape, self.grid, row, column)
-        return by_group(lax.dynamic_slice(bias, starts, sizes).astype(jnp.float32), self.request)
+        starts, sizes = bias_window(bias.shape, self.grid, place)
+        return by_group(lax.dynamic_slice(bias, starts, sizes).astype(jnp.float32), self.grid)
 
 
 def zero_of(*arrays: Any) -> Float[Array, ""]:
@@ -123,9 +132,9 @@ def zero_of(*arrays: Any) -> Float[Array, ""]:
     return zero
 
 
-def by_group(array: jax.Array, request: Request) -> jax.Array:
-    """[B, N or 1, T, S] → [B, K or 1, G or 1, T, S]."""
-    heads = (1, 1) if array.shape[1] == 1 else (request.kv_heads, request.groups)
+def by_group(array: jax.Array, grid: Grid) -> jax.Array:
+    """[b, k·G or 1, T, S] → [b, k or 1, G or 1, T, S]."""
+    heads = (1, 1) if array.shape[1] == 1 else (grid.step_heads, grid.groups)
     return array.reshape(array.shape[0], *heads, *array.shape[2:])
 
 
@@ -138,12 +147,16 @@ def padded_bias(bias: jax.Array | None, grid: Grid) -> jax.Array | None:
     return jnp.pad(bias, ((0, 0), (0, 0), (0, more_q), (0, more_kv)))
 
 
-def bias_window(shape: tuple[int, ...], grid: Grid, row: Any, column: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+def bias_window(shape: tuple[int, ...], grid: Grid, place: Place) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Where a tile's part of a padded bias begins, and its shape."""
-    along_q, along_kv = shape[2] > 1, shape[3] > 1
-    starts = (0, 0, row * grid.block_q if along_q else 0, column * grid.block_kv if along_kv else 0)
-    sizes = (*shape[:2], grid.block_q if along_q else 1, grid.block_kv if along_kv else 1)
-    return starts, sizes
+    parts = (
+        (grid.batch_start(place.step), grid.step_batch),
+        (grid.head_start(place.step) * grid.groups, grid.step_heads * grid.groups),
+        (place.row * grid.block_q, grid.block_q),
+        (place.column * grid.block_kv, grid.block_kv),
+    )
+    found = tuple(part if size > 1 else (0, 1) for size, part in zip(shape, parts, strict=True))
+    return tuple(start for start, _ in found), tuple(size for _, size in found)
 
 
 def product(equation: str, one: jax.Array, other: jax.Array, request: Request) -> jax.Array:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TypeAlias, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int32
 
 from kernelry.masks import BlockKind
@@ -21,7 +23,7 @@ from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.blockwise.ranges import decided_at_run_time
 
 Kinds: TypeAlias = "np.ndarray | jax.Array"
-"""[blocks of queries, blocks of keys] of BlockKind; NumPy where it is known while tracing."""
+"""[batch steps or 1, blocks of queries, blocks of keys] of BlockKind; NumPy where it is known while tracing."""
 
 
 @final
@@ -30,16 +32,26 @@ class Visits:
     """For each block of one side the blocks of the other that hold anything, FULL ones first.
 
     Args:
-      order: the other side's blocks; those to visit stand first.
+      order: per batch step, or for all: the other side's blocks; those to visit stand first.
       full: how many of them need no mask. some: how many hold anything.
       any_full, any_partial: False where it is known while tracing that there are none.
     """
 
-    order: Int32[Array, "own other"]
-    full: Int32[Array, " own"]
-    some: Int32[Array, " own"]
+    order: Int32[Array, "... own other"]
+    full: Int32[Array, "... own"]
+    some: Int32[Array, "... own"]
     any_full: bool
     any_partial: bool
+
+    def of_step(self, step: jax.Array, grid: Grid) -> Visits:
+        """Those of the batch rows of one step."""
+
+        def own(array: jax.Array) -> jax.Array:
+            if array.shape[0] == 1:
+                return array[0]
+            return lax.dynamic_index_in_dim(array, step // grid.head_steps, keepdims=False)
+
+        return dataclasses.replace(self, order=own(self.order), full=own(self.full), some=own(self.some))
 
 
 def visits_of_queries(kinds: Kinds) -> Visits:
@@ -49,13 +61,13 @@ def visits_of_queries(kinds: Kinds) -> Visits:
 
 def visits_of_keys(kinds: Kinds) -> Visits:
     """The blocks of queries that visit each block of keys."""
-    return _visits(kinds.T)
+    return _visits(kinds.swapaxes(1, 2))
 
 
 def _visits(kinds: Kinds) -> Visits:
     xp = np if isinstance(kinds, np.ndarray) else jnp
-    order = xp.argsort(-kinds.astype(np.int32), axis=1, stable=True)
-    full, some = (kinds == BlockKind.FULL).sum(axis=1), (kinds != BlockKind.EMPTY).sum(axis=1)
+    order = xp.argsort(-kinds.astype(np.int32), axis=2, stable=True)
+    full, some = (kinds == BlockKind.FULL).sum(axis=2), (kinds != BlockKind.EMPTY).sum(axis=2)
     known = isinstance(kinds, np.ndarray)
     return Visits(
         jnp.asarray(order, jnp.int32),
@@ -73,20 +85,28 @@ def kinds_of(masks: tuple[Mask, ...], grid: Grid) -> Kinds:
     kinds: Kinds = _static_kinds(static, grid)
     if grid.kv_padding:
         kinds = kinds.copy()
-        kinds[:, -1] = np.minimum(kinds[:, -1], BlockKind.PARTIAL)
+        kinds[:, :, -1] = np.minimum(kinds[:, :, -1], BlockKind.PARTIAL)
     if not dynamic:
         return kinds
-    some = full = jnp.ones((grid.rows, grid.columns), bool)
+    some = full = jnp.ones((1, grid.rows, grid.columns), bool)
     for mask in dynamic:
         decided = decided_at_run_time(mask, grid)
         some, full = some & decided.some, full & decided.full
+    some, full = _by_step(some, grid, jnp.any), _by_step(full, grid, jnp.all)
     found = jnp.where(some, jnp.where(full, BlockKind.FULL, BlockKind.PARTIAL), BlockKind.EMPTY)
     return jnp.minimum(jnp.asarray(kinds, jnp.int32), found.astype(jnp.int32))
+
+
+def _by_step(decided: jax.Array, grid: Grid, reduce: Callable[..., jax.Array]) -> jax.Array:
+    """[B or 1, rows, columns] → [batch steps or 1, rows, columns]."""
+    if decided.shape[0] == 1:
+        return decided
+    return reduce(decided.reshape(grid.batch_steps, grid.step_batch, grid.rows, grid.columns), axis=1)
 
 
 @functools.lru_cache(maxsize=64)
 def _static_kinds(masks: tuple[Mask, ...], grid: Grid) -> np.ndarray:
     if not masks:
-        return np.full((grid.rows, grid.columns), BlockKind.FULL, np.int8)
+        return np.full((1, grid.rows, grid.columns), BlockKind.FULL, np.int8)
     whole = functools.reduce(lambda one, other: one & other, masks)
-    return whole.block_map(grid.q_len, grid.kv_len, grid.block_q, grid.block_kv)
+    return whole.block_map(grid.q_len, grid.kv_len, grid.block_q, grid.block_kv)[None]
