@@ -14,7 +14,7 @@ import kernelry
 from kernelry.masks import Chunked, Lengths, Segments, SlidingWindow
 from kernelry.masks.band import Band
 from kernelry.masks.base import At
-from kernelry.plugin import KernelSpec, Refusal, RefusalCode, Side
+from kernelry.plugin import KernelSpec, QuantizedArray, Refusal, RefusalCode, Side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +311,53 @@ class ReadsTheFirstHeadsMask(Honest):
     def visible(self, inputs, request):
         visible = super().visible(inputs, request)
         return visible[:, :1]
+
+
+@lie("quantised keys")
+class ForgetsTheScale(Honest):
+    def scaled(self, array):
+        return array.values.astype(jnp.float32) if isinstance(array, QuantizedArray) else array
+
+
+@lie("quantised keys: int8:head_dim")
+class TakesTheFirstHeadsScale(Honest):
+    def scale_of(self, array):
+        return array.scale[..., :1, :]
+
+
+@lie("quantised keys")
+class ScalesValuesAsKeys(Honest):
+    def read(self, inputs):
+        read = super().read(inputs)
+        if not isinstance(inputs.value, QuantizedArray):
+            return read
+        return dataclasses.replace(read, value=self.scaled(QuantizedArray(inputs.value.values, inputs.key.scale)))
+
+
+@lie("NaN in hidden slots: int8")
+class LeaksTheScaleOfHiddenSlots(Honest):
+    def cleaned(self, inputs, visible, request):
+        query, key, value = super().cleaned(inputs, visible, request)
+        return query, key, inputs.value if request.kv_quantization else value
+
+
+@lie("pages")
+class IgnoresTheOrderOfPages(Honest):
+    def order(self, table):
+        return 1 + jnp.arange(table.size).reshape(table.shape)
+
+
+@lie("pages")
+class ReadsTheFirstRowsPages(Honest):
+    def order(self, table):
+        return jnp.broadcast_to(super().order(table)[:1], table.shape)
+
+
+@lie("NaN in hidden slots: pages")
+class ReadsAbsentPages(Honest):
+    def cleaned(self, inputs, visible, request):
+        query, key, value = super().cleaned(inputs, visible, request)
+        return query, key, value if request.page_size is None else inputs.value
 
 
 def _refuse_all(request, environment):

@@ -1,14 +1,16 @@
 """The command: readable tables, JSON, exit statuses, one-line errors."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from kernelry import cli
-from kernelry.cli import app
+from kernelry.cli import app, report
 
 
 @pytest.fixture
@@ -35,6 +37,15 @@ def test_list_as_json(run):
     assert status == 0
     assert "causal" in rows["dot_product"]["atoms"]
     assert rows["dot_product"]["distribution"].startswith("kernelry-dot-product ")
+    assert {"kv_quantizations", "pages"} <= rows["dot_product"].keys()
+
+
+def test_list_shows_how_a_kernel_reads_keys():
+    shown = {"summary": "", "gradient": "none", "kv_quantizations": ["int8:head_dim"], "pages": True}
+    lists = dict.fromkeys(("platforms", "modes", "dtypes", "atoms", "features", "statistics"), ())
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report._serves({**lists, **shown}))
+    assert "keys held as int8:head_dim pages" in " ".join(console.export_text().split())
 
 
 def test_doctor_reports_versions_and_no_faults(run):
@@ -55,6 +66,19 @@ def test_explain_answers_for_hardware_that_is_not_here(run):
     assert data["plan"]["kernel"]
 
 
+def test_explain_takes_how_keys_are_held(run):
+    options = ("--mode", "decode", "--q-len", "1", "--kv-len", "64", "--heads", "4")
+    status, out, _ = run("explain", *options, "--kv-quantization", "int4", "--page-size", "16", "--json")
+    request = json.loads(out)["request"]
+    assert (status, request["kv_quantization"], request["page_size"]) == (0, "int4:head_dim", 16)
+
+
+def test_explain_of_pages_that_do_not_make_up_the_keys_says_so(run):
+    status, _, error = run("explain", "--kv-len", "40", "--page-size", "16")
+    assert status == 2
+    assert "page_size must be a positive integer that divides kv_len=40, got 16" in error
+
+
 def test_explain_prints_the_choice_and_the_rule(run):
     status, out, _ = run("explain", "--target", "cpu", "--mask", "window(63)", "--q-len", "1024")
     assert status == 0
@@ -63,12 +87,12 @@ def test_explain_prints_the_choice_and_the_rule(run):
 
 
 def test_explain_of_a_refused_kernel_exits_2_with_the_reason(run):
-    question = ("explain", "--target", "cpu", "--mode", "decode", "--kernel", "blockwise")
+    question = ("explain", "--target", "cpu", "--dtype", "float64", "--kernel", "blockwise")
     status, out, _ = run(*question)
     assert status == 2
     assert "No kernel serves this request." in out
     [candidate] = json.loads(run(*question, "--json")[1])["candidates"]
-    assert candidate["refusals"][0]["detail"] == "mode=decode is not prefill or train"
+    assert candidate["refusals"][0]["detail"] == "dtype=float64 is not bfloat16 or float16 or float32"
 
 
 def test_explain_follows_a_config(run, tmp_path):

@@ -67,7 +67,7 @@ def test_a_kernel_in_the_config_is_absolute_but_yields_to_use():
     with kernelry.use("dot_product"):
         assert kernelry.resolve(Request(q_len=8), policy=config.policy).kernel == "dot_product"
     with pytest.raises(kernelry.errors.NoKernelError, match="config: kernel = 'blockwise'"):
-        kernelry.resolve(Request(q_len=8, mode="decode"), policy=config.policy)
+        kernelry.resolve(Request(q_len=8, dtype="float64"), policy=config.policy)
 
 
 def test_configs_are_values():

@@ -10,6 +10,7 @@ import pytest
 import kernelry
 from kernelry import masks
 from kernelry.config import load_config
+from kernelry.nearest_change import nearest_changes
 from kernelry.request import Request
 
 DOCS = (Path(__file__).parents[2] / "docs" / "explanations.md").read_text(encoding="utf-8")
@@ -66,6 +67,13 @@ def test_a_shorter_sequence_is_named_too():
 def test_an_option_left_out_is_a_change():
     request = Request(target="gpu:h100", q_len=1024, dtype="bfloat16", mask=masks.Causal(), sinks=True)
     assert str(change_to("cudnn_jax", kernelry.explain(request))) == "cudnn_jax with no sinks"
+
+
+@pytest.mark.parametrize(("field", "value"), [("kv_quantization", "int8"), ("page_size", 16)])
+def test_plain_keys_are_a_change(field, value):
+    request = Request(q_len=1, kv_len=64, mode="decode", **{field: value})
+    [change] = nearest_changes(request, "ragged", lambda asked: "ragged" if getattr(asked, field) else "plain")
+    assert (str(change), change.fields) == (f"plain with no {field}", (field,))
 
 
 def test_an_atom_left_out_is_a_change():

@@ -70,10 +70,11 @@ def test_a_plain_model_agrees():
 
 
 def test_a_phase_that_no_kernel_serves_is_named_with_reasons():
-    phases = resolve_phases(AttentionConfig(kernel="blockwise"), SHAPE)
+    trained = _spec("trained", modes=frozenset({Mode.TRAIN, Mode.PREFILL}))
+    phases = resolve_phases(AttentionConfig(kernel="trained"), SHAPE, kernels=(trained,))
     assert phases.decode.plan is None
     assert len(phases.disagreements) == 1
-    assert phases.disagreements[0].startswith("decode: no kernel serves it (blockwise: mode=decode")
+    assert phases.disagreements[0].startswith("decode: no kernel serves it (trained: mode=decode")
 
 
 def test_a_cache_that_decode_repeats_and_prefill_does_not_is_named():

@@ -150,8 +150,49 @@ def test_unknown_targets_name_the_nearest(text, near):
         ({"soft_cap": 0.0}, "soft_cap must be positive"),
         ({"soft_cap": float("nan")}, "soft_cap must be a finite number"),
         ({"sinks": True, "partial": True}, "pass them to kernelry.finalize"),
+        ({"page_size": 3}, "page_size must be a positive integer that divides kv_len=8, got 3"),
+        ({"page_size": 0}, "got 0"),
+        ({"page_size": 4.0}, "got 4.0"),
+        ({"page_size": True}, "got True"),
+        ({"kv_quantization": "int3"}, "unknown dtype 'int3'"),
+        ({"kv_quantization": 8}, "written like 'int8'"),
+        ({"kv_quantization": "int8", "gradients": ["key"]}, "gradients names key, but keys and values are quantised"),
+        (
+            {"page_size": 4, "gradients": ["value", "key"]},
+            "gradients names key, value, but keys and values are in pages",
+        ),
     ],
 )
 def test_facts_that_mean_nothing_are_errors(facts, message):
     with pytest.raises(ArgumentError, match=message):
         Request(q_len=8, **facts)
+
+
+HELD = [
+    {"kv_quantization": "int8:head_dim"},
+    {"kv_quantization": "int4:heads_and_head_dim", "page_size": 4},
+    {"page_size": 8, "mode": Mode.DECODE},
+]
+
+
+@pytest.mark.parametrize("facts", HELD)
+def test_held_keys_survive_json_and_tell_requests_apart(facts):
+    request = Request(q_len=8, q_heads=4, **facts)
+    again = Request.from_json(json.loads(json.dumps(request.to_json())))
+    assert (again, hash(again)) == (request, hash(request))
+    assert request != Request(q_len=8, q_heads=4, mode=request.mode)
+    for name in facts.keys() - {"mode"}:
+        assert f"{name}={facts[name]}" in str(request)
+
+
+@pytest.mark.parametrize("facts", HELD[:2])
+def test_held_keys_have_no_gradient_by_default(facts):
+    request = Request(q_len=8, q_heads=4, bias=(1, 1, 1, 1), **facts)
+    assert request.gradients == {Operand.QUERY, Operand.BIAS}
+    assert not request.has_plain_kv
+
+
+def test_a_quantization_is_kept_in_full_and_with_one_head_under_one_name():
+    assert Request(q_len=8, kv_heads=2, q_heads=2, kv_quantization="int8").kv_quantization == "int8:head_dim"
+    for way in ("int8", "int8:heads_and_head_dim"):
+        assert Request(q_len=8, kv_heads=1, kv_quantization=way).kv_quantization == "int8:head_dim"

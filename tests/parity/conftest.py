@@ -18,6 +18,7 @@ import pytest
 
 import kernelry
 from kernelry import masks, moba
+from kernelry.storage import QuantizedArray
 
 _FOLDER = pathlib.Path(__file__).parent / "goldens"
 _OPERANDS = ("q", "k", "v", "sinks")
@@ -125,15 +126,18 @@ def _mask(case, arrays, part=""):
     return mask
 
 
-def _cached(arrays, name):
-    return arrays[f"{name}_q"] * arrays[f"{name}_scale"] if f"{name}_q" in arrays else arrays[name]
+def _cached(case, arrays, name):
+    if not case.params["kv_quant"]:
+        return arrays[name]
+    values = arrays[f"{name}_q"].astype(case.params["kv_quant"]["dtype"])  # NumPy's files hold int4 as int8
+    return QuantizedArray(values, arrays[f"{name}_scale"])
 
 
 def _attend(case, arrays, part, mask=None, **options):
     return kernelry.attention(
         arrays["q"],
-        _cached(arrays, f"k{part}"),
-        _cached(arrays, f"v{part}"),
+        _cached(case, arrays, f"k{part}"),
+        _cached(case, arrays, f"v{part}"),
         mask=_mask(case, arrays, part) if mask is None else mask,
         scale=case.params["scale"],
         soft_cap=case.params["attn_logits_soft_cap"],

@@ -3,7 +3,11 @@
 import hashlib
 import re
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from kernelry.storage import Quantization, QuantizedArray
 
 _ASKED = {
     "model_mode",
@@ -23,6 +27,7 @@ _HOW_FAST = {"compute_axis_order", "reshape_q", "ragged_block_size"}  # layouts 
 _NEUTRAL = {"dtype": "float32", "float32_logits": False, "float32_qk_product": False}
 _INPUTS = {"q", "k", "v", "sinks", "segment_ids", "lengths", "bidirectional_mask", "indexer_keep"}
 _ANSWERS = {"out", "out_unnorm", "out_max", "out_sum", "out_dot", "mask", "max_logits", "dq", "dk", "dv", "dsinks"}
+_AXES = {"dkv": "head_dim", "heads_and_dkv": "heads_and_head_dim"}
 _SUFFIX = re.compile("(_prefill|_ar)?(_q|_scale)?$")  # of a cache, and of its quantised form
 
 
@@ -64,6 +69,21 @@ def test_no_array_of_a_case_is_dropped(case):
 def test_quantised_cases_store_every_key_and_value_quantised(case):
     held = {f"{name}{part}_{kind}" for name in "kv" for part in case.parts for kind in ("q", "scale")}
     assert held <= case.arrays.keys()
+
+
+@pytest.mark.cases(lambda entry: entry["params"]["kv_quant"])
+def test_maxtexts_scales_and_values_are_those_that_quantize_makes(case):
+    how = Quantization(case.params["kv_quant"]["dtype"], _AXES[case.params["kv_quant"]["axis"]])
+    for name in (f"{letter}{part}" for letter in "kv" for part in case.parts):
+        array, values, scale = (case.arrays[f"{name}{kind}"] for kind in ("", "_q", "_scale"))
+        found = QuantizedArray.quantize(jnp.asarray(array), how, scale_dtype=jnp.float32)
+        np.testing.assert_array_equal(np.asarray(found.scale), scale)
+        distance = np.abs(np.asarray(found.values).astype(int) - values)
+        differs = distance > 0
+        # The largest magnitude is scale · 127.5 by definition, and the last bit of a division decides where that goes.
+        np.testing.assert_allclose((np.abs(array) / scale)[differs], {"int8": 127.5, "int4": 7.5}[how.dtype], rtol=1e-6)
+        assert differs.mean() < 0.02
+        assert distance.max() == 1
 
 
 def test_golden_answer_is_computed_by_an_installed_kernel(case, answer):

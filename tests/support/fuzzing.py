@@ -51,6 +51,8 @@ _CHOICES = {
     "partial": (False, True),
     "max_logits": (False, True),
     "interpret": (False, True),
+    "kv_quantization": (None, "int8", "int4:heads_and_head_dim", "float8_e4m3fn", "int8:nothing"),
+    "page_size": (None, *_SIZES[:8], 128),
 }
 _USUAL = {"q_len": 128, "head_dim": 64}
 

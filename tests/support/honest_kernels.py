@@ -16,12 +16,15 @@ from kernelry.plugin import (
     KernelSpec,
     Mode,
     Operand,
+    PagedArray,
     Partial,
     PositionKind,
+    QuantizedArray,
     Side,
     Statistic,
     Tolerance,
 )
+from kernelry.storage import QUANTIZATIONS
 
 _TOLERANCES = (
     Tolerance("float32", 2e-6, 2e-5, "float32 products and sums"),
@@ -40,6 +43,7 @@ class Honest(Kernel):
             return self.attend(inputs, request, statistics)
 
     def attend(self, inputs, request, statistics):
+        inputs = self.read(inputs)
         visible = jnp.broadcast_to(self.visible(inputs, request), self.pairs(request))
         query, key, value = self.cleaned(inputs, visible, request)
         key, value = self.expanded(key, request), self.expanded(value, request)
@@ -61,6 +65,29 @@ class Honest(Kernel):
             max_logits=self.max_logits(masked, capped) if request.max_logits else None,
             dtype=request.dtype,
         )
+
+    def read(self, inputs):
+        key, value = (self.gathered(array) for array in (inputs.key, inputs.value))
+        return dataclasses.replace(inputs, key=self.scaled(key), value=self.scaled(value))
+
+    def gathered(self, array):
+        if not isinstance(array, PagedArray):
+            return array
+        return jax.tree.map(lambda pages: self.side_by_side(pages, array.table), array.pages)
+
+    def side_by_side(self, pages, table):
+        return pages[self.order(table)].reshape(table.shape[0], -1, *pages.shape[2:])
+
+    def order(self, table):
+        return jnp.maximum(table, 0)
+
+    def scaled(self, array):
+        if not isinstance(array, QuantizedArray):
+            return array
+        return array.values.astype(jnp.float32) * self.scale_of(array).astype(jnp.float32)
+
+    def scale_of(self, array):
+        return array.scale
 
     def pairs(self, request):
         return request.batch, request.q_heads, request.q_len, request.kv_len
@@ -145,6 +172,7 @@ class HonestBackward(Honest):
 
     def backward(self, inputs, request, tiling, out, lse, d_out, d_lse):
         with jax.named_scope(f"contract.{self.name}"):
+            inputs = self.read(inputs)
             visible = jnp.broadcast_to(self.visible(inputs, request), self.pairs(request))
             query, key, value = self.cleaned(inputs, visible, request)
             key, value = self.expanded(key, request), self.expanded(value, request)
@@ -188,6 +216,8 @@ ALL = Capabilities(
     lse_cotangent=True,
     empty_rows=True,
     clean_hidden_slots=True,
+    kv_quantizations=QUANTIZATIONS,
+    pages=True,
     tolerances=_TOLERANCES,
 )
 

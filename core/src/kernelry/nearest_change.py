@@ -140,6 +140,9 @@ def _neighbours(request: Request) -> Iterator[_Neighbour]:
             )
     if request.scale != request.default_scale:
         yield "scale", "scale=None", changed(scale=None)
+    for name in ("kv_quantization", "page_size"):
+        if getattr(request, name) is not None:
+            yield name, f"no {name}", changed(**{name: None})
     if request.partial:
         yield "partial", "no partial", changed(partial=False)
     for atom in request.mask.atoms:

@@ -75,7 +75,10 @@ def _check_alike(key: Keys, value: Keys) -> None:
             "one way, and page both or neither."
         )
     if isinstance(key, PagedArray) and isinstance(value, PagedArray) and key.table is not value.table:
-        raise ShapeError("key and value in pages must share one table: pass the same array to both PagedArrays.")
+        raise ShapeError(
+            "key and value in pages must share one table: pass the same array to both PagedArrays; of a jitted "
+            "function's arguments, let the table be one, and make the PagedArrays inside."
+        )
 
 
 def _described(keys: Keys) -> str:

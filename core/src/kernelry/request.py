@@ -149,7 +149,8 @@ class Request:
             object.__setattr__(self, "mask", _form_of(self.mask))
         check_kinds(self)
         if self.kv_quantization is not None:
-            object.__setattr__(self, "kv_quantization", str(Quantization.parse(self.kv_quantization)))
+            kind = Quantization.parse(self.kv_quantization).of_heads(self.kv_heads)
+            object.__setattr__(self, "kv_quantization", str(kind))
         self._fill("gradients", self._default_gradients)
         if isinstance(self.gradients, str) or not isinstance(self.gradients, Iterable):
             raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {self.gradients!r}.")

@@ -108,6 +108,8 @@ def explain(
     mask: Annotated[str, typer.Option(help="e.g. 'causal & segments', 'window(511)', 'full'.")] = "causal",
     soft_cap: Annotated[float | None, typer.Option(help="cap of the logits.", callback=_usable_cap)] = None,
     sinks: Annotated[bool, typer.Option("--sinks", help="one sink logit per head.")] = False,
+    kv_quantization: Annotated[str | None, typer.Option(help="of keys and values, e.g. int8, int4:head_dim.")] = None,
+    page_size: Annotated[int | None, typer.Option(min=1, help="slots of a page, where keys stand in pages.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="statistics are wanted.")] = False,
     kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
     config: Annotated[Path | None, typer.Option(help="a config whose [attention] table decides.")] = None,
@@ -129,6 +131,8 @@ def explain(
         soft_cap=soft_cap,
         sinks=sinks,
         partial=partial,
+        kv_quantization=kv_quantization,
+        page_size=page_size,
     )
     if request.q_heads % request.kv_heads:
         raise typer.BadParameter(f"--kv-heads {request.kv_heads} must divide --heads {request.q_heads}")

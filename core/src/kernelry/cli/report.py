@@ -39,6 +39,8 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
         "atoms": sorted(atom.value for atom in can.atoms),
         "features": sorted(feature.value for feature in can.features),
         "statistics": sorted(statistic.value for statistic in can.statistics),
+        "kv_quantizations": sorted(can.kv_quantizations),
+        "pages": can.pages,
         "gradient": can.gradient.value,
     }
 
@@ -69,6 +71,9 @@ def _serves(row: dict[str, Any]) -> RenderableType:
         ("statistics", "statistics"),
     ):
         facts.add_row(label, _words(row[key]))
+    held = [*row["kv_quantizations"], *(["pages"] if row["pages"] else [])]
+    if held:
+        facts.add_row("keys held as", _words(held))
     facts.add_row("gradient", row["gradient"])
     return Group(Text(row["summary"]), facts)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int32
 
 from kernelry._pytree import pytree
 from kernelry.errors import ShapeError
-from kernelry.storage.quantized import Quantization, QuantizedArray, Stored
+from kernelry.storage.quantized import Quantization, QuantizedArray, Stored, described, is_array
 
 
 @final
@@ -37,12 +37,12 @@ class PagedArray:
     table: Int32[Array, "B M"]
 
     def __post_init__(self) -> None:
-        if self.pages.ndim != 4:
-            raise ShapeError(f"PagedArray: pages must be [P, page_size, K, H], got shape {self.pages.shape}.")
-        if np.ndim(self.table) != 2 or not jnp.issubdtype(jnp.result_type(self.table), jnp.integer):
-            raise ShapeError(
-                f"PagedArray: table must be integers [B, M], got {jnp.result_type(self.table)}{np.shape(self.table)}."
-            )
+        is_quantized = isinstance(self.pages, QuantizedArray)
+        if not (is_quantized or is_array(self.pages)) or self.pages.ndim != 4:
+            found = self.pages if is_quantized else described(self.pages)
+            raise ShapeError(f"PagedArray: pages must be [P, page_size, K, H], got {found}.")
+        if not is_array(self.table) or self.table.ndim != 2 or not jnp.issubdtype(self.table.dtype, jnp.integer):
+            raise ShapeError(f"PagedArray: table must be integers [B, M], got {described(self.table)}.")
 
     @property
     def page_size(self) -> int:
@@ -77,6 +77,7 @@ class PagedArray:
 
 
 def _beside(pages: jax.Array, table: jax.Array) -> jax.Array:
+    pages, table = jnp.asarray(pages), jnp.asarray(table)  # both may be NumPy's
     found = pages.at[jnp.where(table < 0, pages.shape[0], table)].get(mode="fill", fill_value=_nothing(pages.dtype))
     rows, count, page_size, *rest = found.shape
     return found.reshape(rows, count * page_size, *rest)

@@ -54,6 +54,10 @@ class Quantization:
         dtype, _, axis = text.partition(":")
         return cls(dtype, axis) if axis else cls(dtype)
 
+    def of_heads(self, kv_heads: int) -> Quantization:
+        """The same for K heads: with one head both axes are one, called head_dim."""
+        return Quantization(self.dtype) if kv_heads == 1 else self
+
     def __str__(self) -> str:
         return f"{self.dtype}:{self.axis}"
 
@@ -86,15 +90,15 @@ class QuantizedArray:
     scale: Float[Array, "*rows heads 1"]
 
     def __post_init__(self) -> None:
-        dtype = str(jnp.result_type(self.values))
-        if dtype not in _DTYPES:
-            raise ShapeError(f"QuantizedArray: values must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, got {dtype}.")
+        if not is_array(self.values) or str(self.values.dtype) not in _DTYPES or self.values.ndim < 2:
+            known = f"{', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}"
+            raise ShapeError(f"QuantizedArray: values must be {known} [..., K, H], got {described(self.values)}.")
         *rows, heads, _ = shape = self.values.shape
         allowed = {(*rows, heads, 1), (*rows, 1, 1)}
-        if tuple(self.scale.shape) not in allowed or not jnp.issubdtype(self.scale.dtype, jnp.floating):
+        if not _is_floating(self.scale) or tuple(self.scale.shape) not in allowed:
             raise ShapeError(
                 f"QuantizedArray: scale of values {list(shape)} must be floating {[*rows, heads, 1]} or "
-                f"{[*rows, 1, 1]}, got {self.scale.dtype}{list(self.scale.shape)}."
+                f"{[*rows, 1, 1]}, got {described(self.scale)}."
             )
 
     @classmethod
@@ -117,10 +121,8 @@ class QuantizedArray:
           ArgumentError, ShapeError: an argument means nothing.
         """
         kind = Quantization.parse(how)
-        if jnp.ndim(array) < 2 or not jnp.issubdtype(jnp.result_type(array), jnp.floating):
-            raise ShapeError(
-                f"quantize takes a floating array [..., K, H], got {jnp.result_type(array)}{jnp.shape(array)}."
-            )
+        if not _is_floating(array) or array.ndim < 2 or 0 in array.shape[-2:]:
+            raise ShapeError(f"quantize takes a floating array [..., K, H], K and H not 0, got {described(array)}.")
         shared = {axis % array.ndim for axis in _AXES[kind.axis]}
         found = _qwix().quantize(
             array.astype(jnp.float32),
@@ -137,9 +139,8 @@ class QuantizedArray:
     @property
     def quantization(self) -> Quantization:
         """How it is quantised."""
-        one_head = self.values.shape[-2] == 1
-        shared = self.scale.shape[-2] == 1 and not one_head
-        return Quantization(str(self.values.dtype), "heads_and_head_dim" if shared else "head_dim")
+        axis = "heads_and_head_dim" if self.scale.shape[-2] == 1 else "head_dim"
+        return Quantization(str(self.values.dtype), axis).of_heads(self.values.shape[-2])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,6 +158,20 @@ class QuantizedArray:
 
 Stored: TypeAlias = "jax.Array | QuantizedArray"
 """Numbers as they are kept."""
+
+
+def described(array: Any) -> str:
+    """An array's dtype and shape, or what else it is, for a message."""
+    return f"{array.dtype}{list(array.shape)}" if is_array(array) else type(array).__name__
+
+
+def is_array(array: Any) -> bool:
+    """Whether it has a dtype and a shape, as jax.ShapeDtypeStruct does, too."""
+    return hasattr(array, "dtype") and hasattr(array, "shape")
+
+
+def _is_floating(array: Any) -> bool:
+    return is_array(array) and bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def _qwix() -> Any:

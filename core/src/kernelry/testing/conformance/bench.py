@@ -18,6 +18,7 @@ from kernelry.resolution import Resolution
 from kernelry.scope import record
 from kernelry.testing.conformance.calls import QKV, Call
 from kernelry.testing.conformance.cases import Skip
+from kernelry.testing.conformance.held import TABLE, as_given
 from kernelry.testing.conformance.place import Place
 
 
@@ -49,8 +50,8 @@ class Bench:
 
     def attend(self, call: Call, arrays: Mapping[str, Any], mask: Any, rng: Any = None) -> Any:
         """Calls the kernel by name."""
-        query, key, value = (arrays[name] for name in QKV)
-        others: dict[str, Any] = {name: array for name, array in arrays.items() if name not in QKV}
+        query, key, value = as_given(arrays)
+        others: dict[str, Any] = {name: array for name, array in arrays.items() if name not in (*QKV, TABLE)}
         others |= {"mask": mask, "kernel": self.spec.name, "dropout_rng": rng, **call.arguments}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the soft cap caps bias too")  # the oracle does so, too
@@ -104,10 +105,8 @@ class Bench:
 
     def answer(self, call: Call, *, seed: int = 0, adapters: bool = False) -> Answer:
         """Compiles the call, forward and backward in one program, and runs it."""
-        arrays, cotangents = call.arrays(seed), call.cotangents(seed)
-        given = call.poisoned(arrays) if call.poison else arrays
-        program = self.compiled(flat(self.program(call)), given, call.mask, cotangents, adapters=adapters)
-        return Answer(*program(given, call.mask, cotangents))
+        given = call.arrays(seed), call.mask, call.cotangents(seed)
+        return Answer(*self.compiled(flat(self.program(call)), *given, adapters=adapters)(*given))
 
 
 _FAST_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}

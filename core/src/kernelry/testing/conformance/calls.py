@@ -11,8 +11,8 @@ import numpy as np
 
 from kernelry.masks import Full, Mask
 from kernelry.request import Mode, Operand, Request
+from kernelry.testing.conformance import held
 from kernelry.testing.conformance.place import Place
-from kernelry.testing.reference import reference_mask
 
 QKV = ("query", "key", "value")
 _FULL = Full()
@@ -27,6 +27,8 @@ class Call:
       bias: its shape, B N T S or 1 each.
       gradients: the operands differentiated; those that the call lacks are left out.
       poison: whether NaN and inf stand in slots that no row may see, and NaN in rows that see nothing.
+      kv_quantization: how keys and values are quantised.
+      page_size: of the pages in which keys and values stand.
     """
 
     batch: int = 2
@@ -51,12 +53,15 @@ class Call:
     partial: bool = False
     max_logits: bool = False
     poison: bool = False
+    kv_quantization: str | None = None
+    page_size: int | None = None
 
     @property
     def wanted(self) -> frozenset[Operand]:
         """The operands with a gradient that this call passes."""
         absent = {Operand.BIAS} if self.bias is None else set()
         absent |= set() if self.sinks else {Operand.SINKS}
+        absent |= set() if self.kv_quantization is None and self.page_size is None else {Operand.KEY, Operand.VALUE}
         return self.gradients - absent if self.mode is Mode.TRAIN else frozenset()
 
     def request(self, place: Place) -> Request:
@@ -85,6 +90,8 @@ class Call:
             partial=self.partial,
             max_logits=self.max_logits,
             interpret=place.interpreted,
+            kv_quantization=self.kv_quantization,
+            page_size=self.page_size,
         )
 
     @property
@@ -103,8 +110,19 @@ class Call:
             "return_max_logits": self.max_logits,
         }
 
-    def arrays(self, seed: int = 0) -> dict[str, jax.Array]:
-        """Draws the arrays from N(0, 1), by argument name."""
+    def arrays(self, seed: int = 0) -> dict[str, Any]:
+        """Draws what the kernel is given, by argument name; keys and values in pages come with their table."""
+        drawn = self._drawn(seed)
+        if self.poison or self.page_size is not None:
+            drawn = self._placed(drawn, held.Sight.of(self))
+        given: dict[str, Any] = jax.tree.map(jnp.asarray, drawn)
+        return given
+
+    def numbers(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """The same arrays for the oracle: dequantised, side by side, unpoisoned, float64."""
+        return {name: held.numbers(array) for name, array in self._drawn(seed).items()}
+
+    def _drawn(self, seed: int) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
         shapes: dict[str, tuple[int, ...]] = {
             "query": (self.batch, self.q_len, self.q_heads, self.head_dim),
@@ -113,7 +131,22 @@ class Call:
         }
         shapes |= {} if self.bias is None else {"bias": self.bias}
         shapes |= {"sinks": (self.q_heads,)} if self.sinks else {}
-        return {name: jnp.asarray(rng.standard_normal(shape), self.dtype) for name, shape in shapes.items()}
+        drawn = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        return {name: self._held(name, array) for name, array in drawn.items()}
+
+    def _held(self, name: str, array: np.ndarray) -> Any:
+        if name in ("key", "value") and self.kv_quantization is not None:
+            return held.quantized(array, self.kv_quantization)
+        return np.asarray(jnp.asarray(array, self.dtype))
+
+    def _placed(self, drawn: dict[str, Any], sight: held.Sight) -> dict[str, Any]:
+        """Puts NaN and inf where no row may look, and NaN into queries that see nothing; then cuts pages."""
+        if self.poison:
+            query = np.where(sight.dead, np.asarray(np.nan).astype(drawn["query"].dtype), drawn["query"])
+            drawn |= {"query": query} | {name: held.poisoned(drawn[name], sight.hidden) for name in ("key", "value")}
+        if self.page_size is None:
+            return drawn
+        return drawn | held.in_pages(drawn["key"], drawn["value"], self.page_size, sight.hidden)
 
     def cotangents(self, seed: int = 0) -> dict[str, jax.Array]:
         """Draws d_out, and d_lse where the call returns a Partial."""
@@ -123,17 +156,3 @@ class Call:
         if self.partial:
             drawn["lse"] = jnp.asarray(rng.standard_normal((self.batch, self.q_heads, self.q_len)), jnp.float32)
         return drawn
-
-    def poisoned(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Puts NaN and inf where no row may look, and NaN into queries that see nothing."""
-        visible = reference_mask(self.mask, self.batch, self.q_heads, self.q_len, self.kv_len)
-        groups = (self.batch, self.kv_heads, self.q_heads // self.kv_heads, self.q_len, self.kv_len)
-        hidden = ~np.swapaxes(np.any(visible.reshape(groups), axis=(2, 3)), 1, 2)[..., None]
-        dead = ~np.swapaxes(np.any(visible, axis=3), 1, 2)[..., None]
-        odd = np.arange(self.kv_len).reshape(1, -1, 1, 1) % 2 == 1
-        bad = np.where(odd, np.inf, np.nan)
-        return arrays | {
-            "query": jnp.asarray(np.where(dead, np.nan, np.asarray(arrays["query"], np.float64)), self.dtype),
-            "key": jnp.asarray(np.where(hidden, bad, np.asarray(arrays["key"], np.float64)), self.dtype),
-            "value": jnp.asarray(np.where(hidden, bad, np.asarray(arrays["value"], np.float64)), self.dtype),
-        }

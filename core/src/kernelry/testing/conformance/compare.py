@@ -48,7 +48,7 @@ def _numpy(dtype: str) -> str:
 
 def oracle(call: Call, *, seed: int = 0) -> Answer:
     """The float64 answer, with statistics whether or not the call asks for them."""
-    arrays = {name: np.asarray(array, np.float64) for name, array in call.arrays(seed).items()}
+    arrays = call.numbers(seed)
     known: dict[str, Any] = {name: array for name, array in arrays.items() if name not in QKV}
     known |= {"mask": call.mask, "scale": call.scale, "soft_cap": call.soft_cap}
     qkv = [arrays[name] for name in QKV]

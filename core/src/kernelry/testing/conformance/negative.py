@@ -12,6 +12,7 @@ from kernelry.errors import KernelRefusedError
 from kernelry.masks import AtomKind, Causal, PositionKind
 from kernelry.refusal import RefusalCode
 from kernelry.request import Mode, Operand
+from kernelry.storage import QUANTIZATIONS
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import Call
@@ -28,7 +29,7 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 def undeclared_calls(subject: Subject, base: Call) -> Iterator[Undeclared]:
     """Everything that the kernel does not declare."""
-    for part in (_kinds, _dims, _masks, _features, _results, _edges):
+    for part in (_kinds, _dims, _masks, _features, _results, _edges, _held):
         yield from part(subject.can, base)
 
 
@@ -149,3 +150,10 @@ def _edges(can: Capabilities, base: Call) -> Iterator[Undeclared]:
                 yield f"empty rows: {name}", call, RefusalCode.EMPTY_ROWS
             if not can.clean_hidden_slots and form.may_hide_slots(call.q_len, call.kv_len):
                 yield f"hidden slots: {name}", but(call, poison=True), RefusalCode.HIDDEN_SLOTS
+
+
+def _held(can: Capabilities, base: Call) -> Iterator[Undeclared]:
+    for way in sorted(QUANTIZATIONS - can.kv_quantizations):
+        yield f"quantised keys: {way}", but(base, kv_quantization=way), RefusalCode.KV_QUANTIZATION
+    if not can.pages:
+        yield "keys in pages", but(base, page_size=max(1, base.kv_len // 4)), RefusalCode.PAGES

@@ -47,9 +47,9 @@ class Visits:
         """Those of the batch rows of one step."""
 
         def own(array: jax.Array) -> jax.Array:
-            if array.shape[0] == 1:
-                return array[0]
-            return lax.dynamic_index_in_dim(array, step // grid.head_steps, keepdims=False)
+            place = step // grid.head_steps if array.shape[0] > 1 else 0
+            found: jax.Array = lax.dynamic_index_in_dim(array, place, keepdims=False)
+            return found
 
         return dataclasses.replace(self, order=own(self.order), full=own(self.full), some=own(self.some))
 

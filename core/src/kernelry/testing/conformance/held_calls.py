@@ -1,0 +1,118 @@
+"""Calls whose keys and values are quantised or stand in pages, where a kernel says that it reads them so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernelry.capabilities import Feature
+from kernelry.masks import AtomKind, Dense, Lengths, Mask, PositionKind, SlidingWindow
+from kernelry.request import Mode
+from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.positive import Named, but, masked
+from kernelry.testing.conformance.subject import Subject
+
+_KV_LENGTHS = (16, 128)
+_ROWS = (1, 3)
+"""T of a decode step, and of one that looks ahead."""
+
+_QUANTISED = "quantised keys"
+_PAGES = "pages"
+
+
+def held_calls(subject: Subject, base: Call) -> Iterator[Named]:
+    """Every such claim; the first cases of each say most, for a quick run keeps three."""
+    ways = sorted(subject.can.kv_quantizations, reverse=True)
+    yield from _quantised(subject, base, ways)
+    if subject.can.pages:
+        yield from _in_pages(subject, base, ways)
+
+
+def _quantised(subject: Subject, base: Call, ways: list[str]) -> Iterator[Named]:
+    for way in ways:
+        yield _QUANTISED, f"quantised keys: {way}", (but(masked(subject, base), kv_quantization=way),)
+        if subject.can.clean_hidden_slots:
+            hiding = tuple(but(call, kv_quantization=way) for call in _hiding(subject, base, 3))
+            yield _QUANTISED, f"NaN in hidden slots: {way}", hiding
+    for way in ways[:1]:
+        for name, calls in _rows(subject, base):
+            yield _QUANTISED, f"quantised keys: {name}", tuple(but(call, kv_quantization=way) for call in calls)
+        yield from _results(subject, but(masked(subject, base), kv_quantization=way), _QUANTISED)
+
+
+def _in_pages(subject: Subject, base: Call, ways: list[str]) -> Iterator[Named]:
+    yield _PAGES, "pages", _cut(masked(subject, base))
+    if subject.can.clean_hidden_slots:
+        yield _PAGES, "NaN in hidden slots: pages", _all_cut(_hiding(subject, base, 3))
+    for way in ways:
+        plain = but(masked(subject, base), kv_quantization=way)
+        hiding = tuple(but(call, kv_quantization=way) for call in _hiding(subject, base, 1))
+        yield _PAGES, f"quantised pages: {way}", _cut(plain)
+        if subject.can.clean_hidden_slots:
+            yield _PAGES, f"NaN in hidden slots: quantised pages, {way}", _all_cut(hiding)
+    for name, calls in _rows(subject, base):
+        yield _PAGES, f"pages: {name}", _all_cut(calls)
+    if subject.can.grouped_heads:
+        yield _PAGES, "pages: N = 4, K = 1", _cut(but(masked(subject, base), q_heads=4, kv_heads=1))
+    for claim, name, calls in _results(subject, masked(subject, base), _PAGES):
+        yield claim, name, _all_cut(calls)
+
+
+def _rows(subject: Subject, base: Call) -> Iterator[tuple[str, tuple[Call, ...]]]:
+    """Few queries, of which each row of the batch sees another number of keys."""
+    for q_len in _ROWS if subject.can.unequal_lengths else ():
+        sized = _sized(subject, base, q_len)
+        if AtomKind.LENGTHS in subject.can.atoms:
+            yield f"lengths, T = {q_len}", tuple(but(call, mask=_lengths(call)) for call in sized)
+        if AtomKind.WINDOW in subject.can.atoms and PositionKind.TRACED in subject.can.positions:
+            yield f"window at traced offsets, T = {q_len}", tuple(but(call, mask=_window(call)) for call in sized)
+
+
+def _results(subject: Subject, call: Call, claim: str) -> Iterator[Named]:
+    if subject.can.statistics:
+        yield claim, f"{claim}: lse", (but(call, partial=True), but(call, partial=True, gradients=frozenset()))
+    if Feature.MAX_LOGITS in subject.can.features:
+        yield claim, f"{claim}: max logits", (but(call, max_logits=True),)
+
+
+def _hiding(subject: Subject, base: Call, q_len: int) -> tuple[Call, ...]:
+    """Calls under which whole pages of one row are hidden, and some slots of the other."""
+    sized = _sized(subject, base, q_len)
+    return tuple(but(call, mask=mask, poison=True) for call in sized for mask in (_lengths(call), _dense(call)))
+
+
+def _sized(subject: Subject, base: Call, q_len: int) -> tuple[Call, ...]:
+    if not subject.can.unequal_lengths:
+        return (base,)
+    lengths = dict.fromkeys(max(kv_len, base.kv_len) for kv_len in _KV_LENGTHS)
+    mode = Mode.DECODE if q_len == 1 and Mode.DECODE in subject.can.modes else base.mode
+    return tuple(but(base, q_len=q_len, kv_len=kv_len, mode=mode) for kv_len in lengths)
+
+
+def _seen(call: Call) -> np.ndarray:
+    return np.array([call.kv_len - 3, call.kv_len // 4], np.int32).clip(1)
+
+
+def _lengths(call: Call) -> Mask:
+    return Lengths(_seen(call))
+
+
+def _dense(call: Call) -> Mask:
+    return Dense((np.arange(call.kv_len) < _seen(call)[:, None])[:, None, None])
+
+
+def _window(call: Call) -> Mask:
+    last = _seen(call) - 1
+    return SlidingWindow(5, 0).at(query_offset=jnp.asarray(np.maximum(last - call.q_len + 1, 0)))
+
+
+def _cut(call: Call) -> tuple[Call, ...]:
+    """The call in pages of few slots, else of more."""
+    sizes = dict.fromkeys(max(1, call.kv_len // count) for count in (4, 2, 1))
+    return tuple(but(call, page_size=size) for size in sizes)
+
+
+def _all_cut(calls: tuple[Call, ...]) -> tuple[Call, ...]:
+    return tuple(cut for call in calls for cut in _cut(call))
