@@ -13,7 +13,8 @@ TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "optax>=0.2.
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
-.PHONY: demo test test-install test-fuzz test-maxtext conformance lint format benchmark benchmark-peers wheelhouse clean
+.PHONY: demo test test-install test-fuzz test-maxtext conformance lint format benchmark benchmark-decode \
+	benchmark-peers wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
@@ -69,9 +70,14 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/blockwise.py
 	$(BIN)/python benchmarks/dot_product.py
 
-# Minutes, and 9 GiB: jax.nn at T=8192. torch joins in where it is installed.
-benchmark-peers: $(VENV)/.installed
-	$(BIN)/python benchmarks/against_peers.py
+benchmark-decode: $(VENV)/.installed
+	$(BIN)/python benchmarks/decode.py
+
+# Minutes, and 9 GiB: jax.nn at T=8192. torch stays out of .venv.
+benchmark-peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product "torch==2.13.0"
+	.venv-peers/bin/python benchmarks/against_peers.py
 
 # For a machine that has jax and no network:
 # pip install --no-index --find-links wheelhouse "kernelry[cli,config,testing]" kernelry-dot-product kernelry-gpu-pallas

@@ -13,6 +13,7 @@ TOP = {
     "Target",
     "__version__",
     "attention",
+    "cache",
     "errors",
     "explain",
     "finalize",
@@ -49,6 +50,17 @@ MASKS = {
     "Segments",
     "Side",
     "SlidingWindow",
+}
+CACHE = {
+    "KVCache",
+    "PagedArray",
+    "PagedCache",
+    "PagedView",
+    "Quantization",
+    "QuantizedArray",
+    "RollingCache",
+    "SharedPrefix",
+    "TwoPartCache",
 }
 PLUGIN = {
     "CONTRACT",
@@ -112,6 +124,10 @@ def test_names_of_masks_are_pinned():
     assert set(kernelry.masks.__all__) == MASKS
 
 
+def test_names_of_cache_are_pinned():
+    assert set(kernelry.cache.__all__) == CACHE
+
+
 def test_names_of_plugin_are_pinned():
     assert set(plugin.__all__) == PLUGIN
 
@@ -133,7 +149,7 @@ def test_errors_share_one_base():
 
 
 def test_every_pinned_name_exists():
-    rooms = ((kernelry, TOP), (kernelry.masks, MASKS), (plugin, PLUGIN))
+    rooms = ((kernelry, TOP), (kernelry.masks, MASKS), (kernelry.cache, CACHE), (plugin, PLUGIN))
     assert [name for room, names in rooms for name in names if not hasattr(room, name)] == []
 
 

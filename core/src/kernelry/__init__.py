@@ -5,6 +5,8 @@
 picks the best installed kernel that honours every argument, or says why none can.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from kernelry import errors, masks, moba
 from kernelry._version import __version__
 from kernelry.api import attention
@@ -18,6 +20,9 @@ from kernelry.resolver import explain, resolve
 from kernelry.scope import record, use
 from kernelry.target import Target
 
+if TYPE_CHECKING:
+    from kernelry import cache
+
 __all__ = [
     "Mode",
     "ModelShape",
@@ -28,6 +33,7 @@ __all__ = [
     "Target",
     "__version__",
     "attention",
+    "cache",
     "errors",
     "explain",
     "finalize",
@@ -41,3 +47,12 @@ __all__ = [
     "resolve_phases",
     "use",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `kernelry.cache` when it is first used: training never is."""
+    if name != "cache":
+        raise AttributeError(f"module 'kernelry' has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module("kernelry.cache")

@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from kernelry.api import attention
 from kernelry.cache.prefix import SharedPrefix
+from kernelry.cache.slots import bytes_of, token_counts
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.masks import Causal, Full, Lengths, Mask
-from kernelry.masks.base import At, children
+from kernelry.masks.base import At, children, is_mask
 from kernelry.normalization import finalize, merge
 from kernelry.operands import Keys
 from kernelry.policy import AUTO
@@ -51,6 +52,7 @@ class Part:
       lengths: [B], the slots of each row that hold tokens; None where all do.
       offset: where slot 0 of each row stands, a number or [B].
       positions: [B, S], where the slots stand, in place of `offset`.
+      seen: whether the mask of the call certainly shows all its tokens to every query.
     """
 
     key: Keys
@@ -58,10 +60,13 @@ class Part:
     lengths: jax.Array | None = None
     offset: int | jax.Array = 0
     positions: jax.Array | None = None
+    seen: bool = False
 
     def mask(self, base: Mask, start: int, query_offset: jax.Array, query_lengths: jax.Array | None) -> Mask:
         """The mask of the queries over this part, `start` positions further on."""
-        if self.positions is None:
+        if self.seen:
+            placed: Mask = Full()
+        elif self.positions is None:
             placed = base.at(query_offset=query_offset, kv_offset=jnp.asarray(self.offset + start, jnp.int32))
         else:
             placed = base.at(query_offset=query_offset, kv_positions=self.positions + start)
@@ -92,6 +97,11 @@ class KVCache(Protocol):
     def overflowed(self) -> jax.Array:
         """A boolean: whether something did not fit."""
 
+    @property
+    def bytes(self) -> int:
+        """What its arrays take in memory; an int4 takes half a byte."""
+        return bytes_of(self)
+
     @abstractmethod
     def append(
         self,
@@ -104,11 +114,13 @@ class KVCache(Protocol):
 
         Args:
           key, value: of T tokens a row.
-          lengths: [B], how many of them are tokens, from the first on; None is all.
+          lengths: [B], how many of them are tokens, from the first on; None is all. Under jit, numbers outside
+            [0, T] count as the nearest inside.
 
         Raises:
           CacheFullError: they do not fit; nothing was written.
           ShapeError: an array does not fit the cache.
+          ArgumentError: lengths outside [0, T].
         """
 
     @abstractmethod
@@ -188,6 +200,9 @@ class KVCache(Protocol):
         check_mask(mask)
         if query.ndim != 4 or query.shape[0] != self.lengths.shape[0]:
             raise ShapeError(f"query must be [B, T, N, H] with B={self.lengths.shape[0]}, got shape {query.shape}.")
+        q_len = query.shape[1]
+        counts = token_counts(lengths, query.shape[0], q_len)
+        own = None if lengths is None else counts
         if sinks is not None and return_partial:
             raise ArgumentError("sinks join the denominator once, at the end: pass them to kernelry.finalize.")
         call = functools.partial(
@@ -200,22 +215,21 @@ class KVCache(Protocol):
             precision=precision,
             return_max_logits=return_max_logits,
         )
-        q_len = query.shape[1]
         start = 0 if prefix is None else prefix.length
-        offset = self.lengths - (q_len if lengths is None else lengths) + start
+        offset = self.lengths - counts + start
         # One token sees all before it: the lengths say so, and kernels that know nothing else can serve.
         base = Full() if q_len == 1 and isinstance(mask, Causal) else mask
         parts = self.parts(mask, q_len)
-        masks = [part.mask(base, start, offset, lengths) for part in parts]
+        masks = [part.mask(base, start, offset, own) for part in parts]
         if len(parts) == 1 and prefix is None and not return_partial:
             result = call(query, parts[0].key, parts[0].value, mask=masks[0], sinks=sinks)
             return self._poisoned(result)
         found = [
-            call(query, part.key, part.value, mask=own, return_partial=True)
-            for part, own in zip(parts, masks, strict=True)
+            call(query, part.key, part.value, mask=placed, return_partial=True)
+            for part, placed in zip(parts, masks, strict=True)
         ]
         if prefix is not None:
-            found.append(prefix.attend(call, query, offset, base, lengths, return_max_logits))
+            found.append(prefix.attend(call, query, offset, base, own, return_max_logits))
         merged = merge([partial[0] if return_max_logits else partial for partial in found])
         result = merged if return_partial else finalize(merged, sinks)
         return self._poisoned((result, merged.max_logits) if return_max_logits else result)
@@ -231,7 +245,10 @@ def check_mask(mask: Mask) -> None:
 
     Raises:
       ArgumentError: it is one.
+      ShapeError: it is no mask.
     """
+    if not is_mask(mask):
+        raise ShapeError(f"mask must be a kernelry mask, got {type(mask).__name__}; see kernelry.masks.")
     if isinstance(mask, At) and mask.kv is not None:
         raise ArgumentError(f"mask={mask!r} says where keys stand, which the cache knows: leave kv_… out.")
     inside = children(mask)

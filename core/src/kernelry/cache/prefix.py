@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.masks import Mask
+from kernelry.masks import Causal, Full, Mask
+from kernelry.masks.base import At, children
 from kernelry.partial import Partial
 from kernelry.storage import QuantizedArray
 from kernelry.storage.quantized import Stored
@@ -68,25 +69,45 @@ class SharedPrefix:
           return_max_logits: refused, for the largest logit of each row is lost.
 
         Raises:
-          ArgumentError: the mask holds arrays, which belong to rows, or max_logits are wanted.
+          ArgumentError: the mask holds arrays, which belong to rows, or says where queries stand, or max_logits are
+            wanted.
         """
         if return_max_logits:
             raise ArgumentError("return_max_logits with prefix= is not available: rows are joined; attend without it.")
-        if jax.tree.leaves(mask):
-            raise ArgumentError(f"mask={mask!r} holds arrays, which belong to rows; with prefix= rows are joined.")
+        _check_mask(mask)
         batch, q_len = query.shape[:2]
-        positions = query_offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)
+        positions = query_offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
         if lengths is not None:
             # A query that is no token stands before everything; what it sees is not used.
-            query = jnp.where((jnp.arange(q_len) < lengths[:, None])[..., None, None], query, 0)
-        placed = mask.at(query_positions=positions.reshape(1, -1), kv_offset=0)
+            query = jnp.where(_real(lengths, q_len)[..., None, None], query, 0)
+        # A causal mask shows the whole prefix to all that stands behind it.
+        base = Full() if isinstance(mask, Causal) else mask
+        placed = base.at(query_positions=positions.reshape(1, -1), kv_offset=0)
         partial = call(_joined(query), _one_row(self.key), _one_row(self.value), mask=placed, return_partial=True)
         return _apart(partial, batch, q_len, lengths)
+
+
+def _check_mask(mask: Mask) -> None:
+    """Refuses masks that mean something else for the queries of all rows in one."""
+    if any(jnp.ndim(leaf) for leaf in jax.tree.leaves(mask)):
+        raise ArgumentError(f"mask={mask!r} holds arrays, which belong to rows; with prefix= rows are joined.")
+    if is_placed(mask):
+        raise ArgumentError(f"mask={mask!r} says where queries stand; with prefix= rows are joined: leave .at out.")
+
+
+def is_placed(mask: Mask) -> bool:
+    """True where something inside says where queries or keys stand."""
+    return isinstance(mask, At) or any(is_placed(part) for part in children(mask))
 
 
 def _joined(query: jax.Array) -> jax.Array:
     """[B, T, N, H] → [1, B·T, N, H]."""
     return query.reshape(1, -1, *query.shape[2:])
+
+
+def _real(lengths: jax.Array, q_len: int) -> jax.Array:
+    """Which queries [B, T] are tokens."""
+    return jnp.arange(q_len, dtype=jnp.int32)[None] < lengths[:, None]
 
 
 def _one_row(stored: Stored) -> Stored:
@@ -98,7 +119,7 @@ def _one_row(stored: Stored) -> Stored:
 
 def _apart(partial: Partial, batch: int, q_len: int, lengths: jax.Array | None) -> Partial:
     """[1, B·T, N, D] → [B, T, N, D], and the statistics likewise."""
-    real = None if lengths is None else (jnp.arange(q_len) < lengths[:, None])[:, None]
+    real = None if lengths is None else _real(lengths, q_len)[:, None]
 
     def of_rows(statistic: jax.Array | None, empty: float) -> jax.Array | None:
         if statistic is None:

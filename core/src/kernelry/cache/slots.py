@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kernelry.errors import CacheFullError, ShapeError
+from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.storage import Quantization, QuantizedArray
 from kernelry.storage.quantized import Stored
 
@@ -46,6 +47,55 @@ def write(
     return written
 
 
+def write_first(stored: Stored, new: Float[Array, "B T K H"]) -> Stored:
+    """Writes new[:, t] into stored[:, t]: T tokens at the start of every row, in one copy."""
+
+    def put(into: jax.Array, what: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(into, what, 0, axis=1)
+
+    written: Stored = jax.tree.map(put, stored, stored_like(new, stored))
+    return written
+
+
+def token_counts(lengths: Any, batch: int, tokens: int) -> Int[Array, " B"]:
+    """How many of the T tokens that a call passes for a row are tokens; None is all.
+
+    Raises:
+      ShapeError: lengths are no integers [B].
+      ArgumentError: numbers known, outside of jit, are not in [0, T]; under jit they are clipped.
+    """
+    if lengths is None:
+        return jnp.full(batch, tokens, jnp.int32)
+    found = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if found.shape != (batch,) or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ShapeError(f"lengths must be integers [B] = [{batch}], got {found.dtype} of shape {found.shape}.")
+    if not isinstance(found, jax.core.Tracer) and not bool(((found >= 0) & (found <= tokens)).all()):
+        raise ArgumentError(f"lengths must lie in [0, {tokens}], the tokens passed for a row, got {found.tolist()}.")
+    return jnp.clip(jnp.asarray(found, jnp.int32), 0, tokens)
+
+
+def check_sizes(name: str, **sizes: Any) -> None:
+    """Checks the sizes of a new cache.
+
+    Raises:
+      ArgumentError: one is no integer ≥ 1.
+    """
+    for what, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise ArgumentError(f"{name}: {what} must be an integer ≥ 1, got {size!r}.")
+
+
+def bytes_of(tree: Any) -> int:
+    """The bytes of all arrays in a tree, small integers packed."""
+    return sum(-(-leaf.size * _bits(leaf.dtype) // 8) for leaf in jax.tree.leaves(tree))
+
+
+def _bits(dtype: np.dtype) -> int:
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return 8 * dtype.itemsize
+    return int(jnp.iinfo(dtype).bits)  # type: ignore[no-untyped-call]
+
+
 def check_tokens(key: Any, value: Any, lengths: Any, like: tuple[Stored, Stored], batch: int) -> None:
     """Checks tokens to be written against a cache of [B, S, K, H] and [B, S, K, D].
 
@@ -53,6 +103,9 @@ def check_tokens(key: Any, value: Any, lengths: Any, like: tuple[Stored, Stored]
       ShapeError: they do not fit.
     """
     for name, array, own in (("key", key, like[0]), ("value", value, like[1])):
+        if not isinstance(array, jax.Array | np.ndarray) or not jnp.issubdtype(array.dtype, jnp.floating):
+            found = getattr(array, "dtype", type(array).__name__)
+            raise ShapeError(f"{name} must be a floating array [B, T, …], got {found}.")
         wanted = tuple(own.shape[-2:])
         if array.ndim != 4 or array.shape[0] != batch or tuple(array.shape[2:]) != wanted:
             raise ShapeError(

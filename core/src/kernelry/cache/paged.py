@@ -1,0 +1,301 @@
+"""A cache whose rows hold pages of one pool: rows grow, end and fork without a slot reserved in vain."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Self, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kernelry._pytree import pytree
+from kernelry.cache.base import KVCache, Part
+from kernelry.cache.paged_table import Growth, PageTable, as_rows, grow, is_known, release, share
+from kernelry.cache.paged_view import PagedView
+from kernelry.cache.slots import check_sizes, empty
+from kernelry.errors import ArgumentError, CacheFullError, ShapeError
+from kernelry.masks import Mask
+from kernelry.storage import Quantization
+from kernelry.storage.quantized import Stored
+
+
+@final
+@pytree("keys", "values", "table", "lengths", "references", "overflowed")
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PagedCache(KVCache):
+    """Keys and values of R rows and any number of layers in P pages, found through one table.
+
+    Token i of row r stands, in every layer l, at keys[l][table[r, i // page_size], i % page_size]:
+
+        lengths  table               pages of 4 slots
+        r=0  6   2  0 −1 −1          0: r₀t₄ r₀t₅  ·    ·         references  1
+        r=1  4   2 −1 −1 −1          1:  ·    ·    ·    ·                     0 (free)
+        r=2  0  −1 −1 −1 −1          2: r₀t₀ r₀t₁ r₀t₂ r₀t₃                   2 (row 1 is a fork of row 0)
+
+    A page is shared by the rows that were forked, until one of them writes to it: a partly filled page that is shared
+    is copied first. What stands in free slots is arbitrary and never seen.
+
+    All is traceable, and with the cache donated (`jax.jit(…, donate_argnums=…)`) pages are written in place. A step of
+    a model with several layers is `allocate` once, and then in each layer `view(layer=…)`, its `write` and `attend`; a
+    cache of one layer has `append` and `decode`, which do both. After an overflow under jit `allocate` and `write` do
+    nothing: the cache stays as it was before the step that failed.
+
+    Args:
+      keys, values: one entry per layer, [P, page_size, K, H] and [P, page_size, K, D], arrays or QuantizedArrays.
+      table: int32 [R, M], with −1 where there is no page.
+      lengths: int32 [R], the tokens of each row.
+      references: int32 [P], how many entries of the table point to each page; 0 is free.
+      overflowed: a boolean, whether something did not fit.
+      max_length: the most tokens of a row.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+
+    keys: tuple[Stored, ...]
+    values: tuple[Stored, ...]
+    table: Int[Array, "R M"]
+    # field() because a dataclass would take the protocol's property for a default.
+    lengths: Int[Array, " R"] = dataclasses.field()
+    references: Int[Array, " P"]
+    overflowed: Bool[Array, ""] = dataclasses.field()
+    max_length: int
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        rows: int,
+        pages: int,
+        page_size: int,
+        max_length: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        layers: int = 1,
+        dtype: Any = jnp.bfloat16,
+        storage: str | Quantization | None = None,
+    ) -> Self:
+        """Makes an empty cache.
+
+        Args:
+          rows, pages, layers: R, P and how many layers there are.
+          page_size, max_length: in tokens; the table has room for ceil(max_length / page_size) pages a row.
+          kv_heads, head_dim, value_dim: K, H and D; D is H where it is not given.
+          dtype: of the pages, where they are not quantised.
+          storage: how they are quantised, e.g. `int8`; None is not at all.
+
+        Raises:
+          ArgumentError: a number is no positive integer, or a storage is unknown.
+        """
+        width = head_dim if value_dim is None else value_dim
+        check_sizes(
+            "PagedCache",
+            rows=rows,
+            pages=pages,
+            page_size=page_size,
+            max_length=max_length,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=width,
+            layers=layers,
+        )
+        heads = (pages, page_size, kv_heads)
+        return cls(
+            keys=tuple(empty((*heads, head_dim), dtype, storage) for _ in range(layers)),
+            values=tuple(empty((*heads, width), dtype, storage) for _ in range(layers)),
+            table=jnp.full((rows, math.ceil(max_length / page_size)), -1, jnp.int32),
+            lengths=jnp.zeros(rows, jnp.int32),
+            references=jnp.zeros(pages, jnp.int32),
+            overflowed=jnp.zeros((), bool),
+            max_length=int(max_length),
+        )
+
+    @property
+    def page_size(self) -> int:
+        """The slots of a page."""
+        return self.keys[0].shape[1]
+
+    @property
+    def free_pages(self) -> Int[Array, ""]:
+        """How many pages nothing points to."""
+        return (self.references == 0).sum(dtype=jnp.int32)
+
+    def allocate(self, counts: Int[Array, " R"]) -> Self:
+        """Extends row r by counts[r] tokens, which `write` is to write, in all layers.
+
+        Takes the lowest free pages, row after row, and copies the last page of a row where it is partly filled and, the
+        rows before it done, still shared. Either all of it is done or nothing.
+
+        Args:
+          counts: [R], not negative.
+
+        Raises:
+          CacheFullError: there are too few pages, or a row would become too long.
+          ShapeError, ArgumentError: counts are not [R], or negative.
+        """
+        counts = self._counts(counts)
+        growth = grow(self._pages, counts, self.page_size, self.max_length)
+        if is_known(growth.needed):
+            self._refuse(growth, counts)
+        done = growth.fits & ~self.overflowed
+        source, target = growth.source, jnp.where(done, growth.target, self.references.shape[0])
+
+        def copied(pages: jax.Array) -> jax.Array:
+            return pages.at[target].set(pages.at[source].get(mode="clip"), mode="drop")
+
+        keys, values = jax.tree.map(copied, (self.keys, self.values))
+        after = jax.tree.map(lambda new, old: jnp.where(done, new, old), growth.table, self._pages)
+        overflowed = self.overflowed | ~growth.fits
+        return dataclasses.replace(self._with(after), keys=keys, values=values, overflowed=overflowed)
+
+    def write(
+        self,
+        layer: int,
+        key: Float[Array, "R T K H"],
+        value: Float[Array, "R T K D"],
+        *,
+        lengths: Int[Array, " R"] | None = None,
+    ) -> Self:
+        """Writes the last tokens of every row into one layer; see `PagedView.write`."""
+        written: Self = self.view(layer=layer).write(key, value, lengths=lengths).cache
+        return written
+
+    def append(
+        self,
+        key: Float[Array, "R T K H"],
+        value: Float[Array, "R T K D"],
+        *,
+        lengths: Int[Array, " R"] | None = None,
+    ) -> Self:
+        appended: Self = self.view().append(key, value, lengths=lengths).cache
+        return appended
+
+    def prefill(
+        self,
+        key: Float[Array, "R T K H"],
+        value: Float[Array, "R T K D"],
+        *,
+        lengths: Int[Array, " R"] | None = None,
+    ) -> Self:
+        """Frees all rows and appends.
+
+        Raises:
+          CacheFullError, ShapeError, ArgumentError: as `append`.
+        """
+        return self.free(jnp.arange(self.table.shape[0])).append(key, value, lengths=lengths)
+
+    def free(self, rows: int | Int[Array, "*n"]) -> Self:
+        """Empties rows; pages that no other row shares become free.
+
+        Args:
+          rows: a row or rows [n]. Out of range they are an error, and under jit ignored.
+
+        Raises:
+          ArgumentError: a row is out of range.
+          ShapeError: they are no integers.
+        """
+        return self._with(release(self._pages, as_rows("rows", rows, self.table.shape[0])))
+
+    def fork(
+        self,
+        source: int | Int[Array, "*n"],
+        target: int | Int[Array, "*n"],
+        length: int | Int[Array, "*n"] | None = None,
+    ) -> Self:
+        """Lets target rows, freed first, begin with the tokens of source rows; no token is copied.
+
+        Several forks happen at once: sources are read as they were before. So `fork(parents, jnp.arange(R))` reorders
+        the rows of a beam search, and `fork(r, r, n)` shortens row r to n tokens, e.g. when drafted ones are rejected.
+
+        Args:
+          source, target: a row or rows [n], the targets different. Out of range they are an error; under jit such a
+            source is empty, and such a target ignored.
+          length: how many tokens of the source; None is all. More than it has are an error, and under jit all.
+
+        Raises:
+          ArgumentError: a row or a length is out of range, or two targets are the same.
+          ShapeError: they are no integers, or do not go together.
+        """
+        rows = self.table.shape[0]
+        froms, tos = as_rows("source", source, rows), as_rows("target", target, rows)
+        if froms.shape != tos.shape:
+            raise ShapeError(f"source and target must be as many, got {froms.shape[0]} and {tos.shape[0]}.")
+        if is_known(tos) and len(set(tos.tolist())) < tos.shape[0]:
+            raise ArgumentError(f"target={tos.tolist()} names a row twice, which can be the fork of one row only.")
+        have = self.lengths.at[froms].get(mode="fill", fill_value=0)
+        if length is None:
+            return self._with(share(self._pages, froms, tos, have, self.page_size))
+        wanted = jnp.broadcast_to(jnp.asarray(length, jnp.int32), froms.shape)
+        outside = (wanted < 0) | (wanted > have)
+        if is_known(outside) and outside.any():
+            raise ArgumentError(f"length={np.asarray(length).tolist()} must lie within 0 … {have.tolist()}.")
+        return self._with(share(self._pages, froms, tos, wanted, self.page_size))
+
+    def view(self, rows: Int[Array, " B"] | None = None, layer: int = 0, shared_pages: int = 0) -> PagedView:
+        """Shows some rows and one layer as a cache that attends, and writes.
+
+        Args:
+          rows: [B], different; None is all. Out of range they are an error, and under jit empty.
+          layer: which one.
+          shared_pages: that many pages at the beginning are the same in every row that is not empty, all of them full:
+            they are attended to once for all rows (cascade attention). Where that is not so it is an error, and under
+            jit the result is NaN.
+
+        Raises:
+          ArgumentError: a row, the layer or the pages are out of range, or a row is named twice.
+          ShapeError: rows are not integers [B].
+        """
+        if not isinstance(layer, int | np.integer) or not 0 <= layer < len(self.keys):
+            raise ArgumentError(f"layer={layer!r} is out of range: the cache has layers 0 … {len(self.keys) - 1}.")
+        if not isinstance(shared_pages, int | np.integer) or not 0 <= shared_pages <= self.table.shape[1]:
+            raise ArgumentError(f"shared_pages={shared_pages!r} must be an integer, 0 … {self.table.shape[1]}.")
+        if rows is None:
+            return PagedView(self, None, int(layer), int(shared_pages))
+        if np.ndim(rows) != 1:
+            raise ShapeError(f"rows must be integers [B], got shape {np.shape(rows)}.")
+        found = as_rows("rows", rows, self.table.shape[0])
+        if is_known(found) and len(set(found.tolist())) < found.shape[0]:
+            raise ArgumentError(f"rows={found.tolist()} names a row twice.")
+        return PagedView(self, found, int(layer), int(shared_pages))
+
+    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+        return self.view().parts(base, q_len)
+
+    @property
+    def _pages(self) -> PageTable:
+        return PageTable(self.table, self.lengths, self.references)
+
+    def _with(self, pages: PageTable) -> Self:
+        entries, lengths, references = pages
+        return dataclasses.replace(self, table=entries, lengths=lengths, references=references)
+
+    def _counts(self, given: Any) -> Int[Array, " R"]:
+        found = given if isinstance(given, jax.Array) else np.asarray(given)
+        if found.shape != self.lengths.shape or not jnp.issubdtype(found.dtype, jnp.integer):
+            raise ShapeError(
+                f"counts must be integers [R] = [{self.lengths.shape[0]}], got {found.dtype} of shape {found.shape}."
+            )
+        counts: jax.Array = jnp.asarray(found, jnp.int32)
+        if is_known(counts) and (counts < 0).any():
+            raise ArgumentError(
+                f"counts={counts.tolist()} must not be negative; fork(row, row, length) shortens a row."
+            )
+        return counts
+
+    def _refuse(self, growth: Growth, counts: Int[Array, " R"]) -> None:
+        """Raises CacheFullError where it is known that rows do not fit."""
+        long = np.flatnonzero(growth.too_long).tolist()
+        if long:
+            after = [int(self.lengths[row]) + int(counts[row]) for row in long]
+            raise CacheFullError(
+                f"PagedCache: rows {long} would hold {after} tokens, and max_length is {self.max_length}: free them, "
+                "or create the cache with a larger max_length."
+            )
+        if growth.needed > growth.free:
+            raise CacheFullError(
+                f"PagedCache: {growth.needed} more pages are needed, and {growth.free} of {self.references.shape[0]} "
+                "are free: free rows, or create the cache with more pages."
+            )

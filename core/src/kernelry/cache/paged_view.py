@@ -1,0 +1,182 @@
+"""Some rows and one layer of a PagedCache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Self, Unpack, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kernelry._pytree import pytree
+from kernelry.cache.base import KVCache, Options, Part
+from kernelry.cache.paged_table import is_known, rows_of
+from kernelry.cache.prefix import SharedPrefix
+from kernelry.cache.slots import check_tokens, token_counts, write
+from kernelry.errors import ArgumentError
+from kernelry.masks import Mask
+from kernelry.storage import PagedArray, QuantizedArray
+from kernelry.storage.quantized import Stored
+
+if TYPE_CHECKING:
+    from kernelry.cache.paged import PagedCache
+
+
+@final
+@pytree("cache", "rows")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PagedView(KVCache):
+    """Some rows and one layer of a PagedCache; `cache.view(rows, layer, shared_pages)` makes one.
+
+    What is written is in the `cache` of the view that `write` and `append` return.
+
+    Args:
+      cache: whose rows they are.
+      rows: int32 [B]; None is all. The number of rows stands for a row that is empty.
+      layer: which one.
+      shared_pages: how many pages at the beginning all rows share.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+
+    cache: PagedCache
+    rows: Int[Array, " B"] | None
+    layer: int = 0
+    shared_pages: int = 0
+
+    @property
+    def lengths(self) -> Int[Array, " B"]:
+        return self._of_rows(self.cache.lengths)
+
+    @property
+    def overflowed(self) -> Bool[Array, ""]:
+        return self.cache.overflowed
+
+    @property
+    def table(self) -> Int[Array, "B M"]:
+        """The pages of the rows."""
+        return self.cache.table if self.rows is None else rows_of(self.cache.table, self.rows)
+
+    def append(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K D"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Self:
+        layers = len(self.cache.keys)
+        if layers > 1:
+            raise ArgumentError(
+                f"append writes one layer, and this cache has {layers}: allocate(counts) once, and then "
+                "view(layer=…).write(key, value) in each."
+            )
+        counts = self._counts(key, value, lengths)
+        if self.rows is not None:
+            counts = jnp.zeros_like(self.cache.lengths).at[self.rows].set(counts, mode="drop")
+        return dataclasses.replace(self, cache=self.cache.allocate(counts)).write(key, value, lengths=lengths)
+
+    def write(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K D"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Self:
+        """Writes the last tokens of each row, which `allocate` has made room for.
+
+        Args:
+          key, value: of T tokens a row.
+          lengths: [B], how many of them are tokens, from the first on; None is all.
+
+        Raises:
+          ArgumentError: a row has fewer tokens, or they stand in a page that was shared since `allocate`. Under jit
+            nothing is written then, and `overflowed` is set.
+          ShapeError: an array does not fit the cache.
+        """
+        counts, q_len = self._counts(key, value, lengths), key.shape[1]
+        size, nth = self.cache.page_size, jnp.arange(q_len, dtype=jnp.int32)[None]
+        places = (self.lengths - counts)[:, None] + nth
+        pages = jnp.take_along_axis(self.table, places // size, axis=1, mode="clip")
+        meant = nth < counts[:, None]
+        own = (places >= 0) & (pages >= 0) & (self.cache.references.at[pages].get(mode="clip") == 1)
+        lost = (meant & ~own).any()
+        if is_known(lost) and lost:
+            raise ArgumentError(
+                f"write: rows of {self.lengths.tolist()} tokens cannot take their last {counts.tolist()}: allocate "
+                "them first, and fork rows only after they are written in every layer."
+            )
+        overflowed = self.overflowed | lost
+        kept = meant & ~overflowed
+
+        def put(layers: tuple[Stored, ...], new: jax.Array) -> tuple[Stored, ...]:
+            written = write(layers[self.layer], new, pages, places % size, kept)
+            return (*layers[: self.layer], written, *layers[self.layer + 1 :])
+
+        keys, values = put(self.cache.keys, key), put(self.cache.values, value)
+        return dataclasses.replace(
+            self, cache=dataclasses.replace(self.cache, keys=keys, values=values, overflowed=overflowed)
+        )
+
+    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+        table = self.table  # one array, which key and value share
+        key, value = (PagedArray(stored[self.layer], table) for stored in (self.cache.keys, self.cache.values))
+        return (Part(key=key, value=value, lengths=self.lengths),)
+
+    def attend(self, query: Float[Array, "B T N H"], **options: Unpack[Options]) -> Any:
+        if not self.shared_pages or query.ndim != 4:
+            return KVCache.attend(self, query, **options)
+        if options.get("prefix") is not None:
+            raise ArgumentError("shared_pages and prefix= are both what all rows begin with: pass one of them.")
+        counts = token_counts(options.get("lengths"), query.shape[0], query.shape[1])
+        rest = self._rest(counts)
+        # The queries of an empty row see nothing.
+        whole: Options = {**options, "prefix": self._beginning(), "lengths": jnp.where(self.lengths == 0, 0, counts)}
+        return rest.attend(query, **whole)
+
+    def _beginning(self) -> SharedPrefix:
+        """The shared pages of the first row that is not empty."""
+        first = jnp.argmax(self.lengths > 0)
+        table = self.table[first][None, : self.shared_pages]
+        key, value = (PagedArray(stored[self.layer], table) for stored in (self.cache.keys, self.cache.values))
+        return SharedPrefix(_only_row(key.gather()), _only_row(value.gather()))
+
+    def _rest(self, counts: Int[Array, " B"]) -> PagedCache:
+        """What each row holds after the shared pages, as a cache of its own that is only read."""
+        table, lengths, shared = self.table, self.lengths, self.shared_pages
+        tokens = shared * self.cache.page_size
+        begins = table[:, :shared]
+        same = (begins == begins[jnp.argmax(lengths > 0)][None]).all(axis=1)
+        # A causal mask shows them to all queries: these stand behind, or are the last of the shared tokens.
+        behind = lengths - jnp.maximum(counts, 1) >= tokens - 1
+        wrong = (lengths > 0) & ~(same & behind)
+        if is_known(wrong) and wrong.any():
+            raise ArgumentError(
+                f"shared_pages={shared}: rows {np.flatnonzero(wrong).tolist()} do not begin with the same {tokens} "
+                "tokens as the first one, with the queries behind them: fork them from one row, or share fewer pages."
+            )
+        return dataclasses.replace(
+            self.cache,
+            keys=(self.cache.keys[self.layer],),
+            values=(self.cache.values[self.layer],),
+            table=table[:, shared:],
+            lengths=jnp.maximum(lengths - tokens, 0),
+            overflowed=self.overflowed | wrong.any(),
+        )
+
+    def _of_rows(self, array: jax.Array) -> jax.Array:
+        return array if self.rows is None else array.at[self.rows].get(mode="fill", fill_value=0)
+
+    def _counts(self, key: Any, value: Any, lengths: Any) -> Int[Array, " B"]:
+        """Checks tokens for the rows, and counts them."""
+        batch = self.lengths.shape[0]
+        check_tokens(key, value, None, (self.cache.keys[self.layer], self.cache.values[self.layer]), batch)
+        return token_counts(lengths, batch, key.shape[1])
+
+
+def _only_row(stored: Stored) -> Stored:
+    """[1, P, K, H] → [P, K, H]."""
+    if isinstance(stored, QuantizedArray):
+        return QuantizedArray(stored.values[0], stored.scale[0])
+    return stored[0]

@@ -1,0 +1,226 @@
+"""A cache of the last tokens only, for layers that look no further back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self, final
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from kernelry._pytree import pytree
+from kernelry.cache.base import KVCache, Part
+from kernelry.cache.prefix import is_placed
+from kernelry.cache.slots import check_sizes, check_tokens, empty, stored_like, token_counts, write
+from kernelry.errors import ArgumentError, ShapeError
+from kernelry.masks import Atom, AtomKind, Mask, MaskForm
+from kernelry.storage import Quantization
+from kernelry.storage.quantized import Stored
+
+
+@final
+@pytree("key", "value", "lengths")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class RollingCache(KVCache):
+    """A ring of the last tokens, for windows and chunks: memory O(window) however long a row becomes.
+
+    The token at position p stands in slot p mod S, with S = window + max_append − 1, so that of up to `max_append`
+    tokens appended at once the first still finds its window. With window 3 and max_append 2, S is 4, and after 6 tokens
+    the slots stand at
+
+        4 5 2 3
+
+    It never overflows. A prompt of any length goes into `prefill`, which keeps its end; attention over the prompt
+    itself is `kernelry.attention(query, key, value, mask=…, mode="prefill")` beside it, `& Lengths(lengths)` for rows
+    of different length. Or the prompt comes in chunks of up to max_append tokens, each through `append` and `attend`.
+
+    Args:
+      key, value: [B, S, K, H] and [B, S, K, D], arrays or QuantizedArrays.
+      lengths: int32 [B], the tokens of each row so far, those forgotten too.
+      window: how many positions a query sees, its own among them: `SlidingWindow(window − 1)`, `Chunked(window)`.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+
+    key: Stored
+    value: Stored
+    lengths: Int32[Array, " B"] = dataclasses.field()  # or the property of KVCache would be its default
+    window: int
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        batch: int,
+        window: int,
+        kv_heads: int,
+        head_dim: int,
+        max_append: int = 1,
+        value_dim: int | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        storage: str | Quantization | None = None,
+    ) -> Self:
+        """Makes an empty cache.
+
+        Args:
+          batch: B, its rows.
+          window: how many positions a query sees, its own among them.
+          kv_heads: K.
+          head_dim, value_dim: H and D; None is H.
+          max_append: the most tokens that `append` takes for a row.
+          dtype: of plain keys and values, the queries'.
+          storage: None, or how they are quantised: `int8`, `int4` or `float8_e4m3fn`, with `:heads_and_head_dim` for
+            one scale a token.
+
+        Raises:
+          ArgumentError: a size or a storage means nothing.
+        """
+        width = head_dim if value_dim is None else value_dim
+        check_sizes(
+            "RollingCache",
+            batch=batch,
+            window=window,
+            max_append=max_append,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=width,
+        )
+        slots = window + max_append - 1
+        return cls(
+            empty((batch, slots, kv_heads, head_dim), dtype, storage),
+            empty((batch, slots, kv_heads, width), dtype, storage),
+            jnp.zeros(batch, jnp.int32),
+            int(window),
+        )
+
+    @property
+    def overflowed(self) -> jax.Array:
+        """Never."""
+        return jnp.zeros((), bool)
+
+    @property
+    def capacity(self) -> int:
+        """S, its slots."""
+        return int(self.key.shape[1])
+
+    @property
+    def max_append(self) -> int:
+        """The most tokens that `append` takes for a row."""
+        return self.capacity - self.window + 1
+
+    def prefill(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K D"],
+        *,
+        lengths: Array | None = None,
+    ) -> Self:
+        """Starts all rows afresh with a prompt of any length, of which the last S tokens are kept.
+
+        Args:
+          key, value: of T tokens a row.
+          lengths: [B], how many of them are tokens, from the first on; None is all.
+
+        Raises:
+          ShapeError: an array does not fit the cache.
+          ArgumentError: lengths outside [0, T].
+        """
+        counts = self._counts(key, value, lengths)
+        if key.shape[1] == 0:
+            return dataclasses.replace(self, lengths=counts)
+        source = jnp.maximum(self._positions(counts), 0)[..., None, None]  # below 0 nothing is written, nor seen
+
+        def kept(array: jax.Array, like: Stored) -> Stored:
+            return stored_like(jnp.take_along_axis(jnp.asarray(array), source, axis=1), like)
+
+        return dataclasses.replace(self, key=kept(key, self.key), value=kept(value, self.value), lengths=counts)
+
+    def append(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K D"],
+        *,
+        lengths: Array | None = None,
+    ) -> Self:
+        """Writes the next tokens of every row over the oldest.
+
+        Args:
+          key, value: of T ≤ max_append tokens a row.
+          lengths: [B], how many of them are tokens, from the first on; None is all.
+
+        Raises:
+          ShapeError: an array does not fit the cache.
+          ArgumentError: lengths outside [0, T].
+        """
+        counts = self._counts(key, value, lengths)
+        tokens = key.shape[1]
+        if tokens > self.max_append:
+            raise ShapeError(
+                f"RollingCache: append takes up to max_append={self.max_append} tokens a row, got {tokens}: create it "
+                f"with max_append={tokens}, or start a prompt with prefill."
+            )
+        place = jnp.arange(tokens, dtype=jnp.int32)[None]
+        slots = (self.lengths[:, None] + place) % self.capacity
+        rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
+        kept = place < counts[:, None]
+        return dataclasses.replace(
+            self,
+            key=write(self.key, key, rows, slots, kept),
+            value=write(self.value, value, rows, slots, kept),
+            lengths=self.lengths + counts,
+        )
+
+    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+        form = base.form
+        if is_placed(base) or not _within(form, self.window):
+            raise ArgumentError(
+                f"RollingCache keeps a window of {self.window} positions, and mask={base!r} may look further back: use "
+                f"SlidingWindow({self.window - 1}) or Chunked({self.window}) or less, or a TwoPartCache."
+            )
+        if q_len > self.max_append:
+            raise ArgumentError(
+                f"RollingCache: {q_len} queries look back further than max_append={self.max_append} lets them: create "
+                f"it with max_append={q_len}, or attend to a prompt with kernelry.attention, beside prefill."
+            )
+        return (
+            Part(
+                key=self.key,
+                value=self.value,
+                lengths=jnp.minimum(self.lengths, self.capacity),
+                positions=self._positions(self.lengths),
+                seen=q_len == 1 and _shows_all(form, self.capacity),
+            ),
+        )
+
+    def _positions(self, lengths: jax.Array) -> jax.Array:
+        """Where the slots [B, S] stand after so many tokens: the last position of those that share a slot."""
+        last = lengths[:, None] - 1
+        slot = jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        return last - (last - slot) % self.capacity
+
+    def _counts(self, key: Any, value: Any, lengths: Any) -> jax.Array:
+        """Checks tokens, and counts them."""
+        batch = self.lengths.shape[0]
+        check_tokens(key, value, None, (self.key, self.value), batch)
+        return token_counts(lengths, batch, key.shape[1])
+
+
+def _within(form: MaskForm, window: int) -> bool:
+    """Whether a mask certainly shows a query no key `window` positions before it, nor further back."""
+    return any(_looks_back(atom, window) for atom in form.atoms)
+
+
+def _looks_back(atom: Atom, window: int) -> bool:
+    if atom.is_band:
+        left = atom.params[0]
+        return left is not None and left < window
+    if atom.kind is AtomKind.CHUNKED:
+        return bool(atom.params[0] <= window)
+    return atom.kind is AtomKind.ANY_OF and all(_within(form, window) for form in atom.params)
+
+
+def _shows_all(form: MaskForm, slots: int) -> bool:
+    """Whether the last token certainly sees the `slots` tokens up to itself."""
+    return all(atom.is_band and atom.params[0] is not None and atom.params[0] >= slots - 1 for atom in form.atoms)

@@ -1,0 +1,251 @@
+"""A cache of two parts: the prompt, and what was decoded after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from kernelry._pytree import pytree
+from kernelry.cache.base import KVCache, Part
+from kernelry.cache.slots import (
+    check_sizes,
+    check_tokens,
+    empty,
+    refuse_if_known,
+    token_counts,
+    write,
+    write_first,
+)
+from kernelry.errors import ArgumentError, ShapeError
+from kernelry.masks import Mask
+from kernelry.storage import Quantization
+from kernelry.storage.quantized import Stored
+
+
+@final
+@pytree(
+    "prefill_key",
+    "prefill_value",
+    "prefill_lengths",
+    "decode_key",
+    "decode_value",
+    "decode_lengths",
+    "overflowed",
+)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class TwoPartCache(KVCache):
+    """A part for prompts and a part for the tokens decoded after them, attended to one by one and merged.
+
+    Slot s of the prefill part stands at s; slot j of the decode part of row b at prefill_lengths[b] + j. So a short
+    prompt leaves slots unused, and rows of different length decode side by side without moving a key. Of P = 4 and
+    C = 3, a row with 2 prompt tokens that decoded 2 stands at
+
+        prefill 0 1 . .   decode 2 3 .
+
+    Args:
+      prefill_key, prefill_value: [B, P, K, H] and [B, P, K, D], arrays or QuantizedArrays.
+      prefill_lengths: int32 [B], the slots of each row that hold tokens, from the first on.
+      decode_key, decode_value: [B, C, K, H] and [B, C, K, D], held like the prefill part.
+      decode_lengths: int32 [B].
+      overflowed: a boolean; stays set, also over `prefill`.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+
+    prefill_key: Stored
+    prefill_value: Stored
+    prefill_lengths: Int32[Array, " B"]
+    decode_key: Stored
+    decode_value: Stored
+    decode_lengths: Int32[Array, " B"]
+    overflowed: Bool[Array, ""] = dataclasses.field()  # or the property of KVCache would be its default
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        batch: int,
+        prefill: int,
+        decode: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        storage: str | Quantization | None = None,
+    ) -> Self:
+        """Makes an empty cache.
+
+        Args:
+          batch: B, its rows.
+          prefill, decode: P and C, the slots of each part.
+          kv_heads: K.
+          head_dim, value_dim: H and D; None is H.
+          dtype: of plain keys and values, the queries'.
+          storage: None, or how they are quantised: `int8`, `int4` or `float8_e4m3fn`, with `:heads_and_head_dim` for
+            one scale a token.
+
+        Raises:
+          ArgumentError: a size or a storage means nothing.
+        """
+        width = head_dim if value_dim is None else value_dim
+        check_sizes(
+            "TwoPartCache",
+            batch=batch,
+            prefill=prefill,
+            decode=decode,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=width,
+        )
+        return cls(
+            empty((batch, prefill, kv_heads, head_dim), dtype, storage),
+            empty((batch, prefill, kv_heads, width), dtype, storage),
+            jnp.zeros(batch, jnp.int32),
+            empty((batch, decode, kv_heads, head_dim), dtype, storage),
+            empty((batch, decode, kv_heads, width), dtype, storage),
+            jnp.zeros(batch, jnp.int32),
+            jnp.zeros((), bool),
+        )
+
+    @property
+    def lengths(self) -> Int[Array, " B"]:
+        return self.prefill_lengths + self.decode_lengths
+
+    def prefill(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K D"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Self:
+        """Starts all rows afresh with a prompt, or its first chunk.
+
+        Args:
+          key, value: of T ≤ P tokens a row.
+          lengths: [B], how many of them are tokens, from the first on; None is all.
+
+        Raises:
+          ShapeError: an array does not fit the cache.
+          ArgumentError: lengths outside [0, T].
+        """
+        counts = self._counts(key, value, lengths, self._prefill_slots, "prefill")
+        return dataclasses.replace(
+            self,
+            prefill_key=write_first(self.prefill_key, key),
+            prefill_value=write_first(self.prefill_value, value),
+            prefill_lengths=counts,
+            decode_lengths=jnp.zeros_like(self.decode_lengths),
+        )
+
+    def prefill_chunk(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K D"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Self:
+        """Writes the next chunk of the prompts; the first comes to an empty cache, or through `prefill`.
+
+        A row that has decoded takes no more of a prompt, for its decoded tokens stand behind it: under jit that is an
+        overflow.
+
+        Args:
+          key, value: of T tokens a row.
+          lengths: [B], how many of them are tokens, from the first on; 0 leaves a row alone, None is all.
+
+        Raises:
+          CacheFullError: they do not fit; nothing was written.
+          ShapeError: an array does not fit the cache.
+          ArgumentError: a row has decoded, or lengths are outside [0, T].
+        """
+        counts = self._counts(key, value, lengths, self._prefill_slots, "prefill")
+        behind = (counts > 0) & (self.decode_lengths > 0)
+        if not isinstance(behind, jax.core.Tracer) and bool(behind.any()):
+            raise ArgumentError(
+                f"prefill_chunk: rows {np.flatnonzero(behind).tolist()} have decoded, and their tokens stand behind "
+                "the prompt: use append, or start afresh with prefill."
+            )
+        fits = self._fits(self.prefill_lengths, counts, self._prefill_slots, "prefill") & ~behind.any()
+        slots, kept = _slots(self.prefill_lengths, counts, key.shape[1], fits)
+        rows = _rows(counts)
+        return dataclasses.replace(
+            self,
+            prefill_key=write(self.prefill_key, key, rows, slots, kept),
+            prefill_value=write(self.prefill_value, value, rows, slots, kept),
+            prefill_lengths=self.prefill_lengths + jnp.where(fits, counts, 0),
+            overflowed=self.overflowed | ~fits,
+        )
+
+    def append(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K D"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Self:
+        counts = self._counts(key, value, lengths, self._decode_slots, "decode")
+        fits = self._fits(self.decode_lengths, counts, self._decode_slots, "decode")
+        slots, kept = _slots(self.decode_lengths, counts, key.shape[1], fits)
+        rows = _rows(counts)
+        return dataclasses.replace(
+            self,
+            decode_key=write(self.decode_key, key, rows, slots, kept),
+            decode_value=write(self.decode_value, value, rows, slots, kept),
+            decode_lengths=self.decode_lengths + jnp.where(fits, counts, 0),
+            overflowed=self.overflowed | ~fits,
+        )
+
+    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+        return (
+            Part(key=self.prefill_key, value=self.prefill_value, lengths=self.prefill_lengths),
+            Part(
+                key=self.decode_key, value=self.decode_value, lengths=self.decode_lengths, offset=self.prefill_lengths
+            ),
+        )
+
+    @property
+    def _prefill_slots(self) -> int:
+        return int(self.prefill_key.shape[1])
+
+    @property
+    def _decode_slots(self) -> int:
+        return int(self.decode_key.shape[1])
+
+    def _counts(self, key: Any, value: Any, lengths: Any, slots: int, part: str) -> jax.Array:
+        """Checks tokens for one part, and counts them."""
+        batch = self.prefill_lengths.shape[0]
+        check_tokens(key, value, None, (self.prefill_key, self.prefill_value), batch)
+        if key.shape[1] > slots:
+            raise ShapeError(
+                f"TwoPartCache: {key.shape[1]} tokens a row do not fit into the {slots} slots of the {part} part: "
+                f"create it with a larger {part}=."
+            )
+        return token_counts(lengths, batch, key.shape[1])
+
+    def _fits(self, before: jax.Array, counts: jax.Array, slots: int, part: str) -> jax.Array:
+        after = before + counts
+        overflows = (after > slots).any()
+        if not isinstance(overflows, jax.core.Tracer):
+            refuse_if_known(
+                overflows,
+                f"TwoPartCache: {np.asarray(counts).tolist()} more tokens do not fit beside the "
+                f"{np.asarray(before).tolist()} in the {slots} slots of the {part} part; nothing was written. Create "
+                f"it with a larger {part}=.",
+            )
+        return ~overflows
+
+
+def _rows(counts: jax.Array) -> jax.Array:
+    return jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
+
+
+def _slots(before: jax.Array, counts: jax.Array, tokens: int, fits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The slots of T tokens behind those of each row, and which of them are written."""
+    place = jnp.arange(tokens, dtype=jnp.int32)[None]
+    return before[:, None] + place, (place < counts[:, None]) & fits

@@ -1,0 +1,313 @@
+"""What all caches share: decoding with one is decoding without, gradients, refusals, and what a cache weighs."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cache_cases import WINDOW, B, D, Fed, H, K, N, close, normal, rolling, two_part
+
+import kernelry
+from kernelry import masks
+from kernelry.cache import KVCache, RollingCache, TwoPartCache
+from kernelry.errors import ArgumentError, KernelRefusedError, ShapeError
+from kernelry.testing import reference_gradients
+
+WINDOWED = masks.SlidingWindow(WINDOW - 1)
+CACHES = [(two_part, masks.Causal()), (rolling, WINDOWED)]
+
+
+def fed_rows(make, tokens, counts=(1, 1, 1)):
+    return Fed.new(make()).feed("prefill", 5, [5, 3, 0]).feed("append", tokens, counts)
+
+
+# Decoding
+
+VOCABULARY, FEATURES, LAYERS, PROMPT, STEPS = 17, 16, 2, 5, 6
+LENGTHS = np.array([3, 5])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model of attention alone, with positions, so that a key at the wrong place is heard."""
+
+    embedding: Any
+    positions: Any
+    project: Any
+    output: Any
+
+    @classmethod
+    def random(cls):
+        shapes = (VOCABULARY, FEATURES), (PROMPT + STEPS, FEATURES), (LAYERS, FEATURES, (N + 2 * K) * H)
+        shapes = (*shapes, (LAYERS, N * H, FEATURES))
+        return cls(*(normal(*shape, seed=seed) / shape[-2] ** 0.5 * 2 for seed, shape in enumerate(shapes)))
+
+    def run(self, tokens, positions, attend):
+        """Logits; `attend` takes the layer, query, key and value."""
+        x = jnp.asarray(self.embedding)[tokens] + jnp.asarray(self.positions)[positions]
+        for layer in range(LAYERS):
+            qkv = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) * 2) @ self.project[layer]
+            query, key, value = jnp.split(qkv.reshape(*x.shape[:2], -1, H), [N, N + K], axis=2)
+            out = attend(layer, query, key, value)
+            x = x + out.reshape(*out.shape[:2], -1) @ self.output[layer]
+        return x @ self.embedding.T
+
+
+MODEL = Model.random()
+TEXT = np.random.default_rng(7).integers(0, VOCABULARY, (2, PROMPT))
+
+
+@functools.cache
+def decoded_without(mask):
+    """Tokens and logits [STEPS, 2, …] of greedy decoding by full passes."""
+
+    def attend(_layer, *qkv):
+        return kernelry.attention(*qkv, mask=mask)
+
+    @jax.jit
+    def full(tokens):
+        return MODEL.run(tokens, np.arange(PROMPT + STEPS)[None], attend)
+
+    tokens, found, rows = np.zeros((2, PROMPT + STEPS), np.int32), [], np.arange(2)
+    tokens[:, :PROMPT] = TEXT
+    for step in range(STEPS):
+        last = np.asarray(full(tokens))[rows, LENGTHS + step - 1]
+        tokens[rows, LENGTHS + step] = last.argmax(-1)
+        found.append((last.argmax(-1), last))
+    return tuple(np.stack(arrays) for arrays in zip(*found, strict=True))
+
+
+def decoded_with(make, mask, forced=None):
+    """The same with a cache in each layer; `forced` are the tokens to go on with, else its own."""
+
+    def attend_prompt(caches, layer, query, key, value):
+        caches[layer] = make().prefill(key, value, lengths=LENGTHS)
+        return kernelry.attention(query, key, value, mask=mask & masks.Lengths(LENGTHS), mode="prefill")
+
+    def attend_step(caches, layer, *qkv):
+        out, caches[layer] = caches[layer].decode(*qkv, mask=mask)
+        return out
+
+    @jax.jit
+    def run(forced):
+        caches = [None] * LAYERS
+        logits = MODEL.run(TEXT, np.arange(PROMPT)[None], functools.partial(attend_prompt, caches))
+        first = logits[np.arange(2), LENGTHS - 1]
+
+        def step(carry, given):
+            caches, logits = carry
+            token = logits.argmax(-1) if given is None else given
+            caches = list(caches)
+            place = caches[0].lengths[:, None]
+            after = MODEL.run(token[:, None], place, functools.partial(attend_step, caches))
+            return (tuple(caches), after[:, 0]), (logits.argmax(-1), logits)
+
+        (caches, _), found = jax.lax.scan(step, (tuple(caches), first), forced, length=STEPS)
+        return found, [cache.overflowed for cache in caches]
+
+    found, overflowed = run(forced)
+    assert not any(overflowed)
+    return found
+
+
+def sized(make, storage):
+    """Makes a cache that just holds the text of the model."""
+    if make is two_part:
+        create = functools.partial(TwoPartCache.create, prefill=PROMPT, decode=STEPS)
+    else:
+        create = functools.partial(RollingCache.create, window=WINDOW)
+    return functools.partial(create, batch=2, kv_heads=K, head_dim=H, dtype=jnp.float32, storage=storage)
+
+
+@pytest.mark.parametrize(("make", "mask"), CACHES)
+def test_greedy_decoding_with_a_cache_writes_the_same_tokens(make, mask):
+    tokens, logits = decoded_with(sized(make, None), mask)
+    want_tokens, want_logits = decoded_without(mask)
+    np.testing.assert_array_equal(tokens, want_tokens)
+    close(logits, want_logits, 1e-4)
+
+
+QUANTIZED = [
+    (two_part, masks.Causal(), "int8", 0.02),
+    (two_part, masks.Causal(), "float8_e4m3fn", 0.05),
+    (two_part, masks.Causal(), "int4", 0.2),
+    (rolling, WINDOWED, "int8:heads_and_head_dim", 0.02),
+]
+"""Tolerances are parts of the largest logit, 1.7 to 2 times what was measured on CPU."""
+
+
+@pytest.mark.parametrize(("make", "mask", "storage", "tolerance"), QUANTIZED)
+def test_decoding_with_a_quantised_cache_has_logits_close_to_those_without(make, mask, storage, tolerance):
+    tokens, want = decoded_without(mask)
+    _, logits = decoded_with(sized(make, storage), mask, jnp.asarray(tokens))
+    close(logits, want, tolerance * np.abs(want).max())
+    close(logits[0], want[0], 1e-4)  # the prompt attended to what was not yet quantised
+
+
+# Arguments of attend
+
+
+def kernel_sees(cache, tokens, **options):
+    """The atoms of the masks that kernels are asked for, part by part."""
+    with kernelry.record() as resolutions:
+        jax.eval_shape(functools.partial(cache.attend, **options), normal(B, tokens, N, H))
+    return [[atom.kind.value for atom in resolution.request.mask.atoms] for resolution in resolutions]
+
+
+def test_one_token_under_a_causal_mask_asks_for_lengths_only():
+    assert kernel_sees(two_part(), 1) == [["lengths"]] * 2
+    assert kernel_sees(two_part(), 2) == [["causal", "lengths"]] * 2
+
+
+def test_the_default_mask_is_causal():
+    fed = fed_rows(two_part, 3, [3, 2, 1])
+    query, _, _ = fed.stream.piece(fed.starts, fed.counts, 3)
+    close(fed.cache.attend(query, lengths=fed.counts), fed.oracle(masks.Causal()).out)
+
+
+@pytest.mark.parametrize(("make", "mask"), CACHES)
+def test_decode_is_append_then_attend(make, mask):
+    before, after = Fed.new(make()).feed("prefill", 5, [5, 3, 0]), fed_rows(make, 1)
+    out, cache = before.cache.decode(*before.stream.piece(after.starts, after.counts, 1), mask=mask)
+    close(out, after.attend(mask))
+    jax.tree.map(np.testing.assert_array_equal, cache, after.cache)
+
+
+@pytest.mark.parametrize(("make", "mask"), CACHES)
+def test_nothing_of_unwritten_slots_or_of_queries_that_are_no_tokens_leaks(make, mask):
+    """All of these are NaN in these tests; a cache without any tokens answers 0."""
+    fed = fed_rows(make, 3, [3, 1, 0])
+    assert all(np.isnan(array).any() for part in fed.cache.parts(mask, 1) for array in (part.key, part.value))
+    out = fed.attend(mask)
+    assert np.isfinite(out).all()
+    assert not np.any(out[1, 1:])
+    empty = make()
+    out, largest = empty.attend(normal(B, 1, N, H), mask=mask, return_max_logits=True)
+    assert not np.any(out)
+    assert np.isneginf(largest).all()
+
+
+def test_bfloat16_answers_in_bfloat16():
+    cache = TwoPartCache.create(batch=B, prefill=2, decode=2, kv_heads=K, head_dim=H)
+    new = jnp.ones((B, 1, K, H), jnp.bfloat16)
+    out, _ = cache.decode(jnp.ones((B, 1, N, H), jnp.bfloat16), new, new)
+    assert out.dtype == jnp.bfloat16
+    close(out, np.ones((B, 1, N, H)))
+
+
+# Gradients
+
+
+@pytest.mark.parametrize(("make", "mask"), CACHES)
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_train_mode_gives_the_gradient_of_the_query(make, mask, storage):
+    fed = Fed.new(make(storage), storage).feed("prefill", 5, [5, 3, 1]).feed("append", 3, [3, 2, 1])
+    query, _, _ = fed.stream.piece(fed.starts, np.full(B, 3), 3)
+    weights = normal(B, 3, N, D, seed=8)
+
+    def loss(query):
+        return (fed.cache.attend(query, mask=mask, lengths=fed.counts, mode="train") * weights).sum()
+
+    seen = mask.at(query_offset=fed.starts, kv_offset=0) & masks.Lengths(fed.starts + fed.counts, fed.counts)
+    want = reference_gradients(query, *fed.stream.kept(), mask=seen, d_out=weights)
+    close(jax.jit(jax.grad(loss))(query), want.query, 2e-5)
+
+
+def test_train_mode_gives_the_gradients_of_what_was_appended():
+    before = Fed.new(two_part()).feed("prefill", 5, [5, 3, 1])
+    query, key, value = before.stream.piece(before.counts, np.full(B, 3), 3)
+    weights = normal(B, 3, N, D, seed=8)
+
+    def loss(key, value):
+        out, _ = before.cache.decode(query, key, value, mode="train")
+        return (out * weights).sum()
+
+    got = jax.jit(jax.grad(loss, (0, 1)))(key, value)
+    seen = masks.Causal().at(query_offset=before.counts, kv_offset=0) & masks.Lengths(before.counts + 3)
+    want = reference_gradients(query, *before.stream.kept(), mask=seen, d_out=weights)
+    for mine, whole in zip(got, (want.key, want.value), strict=True):
+        for row, start in enumerate(before.counts):
+            close(mine[row], whole[row, start : start + 3], 2e-5)
+
+
+def test_differentiating_in_decode_mode_is_an_error():
+    cache = fed_rows(two_part, 1).cache
+    with pytest.raises(ArgumentError, match=r"the gradient of query was not asked for: .* mode='train'"):
+        jax.grad(lambda query: cache.attend(query).sum())(normal(B, 1, N, H))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (masks.Causal() & masks.Lengths(3), ArgumentError, "about the slots of an array"),
+        (masks.Segments(np.zeros(3, np.int32)), ArgumentError, "about the slots of an array"),
+        (masks.Causal() | ~masks.Dense(np.ones((1, 3), bool)), ArgumentError, "about the slots of an array"),
+        (masks.Causal().at(kv_offset=3), ArgumentError, "says where keys stand"),
+        (np.ones((1, 3), bool), ShapeError, "mask must be a kernelry mask, got ndarray"),
+    ],
+)
+def test_masks_about_slots_are_refused(mask, error, message):
+    with pytest.raises(error, match=message):
+        two_part().attend(normal(B, 1, N, H), mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(B, N, H), (B + 1, 1, N, H)])
+def test_a_query_of_another_shape_is_refused(shape):
+    with pytest.raises(ShapeError, match=r"query must be \[B, T, N, H\] with B=3"):
+        two_part().attend(normal(*shape))
+
+
+def test_lengths_that_mean_nothing_are_refused():
+    attend = functools.partial(two_part().attend, normal(B, 2, N, H))
+    with pytest.raises(ShapeError, match=r"lengths must be integers \[B\] = \[3\]"):
+        attend(lengths=np.ones((B, 1), np.int32))
+    with pytest.raises(ArgumentError, match=r"lengths must lie in \[0, 2\]"):
+        attend(lengths=jnp.array([3, 0, 0]))
+
+
+def test_sinks_of_a_partial_are_refused():
+    with pytest.raises(ArgumentError, match=r"pass them to kernelry\.finalize"):
+        two_part().attend(normal(B, 1, N, H), sinks=np.zeros(N, np.float32), return_partial=True)
+
+
+def test_a_query_of_another_dtype_is_refused():
+    with pytest.raises(ShapeError, match="key must have query's dtype bfloat16, got float32"):
+        two_part().attend(jnp.zeros((B, 1, N, H), jnp.bfloat16))
+
+
+def test_a_kernel_that_cannot_is_refused_by_name():
+    with pytest.raises(KernelRefusedError, match="cudnn_jax"):
+        two_part().attend(normal(B, 1, N, H), kernel="cudnn_jax")
+
+
+# What a cache is
+
+
+@pytest.mark.parametrize(
+    ("storage", "numbers", "scales"),
+    [(None, 4, 0), ("int8", 1, K), ("int4", 0.5, K), ("int8:heads_and_head_dim", 1, 1)],
+)
+def test_bytes_are_those_of_all_arrays(storage, numbers, scales):
+    slots = B * 15
+    values = slots * K * (H + D) * numbers
+    lengths = 2 * B * 4 + 1
+    assert two_part(storage).bytes == values + slots * 2 * scales * 2 + lengths
+
+
+@pytest.mark.parametrize(("make", "mask"), CACHES)
+def test_a_cache_is_a_pytree_of_arrays(make, mask):
+    cache = make("int8")
+    leaves, tree = jax.tree.flatten(cache)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert jax.tree.structure(cache.append(normal(B, 1, K, H), normal(B, 1, K, D))) == tree
+    assert KVCache in type(cache).__mro__
+    assert cache.check() is cache
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(cache)

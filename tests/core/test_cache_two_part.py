@@ -1,0 +1,203 @@
+"""TwoPartCache: however tokens come in, attention is that over each row's whole stream."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cache_cases import STORAGES, B, D, Fed, H, K, N, close, normal, two_part
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernelry import masks
+from kernelry.cache import TwoPartCache
+from kernelry.errors import ArgumentError, CacheFullError, ShapeError
+
+MASKS = [
+    masks.Causal(),
+    masks.SlidingWindow(2),
+    masks.SlidingWindow(3, 1),
+    masks.Chunked(3),
+    masks.PrefixLM(4),
+    masks.Full(),
+    masks.Chunked(4) | masks.SlidingWindow(1),
+]
+OPTIONS = [{}, {"soft_cap": 2.0}, {"sinks": normal(N, seed=9)}, {"scale": 0.5}]
+
+
+def counts(most):
+    return st.lists(st.integers(0, most), min_size=B, max_size=B)
+
+
+def tokens(count, seed=1, batch=B):
+    return normal(batch, count, K, H, seed=seed), normal(batch, count, K, D, seed=seed + 1)
+
+
+# Laws
+
+
+@given(
+    storage=st.sampled_from(STORAGES),
+    mask=st.sampled_from(MASKS),
+    options=st.sampled_from(OPTIONS),
+    prompt=counts(5),
+    chunk=counts(3),
+    speculated=counts(3),
+    steps=st.lists(counts(1), min_size=1, max_size=3),
+)
+@settings(max_examples=12, deadline=None)
+def test_any_split_into_prefill_chunks_and_appends_is_the_whole(
+    storage, mask, options, prompt, chunk, speculated, steps
+):
+    fed = Fed.new(two_part(storage), storage)
+    fed = fed.feed("prefill", 5, prompt).check(mask, mode="prefill", **options) if any(prompt) else fed
+    fed = fed.feed("prefill_chunk", 3, chunk).check(mask, **options)
+    fed = fed.feed("append", 3, speculated).check(mask, **options)
+    for step in steps:
+        fed = fed.feed("append", 1, step).check(mask, **options)
+    assert not fed.cache.check().overflowed
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_prefill_starts_every_row_afresh(storage):
+    fed = Fed.new(two_part(storage), storage).feed("prefill", 8, [8, 7, 6]).feed("append", 3, [3, 2, 1])
+    fed = fed.feed("prefill", 5, [0, 3, 5]).check(masks.Causal())
+    fed.feed("append", 1, [1, 1, 0]).check(masks.Causal())
+
+
+def test_rows_without_lengths_are_full():
+    key, value = tokens(4)
+    cache = two_part().prefill(key, value).append(key[:, :2], value[:, :2])
+    np.testing.assert_array_equal(cache.prefill_lengths, [4] * B)
+    np.testing.assert_array_equal(cache.lengths, [6] * B)
+
+
+def test_decoded_tokens_stand_behind_a_short_prompt():
+    key, value = tokens(2)
+    cache = two_part().prefill(key, value, lengths=np.array([2, 1, 0])).append(key, value)
+    close(cache.decode_key[:, :2], key)
+    _, decoded = cache.parts(masks.Causal(), 1)
+    np.testing.assert_array_equal(decoded.offset, [2, 1, 0])
+
+
+def test_a_cache_crosses_jit_scan_and_donation():
+    """The carry of a scan has fixed types, and donated buffers must not be shared among the leaves."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(cache, prompt, steps):
+        def step(cache, inputs):
+            out, cache = cache.decode(*inputs)
+            return cache, out
+
+        return jax.lax.scan(step, cache.prefill(*prompt[1:]), steps)
+
+    fed = Fed.new(two_part())
+    ones = np.ones(B, np.int32)
+    prompt = fed.stream.piece(0 * ones, 4 * ones, 4)
+    singles = [fed.stream.piece(place * ones, ones, 1) for place in range(4, 8)]
+    empty = two_part()
+    cache, out = run(empty, prompt, [jnp.stack(arrays) for arrays in zip(*singles, strict=True)])
+    assert empty.prefill_key.is_deleted()
+    assert not cache.check().overflowed
+    want = dataclasses.replace(fed, starts=4 * ones, counts=4 * ones, tokens=4).oracle(masks.Causal())
+    close(out[:, :, 0].swapaxes(0, 1), want.out)
+
+
+def test_bfloat16_is_the_default():
+    cache = TwoPartCache.create(batch=1, prefill=2, decode=1, kv_heads=1, head_dim=4)
+    assert (cache.prefill_key.dtype, cache.decode_value.shape) == (jnp.bfloat16, (1, 1, 1, 4))
+
+
+# What does not fit
+
+
+def leaves(cache):
+    return [np.array(leaf) for leaf in jax.tree.leaves(cache)]
+
+
+def assert_unchanged(cache, before, *, flagged=False):
+    *arrays, overflowed = leaves(cache)
+    jax.tree.map(np.testing.assert_array_equal, arrays, before[:-1])
+    assert overflowed == flagged
+
+
+def nearly_full(**sizes):
+    key, value = tokens(2)
+    return two_part(prefill=3, decode=2, **sizes).prefill(key, value).append(*tokens(1), lengths=np.array([1, 0, 1]))
+
+
+@pytest.mark.parametrize("method", ["append", "prefill_chunk"])
+def test_overflow_raises_and_leaves_the_cache_as_it_was(method):
+    cache = nearly_full() if method == "append" else two_part(prefill=3, decode=2).prefill(*tokens(2))
+    before = leaves(cache)
+    part = {"append": "decode", "prefill_chunk": "prefill"}[method]
+    with pytest.raises(CacheFullError, match=rf"\[2, 2, 0\] more tokens .* {part} part; .* larger {part}="):
+        getattr(cache, method)(*tokens(2), lengths=np.array([2, 2, 0]))
+    assert_unchanged(cache, before)
+
+
+@pytest.mark.parametrize("method", ["append", "prefill_chunk"])
+def test_overflow_under_jit_writes_nothing_and_poisons_for_good(method):
+    cache = nearly_full() if method == "append" else two_part(prefill=3, decode=2).prefill(*tokens(2))
+    full = jax.jit(lambda cache, *new: getattr(cache, method)(*new))(cache, *tokens(2))
+    assert_unchanged(full, leaves(cache), flagged=True)
+    query = normal(B, 1, N, H)
+    out, largest = full.attend(query, return_max_logits=True)
+    assert np.isnan(out).all()
+    assert np.isnan(largest).all()
+    assert np.isnan(full.attend(query, return_partial=True).out).all()
+    later = full.prefill(*tokens(1)).append(*tokens(1))
+    assert np.isnan(later.attend(query)).all()
+    with pytest.raises(CacheFullError, match="TwoPartCache: tokens were appended that did not fit"):
+        later.check()
+
+
+def test_a_row_that_decoded_takes_no_more_of_a_prompt():
+    cache = nearly_full()
+    with pytest.raises(ArgumentError, match=r"rows \[0, 2\] have decoded"):
+        cache.prefill_chunk(*tokens(1))
+    assert jax.jit(TwoPartCache.prefill_chunk)(cache, *tokens(1)).overflowed
+    after = cache.prefill_chunk(*tokens(1), lengths=np.array([0, 1, 0]))
+    np.testing.assert_array_equal(after.lengths, [3, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("method", "part"), [("append", "decode"), ("prefill", "prefill"), ("prefill_chunk", "prefill")]
+)
+def test_more_tokens_than_slots_are_refused_while_tracing(method, part):
+    with pytest.raises(ShapeError, match=rf"4 tokens a row do not fit .* larger {part}="):
+        jax.eval_shape(getattr(two_part(prefill=3, decode=2), method), *tokens(4))
+
+
+@pytest.mark.parametrize("method", ["append", "prefill", "prefill_chunk"])
+def test_tokens_of_another_shape_are_refused(method):
+    call = getattr(two_part(), method)
+    key, value = tokens(2)
+    with pytest.raises(ShapeError, match=r"key must be \[B, T, 2, 8\] with B=3"):
+        call(key[:2], value)
+    with pytest.raises(ShapeError, match=r"value must be \[B, T, 2, 6\]"):
+        call(key, key)
+    with pytest.raises(ShapeError, match="key has T=2 tokens and value 1"):
+        call(key, value[:, :1])
+    with pytest.raises(ShapeError, match="key must be a floating array"):
+        call(key.astype(np.int32), value)
+
+
+@pytest.mark.parametrize("method", ["append", "prefill", "prefill_chunk"])
+def test_lengths_that_mean_nothing_are_refused(method):
+    call = functools.partial(getattr(two_part(), method), *tokens(2))
+    with pytest.raises(ShapeError, match=r"lengths must be integers \[B\] = \[3\], got float32"):
+        call(lengths=np.ones(B, np.float32))
+    with pytest.raises(ShapeError, match=r"lengths must be integers \[B\] = \[3\]"):
+        call(lengths=np.array([1, 1]))
+    with pytest.raises(ArgumentError, match=r"lengths must lie in \[0, 2\], .* got \[1, 3, 0\]"):
+        call(lengths=np.array([1, 3, 0]))
+
+
+def test_sizes_that_mean_nothing_are_refused():
+    with pytest.raises(ArgumentError, match="TwoPartCache: decode must be an integer ≥ 1, got 0"):
+        two_part(decode=0)
+    with pytest.raises(ArgumentError, match="unknown dtype 'int3'"):
+        two_part("int3")
