@@ -20,6 +20,9 @@ def test_the_example_runs():
     exec(example.replace("print(", "text = str("), names)
     assert names["out"].shape == (2, 1, 8, 64)
     exec(_blocks("python")[1], names)
+    assert names["step"].shape == (2, 1, 8, 64)
+    assert int(names["cache"].lengths[0]) == 1025
+    exec(_blocks("python")[2], names)
     assert names["out"].shape == (2, 1024, 8, 64)
     assert "→ blockwise" in names["text"]
     assert len([line for line in example.splitlines() if line.strip()]) <= 15

@@ -57,8 +57,8 @@ class Model:
         return collections.Counter(page for _, pages in self.rows for page in pages)
 
     def take(self):
-        """The lowest free page; IndexError where there is none."""
-        return [page for page in range(PAGES) if page not in self.references][0]
+        """The lowest free page; ValueError where there is none."""
+        return min(page for page in range(PAGES) if page not in self.references)
 
     def append(self, counts, new):
         """The model after it, or None where it does not fit."""
@@ -66,13 +66,13 @@ class Model:
         try:
             for row, count in enumerate(counts):
                 after.extend(*after.rows[row], new[row, :count].tolist())
-        except IndexError:
+        except ValueError:
             return None
         return after
 
     def extend(self, tokens, pages, more):
         if len(tokens) + len(more) > LONGEST:
-            raise IndexError
+            raise ValueError
         if more and len(tokens) % SIZE and self.references[pages[-1]] > 1:
             pages[-1] = self.take()
         for token in more:

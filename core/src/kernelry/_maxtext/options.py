@@ -134,7 +134,7 @@ _PER_CALL = (
     Option("use_indexer", False, Kind.FLAG, Fate.PER_CALL, "the indexer's choice is a mask, kernelry.masks.Dense"),
 )
 
-_CACHE = "caches are quantised where they are made: see kernelry.cache"
+_CACHE = "a cache is quantised where it is made: kernelry.cache.TwoPartCache.create(storage='int8:heads_and_head_dim')"
 _SHARDING = "attention is sharded by a wrapper around it: see kernelry.parallel"
 _EVAL = "there is one tiling per config: build a second config for evaluation, with these values as sa_* and local_sa_*"
 _LAYOUT = "a kernel's layout is its own affair, and arrays are [batch, length, heads, dim] everywhere else"
