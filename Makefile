@@ -1,10 +1,12 @@
 # make demo   installs everything into .venv and trains the example model
+# make serve  installs everything and serves requests from one paged cache; SERVE_ARGS="--quick" is a small run
 # make test   installs everything into .venv and runs the test suite; ARGS="tests/core -k masks" goes to pytest
 PYTHON ?= python3
 VENV ?= .venv
 MAXTEXT_PYTHON ?= python3.12
 ARGS ?=
 DEMO_ARGS ?= --config examples/configs/tiny.toml
+SERVE_ARGS ?=
 
 export JAX_PLATFORMS ?= cpu
 BIN := $(VENV)/bin
@@ -13,7 +15,7 @@ TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "optax>=0.2.
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
-.PHONY: demo test test-install test-fuzz test-maxtext conformance lint format benchmark benchmark-decode \
+.PHONY: demo serve test test-slow test-install test-fuzz test-maxtext conformance lint format benchmark benchmark-decode \
 	benchmark-peers wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
@@ -28,8 +30,15 @@ $(VENV)/.lint-installed: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
 
+serve: $(VENV)/.installed
+	$(BIN)/python examples/serve.py $(SERVE_ARGS)
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Sweeps: every kernel against the quick conformance kit, the kit against lying kernels, blockwise over small blocks.
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 # 20,000 random requests, valid and absurd: only kernelry's own errors come out.
 test-fuzz: $(VENV)/.installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +32,25 @@ def decode(model: Decoder, token: jax.Array, caches: Caches) -> tuple[jax.Array,
 @functools.partial(nnx.jit, static_argnames=("length", "temperature"))
 def generate(model: Decoder, prompt: jax.Array, key: jax.Array, *, length: int, temperature: float) -> jax.Array:
     """Continues prompts [B, T] by `length` bytes, [B, length]; temperature 0 is greedy."""
-    logits, caches = prefill(model, prompt, prompt.shape[1] + length)
+    return _continued(model, prompt, jax.random.split(key, length), temperature)[0]
 
-    def step(carry: tuple[jax.Array, Caches], key: jax.Array) -> tuple[tuple[jax.Array, Caches], jax.Array]:
+
+@functools.partial(nnx.jit, static_argnames="length")
+def greedy(model: Decoder, prompt: jax.Array, *, length: int) -> tuple[jax.Array, jax.Array]:
+    """Continues prompts [B, T] by the likeliest bytes, [B, length]; and the logits they have, [B, length, 256]."""
+    return _continued(model, prompt, jax.random.split(jax.random.key(0), length), 0.0)
+
+
+def _continued(model: Decoder, prompt: jax.Array, keys: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+    logits, caches = prefill(model, prompt, prompt.shape[1] + keys.shape[0])
+
+    def step(carry: tuple[jax.Array, Caches], key: jax.Array) -> tuple[tuple[jax.Array, Caches], Any]:
         logits, caches = carry
         token = sample(logits, key, temperature)
-        return decode(model, token, caches), token
+        return decode(model, token, caches), (token, logits)
 
-    _, tokens = jax.lax.scan(step, (logits, caches), jax.random.split(key, length))
-    return tokens.T
+    _, (tokens, logits) = jax.lax.scan(step, (logits, caches), keys)
+    return tokens.T, logits.swapaxes(0, 1)
 
 
 def sample(logits: jax.Array, key: jax.Array, temperature: float) -> jax.Array:

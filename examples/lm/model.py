@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import kernelry
 from kernelry import Mode
+from kernelry.cache import PagedCache, PagedView
 from kernelry.config import AttentionConfig, AttentionType
 from kernelry.errors import ConfigError
 from kernelry.flax import AttentionOp, Tokens
@@ -62,6 +64,26 @@ class Attention(nnx.Module):
             x = self.attend(query, key, value, mode=mode)
         return self.out(x), cache
 
+    def paged(self, x: jax.Array, view: PagedView, counts: jax.Array, mode: Mode) -> tuple[jax.Array, PagedCache]:
+        """Writes the last counts[b] tokens of each row of a cache, and attends from them."""
+        start, config, held = view.lengths - counts, self.attend.config, view.cache.keys[0]
+        dtype = held.dtype if isinstance(held, jax.Array) else x.dtype  # quantised pages serve any query
+        query, key, value = rotate(self.query(x), start), rotate(self.key(x), start), self.value(x)
+        view = view.write(key, value, lengths=counts)
+        with kernelry.use(policy=config.policy):
+            attended = view.attend(
+                query.astype(dtype),
+                mask=config.mask,
+                lengths=counts,
+                scale=config.scale,
+                soft_cap=config.soft_cap,
+                sinks=None if self.attend.sinks is None else self.attend.sinks[...],
+                mode=mode,
+                logits_dtype=config.logits_dtype,
+                precision=config.precision,
+            )
+        return self.out(attended.astype(x.dtype)), view.cache
+
 
 class Block(nnx.Module):
     """Attention and a SwiGLU, each behind a norm and around a residual."""
@@ -77,9 +99,17 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, mode: Mode, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         attended, cache = self.attention(self.attention_norm(x), mode, cache)
-        x = x + attended
+        return self.feed(x + attended), cache
+
+    def paged(self, x: jax.Array, view: PagedView, counts: jax.Array, mode: Mode) -> tuple[jax.Array, PagedCache]:
+        """The same over a paged cache."""
+        attended, cache = self.attention.paged(self.attention_norm(x), view, counts, mode)
+        return self.feed(x + attended), cache
+
+    def feed(self, x: jax.Array) -> jax.Array:
+        """Adds the SwiGLU."""
         fed = self.feed_norm(x)
-        return x + self.down(nnx.silu(self.gate(fed)) * self.up(fed)), cache
+        return x + self.down(nnx.silu(self.gate(fed)) * self.up(fed))
 
 
 class Decoder(nnx.Module):
@@ -104,9 +134,45 @@ class Decoder(nnx.Module):
         for place, block in enumerate(self.blocks):
             x, cache = block(x, mode, None if caches is None else caches[place])
             after.append(cache)
+        return self.logits(x), None if caches is None else tuple(after)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Returns the logits after the last layer."""
         x = self.norm(x)
-        logits = self.embed.attend(x) if self.head is None else self.head(x)
-        return logits, None if caches is None else tuple(after)
+        return self.embed.attend(x) if self.head is None else self.head(x)
+
+    def paged(
+        self,
+        tokens: jax.Array,
+        cache: PagedCache,
+        counts: jax.Array,
+        *,
+        mode: Mode,
+        rows: jax.Array | None = None,
+        shared_pages: int = 0,
+    ) -> tuple[jax.Array, PagedCache]:
+        """Reads the next tokens of rows of a paged cache with a layer for each of the model's.
+
+        Args:
+          tokens: [B, T], of which the first counts[b] of row b are tokens.
+          cache: before them.
+          counts: [B].
+          mode: prefill or decode.
+          rows: [B], which rows they belong to; None is all.
+          shared_pages: that all rows begin with.
+
+        Returns:
+          The logits [B, 256] after the last token of each row, and the cache after them all.
+        """
+        if rows is None:
+            cache = cache.allocate(counts)
+        else:
+            cache = cache.allocate(jnp.zeros_like(cache.lengths).at[rows].set(counts, mode="drop"))
+        x = self.embed(tokens)
+        for layer, block in enumerate(self.blocks):
+            x, cache = block.paged(x, cache.view(rows, layer, shared_pages), counts, mode)
+        last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+        return self.logits(last), cache
 
     def empty_caches(self, batch: int, capacity: int) -> tuple[Cache, ...]:
         """Returns one empty cache per layer."""
@@ -134,10 +200,11 @@ def layer_config(config: AttentionConfig, kind: str, window: int) -> AttentionCo
 
 
 def rotate(x: jax.Array, start: jax.Array | int) -> jax.Array:
-    """Rotary position embedding of [B, L, heads, H] at positions start … start + L − 1."""
+    """Rotary position embedding of [B, L, heads, H] at positions start … start + L − 1; start is a number or [B]."""
     half = x.shape[-1] // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
-    angles = (start + jnp.arange(x.shape[1]))[:, None] * frequencies[None, :]
-    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    positions = jnp.reshape(start, (-1, 1)) + jnp.arange(x.shape[1])[None]
+    angles = positions[:, :, None] * frequencies[None, None]
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     left, right = x[..., :half], x[..., half:]
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

@@ -89,7 +89,7 @@ def assert_rows(out, cache, query, rows=range(R), **options):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize(("count", "mode"), [(1, "decode"), (4, "decode"), (4, "prefill")])
+@pytest.mark.parametrize(("count", "mode"), [(1, "decode"), (4, "prefill")])
 def test_ragged_rows_equal_the_oracle(storage, count, mode):
     cache, query = ragged(storage=storage), query_of(0, count)
     assert cache.lengths.tolist() == RAGGED.tolist()
@@ -217,7 +217,7 @@ def step_of(cache, inputs):
     return cache, out
 
 
-@pytest.mark.parametrize("storage", [None, "int8", "int4"])
+@pytest.mark.parametrize("storage", [None, "int4"])
 def test_a_scan_of_decode_steps_equals_one_after_another(storage):
     start = fork(ragged(storage=storage), 3, 2)
     inputs = [jnp.stack([part(seed) for seed in range(6)]) for part in (lambda s: query_of(s, 1), *map(new, (0, 1)))]
@@ -234,9 +234,8 @@ def new(which):
     return lambda seed: tokens(seed, 1)[which]
 
 
-@pytest.mark.parametrize("storage", [None, "int8"])
-def test_donated_pages_are_written_in_place(storage):
-    cache = jax.tree.map(jnp.copy, ragged(storage=storage))
+def test_donated_pages_are_written_in_place():
+    cache = jax.tree.map(jnp.copy, ragged(storage="int8"))
     kept = jax.tree.map(jnp.copy, cache)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((cache.keys, cache.values))]
     inputs = query_of(0, 1), *tokens(0, 1)
@@ -334,8 +333,7 @@ def test_a_row_freed_twice_at_once_is_freed_once():
 # Pages of others
 
 
-@pytest.mark.parametrize("storage", [None, "int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(("storage", "count"), [(None, 1), (None, 4), ("int8", 1), ("float8_e4m3fn", 4)])
 def test_what_others_left_in_a_page_never_leaks(storage, count):
     key, value = tokens(3, 14)
     cache = prefill(cache_of(storage=storage, pages=16), key * jnp.nan, value * jnp.inf)
@@ -362,13 +360,12 @@ def shared(**changes):
     return appended(cache, [1, 4, 0, 4], seed=2)
 
 
-@pytest.mark.parametrize("storage", [None, "int8", "int4"])
+@pytest.mark.parametrize("storage", [None, "int8"])
 @pytest.mark.parametrize(("pages", "count"), [(2, 1), (1, 4)])
 @pytest.mark.parametrize("options", [{}, {"mask": masks.SlidingWindow(6), "sinks": SINKS}], ids=["causal", "window"])
-def test_shared_pages_attended_to_at_once_equal_the_plain_way(storage, pages, count, options):
+def test_shared_pages_attended_to_at_once_equal_the_oracle(storage, pages, count, options):
     cache, query = shared(storage=storage), query_of(5, count)
     out = attended(cache, query, pages=pages, **options)
-    np.testing.assert_allclose(out, attended(cache, query, **options), rtol=2e-5, atol=2e-5)
     assert_rows(out, cache, query, **options)
 
 

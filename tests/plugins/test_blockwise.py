@@ -83,12 +83,14 @@ def test_ids_that_int32_cannot_hold_are_left_to_the_mask():
     assert (np.asarray(kinds) == BlockKind.PARTIAL).all()
 
 
+@pytest.mark.slow
 def test_conformance_holds_over_small_blocks():
     small = Tiling.of(**SMALL)
     report = run(dataclasses.replace(BLOCKWISE, tilings=lambda _: (small,)), quick=True)
     assert report.ok, [(case.name, case.detail) for case in report.failures]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(placed_masks(max_len=11))
 def test_outputs_and_gradients_agree_with_the_oracle_under_any_mask(drawn):

@@ -32,7 +32,7 @@ _COLUMNS = {
 def check(
     kernels: Annotated[list[str] | None, typer.Argument(help="names of installed kernels.")] = None,
     every: Annotated[bool, typer.Option("--all", help="all installed kernels.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="a thinned subset: under a minute for all.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="a thinned subset that still has every claim.")] = False,
     known_failures: Annotated[
         Path | None, typer.Option(help="TOML: a table per kernel, 'case name' = 'reason'; strict.")
     ] = None,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeAlias, final
+from typing import TypeAlias, final
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from kernelry.plugin import Inputs, Request
 from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.blockwise.keys import reader_of
+from kernelry_dot_product.blockwise.loops import scanned, visited
 from kernelry_dot_product.blockwise.tile import Place, Tiles, product, zero_of
-from kernelry_dot_product.blockwise.visits import Visits, kinds_of, visits_of_queries
+from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_queries
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
 """Where the running maximum begins: finite, so that the difference to the −inf of a hidden key is −inf, not NaN."""
@@ -53,27 +53,18 @@ def forward(inputs: Inputs, request: Request, grid: Grid) -> Result:
                 key, value = reader.read(held, step, column)
                 return _add(tiles, Place(step, row, column), query, key, value, running, masked)
 
-            return None, _finished(_visited(own, visit, full, some, _nothing(query, request.value_dim, zero)))
+            start = _nothing(query, request.value_dim, zero)
+            return None, _finished(visited(own, visit, (full, some), start, grid.columns))
 
-        return lax.scan(of_row, None, (rows, queries, own.order, own.full, own.some))
+        return scanned(of_row, None, (rows, queries, own.order, own.full, own.some), grid.rows)
 
     steps = jnp.arange(grid.steps, dtype=jnp.int32)
     query = grid.split_queries(tiles.scale(inputs.query))
-    _, (out, top, lse) = lax.scan(of_step, None, (steps, query, reader.held))
+    _, (out, top, lse) = scanned(of_step, None, (steps, query, reader.held), grid.steps)
     max_logits = None
     if request.max_logits:
         max_logits = grid.join_queries(top).max(axis=1, initial=-jnp.inf)
     return Result(grid.join_queries(out), grid.join_queries(lse).swapaxes(1, 2), max_logits)
-
-
-def _visited(own: Visits, visit: Any, full: jax.Array, some: jax.Array, start: Any) -> Any:
-    """Goes through the blocks without a mask, then through those with one."""
-    now = start
-    if own.any_full:
-        now = lax.fori_loop(0, full, lambda at, now: visit(False, at, now), now)
-    if own.any_partial:
-        now = lax.fori_loop(full, some, lambda at, now: visit(True, at, now), now)
-    return now
 
 
 def _nothing(query: jax.Array, value_dim: int, zero: jax.Array) -> _Running:

@@ -88,6 +88,8 @@ def kinds_of(masks: tuple[Mask, ...], grid: Grid) -> Kinds:
         kinds[:, :, -1] = np.minimum(kinds[:, :, -1], BlockKind.PARTIAL)
     if not dynamic:
         return kinds
+    if grid.rows == grid.columns == 1:  # visited anyhow
+        return np.minimum(kinds, BlockKind.PARTIAL)
     some = full = jnp.ones((1, grid.rows, grid.columns), bool)
     for mask in dynamic:
         decided = decided_at_run_time(mask, grid)
