@@ -36,7 +36,7 @@ serve: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Sweeps: every kernel against the quick conformance kit, the kit against lying kernels, blockwise over small blocks.
+# Sweeps: every kernel against the quick conformance kit, blockwise over small blocks, the laws of caches over drawn splits.
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
@@ -102,4 +102,4 @@ wheelhouse: $(VENV)/.installed
 	done
 
 clean:
-	rm -rf wheelhouse .venv .venv-* runs
+	rm -rf wheelhouse .venv .venv-* .jax_cache runs

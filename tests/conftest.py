@@ -1,11 +1,18 @@
-"""Settings for every test: a silent broadcast between ranks is an error; in CI the examples are the same each time."""
+"""Settings for every test: a silent broadcast between ranks is an error; in CI the examples are the same each time.
+
+What was compiled once is kept in .jax_cache: most of a test's time goes into compiling what other tests compile, too.
+"""
 
 import os
+from pathlib import Path
 
 import jax
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 settings.register_profile(
     "gate", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]

@@ -495,10 +495,3 @@ def test_a_page_shared_since_it_was_allocated_is_not_written():
     cache = fork(allocate(cache_of(), jnp.array([6, 0, 0, 0])), 0, 1)
     with pytest.raises(ArgumentError, match="fork rows only after they are written"):
         cache.write(0, *tokens(0, 2), lengths=jnp.array([1, 0, 0, 0]))
-
-
-def test_int4_takes_half_a_byte():
-    plain, small = (cache_of(storage=storage).keys[0] for storage in (None, "int4"))
-    scale = small.scale.size * 2
-    assert cache_of(storage="int4").bytes < cache_of().bytes / 4
-    assert plain.nbytes / 8 + scale == small.values.size / 2 + scale

@@ -15,6 +15,8 @@ from kernelry import masks
 from kernelry.cache import SharedPrefix
 from kernelry.errors import ArgumentError, ShapeError
 
+pytestmark = pytest.mark.slow
+
 MASKS = {
     two_part: [masks.Causal(), masks.SlidingWindow(6), masks.Chunked(4), masks.PrefixLM(3), masks.Full()],
     rolling: [masks.SlidingWindow(WINDOW - 1), masks.Chunked(WINDOW)],

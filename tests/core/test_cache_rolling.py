@@ -15,6 +15,8 @@ from kernelry import masks
 from kernelry.cache import RollingCache
 from kernelry.errors import ArgumentError, ShapeError
 
+pytestmark = pytest.mark.slow
+
 WINDOWED = masks.SlidingWindow(WINDOW - 1)
 MASKS = [
     WINDOWED,

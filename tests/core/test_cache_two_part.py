@@ -15,6 +15,8 @@ from kernelry import masks
 from kernelry.cache import TwoPartCache
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 
+pytestmark = pytest.mark.slow
+
 MASKS = [
     masks.Causal(),
     masks.SlidingWindow(2),
