@@ -10,7 +10,8 @@ import jax
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")  # one folder each: a file may be read while it is written
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache" / _WORKER))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
