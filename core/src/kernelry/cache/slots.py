@@ -33,11 +33,11 @@ def stored_like(array: Float[Array, ...], like: Stored) -> Stored:
 def write(
     stored: Stored,
     new: Float[Array, "B T K H"],
-    rows: Int[Array, "B 1"],
+    rows: Int[Array, "B #T"],
     slots: Int[Array, "B T"],
     kept: Bool[Array, "B T"],
 ) -> Stored:
-    """Writes new[b, t] into stored[rows[b], slots[b, t]] where `kept`; nothing else changes."""
+    """Writes new[b, t] into stored[rows[b, t], slots[b, t]] where `kept`; nothing else changes."""
     slots = jnp.where(kept, slots, stored.shape[1])  # beyond the end, where mode="drop" writes nothing
 
     def put(into: jax.Array, what: jax.Array) -> jax.Array:
