@@ -33,7 +33,7 @@ def stored_like(array: Float[Array, ...], like: Stored) -> Stored:
 def write(
     stored: Stored,
     new: Float[Array, "B T K H"],
-    rows: Int[Array, "B #T"],
+    rows: Int[Array, "#B #T"],
     slots: Int[Array, "B T"],
     kept: Bool[Array, "B T"],
 ) -> Stored:
