@@ -134,13 +134,14 @@ def _product_by_slot(
     batch, slots, _, width = columns.shape
     flat = columns.reshape(batch, slots, request.kv_heads * width)
     _, _, groups, length, _ = rows.shape
+    count = request.kv_heads * groups * length
     if equation.startswith("BKGTH"):
         own = heads[:, None] == heads[None]
         spread = jnp.where(own[None, :, None, None, :, None], rows[:, :, :, :, None], 0)  # B K G T K H
-        spread = spread.reshape(batch, -1, request.kv_heads * width)
+        spread = spread.reshape(batch, count, request.kv_heads * width)
         product = _matmul("BRC,BSC->BRS", spread, flat, request, dtype)
         return product.reshape(batch, request.kv_heads, groups, length, slots)
-    product = _matmul("BRS,BSC->BRC", rows.reshape(batch, -1, slots), flat, request, dtype)
+    product = _matmul("BRS,BSC->BRC", rows.reshape(batch, count, slots), flat, request, dtype)
     every = product.reshape(batch, request.kv_heads, groups, length, request.kv_heads, width)
     return jnp.moveaxis(jnp.diagonal(every, axis1=1, axis2=4), -1, 1)  # B K G T D
 
