@@ -1,4 +1,4 @@
-"""What this plugin registers: `dot_product`, dense, and `blockwise`, one block of queries at a time."""
+"""What this plugin registers: `dot_product`, dense, and `blockwise`, tile by tile."""
 
 from __future__ import annotations
 
