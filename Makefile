@@ -42,7 +42,7 @@ test-slow: $(VENV)/.installed
 
 # 20,000 random requests, valid and absurd: only kernelry's own errors come out.
 test-fuzz: $(VENV)/.installed
-	$(BIN)/python -m pytest -m fuzz tests/core/test_fuzz_resolution.py $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m fuzz tests/core/test_fuzz_resolution.py $(ARGS)
 
 # Every kernel that can run here is held to everything it declares, and serves no fewer cases than before.
 conformance: $(VENV)/.installed

@@ -19,8 +19,8 @@ def test_three_hundred_random_requests_are_answered():
 
 
 @pytest.mark.fuzz
-def test_twenty_thousand_random_requests_are_answered(record_testsuite_property):
-    outcomes = fuzz(20_000, seed=1)
-    record_testsuite_property("outcomes", str(outcomes))
-    assert sum(outcomes.values()) == 20_000
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_twenty_thousand_random_requests_are_answered(seed):
+    outcomes = fuzz(5_000, seed)
+    assert sum(outcomes.values()) == 5_000
     assert all(count > 1000 for count in outcomes.values()), outcomes

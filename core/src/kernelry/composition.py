@@ -96,8 +96,8 @@ def _helpful(chain: _Chain, refusals: tuple[Refusal, ...], capabilities: Capabil
     """The adapters that may be used and cure some refusal, forbidden ones included, and what they would ask."""
     codes = {refusal.code for refusal in refusals}
     plain = chain.request.has_plain_kv
-    usable = (adapter for adapter in ADAPTERS if (plain or not adapter.on_keys) and not chain.used_up(adapter))
-    tried = (adapter for adapter in usable if adapter.cures & codes)
+    fitting = (adapter for adapter in ADAPTERS if not adapter.cures.isdisjoint(codes))
+    tried = (adapter for adapter in fitting if (plain or not adapter.on_keys) and not chain.used_up(adapter))
     asked = ((adapter, adapter.rewrite(chain.request, capabilities, refusals)) for adapter in tried)
     return tuple((adapter, after) for adapter, after in asked if after is not None and _changes(chain, adapter, after))
 

@@ -8,6 +8,7 @@ beyond it, then single options left out, modes, dtypes and head dims. The platfo
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, final
 
@@ -76,6 +77,7 @@ def _of_lengths(request: Request, chosen: str | None, ask: Ask, bounds: tuple[in
     for fields in sets:
         start = getattr(request, fields[0])
 
+        @functools.cache
         def asked(length: int, fields: tuple[str, ...] = fields) -> str | None:
             return _answer(ask, lambda: _with_lengths(request, fields, length))
 

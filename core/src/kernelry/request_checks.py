@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Set
 from typing import Any
+
+import jax.numpy as jnp
 
 from kernelry.errors import ArgumentError
 
 _SIZES = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "value_dim")
 _NAMES = ("dtype", "normalization", "logits_dtype")
+_DTYPES = ("dtype", "logits_dtype")
 _FLAGS = ("sinks", "partial", "max_logits", "interpret")
 
 
@@ -33,6 +37,9 @@ def check_kinds(request: Any) -> None:
     for name in _NAMES:
         if not isinstance(getattr(request, name), str):
             raise ArgumentError(f"{name} must be a name, got {getattr(request, name)!r}.")
+    for name in _DTYPES:
+        if not _is_dtype(getattr(request, name)):
+            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {getattr(request, name)!r}.")
     for name in _FLAGS:
         if type(getattr(request, name)) is not bool:
             raise ArgumentError(f"{name} must be True or False, got {getattr(request, name)!r}.")
@@ -40,6 +47,15 @@ def check_kinds(request: Any) -> None:
         raise ArgumentError(f"precision must be a name or None, got {request.precision!r}.")
     _check_numbers(request)
     _check_bias(request)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_dtype(name: str) -> bool:
+    """True for the full names of dtypes: `float32`, not `f4`, by which no kernel would know it."""
+    try:
+        return bool(jnp.dtype(name).name == name)
+    except (TypeError, ValueError):
+        return False
 
 
 def _check_numbers(request: Any) -> None:
