@@ -33,6 +33,9 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.installed
 	$(BIN)/python examples/serve.py $(SERVE_ARGS)
 
+# Small shapes spend most of their time in LLVM, so these compile without its optimisations; test-slow and conformance
+# compile as users do.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 

@@ -196,3 +196,11 @@ def test_a_quantization_is_kept_in_full_and_with_one_head_under_one_name():
     assert Request(q_len=8, kv_heads=2, q_heads=2, kv_quantization="int8").kv_quantization == "int8:head_dim"
     for way in ("int8", "int8:heads_and_head_dim"):
         assert Request(q_len=8, kv_heads=1, kv_quantization=way).kv_quantization == "int8:head_dim"
+
+
+@pytest.mark.parametrize("name", ["dtype", "logits_dtype"])
+@pytest.mark.parametrize("text", ["many", "f4", "", "("])
+def test_what_is_no_name_of_a_dtype_is_an_error(name, text):
+    with pytest.raises(ArgumentError) as caught:
+        Request(**{name: text})
+    assert str(caught.value) == f"{name} must be the name of a dtype, e.g. bfloat16, got {text!r}."
