@@ -202,5 +202,5 @@ def test_a_quantization_is_kept_in_full_and_with_one_head_under_one_name():
 @pytest.mark.parametrize("text", ["many", "f4", "", "("])
 def test_what_is_no_name_of_a_dtype_is_an_error(name, text):
     with pytest.raises(ArgumentError) as caught:
-        Request(**{name: text})
+        Request(q_len=8, **{name: text})
     assert str(caught.value) == f"{name} must be the name of a dtype, e.g. bfloat16, got {text!r}."
