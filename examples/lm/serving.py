@@ -313,7 +313,7 @@ def _compiled(model: Decoder, shared_pages: int) -> _Compiled:
 @functools.partial(jax.jit, donate_argnums=0)
 def _freed(cache: PagedCache, row: int) -> PagedCache:
     """Frees a row; and what overflowed may be tried again."""
-    return dataclasses.replace(cache.free(row), overflowed=jnp.zeros((), bool))
+    return cache.free(row).recovered()
 
 
 @functools.partial(jax.jit, donate_argnums=0)

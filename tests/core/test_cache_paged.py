@@ -495,3 +495,41 @@ def test_a_page_shared_since_it_was_allocated_is_not_written():
     cache = fork(allocate(cache_of(), jnp.array([6, 0, 0, 0])), 0, 1)
     with pytest.raises(ArgumentError, match="fork rows only after they are written"):
         cache.write(0, *tokens(0, 2), lengths=jnp.array([1, 0, 0, 0]))
+
+
+# What does not fit, or is named twice, under jit
+
+
+def assert_as_before(after, before):
+    for name in ("table", "lengths", "references"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name), err_msg=name)
+
+
+def test_a_prefill_that_does_not_fit_frees_nothing():
+    cache = appended(cache_of(pages=6), [4, 4, 0, 4])
+    new = tokens(3, 9)
+    full = prefill(cache, *new)
+    assert_as_before(full, cache)
+    assert full.overflowed
+    with pytest.raises(CacheFullError, match="12 more pages are needed, and 6 of 6 are free"):
+        cache.prefill(*new)
+    again = prefill(full.recovered(), *tokens(3, 4)).check()
+    np.testing.assert_array_equal(again.lengths, [4] * R)
+
+
+def test_of_a_target_named_twice_the_first_counts():
+    cache = appended(cache_of(), [5, 9, 0, 0])
+    twice = fork(cache, jnp.array([0, 1]), jnp.array([2, 2]))
+    assert_as_before(twice, cache.fork(0, 2))
+
+
+def test_a_row_named_twice_is_shown_once():
+    cache = appended(cache_of(), [5, 9, 0, 0])
+    shown = jax.jit(lambda cache, rows: cache.view(rows).append(*tokens(1, 1, rows=2)).cache)(cache, jnp.array([1, 1]))
+    np.testing.assert_array_equal(shown.lengths, [5, 10, 0, 0])
+
+
+@pytest.mark.parametrize("length", [1.7, [1, 2], np.array([1.0])])
+def test_lengths_of_forks_are_integers(length):
+    with pytest.raises(ShapeError, match=r"length must be an integer or integers \[1\]"):
+        appended(cache_of(), [5, 0, 0, 0]).fork([0], [1], length)

@@ -169,8 +169,26 @@ def test_a_row_that_decoded_takes_no_more_of_a_prompt():
     ("method", "part"), [("append", "decode"), ("prefill", "prefill"), ("prefill_chunk", "prefill")]
 )
 def test_more_tokens_than_slots_are_refused_while_tracing(method, part):
-    with pytest.raises(ShapeError, match=rf"4 tokens a row do not fit .* larger {part}="):
+    with pytest.raises(CacheFullError, match=rf"4 tokens a row do not fit .* larger {part}="):
         jax.eval_shape(getattr(two_part(prefill=3, decode=2), method), *tokens(4))
+
+
+@pytest.mark.parametrize("method", ["append", "prefill", "prefill_chunk"])
+@pytest.mark.parametrize("traced", [False, True])
+def test_columns_beyond_the_slots_count_only_where_they_are_tokens(method, traced):
+    cache, new, fitting, long = two_part(prefill=3, decode=3), tokens(5), np.array([3, 1, 0]), np.array([3, 4, 0])
+    call = getattr(type(cache), method)
+    call = jax.jit(call) if traced else call
+    after = call(cache, *new, lengths=jnp.asarray(fitting)).check()
+    np.testing.assert_array_equal(after.lengths, fitting)
+    whole = getattr(two_part(prefill=5, decode=5), method)(*new, lengths=fitting)
+    query = normal(B, 1, N, H)
+    np.testing.assert_allclose(after.attend(query), whole.attend(query), rtol=1e-6, atol=1e-6)
+    if traced:
+        assert_unchanged(call(after, *new, lengths=jnp.asarray(long)), leaves(after), flagged=True)
+    else:
+        with pytest.raises(CacheFullError, match="more tokens do not fit"):
+            call(after, *new, lengths=long)
 
 
 @pytest.mark.parametrize("method", ["append", "prefill", "prefill_chunk"])

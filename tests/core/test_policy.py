@@ -155,3 +155,12 @@ def test_requests_that_cannot_be_read_are_config_errors(data):
 def test_mask_forms_that_cannot_be_read_are_config_errors(data):
     with pytest.raises(ConfigError, match="mask: cannot be read from"):
         MaskForm.from_json(data)
+
+
+def test_adapters_that_do_not_exist_cannot_be_forbidden():
+    with pytest.raises(
+        ConfigError, match="forbid_adapters: unknown adapter 'gather_page'; did you mean 'gather_pages'"
+    ):
+        Policy.shipped(forbidden_adapters=("gather_page",))
+    with pytest.raises(ConfigError, match="unknown adapter 'gather_page'"):
+        _ = kernelry.config.AttentionConfig(forbid_adapters=("gather_page",)).policy

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 from mask_strategies import BATCH, KV_HEADS, Q_HEADS, placed_masks
 
@@ -40,10 +41,10 @@ def _blocks_of(mask, q_len, kv_len, grid):
 
 
 @settings(deadline=None, max_examples=60)
-@given(placed_masks(max_len=11))
-def test_no_block_is_called_emptier_or_fuller_than_it_is(drawn):
+@given(placed_masks(max_len=11), st.sampled_from([(3, 4), (3, 11), (11, 4)]))
+def test_no_block_is_called_emptier_or_fuller_than_it_is(drawn, blocks):
     mask, q_len, kv_len = drawn
-    grid = Grid(q_len=q_len, kv_len=kv_len, block_q=3, block_kv=4, batch=BATCH, step_batch=BATCH)
+    grid = Grid(q_len=q_len, kv_len=kv_len, block_q=blocks[0], block_kv=blocks[1], batch=BATCH, step_batch=BATCH)
     [kinds] = np.asarray(kinds_of(mask.canonical(), grid))
     for row, column, some, full in _blocks_of(mask, q_len, kv_len, grid):
         assert not (kinds[row, column] == BlockKind.EMPTY and some), (row, column)
@@ -92,8 +93,8 @@ def test_conformance_holds_over_small_blocks():
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=15)
-@given(placed_masks(max_len=11))
-def test_outputs_and_gradients_agree_with_the_oracle_under_any_mask(drawn):
+@given(placed_masks(max_len=11), st.sampled_from([(3, 4), (3, 11), (11, 4)]))
+def test_outputs_and_gradients_agree_with_the_oracle_under_any_mask(drawn, blocks):
     mask, q_len, kv_len = drawn
     rng = np.random.default_rng(q_len * 16 + kv_len)
     shapes = ((q_len, Q_HEADS), (kv_len, KV_HEADS), (kv_len, KV_HEADS), (q_len, Q_HEADS))
@@ -102,7 +103,7 @@ def test_outputs_and_gradients_agree_with_the_oracle_under_any_mask(drawn):
     def attend(*operands):
         return kernelry.attention(*operands, mask=mask, kernel="blockwise")
 
-    with kernelry.use(tiling={"block_q": 3, "block_kv": 4}):
+    with kernelry.use(tiling={"block_q": blocks[0], "block_kv": blocks[1]}):
         out, pull = jax.vjp(attend, query, key, value)
         gradients = pull(d_out)
     wanted = reference_attention(query, key, value, mask=mask)
@@ -152,6 +153,75 @@ def test_runs_inside_shard_map():
         found = jax.jit(jax.grad(loss))(query)
         wanted = jax.grad(lambda query: attend(query).sum())(query)
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["dot_product", "blockwise"])
+@pytest.mark.parametrize("options", [{}, {"return_partial": True}])
+def test_what_is_alike_on_every_device_has_its_gradients_summed(kernel, options):
+    """Under shard_map: keys, values, bias and sinks that are replicated beside a query that is not."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((2, 16, 2, 8)), jnp.float32) for _ in range(3))
+    bias, sinks = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 2, 16, 16), (2,)))
+
+    def attend(query, key, value, bias, sinks):
+        extra = {} if options else {"sinks": sinks}
+        found = kernelry.attention(query, key, value, mask=masks.Causal(), bias=bias, kernel=kernel, **extra, **options)
+        return kernelry.finalize(found, sinks) if options else found
+
+    def loss(*operands):
+        specs = (PartitionSpec("x"), *(PartitionSpec(),) * 4)
+        return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("x"))(*operands).sum()
+
+    def plain(*operands):
+        return attend(*operands).sum()
+
+    operands, every = (query, key, value, bias, sinks), (0, 1, 2, 3, 4)
+    with kernelry.use(tiling=SMALL if kernel == "blockwise" else None):
+        found, wanted = jax.jit(jax.grad(loss, every))(*operands), jax.jit(jax.grad(plain, every))(*operands)
+    for mine, right in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-5)
+
+
+BALANCED = np.r_[0:8, 56:64]
+ONE_SIDED = {
+    "keys_before_and_after": (masks.Causal().at(query_offset=16, kv_positions=BALANCED), 8, 16),
+    "queries_before_and_after": (masks.Causal().at(query_positions=BALANCED, kv_offset=20), 16, 8),
+    "blocks_behind": (masks.BlockCausal(8).at(query_offset=0, kv_offset=8), 24, 8),
+    "blocks_before": (masks.BlockCausal(8).at(query_offset=8, kv_offset=0), 8, 24),
+    "chunks": (masks.Chunked(8).at(query_offset=7, kv_offset=0), 1, 24),
+}
+
+
+@pytest.mark.parametrize("name", ONE_SIDED)
+def test_a_single_block_on_one_side_may_still_be_empty(name):
+    """No block of these masks is PARTIAL, some are EMPTY, and one side is a single block: there is no loop over it."""
+    mask, q_len, kv_len = ONE_SIDED[name]
+    _check_against_oracle(mask, q_len, kv_len)
+
+
+def test_keys_that_stand_at_the_ends_of_int32():
+    ends = np.iinfo(np.int32)
+    for mask, nowhere in ((masks.Causal(), ends.min), (~masks.Causal(), ends.max)):
+        kv_positions = jnp.r_[jnp.full(8, nowhere, jnp.int32), jnp.arange(8, dtype=jnp.int32)]
+        _check_against_oracle(mask.at(query_positions=jnp.arange(1, 17), kv_positions=kv_positions), 16, 16)
+
+
+def _check_against_oracle(mask, q_len, kv_len):
+    rng = np.random.default_rng(1)
+    shapes = (q_len, 2, 4), (kv_len, 1, 4), (kv_len, 1, 4), (q_len, 2, 4)
+    query, key, value, d_out = (rng.standard_normal((1, *shape)).astype(np.float32) for shape in shapes)
+
+    def run(*arrays):
+        out, pull = jax.vjp(lambda *arrays: kernelry.attention(*arrays, mask=mask, kernel="blockwise"), *arrays)
+        return out, pull(jnp.asarray(d_out))
+
+    with kernelry.use(tiling={"block_q": 8, "block_kv": 8}):
+        out, gradients = jax.jit(run)(query, key, value)
+    np.testing.assert_allclose(out, reference_attention(query, key, value, mask=mask).out, atol=2e-6)
+    wanted = reference_gradients(query, key, value, mask=mask, d_out=d_out)
+    for name, mine in zip(("query", "key", "value"), gradients, strict=True):
+        np.testing.assert_allclose(mine, getattr(wanted, name), atol=2e-5, err_msg=name)
 
 
 def test_a_request_says_the_blocks_that_its_window_wants():

@@ -17,6 +17,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
+from kernelry._compat import varying_alike
 from kernelry.adapters.base import Duty
 from kernelry.capabilities import Gradient
 from kernelry.kernel import Gradients, Inputs, KernelSpec, Tiling
@@ -67,6 +68,7 @@ def attend(
     Returns:
       A Partial; with sinks it has no statistics.
     """
+    inputs, sinks = varying_alike((inputs, sinks))
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties:
         return parts[0].forward(inputs[0], statistics=False)
     if any(part.request.gradients and _has_backward(part) for part in parts):

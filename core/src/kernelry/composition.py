@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import final
 
 from kernelry.adapters import ADAPTERS, Adapter, Cost
+from kernelry.adapters.base import CURED_ON_KEYS
 from kernelry.capabilities import Capabilities
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
@@ -126,8 +127,14 @@ def _incurable(refusals: tuple[Refusal, ...], helpful: _Helpful, forbidden: froz
 
 
 def _with_hint(refusal: Refusal, helpful: _Helpful, forbidden: frozenset[str]) -> Refusal:
-    names = [adapter.name for adapter, _ in helpful if refusal.code in adapter.cures and adapter.name in forbidden]
+    forbidden_ones = (adapter for adapter, _ in helpful if adapter.name in forbidden)
+    names = [adapter.name for adapter in forbidden_ones if refusal.code in _cured_alone(adapter)]
     if not names:
         return refusal
     hint = f"{' or '.join(names)} would help, which the policy forbids"
     return dataclasses.replace(refusal, remedy=f"{refusal.remedy}; {hint}" if refusal.remedy else hint)
+
+
+def _cured_alone(adapter: Adapter) -> frozenset[RefusalCode]:
+    """What it cures by itself; those that make keys plain only make way for others in the rest."""
+    return adapter.cures - CURED_ON_KEYS if adapter.cures > CURED_ON_KEYS else adapter.cures

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
+from kernelry.adapters import ADAPTERS
 from kernelry.conditions import Condition as Condition  # rules and their conditions are written together
 from kernelry.conditions import Range as Range
 from kernelry.errors import ConfigError, nearest
@@ -135,6 +136,9 @@ class Policy:
     def __post_init__(self) -> None:
         for kernel, tiling in self.tilings:
             check_tiling(tiling, f"tilings: {kernel}")
+        known = {adapter.name for adapter in ADAPTERS}
+        for name in sorted(self.forbidden_adapters - known):
+            raise ConfigError(f"forbid_adapters: unknown adapter {name!r}{nearest(name, known)}")
         parts = (self.rules, self.defaults, self.thresholds, self.kernel, self.forbidden_adapters, self.tilings)
         object.__setattr__(self, "_hash", hash(parts))
 

@@ -18,7 +18,7 @@ from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.masks import Causal, Full, Lengths, Mask
 from kernelry.masks.base import At, children, is_mask
 from kernelry.normalization import finalize, merge
-from kernelry.operands import Keys
+from kernelry.operands import Keys, as_array
 from kernelry.policy import AUTO
 from kernelry.request import Mode
 
@@ -113,7 +113,7 @@ class KVCache(Protocol):
         """Writes the next tokens of every row.
 
         Args:
-          key, value: of T tokens a row.
+          key, value: of T tokens a row, held in the cache's dtype.
           lengths: [B], how many of them are tokens, from the first on; None is all. Under jit, numbers outside
             [0, T] count as the nearest inside.
 
@@ -142,6 +142,10 @@ class KVCache(Protocol):
                 f"{type(self).__name__}: tokens were appended that did not fit, and were not written; make it larger."
             )
         return self
+
+    def recovered(self) -> Self:
+        """Returns this cache with `overflowed` unset: what did not fit is given up, or will be tried again."""
+        return dataclasses.replace(self, overflowed=jnp.zeros_like(self.overflowed))  # type: ignore[type-var]
 
     def decode(
         self,
@@ -194,15 +198,25 @@ class KVCache(Protocol):
           [B, T, N, D] in query's dtype, or a Partial; with `return_max_logits` a pair.
 
         Raises:
-          ArgumentError: the mask is about slots, or asks for keys that are not kept.
+          ArgumentError: the mask is about slots, or asks for keys that are not kept, or a row that is not empty holds
+            fewer tokens than there are queries.
           ShapeError, NoKernelError, KernelRefusedError: as `kernelry.attention`.
         """
         check_mask(mask)
-        if query.ndim != 4 or query.shape[0] != self.lengths.shape[0]:
+        query = as_array("query", query, 4)
+        if query.shape[0] != self.lengths.shape[0]:
             raise ShapeError(f"query must be [B, T, N, H] with B={self.lengths.shape[0]}, got shape {query.shape}.")
         q_len = query.shape[1]
         counts = token_counts(lengths, query.shape[0], q_len)
         own = None if lengths is None else counts
+        short = (self.lengths > 0) & (self.lengths < counts)
+        if not isinstance(short, jax.core.Tracer) and bool(short.any()):
+            raise ArgumentError(
+                f"attend: {counts.tolist()} queries are the last tokens of each row, and the rows hold "
+                f"{self.lengths.tolist()}: pass lengths=, how many of the queries are tokens."
+            )
+        if prefix is not None and not isinstance(prefix, SharedPrefix):
+            raise ShapeError(f"prefix must be a kernelry.cache.SharedPrefix, got {type(prefix).__name__}.")
         if sinks is not None and return_partial:
             raise ArgumentError("sinks join the denominator once, at the end: pass them to kernelry.finalize.")
         call = functools.partial(

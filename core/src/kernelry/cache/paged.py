@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernelry._pytree import pytree
 from kernelry.cache.base import KVCache, Part
-from kernelry.cache.paged_table import Growth, PageTable, as_rows, grow, is_known, release, share
+from kernelry.cache.paged_table import Growth, PageTable, as_rows, first_of_each, grow, is_known, release, share
 from kernelry.cache.paged_view import PagedView
 from kernelry.cache.slots import check_sizes, empty
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
@@ -185,7 +185,14 @@ class PagedCache(KVCache):
         Raises:
           CacheFullError, ShapeError, ArgumentError: as `append`.
         """
-        return self.free(jnp.arange(self.table.shape[0])).append(key, value, lengths=lengths)
+        freed, view = self.free(jnp.arange(self.table.shape[0])), self.view()
+        growth = grow(freed._pages, view.counts(key, value, lengths), self.page_size, self.max_length)
+        done = growth.fits & ~self.overflowed
+        # Under jit rows are kept where the new ones do not fit; elsewhere append says so before anything is freed.
+        pages = jax.tree.map(lambda new, old: jnp.where(done, new, old), freed._pages, self._pages)
+        started = freed if is_known(done) else self._with(pages)
+        overflowed = self.overflowed | (jnp.zeros_like(done) if is_known(done) else ~growth.fits)
+        return dataclasses.replace(started, overflowed=overflowed).append(key, value, lengths=lengths)
 
     def free(self, rows: int | Int[Array, "*n"]) -> Self:
         """Empties rows; pages that no other row shares become free.
@@ -212,7 +219,7 @@ class PagedCache(KVCache):
 
         Args:
           source, target: a row or rows [n], the targets different. Out of range they are an error; under jit such a
-            source is empty, and such a target ignored.
+            source is empty, such a target ignored, and of a target that is named twice the first counts.
           length: how many tokens of the source; None is all. More than it has are an error, and under jit all.
 
         Raises:
@@ -228,7 +235,12 @@ class PagedCache(KVCache):
         have = self.lengths.at[froms].get(mode="fill", fill_value=0)
         if length is None:
             return self._with(share(self._pages, froms, tos, have, self.page_size))
-        wanted = jnp.broadcast_to(jnp.asarray(length, jnp.int32), froms.shape)
+        given = length if isinstance(length, jax.Array) else np.asarray(length)
+        if not jnp.issubdtype(given.dtype, jnp.integer) or given.shape not in ((), froms.shape):
+            raise ShapeError(
+                f"length must be an integer or integers [{froms.shape[0]}], got {given.dtype} of shape {given.shape}."
+            )
+        wanted = jnp.broadcast_to(jnp.asarray(given, jnp.int32), froms.shape)
         outside = (wanted < 0) | (wanted > have)
         if is_known(outside) and outside.any():
             raise ArgumentError(f"length={np.asarray(length).tolist()} must lie within 0 … {have.tolist()}.")
@@ -238,7 +250,7 @@ class PagedCache(KVCache):
         """Shows some rows and one layer as a cache that attends, and writes.
 
         Args:
-          rows: [B], different; None is all. Out of range they are an error, and under jit empty.
+          rows: [B], different; None is all. Out of range or named twice they are an error, and under jit empty.
           layer: which one.
           shared_pages: that many pages at the beginning are the same in every row that is not empty, all of them full:
             they are attended to once for all rows (cascade attention). Where that is not so it is an error, and under
@@ -259,7 +271,7 @@ class PagedCache(KVCache):
         found = as_rows("rows", rows, self.table.shape[0])
         if is_known(found) and len(set(found.tolist())) < found.shape[0]:
             raise ArgumentError(f"rows={found.tolist()} names a row twice.")
-        return PagedView(self, found, int(layer), int(shared_pages))
+        return PagedView(self, first_of_each(found, self.table.shape[0]), int(layer), int(shared_pages))
 
     def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
         return self.view().parts(base, q_len)

@@ -96,8 +96,7 @@ def _copies(last: Int[Array, " R"], writes: Bool[Array, " R"], references: Int[A
 def release(table: PageTable, rows: Int[Array, " n"]) -> PageTable:
     """Empties rows; those out of range are ignored."""
     count = table.lengths.shape[0]
-    again = jnp.tril(rows[:, None] == rows[None], -1).any(axis=1)
-    rows = jnp.where(again, count, rows)
+    rows = first_of_each(rows, count)
     return PageTable(
         table.entries.at[rows].set(-1, mode="drop"),
         table.lengths.at[rows].set(0, mode="drop"),
@@ -113,13 +112,14 @@ def share(
     Args:
       table: the table before.
       source: rows, all as they were before; out of range they are empty.
-      target: different rows; those out of range are ignored.
+      target: rows; those out of range, and any but the first that names a row, are ignored.
       lengths: of tokens, clipped to those of the source.
       page_size: in tokens.
     """
     count, slots = table.lengths.shape[0], jnp.arange(table.entries.shape[1], dtype=jnp.int32)
     lengths = jnp.clip(lengths, 0, table.lengths.at[source].get(mode="fill", fill_value=0))
     shared = jnp.where(slots[None] < -(-lengths // page_size)[:, None], rows_of(table.entries, source), -1)
+    target = first_of_each(target, count)
     emptied = release(table, target)
     real = (target < count)[:, None]
     return PageTable(
@@ -127,6 +127,12 @@ def share(
         emptied.lengths.at[target].set(lengths, mode="drop"),
         _refer(emptied.references, jnp.where(real, shared, -1), 1),
     )
+
+
+def first_of_each(rows: Int[Array, " n"], count: int) -> Int[Array, " n"]:
+    """Puts out of range, at `count`, every row that stands in the list before."""
+    again = jnp.tril(rows[:, None] == rows[None], -1).any(axis=1)
+    return jnp.where(again, count, rows)
 
 
 def entry(entries: Int[Array, "R M"], slots: Int[Array, " R"]) -> Int[Array, " R"]:

@@ -54,6 +54,9 @@ class PagedView(KVCache):
     def overflowed(self) -> Bool[Array, ""]:
         return self.cache.overflowed
 
+    def recovered(self) -> Self:
+        return dataclasses.replace(self, cache=self.cache.recovered())
+
     @property
     def table(self) -> Int[Array, "B M"]:
         """The pages of the rows."""
@@ -72,7 +75,7 @@ class PagedView(KVCache):
                 f"append writes one layer, and this cache has {layers}: allocate(counts) once, and then "
                 "view(layer=…).write(key, value) in each."
             )
-        counts = self._counts(key, value, lengths)
+        counts = self.counts(key, value, lengths)
         if self.rows is not None:
             counts = jnp.zeros_like(self.cache.lengths).at[self.rows].set(counts, mode="drop")
         return dataclasses.replace(self, cache=self.cache.allocate(counts)).write(key, value, lengths=lengths)
@@ -95,7 +98,7 @@ class PagedView(KVCache):
             nothing is written then, and `overflowed` is set.
           ShapeError: an array does not fit the cache.
         """
-        counts, q_len = self._counts(key, value, lengths), key.shape[1]
+        counts, q_len = self.counts(key, value, lengths), key.shape[1]
         size, nth = self.cache.page_size, jnp.arange(q_len, dtype=jnp.int32)[None]
         places = (self.lengths - counts)[:, None] + nth
         pages = jnp.take_along_axis(self.table, places // size, axis=1, mode="clip")
@@ -168,7 +171,7 @@ class PagedView(KVCache):
     def _of_rows(self, array: jax.Array) -> jax.Array:
         return array if self.rows is None else array.at[self.rows].get(mode="fill", fill_value=0)
 
-    def _counts(self, key: Any, value: Any, lengths: Any) -> Int[Array, " B"]:
+    def counts(self, key: Any, value: Any, lengths: Any) -> Int[Array, " B"]:
         """Checks tokens for the rows, and counts them."""
         batch = self.lengths.shape[0]
         check_tokens(key, value, None, (self.cache.keys[self.layer], self.cache.values[self.layer]), batch)

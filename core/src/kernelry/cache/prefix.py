@@ -40,6 +40,9 @@ class SharedPrefix:
     value: Stored
 
     def __post_init__(self) -> None:
+        for name, array in (("key", self.key), ("value", self.value)):
+            if not hasattr(array, "ndim"):
+                raise ShapeError(f"SharedPrefix: {name} must be an array [P, K, …], got {type(array).__name__}.")
         if self.key.ndim != 3 or self.value.ndim != 3 or self.key.shape[0] != self.value.shape[0]:
             raise ShapeError(
                 f"SharedPrefix: key and value must be [P, K, H] and [P, K, D], got {self.key.shape} and "

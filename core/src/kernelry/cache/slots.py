@@ -17,10 +17,20 @@ from kernelry.storage.quantized import Stored
 def empty(shape: tuple[int, ...], dtype: Any, storage: str | Quantization | None) -> Stored:
     """Zeros [..., K, H], quantised where `storage` says how."""
     if storage is None:
-        return jnp.zeros(shape, dtype)
+        return jnp.zeros(shape, _floating(dtype))
     how = Quantization.parse(storage)
     heads = shape[-2] if how.axis == "head_dim" else 1
     return QuantizedArray(jnp.zeros(shape, how.dtype), jnp.ones((*shape[:-2], heads, 1), jnp.bfloat16))
+
+
+def _floating(dtype: Any) -> np.dtype:
+    try:
+        found: np.dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise ArgumentError(f"dtype must be that of the queries, e.g. bfloat16, got {dtype!r}.") from None
+    if not jnp.issubdtype(found, jnp.floating):
+        raise ArgumentError(f"dtype must be floating, as the queries are, got {found}; storage= quantises.")
+    return found
 
 
 def stored_like(array: Float[Array, ...], like: Stored) -> Stored:

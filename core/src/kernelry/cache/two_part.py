@@ -22,7 +22,7 @@ from kernelry.cache.slots import (
     write,
     write_first,
 )
-from kernelry.errors import ArgumentError, ShapeError
+from kernelry.errors import ArgumentError, CacheFullError
 from kernelry.masks import Mask
 from kernelry.storage import Quantization
 from kernelry.storage.quantized import Stored
@@ -127,20 +127,34 @@ class TwoPartCache(KVCache):
         """Starts all rows afresh with a prompt, or its first chunk.
 
         Args:
-          key, value: of T ≤ P tokens a row.
+          key, value: of T tokens a row, held in the cache's dtype.
           lengths: [B], how many of them are tokens, from the first on; None is all.
 
         Raises:
+          CacheFullError: they do not fit; nothing was written.
           ShapeError: an array does not fit the cache.
           ArgumentError: lengths outside [0, T].
         """
         counts = self._counts(key, value, lengths, self._prefill_slots, "prefill")
+        nothing = jnp.zeros_like(counts)
+        if key.shape[1] <= self._prefill_slots:
+            return dataclasses.replace(
+                self,
+                prefill_key=write_first(self.prefill_key, key),
+                prefill_value=write_first(self.prefill_value, value),
+                prefill_lengths=counts,
+                decode_lengths=nothing,
+            )
+        fits = self._fits(nothing, counts, self._prefill_slots, "prefill")
+        slots, kept = _slots(nothing, counts, key.shape[1], fits)
+        rows = _rows(counts)
         return dataclasses.replace(
             self,
-            prefill_key=write_first(self.prefill_key, key),
-            prefill_value=write_first(self.prefill_value, value),
-            prefill_lengths=counts,
-            decode_lengths=jnp.zeros_like(self.decode_lengths),
+            prefill_key=write(self.prefill_key, key, rows, slots, kept),
+            prefill_value=write(self.prefill_value, value, rows, slots, kept),
+            prefill_lengths=jnp.where(fits, counts, self.prefill_lengths),
+            decode_lengths=jnp.where(fits, nothing, self.decode_lengths),
+            overflowed=self.overflowed | ~fits,
         )
 
     def prefill_chunk(
@@ -221,10 +235,10 @@ class TwoPartCache(KVCache):
         """Checks tokens for one part, and counts them."""
         batch = self.prefill_lengths.shape[0]
         check_tokens(key, value, None, (self.prefill_key, self.prefill_value), batch)
-        if key.shape[1] > slots:
-            raise ShapeError(
-                f"TwoPartCache: {key.shape[1]} tokens a row do not fit into the {slots} slots of the {part} part: "
-                f"create it with a larger {part}=."
+        if lengths is None and key.shape[1] > slots:  # known under jit, too
+            raise CacheFullError(
+                f"TwoPartCache: {key.shape[1]} tokens a row do not fit into the {slots} slots of the {part} part; "
+                f"nothing was written. Create it with a larger {part}=."
             )
         return token_counts(lengths, batch, key.shape[1])
 

@@ -36,7 +36,7 @@ def visited(
       blocks: of the side that is gone through. One alone is visited with its mask, whatever that leaves of it.
     """
     if blocks == 1:
-        return visit(visits.any_partial or not visits.any_full, 0, start)
+        return visit(not visits.all_full, 0, start)
     full, some = counts
     now = start
     if visits.any_full:

@@ -169,10 +169,16 @@ def _of_band(mask: Mask, atom: Atom, grid: Grid) -> Decided:
     some = jnp.ones((1, grid.rows, grid.columns), bool)
     full = some
     if left is not None:
-        some, full = some & (low_q - high_k <= left), full & (high_q - low_k <= left)
+        some, full = some & (_shifted(low_q, -left) <= high_k), full & (_shifted(high_q, -left) <= low_k)
     if right is not None:
-        some, full = some & (low_k - high_q <= right), full & (high_k - low_q <= right)
+        some, full = some & (low_k <= _shifted(high_q, right)), full & (high_k <= _shifted(low_q, right))
     return Decided(some, full)
+
+
+def _shifted(positions: jax.Array, by: int) -> jax.Array:
+    """Adds, and stays at the ends of int32: a key that stands nowhere may be given the least of all positions."""
+    ends = np.iinfo(np.int32)
+    return jnp.clip(positions, ends.min - min(by, 0), ends.max - max(by, 0)) + np.int32(by)
 
 
 def _tiles(values: jax.Array, block: int, blocks: int) -> jax.Array:

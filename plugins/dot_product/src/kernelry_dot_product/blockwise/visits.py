@@ -35,6 +35,7 @@ class Visits:
       order: per batch step, or for all: the other side's blocks; those to visit stand first.
       full: how many of them need no mask. some: how many hold anything.
       any_full, any_partial: False where it is known while tracing that there are none.
+      all_full: True where it is known while tracing that there are no others.
     """
 
     order: Int32[Array, "... own other"]
@@ -42,6 +43,7 @@ class Visits:
     some: Int32[Array, "... own"]
     any_full: bool
     any_partial: bool
+    all_full: bool
 
     def of_step(self, step: jax.Array, grid: Grid) -> Visits:
         """Those of the batch rows of one step."""
@@ -75,6 +77,7 @@ def _visits(kinds: Kinds) -> Visits:
         jnp.asarray(some, jnp.int32),
         any_full=not known or bool((full > 0).any()),
         any_partial=not known or bool((full < some).any()),
+        all_full=known and bool((kinds == BlockKind.FULL).all()),
     )
 
 
