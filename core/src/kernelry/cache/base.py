@@ -81,8 +81,8 @@ class KVCache(Protocol):
     """Keys and values of the tokens so far: an immutable pytree, usable under jit, scan and donation.
 
     `append` comes before `attend`: the queries of `attend` are the last tokens appended. What does not fit is an error
-    where the numbers are known; under jit nothing is written, the rows keep their lengths, `overflowed` is set for
-    good, `attend` returns NaN, and `check()` raises outside.
+    where the numbers are known; under jit nothing is written, the rows keep their lengths, `overflowed` is set until
+    `recovered()`, `attend` returns NaN, and `check()` raises outside.
     """
 
     __slots__ = ()
