@@ -4,14 +4,22 @@ Interpret mode proves numbers, lowering proves that the program holds the kernel
 on a TPU.
 """
 
+import re
 import subprocess
 import sys
 
+import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+    splash_attention_mask_info,
+)
 from policies import NO_ADAPTERS
 
 import kernelry
@@ -20,8 +28,8 @@ from kernelry.attend import Part, attend
 from kernelry.errors import ConfigError, KernelRefusedError
 from kernelry.kernel import Inputs
 from kernelry.request import Request
+from kernelry_tpu_splash.mask_info import SlotMask, of_columns, of_rows
 from kernelry_tpu_splash.plugin import SPLASH
-from kernelry_tpu_splash.splash import vendor_mask
 
 # Without it, one block would hold the whole test and no block would be skipped or joined.
 SMALL = dict.fromkeys(
@@ -37,11 +45,28 @@ SMALL = dict.fromkeys(
     ),
     128,
 )
+BALANCED = np.concatenate([np.arange(64), np.arange(192, 256), np.arange(64, 192)])
+
+
+def every_third(query_positions, kv_positions):
+    return (query_positions - kv_positions) % 3 == 0
+
+
 MASKS = {
     "full": masks.Full(),
     "causal": masks.Causal(),
     "window": masks.SlidingWindow(40),
     "window_both_sides": masks.SlidingWindow(40, 30),
+    "chunked": masks.Chunked(96),
+    "block_causal": masks.BlockCausal(48),
+    "chunked_at_an_offset": masks.Chunked(96).at(query_offset=40, kv_offset=40),
+    "window_in_chunks": masks.Chunked(96) & masks.SlidingWindow(30),
+    "predicate": masks.Causal() & masks.Predicate(every_third),
+    "any_of": masks.SlidingWindow(20) | masks.BlockCausal(128),
+    "not": ~masks.SlidingWindow(20, 20),
+    "not_full": masks.Causal() | ~masks.Full(),
+    "load_balanced": masks.Causal().at(query_positions=BALANCED, kv_positions=BALANCED),
+    "load_balanced_window": masks.SlidingWindow(40).at(query_positions=BALANCED, kv_positions=BALANCED),
 }
 
 
@@ -122,7 +147,7 @@ def _part(query, key, value, mask):
         mask=mask,
         interpret=True,
     )
-    return Part(SPLASH, request, SPLASH.tilings(request)[0]), Inputs(query, key, value)
+    return Part(SPLASH, request, SPLASH.tilings(request)[0]), Inputs(query, key, value, mask.canonical())
 
 
 def _in_two_parts(query, key, value, sinks):
@@ -168,10 +193,85 @@ def test_infinite_lse_contributes_no_gradient(make_arrays):
         np.testing.assert_array_equal(share, 0.0)
 
 
-def test_conjunction_of_bands_becomes_one_vendor_mask():
-    mask = masks.Causal() & masks.SlidingWindow(20, 10).at(query_offset=16)
-    found = vendor_mask(mask.form, 32, 32)[:, :]
-    np.testing.assert_array_equal(found, np.asarray(mask.materialize(32, 32)).reshape(32, 32))
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "full"])
+def test_a_mask_of_slots_is_the_mask(name):
+    mask = MASKS[name]
+    slots = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32)[:, None], (256, 256))
+    found = SlotMask(mask.canonical())(slots, slots.T)
+    np.testing.assert_array_equal(found, np.asarray(mask.materialize(256, 256)).reshape(256, 256))
+
+
+KINDS = hypothesis.extra.numpy.arrays(
+    np.int8, hypothesis.extra.numpy.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.integers(0, 2)
+)
+
+
+@given(KINDS)
+def test_rows_visit_every_block_that_holds_anything_once(kinds):
+    info = of_rows(kinds, None)
+    for row, (steps, found) in enumerate(zip(info.data_next[0], info.block_mask[0], strict=True)):
+        visited = [(int(column), int(kind)) for column, kind in zip(steps, found, strict=True) if kind]
+        assert visited == [(column, kind) for column, kind in enumerate(kinds[row].tolist()) if kind]
+
+
+@given(KINDS, st.booleans())
+def test_columns_visit_every_block_that_holds_anything_once(kinds, shrink):
+    info = of_columns(kinds, None, shrink=shrink)
+    assert shrink or info.block_mask.shape[1:] == kinds.shape
+    for column in range(kinds.shape[1]):
+        steps, found = info.data_next[0, :, column], info.block_mask[0, :, column]
+        visited = [(int(row), int(kind)) for row, kind in zip(steps, found, strict=True) if kind]
+        assert visited == [(row, kind) for row, kind in enumerate(kinds[:, column].tolist()) if kind]
+        assert np.isin(steps, np.arange(kinds.shape[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("mine", "vendors"),
+    [
+        (masks.Causal(), splash_attention_mask.CausalMask((1024, 1024))),
+        (masks.SlidingWindow(200, 30), splash_attention_mask.LocalMask((1024, 1024), (200, 30), 0)),
+    ],
+)
+def test_blocks_are_those_that_the_vendor_finds(mine, vendors):
+    kinds = SlotMask(mine.canonical()).kinds(1024, 1024, 128, 256)
+    several = splash_attention_mask.MultiHeadMask([vendors])
+    rows = splash_attention_mask_info.process_mask(several, (128, 256))[0]
+    columns = splash_attention_mask_info.process_mask_dkv(several, (128, 256))[0]
+    for found, wanted in ((of_rows(kinds, None), rows), (of_columns(kinds, None, shrink=True), columns)):
+        np.testing.assert_array_equal(found.block_mask, wanted.block_mask)
+        np.testing.assert_array_equal(found.data_next[found.block_mask > 0], wanted.data_next[wanted.block_mask > 0])
+        assert (found.data_next.dtype, found.block_mask.dtype) == (wanted.data_next.dtype, wanted.block_mask.dtype)
+
+
+def test_masks_of_one_shape_are_told_apart():
+    one, other = (SlotMask(masks.Chunked(size).canonical()) for size in (64, 128))
+    assert one != other
+    assert hash(one) != hash(other)
+    assert one == SlotMask(masks.Chunked(64).canonical())
+
+
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(60), masks.Chunked(96)])
+def test_queries_may_stand_where_only_the_running_program_knows(mask, make_arrays, check_against_dense):
+    arrays = make_arrays(128, 256, batch=2)
+    for where in ({"query_offset": jnp.asarray([100, 30])}, {"query_positions": jnp.arange(128)[::-1] * 2}):
+        check_against_dense("splash", arrays, mask=mask.at(**where), tiling=SMALL)
+
+
+def test_one_fused_backward_kernel(make_arrays, check_against_dense):
+    tiling = {**SMALL, "backward_kernels": 1}
+    for mask in (masks.Causal(), masks.SlidingWindow(40), masks.Chunked(128)):
+        check_against_dense("splash", make_arrays(), mask=mask, tiling=tiling)
+
+
+@pytest.mark.parametrize("name", ["q_layout", "k_layout", "v_layout"])
+def test_layouts(name, make_arrays, check_against_dense):
+    check_against_dense("splash", make_arrays(), mask=masks.Causal(), tiling={**SMALL, name: 2})
+
+
+def test_packed_windows_and_negative_ids(make_arrays, check_against_dense):
+    ids = jnp.asarray(np.repeat([[3, -1, 0, 5]], 64, axis=1).reshape(1, 256))
+    for mask in (masks.SlidingWindow(40), masks.Chunked(96), masks.BlockCausal(48)):
+        check_against_dense("splash", make_arrays(), mask=mask & masks.Segments(ids), tiling=SMALL)
 
 
 def _refusal(arrays, **options):
@@ -200,13 +300,49 @@ def test_decode_is_refused(make_arrays):
 
 def test_lengths_are_refused(make_arrays):
     mask = masks.Causal() & masks.Lengths(np.int32(100))
-    assert "mask atom lengths is not causal or segments" in _refusal(make_arrays(128), mask=mask)
+    assert "mask atom lengths is not any_of or block_causal" in _refusal(make_arrays(128), mask=mask)
 
 
 def test_two_pairs_of_ids_are_refused():
     mask = masks.Segments(np.zeros(128, np.int32)) & masks.Segments(np.arange(128))
     request = Request(target="tpu:v5e", q_len=128, mask=mask)
     assert "has 2 pairs of ids" in str(kernelry.explain(request, kernel="splash"))
+
+
+def _why(mask):
+    request = Request(target="tpu:v5e", q_len=256, mask=mask)
+    (refused,) = kernelry.explain(request, kernel="splash").refused
+    return "; ".join(map(str, refused.refusals))
+
+
+def test_disjunctions_over_arrays_are_refused():
+    mask = masks.Causal() | masks.Segments(np.zeros(256, np.int32))
+    assert "depends on arrays" in _why(mask)
+
+
+def test_positions_in_many_runs_are_refused():
+    positions = np.arange(256).reshape(2, 128).T.reshape(-1)
+    assert "positions that are no 32 runs or fewer" in _why(masks.Causal().at(query_positions=positions))
+
+
+def test_positions_of_each_row_are_refused():
+    assert "positions that are no 32 runs or fewer" in _why(masks.Causal().at(query_offset=np.asarray([0, 8])))
+
+
+def test_traced_positions_of_keys_are_refused():
+    assert "has traced positions of keys" in _why(masks.Causal().at(kv_offset=jnp.asarray(3)))
+
+
+def test_traced_positions_beside_another_atom_are_refused():
+    mask = masks.Causal().at(query_offset=jnp.asarray(3)) & masks.Chunked(8)
+    assert "has traced positions beside another atom" in _why(mask)
+
+
+def test_unknown_layouts_and_numbers_of_kernels_are_errors(make_arrays):
+    arrays = make_arrays(128)[:3]
+    for name, value in (("k_layout", 3), ("backward_kernels", 3)):
+        with testing.interpret(), kernelry.use(tiling={name: value}), pytest.raises(ConfigError, match=f"{name}=3"):
+            kernelry.attention(*arrays, kernel="splash")
 
 
 def test_gradient_through_lse_is_refused(make_arrays):
@@ -259,7 +395,11 @@ def test_program_equals_the_direct_call(make_arrays, lower):
 
     def program(function):
         gradient = jax.grad(lambda *arrays: function(*arrays).sum(), (0, 1, 2))
-        return lower(gradient, arrays, "tpu:v5e")[1].as_text()
+        text = lower(gradient, arrays, "tpu:v5e")[1].as_text()
+        bodies = re.compile(r'backend_config = "(?:[^"\\]|\\.)*"')
+        assert len(bodies.findall(text)) == 3
+        # The vendor asks whether q ≥ k, we whether k ≤ q: the compiled bodies of the calls differ in that.
+        return bodies.sub("", text)
 
     assert program(ours) == program(direct)
 

@@ -117,7 +117,7 @@ def resolve_phases(
     """
     where = _target(target)
     train, prefill, decode = (
-        explain(request, kernels=kernels, policy=config.policy) for request in _requests(config, shape, where)
+        explain(call.request, kernels=kernels, policy=config.policy) for call in calls(config, shape, where)
     )
     found = (
         *_unserved((train, prefill, decode)),
@@ -134,8 +134,20 @@ def _target(target: Target | str | None) -> Target:
     return target or current_scope().target or current_target()
 
 
-def _requests(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[Request, Request, Request]:
-    """Prefill attends to the prompt itself; a decode step stands anywhere in a cache filled in part."""
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One phase's call: the request, and a mask of its form whose arrays have the right shapes and no meaning."""
+
+    request: Request
+    mask: Mask
+
+
+def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[Call, Call, Call]:
+    """What train, prefill and decode ask of attention.
+
+    Prefill attends to the prompt itself; a decode step stands anywhere in a cache filled in part.
+    """
     # Sinks join once, after the merge of the parts; Request refuses them in a part.
     sinks = config.sinks and not shape.two_part
     # A JAX array is not static, as the offset is not in a loop over tokens.
@@ -143,9 +155,9 @@ def _requests(config: AttentionConfig, shape: ModelShape, target: Target) -> tup
     cached = step & Lengths(np.full(shape.batch, shape.q_len, np.int32))
     prompt = _chosen(config, config.mask, shape.q_len, shape)
     return (
-        _request(config, shape, target, Mode.TRAIN, mask=prompt, sinks=config.sinks),
-        _request(config, shape, target, Mode.PREFILL, mask=prompt, sinks=sinks, partial=shape.two_part),
-        _request(config, shape, target, Mode.DECODE, mask=cached, sinks=sinks, partial=shape.two_part),
+        _call(config, shape, target, Mode.TRAIN, prompt, sinks=config.sinks),
+        _call(config, shape, target, Mode.PREFILL, prompt, sinks=sinks, partial=shape.two_part),
+        _call(config, shape, target, Mode.DECODE, cached, sinks=sinks, partial=shape.two_part),
     )
 
 
@@ -159,9 +171,9 @@ def _chosen(config: AttentionConfig, mask: Mask, q_len: int, shape: ModelShape) 
     return mask & BlockSelection(selected, config.moba.chunk_size)
 
 
-def _request(config: AttentionConfig, shape: ModelShape, target: Target, mode: Mode, **facts: Any) -> Request:
+def _call(config: AttentionConfig, shape: ModelShape, target: Target, mode: Mode, mask: Mask, **facts: Any) -> Call:
     decode, train = mode is Mode.DECODE, mode is Mode.TRAIN
-    return Request(
+    request = Request(
         target=target,
         mode=mode,
         batch=shape.batch,
@@ -179,8 +191,10 @@ def _request(config: AttentionConfig, shape: ModelShape, target: Target, mode: M
         precision=config.precision,
         max_logits=config.record_max_logits and train,
         interpret=current_scope().interpret,
-        **{**facts, "mask": facts["mask"].form},
+        mask=mask.form,
+        **facts,
     )
+    return Call(request, mask)
 
 
 def _unserved(resolutions: tuple[Resolution, ...]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from kernelry import _version, installation
-from kernelry.cli import conformance, lock, mask, report
+from kernelry.cli import check, conformance, lock, mask, report
 from kernelry.cli.output import Json, print_json, survive_narrow_encodings
 from kernelry.config import load_config
 from kernelry.errors import KernelryError
@@ -148,6 +148,7 @@ def explain(
 
 app.command("mask")(mask.draw)
 app.command("lock")(lock.lock)
+app.command("check")(check.check)
 app.command("conformance")(conformance.check)
 
 

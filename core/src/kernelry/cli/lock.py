@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
 from kernelry.config import load_config
 from kernelry.lock import Lock
@@ -20,15 +21,15 @@ from kernelry.switches import LOCK_FILE
 def lock(
     config: Annotated[Path, typer.Argument(help="a config whose [attention] table decides.")],
     target: Annotated[str, typer.Option(help="platform[:kind[:topology]]; default: this machine.")] = "",
-    q_len: Annotated[int, typer.Option(min=1, help="T, tokens of a training sequence and of a prompt.")] = 1024,
-    max_len: Annotated[int | None, typer.Option(min=1, help="slots of the cache; default T.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="B.")] = 1,
-    heads: Annotated[int, typer.Option(min=1, help="N, query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="K, key/value heads; default N.")] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="H.")] = 128,
-    value_dim: Annotated[int | None, typer.Option(min=1, help="D; default H.")] = None,
-    dtype: Annotated[str, typer.Option(help="of query, key and value.")] = "bfloat16",
-    two_part: Annotated[bool, typer.Option("--two-part", help="the cache keeps prompt and answer apart.")] = False,
+    q_len: shape.QueryLength = 1024,
+    max_len: shape.MaxLength = None,
+    batch: shape.Batch = 1,
+    heads: shape.Heads = 8,
+    kv_heads: shape.KVHeads = None,
+    head_dim: shape.HeadDim = 128,
+    value_dim: shape.ValueDim = None,
+    dtype: shape.DType = "bfloat16",
+    two_part: shape.TwoPart = False,
     file: Annotated[Path, typer.Option(help="the lock file.")] = Path(LOCK_FILE),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; status 1 when a resolution changed.")] = False,
     as_json: Json = False,
@@ -38,7 +39,7 @@ def lock(
     if check:
         _check(Lock.read(file), read.policy, as_json)
         return
-    shape = ModelShape(
+    sizes = ModelShape(
         q_len=q_len,
         max_len=q_len if max_len is None else max_len,
         batch=batch,
@@ -49,7 +50,7 @@ def lock(
         dtype=dtype,
         two_part=two_part,
     )
-    phases = resolve_phases(read, shape, target=target or None)
+    phases = resolve_phases(read, sizes, target=target or None)
     locked = Lock.of(phases.all)
     locked.write(file)
     if as_json:

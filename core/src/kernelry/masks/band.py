@@ -33,7 +33,7 @@ class Full(Mask):
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         xp = np if isinstance(kv.slots, np.ndarray) else jnp
-        return xp.ones((1, 1, query.slots.shape[2], kv.slots.shape[3]), bool)
+        return xp.ones(np.broadcast_shapes(query.slots.shape, kv.slots.shape), bool)
 
 
 @final

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Runs: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
 """Static positions per batch row: each row is runs of (first position, count)."""
 
+MOST_RUNS = 32
+"""Of one row of positions, so that a program can hold them as an expression: two for each of 16 devices, as in causal
+attention whose load is balanced."""
+
 OPEN_RUN = -1
 """The count of a run that goes on to the end of the side, whatever its length."""
 
@@ -75,6 +79,13 @@ class PositionForm:
         if self.kind is PositionKind.DEFAULT:
             return 0
         return self.value if isinstance(self.value, int) else None
+
+    @property
+    def is_arithmetic(self) -> bool:
+        """True where a slot's position is an expression of the slot, the same in every batch row: a few runs."""
+        if not isinstance(self.value, tuple):
+            return self.kind is not PositionKind.TRACED
+        return len(self.value) == 1 and len(self.value[0]) <= MOST_RUNS
 
     def positions(self, length: int) -> np.ndarray | None:
         """Returns the positions as int64 [rows, length], or None where they are traced."""

@@ -141,8 +141,11 @@ class StaticPositions(Positions):
         return positions.astype(np.int32)
 
     def of(self, side: Side) -> ArrayLike:
-        values = self.array if isinstance(side.slots, np.ndarray) else jnp.asarray(self.array)
-        return side.take(values)
+        if isinstance(side.slots, np.ndarray):
+            return side.take(self.array)
+        if self.form.is_arithmetic:
+            return _along(self.runs[0], side.slots)
+        return side.take(jnp.asarray(self.array))
 
     def check(self, name: str, batch: int, length: int) -> None:
         _check_positions(name, self.array.shape, batch, length)
@@ -176,6 +179,15 @@ class TracedPositions(Positions):
 
     def __str__(self) -> str:
         return described(self.value)
+
+
+def _along(row: tuple[tuple[int, int], ...], slots: jax.Array) -> jax.Array:
+    """Adds to each slot what its run is shifted by: no array is gathered from, nor held by an accelerator's kernel."""
+    starts = np.cumsum([0, *(count for _, count in row)])
+    shift = jnp.zeros_like(slots)
+    for start, (first, _) in zip(starts.tolist(), row, strict=False):
+        shift = jnp.where(slots >= np.int32(start), np.int32(first - start), shift)
+    return slots + shift
 
 
 _SHOWN = 64

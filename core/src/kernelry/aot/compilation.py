@@ -1,0 +1,120 @@
+"""One program, compiled for one target."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, final
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from kernelry.aot.reasons import Reason
+from kernelry.aot.topology import topology_of
+from kernelry.errors import ConfigError, KernelryError
+from kernelry.scope import use
+from kernelry.target import Target
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Compilation:
+    """What became of a program.
+
+    Args:
+      target: what it was compiled for.
+      seconds: tracing, lowering and compiling.
+      memory: bytes per device: arguments, outputs, temporaries; empty where it did not compile.
+      compiled: the compiled program, `jax.stages.Compiled`; None where it did not compile.
+      reason: why not; None where it did.
+    """
+
+    target: Target
+    seconds: float
+    memory: dict[str, int]
+    compiled: Any
+    reason: Reason | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it compiled."""
+        return self.reason is None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data, without the program."""
+        reason = None if self.reason is None else dataclasses.asdict(self.reason)
+        return {
+            "target": str(self.target),
+            "ok": self.ok,
+            "reason": reason,
+            "seconds": self.seconds,
+            "memory": self.memory,
+        }
+
+
+def compile_for(
+    target: Target | str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    mesh_shape: dict[str, int] | None = None,
+    specs: Any = None,
+) -> Compilation:
+    """Compiles a function for a target that need not be here, with the vendor's compiler.
+
+    Args:
+      target: e.g. `tpu:v5e:2x2`. kernelry resolves for it while the function is traced.
+      function: what is compiled; it is jitted here.
+      *arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s: only shapes and dtypes matter.
+      mesh_shape: axis names and sizes of a mesh over the target's first devices; None is one device.
+      specs: a PartitionSpec per argument, a tree prefix; None replicates.
+
+    Returns:
+      The compilation; a program that cannot be lowered or compiled is no exception, but has a reason.
+
+    Raises:
+      ConfigError: no such target, its compiler is not installed, or it has fewer devices than the mesh.
+      KernelryError: the function asked for attention that no kernel serves there.
+    """
+    where = Target.parse(target) if isinstance(target, str) else target
+    mesh = _mesh(where, mesh_shape or {"device": 1})
+    placed = _placed(mesh, arguments, PartitionSpec() if specs is None else specs)  # type: ignore[no-untyped-call]
+    start = time.perf_counter()
+    compiled, reason = None, None
+    try:
+        with use(target=where), use_abstract_mesh(mesh.abstract_mesh):
+            compiled = jax.jit(function).lower(*placed).compile()
+    except KernelryError:
+        raise
+    except Exception as error:  # vendors' compilers raise exceptions of many classes
+        reason = Reason.of(error)
+    return Compilation(where, time.perf_counter() - start, _memory(compiled), compiled, reason)
+
+
+def _mesh(target: Target, shape: dict[str, int]) -> Mesh:
+    devices, wanted = topology_of(target), int(np.prod(tuple(shape.values())))
+    if wanted > len(devices):
+        raise ConfigError(f"target {str(target)!r} has {len(devices)} devices; a mesh of {shape} needs {wanted}.")
+    return Mesh(np.array(devices[:wanted]).reshape(tuple(shape.values())), tuple(shape))
+
+
+def _placed(mesh: Mesh, arguments: Any, specs: Any) -> Any:
+    def described(spec: PartitionSpec, tree: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+
+        def placed(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # type: ignore[no-untyped-call]
+
+        return jax.tree.map(placed, tree)
+
+    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    return jax.tree.map(described, specs, arguments, is_leaf=is_spec)
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    if compiled is None:
+        return {}
+    found = compiled.memory_analysis()
+    names = {"arguments": "argument", "outputs": "output", "temporaries": "temp"}
+    return {name: int(getattr(found, f"{word}_size_in_bytes")) for name, word in names.items()}

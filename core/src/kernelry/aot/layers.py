@@ -1,0 +1,152 @@
+"""The layers of a config, compiled for a target: each phase forward, and training backward, too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+
+from kernelry.aot.compilation import Compilation, compile_for
+from kernelry.aot.work import Work
+from kernelry.api import attention
+from kernelry.errors import KernelryError
+from kernelry.layer import AttentionConfig
+from kernelry.phases import Call, ModelShape, calls
+from kernelry.request import Mode
+from kernelry.resolution import Resolution
+from kernelry.resolver import explain
+from kernelry.scope import use
+from kernelry.target import Target
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class LayerReport:
+    """One phase of a config on one target.
+
+    Args:
+      resolution: the kernel, or why there is none.
+      compilation: None where there is no kernel.
+      work: what the call takes at least.
+      missing: why the compiled program does not prove that the kernel runs; empty where it does.
+    """
+
+    resolution: Resolution
+    compilation: Compilation | None
+    work: Work
+    missing: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the phase has a kernel that compiles and is in the program."""
+        return self.compilation is not None and self.compilation.ok and not self.missing
+
+    @property
+    def verdict(self) -> str:
+        """`ok`, or why not on one line."""
+        if self.compilation is None:
+            reasons = (f"{c.name}: {c.refusals[0]}" for c in self.resolution.refused)
+            return f"no kernel serves it ({'; '.join(reasons) or 'none is installed'})"
+        return str(self.compilation.reason) if self.compilation.reason else self.missing or "ok"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return {
+            "mode": self.resolution.request.mode.value,
+            "ok": self.ok,
+            "verdict": self.verdict,
+            "resolution": self.resolution.to_json(),
+            "compilation": None if self.compilation is None else self.compilation.to_json(),
+            "work": self.work.to_json(),
+        }
+
+
+def check_layers(
+    config: AttentionConfig,
+    shape: ModelShape,
+    target: Target | str,
+    *,
+    tell: Callable[[str], object] = str,
+) -> tuple[LayerReport, ...]:
+    """Compiles training (forward and backward), prefill and a decode step of a config for a target.
+
+    Args:
+      config, shape: as for `resolve_phases`.
+      target: e.g. `tpu:v5e:2x2`. The call is compiled for one of its devices.
+      tell: told the name of each phase before it is compiled.
+
+    Raises:
+      ConfigError: no such target, or its compiler is not installed.
+    """
+    where = Target.parse(target) if isinstance(target, str) else target
+    reports = []
+    for call in calls(config, shape, where):
+        tell(call.request.mode.value)
+        reports.append(_report(config, call))
+    return tuple(reports)
+
+
+def _report(config: AttentionConfig, call: Call) -> LayerReport:
+    work = Work.of(call.request, call.mask)
+    resolution = explain(call.request, policy=config.policy)
+    if resolution.plan is None:
+        return LayerReport(resolution, None, work)
+    with use(policy=config.policy):
+        compilation = compile_for(call.request.target, _program(call), *_arguments(call))
+    missing = ""
+    if compilation.ok:
+        try:
+            resolution.verify(compilation.compiled)
+        except KernelryError as error:
+            missing = str(error)
+    return LayerReport(resolution, compilation, work, missing)
+
+
+def _program(call: Call) -> Callable[..., Any]:
+    """Attention as the phase calls it; of training the gradients, too."""
+    request = call.request
+    structure = jax.tree.structure(call.mask)
+
+    def attend(query: Any, key: Any, value: Any, sinks: Any, leaves: Any) -> Any:
+        return attention(
+            query,
+            key,
+            value,
+            mask=jax.tree.unflatten(structure, leaves),
+            scale=request.scale,
+            soft_cap=request.soft_cap,
+            sinks=sinks,
+            dropout_rate=request.dropout_rate,
+            dropout_rng=jax.random.key(0) if request.dropout_rate else None,
+            mode=request.mode.value,
+            logits_dtype=request.logits_dtype,
+            precision=request.precision,
+            return_partial=request.partial,
+            return_max_logits=request.max_logits,
+        )
+
+    if request.mode is not Mode.TRAIN:
+        return attend
+
+    def loss(*operands: Any) -> Any:
+        found = attend(*operands)
+        return (found[0] if request.max_logits else found).astype(jnp.float32).sum()
+
+    wanted = (0, 1, 2, 3) if request.sinks else (0, 1, 2)
+    return jax.value_and_grad(loss, argnums=wanted)
+
+
+def _arguments(call: Call) -> tuple[Any, ...]:
+    request = call.request
+
+    def array(*shape: int, dtype: str = request.dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))  # type: ignore[no-untyped-call]
+
+    query = array(request.batch, request.q_len, request.q_heads, request.head_dim)
+    key = array(request.batch, request.kv_len, request.kv_heads, request.head_dim)
+    value = array(request.batch, request.kv_len, request.kv_heads, request.value_dim)
+    sinks = array(request.q_heads, dtype="float32") if request.sinks else None
+    return query, key, value, sinks, jax.tree.leaves(call.mask)

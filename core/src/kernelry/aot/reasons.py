@@ -1,0 +1,61 @@
+"""What a vendor's compiler says when it refuses a program, in one line, with what to change."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import final
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a program does not compile.
+
+    Args:
+      text: the compiler's own words, on one line.
+      remedy: what to change; empty where that is not known.
+    """
+
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.remedy}" if self.remedy else self.text
+
+    @classmethod
+    def of(cls, error: Exception) -> Reason:
+        """Finds the line that says it, and what helps."""
+        words = str(error)
+        for pattern, remedy in _KNOWN:
+            if found := re.search(pattern, words):
+                return cls(_one_line(found.group(0)).rstrip("."), remedy)
+        return cls(_one_line(_telling(words)) or type(error).__name__)
+
+
+_SMALLER = "set smaller blocks, e.g. [attention.tilings] KERNEL = { block_q = 256, block_kv = 256 }"
+_KNOWN = (
+    (r"Scoped allocation with size [^ ]+ and limit [^ ]+ exceeded scoped vmem limit by [\d.]+\w?", _SMALLER),
+    (r"Ran out of memory in memory space vmem[^\n]*", _SMALLER),
+    (r"Ran out of memory in memory space smem[^\n]*", "set larger blocks: the table of blocks fills the scalar memory"),
+    (
+        r"Ran out of memory (?:on HBM|in memory space hbm)[^\n]*",
+        "shorten the sequence, shard it, or choose a kernel that keeps no T×S logits",
+    ),
+    (r"Invalid vector type for load", "the compiler has no such vectors: choose float32 or bfloat16"),
+)
+
+
+def _telling(words: str) -> str:
+    """The first line that is no heading."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")), lines[0] if lines else "")
+
+
+def _one_line(text: str) -> str:
+    plain = " ".join(text.split())
+    return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 1] + "…"
+
+
+_LONGEST = 240
+"""Characters of a reason."""

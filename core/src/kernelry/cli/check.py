@@ -1,0 +1,99 @@
+"""The verb `check`: compiles the layers of a config for hardware that is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from kernelry.aot import LayerReport, check_layers
+from kernelry.cli import shape
+from kernelry.cli.output import Json, print_json
+from kernelry.config import load_config
+from kernelry.phases import ModelShape
+
+_console = Console(highlight=False, soft_wrap=False)
+_MIB = 2**20
+
+
+def check(
+    config: Annotated[Path, typer.Argument(help="a config whose [attention] table decides.")],
+    target: Annotated[list[str], typer.Option(help="tpu:kind[:topology], e.g. tpu:v5e:2x2; may be repeated.")],
+    q_len: shape.QueryLength = 1024,
+    max_len: shape.MaxLength = None,
+    batch: shape.Batch = 1,
+    heads: shape.Heads = 8,
+    kv_heads: shape.KVHeads = None,
+    head_dim: shape.HeadDim = 128,
+    value_dim: shape.ValueDim = None,
+    dtype: shape.DType = "bfloat16",
+    two_part: shape.TwoPart = False,
+    as_json: Json = False,
+) -> None:
+    """Whether train, prefill and decode compile for a TPU, with the real compiler and no TPU. Status 1: not all do."""
+    read = load_config(config)
+    sizes = ModelShape(
+        q_len=q_len,
+        max_len=q_len if max_len is None else max_len,
+        batch=batch,
+        q_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtype,
+        two_part=two_part,
+    )
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    reports: dict[str, tuple[LayerReport, ...]] = {}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("compiling", total=None)
+        for name in target:
+            told = lambda phase, name=name: progress.update(task, description=f"{name}: {phase}")  # noqa: E731
+            reports[name] = check_layers(read, sizes, name, tell=told)
+    ok = all(report.ok for found in reports.values() for report in found)
+    if as_json:
+        plain = {name: [report.to_json() for report in found] for name, found in reports.items()}
+        print_json({"ok": ok, "targets": plain})
+    else:
+        for part in _parts(reports):
+            _console.print(part)
+    raise typer.Exit(0 if ok else 1)
+
+
+def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableType]:
+    for name, found in reports.items():
+        yield _table(name, found)
+        for report in found:
+            if not report.ok:
+                yield Text(f"  {report.resolution.request.mode.value}: {report.verdict}")
+    yield Text(
+        "MiB: arguments, outputs and temporaries of one device. Compiled, not run: this proves no numbers and no speed."
+    )
+
+
+def _table(name: str, reports: tuple[LayerReport, ...]) -> Table:
+    table = Table(title=name, title_justify="left")
+    for column in ("phase", "kernel", "compiles"):
+        table.add_column(column)
+    for column in ("seconds", "MiB", "FLOPs/byte", "roofline ms"):
+        table.add_column(column, justify="right")
+    for report in reports:
+        compilation, work = report.compilation, report.work
+        memory = {} if compilation is None else compilation.memory
+        table.add_row(
+            report.resolution.request.mode.value,
+            report.resolution.kernel or "–",
+            "ok" if report.ok else "no",
+            "–" if compilation is None else f"{compilation.seconds:.1f}",
+            f"{sum(memory.values()) / _MIB:.1f}" if memory else "–",
+            f"{work.intensity:.0f}",
+            "–" if work.seconds is None else f"{work.seconds * 1e3:.3f}",
+        )
+    return table

@@ -1,0 +1,198 @@
+"""splash through the real TPU compiler: what it declares compiles, what it refuses for the compiler's sake does not.
+
+Compiled, not run: numbers are proven in interpret mode, in tests/plugins/test_splash.py.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import kernelry
+from kernelry import masks
+from kernelry.plugin import Inputs, Request
+from kernelry_tpu_splash.plugin import SPLASH
+
+pytestmark = pytest.mark.aot
+
+TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
+MORE_TARGETS = ("tpu:v4", "tpu:tpu7x")
+BALANCED = np.r_[0:128, 384:512, 128:384]
+IDS = np.repeat([3, -1, 0, 5], 128)
+
+
+def every_third(query_positions, kv_positions):
+    return (query_positions - kv_positions) % 3 == 0
+
+
+MASKS = {
+    "full": masks.Full(),
+    "causal": masks.Causal(),
+    "window": masks.SlidingWindow(100, 20),
+    "chunked": masks.Chunked(100),
+    "block_causal": masks.BlockCausal(48),
+    "predicate": masks.Causal() & masks.Predicate(every_third),
+    "any_of": masks.SlidingWindow(20) | masks.BlockCausal(128),
+    "not": ~masks.SlidingWindow(20, 20),
+    "offset": masks.Causal().at(query_offset=128),
+    "load_balanced": masks.Causal().at(query_positions=BALANCED, kv_positions=BALANCED),
+    "packed": masks.SlidingWindow(100) & masks.Segments(jnp.asarray(IDS)),
+}
+HEAD_DIMS = ((8, 8), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (512, 512))
+BLOCKS = tuple(name for name, _ in SPLASH.tilings(Request(q_len=512))[0].values if name.startswith("block"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_compiles(target, name, shapes, training, compile_for):
+    found = compile_for(target, training("splash", mask=MASKS[name]), shapes())
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("target", MORE_TARGETS)
+@pytest.mark.parametrize("name", ["causal", "any_of", "packed"])
+def test_other_generations_compile(target, name, shapes, training, compile_for):
+    found = compile_for(target, training("splash", mask=MASKS[name]), shapes())
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", sorted(SPLASH.capabilities.dtypes))
+@pytest.mark.parametrize(("head_dim", "value_dim"), HEAD_DIMS)
+def test_every_dtype_and_head_dim_compiles(target, dtype, head_dim, value_dim, shapes, training, compile_for):
+    assert head_dim <= SPLASH.capabilities.head_dims.maximum
+    arguments = shapes(head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+    found = compile_for(target, training("splash", soft_cap=30.0), arguments)
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_tiling_of_the_search_space_compiles(target, shapes, training, compile_for):
+    for tiling in SPLASH.tilings(Request(q_len=2048, head_dim=128, q_heads=4, kv_heads=2, dtype="bfloat16")):
+        with kernelry.use(tiling=dict(tiling.values)):
+            found = compile_for(target, training("splash"), shapes(2048))
+        assert found.ok, (tiling, found.reason)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("tunable", [{"backward_kernels": 1}, {"q_layout": 2}, {"k_layout": 2}, {"v_layout": 2}])
+def test_every_tunable_compiles(target, tunable, shapes, training, compile_for):
+    with kernelry.use(tiling=tunable):
+        found = compile_for(target, training("splash"), shapes())
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float16_which_is_refused_does_not_compile(target, shapes, compile_for):
+    assert "float16" not in SPLASH.capabilities.dtypes
+    request = Request(
+        target=target, q_len=512, q_heads=4, kv_heads=2, head_dim=128, dtype="float16", mask=masks.Causal()
+    )
+    kernel, tiling = SPLASH.body(), SPLASH.tilings(request)[0]
+
+    def direct(query, key, value):
+        inputs = Inputs(query, key, value, masks.Causal().canonical())
+        return kernel.forward(inputs, request, tiling, statistics=False).out
+
+    found = compile_for(target, direct, shapes(dtype="float16"))
+    assert not found.ok
+    assert str(found.reason) == (
+        "Invalid vector type for load; the compiler has no such vectors: choose float32 or bfloat16"
+    )
+
+
+def test_blocks_that_are_too_large_are_said_to_be(shapes, training, compile_for):
+    with kernelry.use(tiling=dict.fromkeys(BLOCKS, 2048)):
+        found = compile_for("tpu:v5e", training("splash"), shapes(2048))
+    assert not found.ok
+    assert re.match(
+        r"Scoped allocation with size .* exceeded scoped vmem limit by .*; set smaller blocks", str(found.reason)
+    )
+
+
+def test_adapters_compile_around_it(shapes, training, compile_for):
+    mask = masks.Causal() & masks.Lengths(jnp.asarray([300]))
+    found = compile_for("tpu:v5e", training("splash", mask=mask, sinks=jnp.zeros(4)), shapes(500))
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("given", ["query_offset", "query_positions"])
+def test_traced_positions_compile(given, shapes, compile_for):
+    def prefill(query, key, value, where):
+        mask = masks.Causal().at(**{given: where})
+        return kernelry.attention(query, key, value, mask=mask, mode="prefill", kernel="splash")
+
+    where = jax.ShapeDtypeStruct(() if given == "query_offset" else (512,), jnp.int32)
+    found = compile_for("tpu:v5e", prefill, (*shapes(512, kv_len=1024), where))
+    assert found.ok, found.reason
+
+
+def test_a_long_sequence_fits_one_chip_and_dense_does_not(shapes, training, compile_for):
+    arguments = shapes(131072, heads=8, kv_heads=8)
+    sparse = compile_for("tpu:v5e", training("splash"), arguments)
+    assert sparse.ok, sparse.reason
+    assert sum(sparse.memory.values()) < 15.75 * 2**30
+    dense = compile_for("tpu:v5e", training("dot_product"), arguments)
+    assert not dense.ok
+    assert str(dense.reason).startswith("Ran out of memory on HBM")
+
+
+def _sharded(spec, mask):
+    """Attention of each device's part, under shard_map."""
+
+    def part(query, key, value):
+        return kernelry.attention(query, key, value, mask=mask, kernel="splash").astype(jnp.float32)
+
+    def loss(query, key, value):
+        specs = {"in_specs": spec, "out_specs": spec[0]}
+        return jax.shard_map(part, mesh=jax.sharding.get_abstract_mesh(), check_vma=False, **specs)(
+            query, key, value
+        ).sum()
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))
+
+
+def test_heads_over_four_chips(shapes, compile_for):
+    heads = PartitionSpec(None, None, "chip")
+    function = _sharded((heads, heads, heads), masks.Causal())
+    found = compile_for("tpu:v5e:2x2", function, shapes(kv_heads=4), mesh_shape={"chip": 4}, specs=(heads,) * 3)
+    assert found.ok, found.reason
+    text = found.compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert "all-gather" not in text
+
+
+def test_queries_over_four_chips(shapes, compile_for):
+    """Each chip's queries stand where its place in the mesh says; keys and values are on every chip."""
+    rows, everywhere = PartitionSpec(None, "chip"), PartitionSpec()
+
+    def part(query, key, value):
+        mask = masks.Causal().at(query_offset=jax.lax.axis_index("chip") * query.shape[1])
+        return kernelry.attention(query, key, value, mask=mask, kernel="splash").astype(jnp.float32)
+
+    def loss(query, key, value):
+        specs = {"in_specs": (rows, everywhere, everywhere), "out_specs": rows}
+        return jax.shard_map(part, mesh=jax.sharding.get_abstract_mesh(), check_vma=False, **specs)(
+            query, key, value
+        ).sum()
+
+    function = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    found = compile_for(
+        "tpu:v5e:2x2", function, shapes(2048), mesh_shape={"chip": 4}, specs=(rows, everywhere, everywhere)
+    )
+    assert found.ok, found.reason
+    assert found.compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_keys_and_values_are_not_copied(target, shapes, training, compile_for):
+    """Grouped heads are read through the index map: no array of the repeated size is in the program."""
+    found = compile_for(target, training("splash"), shapes(2048, heads=16, kv_heads=2))
+    calls = [line for line in found.compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    assert len(calls) == 3
+    for call in calls:
+        operands = call.partition("operand_layout_constraints=")[2]
+        assert operands.count("bf16[2,2048,128]") + operands.count("bf16[1,2,2048,128]") == 2, operands
