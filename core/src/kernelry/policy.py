@@ -86,7 +86,7 @@ CPU_BLOCKWISE_MIN_WINDOW_KV_LEN = Threshold(
     "cpu_blockwise_min_window_kv_len", 512, "key tokens, under a window", "benchmarks/blockwise.py on two CPU cores"
 )
 CPU_BLOCKWISE_MIN_DECODE_KV_LEN = Threshold(
-    "cpu_blockwise_min_decode_kv_len", 1024, "slots of the cache", "benchmarks/decode.py on two CPU cores"
+    "cpu_blockwise_min_decode_kv_len", 2048, "slots of the cache", "benchmarks/decode.py on two CPU cores"
 )
 BLOCKWISE_MIN_KV_LEN = Threshold(
     "blockwise_min_kv_len",
