@@ -9,7 +9,7 @@ from kernelry.capabilities import Capabilities, Dims, Feature, Gradient, Statist
 from kernelry.environment import Environment, Knowledge, Vendor
 from kernelry.hookspecs import CONTRACT, hookimpl
 from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
-from kernelry.masks import MOST_RUNS, Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
+from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.normalization import Normalization, with_sinks
 from kernelry.partial import Partial
 from kernelry.policy import Policy
@@ -20,7 +20,6 @@ from kernelry.target import Target
 
 __all__ = [
     "CONTRACT",
-    "MOST_RUNS",
     "QUANTIZATIONS",
     "Atom",
     "AtomKind",

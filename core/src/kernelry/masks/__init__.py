@@ -9,7 +9,7 @@ from kernelry.masks.band import Causal, Full, SlidingWindow
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.blocks import BlockKind
 from kernelry.masks.chunked import BlockCausal, Chunked
-from kernelry.masks.form import MOST_RUNS, Atom, AtomKind, MaskForm, PositionForm, PositionKind
+from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionForm, PositionKind
 from kernelry.masks.indexed import BidirectionalSpans, Dense, Lengths, Segments
 from kernelry.masks.predicate import Predicate
 from kernelry.masks.prefix import PrefixLM
@@ -17,7 +17,6 @@ from kernelry.masks.selection import BlockSelection
 from kernelry.masks.side import Axis, Side
 
 __all__ = [
-    "MOST_RUNS",
     "Atom",
     "AtomKind",
     "Axis",

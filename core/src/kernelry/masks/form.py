@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Runs: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
 """Static positions per batch row: each row is runs of (first position, count)."""
 
-MOST_RUNS = 32
+_MOST_RUNS = 32
 """Of one row of positions, so that a program can hold them as an expression: two for each of 16 devices, as in causal
 attention whose load is balanced."""
 
@@ -85,7 +85,7 @@ class PositionForm:
         """True where a slot's position is an expression of the slot, the same in every batch row: a few runs."""
         if not isinstance(self.value, tuple):
             return self.kind is not PositionKind.TRACED
-        return len(self.value) == 1 and len(self.value[0]) <= MOST_RUNS
+        return len(self.value) == 1 and len(self.value[0]) <= _MOST_RUNS
 
     def positions(self, length: int) -> np.ndarray | None:
         """Returns the positions as int64 [rows, length], or None where they are traced."""
