@@ -259,7 +259,8 @@ def test_the_tunables_named_are_those_of_the_installed_splash():
     options = {option.name: 128 for option in OPTIONS if option.name.startswith("sa_block_")}
     [(_, tiling)] = from_maxtext(options).tilings
     request = plugin.Request(q_len=1024, target="tpu:v5e")
-    assert dict(plugin.SPLASH.tilings(request)[0].values).keys() == dict(tiling).keys()
+    tunables = dict(plugin.SPLASH.tilings(request)[0].values)
+    assert {name for name in tunables if name.startswith("block_")} == dict(tiling).keys()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 
 from kernelry.plugin import (
-    MOST_RUNS,
     Atom,
     AtomKind,
     Capabilities,
@@ -80,9 +79,7 @@ def _atom_refusals(atom: Atom, *, alone: bool) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
     for form in _positions_in(atom):
         if form.kind is PositionKind.STATIC and not form.is_arithmetic:
-            yield Refusal(
-                RefusalCode.POSITIONS, f"mask atom {atom} has positions that are no {MOST_RUNS} runs or fewer"
-            )
+            yield Refusal(RefusalCode.POSITIONS, f"mask atom {atom} has positions by row or in many runs")
 
 
 def _positions_in(atom: Atom) -> Iterator[PositionForm]:
