@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any, final
@@ -93,7 +94,7 @@ def compile_for(
 
 
 def _mesh(target: Target, shape: dict[str, int]) -> Mesh:
-    devices, wanted = topology_of(target), int(np.prod(tuple(shape.values())))
+    devices, wanted = topology_of(target), math.prod(shape.values())
     if wanted > len(devices):
         raise ConfigError(f"target {str(target)!r} has {len(devices)} devices; a mesh of {shape} needs {wanted}.")
     return Mesh(np.array(devices[:wanted]).reshape(tuple(shape.values())), tuple(shape))
@@ -108,8 +109,7 @@ def _placed(mesh: Mesh, arguments: Any, specs: Any) -> Any:
 
         return jax.tree.map(placed, tree)
 
-    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
-    return jax.tree.map(described, specs, arguments, is_leaf=is_spec)
+    return jax.tree.map(described, specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec))
 
 
 def _memory(compiled: Any) -> dict[str, int]:

@@ -185,14 +185,14 @@ class PagedCache(KVCache):
         Raises:
           CacheFullError, ShapeError, ArgumentError: as `append`.
         """
-        freed, view = self.free(jnp.arange(self.table.shape[0])), self.view()
-        growth = grow(freed._pages, view.counts(key, value, lengths), self.page_size, self.max_length)
+        freed, counts = self.free(jnp.arange(self.table.shape[0])), self.view().counts(key, value, lengths)
+        growth = grow(freed._pages, counts, self.page_size, self.max_length)
+        if is_known(growth.needed):
+            return freed.append(key, value, lengths=lengths)  # an error where they do not fit
         done = growth.fits & ~self.overflowed
-        # Under jit rows are kept where the new ones do not fit; elsewhere append says so before anything is freed.
         pages = jax.tree.map(lambda new, old: jnp.where(done, new, old), freed._pages, self._pages)
-        started = freed if is_known(done) else self._with(pages)
-        overflowed = self.overflowed | (jnp.zeros_like(done) if is_known(done) else ~growth.fits)
-        return dataclasses.replace(started, overflowed=overflowed).append(key, value, lengths=lengths)
+        kept = dataclasses.replace(self._with(pages), overflowed=self.overflowed | ~growth.fits)
+        return kept.append(key, value, lengths=lengths)
 
     def free(self, rows: int | Int[Array, "*n"]) -> Self:
         """Empties rows; pages that no other row shares become free.

@@ -16,7 +16,6 @@ from kernelry.aot import LayerReport, check_layers
 from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
 from kernelry.config import load_config
-from kernelry.phases import ModelShape
 
 _console = Console(highlight=False, soft_wrap=False)
 _MIB = 2**20
@@ -38,25 +37,18 @@ def check(
 ) -> None:
     """Whether train, prefill and decode compile for a TPU, with the real compiler and no TPU. Status 1: not all do."""
     read = load_config(config)
-    sizes = ModelShape(
-        q_len=q_len,
-        max_len=q_len if max_len is None else max_len,
-        batch=batch,
-        q_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=dtype,
-        two_part=two_part,
-    )
+    sizes = shape.model_shape(q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part)
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     reports: dict[str, tuple[LayerReport, ...]] = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=None)
         for name in target:
-            told = lambda phase, name=name: progress.update(task, description=f"{name}: {phase}")  # noqa: E731
-            reports[name] = check_layers(read, sizes, name, tell=told)
+
+            def tell(phase: str, target: str = name) -> None:
+                progress.update(task, description=f"{target}: {phase}")
+
+            reports[name] = check_layers(read, sizes, name, tell=tell)
     ok = all(report.ok for found in reports.values() for report in found)
     if as_json:
         plain = {name: [report.to_json() for report in found] for name, found in reports.items()}

@@ -12,7 +12,7 @@ from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
 from kernelry.config import load_config
 from kernelry.lock import Lock
-from kernelry.phases import ModelShape, resolve_phases
+from kernelry.phases import resolve_phases
 from kernelry.policy import Policy
 from kernelry.resolver import explain
 from kernelry.switches import LOCK_FILE
@@ -39,17 +39,7 @@ def lock(
     if check:
         _check(Lock.read(file), read.policy, as_json)
         return
-    sizes = ModelShape(
-        q_len=q_len,
-        max_len=q_len if max_len is None else max_len,
-        batch=batch,
-        q_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=dtype,
-        two_part=two_part,
-    )
+    sizes = shape.model_shape(q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part)
     phases = resolve_phases(read, sizes, target=target or None)
     locked = Lock.of(phases.all)
     locked.write(file)
