@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from kernelry import masks
 from kernelry.plugin import Inputs, Request
-from kernelry_tpu_splash import splash
+from kernelry_tpu_splash.splash import kernel as splash
 from kernelry_tpu_splash.plugin import SPLASH
 
 REPEATS = 7

@@ -147,8 +147,8 @@ def placed(kind: PositionKind, mask: Mask, call: Call) -> Iterator[tuple[str, Al
 
     Queries stand 3 slots ahead where a kernel needs every row to see a key, and else 3 behind.
     """
-    one_row = np.random.default_rng(_RNG_SEED).permutation(call.q_len)
-    rows = np.stack([one_row, np.roll(one_row, 3)])
+    one_row, of_keys = (np.random.default_rng(_RNG_SEED).permutation(n) for n in (call.q_len, call.kv_len))
+    rows, rows_of_keys = (np.stack([row, np.roll(row, 3)]) for row in (one_row, of_keys))
     match kind:
         case PositionKind.OFFSET:
             yield "offsets", (mask.at(query_offset=4, kv_offset=1), mask.at(query_offset=3))
@@ -156,10 +156,10 @@ def placed(kind: PositionKind, mask: Mask, call: Call) -> Iterator[tuple[str, Al
             yield "queries behind", (mask.at(query_offset=1, kv_offset=4),)
         case PositionKind.STATIC:
             yield "offsets by row", (mask.at(query_offset=np.array([3, 1])),)
-            yield "static positions", (mask.at(query_positions=rows, kv_positions=one_row[: call.kv_len]),)
+            yield "static positions", (mask.at(query_positions=rows, kv_positions=of_keys),)
         case PositionKind.TRACED:
             yield "traced offsets", (mask.at(query_offset=jnp.array([3, -2]), kv_offset=jnp.int32(1)),)
-            traced = {"query_positions": jnp.asarray(rows), "kv_positions": jnp.asarray(rows[::-1].copy())}
+            traced = {"query_positions": jnp.asarray(rows), "kv_positions": jnp.asarray(rows_of_keys[::-1].copy())}
             yield "traced positions", (mask.at(**traced),)
 
 
@@ -168,8 +168,8 @@ def emptying(call: Call) -> Mapping[str, Alternatives]:
     behind = {"query_offset": -3}
     slots = np.arange(call.kv_len)
     seen = np.random.default_rng(_RNG_SEED).random((call.batch, call.q_heads, call.q_len, call.kv_len)) < 0.5
-    seen[:, :, :, 4] = seen[1, :, :, 5] = seen[:, :2, :, 6] = seen[0, :, 2] = seen[:, 3, 0] = False
-    lengths = masks.Lengths(np.array([call.kv_len - 3, 0], np.int32), np.array([call.q_len - 2, call.q_len], np.int32))
+    seen[:, :, :, 4] = seen[1, :, :, 5] = seen[:, :2, :, 6] = seen[0, :, 2:3] = seen[:, 3, 0] = False
+    lengths = masks.Lengths(np.array([call.kv_len - 3, 0], np.int32), np.array([max(call.q_len - 2, 0), call.q_len], np.int32))
     return {
         "causal": (masks.Causal().at(**behind),),
         "window": (masks.SlidingWindow(2, 1).at(query_offset=-5), masks.SlidingWindow(2, 0).at(query_offset=-5)),

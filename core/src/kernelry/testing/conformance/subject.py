@@ -113,7 +113,7 @@ def _base_calls(can: Capabilities) -> Iterable[Call]:
         normalization=normalization,
     )
     for mode in modes:
-        for length in _LENGTHS if mode is not Mode.DECODE else (1, *_LENGTHS):
+        for length in _LENGTHS if mode is not Mode.DECODE else (*_LENGTHS, 1):
             for dtype in dtypes:
                 yield make(mode=mode, q_len=length, kv_len=length, dtype=dtype)
                 yield make(mode=mode, q_len=1, kv_len=length, dtype=dtype)

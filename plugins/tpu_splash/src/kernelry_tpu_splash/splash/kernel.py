@@ -18,7 +18,7 @@ from kernelry.errors import ConfigError
 from kernelry.masks import BlockKind, Segments
 from kernelry.plugin import Gradients, Inputs, Kernel, Mask, Partial, PositionKind, Request, Side, Tiling
 from kernelry_tpu_splash import _vendor
-from kernelry_tpu_splash.mask_info import SlotMask, of_columns, of_rows
+from kernelry_tpu_splash.splash.mask_info import SlotMask, of_columns, of_rows
 
 _SCOPE = "kernelry.splash"
 # A row that sees nothing keeps the vendor's mask value, about −2.4e38, as its logits' maximum.

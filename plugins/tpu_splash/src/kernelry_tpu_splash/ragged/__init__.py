@@ -1,0 +1,1 @@
+"""Decode over rows of different length: a Pallas kernel of our own."""

@@ -1,0 +1,148 @@
+"""The kernel `ragged`: decode whose work follows the length of each row, over arrays and pages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray, Request, Side, Tiling
+from kernelry_tpu_splash.ragged.layout import Blocks
+from kernelry_tpu_splash.ragged.pallas import Facts, Operands, attend
+
+_SCOPE = "kernelry.ragged"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class RaggedKernel(Kernel):
+    """Reads the blocks between the first and the last slot that a row sees; has no derivative."""
+
+    def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
+        with jax.named_scope(_SCOPE):
+            blocks = Blocks.of(request, tiling)
+            facts = Facts(
+                blocks,
+                request.scale,
+                request.soft_cap,
+                request.mask.may_hide_slots(request.q_len, request.kv_len) or bool(request.kv_len % blocks.slots),
+                request.interpret and request.target.platform == "cpu",
+            )
+            out, top, total = attend(_operands(inputs, request, blocks), facts)
+            max_logits = _by_head(top, request).max(axis=2) if request.max_logits else None
+            if statistics:
+                unnormalised = _by_query(out, request)
+                return Partial(
+                    unnormalised,
+                    max=_by_head(top, request),
+                    sum=_by_head(total, request),
+                    max_logits=max_logits,
+                    dtype=request.dtype,
+                )
+            divided = out / jnp.where(total == 0, 1.0, total)[..., None]
+            return Partial(
+                _by_query(divided, request).astype(request.dtype), max_logits=max_logits, dtype=request.dtype
+            )
+
+
+def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
+    visible = _visible(inputs, request)
+    padded = -(-request.kv_len // blocks.slots) * blocks.slots
+    visible = _lengthened(visible, padded)
+    any_row = jnp.broadcast_to(visible.any(axis=(1, 2)), (request.batch, padded))
+    first, end = _bounds(any_row)
+    first_block = first // blocks.slots
+    table = None
+    key, value = inputs.key, inputs.value
+    key_scale = value_scale = None
+    if isinstance(key, PagedArray):
+        table = _lengthened(jnp.asarray(key.table, jnp.int32), padded // key.page_size, fill=-1)
+    if request.kv_quantization is not None:
+        key_scale, value_scale = (_lengthened(_scale(keys), padded) for keys in (key, value))
+    return Operands(
+        _grouped(inputs.query, request),
+        blocks.key.turn(_plain(key)),
+        blocks.value.turn(_plain(value)),
+        key_scale,
+        value_scale,
+        _by_group(visible, request).astype(jnp.int32),
+        first_block,
+        jnp.where(end > first, (end + blocks.slots - 1) // blocks.slots - first_block, 0),
+        table,
+    )
+
+
+def _visible(inputs: Inputs, request: Request) -> Bool[Array, "#B #N #T S"]:
+    query, kv = Side.query(request.q_len, q_heads=request.q_heads), Side.kv(request.kv_len)
+    visible: jax.Array = jnp.ones((1, 1, 1, request.kv_len), bool)
+    for mask in inputs.mask:
+        visible = visible & mask.evaluate(query, kv)
+    return visible
+
+
+def _bounds(seen: Bool[Array, "B S"]) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
+    """The first slot of each row that is seen, and one behind the last; 0 and 0 where none is."""
+    slots = jnp.arange(seen.shape[1], dtype=jnp.int32)[None]
+    end = jnp.where(seen, slots + 1, 0).max(axis=1)
+    first = jnp.where(seen, slots, seen.shape[1]).min(axis=1)
+    return jnp.minimum(first, end), end
+
+
+def _lengthened(array: jax.Array, length: int, fill: Any = 0) -> jax.Array:
+    """Puts entries behind the last dimension, as far as the blocks go."""
+    more = length - array.shape[-1]
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, more)]
+    return jnp.pad(array, widths, constant_values=fill) if more else array
+
+
+def _plain(keys: Any) -> jax.Array:
+    """The values of rows or pages as they are held."""
+    held = keys.pages if isinstance(keys, PagedArray) else keys
+    array: jax.Array = held.values if isinstance(held, QuantizedArray) else held
+    return array
+
+
+def _scale(keys: Any) -> Float[Array, "B #K S"]:
+    """The scales of every slot, slots last; of pages gathered, for they are few beside the values."""
+    if isinstance(keys, PagedArray):
+        assert isinstance(keys.pages, QuantizedArray)
+        gathered = PagedArray(keys.pages.scale, keys.table).gather()
+        assert isinstance(gathered, jax.Array)
+        scale = gathered
+    else:
+        scale = keys.scale
+    return scale[..., 0].swapaxes(1, 2).astype(jnp.float32)
+
+
+def _grouped(query: Float[Array, "B T N H"], request: Request) -> Float[Array, "B K R H"]:
+    """Puts the rows that read one key/value head together."""
+    batch, q_len, _, width = query.shape
+    split = query.reshape(batch, q_len, request.kv_heads, request.groups, width)
+    return split.transpose(0, 2, 1, 3, 4).reshape(batch, request.kv_heads, q_len * request.groups, width)
+
+
+def _by_group(visible: Bool[Array, "#B #N #T S"], request: Request) -> Bool[Array, "#B #K #R S"]:
+    """Lays a mask out as the rows; what holds for every head and query stays one row."""
+    batch, heads, length, slots = visible.shape
+    if heads == 1 and length == 1:
+        return visible
+    length = request.q_len
+    whole = jnp.broadcast_to(visible, (batch, heads, length, slots))
+    if heads == 1:
+        rows = jnp.broadcast_to(whole[:, :, :, None], (batch, 1, length, request.groups, slots))
+    else:
+        rows = whole.reshape(batch, request.kv_heads, request.groups, length, slots).swapaxes(2, 3)
+    return rows.reshape(batch, rows.shape[1], length * request.groups, slots)
+
+
+def _by_query(out: Float[Array, "B K R D"], request: Request) -> Float[Array, "B T N D"]:
+    batch, kv_heads, _, width = out.shape
+    split = out.reshape(batch, kv_heads, request.q_len, request.groups, width)
+    return split.transpose(0, 2, 1, 3, 4).reshape(batch, request.q_len, request.q_heads, width)
+
+
+def _by_head(statistic: Float[Array, "B K R"], request: Request) -> Float[Array, "B N T"]:
+    return _by_query(statistic[..., None], request)[..., 0].swapaxes(1, 2)

@@ -1,0 +1,135 @@
+"""How keys and values lie in a TPU's memory, and the blocks that are read from there.
+
+XLA chooses the layout of an array that no program has constrained: the dimension of which least is padded becomes the
+lanes. A kernel that asks for another one has the whole cache copied before it reads a slot, so this one follows.
+Confirmed in tests/aot/test_ragged.py: no copy of keys or values is in the compiled programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import final
+
+import jax
+import jax.numpy as jnp
+
+from kernelry.errors import ConfigError
+from kernelry.plugin import Request, Tiling
+from kernelry_tpu_splash.lanes import LANES, SUBLANES
+
+_MOST_BYTES = 2 * 2**20
+"""Of a block of keys and one of values, of which vector memory holds two each beside what is computed from them."""
+
+
+@final
+class Order(enum.Enum):
+    """The order in which a cache [B, S, K, H] lies in memory, as an einsum of its dimensions."""
+
+    AS_IT_IS = "BSKH->BSKH"
+    HEADS_FIRST = "BSKH->BKSH"
+    SLOTS_LAST = "BSKH->BKHS"
+
+    @classmethod
+    def of(cls, heads: int, width: int, itemsize: int) -> Order:
+        """That of K heads of H elements: H is the lanes where it fills them, and S where it does not.
+
+        Heads that fill no sublane, which holds 4 bytes of each lane, would be padded, and stand outside instead.
+        """
+        if width % LANES:
+            return cls.SLOTS_LAST
+        packed = 4 // itemsize
+        whole = heads > 1 and heads % packed == 0 and (heads % SUBLANES == 0 or heads & (heads - 1) == 0)
+        return cls.AS_IT_IS if whole else cls.HEADS_FIRST
+
+    def turn(self, array: jax.Array) -> jax.Array:
+        """The array with its dimensions in this order, which moves nothing where it lies so."""
+        before, after = self.value.split("->")
+        return jnp.transpose(array, [before.index(name) for name in after])
+
+    @property
+    def has_slots_last(self) -> bool:
+        """Whether a head's block is [H, S] and not [S, H]."""
+        return self is Order.SLOTS_LAST
+
+    def block(self, slots: int, heads: int, width: int) -> tuple[int, ...]:
+        """The shape of a block of one row, or page."""
+        if self is Order.AS_IT_IS:
+            return (1, slots, heads, width)
+        return (1, heads, width, slots) if self.has_slots_last else (1, heads, slots, width)
+
+    def place(self, row: jax.Array, block: jax.Array | int, head: jax.Array) -> tuple[jax.Array | int, ...]:
+        """The block's indices in the array."""
+        if self is Order.AS_IT_IS:
+            return (row, block, head, 0)
+        return (row, head, 0, block) if self.has_slots_last else (row, head, block, 0)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Blocks:
+    """What a step of the kernel reads.
+
+    Args:
+      slots: of a block, a multiple of 128.
+      heads: key/value heads of a block.
+      pages: of which a block consists; 1 where keys and values stand in no pages.
+      key, value: how they lie.
+    """
+
+    slots: int
+    heads: int
+    pages: int
+    key: Order
+    value: Order
+
+    @classmethod
+    def of(cls, request: Request, tiling: Tiling) -> Blocks:
+        """The blocks of a request.
+
+        Raises:
+          ConfigError: a block does not hold whole pages and vector registers.
+        """
+        itemsize = _bytes_of_element(request)
+        slots, unit = tiling["block_kv"], _unit(request)
+        if slots % unit:
+            pages = "" if request.page_size is None else f", which holds whole pages of {request.page_size}"
+            raise ConfigError(f"tiling: block_kv={slots} of ragged is not a multiple of {unit}{pages}")
+        return cls(
+            slots,
+            _heads_of_block(request.kv_heads, itemsize),
+            1 if request.page_size is None else slots // request.page_size,
+            Order.of(request.kv_heads, request.head_dim, itemsize),
+            Order.of(request.kv_heads, request.value_dim, itemsize),
+        )
+
+
+def block_sizes(request: Request, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks of about so many slots that fit in vector memory, the best first; at least one.
+
+    Args:
+      request: whose keys are read.
+      wanted: slots.
+    """
+    unit, itemsize = _unit(request), _bytes_of_element(request)
+    whole = -(-request.kv_len // unit) * unit
+    slot = _heads_of_block(request.kv_heads, itemsize) * (request.head_dim + request.value_dim) * itemsize
+    sizes = (max(unit, min(whole, slots // unit * unit)) for slots in wanted)
+    return tuple(dict.fromkeys(size for size in sizes if size * slot <= _MOST_BYTES)) or (unit,)
+
+
+def _bytes_of_element(request: Request) -> int:
+    """Of keys and values as they are held."""
+    return 1 if request.kv_quantization is not None else int(jnp.dtype(request.dtype).itemsize)
+
+
+def _unit(request: Request) -> int:
+    """The fewest slots of a block: whole vector registers, and whole pages."""
+    return LANES if request.page_size is None else math.lcm(LANES, request.page_size)
+
+
+def _heads_of_block(heads: int, itemsize: int) -> int:
+    """All of them, or as many as fill the sublanes."""
+    few = SUBLANES if itemsize > 1 else 4 * SUBLANES
+    return few if heads % few == 0 else heads

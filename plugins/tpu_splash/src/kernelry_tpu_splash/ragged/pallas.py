@@ -1,0 +1,240 @@
+"""The Pallas kernel: one block of keys and values after another, the softmax carried along.
+
+The grid is (B, head blocks, blocks of slots), the last as long as the longest row needs. Rows that need fewer blocks
+stay on their last one, which fetches nothing, and compute nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32
+
+from kernelry_tpu_splash.lanes import LANES, SUBLANES
+from kernelry_tpu_splash.ragged.layout import Blocks, Order
+
+_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
+_ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """The arrays of a call.
+
+    Args:
+      query: [B, K, R, H], the R = T · G rows that read one key/value head.
+      key, value: turned into their Order; with a table, of pages instead of rows.
+      key_scale, value_scale: float32 [B, K or 1, S], of quantised ones.
+      visible: int32 [B or 1, K or 1, R or 1, S], 0 where a row does not see a slot.
+      first, count: int32 [B], the first block that is seen, and how many there are to the last.
+      table: int32 [B, pages], negative where there is none.
+    """
+
+    query: Float[Array, "B K R H"]
+    key: Array
+    value: Array
+    key_scale: Float[Array, "B #K S"] | None
+    value_scale: Float[Array, "B #K S"] | None
+    visible: Int32[Array, "#B #K #R S"]
+    first: Int32[Array, " B"]
+    count: Int32[Array, " B"]
+    table: Int32[Array, "B M"] | None
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What the kernel is built from.
+
+    Args:
+      blocks: what a step reads.
+      scale, soft_cap: of the logits.
+      hides: whether a slot may be hidden from all rows, and hold anything.
+      interpret: whether it runs on CPU.
+    """
+
+    blocks: Blocks
+    scale: float
+    soft_cap: float | None
+    hides: bool
+    interpret: bool
+
+
+def attend(
+    operands: Operands, facts: Facts
+) -> tuple[Float[Array, "B K R D"], Float[Array, "B K R"], Float[Array, "B K R"]]:
+    """Returns the unnormalised output, the largest logits and the sums, in float32; −inf and 0 where nothing is seen."""
+    batch, kv_heads, rows, head_dim = operands.query.shape
+    blocks = facts.blocks
+    value_dim = operands.value.shape[3 if not blocks.value.has_slots_last else 2]
+    steps = jnp.maximum(operands.count.max(), 1)
+    heads = blocks.heads
+
+    def by_row(b: Any, h: Any, i: Any, *scalars: Any) -> tuple[Any, ...]:
+        return (b, h, 0, 0)
+
+    prefetched = [operands.first, operands.count]
+    if operands.table is not None:
+        prefetched.append(operands.table)
+    given: list[jax.Array] = [operands.query]
+    specs = [pl.BlockSpec((1, heads, rows, head_dim), by_row)]
+    for array, order, width in ((operands.key, blocks.key, head_dim), (operands.value, blocks.value, value_dim)):
+        slots = blocks.slots // blocks.pages
+        for page in range(blocks.pages):
+            given.append(array)
+            index = functools.partial(_index, order, page, blocks.pages if operands.table is not None else None)
+            specs.append(pl.BlockSpec(order.block(slots, heads, width), index))
+    for scale in (operands.key_scale, operands.value_scale):
+        if scale is not None:
+            given.append(scale)
+            specs.append(pl.BlockSpec((1, min(heads, scale.shape[1]), blocks.slots), _over_slots(scale.shape[1:2])))
+    shared = operands.visible.shape
+    given.append(operands.visible)
+    specs.append(pl.BlockSpec((1, min(heads, shared[1]), shared[2], blocks.slots), _over_slots(shared)))
+    sizes = ((rows, value_dim), (rows, LANES), (rows, LANES))
+    out, top, total = pl.pallas_call(
+        functools.partial(_step, facts=facts, paged=operands.table is not None),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetched),
+            grid=(batch, kv_heads // heads, steps),
+            in_specs=specs,
+            out_specs=[pl.BlockSpec((1, heads, *size), by_row) for size in sizes],
+            scratch_shapes=[pltpu.VMEM((heads, *size), jnp.float32) for size in sizes],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, *size), jnp.float32) for size in sizes],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=facts.interpret,
+        name="kernelry_ragged",
+    )(*prefetched, *given)
+    return out, top[..., 0], total[..., 0]
+
+
+def _block_at(b: Any, i: Any, first: Any, count: Any) -> Any:
+    """The block that row b reads in step i: its last one from there on."""
+    return first[b] + jnp.minimum(i, jnp.maximum(count[b] - 1, 0))
+
+
+def _index(
+    order: Order, page: int, pages: int | None, b: Any, h: Any, i: Any, first: Any, count: Any, *table: Any
+) -> tuple[Any, ...]:
+    block = _block_at(b, i, first, count)
+    if pages is None:
+        return order.place(b, block, h)
+    return order.place(jnp.maximum(table[0][b, block * pages + page], 0), 0, h)
+
+
+def _over_slots(shared: tuple[int, ...]) -> Any:
+    """The index map of an array [B or 1, K or 1, …, S], or [B, K or 1, S]; what is 1 is the same everywhere."""
+
+    def index(b: Any, h: Any, i: Any, first: Any, count: Any, *table: Any) -> tuple[Any, ...]:
+        block = _block_at(b, i, first, count)
+        if len(shared) == 1:
+            return (b, h if shared[0] > 1 else 0, block)
+        return (b if shared[0] > 1 else 0, h if shared[1] > 1 else 0, 0, block)
+
+    return index
+
+
+def _step(*refs: Any, facts: Facts, paged: bool) -> None:
+    """One block of one row: `refs` are the scalars, the inputs, the outputs and what is carried along."""
+    blocks = facts.blocks
+    waiting = iter(refs)
+    first, count = next(waiting), next(waiting)
+    table = next(waiting) if paged else None
+    query = next(waiting)
+    keys = [next(waiting) for _ in range(blocks.pages)]
+    values = [next(waiting) for _ in range(blocks.pages)]
+    *scales, visible, out, top, total, sums, maxima, totals = waiting
+    row, step = pl.program_id(0), pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _begin() -> None:
+        sums[...] = jnp.zeros_like(sums)
+        maxima[...] = jnp.full_like(maxima, -jnp.inf)
+        totals[...] = jnp.zeros_like(totals)
+
+    @pl.when(step < count[row])
+    def _attend() -> None:
+        absent = None if table is None else _absent(table, row, (first[row] + step) * blocks.pages, blocks)
+        for head in range(blocks.heads):
+            seen = visible[0, min(head, visible.shape[1] - 1)] != 0
+            factors = [scale[0, min(head, scale.shape[1] - 1)][None] for scale in scales] or [None, None]
+            key = _head(keys, head, blocks.key, query.dtype)
+            logits = _product(query[0, head], key, by_columns=blocks.key.has_slots_last) * facts.scale
+            if factors[0] is not None:
+                logits = logits * factors[0]
+            if facts.soft_cap is not None:
+                logits = facts.soft_cap * jnp.tanh(logits / facts.soft_cap)
+            if absent is not None:
+                logits = jnp.where(absent, jnp.nan, logits)
+            logits = jnp.where(seen, logits, -jnp.inf)
+            before = maxima[head][:, :1]
+            now = jnp.maximum(before, logits.max(axis=1, keepdims=True))
+            # A row that has seen nothing yet has −inf, of which a difference is NaN.
+            shift = jnp.where(now == -jnp.inf, 0.0, now)
+            weights = jnp.exp(logits - shift)
+            shrink = jnp.exp(before - shift)
+            totals[head] = jnp.broadcast_to(
+                shrink * totals[head][:, :1] + weights.sum(axis=1, keepdims=True), totals.shape[1:]
+            )
+            maxima[head] = jnp.broadcast_to(now, maxima.shape[1:])
+            value = _head(values, head, blocks.value, query.dtype)
+            if facts.hides:
+                value = _cleaned(value, seen, blocks.value)
+            if factors[1] is not None:
+                weights = weights * (jnp.where(seen, factors[1], 0) if facts.hides else factors[1])
+            more = _product(weights.astype(value.dtype), value, by_columns=not blocks.value.has_slots_last)
+            sums[head] = shrink * sums[head] + more
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _end() -> None:
+        out[0] = sums[...]
+        top[0] = maxima[...]
+        total[0] = totals[...]
+
+
+def _head(pages: list[Any], head: int, order: Order, dtype: Any) -> jax.Array:
+    """A head's block, [S, H] or [H, S]. int8 and int4 are exact in bfloat16."""
+    if order is Order.AS_IT_IS:
+        found = [page[0, :, head, :] for page in pages]
+    else:
+        found = [page[0, head] for page in pages]
+    whole = found[0] if len(found) == 1 else jnp.concatenate(found, axis=1 if order.has_slots_last else 0)
+    return whole.astype(dtype)
+
+
+def _product(rows: jax.Array, other: jax.Array, *, by_columns: bool) -> jax.Array:
+    return jax.lax.dot_general(
+        rows,
+        other,
+        _ROWS_BY_COLUMNS if by_columns else _ROWS_BY_ROWS,
+        # One pass of the matrix unit multiplies bfloat16, whatever it is given.
+        precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _cleaned(value: jax.Array, seen: jax.Array, order: Order) -> jax.Array:
+    """Zeroes what no row sees: 0 · NaN is NaN."""
+    by_any = seen.astype(jnp.float32).max(axis=0, keepdims=True)  # [1, S]
+    if not order.has_slots_last:
+        by_any = jnp.broadcast_to(by_any, (SUBLANES, by_any.shape[1])).T[:, :1]
+    return jnp.where(by_any > 0, value, jnp.zeros_like(value))
+
+
+def _absent(table: Any, row: Any, place: Any, blocks: Blocks) -> jax.Array:
+    """[1, S]: whether a slot stands in a page that is not there."""
+    size = blocks.slots // blocks.pages
+    slot = jax.lax.broadcasted_iota(jnp.int32, (1, blocks.slots), 1)
+    absent = jnp.zeros((1, blocks.slots), jnp.bool_)
+    for page in range(blocks.pages):
+        inside = (slot >= page * size) & (slot < (page + 1) * size)
+        absent = absent | (inside & (table[row, place + page] < 0))
+    return absent

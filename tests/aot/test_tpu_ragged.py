@@ -1,0 +1,151 @@
+"""ragged through the real TPU compiler: what it declares compiles, and reads keys and values where they lie.
+
+Compiled, not run: numbers are proven in interpret mode, in tests/plugins/test_ragged.py.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kernelry
+from kernelry import masks
+from kernelry.plugin import PagedArray, QuantizedArray, Request
+from kernelry_tpu_splash.plugin import RAGGED
+
+pytestmark = pytest.mark.aot
+
+TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
+ROWS, SLOTS = 4, 4096
+HEADS = ((8, 8), (32, 8), (32, 32), (32, 1), (8, 2), (12, 3), (16, 4))
+DIMS = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (512, 512))
+DTYPES = ("float32", "bfloat16", "int8")
+LENGTHS = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+
+
+def keys_like(shape, dtype, *, shared_scale=False):
+    if dtype != "int8":
+        return jax.ShapeDtypeStruct(shape, dtype)
+    scale = (*shape[:2], 1 if shared_scale else shape[2], 1)
+    return QuantizedArray(jax.ShapeDtypeStruct(shape, "int8"), jax.ShapeDtypeStruct(scale, "bfloat16"))
+
+
+def decoded(mask=None, **options):
+    """One step, whose mask is made from the rows' lengths."""
+
+    def step(query, key, value, lengths):
+        placed = masks.Lengths(lengths) if mask is None else mask(lengths)
+        return kernelry.attention(query, key, value, mask=placed, mode="decode", kernel="ragged", **options)
+
+    return step
+
+
+def arguments(heads=(32, 8), dims=(128, 128), dtype="bfloat16", q_len=1, **options):
+    (q_heads, kv_heads), (head_dim, value_dim) = heads, dims
+    query = jax.ShapeDtypeStruct((ROWS, q_len, q_heads, head_dim), "bfloat16" if dtype == "int8" else dtype)
+    key, value = (keys_like((ROWS, SLOTS, kv_heads, width), dtype, **options) for width in (head_dim, value_dim))
+    return query, key, value, LENGTHS
+
+
+def copies(found, size):
+    """The instructions of the program that write an array of at least `size` elements."""
+    lines = (line.strip() for line in found.compiled.as_text().splitlines())
+    named = (re.match(r"(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* (copy|transpose|fusion|pad|concatenate)\(", line) for line in lines)
+    sizes = ((match[0], [int(number) for number in match[1].split(",")]) for match in named if match)
+    return [text for text, shape in sizes if _product(shape) >= size]
+
+
+def _product(numbers):
+    total = 1
+    for number in numbers:
+        total *= number
+    return total
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_every_number_of_heads_compiles_and_copies_nothing(target, dtype, heads, compile_for):
+    found = compile_for(target, decoded(), arguments(heads, dtype=dtype))
+    assert found.ok, found.reason
+    assert copies(found, ROWS * SLOTS * heads[1] * 64) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", DIMS)
+def test_every_head_dim_compiles_and_copies_nothing(target, dtype, dims, compile_for):
+    assert dims[0] <= RAGGED.capabilities.head_dims.maximum
+    found = compile_for(target, decoded(soft_cap=30.0), arguments(dims=dims, dtype=dtype))
+    assert found.ok, found.reason
+    assert copies(found, ROWS * SLOTS * 8 * 64) == []
+
+
+def every_third(query_positions, kv_positions):
+    return (query_positions - kv_positions) % 3 == 0
+
+
+MASKS = {
+    "full": lambda lengths: masks.Full(),
+    "window": lambda lengths: masks.SlidingWindow(1000).at(query_offset=lengths - 1) & masks.Lengths(lengths),
+    "chunked": lambda lengths: masks.Chunked(1000).at(query_offset=lengths - 1) & masks.Lengths(lengths),
+    "predicate": lambda lengths: masks.Predicate(every_third).at(query_offset=lengths - 1),
+    "any_of": lambda lengths: masks.SlidingWindow(100).at(query_offset=lengths - 1) | masks.Lengths(lengths // 2),
+    "by_head": lambda lengths: masks.BlockSelection(jnp.ones((ROWS, 8, 1, 32), bool), 128).at(query_offset=lengths - 1),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_compiles(target, name, compile_for):
+    found = compile_for(target, decoded(MASKS[name]), arguments())
+    assert found.ok, found.reason
+    assert copies(found, ROWS * SLOTS * 8 * 64) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_several_queries_and_statistics_compile(target, compile_for):
+    options = {"return_partial": True, "return_max_logits": True}
+    found = compile_for(target, decoded(MASKS["window"], **options), arguments(q_len=5))
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("page_size", "width"), [(16, 128), (48, 128), (128, 128), (128, 64), (256, 256)])
+def test_pages_compile_and_are_read_where_they_stand(target, dtype, page_size, width, compile_for):
+    pages = 4 * SLOTS // page_size
+
+    def step(query, key, value, table, lengths):
+        held = PagedArray(key, table), PagedArray(value, table)
+        return kernelry.attention(query, *held, mask=masks.Lengths(lengths), mode="decode", kernel="ragged")
+
+    query = jax.ShapeDtypeStruct((ROWS, 1, 32, width), "bfloat16" if dtype == "int8" else dtype)
+    key, value = (keys_like((pages, page_size, 8, width), dtype) for _ in range(2))
+    table = jax.ShapeDtypeStruct((ROWS, SLOTS // page_size), jnp.int32)
+    found = compile_for(target, step, (query, key, value, table, LENGTHS))
+    assert found.ok, found.reason
+    assert copies(found, pages * page_size * 8 * width // 2) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_scale_for_all_heads_compiles(target, compile_for):
+    found = compile_for(target, decoded(), arguments(dtype="int8", shared_scale=True))
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dims", [(128, 128), (512, 512)])
+def test_every_block_of_the_search_space_compiles(target, dims, compile_for):
+    facts = {"q_heads": 32, "kv_heads": 8, "head_dim": dims[0], "dtype": "bfloat16", "mode": "decode"}
+    for tiling in RAGGED.tilings(Request(q_len=1, kv_len=SLOTS, **facts)):
+        with kernelry.use(tiling=dict(tiling.values)):
+            found = compile_for(target, decoded(), arguments(dims=dims))
+        assert found.ok, (tiling, found.reason)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_as_many_rows_as_it_takes_compile(target, compile_for):
+    found = compile_for(target, decoded(), arguments((64, 8), q_len=32))
+    assert found.ok, found.reason
