@@ -3,6 +3,7 @@
 Compiled, not run: numbers are proven in interpret mode, in tests/plugins/test_ragged.py.
 """
 
+import math
 import re
 
 import jax
@@ -51,7 +52,10 @@ def arguments(heads=(32, 8), dims=(128, 128), dtype="bfloat16", q_len=1, **optio
 def copies(found, size):
     """The instructions of the program that write an array of at least `size` elements."""
     lines = (line.strip() for line in found.compiled.as_text().splitlines())
-    named = (re.match(r"(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* (copy|transpose|fusion|pad|concatenate)\(", line) for line in lines)
+    named = (
+        re.match(r"(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* (copy|transpose|fusion|pad|concatenate)\(", line)
+        for line in lines
+    )
     sizes = ((match[0], [int(number) for number in match[1].split(",")]) for match in named if match)
     return [text for text, shape in sizes if _product(shape) >= size]
 
@@ -87,7 +91,7 @@ def every_third(query_positions, kv_positions):
 
 
 MASKS = {
-    "full": lambda lengths: masks.Full(),
+    "full": lambda _: masks.Full(),
     "window": lambda lengths: masks.SlidingWindow(1000).at(query_offset=lengths - 1) & masks.Lengths(lengths),
     "chunked": lambda lengths: masks.Chunked(1000).at(query_offset=lengths - 1) & masks.Lengths(lengths),
     "predicate": lambda lengths: masks.Predicate(every_third).at(query_offset=lengths - 1),

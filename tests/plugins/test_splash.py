@@ -28,7 +28,8 @@ from kernelry.attend import Part, attend
 from kernelry.errors import ConfigError, KernelRefusedError
 from kernelry.kernel import Inputs
 from kernelry.request import Request
-from kernelry_tpu_splash.splash.mask_info import SlotMask, of_columns, of_rows
+from kernelry_tpu_splash.computed_masks import SlotMask
+from kernelry_tpu_splash.splash.mask_info import of_columns, of_rows
 from kernelry_tpu_splash.plugin import SPLASH
 
 # Without it, one block would hold the whole test and no block would be skipped or joined.

@@ -169,7 +169,9 @@ def emptying(call: Call) -> Mapping[str, Alternatives]:
     slots = np.arange(call.kv_len)
     seen = np.random.default_rng(_RNG_SEED).random((call.batch, call.q_heads, call.q_len, call.kv_len)) < 0.5
     seen[:, :, :, 4] = seen[1, :, :, 5] = seen[:, :2, :, 6] = seen[0, :, 2:3] = seen[:, 3, 0] = False
-    lengths = masks.Lengths(np.array([call.kv_len - 3, 0], np.int32), np.array([max(call.q_len - 2, 0), call.q_len], np.int32))
+    lengths = masks.Lengths(
+        np.array([call.kv_len - 3, 0], np.int32), np.array([max(call.q_len - 2, 0), call.q_len], np.int32)
+    )
     return {
         "causal": (masks.Causal().at(**behind),),
         "window": (masks.SlidingWindow(2, 1).at(query_offset=-5), masks.SlidingWindow(2, 0).at(query_offset=-5)),

@@ -105,7 +105,7 @@ def _plain(keys: Any) -> jax.Array:
     return array
 
 
-def _scale(keys: Any) -> Float[Array, "B #K S"]:
+def _scale(keys: Any) -> Float[Array, " B #K S"]:
     """The scales of every slot, slots last; of pages gathered, for they are few beside the values."""
     if isinstance(keys, PagedArray):
         assert isinstance(keys.pages, QuantizedArray)

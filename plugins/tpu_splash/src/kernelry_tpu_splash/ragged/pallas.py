@@ -40,8 +40,8 @@ class Operands:
     query: Float[Array, "B K R H"]
     key: Array
     value: Array
-    key_scale: Float[Array, "B #K S"] | None
-    value_scale: Float[Array, "B #K S"] | None
+    key_scale: Float[Array, " B #K S"] | None
+    value_scale: Float[Array, " B #K S"] | None
     visible: Int32[Array, "#B #K #R S"]
     first: Int32[Array, " B"]
     count: Int32[Array, " B"]
@@ -70,7 +70,7 @@ class Facts:
 def attend(
     operands: Operands, facts: Facts
 ) -> tuple[Float[Array, "B K R D"], Float[Array, "B K R"], Float[Array, "B K R"]]:
-    """Returns the unnormalised output, the largest logits and the sums, in float32; −inf and 0 where nothing is seen."""
+    """Returns the unnormalised output, the largest logits and the sums, in float32; −inf and 0 of nothing."""
     batch, kv_heads, rows, head_dim = operands.query.shape
     blocks = facts.blocks
     value_dim = operands.value.shape[3 if not blocks.value.has_slots_last else 2]
@@ -108,7 +108,7 @@ def attend(
             out_specs=[pl.BlockSpec((1, heads, *size), by_row) for size in sizes],
             scratch_shapes=[pltpu.VMEM((heads, *size), jnp.float32) for size in sizes],
         ),
-        out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, *size), jnp.float32) for size in sizes],
+        out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, *size), jnp.float32) for size in sizes],  # type: ignore[no-untyped-call]
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=facts.interpret,
         name="kernelry_ragged",

@@ -38,7 +38,9 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
         for name in ("head_dim", "value_dim"):
             if getattr(request, name) % LANES:
                 # XLA lays such pages out with another dimension last, and would copy all of them.
-                detail = f"page_size={request.page_size} and {name}={getattr(request, name)} are no multiples of {LANES}"
+                detail = (
+                    f"page_size={request.page_size} and {name}={getattr(request, name)} are no multiples of {LANES}"
+                )
                 found.append(Refusal(RefusalCode.PAGES, detail, f"use pages of {LANES} slots"))
     return tuple(found)
 

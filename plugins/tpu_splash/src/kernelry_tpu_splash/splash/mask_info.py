@@ -1,4 +1,4 @@
-"""What splash is told of a mask: a predicate over slots, and the blocks of keys and queries that hold anything.
+"""What splash is told of a mask: the blocks of keys and queries that hold anything.
 
 The vendor's own preparation evaluates T × S booleans, chunk by chunk, and knows causal and local masks. Here the kinds
 of blocks come from the mask's `block_map`, mostly from ranges of positions alone, and the kernel evaluates the mask
@@ -7,39 +7,10 @@ itself in the blocks that are neither empty nor full.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import operator
-from typing import final
-
-import jax
 import numpy as np
 
 from kernelry.masks import BlockKind
-from kernelry.plugin import Axis, Mask, Side
-from kernelry_tpu_splash import _vendor
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class SlotMask:
-    """The vendor's `mask_function`: a conjunction of masks without arrays, compared by value.
-
-    Args:
-      parts: at their positions; one whose queries stand where only the running program knows is asked about positions.
-    """
-
-    parts: tuple[Mask, ...]
-
-    def __call__(self, query: jax.Array, kv: jax.Array) -> jax.Array:
-        """Returns booleans for int32 slots, or positions, of queries and slots of keys, arrays of one shape."""
-        sides = Side(Axis.QUERY, query, query, whole=False), Side(Axis.KV, kv, kv, whole=False)
-        visible: jax.Array = functools.reduce(operator.and_, (part.evaluate(*sides) for part in self.parts))
-        return visible
-
-    def kinds(self, q_len: int, kv_len: int, block_q: int, block_kv: int) -> np.ndarray:
-        """Classifies blocks, [T / block_q, S / block_kv] of BlockKind."""
-        return functools.reduce(operator.and_, self.parts).block_map(q_len, kv_len, block_q, block_kv)
+from kernelry_tpu_splash.splash import _vendor
 
 
 def of_rows(kinds: np.ndarray, q_len: int | None) -> _vendor.MaskInfo:

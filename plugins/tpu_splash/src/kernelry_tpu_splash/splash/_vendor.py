@@ -7,8 +7,6 @@ vendor's own preparation evaluates every chunk of T × S, and knows two masks th
 """
 
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
-    DEFAULT_MASK_VALUE,
-    NUM_LANES,
     BlockSizes,
     QKVLayout,
     SegmentIds,
@@ -20,8 +18,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 __all__ = [
-    "DEFAULT_MASK_VALUE",
-    "NUM_LANES",
     "BlockSizes",
     "MaskInfo",
     "QKVLayout",

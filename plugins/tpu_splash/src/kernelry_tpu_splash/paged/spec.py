@@ -1,0 +1,83 @@
+"""What `paged` declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernelry.plugin import (
+    AtomKind,
+    Capabilities,
+    Dims,
+    Environment,
+    Feature,
+    KernelSpec,
+    Mode,
+    Refusal,
+    RefusalCode,
+    Request,
+    Tiling,
+    Tolerance,
+)
+from kernelry_tpu_splash.lanes import LANES, SUBLANES
+
+_BLOCKS = (512, 256, 1024, 128)
+"""Slots that are attended to at once, of the search space. Not measured."""
+
+
+def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    return tuple(_why_not(request))
+
+
+def _why_not(request: Request) -> Iterator[Refusal]:
+    if request.q_len > 1:
+        detail = f"q_len={request.q_len} > 1, and it knows no mask by which queries of one row differ"
+        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "kernel='ragged' takes several")
+    if request.page_size is None:
+        yield Refusal(RefusalCode.PAGES, "keys and values stand in no pages", "kernel='ragged' takes arrays")
+    elif request.page_size % SUBLANES:
+        detail = f"page_size={request.page_size} is not a multiple of {SUBLANES}"
+        yield Refusal(RefusalCode.PAGES, detail, "kernel='ragged' takes such pages")
+
+
+def _tilings(request: Request) -> tuple[Tiling, ...]:
+    if request.page_size is None:
+        return (Tiling(),)
+    pages = -(-request.kv_len // request.page_size)
+    sizes = dict.fromkeys(_largest_divisor(pages, max(1, slots // request.page_size)) for slots in _BLOCKS)
+    return tuple(Tiling.of(pages_per_block=size, combined=combined) for combined in (1, 2) for size in sizes)
+
+
+def _largest_divisor(count: int, most: int) -> int:
+    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
+
+
+def _signature(request: Request) -> tuple[str, ...]:
+    return ("tpu_custom_call", "kernelry.paged")
+
+
+PAGED = KernelSpec(
+    name="paged",
+    capabilities=Capabilities(
+        platforms=frozenset({"tpu"}),
+        modes=frozenset({Mode.DECODE}),
+        dtypes=frozenset({"float32", "bfloat16"}),
+        head_dims=Dims(minimum=LANES, maximum=256, multiple_of=LANES),
+        grouped_heads=True,
+        unequal_lengths=True,
+        atoms=frozenset({AtomKind.LENGTHS}),
+        features=frozenset({Feature.SCALE, Feature.SOFT_CAP}),
+        normalizations=frozenset({"softmax"}),
+        empty_rows=True,
+        clean_hidden_slots=True,
+        pages=True,
+        tolerances=(
+            Tolerance("float32", 2e-3, 2e-3, "the vendor multiplies at JAX's default precision, bfloat16 on TPUs"),
+            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities and output are rounded to 8 bits of mantissa"),
+        ),
+    ),
+    load="kernelry_tpu_splash.paged.kernel:PagedKernel",
+    refusals=_refusals,
+    tilings=_tilings,
+    signature=_signature,
+    summary="JAX's paged and ragged paged attention for TPUs; one query a row; turns all pages around first",
+)

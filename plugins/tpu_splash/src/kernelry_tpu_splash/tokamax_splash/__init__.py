@@ -1,0 +1,1 @@
+"""tokamax's splash attention."""

@@ -1,0 +1,105 @@
+"""What `tokamax_splash` declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernelry.plugin import (
+    AtomKind,
+    Capabilities,
+    Dims,
+    Environment,
+    Feature,
+    Gradient,
+    KernelSpec,
+    Mode,
+    Operand,
+    PositionKind,
+    Refusal,
+    RefusalCode,
+    Request,
+    Statistic,
+    Tiling,
+    Tolerance,
+)
+from kernelry_tpu_splash.blocks import LAYOUTS, SIZES, largest_divisor, uneven_lengths
+from kernelry_tpu_splash.computed_masks import COMPUTED, SEGMENTS, mask_refusals
+
+_BLOCK_NAMES_Q = ("block_q", "block_q_dkv")
+_BLOCK_NAMES_KV = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute")
+
+_MOST_PARTS = 16
+"""Blocks of keys up to which each writes a float32 dQ of its own, and all are summed at the end."""
+
+
+def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    return (*_missing(environment), *uneven_lengths(request), *_sinks(request), *_mask(request))
+
+
+def _missing(environment: Environment) -> Iterator[Refusal]:
+    if environment.vendor("tokamax").missing:
+        remedy = "pip install 'kernelry-tpu-splash[tokamax]'"
+        yield Refusal(RefusalCode.VENDOR_MISSING, "tokamax is not installed", remedy)
+
+
+def _sinks(request: Request) -> Iterator[Refusal]:
+    """The kernel's own statistics contain its sinks, which ours never do."""
+    if not request.sinks:
+        return
+    if request.max_logits:
+        yield Refusal(RefusalCode.SINKS, "max_logits would contain the sinks")
+    if request.mask.may_have_empty_rows(request.q_len, request.kv_len):
+        yield Refusal(RefusalCode.SINKS, f"mask={request.mask} may leave rows that see no key, and sinks hide them")
+
+
+def _mask(request: Request) -> Iterator[Refusal]:
+    # A dense mask is evaluated beforehand, and what else there is with it.
+    if all(atom.kind is not AtomKind.DENSE for atom in request.mask.atoms):
+        yield from mask_refusals(request.mask)
+
+
+def _tilings(request: Request) -> tuple[Tiling, ...]:
+    return tuple(dict.fromkeys(_tiling(request, block) for block in SIZES))
+
+
+def _tiling(request: Request, block: int) -> Tiling:
+    block_q, block_kv = largest_divisor(request.q_len, block), largest_divisor(request.kv_len, block)
+    blocks = {**dict.fromkeys(_BLOCK_NAMES_Q, block_q), **dict.fromkeys(_BLOCK_NAMES_KV, block_kv)}
+    steps = 1 if request.kv_len // block_kv <= _MOST_PARTS else 3
+    return Tiling.of(**blocks, **LAYOUTS, dq_reduction_steps=steps)
+
+
+def _signature(request: Request) -> tuple[str, ...]:
+    interpreted = request.interpret and request.target.platform == "cpu"
+    return ("kernelry.tokamax_splash",) if interpreted else ("tpu_custom_call", "kernelry.tokamax_splash")
+
+
+TOKAMAX_SPLASH = KernelSpec(
+    name="tokamax_splash",
+    capabilities=Capabilities(
+        platforms=frozenset({"tpu"}),
+        interpret=True,
+        modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
+        dtypes=frozenset({"float32", "bfloat16"}),
+        head_dims=Dims(maximum=512),
+        split_head_dim=True,
+        grouped_heads=True,
+        unequal_lengths=True,
+        atoms=COMPUTED | SEGMENTS | {AtomKind.ANY_OF, AtomKind.NOT, AtomKind.DENSE},
+        positions=frozenset({PositionKind.OFFSET, PositionKind.STATIC, PositionKind.TRACED}),
+        features=frozenset({Feature.SCALE, Feature.SOFT_CAP, Feature.SINKS, Feature.MAX_LOGITS}),
+        statistics=frozenset({Statistic.LSE}),
+        normalizations=frozenset({"softmax"}),
+        gradient=Gradient.BACKWARD,
+        gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.SINKS}),
+        tolerances=(
+            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
+            Tolerance("bfloat16", 1e-2, 4e-2, "scaled queries, output and gradients are rounded to 8 bits of mantissa"),
+        ),
+    ),
+    load="kernelry_tpu_splash.tokamax_splash.kernel:TokamaxSplashKernel",
+    refusals=_refusals,
+    tilings=_tilings,
+    signature=_signature,
+    summary="tokamax's splash attention for TPUs; like splash, with its own sinks, maximum logits and dense masks",
+)

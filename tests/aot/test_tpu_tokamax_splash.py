@@ -1,0 +1,93 @@
+"""tokamax_splash through the real TPU compiler: what it declares compiles.
+
+Compiled, not run: numbers are proven in interpret mode, in tests/plugins/test_tokamax_splash.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernelry
+from kernelry import masks
+from kernelry.plugin import Request
+from kernelry_tpu_splash.plugin import TOKAMAX_SPLASH
+
+pytestmark = pytest.mark.aot
+
+TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
+BALANCED = np.r_[0:128, 384:512, 128:384]
+IDS = np.repeat([3, -1, 0, 5], 128)
+
+
+def every_third(query_positions, kv_positions):
+    return (query_positions - kv_positions) % 3 == 0
+
+
+MASKS = {
+    "full": masks.Full(),
+    "causal": masks.Causal(),
+    "window": masks.SlidingWindow(100, 20),
+    "chunked": masks.Chunked(100),
+    "predicate": masks.Causal() & masks.Predicate(every_third),
+    "any_of": masks.SlidingWindow(20) | masks.BlockCausal(128),
+    "load_balanced": masks.Causal().at(query_positions=BALANCED, kv_positions=BALANCED),
+    "packed": masks.SlidingWindow(100) & masks.Segments(jnp.asarray(IDS)),
+    "dense": masks.Causal() & masks.Dense(jnp.ones((1, 1, 512, 512), bool)),
+    "dense_by_head": masks.Dense(jnp.ones((1, 4, 512, 512), bool)),
+}
+HEAD_DIMS = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (512, 512))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_compiles(target, name, shapes, training, compile_for):
+    found = compile_for(target, training("tokamax_splash", mask=MASKS[name]), shapes())
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", sorted(TOKAMAX_SPLASH.capabilities.dtypes))
+@pytest.mark.parametrize(("head_dim", "value_dim"), HEAD_DIMS)
+def test_every_dtype_and_head_dim_compiles(target, dtype, head_dim, value_dim, shapes, training, compile_for):
+    arguments = shapes(head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+    found = compile_for(target, training("tokamax_splash", soft_cap=30.0), arguments)
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_tiling_of_the_search_space_compiles(target, shapes, training, compile_for):
+    request = Request(q_len=2048, head_dim=128, q_heads=4, kv_heads=2, dtype="bfloat16")
+    for tiling in TOKAMAX_SPLASH.tilings(request):
+        with kernelry.use(tiling=dict(tiling.values)):
+            found = compile_for(target, training("tokamax_splash"), shapes(2048))
+        assert found.ok, (tiling, found.reason)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("tunable", [{"dq_reduction_steps": 3}, {"q_layout": 2}, {"k_layout": 2}, {"v_layout": 2}])
+@pytest.mark.parametrize("name", ["causal", "dense"])
+def test_every_tunable_compiles(target, tunable, name, shapes, training, compile_for):
+    blocks = {"block_kv_dkv": 128, "block_kv_dkv_compute": 128}
+    with kernelry.use(tiling={**blocks, **tunable}):
+        found = compile_for(target, training("tokamax_splash", mask=MASKS[name]), shapes())
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sinks_and_maximum_logits_compile(target, shapes, compile_for):
+    def loss(query, key, value, sinks):
+        options = {"mask": masks.Causal(), "kernel": "tokamax_splash"}
+        one = kernelry.attention(query, key, value, sinks=sinks, **options)
+        other, top = kernelry.attention(query, key, value, return_max_logits=True, **options)
+        return (one + other).astype(jnp.float32).sum() + jax.lax.stop_gradient(top).sum()
+
+    arguments = (*shapes(), jax.ShapeDtypeStruct((4,), jnp.bfloat16))
+    found = compile_for(target, jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), arguments)
+    assert found.ok, found.reason
+
+
+def test_a_long_sequence_fits_one_chip(shapes, training, compile_for):
+    found = compile_for("tpu:v5e", training("tokamax_splash"), shapes(131072, heads=8, kv_heads=8))
+    assert found.ok, found.reason
+    assert sum(found.memory.values()) < 15.75 * 2**30
