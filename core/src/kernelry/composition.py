@@ -87,7 +87,10 @@ def compose(
         for adapter, after in _certain(allowed, refusals) or allowed:
             longer = chain.through(adapter, after)
             heapq.heappush(waiting, (longer.order, longer))
-    return (), stuck or refuse(request, frozenset())
+    original = refuse(request, frozenset())
+    if stuck is None or not any(refusal in original for refusal in stuck):
+        return (), (*original, *(stuck or ()))  # what adapters led to explains nothing without what they were for
+    return (), stuck
 
 
 _Helpful = tuple[tuple[Adapter, Request], ...]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernelry.errors import ConfigError
 from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, Request, Side, Tiling
 from kernelry_tpu_splash.paged import _vendor
+from kernelry_tpu_splash.paged.spec import why_not_combined
 
 _SCOPE = "kernelry.paged"
 
@@ -65,8 +66,11 @@ def _attend(
             pages_per_compute_block=pages,
         )
         return found
-    if tiling["combined"] != 2:
-        raise ConfigError(f"tiling: combined={tiling['combined']} of paged is not 1 or 2")
+    reason = why_not_combined(request)
+    if tiling["combined"] != 2 or reason is not None:
+        raise ConfigError(
+            f"tiling: combined={tiling['combined']} of paged must be 1{f', for {reason}' if reason else ' or 2'}"
+        )
     rows = query.shape[0]
     both = jnp.stack([key, value], axis=3).reshape(*key.shape[:2], 2 * key.shape[2], key.shape[3])
     found = _vendor.ragged_paged_attention(
