@@ -11,8 +11,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from kernelry import masks
 from kernelry.plugin import Inputs, Request
-from kernelry_tpu_splash.splash import kernel as splash
 from kernelry_tpu_splash.plugin import SPLASH
+from kernelry_tpu_splash.splash import kernel as splash
 
 REPEATS = 7
 LENGTHS = (8192, 32768, 131072)

@@ -3,7 +3,6 @@
 Compiled, not run: numbers are proven in interpret mode, in tests/plugins/test_ragged.py.
 """
 
-import math
 import re
 
 import jax

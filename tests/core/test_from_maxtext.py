@@ -13,7 +13,7 @@ from kernelry._maxtext.reading import not_attention
 from kernelry.config import AttentionConfig, AttentionType, MoBA, from_maxtext
 from kernelry.errors import ConfigError
 from kernelry.policy import Range
-from kernelry.request import Mode
+from kernelry.request import Mode, Request
 
 DEFAULT = AttentionConfig(source="MaxText", scale=1.0)
 FOREIGN = [option for option in OPTIONS if option.fate is Fate.FOREIGN]
@@ -254,13 +254,19 @@ def test_a_ragged_block_is_a_tiling_where_ragged_attention_is_used():
     assert from_maxtext({"ragged_block_size": 128}) == DEFAULT
 
 
-def test_the_tunables_named_are_those_of_the_installed_splash():
+@pytest.mark.parametrize("variant", ["splash", "tokamax_splash"])
+def test_the_tunables_named_are_those_of_the_installed_splash(variant):
     plugin = pytest.importorskip("kernelry_tpu_splash.plugin")
     options = {option.name: 128 for option in OPTIONS if option.name.startswith("sa_block_")}
-    [(_, tiling)] = from_maxtext(options).tilings
-    request = plugin.Request(q_len=1024, target="tpu:v5e")
-    tunables = dict(plugin.SPLASH.tilings(request)[0].values)
+    [(kernel, tiling)] = from_maxtext({**options, "use_tokamax_splash": variant == "tokamax_splash"}).tilings
+    assert kernel == variant
+    [spec] = [spec for spec in plugin.kernelry_kernels() if spec.name == variant]
+    tunables = dict(spec.tilings(Request(q_len=1024, target="tpu:v5e"))[0].values)
     assert {name for name in tunables if name.startswith("block_")} == dict(tiling).keys()
+
+
+def test_blocks_that_tokamax_never_reads_change_nothing():
+    assert from_maxtext({"sa_block_q_dq": 128, "use_tokamax_splash": True}).tilings == ()
 
 
 @pytest.mark.parametrize(

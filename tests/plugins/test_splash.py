@@ -29,8 +29,8 @@ from kernelry.errors import ConfigError, KernelRefusedError
 from kernelry.kernel import Inputs
 from kernelry.request import Request
 from kernelry_tpu_splash.computed_masks import SlotMask
-from kernelry_tpu_splash.splash.mask_info import of_columns, of_rows
 from kernelry_tpu_splash.plugin import SPLASH
+from kernelry_tpu_splash.splash.mask_info import of_columns, of_rows
 
 # Without it, one block would hold the whole test and no block would be skipped or joined.
 SMALL = dict.fromkeys(

@@ -88,7 +88,8 @@ def compose(
             longer = chain.through(adapter, after)
             heapq.heappush(waiting, (longer.order, longer))
     original = refuse(request, frozenset())
-    if stuck is None or not any(refusal in original for refusal in stuck):
+    asked = {(refusal.code, refusal.detail) for refusal in original}
+    if stuck is None or not any((refusal.code, refusal.detail) in asked for refusal in stuck):
         return (), (*original, *(stuck or ()))  # what adapters led to explains nothing without what they were for
     return (), stuck
 

@@ -223,10 +223,11 @@ def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
             "blockwise",
             "dot_product",
         ),
+        _shipped(Condition(platform=("tpu",), mode=(Mode.DECODE,)), "ragged", "dot_product"),
         _shipped(Condition(mode=(Mode.DECODE,)), "dot_product"),
         _shipped(Condition(q_len=short), "dot_product"),
-        _shipped(Condition(platform=("tpu",), kv_len=long), "splash", "blockwise", "dot_product"),
-        _shipped(Condition(platform=("tpu",)), "splash", "dot_product"),
+        _shipped(Condition(platform=("tpu",), kv_len=long), "splash", "tokamax_splash", "blockwise", "dot_product"),
+        _shipped(Condition(platform=("tpu",)), "splash", "tokamax_splash", "dot_product"),
         _shipped(Condition(platform=("gpu",), kv_len=long), "cudnn_jax", "pallas_mha", "blockwise", "dot_product"),
         _shipped(Condition(platform=("gpu",)), "cudnn_jax", "pallas_mha", "dot_product"),
         _shipped(

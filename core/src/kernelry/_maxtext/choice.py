@@ -21,6 +21,9 @@ _NAMED = {
 }
 """The values of `attention` that are one kernel, and its name here."""
 
+_UNREAD_BY_TOKAMAX = ("block_q_dq", "block_kv_dq")
+"""Blocks that tokamax's splash is given and never reads: its backward pass is one kernel."""
+
 _OF_VLLM = ("vllm_rpa", "vllm_batched_rpa")
 _FORWARD = (Mode.TRAIN, Mode.PREFILL)
 _DECODE = (Mode.DECODE,)
@@ -108,12 +111,15 @@ def tilings(options: Mapping[str, Any], *, local: bool) -> Tilings:
     changed = {name: block for name, block in blocks.items() if block != SHIPPED_BLOCK}
     found: dict[str, dict[str, int]] = {}
     if changed:
-        found["tokamax_splash" if options["use_tokamax_splash"] else "splash"] = changed
+        if options["use_tokamax_splash"]:
+            found["tokamax_splash"] = {name: block for name, block in changed.items() if name not in _UNREAD_BY_TOKAMAX}
+        else:
+            found["splash"] = changed
     if options["use_jax_splash"] and "block_q" in changed:
         found["blockwise"] = {"block_q": changed["block_q"]}
     if options["use_ragged_attention"] and options["ragged_block_size"] != SHIPPED_RAGGED_BLOCK:
         found |= {kernel: {"block_kv": options["ragged_block_size"]} for _, kernel in _RAGGED}
-    return tuple((kernel, tuple(sorted(tiling.items()))) for kernel, tiling in sorted(found.items()))
+    return tuple((kernel, tuple(sorted(tiling.items()))) for kernel, tiling in sorted(found.items()) if tiling)
 
 
 def _block(options: Mapping[str, Any], name: str, local: bool) -> int:

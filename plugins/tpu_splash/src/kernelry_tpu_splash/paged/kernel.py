@@ -73,7 +73,7 @@ def _attend(
         )
     rows = query.shape[0]
     both = jnp.stack([key, value], axis=3).reshape(*key.shape[:2], 2 * key.shape[2], key.shape[3])
-    found = _vendor.ragged_paged_attention(
+    out: jax.Array = _vendor.ragged_paged_attention(
         query,
         both,
         lengths,
@@ -84,7 +84,7 @@ def _attend(
         num_kv_pages_per_block=pages,
         num_queries_per_block=min(rows, 32),
     )
-    return found
+    return out
 
 
 def _visible(inputs: Inputs, request: Request) -> Bool[Array, "B S"]:
@@ -102,7 +102,8 @@ def _finite(keys: PagedArray) -> Float[Array, "P page_size K H"]:
 
 def _not_finite(key: PagedArray, value: PagedArray) -> Bool[Array, "B S"]:
     """Whether a slot holds what is not finite, or stands in no page."""
-    assert isinstance(key.pages, jax.Array) and isinstance(value.pages, jax.Array)
-    bad = ~(jnp.isfinite(key.pages).all(axis=(2, 3)) & jnp.isfinite(value.pages).all(axis=(2, 3)))  # [P, page_size]
-    found = bad[jnp.maximum(key.table, 0)] | (key.table < 0)[..., None]
+    assert isinstance(key.pages, jax.Array)
+    assert isinstance(value.pages, jax.Array)
+    fine = jnp.isfinite(key.pages).all(axis=(2, 3)) & jnp.isfinite(value.pages).all(axis=(2, 3))  # [P, page_size]
+    found = ~fine[jnp.maximum(key.table, 0)] | (key.table < 0)[..., None]
     return found.reshape(found.shape[0], -1)
