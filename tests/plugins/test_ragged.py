@@ -1,0 +1,278 @@
+"""ragged in interpret mode against dot_product; what it reads; lowered for TPU; and what it refuses.
+
+Interpret mode proves numbers, lowering proves that the program holds the kernel: nothing here runs on a TPU.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from policies import NO_ADAPTERS
+
+import kernelry
+from kernelry import masks, testing
+from kernelry.cache import PagedCache, QuantizedArray, RollingCache, TwoPartCache
+from kernelry.errors import ConfigError, KernelRefusedError
+from kernelry.kernel import Inputs
+from kernelry.plugin import PagedArray, Tiling
+from kernelry.request import Request
+from kernelry_tpu_splash.plugin import RAGGED
+from kernelry_tpu_splash.ragged.kernel import _operands
+from kernelry_tpu_splash.ragged.layout import Blocks, Order
+
+B, S = 3, 300
+LENGTHS = np.array([S, 140, 0], np.int32)
+SMALL = {"block_kv": 128}
+
+
+def every_third(query_positions, kv_positions):
+    return (query_positions - kv_positions) % 3 == 0
+
+
+def drawn(*shape, dtype="float32", seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def arrays(heads=4, kv_heads=2, head_dim=32, value_dim=None, q_len=1, dtype="float32", slots=S):
+    widths = (heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim or head_dim)
+    lengths = (q_len, slots, slots)
+    return tuple(
+        drawn(B, length, *width, dtype=dtype, seed=seed)
+        for seed, (length, width) in enumerate(zip(lengths, widths, strict=True))
+    )
+
+
+def through_ragged(*operands, tiling=SMALL, **options):
+    with testing.interpret(), kernelry.use(tiling=tiling):
+        return kernelry.attention(*operands, kernel="ragged", mode="decode", **options)
+
+
+def dense(*operands, **options):
+    return kernelry.attention(*operands, kernel="dot_product", mode="decode", **options)
+
+
+def check(operands, atol=2e-6, **options):
+    found, wanted = through_ragged(*operands, **options), dense(*operands, **options)
+    assert found.dtype == operands[0].dtype
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=atol, atol=atol)
+
+
+MASKS = {
+    "full": masks.Full(),
+    "lengths": masks.Lengths(LENGTHS),
+    "window": masks.SlidingWindow(40).at(query_offset=jnp.maximum(LENGTHS - 1, 0)) & masks.Lengths(LENGTHS),
+    "chunked": masks.Chunked(96).at(query_offset=jnp.asarray([299, 100, 0])),
+    "predicate": masks.Predicate(every_third).at(query_offset=jnp.asarray([299, 100, 0])),
+    "segments": masks.Segments(np.array([[0], [2], [-1]]), np.repeat([[0, -1, 2]], 100, axis=1).repeat(B, 0)),
+    "by_head": masks.BlockSelection(np.arange(B * 4 * 19).reshape(B, 4, 1, 19) % 5 == 1, 16).at(query_offset=299),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_agree_with_dense(name):
+    check(arrays(), mask=MASKS[name], soft_cap=3.0, scale=0.3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim"),
+    [(4, 4, 128, 128), (6, 1, 128, 64), (16, 16, 24, 24), (3, 3, 64, 128)],
+)
+def test_heads_and_dims_agree_with_dense(heads, kv_heads, head_dim, value_dim):
+    check(arrays(heads, kv_heads, head_dim, value_dim), mask=MASKS["lengths"])
+
+
+def test_several_queries_a_row_agree_with_dense():
+    last = jnp.maximum(LENGTHS - 3, 0)
+    check(arrays(q_len=3), mask=masks.Causal().at(query_offset=last) & masks.Lengths(LENGTHS, [3, 2, 0]))
+
+
+def test_bfloat16_stays_within_its_tolerance():
+    check(arrays(dtype="bfloat16"), atol=1e-2, mask=MASKS["lengths"])
+
+
+def test_sinks_join_after_the_statistics():
+    check(arrays(), mask=MASKS["lengths"], sinks=jnp.asarray([0.0, 1.0, -3.0, 30.0]))
+
+
+def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided():
+    options = {"mask": MASKS["window"], "return_partial": True, "return_max_logits": True}
+    found, top = through_ragged(*arrays(), **options)
+    wanted, wanted_top = dense(*arrays(), **options)
+    assert found.lse is None
+    np.testing.assert_allclose(found.max + jnp.log(found.sum), wanted.lse, rtol=2e-6, atol=2e-6)
+    assert np.isneginf(found.max[2]).all()
+    assert not found.sum[2].any()
+    np.testing.assert_allclose(found.max.max(axis=2), top)
+    np.testing.assert_allclose(top, wanted_top, rtol=2e-6)
+    divisor = jnp.where(found.sum == 0, 1, found.sum).swapaxes(1, 2)[..., None]
+    np.testing.assert_allclose(found.out / divisor, wanted.out, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("how", ["int8", "int8:heads_and_head_dim"])
+@pytest.mark.parametrize("width", [32, 128])
+def test_quantised_keys_agree_with_their_values(how, width):
+    query, key, value = arrays(head_dim=width)
+    held = QuantizedArray.quantize(key, how), QuantizedArray.quantize(value, how)
+    found = through_ragged(query, *held, mask=MASKS["lengths"])
+    wanted = dense(query, *(array.dequantize() for array in held), mask=MASKS["lengths"])
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
+
+
+def paged(key, value, page_size=16):
+    """The same keys in shuffled pages, among pages of NaN that belong to nobody."""
+    pages = key.shape[1] // page_size
+    table = 1 + np.random.default_rng(5).permutation(B * pages).reshape(B, pages)
+
+    def cut(array):
+        found = np.full((B * pages + 2, page_size, *array.shape[2:]), np.nan, np.float32)
+        found[table] = np.asarray(array).reshape(B, pages, page_size, *array.shape[2:])
+        return jnp.asarray(found)
+
+    return cut(key), cut(value), table.astype(np.int32)
+
+
+@pytest.mark.parametrize(("page_size", "width"), [(16, 128), (48, 128), (128, 32)])
+def test_pages_are_read_through_the_table(page_size, width):
+    query, key, value = arrays(head_dim=width, slots=384)
+    pages, more, table = paged(key, value, page_size)
+    lengths = masks.Lengths(np.array([384, 140, 0]))
+    table[1, -(-140 // page_size) :] = -1
+    table = jnp.asarray(table)
+    found = through_ragged(query, PagedArray(pages, table), PagedArray(more, table), tiling=None, mask=lengths)
+    np.testing.assert_allclose(found, dense(query, key, value, mask=lengths), rtol=2e-6, atol=2e-6)
+
+
+def test_a_page_that_is_not_there_is_nan_where_the_mask_shows_it():
+    query, key, value = arrays(head_dim=128, slots=384)
+    pages, more, table = paged(key, value)
+    table[0, 3] = -1
+    table = jnp.asarray(table)
+    lengths = masks.Lengths(np.array([384, 140, 7]))
+    found = through_ragged(query, PagedArray(pages, table), PagedArray(more, table), tiling=None, mask=lengths)
+    assert np.isnan(found[0]).all()
+    assert np.isfinite(found[1:]).all()
+
+
+def test_what_no_row_sees_may_hold_anything():
+    query, key, value = arrays()
+    hidden = np.arange(S)[None, :, None, None] >= LENGTHS[:, None, None, None]
+    found = through_ragged(
+        query, jnp.where(hidden, jnp.inf, key), jnp.where(hidden, jnp.nan, value), mask=MASKS["lengths"]
+    )
+    np.testing.assert_array_equal(found, through_ragged(query, key, value, mask=MASKS["lengths"]))
+
+
+@pytest.mark.parametrize(
+    ("mask", "first", "count"),
+    [
+        (masks.Lengths(np.array([1000, 129, 0])), [0, 0, 0], [8, 2, 0]),
+        (masks.SlidingWindow(99).at(query_offset=np.array([999, 500, 10])), [7, 3, 0], [1, 1, 1]),
+        (masks.SlidingWindow(200).at(query_offset=np.array([999, 500, 10])), [6, 2, 0], [2, 2, 1]),
+        (masks.Full(), [0, 0, 0], [8, 8, 8]),
+    ],
+    ids=["lengths", "window", "wide window", "full"],
+)
+def test_blocks_read_follow_what_each_row_sees(mask, first, count):
+    """The grid is as long as the longest row's blocks; what lies before the first or behind the last is not fetched."""
+    query, key, value = arrays(slots=1000)
+    request = Request(mode="decode", batch=B, q_len=1, kv_len=1000, q_heads=4, kv_heads=2, head_dim=32, mask=mask)
+    inputs = Inputs(query, key, value, mask.canonical())
+    operands = _operands(inputs, request, Blocks.of(request, Tiling.of(block_kv=128)))
+    np.testing.assert_array_equal(operands.first, first)
+    np.testing.assert_array_equal(operands.count, count)
+
+
+@pytest.mark.parametrize("kind", ["two_part", "rolling", "paged", "paged_int8"])
+@pytest.mark.slow
+def test_caches_decode_through_it(kind):
+    """A prompt and two steps, rows of different length."""
+    sizes = {"kv_heads": 2, "head_dim": 128, "dtype": jnp.float32}
+    cache, mask = {
+        "two_part": lambda: (TwoPartCache.create(batch=B, prefill=24, decode=8, **sizes), masks.Causal()),
+        "rolling": lambda: (RollingCache.create(batch=B, window=16, max_append=24, **sizes), masks.SlidingWindow(15)),
+        "paged": lambda: (PagedCache.create(rows=B, pages=16, page_size=16, max_length=64, **sizes), masks.Causal()),
+        "paged_int8": lambda: (
+            PagedCache.create(rows=B, pages=16, page_size=16, max_length=64, storage="int8", **sizes),
+            masks.Causal(),
+        ),
+    }[kind]()
+    prompt = drawn(B, 24, 2, 128, seed=1), drawn(B, 24, 2, 128, seed=2)
+    cache = cache.prefill(*prompt, lengths=jnp.asarray([24, 5, 17]))
+    for step in range(2):
+        query, key, value = (drawn(B, 1, heads, 128, seed=10 * step + heads) for heads in (4, 2, 2))
+        wanted, after = cache.decode(query, key, value, mask=mask, kernel="dot_product")
+        with testing.interpret():
+            found, cache = cache.decode(query, key, value, mask=mask, kernel="ragged")
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+        np.testing.assert_array_equal(cache.lengths, after.lengths)
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "itemsize", "order"),
+    [
+        (8, 128, 2, Order.AS_IT_IS),
+        (2, 128, 2, Order.AS_IT_IS),
+        (1, 128, 2, Order.HEADS_FIRST),
+        (2, 128, 1, Order.HEADS_FIRST),
+        (3, 128, 4, Order.HEADS_FIRST),
+        (8, 64, 2, Order.SLOTS_LAST),
+    ],
+)
+def test_the_order_is_that_in_which_a_tpu_keeps_the_array(heads, width, itemsize, order):
+    assert Order.of(heads, width, itemsize) is order
+
+
+def test_lowered_for_tpu_it_reads_int8_as_it_is(lower):
+    query, key, value = arrays(head_dim=128, dtype="bfloat16")
+    held = QuantizedArray.quantize(key), QuantizedArray.quantize(value)
+
+    def step(query, key, value):
+        return kernelry.attention(query, key, value, mask=MASKS["lengths"], mode="decode", kernel="ragged")
+
+    resolutions, lowered = lower(step, (query, *held), "tpu:v5e")
+    resolutions[0].verify(lowered)
+    [call] = [line for line in lowered.as_text().splitlines() if "@tpu_custom_call" in line]
+    assert call.partition(" : (")[2].count(f"tensor<{B}x{S}x2x128xi8>") + call.count(f"tensor<{B}x2x{S}x128xi8>") == 2
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"mode": "train"}, "mode=train is not decode"),
+        ({"q_len": 64, "q_heads": 8}, "q_len=64 of 8 query heads a key head are 512 rows > 256"),
+        ({"page_size": 16, "head_dim": 64}, "page_size=16 and head_dim=64 are no multiples of 128"),
+        ({"dtype": "float16"}, "dtype=float16 is not bfloat16 or float32"),
+        ({"kv_quantization": "int4"}, "kv_quantization=int4:head_dim is not int8:head_dim"),
+    ],
+)
+def test_refusals_have_values(facts, words):
+    request = Request(**{"q_len": 1, "kv_len": 512, "kv_heads": 1, "mode": "decode", "target": "tpu:v5e", **facts})
+    [candidate] = kernelry.explain(request, kernel="ragged", kernels=(RAGGED,), policy=NO_ADAPTERS).candidates
+    assert any(words in refusal.detail for refusal in candidate.refusals)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "block", "unit"), [(None, 100, "128"), (48, 128, "384, which holds whole pages")]
+)
+def test_blocks_that_split_registers_or_pages_are_errors(page_size, block, unit):
+    request = Request(q_len=1, kv_len=768, head_dim=128, page_size=page_size, mode="decode")
+    with pytest.raises(ConfigError, match=f"block_kv={block} of ragged is not a multiple of {unit}"):
+        Blocks.of(request, Tiling.of(block_kv=block))
+
+
+def test_it_has_no_gradient():
+    with pytest.raises(KernelRefusedError, match="no gradient of query"), testing.interpret():
+        kernelry.attention(*arrays(), mode="decode", gradients=("query",), kernel="ragged")
+
+
+def test_under_jit_the_lengths_may_be_traced():
+    query, key, value = arrays()
+
+    @jax.jit
+    def step(lengths):
+        return through_ragged(query, key, value, mask=masks.Lengths(lengths))
+
+    for lengths in (LENGTHS, np.array([7, 0, 299], np.int32)):
+        np.testing.assert_allclose(
+            step(lengths), dense(query, key, value, mask=masks.Lengths(lengths)), rtol=2e-6, atol=2e-6
+        )
