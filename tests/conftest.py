@@ -10,6 +10,8 @@ import jax
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The interpreter of TPUs calls back into Python, and waits for ever where that waits for what was dispatched before.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")  # one folder each: a file may be read while it is written
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache" / _WORKER))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

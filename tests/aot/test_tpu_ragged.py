@@ -13,6 +13,7 @@ import kernelry
 from kernelry import masks
 from kernelry.plugin import PagedArray, QuantizedArray, Request
 from kernelry_tpu_splash.plugin import RAGGED
+from kernelry_tpu_splash.ragged.layout import Order
 
 pytestmark = pytest.mark.aot
 
@@ -73,6 +74,14 @@ def test_every_number_of_heads_compiles_and_copies_nothing(target, dtype, heads,
     found = compile_for(target, decoded(), arguments(heads, dtype=dtype))
     assert found.ok, found.reason
     assert copies(found, ROWS * SLOTS * heads[1] * 64) == []
+
+
+def test_in_another_order_keys_and_values_would_be_copied(compile_for, monkeypatch):
+    """So the tests above could fail."""
+    monkeypatch.setattr(Order, "of", lambda *_: Order.AS_IT_IS)
+    found = compile_for("tpu:v5e", decoded(), arguments(dims=(64, 64)))
+    assert found.ok, found.reason
+    assert len(copies(found, ROWS * SLOTS * 8 * 64)) == 2
 
 
 @pytest.mark.parametrize("target", TARGETS)
