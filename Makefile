@@ -37,11 +37,11 @@ serve: $(VENV)/.installed
 # compile as users do.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # Sweeps: every kernel against the quick conformance kit, blockwise over small blocks, the laws of caches over drawn splits.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 # 20,000 random requests, valid and absurd: only kernelry's own errors come out.
 test-fuzz: $(VENV)/.installed

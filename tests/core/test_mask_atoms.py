@@ -157,6 +157,7 @@ def test_predicates_attend_with_traced_operands():
         np.testing.assert_allclose(np.asarray(call(jnp.int32(reach))), np.asarray(expected), atol=1e-6)
 
 
+@pytest.mark.slow
 @given(placed_masks(max_len=8), st.data())
 @settings(max_examples=150, deadline=None)
 def test_tiles_of_a_mask_are_slices_of_the_whole(drawn, data):

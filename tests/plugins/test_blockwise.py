@@ -138,6 +138,7 @@ def test_temporary_memory_grows_with_the_length_not_its_square():
     assert long < 8 * 1.5 * short
 
 
+@pytest.mark.slow
 def test_runs_inside_shard_map():
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     query = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 2, 8)), jnp.float32)
@@ -310,6 +311,7 @@ def test_a_decode_step_needs_no_more_memory_for_a_larger_cache():
     assert temporary(65536) < 1.2 * temporary(8192)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_query_through_quantised_keys():
     rng = np.random.default_rng(4)
     query, key, value, d_out = (jnp.asarray(rng.standard_normal((1, 12, 2, 8)), jnp.float32) for _ in range(4))

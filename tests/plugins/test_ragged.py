@@ -68,14 +68,18 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
+SELDOM = ("full", "chunked", "predicate", "segments")
+"""Held to the oracle by the conformance kit, too."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SELDOM else n for n in MASKS])
 def test_masks_agree_with_dense(name):
     check(arrays(), mask=MASKS[name], soft_cap=3.0, scale=0.3)
 
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "value_dim"),
-    [(4, 4, 128, 128), (6, 1, 128, 64), (16, 16, 24, 24), (3, 3, 64, 128)],
+    [(4, 4, 128, 128), (6, 1, 128, 64), (16, 16, 24, 24)],
 )
 def test_heads_and_dims_agree_with_dense(heads, kv_heads, head_dim, value_dim):
     check(arrays(heads, kv_heads, head_dim, value_dim), mask=MASKS["lengths"])
