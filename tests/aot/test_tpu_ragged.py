@@ -11,7 +11,7 @@ import pytest
 
 import kernelry
 from kernelry import masks
-from kernelry.plugin import PagedArray, QuantizedArray, Request
+from kernelry.plugin import Environment, Inputs, PagedArray, QuantizedArray, Request
 from kernelry_tpu_splash.plugin import RAGGED
 from kernelry_tpu_splash.ragged.layout import Order
 
@@ -161,3 +161,38 @@ def test_every_block_of_the_search_space_compiles(target, dims, compile_for):
 def test_as_many_rows_as_it_takes_compile(target, compile_for):
     found = compile_for(target, decoded(), arguments((64, 8), q_len=32))
     assert found.ok, found.reason
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"q_heads": 36, "kv_heads": 36, "head_dim": 512, "dtype": "float32"}, "vmem"),
+        ({"q_len": 20, "q_heads": 240, "kv_heads": 20, "head_dim": 256}, "vmem"),
+        ({"batch": 256, "kv_len": 32768, "page_size": 16}, "smem"),
+    ],
+)
+def test_what_is_refused_for_memory_does_not_compile(facts, words, compile_for):
+    usual = {"q_len": 1, "kv_len": 1024, "q_heads": 8, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    mask = masks.Lengths(jnp.ones(facts.get("batch", 1), int))
+    request = Request(**{**usual, **facts}, mode="decode", target="tpu:v5e", mask=mask)
+    assert RAGGED.refusals(request, Environment())
+    rows, kernel, tiling = request.batch, RAGGED.body(), RAGGED.tilings(request)[0]
+
+    def direct(query, key, value, lengths, table):
+        keys = (key, value) if request.page_size is None else (PagedArray(key, table), PagedArray(value, table))
+        inputs = Inputs(query, *keys, masks.Lengths(lengths).canonical())
+        return kernel.forward(inputs, request, tiling, statistics=False).out
+
+    slots = (rows, request.kv_len) if request.page_size is None else (512, request.page_size)
+    query, key, table, lengths = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((rows, request.q_len, request.q_heads, request.head_dim), request.dtype),
+            ((*slots, request.kv_heads, request.head_dim), request.dtype),
+            ((rows, request.kv_len // (request.page_size or 1)), jnp.int32),
+            ((rows,), jnp.int32),
+        )
+    )
+    found = compile_for("tpu:v5e", direct, (query, key, key, lengths, table))
+    assert not found.ok
+    assert words in str(found.reason)

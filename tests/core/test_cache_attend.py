@@ -339,3 +339,16 @@ def test_caches_hold_floating_numbers(dtype, words):
 def test_recovered_forgets_that_something_did_not_fit():
     full = dataclasses.replace(two_part(), overflowed=jnp.ones((), bool))
     assert not full.recovered().overflowed
+
+
+def test_lengths_that_are_known_may_be_closed_over_under_jit():
+    fed = fed_rows(two_part, 1)
+    query, lengths = jnp.asarray(normal(B, 1, N, H)), jnp.asarray([1, 0, 1])
+
+    def attend(cache, query):
+        return cache.attend(query, lengths=lengths)
+
+    np.testing.assert_array_equal(jax.jit(attend)(fed.cache, query), attend(fed.cache, query))
+    more = lengths + 1
+    with pytest.raises(ArgumentError, match=r"lengths must lie in \[0, 1\]"):
+        jax.jit(lambda cache, query: cache.attend(query, lengths=more))(fed.cache, query)

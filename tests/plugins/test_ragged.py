@@ -245,6 +245,13 @@ def test_lowered_for_tpu_it_reads_int8_as_it_is(lower):
         ({"mode": "train"}, "mode=train is not decode"),
         ({"q_len": 64, "q_heads": 8}, "q_len=64 of 8 query heads a key head are 512 rows > 256"),
         ({"page_size": 16, "head_dim": 64}, "page_size=16 and head_dim=64 are no multiples of 128"),
+        ({"page_size": 100, "kv_len": 3200, "kv_heads": 8, "q_heads": 8, "head_dim": 128}, "blocks of 3200 slots"),
+        (
+            {"page_size": 16, "kv_len": 32768, "batch": 256, "head_dim": 128},
+            "a table of 2048 KiB of pages > the 896 KiB",
+        ),
+        ({"q_heads": 36, "kv_heads": 36, "head_dim": 512}, "blocks of 128 slots, the smallest, take 38 MiB"),
+        ({"q_len": 20, "q_heads": 240, "kv_heads": 20, "head_dim": 256}, "blocks of 128 slots, the smallest, take"),
         ({"dtype": "float16"}, "dtype=float16 is not bfloat16 or float32"),
         ({"kv_quantization": "int4"}, "kv_quantization=int4:head_dim is not int8:head_dim"),
     ],
@@ -267,6 +274,14 @@ def test_blocks_that_split_registers_or_pages_are_errors(page_size, block, unit)
 def test_it_has_no_gradient():
     with pytest.raises(KernelRefusedError, match="no gradient of query"), testing.interpret():
         kernelry.attention(*arrays(), mode="decode", gradients=("query",), kernel="ragged")
+
+
+def test_pages_that_do_not_fit_are_laid_side_by_side():
+    facts = {"q_heads": 8, "head_dim": 128, "dtype": "bfloat16", "mode": "decode", "target": "tpu:v5e"}
+    request = Request(q_len=1, kv_len=3200, page_size=100, **facts)
+    assert [str(step.adapter.name) for step in kernelry.resolve(request, kernel="ragged").plan.steps] == [
+        "gather_pages"
+    ]
 
 
 def test_under_jit_the_lengths_may_be_traced():

@@ -79,8 +79,12 @@ def token_counts(lengths: Any, batch: int, tokens: int) -> Int[Array, " B"]:
     found = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if found.shape != (batch,) or not jnp.issubdtype(found.dtype, jnp.integer):
         raise ShapeError(f"lengths must be integers [B] = [{batch}], got {found.dtype} of shape {found.shape}.")
-    if not isinstance(found, jax.core.Tracer) and not bool(((found >= 0) & (found <= tokens)).all()):
-        raise ArgumentError(f"lengths must lie in [0, {tokens}], the tokens passed for a row, got {found.tolist()}.")
+    if not isinstance(found, jax.core.Tracer):
+        known = np.asarray(found)  # numbers that are known stay so under jit, where JAX's own operations are traced
+        if ((known < 0) | (known > tokens)).any():
+            raise ArgumentError(
+                f"lengths must lie in [0, {tokens}], the tokens passed for a row, got {known.tolist()}."
+            )
     return jnp.clip(jnp.asarray(found, jnp.int32), 0, tokens)
 
 

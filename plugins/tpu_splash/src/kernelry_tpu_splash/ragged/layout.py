@@ -19,6 +19,8 @@ from kernelry.errors import ConfigError
 from kernelry.plugin import Request, Tiling
 from kernelry_tpu_splash.lanes import LANES, SUBLANES
 
+_FLOAT32_BYTES = _INT32_BYTES = 4
+
 _MOST_BYTES = 2 * 2**20
 """Of a block of keys and one of values, of which vector memory holds two each beside what is computed from them."""
 
@@ -92,7 +94,7 @@ class Blocks:
           ConfigError: a block does not hold whole pages and vector registers.
         """
         itemsize = _bytes_of_element(request)
-        slots, unit = tiling["block_kv"], _unit(request)
+        slots, unit = tiling["block_kv"], unit_of(request)
         if slots % unit:
             pages = "" if request.page_size is None else f", which holds whole pages of {request.page_size}"
             raise ConfigError(f"tiling: block_kv={slots} of ragged is not a multiple of {unit}{pages}")
@@ -112,11 +114,28 @@ def block_sizes(request: Request, wanted: tuple[int, ...]) -> tuple[int, ...]:
       request: whose keys are read.
       wanted: slots.
     """
-    unit, itemsize = _unit(request), _bytes_of_element(request)
+    unit, itemsize = unit_of(request), _bytes_of_element(request)
     whole = -(-request.kv_len // unit) * unit
     slot = _heads_of_block(request.kv_heads, itemsize) * (request.head_dim + request.value_dim) * itemsize
     sizes = (max(unit, min(whole, slots // unit * unit)) for slots in wanted)
     return tuple(dict.fromkeys(size for size in sizes if size * slot <= _MOST_BYTES)) or (unit,)
+
+
+def vector_bytes(request: Request) -> int:
+    """What the smallest block takes in vector memory: two of keys and of values, and what is carried along, twice."""
+    unit, itemsize = unit_of(request), _bytes_of_element(request)
+    heads = _heads_of_block(request.kv_heads, itemsize)
+    rows = -(-request.q_len * request.groups // SUBLANES) * SUBLANES
+    carried = heads * rows * (request.value_dim + 2 * LANES) * _FLOAT32_BYTES
+    return 2 * unit * heads * (request.head_dim + request.value_dim) * itemsize + 2 * carried
+
+
+def table_bytes(request: Request) -> int:
+    """What the table of pages takes in scalar memory; 0 without pages."""
+    if request.page_size is None:
+        return 0
+    rows = -(-request.batch // SUBLANES) * SUBLANES
+    return rows * -(-request.kv_len // request.page_size // LANES) * LANES * _INT32_BYTES
 
 
 def _bytes_of_element(request: Request) -> int:
@@ -124,7 +143,7 @@ def _bytes_of_element(request: Request) -> int:
     return 1 if request.kv_quantization is not None else int(jnp.dtype(request.dtype).itemsize)
 
 
-def _unit(request: Request) -> int:
+def unit_of(request: Request) -> int:
     """The fewest slots of a block: whole vector registers, and whole pages."""
     return LANES if request.page_size is None else math.lcm(LANES, request.page_size)
 

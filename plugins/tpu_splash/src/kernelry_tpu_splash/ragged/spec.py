@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kernelry.plugin import (
     AtomKind,
     Capabilities,
@@ -19,7 +21,7 @@ from kernelry.plugin import (
     Tolerance,
 )
 from kernelry_tpu_splash.lanes import LANES
-from kernelry_tpu_splash.ragged.layout import block_sizes
+from kernelry_tpu_splash.ragged.layout import block_sizes, table_bytes, unit_of, vector_bytes
 
 _BLOCKS = (512, 256, 128, 1024)
 """Slots; blocks of the search space. Not measured: a TPU reads 2 MiB in the time of several steps of the grid."""
@@ -28,21 +30,48 @@ _MOST_ROWS = 256
 """T · G, the rows that read one key/value head; their sums stay in vector memory."""
 
 
+_MOST_VECTOR_BYTES = 17 * 2**20
+"""Of the smallest block; found by compiling for v5e, whose programs may use 16 MiB by another count than ours."""
+
+_MOST_TABLE_BYTES = 896 * 2**10
+"""Of the 1 MiB of scalar memory that v5e has."""
+
+
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    return (*_rows(request), *_pages(request), *_memory(request))
+
+
+def _rows(request: Request) -> Iterator[Refusal]:
     rows = request.q_len * request.groups
-    found = []
     if rows > _MOST_ROWS:
         detail = f"q_len={request.q_len} of {request.groups} query heads a key head are {rows} rows > {_MOST_ROWS}"
-        found.append(Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "attend to a prompt with mode='prefill'"))
-    if request.page_size is not None and request.page_size % LANES:
-        for name in ("head_dim", "value_dim"):
-            if getattr(request, name) % LANES:
-                # XLA lays such pages out with another dimension last, and would copy all of them.
-                detail = (
-                    f"page_size={request.page_size} and {name}={getattr(request, name)} are no multiples of {LANES}"
-                )
-                found.append(Refusal(RefusalCode.PAGES, detail, f"use pages of {LANES} slots"))
-    return tuple(found)
+        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "attend to a prompt with mode='prefill'")
+
+
+def _pages(request: Request) -> Iterator[Refusal]:
+    if request.page_size is None:
+        return
+    for name, width in (("head_dim", request.head_dim), ("value_dim", request.value_dim)):
+        if request.page_size % LANES and width % LANES:
+            # XLA lays such pages out with another dimension last, and would copy all of them.
+            detail = f"page_size={request.page_size} and {name}={width} are no multiples of {LANES}"
+            yield Refusal(RefusalCode.PAGES, detail, f"use pages of {LANES} slots")
+    table = table_bytes(request)
+    if table > _MOST_TABLE_BYTES:
+        detail = f"a table of {table >> 10} KiB of pages > the {_MOST_TABLE_BYTES >> 10} KiB of scalar memory"
+        yield Refusal(RefusalCode.PAGES, detail, "use larger pages, or fewer rows at once")
+
+
+def _memory(request: Request) -> Iterator[Refusal]:
+    needed = vector_bytes(request)
+    if needed > _MOST_VECTOR_BYTES:
+        detail = (
+            f"blocks of {unit_of(request)} slots, the smallest, take {needed / 2**20:.0f} MiB of vector memory "
+            f"> {_MOST_VECTOR_BYTES >> 20}"
+        )
+        in_pages = unit_of(request) > LANES
+        remedy = f"use pages whose slots divide {LANES}" if in_pages else "attend to fewer queries, or heads, at once"
+        yield Refusal(RefusalCode.PAGES if in_pages else RefusalCode.TILING, detail, remedy)
 
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
