@@ -67,7 +67,7 @@ def test_the_roofline_is_the_longer_of_the_two():
             "allocating on stack for %x. Scoped allocation with size 21.84M and limit 16.00M exceeded scoped vmem "
             "limit by 5.84M. It should not be",
             "Scoped allocation with size 21.84M and limit 16.00M exceeded scoped vmem limit by 5.84M; set smaller "
-            "blocks, e.g. [attention.tilings] KERNEL = { block_q = 256, block_kv = 256 }",
+            "blocks",
         ),
         (
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (785.51G) "
@@ -81,6 +81,14 @@ def test_the_roofline_is_the_longer_of_the_two():
 )
 def test_reasons_are_one_line_with_what_to_change(words, wanted):
     assert str(Reason.of(ValueError(words))) == wanted
+
+
+def test_smaller_blocks_are_half_of_those_that_were_too_large():
+    reason = Reason.of(ValueError("Ran out of memory in memory space vmem"))
+    said = reason.about("mine", {"block_kv": 2048, "block_q": 512, "q_layout": 1})
+    assert said.remedy == "set smaller blocks, e.g. [attention.tilings] mine = { block_kv = 1024, block_q = 256 }"
+    assert reason.about("mine", {}) == reason
+    assert Reason("other").about("mine", {"block_q": 512}) == Reason("other")
 
 
 def test_without_the_compiler_the_error_says_what_to_install(monkeypatch):

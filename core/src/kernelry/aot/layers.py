@@ -50,7 +50,10 @@ class LayerReport:
         if self.compilation is None:
             reasons = (f"{c.name}: {c.refusals[0]}" for c in self.resolution.refused)
             return f"no kernel serves it ({'; '.join(reasons) or 'none is installed'})"
-        return str(self.compilation.reason) if self.compilation.reason else self.missing or "ok"
+        reason, plan = self.compilation.reason, self.resolution.plan
+        if reason is None:
+            return self.missing or "ok"
+        return str(reason if plan is None else reason.about(plan.kernel.name, dict(plan.tiling.values)))
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import final
 
 
@@ -23,6 +24,18 @@ class Reason:
     def __str__(self) -> str:
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
+    def about(self, kernel: str, tiling: Mapping[str, int]) -> Reason:
+        """The same with a remedy in the words of the config: blocks half as large as those that were too large.
+
+        Args:
+          kernel: its name.
+          tiling: the tunables it was compiled with.
+        """
+        blocks = [f"{name} = {size // 2}" for name, size in tiling.items() if name.startswith("block_") and size > 1]
+        if self.remedy != _SMALLER or not blocks:
+            return self
+        return Reason(self.text, f"{_SMALLER}, e.g. [attention.tilings] {kernel} = {{ {', '.join(blocks)} }}")
+
     @classmethod
     def of(cls, error: Exception) -> Reason:
         """Finds the line that says it, and what helps."""
@@ -33,7 +46,7 @@ class Reason:
         return cls(_one_line(_telling(words)) or type(error).__name__)
 
 
-_SMALLER = "set smaller blocks, e.g. [attention.tilings] KERNEL = { block_q = 256, block_kv = 256 }"
+_SMALLER = "set smaller blocks"
 _KNOWN = (
     (r"Scoped allocation with size [^ ]+ and limit [^ ]+ exceeded scoped vmem limit by [\d.]+\w?", _SMALLER),
     (r"Ran out of memory in memory space vmem[^\n]*", _SMALLER),
