@@ -149,12 +149,12 @@ def test_pages_are_read_through_the_table(page_size, width):
 def test_a_page_that_is_not_there_is_nan_where_the_mask_shows_it():
     query, key, value = arrays(head_dim=128, slots=384)
     pages, more, table = paged(key, value)
-    table[0, 3] = -1
+    table[0, 3], table[2, 0] = -1, 99
     table = jnp.asarray(table)
     lengths = masks.Lengths(np.array([384, 140, 7]))
     found = through_ragged(query, PagedArray(pages, table), PagedArray(more, table), tiling=None, mask=lengths)
-    assert np.isnan(found[0]).all()
-    assert np.isfinite(found[1:]).all()
+    assert np.isnan(found[::2]).all()
+    assert np.isfinite(found[1]).all()
 
 
 def test_what_no_row_sees_may_hold_anything():
@@ -243,7 +243,7 @@ def test_lowered_for_tpu_it_reads_int8_as_it_is(lower):
     ("facts", "words"),
     [
         ({"mode": "train"}, "mode=train is not decode"),
-        ({"q_len": 64, "q_heads": 8}, "q_len=64 of 8 query heads a key head are 512 rows > 256"),
+        ({"q_len": 64, "q_heads": 8}, "q_len=64 × 8 query heads per key head = 512 rows > 256"),
         ({"page_size": 16, "head_dim": 64}, "page_size=16 and head_dim=64 are no multiples of 128"),
         ({"page_size": 100, "kv_len": 3200, "kv_heads": 8, "q_heads": 8, "head_dim": 128}, "blocks of 3200 slots"),
         (
@@ -269,6 +269,11 @@ def test_blocks_that_split_registers_or_pages_are_errors(page_size, block, unit)
     request = Request(q_len=1, kv_len=768, head_dim=128, page_size=page_size, mode="decode")
     with pytest.raises(ConfigError, match=f"block_kv={block} of ragged is not a multiple of {unit}"):
         Blocks.of(request, Tiling.of(block_kv=block))
+
+
+def test_a_block_is_no_longer_than_the_keys():
+    request = Request(q_len=1, kv_len=300, head_dim=128, mode="decode")
+    assert Blocks.of(request, Tiling.of(block_kv=2**20)).slots == 384
 
 
 def test_it_has_no_gradient():

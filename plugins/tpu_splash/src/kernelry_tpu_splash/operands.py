@@ -1,13 +1,13 @@
-"""Arrays in the layout of the splash kernels, and back."""
+"""Arrays in the layout of the vendors' kernels, and back; masks as booleans."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from kernelry.plugin import Inputs, Partial, Request
+from kernelry.plugin import Inputs, Partial, Request, Side
 
 MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 """What both vendors put in place of a hidden logit."""
@@ -30,6 +30,20 @@ def scaled(query: jax.Array, request: Request) -> jax.Array:
 def swapped(array: jax.Array) -> jax.Array:
     """Swaps heads and length."""
     return array.swapaxes(1, 2)
+
+
+def visible(inputs: Inputs, request: Request, *, batch: int = 1, q_len: int = 1) -> Bool[Array, "#B #N #T S"]:
+    """Evaluates the whole mask beforehand; batch, heads and T stay 1 where it does not differ by them.
+
+    Args:
+      inputs, request: of the call.
+      batch, q_len: the least of B and T in the result.
+    """
+    query, kv = Side.query(request.q_len, q_heads=request.q_heads), Side.kv(request.kv_len)
+    found: jax.Array = jnp.ones((batch, 1, q_len, request.kv_len), bool)
+    for mask in inputs.mask:
+        found = found & mask.evaluate(query, kv)
+    return found
 
 
 def with_empty_rows(

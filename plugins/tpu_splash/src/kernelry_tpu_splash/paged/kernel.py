@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernelry.errors import ConfigError
-from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, Request, Side, Tiling
+from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, Request, Tiling
+from kernelry_tpu_splash.operands import visible
 from kernelry_tpu_splash.paged import _vendor
 from kernelry_tpu_splash.paged.spec import why_not_combined
 
@@ -29,15 +30,15 @@ class PagedKernel(Kernel):
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope(_SCOPE):
-            visible = _visible(inputs, request)
-            counts = visible.sum(axis=1).astype(jnp.int32)
+            seen = visible(inputs, request, batch=request.batch)[:, 0, 0]
+            counts = seen.sum(axis=1).astype(jnp.int32)
             some = counts > 0
             # The vendors divide by nothing in a row of no slots.
             lengths, table = jnp.maximum(counts, 1), jnp.maximum(inputs.key.table, 0).astype(jnp.int32)
             query = (inputs.query[:, 0].astype(jnp.float32) * request.scale).astype(inputs.query.dtype)
             key, value = _finite(inputs.key), _finite(inputs.value)
             out = _attend(query, key, value, lengths, table, request, tiling)
-            spoiled = (visible & _not_finite(inputs.key, inputs.value)).any(axis=1)
+            spoiled = (seen & _not_finite(inputs.key, inputs.value)).any(axis=1)
             out = jnp.where(spoiled[:, None, None], jnp.nan, out)
             out = jnp.where(some[:, None, None], out, 0).astype(inputs.query.dtype)
             return Partial(out[:, None], dtype=request.dtype)
@@ -85,13 +86,6 @@ def _attend(
         num_queries_per_block=min(rows, 32),
     )
     return out
-
-
-def _visible(inputs: Inputs, request: Request) -> Bool[Array, "B S"]:
-    visible: jax.Array = jnp.ones((request.batch, 1, 1, request.kv_len), bool)
-    for mask in inputs.mask:
-        visible = visible & mask.evaluate(Side.query(1), Side.kv(request.kv_len))
-    return visible[:, 0, 0]
 
 
 def _finite(keys: PagedArray) -> Float[Array, "P page_size K H"]:

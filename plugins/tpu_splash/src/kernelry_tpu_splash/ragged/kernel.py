@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray, Request, Side, Tiling
+from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray, Request, Tiling
+from kernelry_tpu_splash.operands import visible
 from kernelry_tpu_splash.ragged.layout import Blocks
 from kernelry_tpu_splash.ragged.pallas import Facts, Operands, attend
 
@@ -49,17 +50,18 @@ class RaggedKernel(Kernel):
 
 
 def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
-    visible = _visible(inputs, request)
+    seen = visible(inputs, request)
     padded = -(-request.kv_len // blocks.slots) * blocks.slots
-    visible = _lengthened(visible, padded)
-    any_row = jnp.broadcast_to(visible.any(axis=(1, 2)), (request.batch, padded))
+    seen = _lengthened(seen, padded)
+    any_row = jnp.broadcast_to(seen.any(axis=(1, 2)), (request.batch, padded))
     first, end = _bounds(any_row)
     first_block = first // blocks.slots
     table = None
     key, value = inputs.key, inputs.value
     key_scale = value_scale = None
     if isinstance(key, PagedArray):
-        table = _lengthened(jnp.asarray(key.table, jnp.int32), padded // key.page_size, fill=-1)
+        inside = (key.table >= 0) & (key.table < key.pages.shape[0])
+        table = _lengthened(jnp.where(inside, key.table, -1).astype(jnp.int32), padded // key.page_size, fill=-1)
     if request.kv_quantization is not None:
         key_scale, value_scale = (_lengthened(_scale(keys), padded) for keys in (key, value))
     return Operands(
@@ -68,19 +70,11 @@ def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
         blocks.value.turn(_plain(value)),
         key_scale,
         value_scale,
-        _by_group(visible, request).astype(jnp.int32),
+        _by_group(seen, request).astype(jnp.int32),
         first_block,
         jnp.where(end > first, (end + blocks.slots - 1) // blocks.slots - first_block, 0),
         table,
     )
-
-
-def _visible(inputs: Inputs, request: Request) -> Bool[Array, "#B #N #T S"]:
-    query, kv = Side.query(request.q_len, q_heads=request.q_heads), Side.kv(request.kv_len)
-    visible: jax.Array = jnp.ones((1, 1, 1, request.kv_len), bool)
-    for mask in inputs.mask:
-        visible = visible & mask.evaluate(query, kv)
-    return visible
 
 
 def _bounds(seen: Bool[Array, "B S"]) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
@@ -124,13 +118,13 @@ def _grouped(query: Float[Array, "B T N H"], request: Request) -> Float[Array, "
     return split.transpose(0, 2, 1, 3, 4).reshape(batch, request.kv_heads, q_len * request.groups, width)
 
 
-def _by_group(visible: Bool[Array, "#B #N #T S"], request: Request) -> Bool[Array, "#B #K #R S"]:
+def _by_group(seen: Bool[Array, "#B #N #T S"], request: Request) -> Bool[Array, "#B #K #R S"]:
     """Lays a mask out as the rows; what holds for every head and query stays one row."""
-    batch, heads, length, slots = visible.shape
+    batch, heads, length, slots = seen.shape
     if heads == 1 and length == 1:
-        return visible
+        return seen
     length = request.q_len
-    whole = jnp.broadcast_to(visible, (batch, heads, length, slots))
+    whole = jnp.broadcast_to(seen, (batch, heads, length, slots))
     if heads == 1:
         rows = jnp.broadcast_to(whole[:, :, :, None], (batch, 1, length, request.groups, slots))
     else:

@@ -2,7 +2,7 @@
 
 XLA chooses the layout of an array that no program has constrained: the dimension of which least is padded becomes the
 lanes. A kernel that asks for another one has the whole cache copied before it reads a slot, so this one follows.
-Confirmed in tests/aot/test_ragged.py: no copy of keys or values is in the compiled programs.
+Confirmed in tests/aot/test_tpu_ragged.py: no copy of keys or values is in the compiled programs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from kernelry.plugin import Request, Tiling
 from kernelry_tpu_splash.lanes import LANES, SUBLANES
 
 _FLOAT32_BYTES = _INT32_BYTES = 4
+
+MOST_PAGES = 64
+"""Of a block, each an operand of the kernel."""
 
 _MOST_BYTES = 2 * 2**20
 """Of a block of keys and one of values, of which vector memory holds two each beside what is computed from them."""
@@ -98,6 +101,7 @@ class Blocks:
         if slots % unit:
             pages = "" if request.page_size is None else f", which holds whole pages of {request.page_size}"
             raise ConfigError(f"tiling: block_kv={slots} of ragged is not a multiple of {unit}{pages}")
+        slots = min(slots, _padded(request))
         return cls(
             slots,
             _heads_of_block(request.kv_heads, itemsize),
@@ -115,9 +119,9 @@ def block_sizes(request: Request, wanted: tuple[int, ...]) -> tuple[int, ...]:
       wanted: slots.
     """
     unit, itemsize = unit_of(request), _bytes_of_element(request)
-    whole = -(-request.kv_len // unit) * unit
     slot = _heads_of_block(request.kv_heads, itemsize) * (request.head_dim + request.value_dim) * itemsize
-    sizes = (max(unit, min(whole, slots // unit * unit)) for slots in wanted)
+    most = _padded(request) if request.page_size is None else min(_padded(request), MOST_PAGES * request.page_size)
+    sizes = (max(unit, min(most, slots) // unit * unit) for slots in wanted)
     return tuple(dict.fromkeys(size for size in sizes if size * slot <= _MOST_BYTES)) or (unit,)
 
 
@@ -141,6 +145,11 @@ def table_bytes(request: Request) -> int:
 def _bytes_of_element(request: Request) -> int:
     """Of keys and values as they are held."""
     return 1 if request.kv_quantization is not None else int(jnp.dtype(request.dtype).itemsize)
+
+
+def _padded(request: Request) -> int:
+    """S in whole units."""
+    return -(-request.kv_len // unit_of(request)) * unit_of(request)
 
 
 def unit_of(request: Request) -> int:

@@ -21,7 +21,7 @@ from kernelry.plugin import (
     Tolerance,
 )
 from kernelry_tpu_splash.lanes import LANES
-from kernelry_tpu_splash.ragged.layout import block_sizes, table_bytes, unit_of, vector_bytes
+from kernelry_tpu_splash.ragged.layout import MOST_PAGES, block_sizes, table_bytes, unit_of, vector_bytes
 
 _BLOCKS = (512, 256, 128, 1024)
 """Slots; blocks of the search space. Not measured: a TPU reads 2 MiB in the time of several steps of the grid."""
@@ -44,18 +44,23 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
 def _rows(request: Request) -> Iterator[Refusal]:
     rows = request.q_len * request.groups
     if rows > _MOST_ROWS:
-        detail = f"q_len={request.q_len} of {request.groups} query heads a key head are {rows} rows > {_MOST_ROWS}"
+        detail = f"q_len={request.q_len} × {request.groups} query heads per key head = {rows} rows > {_MOST_ROWS}"
         yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "attend to a prompt with mode='prefill'")
 
 
 def _pages(request: Request) -> Iterator[Refusal]:
     if request.page_size is None:
         return
-    for name, width in (("head_dim", request.head_dim), ("value_dim", request.value_dim)):
-        if request.page_size % LANES and width % LANES:
-            # XLA lays such pages out with another dimension last, and would copy all of them.
-            detail = f"page_size={request.page_size} and {name}={width} are no multiples of {LANES}"
-            yield Refusal(RefusalCode.PAGES, detail, f"use pages of {LANES} slots")
+    widths = (("head_dim", request.head_dim), ("value_dim", request.value_dim))
+    narrow = next((f"{name}={width}" for name, width in widths if width % LANES), None)
+    if request.page_size % LANES and narrow is not None:
+        # XLA lays such pages out with another dimension last, and would copy all of them.
+        detail = f"page_size={request.page_size} and {narrow} are no multiples of {LANES}"
+        yield Refusal(RefusalCode.PAGES, detail, f"use pages of {LANES} slots")
+    pages = unit_of(request) // request.page_size
+    if pages > MOST_PAGES:
+        detail = f"page_size={request.page_size} makes a block of {pages} pages > {MOST_PAGES}"
+        yield Refusal(RefusalCode.PAGES, detail, "use larger pages")
     table = table_bytes(request)
     if table > _MOST_TABLE_BYTES:
         detail = f"a table of {table >> 10} KiB of pages > the {_MOST_TABLE_BYTES >> 10} KiB of scalar memory"

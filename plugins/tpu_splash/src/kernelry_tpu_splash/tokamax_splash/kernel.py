@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernelry.plugin import AtomKind, Gradients, Inputs, Kernel, Partial, Request, Side, Tiling
+from kernelry.plugin import AtomKind, Gradients, Inputs, Kernel, Partial, Request, Tiling
 from kernelry_tpu_splash.blocks import LAYOUTS, checked_sizes, one_of
 from kernelry_tpu_splash.computed_masks import ComputedMask, query_positions, segment_rows
-from kernelry_tpu_splash.operands import MASK_VALUE, heads_first, largest, scaled, swapped, with_empty_rows
+from kernelry_tpu_splash.operands import MASK_VALUE, heads_first, largest, scaled, swapped, visible, with_empty_rows
 from kernelry_tpu_splash.tokamax_splash import _vendor
 from kernelry_tpu_splash.tokamax_splash.mask_info import of_booleans, of_columns, of_rows
 
@@ -83,7 +83,9 @@ def _run(one_row: Any, inputs: Inputs, request: Request, tiling: Tiling, statist
     facts = _Facts(request.soft_cap, tiling, statistics, request.interpret and request.target.platform == "cpu")
     query, key, value = heads_first(inputs, request)
     if any(atom.kind is AtomKind.DENSE for atom in request.mask.atoms):
-        return _run_dense(one_row, facts, _visible(inputs, request), request, (query, key, value), more)
+        return _run_dense(
+            one_row, facts, visible(inputs, request, q_len=request.q_len), request, (query, key, value), more
+        )
     kernel, positions = _built(ComputedMask.of(inputs, request), facts), query_positions(inputs, request)
     rows = segment_rows(inputs)
 
@@ -96,27 +98,27 @@ def _run(one_row: Any, inputs: Inputs, request: Request, tiling: Tiling, statist
 def _run_dense(
     one_row: Any,
     facts: _Facts,
-    visible: Bool[Array, "#B #N T S"],
+    seen: Bool[Array, "#B #N T S"],
     request: Request,
     arrays: tuple[jax.Array, jax.Array, jax.Array],
     more: Any,
 ) -> Any:
     """The same under a mask of booleans, which is one for all heads of a row; else each head is a row of its own."""
-    by_head = visible.shape[1] > 1
+    by_head = seen.shape[1] > 1
     if by_head:
         query, key, value = arrays
         key, value = (jnp.repeat(array, request.groups, axis=1) for array in (key, value))
-        visible = jnp.broadcast_to(visible, (request.batch, *visible.shape[1:]))
-        visible, arrays, more = jax.tree.map(_rows_of_heads, (visible, (query, key, value), more))
+        seen = jnp.broadcast_to(seen, (request.batch, *seen.shape[1:]))
+        seen, arrays, more = jax.tree.map(_rows_of_heads, (seen, (query, key, value), more))
 
-    def masked(seen: Any, q: Any, k: Any, v: Any, own: Any) -> Any:
-        return one_row(_dense_kernel(seen[0], facts), q, k, v, None, own)
+    def masked(own_mask: Any, q: Any, k: Any, v: Any, own: Any) -> Any:
+        return one_row(_dense_kernel(own_mask[0], facts), q, k, v, None, own)
 
-    if visible.shape[0] == 1:
-        result = jax.vmap(functools.partial(masked, visible[0]))(*arrays, more)
+    if seen.shape[0] == 1:
+        result = jax.vmap(functools.partial(masked, seen[0]))(*arrays, more)
     else:
         # One row after another: what the kernel is told of its mask cannot be batched.
-        result = jax.lax.map(lambda row: masked(*row), (visible, *arrays, more))
+        result = jax.lax.map(lambda row: masked(*row), (seen, *arrays, more))
     if not by_head:
         return result
     return jax.tree.map(lambda array: array.reshape(request.batch, request.q_heads, *array.shape[2:]), result)
@@ -131,14 +133,6 @@ def _summed(share: Float[Array, "B N S D"], request: Request) -> Float[Array, "B
     """The gradient of keys that were repeated."""
     split = share.astype(jnp.float32).reshape(request.batch, request.kv_heads, request.groups, *share.shape[2:])
     return split.sum(axis=2).astype(share.dtype)
-
-
-def _visible(inputs: Inputs, request: Request) -> Bool[Array, "#B #N T S"]:
-    query, kv = Side.query(request.q_len, q_heads=request.q_heads), Side.kv(request.kv_len)
-    visible: jax.Array = jnp.ones((1, 1, request.q_len, request.kv_len), bool)
-    for mask in inputs.mask:
-        visible = visible & mask.evaluate(query, kv)
-    return visible
 
 
 @final
@@ -193,11 +187,11 @@ def _built(mask: ComputedMask, facts: _Facts) -> _vendor.SplashAttentionKernel:
     return facts.kernel(forward, backward, config, mask.function)
 
 
-def _dense_kernel(visible: Bool[Array, "T S"], facts: _Facts) -> _vendor.SplashAttentionKernel:
-    config = facts.config((visible.shape[0], visible.shape[1]))
+def _dense_kernel(seen: Bool[Array, "T S"], facts: _Facts) -> _vendor.SplashAttentionKernel:
+    config = facts.config((seen.shape[0], seen.shape[1]))
     walks = config.dq_reduction_steps is not None
-    forward = of_booleans(visible, config.block_q, config.block_kv, of_keys=False, walks=True)
-    backward = of_booleans(visible, config.block_q_dkv, config.block_kv_dkv, of_keys=True, walks=walks)
+    forward = of_booleans(seen, config.block_q, config.block_kv, of_keys=False, walks=True)
+    backward = of_booleans(seen, config.block_q_dkv, config.block_kv_dkv, of_keys=True, walks=walks)
     return facts.kernel(forward, backward, config, None)
 
 
