@@ -7,9 +7,9 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tpu_masks import MASKS
 
 import kernelry
 from kernelry import masks
@@ -20,27 +20,6 @@ pytestmark = pytest.mark.aot
 
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
 MORE_TARGETS = ("tpu:v4", "tpu:tpu7x")
-BALANCED = np.r_[0:128, 384:512, 128:384]
-IDS = np.repeat([3, -1, 0, 5], 128)
-
-
-def every_third(query_positions, kv_positions):
-    return (query_positions - kv_positions) % 3 == 0
-
-
-MASKS = {
-    "full": masks.Full(),
-    "causal": masks.Causal(),
-    "window": masks.SlidingWindow(100, 20),
-    "chunked": masks.Chunked(100),
-    "block_causal": masks.BlockCausal(48),
-    "predicate": masks.Causal() & masks.Predicate(every_third),
-    "any_of": masks.SlidingWindow(20) | masks.BlockCausal(128),
-    "not": ~masks.SlidingWindow(20, 20),
-    "offset": masks.Causal().at(query_offset=128),
-    "load_balanced": masks.Causal().at(query_positions=BALANCED, kv_positions=BALANCED),
-    "packed": masks.SlidingWindow(100) & masks.Segments(jnp.asarray(IDS)),
-}
 HEAD_DIMS = ((8, 8), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (512, 512))
 BLOCKS = tuple(name for name, _ in SPLASH.tilings(Request(q_len=512))[0].values if name.startswith("block"))
 

@@ -5,8 +5,8 @@ Compiled, not run: numbers are proven in interpret mode, in tests/plugins/test_t
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from tpu_masks import MASKS
 
 import kernelry
 from kernelry import masks
@@ -16,23 +16,7 @@ from kernelry_tpu_splash.plugin import TOKAMAX_SPLASH
 pytestmark = pytest.mark.aot
 
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
-BALANCED = np.r_[0:128, 384:512, 128:384]
-IDS = np.repeat([3, -1, 0, 5], 128)
-
-
-def every_third(query_positions, kv_positions):
-    return (query_positions - kv_positions) % 3 == 0
-
-
-MASKS = {
-    "full": masks.Full(),
-    "causal": masks.Causal(),
-    "window": masks.SlidingWindow(100, 20),
-    "chunked": masks.Chunked(100),
-    "predicate": masks.Causal() & masks.Predicate(every_third),
-    "any_of": masks.SlidingWindow(20) | masks.BlockCausal(128),
-    "load_balanced": masks.Causal().at(query_positions=BALANCED, kv_positions=BALANCED),
-    "packed": masks.SlidingWindow(100) & masks.Segments(jnp.asarray(IDS)),
+DENSE = {
     "dense": masks.Causal() & masks.Dense(jnp.ones((1, 1, 512, 512), bool)),
     "dense_by_head": masks.Dense(jnp.ones((1, 4, 512, 512), bool)),
 }
@@ -40,9 +24,9 @@ HEAD_DIMS = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (512, 512))
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", MASKS | DENSE)
 def test_every_mask_compiles(target, name, shapes, training, compile_for):
-    found = compile_for(target, training("tokamax_splash", mask=MASKS[name]), shapes())
+    found = compile_for(target, training("tokamax_splash", mask=(MASKS | DENSE)[name]), shapes())
     assert found.ok, found.reason
 
 
@@ -70,7 +54,7 @@ def test_every_tiling_of_the_search_space_compiles(target, shapes, training, com
 def test_every_tunable_compiles(target, tunable, name, shapes, training, compile_for):
     blocks = {"block_kv_dkv": 128, "block_kv_dkv_compute": 128}
     with kernelry.use(tiling={**blocks, **tunable}):
-        found = compile_for(target, training("tokamax_splash", mask=MASKS[name]), shapes())
+        found = compile_for(target, training("tokamax_splash", mask=(MASKS | DENSE)[name]), shapes())
     assert found.ok, found.reason
 
 

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
-from kernelry.plugin import (
-    AtomKind,
-    Capabilities,
-    Dims,
-    Environment,
-    Feature,
-    Gradient,
-    KernelSpec,
-    Mode,
-    Operand,
-    PositionKind,
-    Refusal,
-    RefusalCode,
-    Request,
-    Statistic,
-    Tiling,
-    Tolerance,
-)
+from kernelry.plugin import AtomKind, Environment, Feature, KernelSpec, Operand, Refusal, RefusalCode, Request, Tiling
 from kernelry_tpu_splash.blocks import LAYOUTS, SIZES, largest_divisor, uneven_lengths
-from kernelry_tpu_splash.computed_masks import COMPUTED, SEGMENTS, mask_refusals
+from kernelry_tpu_splash.computed_masks import mask_refusals
+from kernelry_tpu_splash.splash.spec import SPLASH
 
 _BLOCK_NAMES_Q = ("block_q", "block_q_dkv")
 _BLOCK_NAMES_KV = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute")
@@ -76,26 +61,11 @@ def _signature(request: Request) -> tuple[str, ...]:
 
 TOKAMAX_SPLASH = KernelSpec(
     name="tokamax_splash",
-    capabilities=Capabilities(
-        platforms=frozenset({"tpu"}),
-        interpret=True,
-        modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
-        dtypes=frozenset({"float32", "bfloat16"}),
-        head_dims=Dims(maximum=512),
-        split_head_dim=True,
-        grouped_heads=True,
-        unequal_lengths=True,
-        atoms=COMPUTED | SEGMENTS | {AtomKind.ANY_OF, AtomKind.NOT, AtomKind.DENSE},
-        positions=frozenset({PositionKind.OFFSET, PositionKind.STATIC, PositionKind.TRACED}),
-        features=frozenset({Feature.SCALE, Feature.SOFT_CAP, Feature.SINKS, Feature.MAX_LOGITS}),
-        statistics=frozenset({Statistic.LSE}),
-        normalizations=frozenset({"softmax"}),
-        gradient=Gradient.BACKWARD,
-        gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.SINKS}),
-        tolerances=(
-            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
-            Tolerance("bfloat16", 1e-2, 4e-2, "scaled queries, output and gradients are rounded to 8 bits of mantissa"),
-        ),
+    capabilities=dataclasses.replace(
+        SPLASH.capabilities,
+        atoms=SPLASH.capabilities.atoms | {AtomKind.DENSE},
+        features=SPLASH.capabilities.features | {Feature.SINKS, Feature.MAX_LOGITS},
+        gradients=SPLASH.capabilities.gradients | {Operand.SINKS},
     ),
     load="kernelry_tpu_splash.tokamax_splash.kernel:TokamaxSplashKernel",
     refusals=_refusals,
