@@ -5,6 +5,7 @@ Source: tokamax._src.ops.experimental.tpu.splash_attention, tokamax 0.0.12 … 0
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, final
@@ -33,7 +34,7 @@ class TokamaxSplashKernel(Kernel):
         def one_row(kernel: Any, q: Any, k: Any, v: Any, ids: Any, sinks: Any) -> Any:
             return kernel(q, k, v, ids, sinks)
 
-        with jax.named_scope(_SCOPE):
+        with jax.named_scope(_SCOPE), _as_the_vendor_broadcasts():
             wanted = statistics or request.max_logits
             sinks = None
             if inputs.sinks is not None:
@@ -62,12 +63,18 @@ class TokamaxSplashKernel(Kernel):
             residuals = (q, k, v, ids, None, o, total, kernel.dkv_mask_info, *_vendor.MORE_RESIDUALS)
             return _vendor.splash_attention_bwd(**kernel.kwargs, res=residuals, grads=d_o)[2:5]
 
-        with jax.named_scope(_SCOPE):
+        with jax.named_scope(_SCOPE), _as_the_vendor_broadcasts():
             whole = swapped(out), lse, swapped(d_out.astype(inputs.query.dtype))
             d_query, d_key, d_value = _run(one_row, inputs, request, tiling, False, whole)
             if d_key.shape[1] != request.kv_heads:
                 d_key, d_value = (_summed(share, request) for share in (d_key, d_value))
             return Gradients(scaled(swapped(d_query), request), swapped(d_key), swapped(d_value))
+
+
+def _as_the_vendor_broadcasts() -> contextlib.AbstractContextManager[None]:
+    """Segments of different ranks are compared by tokamax 0.0.17, which a program may have forbidden for itself."""
+    allowed: contextlib.AbstractContextManager[None] = jax.numpy_rank_promotion("allow")
+    return allowed
 
 
 def _run(one_row: Any, inputs: Inputs, request: Request, tiling: Tiling, statistics: bool, more: Any) -> Any:
