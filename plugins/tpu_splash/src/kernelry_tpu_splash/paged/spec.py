@@ -87,4 +87,7 @@ PAGED = KernelSpec(
     tilings=_tilings,
     signature=_signature,
     summary="JAX's paged and ragged paged attention for TPUs; one query a row; turns all pages around first",
+    known_failures=(
+        ("serves a plain call", "keys and values must stand in pages, which the kit's plain calls have not"),
+    ),
 )
