@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from kernelry.errors import ConfigError
 from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
 from kernelry_tpu_splash.lanes import LANES
@@ -62,3 +64,9 @@ def one_of(kernel: str, tiling: Tiling, name: str, allowed: tuple[int, ...]) -> 
     if value not in allowed:
         raise ConfigError(f"tiling: {name}={value} of {kernel} is not {' or '.join(map(str, allowed))}")
     return value
+
+
+def narrowest(numbers: np.ndarray) -> np.ndarray:
+    """In the narrowest integers that hold them: they live in the scalar memory, of which there is little."""
+    kinds = (np.int8, np.int16, np.int32)
+    return numbers.astype(next(kind for kind in kinds if numbers.max(initial=0) <= np.iinfo(kind).max))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, Request, Tiling
-from kernelry_tpu_splash.operands import visible
+from kernelry_tpu_splash.operands import scaled, visible
 from kernelry_tpu_splash.paged import _vendor
 from kernelry_tpu_splash.paged.spec import why_not_combined
 
@@ -35,7 +35,7 @@ class PagedKernel(Kernel):
             some = counts > 0
             # The vendors divide by nothing in a row of no slots.
             lengths, table = jnp.maximum(counts, 1), jnp.maximum(inputs.key.table, 0).astype(jnp.int32)
-            query = (inputs.query[:, 0].astype(jnp.float32) * request.scale).astype(inputs.query.dtype)
+            query = scaled(inputs.query, request)[:, 0]
             key, value = _finite(inputs.key), _finite(inputs.value)
             out = _attend(query, key, value, lengths, table, request, tiling)
             spoiled = (seen & _not_finite(inputs.key, inputs.value)).any(axis=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernelry.masks import BlockKind
+from kernelry_tpu_splash.blocks import narrowest
 from kernelry_tpu_splash.splash import _vendor
 
 
@@ -62,15 +63,9 @@ def _next_visited(visited: np.ndarray) -> np.ndarray:
 
 def _info(kinds: np.ndarray, fetched: np.ndarray, q_len: int | None) -> _vendor.MaskInfo:
     return _vendor.MaskInfo(
-        data_next=_smallest(fetched).reshape(1, *fetched.shape),
+        data_next=narrowest(fetched).reshape(1, *fetched.shape),
         mask_next=None,
         block_mask=kinds.astype(np.int8).reshape(1, *kinds.shape),
         partial_mask_blocks=None,
         q_sequence=None if q_len is None else np.arange(q_len, dtype=np.int32),
     )
-
-
-def _smallest(numbers: np.ndarray) -> np.ndarray:
-    """In the narrowest integers that hold them: they live in the scalar memory, of which there is little."""
-    kinds = (np.int8, np.int16, np.int32)
-    return numbers.astype(next(kind for kind in kinds if numbers.max(initial=0) <= np.iinfo(kind).max))

@@ -12,16 +12,14 @@ from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel 
     QKVLayout,
     SplashAttentionKernel,
     SplashConfig,
-)
-from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel import (
-    _splash_attention as _splash_attention,
+    _splash_attention,
 )
 from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel import (
     _splash_attention_bwd as splash_attention_bwd,
 )
 from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-# From 0.0.13 on, or so, a key for dropout stands last among what the backward pass is given; 0.0.12 has none.
+# In 0.0.17 a key for dropout stands last among what the backward pass is given; 0.0.12 has none.
 MORE_RESIDUALS = (None,) if "prng_key" in inspect.signature(_splash_attention).parameters else ()
 
 __all__ = [

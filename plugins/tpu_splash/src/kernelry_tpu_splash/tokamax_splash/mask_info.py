@@ -9,10 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from kernelry.masks import BlockKind
+from kernelry_tpu_splash.blocks import narrowest
 from kernelry_tpu_splash.tokamax_splash import _vendor
-
-_PARTIAL, _FULL = 1, 2
-"""The vendor's words for a block whose mask is to be evaluated, and for one that needs none; 0 is not computed."""
 
 
 def of_rows(kinds: np.ndarray, q_len: int | None) -> _vendor.MaskInfo:
@@ -40,7 +38,7 @@ def of_columns(kinds: np.ndarray, q_len: int | None, *, walks: bool) -> _vendor.
         return _vendor.MaskInfo(*[None] * 7)
     turned = kinds.T.copy()
     if not walks:
-        return _vendor.MaskInfo(None, None, None, _vendor_kinds(turned).reshape(-1), None, None, _slots(q_len))
+        return _vendor.MaskInfo(None, None, None, turned.astype(np.int8).reshape(-1), None, None, _slots(q_len))
     visited = turned != BlockKind.EMPTY
     visited[:, 0] |= ~visited.any(axis=1)
     return _walk(np.argwhere(visited), turned[visited], q_len)
@@ -65,8 +63,8 @@ def of_booleans(
     kinds = (blocks.any(axis=(2, 3)).astype(jnp.int32) + blocks.all(axis=(2, 3))).reshape(-1)
     masks = blocks.reshape(rows * columns, *blocks.shape[2:]).astype(jnp.int8)
     if not of_keys:
-        kinds = jnp.maximum(kinds, _PARTIAL)
-    fetched = jnp.where(kinds == _PARTIAL, jnp.arange(rows * columns, dtype=jnp.int32), 0)
+        kinds = jnp.maximum(kinds, BlockKind.PARTIAL)
+    fetched = jnp.where(kinds == BlockKind.PARTIAL, jnp.arange(rows * columns, dtype=jnp.int32), 0)
     if not walks:
         return _vendor.MaskInfo(fetched, None, None, kinds, None, masks, None)
     places = np.indices(blocks.shape[:2], np.int32).reshape(2, -1)
@@ -74,21 +72,10 @@ def of_booleans(
 
 
 def _walk(places: np.ndarray, kinds: np.ndarray, q_len: int | None) -> _vendor.MaskInfo:
-    rows, columns = (_smallest(axis) for axis in places.T)
+    rows, columns = (narrowest(axis) for axis in places.T)
     count = np.array([len(places)], np.int32)
-    return _vendor.MaskInfo(None, rows, columns, _vendor_kinds(kinds), count, None, _slots(q_len))
-
-
-def _vendor_kinds(kinds: np.ndarray) -> np.ndarray:
-    words = {BlockKind.EMPTY: 0, BlockKind.PARTIAL: _PARTIAL, BlockKind.FULL: _FULL}
-    return np.select([kinds == kind for kind in words], list(words.values())).astype(np.int8)
+    return _vendor.MaskInfo(None, rows, columns, kinds.astype(np.int8), count, None, _slots(q_len))
 
 
 def _slots(q_len: int | None) -> Any:
     return None if q_len is None else np.arange(q_len, dtype=np.int32)
-
-
-def _smallest(numbers: np.ndarray) -> np.ndarray:
-    """In the narrowest integers that hold them: they live in the scalar memory, of which there is little."""
-    kinds = (np.int8, np.int16, np.int32)
-    return numbers.astype(next(kind for kind in kinds if numbers.max(initial=0) <= np.iinfo(kind).max))
