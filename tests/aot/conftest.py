@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 import kernelry
 from kernelry import aot, masks
@@ -34,6 +35,33 @@ def _compile(target, function, arguments, **options):
     return found
 
 
+_EVERYWHERE = PartitionSpec()
+_HEADS = PartitionSpec(None, None, "chip")
+_ROWS = PartitionSpec(None, "chip")
+_OVER = {
+    "heads": ((_HEADS, _HEADS, _HEADS), {"kv_heads": 4}),
+    "queries": ((_ROWS, _EVERYWHERE, _EVERYWHERE), {"length": 2048}),
+}
+
+
+def _over_four_chips(kernel, over):
+    """Compiles value and gradients over heads, or over queries: each chip's stand where its place in the mesh says."""
+    specs, sizes = _OVER[over]
+
+    def part(query, key, value):
+        first = jax.lax.axis_index("chip") * query.shape[1]
+        mask = masks.Causal() if over == "heads" else masks.Causal().at(query_offset=first)
+        return kernelry.attention(query, key, value, mask=mask, kernel=kernel).astype(jnp.float32)
+
+    def loss(query, key, value):
+        placed = {"in_specs": specs, "out_specs": specs[0]}
+        attend = jax.shard_map(part, mesh=jax.sharding.get_abstract_mesh(), check_vma=False, **placed)
+        return attend(query, key, value).sum()
+
+    function = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    return _compile("tpu:v5e:2x2", function, _shapes(**sizes), mesh_shape={"chip": 4}, specs=specs)
+
+
 @pytest.fixture
 def shapes():
     return _shapes
@@ -42,6 +70,11 @@ def shapes():
 @pytest.fixture
 def training():
     return _training
+
+
+@pytest.fixture
+def over_four_chips():
+    return _over_four_chips
 
 
 @pytest.fixture

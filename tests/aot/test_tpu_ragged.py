@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 import kernelry
 from kernelry import masks
@@ -196,3 +197,23 @@ def test_what_is_refused_for_memory_does_not_compile(facts, words, compile_for):
     found = compile_for("tpu:v5e", direct, (query, key, key, lengths, table))
     assert not found.ok
     assert words in str(found.reason)
+
+
+@pytest.mark.parametrize("over", ["heads", "rows"])
+def test_four_chips_compile_and_copy_nothing(over, compile_for):
+    """Heads, or rows of the batch, each chip's own."""
+    spec = PartitionSpec(None, None, "chip") if over == "heads" else PartitionSpec("chip")
+    lengths = PartitionSpec() if over == "heads" else spec
+
+    def step(query, key, value, rows):
+        placed = {"in_specs": (spec, spec, spec, lengths), "out_specs": spec}
+        attend = jax.shard_map(decoded(), mesh=jax.sharding.get_abstract_mesh(), check_vma=False, **placed)
+        return attend(query, key, value, rows)
+
+    specs = (spec, spec, spec, lengths)
+    found = compile_for("tpu:v5e:2x2", step, arguments(), mesh_shape={"chip": 4}, specs=specs)
+    assert found.ok, found.reason
+    text = found.compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    assert "all-gather" not in text
+    assert copies(found, ROWS * SLOTS * 128) == []  # half of what a chip holds

@@ -8,7 +8,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
 from tpu_masks import MASKS
 
 import kernelry
@@ -119,51 +118,13 @@ def test_a_long_sequence_fits_one_chip_and_dense_does_not(shapes, training, comp
     assert str(dense.reason).startswith("Ran out of memory on HBM")
 
 
-def _sharded(spec, mask):
-    """Attention of each device's part, under shard_map."""
-
-    def part(query, key, value):
-        return kernelry.attention(query, key, value, mask=mask, kernel="splash").astype(jnp.float32)
-
-    def loss(query, key, value):
-        specs = {"in_specs": spec, "out_specs": spec[0]}
-        return jax.shard_map(part, mesh=jax.sharding.get_abstract_mesh(), check_vma=False, **specs)(
-            query, key, value
-        ).sum()
-
-    return jax.value_and_grad(loss, argnums=(0, 1, 2))
-
-
-def test_heads_over_four_chips(shapes, compile_for):
-    heads = PartitionSpec(None, None, "chip")
-    function = _sharded((heads, heads, heads), masks.Causal())
-    found = compile_for("tpu:v5e:2x2", function, shapes(kv_heads=4), mesh_shape={"chip": 4}, specs=(heads,) * 3)
+@pytest.mark.parametrize("over", ["heads", "queries"])
+def test_four_chips(over, over_four_chips):
+    found = over_four_chips("splash", over)
     assert found.ok, found.reason
     text = found.compiled.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert "all-gather" not in text
-
-
-def test_queries_over_four_chips(shapes, compile_for):
-    """Each chip's queries stand where its place in the mesh says; keys and values are on every chip."""
-    rows, everywhere = PartitionSpec(None, "chip"), PartitionSpec()
-
-    def part(query, key, value):
-        mask = masks.Causal().at(query_offset=jax.lax.axis_index("chip") * query.shape[1])
-        return kernelry.attention(query, key, value, mask=mask, kernel="splash").astype(jnp.float32)
-
-    def loss(query, key, value):
-        specs = {"in_specs": (rows, everywhere, everywhere), "out_specs": rows}
-        return jax.shard_map(part, mesh=jax.sharding.get_abstract_mesh(), check_vma=False, **specs)(
-            query, key, value
-        ).sum()
-
-    function = jax.value_and_grad(loss, argnums=(0, 1, 2))
-    found = compile_for(
-        "tpu:v5e:2x2", function, shapes(2048), mesh_shape={"chip": 4}, specs=(rows, everywhere, everywhere)
-    )
-    assert found.ok, found.reason
-    assert found.compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -75,3 +75,12 @@ def test_a_long_sequence_fits_one_chip(shapes, training, compile_for):
     found = compile_for("tpu:v5e", training("tokamax_splash"), shapes(131072, heads=8, kv_heads=8))
     assert found.ok, found.reason
     assert sum(found.memory.values()) < 15.75 * 2**30
+
+
+@pytest.mark.parametrize("over", ["heads", "queries"])
+def test_four_chips(over, over_four_chips):
+    found = over_four_chips("tokamax_splash", over)
+    assert found.ok, found.reason
+    text = found.compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2  # forward; dQ, dK and dV in one
+    assert "all-gather" not in text
