@@ -149,12 +149,13 @@ def test_one_scale_for_all_heads_compiles(target, compile_for):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dims", [(128, 128), (512, 512)])
-def test_every_block_of_the_search_space_compiles(target, dims, compile_for):
+@pytest.mark.parametrize(("dims", "dtype"), [((128, 128), "bfloat16"), ((128, 128), "int8"), ((512, 512), "bfloat16")])
+def test_every_block_of_the_search_space_compiles(target, dims, dtype, compile_for):
     facts = {"q_heads": 32, "kv_heads": 8, "head_dim": dims[0], "dtype": "bfloat16", "mode": "decode"}
+    facts |= {"kv_quantization": "int8:head_dim"} if dtype == "int8" else {}
     for tiling in RAGGED.tilings(Request(q_len=1, kv_len=SLOTS, **facts)):
         with kernelry.use(tiling=dict(tiling.values)):
-            found = compile_for(target, decoded(), arguments(dims=dims))
+            found = compile_for(target, decoded(), arguments(dims=dims, dtype=dtype))
         assert found.ok, (tiling, found.reason)
 
 

@@ -119,10 +119,11 @@ def block_sizes(request: Request, wanted: tuple[int, ...]) -> tuple[int, ...]:
       wanted: slots.
     """
     unit, itemsize = unit_of(request), _bytes_of_element(request)
-    slot = _heads_of_block(request.kv_heads, itemsize) * (request.head_dim + request.value_dim) * itemsize
+    slot = 2 * _heads_of_block(request.kv_heads, itemsize) * (request.head_dim + request.value_dim) * itemsize
+    slot += _converted_bytes(request)
     most = _padded(request) if request.page_size is None else min(_padded(request), MOST_PAGES * request.page_size)
     sizes = (max(unit, min(most, slots) // unit * unit) for slots in wanted)
-    return tuple(dict.fromkeys(size for size in sizes if size * slot <= _MOST_BYTES)) or (unit,)
+    return tuple(dict.fromkeys(size for size in sizes if size * slot <= 2 * _MOST_BYTES)) or (unit,)
 
 
 def vector_bytes(request: Request) -> int:
@@ -131,7 +132,8 @@ def vector_bytes(request: Request) -> int:
     heads = _heads_of_block(request.kv_heads, itemsize)
     rows = -(-request.q_len * request.groups // SUBLANES) * SUBLANES
     carried = heads * rows * (request.value_dim + 2 * LANES) * _FLOAT32_BYTES
-    return 2 * unit * heads * (request.head_dim + request.value_dim) * itemsize + 2 * carried
+    held = 2 * heads * (request.head_dim + request.value_dim) * itemsize + _converted_bytes(request)
+    return unit * held + 2 * carried
 
 
 def table_bytes(request: Request) -> int:
@@ -140,6 +142,15 @@ def table_bytes(request: Request) -> int:
         return 0
     rows = -(-request.batch // SUBLANES) * SUBLANES
     return rows * -(-request.kv_len // request.page_size // LANES) * LANES * _INT32_BYTES
+
+
+def _converted_bytes(request: Request) -> int:
+    """Of a slot whose whole numbers become floats before its heads are taken apart."""
+    if request.kv_quantization is None:
+        return 0
+    itemsize, widths = _bytes_of_element(request), (request.head_dim, request.value_dim)
+    turned = sum(width for width in widths if Order.of(request.kv_heads, width, itemsize) is Order.AS_IT_IS)
+    return _heads_of_block(request.kv_heads, itemsize) * turned * int(jnp.dtype(request.dtype).itemsize)
 
 
 def _bytes_of_element(request: Request) -> int:

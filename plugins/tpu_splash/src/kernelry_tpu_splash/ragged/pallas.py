@@ -163,10 +163,12 @@ def _step(*refs: Any, facts: Facts, paged: bool) -> None:
     @pl.when(step < count[row])
     def _attend() -> None:
         absent = None if table is None else _absent(table, row, (first[row] + step) * blocks.pages, blocks)
+        held_keys = _held(keys, blocks.key, query.dtype)
+        held_values = _held(values, blocks.value, query.dtype)
         for head in range(blocks.heads):
             seen = visible[0, min(head, visible.shape[1] - 1)] != 0
             factors = [scale[0, min(head, scale.shape[1] - 1)][None] for scale in scales] or [None, None]
-            key = _head(keys, head, blocks.key, query.dtype)
+            key = _head(held_keys, head, blocks.key, query.dtype)
             logits = _product(query[0, head], key, by_columns=blocks.key.has_slots_last) * facts.scale
             if factors[0] is not None:
                 logits = logits * factors[0]
@@ -185,7 +187,7 @@ def _step(*refs: Any, facts: Facts, paged: bool) -> None:
                 shrink * totals[head][:, :1] + weights.sum(axis=1, keepdims=True), totals.shape[1:]
             )
             maxima[head] = jnp.broadcast_to(now, maxima.shape[1:])
-            value = _head(values, head, blocks.value, query.dtype)
+            value = _head(held_values, head, blocks.value, query.dtype)
             if facts.hides:
                 value = _cleaned(value, seen, blocks.value)
             if factors[1] is not None:
@@ -198,6 +200,16 @@ def _step(*refs: Any, facts: Facts, paged: bool) -> None:
         out[0] = sums[...]
         top[0] = maxima[...]
         total[0] = totals[...]
+
+
+def _held(pages: list[Any], order: Order, dtype: Any) -> list[Any]:
+    """The pages of a block; whole numbers become floats before a head is taken from among others.
+
+    libtpu of jax 0.10 dies of the conversion after it, for v6e.
+    """
+    if order is Order.AS_IT_IS and jnp.issubdtype(pages[0].dtype, jnp.integer):
+        return [page[...].astype(dtype) for page in pages]
+    return pages
 
 
 def _head(pages: list[Any], head: int, order: Order, dtype: Any) -> jax.Array:
