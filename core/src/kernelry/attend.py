@@ -69,7 +69,7 @@ def attend(
       A Partial; with sinks it has no statistics.
     """
     inputs, sinks = varying_alike((inputs, sinks))
-    if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties:
+    if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not _needs_backward(parts[0]):
         return parts[0].forward(inputs[0], statistics=False)
     if any(part.request.gradients and _has_backward(part) for part in parts):
         return _differentiated(parts, statistics, inputs, sinks)
@@ -78,6 +78,11 @@ def attend(
 
 def _has_backward(part: Part) -> bool:
     return part.kernel.capabilities.gradient is Gradient.BACKWARD
+
+
+def _needs_backward(part: Part) -> bool:
+    """Whether the kernel's `forward` alone would lack a derivative that is asked for."""
+    return part.kernel.capabilities.backward_only and bool(part.request.gradients)
 
 
 def _zero_in_empty_rows(partial: Partial) -> Partial:

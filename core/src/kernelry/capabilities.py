@@ -110,6 +110,8 @@ class Capabilities:
       statistics: what it can return in a Partial.
       normalizations: e.g. `softmax`.
       gradient: how it is differentiated.
+      backward_only: whether `forward` has no derivative of its own, so that core differentiates every call by
+        `backward`.
       gradients: the operands it has gradients of.
       lse_cotangent: whether `backward` takes a cotangent of lse.
       empty_rows: whether fully masked rows come out as 0 with lse −inf and zero gradients.
@@ -135,6 +137,7 @@ class Capabilities:
     statistics: frozenset[Statistic] = frozenset()
     normalizations: frozenset[str] = frozenset()
     gradient: Gradient = Gradient.NONE
+    backward_only: bool = False
     gradients: frozenset[Operand] = frozenset()
     lse_cotangent: bool = False
     empty_rows: bool = False

@@ -10,6 +10,7 @@ from kernelry.environment import Environment, Knowledge, Vendor
 from kernelry.hookspecs import CONTRACT, hookimpl
 from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
+from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
 from kernelry.normalization import Normalization, with_sinks
 from kernelry.partial import Partial
 from kernelry.policy import Policy
@@ -24,7 +25,9 @@ __all__ = [
     "Atom",
     "AtomKind",
     "Axis",
+    "BlockGrid",
     "Capabilities",
+    "Decided",
     "Dims",
     "Environment",
     "Extent",
@@ -56,6 +59,7 @@ __all__ = [
     "Tiling",
     "Tolerance",
     "Vendor",
+    "decided_at_run_time",
     "hookimpl",
     "pytree",
     "with_sinks",

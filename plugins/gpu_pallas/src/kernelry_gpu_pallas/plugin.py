@@ -22,6 +22,7 @@ from kernelry.plugin import (
     Tolerance,
     hookimpl,
 )
+from kernelry_gpu_pallas.flash.spec import PALLAS_FLASH
 
 contract = (1, 1)
 
@@ -120,4 +121,4 @@ PALLAS_MHA = KernelSpec(
 @hookimpl
 def kernelry_kernels() -> list[KernelSpec]:
     """The kernels of this plugin."""
-    return [PALLAS_MHA]
+    return [PALLAS_FLASH, PALLAS_MHA]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernelry.plugin import Axis, Mode, Request, Side
+from kernelry.plugin import Axis, BlockGrid, Mode, Request, Side
 
 _ALIGNED = 8
 """Slots: blocks shorter than asked are a multiple of it, so that rows of a block stay aligned to vectors."""
@@ -67,14 +67,19 @@ class Grid:
         )
 
     @property
+    def blocks(self) -> BlockGrid:
+        """The blocks alone."""
+        return BlockGrid(q_len=self.q_len, kv_len=self.kv_len, block_q=self.block_q, block_kv=self.block_kv)
+
+    @property
     def rows(self) -> int:
         """The number of blocks of queries."""
-        return -(-self.q_len // self.block_q)
+        return self.blocks.rows
 
     @property
     def columns(self) -> int:
         """The number of blocks of keys."""
-        return -(-self.kv_len // self.block_kv)
+        return self.blocks.columns
 
     @property
     def batch_steps(self) -> int:

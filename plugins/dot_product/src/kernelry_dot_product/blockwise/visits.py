@@ -18,9 +18,8 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from kernelry.masks import BlockKind
-from kernelry.plugin import Mask
+from kernelry.plugin import Mask, decided_at_run_time
 from kernelry_dot_product.blockwise.grid import Grid
-from kernelry_dot_product.blockwise.ranges import decided_at_run_time
 
 Kinds: TypeAlias = "np.ndarray | jax.Array"
 """[batch steps or 1, blocks of queries, blocks of keys] of BlockKind; NumPy where it is known while tracing."""
@@ -95,7 +94,7 @@ def kinds_of(masks: tuple[Mask, ...], grid: Grid) -> Kinds:
         return np.minimum(kinds, BlockKind.PARTIAL)
     some = full = jnp.ones((1, grid.rows, grid.columns), bool)
     for mask in dynamic:
-        decided = decided_at_run_time(mask, grid)
+        decided = decided_at_run_time(mask, grid.blocks)
         some, full = some & decided.some, full & decided.full
     some, full = _by_step(some, grid, jnp.any), _by_step(full, grid, jnp.all)
     found = jnp.where(some, jnp.where(full, BlockKind.FULL, BlockKind.PARTIAL), BlockKind.EMPTY)

@@ -11,9 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from kernelry.masks import BidirectionalSpans, BlockSelection, Dense, Lengths, Segments
-from kernelry.plugin import Atom, AtomKind, Mask, Side
-from kernelry_dot_product.blockwise.grid import Grid
+from kernelry.masks.base import Mask
+from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.indexed import BidirectionalSpans, Dense, Lengths, Segments
+from kernelry.masks.selection import BlockSelection
+from kernelry.masks.side import Side
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BlockGrid:
+    """Blocks of equal size over the queries and the keys; the last ones go beyond the end.
+
+    Args:
+      q_len, kv_len: T and S.
+      block_q, block_kv: slots of a block.
+    """
+
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_kv: int
+
+    @property
+    def rows(self) -> int:
+        """The number of blocks of queries."""
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def columns(self) -> int:
+        """The number of blocks of keys."""
+        return -(-self.kv_len // self.block_kv)
 
 
 @final
@@ -29,8 +57,8 @@ class Decided:
     full: Bool[Array, "#B rows columns"]
 
 
-def decided_at_run_time(mask: Mask, grid: Grid) -> Decided:
-    """Classifies the blocks of one atom of a conjunction."""
+def decided_at_run_time(mask: Mask, grid: BlockGrid) -> Decided:
+    """Classifies the blocks of one atom of a conjunction from the least and the greatest id or position of each."""
     if isinstance(mask, Segments):
         return _of_ids(mask.query_ids, mask.kv_ids, grid)
     if isinstance(mask, BidirectionalSpans):
@@ -49,12 +77,12 @@ def decided_at_run_time(mask: Mask, grid: Grid) -> Decided:
     return _undecided(grid)
 
 
-def _undecided(grid: Grid) -> Decided:
+def _undecided(grid: BlockGrid) -> Decided:
     shape = (1, grid.rows, grid.columns)
     return Decided(jnp.ones(shape, bool), jnp.zeros(shape, bool))
 
 
-def _of_branches(mask: Mask, grid: Grid) -> Decided:
+def _of_branches(mask: Mask, grid: BlockGrid) -> Decided:
     some = full = jnp.zeros((1, grid.rows, grid.columns), bool)
     for branch in mask.conjuncts()[0].branches:
         every = [decided_at_run_time(conjunct.located_mask, grid) for conjunct in branch]
@@ -65,7 +93,7 @@ def _of_branches(mask: Mask, grid: Grid) -> Decided:
     return Decided(some, full)
 
 
-def _of_ids(query: jax.Array, kv: jax.Array | None, grid: Grid) -> Decided:
+def _of_ids(query: jax.Array, kv: jax.Array | None, grid: BlockGrid) -> Decided:
     """Ranges of ids that do not meet hold nothing; one id on both sides, not negative, holds everything."""
     kv = query if kv is None else kv
     if not (_fits_int32(query) and _fits_int32(kv)):
@@ -91,7 +119,7 @@ def _id_ranges(ids: jax.Array, block: int, blocks: int) -> tuple[jax.Array, jax.
     return low, high, alive.all(axis=2)
 
 
-def _of_lengths(mask: Lengths, grid: Grid) -> Decided:
+def _of_lengths(mask: Lengths, grid: BlockGrid) -> Decided:
     some_k, full_k = _reached(mask.kv_lengths, grid.block_kv, grid.columns, grid.kv_len)
     some, full = some_k[:, None], full_k[:, None]
     if mask.query_lengths is not None:
@@ -100,7 +128,7 @@ def _of_lengths(mask: Lengths, grid: Grid) -> Decided:
     return _decided(some, full, grid)
 
 
-def _decided(some: jax.Array, full: jax.Array, grid: Grid) -> Decided:
+def _decided(some: jax.Array, full: jax.Array, grid: BlockGrid) -> Decided:
     """Lets blocks that are alike along rows or columns stand for all of them."""
     shape = (some.shape[0], grid.rows, grid.columns)
     return Decided(jnp.broadcast_to(some, shape), jnp.broadcast_to(full, shape))
@@ -113,7 +141,7 @@ def _reached(lengths: jax.Array, block: int, blocks: int, end: int) -> tuple[jax
     return starts < column, jnp.minimum(starts + block, end) <= column
 
 
-def _of_array(mask: Dense, grid: Grid) -> Decided:
+def _of_array(mask: Dense, grid: BlockGrid) -> Decided:
     visible = jnp.asarray(mask.visible)
     visible = visible.reshape((1,) * (4 - visible.ndim) + visible.shape)
     for axis, (block, blocks) in ((2, (grid.block_q, grid.rows)), (3, (grid.block_kv, grid.columns))):
@@ -124,14 +152,14 @@ def _of_array(mask: Dense, grid: Grid) -> Decided:
     return _decided(_over_tiles(visible, grid, jnp.any), _over_tiles(visible, grid, jnp.all), grid)
 
 
-def _over_tiles(visible: jax.Array, grid: Grid, reduce: Callable[..., jax.Array]) -> jax.Array:
+def _over_tiles(visible: jax.Array, grid: BlockGrid, reduce: Callable[..., jax.Array]) -> jax.Array:
     rows = (grid.rows, grid.block_q) if visible.shape[2] > 1 else (1, 1)
     columns = (grid.columns, grid.block_kv) if visible.shape[3] > 1 else (1, 1)
     tiles = visible.reshape(*visible.shape[:2], *rows, *columns)
     return reduce(tiles, axis=(1, 3, 5))
 
 
-def _of_selection(mask: Mask, atom: Atom, grid: Grid) -> Decided:
+def _of_selection(mask: Mask, atom: Atom, grid: BlockGrid) -> Decided:
     """A block of keys stands in some of the selection's own blocks; which, is known while tracing."""
     selection = mask.conjuncts()[0].mask
     assert isinstance(selection, BlockSelection)
@@ -157,7 +185,7 @@ def _of_selection(mask: Mask, atom: Atom, grid: Grid) -> Decided:
     return _decided(some, full, grid)
 
 
-def _of_band(mask: Mask, atom: Atom, grid: Grid) -> Decided:
+def _of_band(mask: Mask, atom: Atom, grid: BlockGrid) -> Decided:
     """A band at positions that are known only when the program runs."""
     conjunct = mask.conjuncts()[0]
     query = Side.query(grid.q_len).at(conjunct.query).positions.reshape(-1, grid.q_len)

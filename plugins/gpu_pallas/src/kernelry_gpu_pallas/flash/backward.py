@@ -1,0 +1,222 @@
+"""The backward pass: probabilities recomputed from lse; one kernel for dQ, one for dK and dV. Nothing is added up out of
+order, so that the same call gives the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from kernelry.plugin import BlockGrid, Gradients, Inputs, Request, Tiling
+from kernelry_gpu_pallas.flash.operands import Operands, Sizes, Slots, load, over_runs, pairs, store, visible_in
+from kernelry_gpu_pallas.flash.runs import Runs
+from kernelry_gpu_pallas.flash.tile import LOG2_E, Logits, cleaned
+from kernelry_gpu_pallas.tile_masks import TileMask
+
+
+_ONE_HEAD = np.int32(0)
+"""The place of the one head that a program of the grid goes through."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Whole:
+    """What both kernels read beside the inputs, of the whole attention."""
+
+    d_out: Float[Array, "B T N D"]
+    lse: Float[Array, "B N T"]
+    delta: Float[Array, "B N T"]
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Facts:
+    sizes: Sizes
+    logits: Logits
+    mask: TileMask
+    hides: bool
+    names: tuple[str, ...]
+
+
+def backward(
+    inputs: Inputs,
+    request: Request,
+    tiling: Tiling,
+    out: Float[Array, "B T N D"],
+    lse: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N D"],
+    d_lse: Float[Array, "B N T"] | None,
+) -> Gradients:
+    """Returns this part's share of the gradients; see `Kernel.backward`."""
+    delta = jnp.einsum("BTND,BTND->BNT", out.astype(jnp.float32), d_out.astype(jnp.float32))
+    if d_lse is not None:
+        delta = delta - d_lse
+    whole = _Whole(d_out.astype(inputs.query.dtype), lse * LOG2_E, delta)
+    d_query = _of_queries(inputs, request, tiling, whole)
+    d_key, d_value = _of_keys(inputs, request, tiling, whole)
+    return Gradients(d_query, d_key, d_value)
+
+
+def _of_queries(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) -> jax.Array:
+    sizes = Sizes.of(request, tiling["block_q_dq"], tiling["block_kv_dq"])
+    grid = BlockGrid(q_len=sizes.q_len, kv_len=sizes.kv_len, block_q=sizes.block_q, block_kv=sizes.block_kv)
+    operands, facts = _operands(inputs, request, whole, Runs.of_queries(inputs.mask, grid), sizes)
+    width = pl.next_power_of_2(request.head_dim)
+    found: jax.Array = pl.pallas_call(
+        functools.partial(_query_block, facts=facts),
+        grid=(grid.rows, request.q_heads, request.batch),
+        in_specs=operands.specs,
+        out_specs=pl.BlockSpec((None, sizes.block_q, None, width), lambda i, n, b: (b, i, n, 0)),
+        out_shape=jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),  # type: ignore[no-untyped-call]
+        compiler_params=_compiler_params(tiling),
+        interpret=request.interpret and request.target.platform == "cpu",
+        name="pallas_flash_backward_q",
+    )(*operands.arrays)
+    return found
+
+
+def _of_keys(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) -> tuple[jax.Array, jax.Array]:
+    sizes = Sizes.of(request, tiling["block_q_dkv"], tiling["block_kv_dkv"], by_keys=True)
+    grid = BlockGrid(q_len=sizes.q_len, kv_len=sizes.kv_len, block_q=sizes.block_q, block_kv=sizes.block_kv)
+    operands, facts = _operands(inputs, request, whole, Runs.of_keys(inputs.mask, grid), sizes)
+    widths = (pl.next_power_of_2(width) for width in (request.head_dim, request.value_dim))
+    d_key, d_value = pl.pallas_call(
+        functools.partial(_key_block, facts=facts),
+        grid=(grid.columns, request.kv_heads, request.batch),
+        in_specs=operands.specs,
+        out_specs=tuple(
+            pl.BlockSpec((None, sizes.block_kv, None, width), lambda i, k, b: (b, i, k, 0)) for width in widths
+        ),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct(array.shape, array.dtype)  # type: ignore[no-untyped-call]
+            for array in (inputs.key, inputs.value)
+        ),
+        compiler_params=_compiler_params(tiling),
+        interpret=request.interpret and request.target.platform == "cpu",
+        name="pallas_flash_backward_kv",
+    )(*operands.arrays)
+    return d_key, d_value
+
+
+def _operands(
+    inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes: Sizes
+) -> tuple[Operands, _Facts]:
+    mask = TileMask.of(inputs.mask, request)
+    operands = Operands(sizes)
+    operands.add_inputs(inputs, runs, mask)
+    operands.add_queries("d_out", whole.d_out)
+    operands.add_rows("lse", whole.lse)
+    operands.add_rows("delta", whole.delta)
+    outputs = ("d_key", "d_value") if sizes.by_keys else ("d_query",)
+    hides = request.mask.may_hide_slots(request.q_len, request.kv_len)
+    return operands, _Facts(sizes, Logits.of(request), mask, hides, (*operands.names, *outputs))
+
+
+def _compiler_params(tiling: Tiling) -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(num_warps=tiling["num_warps_backward"], num_stages=tiling["num_stages_backward"])
+
+
+def _query_block(*all_refs: Any, facts: _Facts) -> None:
+    """dQ of one block of queries of one head."""
+    refs, sizes = dict(zip(facts.names, all_refs, strict=True)), facts.sizes
+    query_slots = Slots(pl.program_id(0) * sizes.block_q, sizes.block_q, sizes.q_len)
+    rows = _Rows.read(refs, _ONE_HEAD, query_slots, sizes)
+
+    def visit(masked: bool, column: Any, d_query: jax.Array) -> jax.Array:
+        kv_slots = Slots(column * sizes.block_kv, sizes.block_kv, sizes.kv_len)
+        key = load(refs["key"].at[kv_slots.window, :], kv_slots, sizes.head_dim)
+        value = load(refs["value"].at[kv_slots.window, :], kv_slots, sizes.value_dim)
+        _, d_logits, visible = _tile(facts, refs, _ONE_HEAD, rows, (query_slots, kv_slots), (key, value), masked)
+        if visible is not None and facts.hides:
+            key = cleaned(key, visible)
+        return d_query + facts.logits.product(d_logits.astype(key.dtype), key)
+
+    start = jnp.zeros((sizes.block_q, pl.next_power_of_2(sizes.head_dim)), jnp.float32)
+    store(refs["d_query"], over_runs(refs, visit, start) * facts.logits.scale, query_slots, sizes.head_dim)
+
+
+def _key_block(*all_refs: Any, facts: _Facts) -> None:
+    """dK and dV of one block of keys of one head: the sum over the query heads that read it."""
+    refs, sizes = dict(zip(facts.names, all_refs, strict=True)), facts.sizes
+    kv_slots = Slots(pl.program_id(0) * sizes.block_kv, sizes.block_kv, sizes.kv_len)
+    key = load(refs["key"], kv_slots, sizes.head_dim)
+    value = load(refs["value"], kv_slots, sizes.value_dim)
+
+    def over_head(head: Any, sums: Any) -> Any:
+        def visit(masked: bool, row: Any, sums: Any) -> Any:
+            d_key, d_value = sums
+            query_slots = Slots(row * sizes.block_q, sizes.block_q, sizes.q_len)
+            rows = _Rows.read(refs, head, query_slots, sizes)
+            probability, d_logits, _ = _tile(facts, refs, head, rows, (query_slots, kv_slots), (key, value), masked)
+            d_value = d_value + facts.logits.product(probability.astype(value.dtype), rows.d_out, turn_one=True)
+            d_key = d_key + facts.logits.product(d_logits.astype(key.dtype), rows.query, turn_one=True)
+            return d_key, d_value
+
+        return over_runs(refs, visit, sums)
+
+    start = tuple(
+        jnp.zeros((sizes.block_kv, pl.next_power_of_2(width)), jnp.float32)
+        for width in (sizes.head_dim, sizes.value_dim)
+    )
+    d_key, d_value = jax.lax.fori_loop(0, sizes.heads, over_head, start) if sizes.heads > 1 else over_head(_ONE_HEAD, start)
+    store(refs["d_key"], d_key * facts.logits.scale, kv_slots, sizes.head_dim)
+    store(refs["d_value"], d_value, kv_slots, sizes.value_dim)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """What the backward pass reads of a block of queries; lse in base 2, +inf beyond T, so that nothing comes of it."""
+
+    query: Float[Array, "block_q H"]
+    d_out: Float[Array, "block_q D"]
+    lse: Float[Array, " block_q"]
+    delta: Float[Array, " block_q"]
+
+    @classmethod
+    def read(cls, refs: dict[str, Any], head: Any, slots: Slots, sizes: Sizes) -> _Rows:
+        """Those of a head; a kernel over queries has references to one block of one head alone."""
+
+        def part(name: str) -> Any:
+            if not sizes.by_keys:
+                return refs[name]
+            return refs[name].at[slots.window, head, :] if refs[name].ndim == 3 else refs[name].at[head, slots.window]
+
+        return cls(
+            load(part("query"), slots, sizes.head_dim),
+            load(part("d_out"), slots, sizes.value_dim),
+            load(part("lse"), slots, other=float("inf")),
+            load(part("delta"), slots),
+        )
+
+
+def _tile(
+    facts: _Facts,
+    refs: dict[str, Any],
+    head: Any,
+    rows: _Rows,
+    slots: tuple[Slots, Slots],
+    kv: tuple[jax.Array, jax.Array],
+    masked: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Probabilities of a tile, the cotangents of its logits, and what of it is visible."""
+    key, value = kv
+    bias = pairs(refs["bias"], head, *slots, other=0.0) if "bias" in refs else None
+    logits, slope = facts.logits(rows.query, key, bias)
+    visible = visible_in(facts.mask, refs, head, *slots) if masked else None
+    if visible is not None:
+        logits = jnp.where(visible, logits, -jnp.inf)
+    probability = jnp.exp2(logits - rows.lse[:, None])
+    d_logits = probability * (facts.logits.product(rows.d_out, value, turn_other=True) - rows.delta[:, None])
+    if slope is not None:
+        d_logits = d_logits * slope
+    if visible is not None:
+        d_logits = jnp.where(visible, d_logits, 0.0)
+    return probability, d_logits, visible

@@ -1,0 +1,129 @@
+"""The forward pass: softmax over the blocks of keys as they come, with a running maximum and sum."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from kernelry.plugin import BlockGrid, Inputs, Request, Tiling
+from kernelry_gpu_pallas.flash.operands import (
+    Operands,
+    Sizes,
+    Slots,
+    load,
+    over_runs,
+    pairs,
+    reader,
+    store,
+    visible_in,
+)
+from kernelry_gpu_pallas.flash.runs import Runs
+from kernelry_gpu_pallas.flash.tile import LN_2, LOWEST, Logits, cleaned
+from kernelry_gpu_pallas.tile_masks import TileMask
+
+
+_ONE_HEAD = np.int32(0)
+"""The place of the one head that a program of the grid goes through."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """Attention without sinks: out in the dtype of the query, the others float32, None where not asked for."""
+
+    out: Float[Array, "B T N D"]
+    lse: Float[Array, "B N T"] | None
+    top: Float[Array, "B N T"] | None
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Facts:
+    sizes: Sizes
+    logits: Logits
+    mask: TileMask
+    hides: bool
+    names: tuple[str, ...]
+
+
+def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Result:
+    """Attends; each program of the grid takes one block of queries of one head."""
+    sizes = Sizes.of(request, tiling["block_q"], tiling["block_kv"])
+    grid = BlockGrid(q_len=sizes.q_len, kv_len=sizes.kv_len, block_q=sizes.block_q, block_kv=sizes.block_kv)
+    mask = TileMask.of(inputs.mask, request)
+    operands = Operands(sizes)
+    operands.add_inputs(inputs, Runs.of_queries(inputs.mask, grid), mask)
+    rows = jax.ShapeDtypeStruct((request.batch, request.q_heads, request.q_len), jnp.float32)  # type: ignore[no-untyped-call]
+    out = jax.ShapeDtypeStruct((*inputs.query.shape[:3], request.value_dim), inputs.query.dtype)  # type: ignore[no-untyped-call]
+    wanted = {"out": out}
+    if statistics:
+        wanted["lse"] = rows
+    if request.max_logits:
+        wanted["top"] = rows
+    hides = request.mask.may_hide_slots(request.q_len, request.kv_len)
+    facts = _Facts(sizes, Logits.of(request), mask, hides, (*operands.names, *wanted))
+    width = pl.next_power_of_2(request.value_dim)
+    specs = {
+        "out": pl.BlockSpec((None, sizes.block_q, None, width), lambda i, n, b: (b, i, n, 0)),
+        "lse": pl.BlockSpec((None, None, sizes.block_q), lambda i, n, b: (b, n, i)),
+        "top": pl.BlockSpec((None, None, sizes.block_q), lambda i, n, b: (b, n, i)),
+    }
+    found = pl.pallas_call(
+        functools.partial(_block, facts=facts),
+        grid=(grid.rows, request.q_heads, request.batch),
+        in_specs=operands.specs,
+        out_specs=tuple(specs[name] for name in wanted),
+        out_shape=tuple(wanted.values()),
+        compiler_params=plgpu.CompilerParams(num_warps=tiling["num_warps"], num_stages=tiling["num_stages"]),
+        interpret=request.interpret and request.target.platform == "cpu",
+        name="pallas_flash_forward",
+    )(*operands.arrays)
+    by_name = dict(zip(wanted, found, strict=True))
+    return Result(by_name["out"], by_name.get("lse"), by_name.get("top"))
+
+
+def _block(*all_refs: Any, facts: _Facts) -> None:
+    """One block of queries of one head."""
+    refs, sizes = dict(zip(facts.names, all_refs, strict=True)), facts.sizes
+    query_slots = Slots(pl.program_id(0) * sizes.block_q, sizes.block_q, sizes.q_len)
+    query = load(refs["query"], query_slots, sizes.head_dim)
+
+    def visit(masked: bool, column: Any, running: Any) -> Any:
+        total, top, weight = running
+        kv_slots = Slots(column * sizes.block_kv, sizes.block_kv, sizes.kv_len)
+        key = load(refs["key"].at[kv_slots.window, :], kv_slots, sizes.head_dim)
+        value = load(refs["value"].at[kv_slots.window, :], kv_slots, sizes.value_dim)
+        bias = pairs(refs["bias"], _ONE_HEAD, query_slots, kv_slots, other=0.0) if "bias" in refs else None
+        logits, _ = facts.logits(query, key, bias)
+        visible = visible_in(facts.mask, refs, _ONE_HEAD, query_slots, kv_slots) if masked else None
+        if visible is not None:
+            logits = jnp.where(visible, logits, -jnp.inf)
+            if facts.hides:
+                value = cleaned(value, visible)
+        highest = jnp.maximum(top, logits.max(axis=1))
+        probability = jnp.exp2(logits - highest[:, None])
+        before = jnp.exp2(top - highest)
+        more = facts.logits.product(probability.astype(value.dtype), value)
+        return total * before[:, None] + more, highest, weight * before + probability.sum(axis=1)
+
+    start = (
+        jnp.zeros((sizes.block_q, pl.next_power_of_2(sizes.value_dim)), jnp.float32),
+        jnp.full((sizes.block_q,), LOWEST, jnp.float32),
+        jnp.zeros((sizes.block_q,), jnp.float32),
+    )
+    total, top, weight = over_runs(refs, visit, start)
+    empty = weight == 0
+    divisor = jnp.where(empty, 1.0, weight)
+    store(refs["out"], total / divisor[:, None], query_slots, sizes.value_dim)
+    if "lse" in refs:
+        store(refs["lse"], jnp.where(empty, -jnp.inf, (top + jnp.log2(divisor)) * LN_2), query_slots)
+    if "top" in refs:
+        store(refs["top"], jnp.where(empty, -jnp.inf, top * LN_2), query_slots)

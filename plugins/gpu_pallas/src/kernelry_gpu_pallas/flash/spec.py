@@ -1,0 +1,74 @@
+"""What `pallas_flash` declares."""
+
+from __future__ import annotations
+
+from kernelry.plugin import (
+    AtomKind,
+    Capabilities,
+    Dims,
+    Environment,
+    Feature,
+    Gradient,
+    KernelSpec,
+    Mode,
+    Operand,
+    PositionKind,
+    Refusal,
+    Request,
+    Statistic,
+    Tiling,
+    Tolerance,
+)
+
+
+def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    return ()
+
+
+def _tilings(request: Request) -> tuple[Tiling, ...]:
+    blocks = dict.fromkeys(("block_q", "block_kv"), 64) | dict.fromkeys(
+        ("block_q_dq", "block_kv_dq", "block_q_dkv", "block_kv_dkv"), 32
+    )
+    return (Tiling.of(**blocks, num_warps=4, num_stages=2, num_warps_backward=4, num_stages_backward=2),)
+
+
+def _signature(request: Request) -> tuple[str, ...]:
+    interpreted = request.interpret and request.target.platform == "cpu"
+    return ("kernelry.pallas_flash",) if interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_flash")
+
+
+PALLAS_FLASH = KernelSpec(
+    name="pallas_flash",
+    capabilities=Capabilities(
+        platforms=frozenset({"gpu"}),
+        interpret=True,
+        minimum_generation=(("gpu", 80),),
+        modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
+        dtypes=frozenset({"float16", "bfloat16", "float32"}),
+        head_dims=Dims(minimum=16, maximum=256),
+        split_head_dim=True,
+        grouped_heads=True,
+        unequal_lengths=True,
+        atoms=frozenset(AtomKind) - {AtomKind.BLOCK_SELECTION, AtomKind.CUSTOM},
+        positions=frozenset(PositionKind),
+        features=frozenset({Feature.SCALE, Feature.BIAS, Feature.SOFT_CAP, Feature.PRECISION, Feature.MAX_LOGITS}),
+        statistics=frozenset({Statistic.LSE}),
+        normalizations=frozenset({"softmax"}),
+        gradient=Gradient.BACKWARD,
+        backward_only=True,
+        gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
+        lse_cotangent=True,
+        empty_rows=True,
+        clean_hidden_slots=True,
+        tolerances=(
+            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
+            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities, output and Σ out · d_out have 8 bits of mantissa"),
+            Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
+        ),
+    ),
+    load="kernelry_gpu_pallas.flash.kernel:PallasFlashKernel",
+    refusals=_refusals,
+    tilings=_tilings,
+    signature=_signature,
+    summary="flash attention in Pallas for NVIDIA GPUs: any mask in registers, hidden blocks skipped, any lengths",
+)

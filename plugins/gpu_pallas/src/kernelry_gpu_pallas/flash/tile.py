@@ -1,0 +1,66 @@
+"""The logits of one tile: a block of queries against a block of keys, in base 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float
+
+from kernelry.plugin import Request
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+
+LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
+"""Where a running maximum begins: finite, so that the difference to the −inf of a hidden key is −inf, not NaN."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Logits:
+    """The formula of DESIGN section 3.1, in base 2: exp2 is what the device has.
+
+    Args:
+      scale, soft_cap: of the request.
+      precision: of products of float32, which Triton would otherwise round to 10 bits of mantissa.
+    """
+
+    scale: float
+    soft_cap: float | None
+    precision: Any
+
+    @classmethod
+    def of(cls, request: Request) -> Logits:
+        """Those of a request."""
+        wanted = jax.lax.Precision.HIGHEST if request.precision is None else jax.lax.Precision(request.precision)
+        return cls(request.scale, request.soft_cap, wanted if request.dtype == "float32" else None)
+
+    def product(self, one: jax.Array, other: jax.Array, *, turn_one: bool = False, turn_other: bool = False) -> Any:
+        """one · other, summed in float32; either may be turned around."""
+        return plgpu.dot(one, other, trans_a=turn_one, trans_b=turn_other, precision=self.precision)
+
+    def __call__(
+        self, query: jax.Array, key: jax.Array, bias: jax.Array | None
+    ) -> tuple[Float[Array, "block_q block_kv"], Float[Array, "block_q block_kv"] | None]:
+        """Returns the logits before the mask, times log2(e), and the slope of the soft cap."""
+        found = self.product(query, key, turn_other=True)
+        if self.soft_cap is None and bias is None:
+            return found * (self.scale * LOG2_E), None
+        found = found * self.scale
+        if bias is not None:
+            found = found + bias.astype(jnp.float32)
+        if self.soft_cap is None:
+            return found * LOG2_E, None
+        share = jnp.tanh(found * (1.0 / self.soft_cap))
+        return share * (self.soft_cap * LOG2_E), 1.0 - share * share
+
+
+def cleaned(tile: jax.Array, visible: Bool[Array, "#block_q block_kv"]) -> jax.Array:
+    """Zeroes the keys or values [block_kv, H] that no query of the tile sees: 0 · NaN is NaN."""
+    seen = visible.astype(jnp.int32).max(axis=0) > 0
+    return jnp.where(seen[:, None], tile, jnp.zeros_like(tile))

@@ -1,0 +1,171 @@
+"""Masks that a kernel evaluates in registers, one tile of queries and keys at a time.
+
+A kernel holds no array that is not its operand, so what a mask carries (ids, lengths, traced positions, booleans) is
+taken out of it beforehand and handed to the kernel, which reads the part of each tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from kernelry.masks import BidirectionalSpans, Dense, Lengths, PrefixLM, Segments
+from kernelry.plugin import AtomKind, Axis, Mask, PositionForm, Request, Side
+
+ATOMS = frozenset(AtomKind) - {AtomKind.BLOCK_SELECTION, AtomKind.CUSTOM}
+"""Atoms that can be evaluated so; of predicates those without operands."""
+
+
+@final
+@enum.unique
+class Along(enum.Enum):
+    """What an operand's elements belong to, and so which of them a tile reads."""
+
+    QUERY = "query"
+    KV = "kv"
+    ROW = "row"
+    PAIRS = "pairs"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Operand:
+    """An array out of a mask.
+
+    Args:
+      along: QUERY [B or 1, T], KV [B or 1, S], ROW [B or 1], all int32; PAIRS [B or 1, N or 1, T or 1, S or 1], bool.
+    """
+
+    along: Along
+    array: jax.Array
+
+
+Read: TypeAlias = Callable[[int], Any]
+"""Returns a tile's part of an operand: [block_q], [block_kv], a number, or [block_q or 1, block_kv or 1]."""
+
+_Evaluate: TypeAlias = Callable[[Side, Side, Read], Any]
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class TileMask:
+    """A conjunction of masks; `operands` is what the kernel must be given."""
+
+    operands: tuple[Operand, ...]
+    parts: tuple[_Evaluate, ...]
+
+    @classmethod
+    def of(cls, masks: Sequence[Mask], request: Request) -> TileMask:
+        """Takes the masks apart."""
+        taken = _Taken(request)
+        parts = tuple(taken.conjunction(mask) for mask in masks)
+        return cls(tuple(taken.operands), parts)
+
+    def visible(
+        self, query_slots: jax.Array, kv_slots: jax.Array, read: Read
+    ) -> Bool[Array, "#block_q #block_kv"] | None:
+        """Evaluates the masks for int32 slots [block_q] and [block_kv]; None where nothing is ever hidden."""
+        query = Side(Axis.QUERY, query_slots[:, None], query_slots[:, None], whole=False)
+        kv = Side(Axis.KV, kv_slots[None, :], kv_slots[None, :], whole=False)
+        found = [part(query, kv, read) for part in self.parts]
+        return functools.reduce(operator.and_, found) if found else None
+
+
+@final
+class _Taken:
+    """Takes masks apart; `operands` grows."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.operands: list[Operand] = []
+
+    def conjunction(self, mask: Mask) -> _Evaluate:
+        """All that the mask says."""
+        return self._all(mask.conjuncts())
+
+    def _all(self, conjuncts: Sequence[Any]) -> _Evaluate:
+        parts = [self._atom(conjunct) for conjunct in conjuncts]
+        return lambda query, kv, read: functools.reduce(operator.and_, [part(query, kv, read) for part in parts])
+
+    def _atom(self, conjunct: Any) -> _Evaluate:
+        mask, kind = conjunct.mask, conjunct.atom.kind
+        if kind is AtomKind.ANY_OF:
+            branches = [self._all(branch) for branch in conjunct.branches]
+            return lambda query, kv, read: functools.reduce(operator.or_, [part(query, kv, read) for part in branches])
+        if kind is AtomKind.NOT:
+            hidden = self.conjunction(~mask)
+            return lambda query, kv, read: ~hidden(query, kv, read)
+        if isinstance(mask, Segments):
+            return self._same_ids(mask.query_ids, mask.kv_ids)
+        if isinstance(mask, BidirectionalSpans):
+            return self._same_ids(mask.query_spans, mask.kv_spans)
+        if isinstance(mask, Lengths):
+            return self._lengths(mask)
+        if isinstance(mask, Dense):
+            pairs = jnp.asarray(mask.visible)
+            index = self._take(Along.PAIRS, pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape))
+            return lambda query, kv, read: read(index)
+        return self._positional(mask, conjunct)
+
+    def _positional(self, mask: Mask, conjunct: Any) -> _Evaluate:
+        query_at = self._positions(Along.QUERY, conjunct.query, conjunct.atom.query)
+        kv_at = self._positions(Along.KV, conjunct.kv, conjunct.atom.kv)
+        if isinstance(mask, PrefixLM):
+            index = self._take(Along.ROW, mask.prefix_lengths)
+
+            def causal_after_prefix(query: Side, kv: Side, read: Read) -> Any:
+                query, kv = query_at(query, read), kv_at(kv, read)
+                return (kv.positions < read(index)) | (kv.positions <= query.positions)
+
+            return causal_after_prefix
+        return lambda query, kv, read: mask.evaluate(query_at(query, read), kv_at(kv, read))
+
+    def _positions(self, along: Along, where: Any, form: PositionForm) -> Callable[[Side, Read], Side]:
+        """How a side comes to stand where it should: by arithmetic, or by an operand."""
+        if where is None:
+            return lambda side, read: side
+        if form.is_arithmetic:
+            return lambda side, read: side.at(where)
+        whole = Side.query(self.request.q_len) if along is Along.QUERY else Side.kv(self.request.kv_len)
+        positions = whole.at(where).positions
+        index = self._take(along, positions.reshape(positions.shape[0], -1))
+
+        def placed(side: Side, read: Read) -> Side:
+            return dataclasses.replace(side, positions=read(index).reshape(side.slots.shape))
+
+        return placed
+
+    def _same_ids(self, query_ids: Any, kv_ids: Any) -> _Evaluate:
+        own = self._take(Along.QUERY, query_ids)
+        other = self._take(Along.KV, query_ids if kv_ids is None else kv_ids)
+
+        def same(query: Side, kv: Side, read: Read) -> Any:
+            ids = read(own)[:, None]
+            return (ids == read(other)[None, :]) & (ids >= 0)
+
+        return same
+
+    def _lengths(self, mask: Lengths) -> _Evaluate:
+        end = self._take(Along.ROW, mask.kv_lengths)
+        if mask.query_lengths is None:
+            return lambda query, kv, read: kv.slots < read(end)
+        query_end = self._take(Along.ROW, mask.query_lengths)
+        return lambda query, kv, read: (kv.slots < read(end)) & (query.slots < read(query_end))
+
+    def _take(self, along: Along, array: Any) -> int:
+        """Puts an array among the operands and returns its place."""
+        array = jnp.asarray(array)
+        if along is Along.ROW:
+            array = array.astype(jnp.int32).reshape(-1)
+        elif along is not Along.PAIRS:
+            array = jnp.atleast_2d(array.astype(jnp.int32))
+        self.operands.append(Operand(along, array))
+        return len(self.operands) - 1
