@@ -51,7 +51,18 @@ class Operand:
 Read: TypeAlias = Callable[[int], Any]
 """Returns a tile's part of an operand: [block_q], [block_kv], a number, or [block_q or 1, block_kv or 1]."""
 
-_Evaluate: TypeAlias = Callable[[Side, Side, Read], Any]
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Tile:
+    """A block of queries [block_q, 1] and one of keys [1, block_kv]."""
+
+    query: Side
+    kv: Side
+    read: Read
+
+
+_Evaluate: TypeAlias = Callable[[_Tile], Any]
 
 
 @final
@@ -75,7 +86,8 @@ class TileMask:
         """Evaluates the masks for int32 slots [block_q] and [block_kv]; None where nothing is ever hidden."""
         query = Side(Axis.QUERY, query_slots[:, None], query_slots[:, None], whole=False)
         kv = Side(Axis.KV, kv_slots[None, :], kv_slots[None, :], whole=False)
-        found = [part(query, kv, read) for part in self.parts]
+        tile = _Tile(query, kv, read)
+        found = [part(tile) for part in self.parts]
         return functools.reduce(operator.and_, found) if found else None
 
 
@@ -93,16 +105,16 @@ class _Taken:
 
     def _all(self, conjuncts: Sequence[Any]) -> _Evaluate:
         parts = [self._atom(conjunct) for conjunct in conjuncts]
-        return lambda query, kv, read: functools.reduce(operator.and_, [part(query, kv, read) for part in parts])
+        return lambda tile: functools.reduce(operator.and_, [part(tile) for part in parts])
 
     def _atom(self, conjunct: Any) -> _Evaluate:
         mask, kind = conjunct.mask, conjunct.atom.kind
         if kind is AtomKind.ANY_OF:
             branches = [self._all(branch) for branch in conjunct.branches]
-            return lambda query, kv, read: functools.reduce(operator.or_, [part(query, kv, read) for part in branches])
+            return lambda tile: functools.reduce(operator.or_, [branch(tile) for branch in branches])
         if kind is AtomKind.NOT:
             hidden = self.conjunction(~mask)
-            return lambda query, kv, read: ~hidden(query, kv, read)
+            return lambda tile: ~hidden(tile)
         if isinstance(mask, Segments):
             return self._same_ids(mask.query_ids, mask.kv_ids)
         if isinstance(mask, BidirectionalSpans):
@@ -112,34 +124,39 @@ class _Taken:
         if isinstance(mask, Dense):
             pairs = jnp.asarray(mask.visible)
             index = self._take(Along.PAIRS, pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape))
-            return lambda query, kv, read: read(index)
+            return lambda tile: tile.read(index)
         return self._positional(mask, conjunct)
 
     def _positional(self, mask: Mask, conjunct: Any) -> _Evaluate:
         query_at = self._positions(Along.QUERY, conjunct.query, conjunct.atom.query)
         kv_at = self._positions(Along.KV, conjunct.kv, conjunct.atom.kv)
-        if isinstance(mask, PrefixLM):
-            index = self._take(Along.ROW, mask.prefix_lengths)
+        if not isinstance(mask, PrefixLM):
+            return lambda tile: mask.evaluate(query_at(tile), kv_at(tile))
+        index = self._take(Along.ROW, mask.prefix_lengths)
 
-            def causal_after_prefix(query: Side, kv: Side, read: Read) -> Any:
-                query, kv = query_at(query, read), kv_at(kv, read)
-                return (kv.positions < read(index)) | (kv.positions <= query.positions)
+        def after_prefix(tile: _Tile) -> Any:
+            kv = kv_at(tile).positions
+            return (kv < tile.read(index)) | (kv <= query_at(tile).positions)
 
-            return causal_after_prefix
-        return lambda query, kv, read: mask.evaluate(query_at(query, read), kv_at(kv, read))
+        return after_prefix
 
-    def _positions(self, along: Along, where: Any, form: PositionForm) -> Callable[[Side, Read], Side]:
+    def _positions(self, along: Along, where: Any, form: PositionForm) -> Callable[[_Tile], Side]:
         """How a side comes to stand where it should: by arithmetic, or by an operand."""
+
+        def side_of(tile: _Tile) -> Side:
+            return tile.query if along is Along.QUERY else tile.kv
+
         if where is None:
-            return lambda side, read: side
+            return side_of
         if form.is_arithmetic:
-            return lambda side, read: side.at(where)
+            return lambda tile: side_of(tile).at(where)
         whole = Side.query(self.request.q_len) if along is Along.QUERY else Side.kv(self.request.kv_len)
         positions = whole.at(where).positions
         index = self._take(along, positions.reshape(positions.shape[0], -1))
 
-        def placed(side: Side, read: Read) -> Side:
-            return dataclasses.replace(side, positions=read(index).reshape(side.slots.shape))
+        def placed(tile: _Tile) -> Side:
+            side = side_of(tile)
+            return dataclasses.replace(side, positions=tile.read(index).reshape(side.slots.shape))
 
         return placed
 
@@ -147,18 +164,18 @@ class _Taken:
         own = self._take(Along.QUERY, query_ids)
         other = self._take(Along.KV, query_ids if kv_ids is None else kv_ids)
 
-        def same(query: Side, kv: Side, read: Read) -> Any:
-            ids = read(own)[:, None]
-            return (ids == read(other)[None, :]) & (ids >= 0)
+        def same(tile: _Tile) -> Any:
+            ids = tile.read(own)[:, None]
+            return (ids == tile.read(other)[None, :]) & (ids >= 0)
 
         return same
 
     def _lengths(self, mask: Lengths) -> _Evaluate:
         end = self._take(Along.ROW, mask.kv_lengths)
         if mask.query_lengths is None:
-            return lambda query, kv, read: kv.slots < read(end)
+            return lambda tile: tile.kv.slots < tile.read(end)
         query_end = self._take(Along.ROW, mask.query_lengths)
-        return lambda query, kv, read: (kv.slots < read(end)) & (query.slots < read(query_end))
+        return lambda tile: (tile.kv.slots < tile.read(end)) & (tile.query.slots < tile.read(query_end))
 
     def _take(self, along: Along, array: Any) -> int:
         """Puts an array among the operands and returns its place."""

@@ -1,5 +1,7 @@
-"""The backward pass: probabilities recomputed from lse; one kernel for dQ, one for dK and dV. Nothing is added up out of
-order, so that the same call gives the same bits."""
+"""The backward pass: probabilities recomputed from lse; one kernel for dQ, one for dK and dV.
+
+Nothing is added up out of order, so that the same call gives the same bits.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from kernelry.plugin import BlockGrid, Gradients, Inputs, Request, Tiling
-from kernelry_gpu_pallas.flash.operands import Operands, Sizes, Slots, load, over_runs, pairs, store, visible_in
+from kernelry_gpu_pallas.flash.operands import At, Operands, Sizes, Slots, load, over_runs, pairs, store, visible_in
 from kernelry_gpu_pallas.flash.runs import Runs
 from kernelry_gpu_pallas.flash.tile import LOG2_E, Logits, cleaned
 from kernelry_gpu_pallas.tile_masks import TileMask
-
 
 _ONE_HEAD = np.int32(0)
 """The place of the one head that a program of the grid goes through."""
@@ -73,7 +74,7 @@ def _of_queries(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole)
         functools.partial(_query_block, facts=facts),
         grid=(grid.rows, request.q_heads, request.batch),
         in_specs=operands.specs,
-        out_specs=pl.BlockSpec((None, sizes.block_q, None, width), lambda i, n, b: (b, i, n, 0)),
+        out_specs=operands.spec((None, sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST)),
         out_shape=jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),  # type: ignore[no-untyped-call]
         compiler_params=_compiler_params(tiling),
         interpret=request.interpret and request.target.platform == "cpu",
@@ -92,7 +93,8 @@ def _of_keys(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) ->
         grid=(grid.columns, request.kv_heads, request.batch),
         in_specs=operands.specs,
         out_specs=tuple(
-            pl.BlockSpec((None, sizes.block_kv, None, width), lambda i, k, b: (b, i, k, 0)) for width in widths
+            operands.spec((None, sizes.block_kv, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST))
+            for width in widths
         ),
         out_shape=tuple(
             jax.ShapeDtypeStruct(array.shape, array.dtype)  # type: ignore[no-untyped-call]
@@ -105,9 +107,7 @@ def _of_keys(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) ->
     return d_key, d_value
 
 
-def _operands(
-    inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes: Sizes
-) -> tuple[Operands, _Facts]:
+def _operands(inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes: Sizes) -> tuple[Operands, _Facts]:
     mask = TileMask.of(inputs.mask, request)
     operands = Operands(sizes)
     operands.add_inputs(inputs, runs, mask)
@@ -124,12 +124,12 @@ def _compiler_params(tiling: Tiling) -> plgpu.CompilerParams:
 
 
 def _query_block(*all_refs: Any, facts: _Facts) -> None:
-    """dQ of one block of queries of one head."""
+    """Computes dQ of one block of queries of one head."""
     refs, sizes = dict(zip(facts.names, all_refs, strict=True)), facts.sizes
     query_slots = Slots(pl.program_id(0) * sizes.block_q, sizes.block_q, sizes.q_len)
     rows = _Rows.read(refs, _ONE_HEAD, query_slots, sizes)
 
-    def visit(masked: bool, column: Any, d_query: jax.Array) -> jax.Array:
+    def visit(masked: bool, column: Any, d_query: Any) -> Any:
         kv_slots = Slots(column * sizes.block_kv, sizes.block_kv, sizes.kv_len)
         key = load(refs["key"].at[kv_slots.window, :], kv_slots, sizes.head_dim)
         value = load(refs["value"].at[kv_slots.window, :], kv_slots, sizes.value_dim)
@@ -143,7 +143,7 @@ def _query_block(*all_refs: Any, facts: _Facts) -> None:
 
 
 def _key_block(*all_refs: Any, facts: _Facts) -> None:
-    """dK and dV of one block of keys of one head: the sum over the query heads that read it."""
+    """Computes dK and dV of one block of keys of one head: the sum over the query heads that read it."""
     refs, sizes = dict(zip(facts.names, all_refs, strict=True)), facts.sizes
     kv_slots = Slots(pl.program_id(0) * sizes.block_kv, sizes.block_kv, sizes.kv_len)
     key = load(refs["key"], kv_slots, sizes.head_dim)
@@ -165,7 +165,9 @@ def _key_block(*all_refs: Any, facts: _Facts) -> None:
         jnp.zeros((sizes.block_kv, pl.next_power_of_2(width)), jnp.float32)
         for width in (sizes.head_dim, sizes.value_dim)
     )
-    d_key, d_value = jax.lax.fori_loop(0, sizes.heads, over_head, start) if sizes.heads > 1 else over_head(_ONE_HEAD, start)
+    d_key, d_value = (
+        jax.lax.fori_loop(0, sizes.heads, over_head, start) if sizes.heads > 1 else over_head(_ONE_HEAD, start)
+    )
     store(refs["d_key"], d_key * facts.logits.scale, kv_slots, sizes.head_dim)
     store(refs["d_value"], d_value, kv_slots, sizes.value_dim)
 

@@ -15,20 +15,19 @@ from jaxtyping import Array, Float
 
 from kernelry.plugin import BlockGrid, Inputs, Request, Tiling
 from kernelry_gpu_pallas.flash.operands import (
+    At,
     Operands,
     Sizes,
     Slots,
     load,
     over_runs,
     pairs,
-    reader,
     store,
     visible_in,
 )
 from kernelry_gpu_pallas.flash.runs import Runs
 from kernelry_gpu_pallas.flash.tile import LN_2, LOWEST, Logits, cleaned
 from kernelry_gpu_pallas.tile_masks import TileMask
-
 
 _ONE_HEAD = np.int32(0)
 """The place of the one head that a program of the grid goes through."""
@@ -72,9 +71,9 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
     facts = _Facts(sizes, Logits.of(request), mask, hides, (*operands.names, *wanted))
     width = pl.next_power_of_2(request.value_dim)
     specs = {
-        "out": pl.BlockSpec((None, sizes.block_q, None, width), lambda i, n, b: (b, i, n, 0)),
-        "lse": pl.BlockSpec((None, None, sizes.block_q), lambda i, n, b: (b, n, i)),
-        "top": pl.BlockSpec((None, None, sizes.block_q), lambda i, n, b: (b, n, i)),
+        "out": operands.spec((None, sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST)),
+        "lse": operands.spec((None, None, sizes.block_q), (At.ROW, At.HEAD, At.BLOCK)),
+        "top": operands.spec((None, None, sizes.block_q), (At.ROW, At.HEAD, At.BLOCK)),
     }
     found = pl.pallas_call(
         functools.partial(_block, facts=facts),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
 from kernelry_gpu_pallas.flash.backward import backward
 from kernelry_gpu_pallas.flash.forward import forward
+from kernelry_gpu_pallas.flash.tilings import check
 
 _SCOPE = "kernelry.pallas_flash"
 
@@ -22,6 +23,7 @@ class PallasFlashKernel(Kernel):
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope(_SCOPE):
+            check(request, tiling)
             result = forward(inputs, request, tiling, statistics=statistics)
             max_logits = None if result.top is None else result.top.max(axis=2)
             return Partial(result.out, lse=result.lse, max_logits=max_logits, dtype=request.dtype)

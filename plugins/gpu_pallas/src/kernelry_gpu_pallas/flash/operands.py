@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,16 @@ from kernelry.plugin import Inputs, Request
 from kernelry_gpu_pallas.flash.runs import Runs
 from kernelry_gpu_pallas.tile_masks import Along, Operand, Read, TileMask
 
-Place: TypeAlias = Callable[..., tuple[Any, ...]]
-"""Maps the indices of the grid (block, head, batch row) to those of a block of an operand."""
+
+@final
+class At(enum.Enum):
+    """Which of an operand's blocks a program of the grid sees, in one dimension."""
+
+    FIRST = "the only one"
+    BLOCK = "its own block of queries, or of keys"
+    HEAD = "its query head, or its key/value head where it takes a block of keys"
+    KV_HEAD = "the key/value head of its query head"
+    ROW = "its row of the batch"
 
 
 @final
@@ -70,53 +79,57 @@ class Operands:
         self.arrays: list[jax.Array] = []
         self.specs: list[pl.BlockSpec] = []
 
-    def add(self, name: str, array: jax.Array, block: tuple[int | None, ...], place: Place) -> None:
+    def add(self, name: str, array: jax.Array, block: tuple[int | None, ...], place: tuple[At, ...]) -> None:
         """Adds an array."""
         self.names.append(name)
         self.arrays.append(array)
-        self.specs.append(pl.BlockSpec(block, place))
+        self.specs.append(self.spec(block, place))
+
+    def spec(self, block: tuple[int | None, ...], place: tuple[At, ...]) -> pl.BlockSpec:
+        """Blocks of an array, and which of them a program of the grid sees."""
+
+        def index(block: Any, head: Any, row: Any) -> tuple[Any, ...]:
+            places = {At.FIRST: 0, At.BLOCK: block, At.HEAD: head, At.ROW: row}
+            return tuple(head // self.sizes.groups if at is At.KV_HEAD else places[at] for at in place)
+
+        return pl.BlockSpec(block, index)
 
     def add_queries(self, name: str, array: jax.Array) -> None:
         """[B, T, N, H]: a block of one head, or all of a group's heads."""
         width = pl.next_power_of_2(array.shape[3])
         if self.sizes.by_keys:
-            self.add(name, array, (None, array.shape[1], self.sizes.heads, width), lambda i, k, b: (b, 0, k, 0))
+            block = (None, array.shape[1], self.sizes.heads, width)
+            self.add(name, array, block, (At.ROW, At.FIRST, At.HEAD, At.FIRST))
         else:
-            self.add(name, array, (None, self.sizes.block_q, None, width), lambda i, n, b: (b, i, n, 0))
+            self.add(name, array, (None, self.sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST))
 
     def add_rows(self, name: str, array: jax.Array) -> None:
         """[B, N, T]: a block of one head, or all of a group's heads."""
         if self.sizes.by_keys:
-            self.add(name, array, (None, self.sizes.heads, array.shape[2]), lambda i, k, b: (b, k, 0))
+            self.add(name, array, (None, self.sizes.heads, array.shape[2]), (At.ROW, At.HEAD, At.FIRST))
         else:
-            self.add(name, array, (None, None, self.sizes.block_q), lambda i, n, b: (b, n, i))
+            self.add(name, array, (None, None, self.sizes.block_q), (At.ROW, At.HEAD, At.BLOCK))
 
     def add_keys(self, name: str, array: jax.Array) -> None:
         """[B, S, K, H]: a block, or all slots of the head that the query head reads."""
         width = pl.next_power_of_2(array.shape[3])
-        groups = self.sizes.groups
         if self.sizes.by_keys:
-            self.add(name, array, (None, self.sizes.block_kv, None, width), lambda i, k, b: (b, i, k, 0))
+            self.add(name, array, (None, self.sizes.block_kv, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST))
         else:
-            self.add(name, array, (None, array.shape[1], None, width), lambda i, n, b: (b, 0, n // groups, 0))
+            self.add(name, array, (None, array.shape[1], None, width), (At.ROW, At.FIRST, At.KV_HEAD, At.FIRST))
 
     def add_pairs(self, name: str, array: jax.Array) -> None:
         """[B or 1, N or 1, T or 1, S or 1]: all of a head, or of a group's heads."""
-        rows, heads = array.shape[0] > 1, array.shape[1] > 1
-        block = (None, self.sizes.heads if heads else 1, *array.shape[2:])
-        self.add(name, array, block, lambda i, h, b: (b if rows else 0, h if heads else 0, 0, 0))
+        row, head = _own(array, 0, At.ROW), _own(array, 1, At.HEAD)
+        heads = 1 if head is At.FIRST else self.sizes.heads
+        self.add(name, array, (None, heads, *array.shape[2:]), (row, head, At.FIRST, At.FIRST))
 
     def add_runs(self, runs: Runs) -> None:
         """The runs of the block that a program of the grid stands for."""
         for name, table in (("full", runs.full), ("partial", runs.partial)):
-            rows = table.shape[0] > 1
             if table.shape[2]:
-                self.add(
-                    name,
-                    table,
-                    (None, None, *table.shape[2:]),
-                    lambda i, h, b, rows=rows: (b if rows else 0, i, 0, 0),
-                )
+                place = (_own(table, 0, At.ROW), At.BLOCK, At.FIRST, At.FIRST)
+                self.add(name, table, (None, None, *table.shape[2:]), place)
 
     def add_mask(self, mask: TileMask) -> None:
         """What a mask carries."""
@@ -124,13 +137,13 @@ class Operands:
             self._add_mask_operand(f"mask{index}", operand)
 
     def _add_mask_operand(self, name: str, operand: Operand) -> None:
-        rows = operand.array.shape[0] > 1
+        array, row = operand.array, _own(operand.array, 0, At.ROW)
         if operand.along is Along.PAIRS:
-            self.add_pairs(name, operand.array)
+            self.add_pairs(name, array)
         elif operand.along is Along.ROW:
-            self.add(name, operand.array, (1,), lambda i, h, b: (b if rows else 0,))
+            self.add(name, array, (1,), (row,))
         else:
-            self.add(name, operand.array, (None, operand.array.shape[1]), lambda i, h, b: (b if rows else 0, 0))
+            self.add(name, array, (None, array.shape[1]), (row, At.FIRST))
 
     def add_inputs(self, inputs: Inputs, runs: Runs, mask: TileMask) -> None:
         """What every kernel reads."""
@@ -141,6 +154,11 @@ class Operands:
             self.add_pairs("bias", inputs.bias)
         self.add_runs(runs)
         self.add_mask(mask)
+
+
+def _own(array: jax.Array, axis: int, place: At) -> At:
+    """The place of what belongs to each; what all share has one block."""
+    return place if array.shape[axis] > 1 else At.FIRST
 
 
 @final
@@ -161,7 +179,8 @@ class Slots:
     @property
     def numbers(self) -> jax.Array:
         """int32 [block]."""
-        return self.start + jnp.arange(self.block, dtype=jnp.int32)
+        found: jax.Array = self.start + jnp.arange(self.block, dtype=jnp.int32)
+        return found
 
     @property
     def window(self) -> Any:
@@ -174,7 +193,7 @@ class Slots:
         return None if self.length % self.block == 0 else self.numbers < self.length
 
 
-def load(ref: Any, slots: Slots | None = None, width: int | None = None, *, other: float = 0.0) -> jax.Array:
+def load(ref: Any, slots: Slots | None = None, width: int | None = None, *, other: float = 0.0) -> Any:
     """Reads a tile, with `other` where the array has nothing: slots beyond its end, or columns beyond its width."""
     inside = None if slots is None else slots.inside
     if width is not None and width < ref.shape[-1]:
@@ -184,9 +203,7 @@ def load(ref: Any, slots: Slots | None = None, width: int | None = None, *, othe
         inside = inside[:, None]
     if inside is None:
         return ref[...]
-    inside = jnp.broadcast_to(inside, ref.shape)
-    found: jax.Array = plgpu.load(ref, mask=inside, other=other)
-    return found
+    return plgpu.load(ref, mask=jnp.broadcast_to(inside, ref.shape), other=other)
 
 
 def store(ref: Any, tile: jax.Array, slots: Slots, width: int | None = None) -> None:
@@ -204,7 +221,7 @@ def store(ref: Any, tile: jax.Array, slots: Slots, width: int | None = None) -> 
         plgpu.store(ref, tile, mask=jnp.broadcast_to(inside, tile.shape))
 
 
-def pairs(ref: Any, head: Any, query: Slots, kv: Slots, *, other: Any) -> jax.Array:
+def pairs(ref: Any, head: Any, query: Slots, kv: Slots, *, other: Any) -> Any:
     """A tile's part of an operand of pairs, [block_q or 1, block_kv or 1]."""
     _, q_len, kv_len = ref.shape
     rows = query if q_len > 1 else Slots(0, 1, 1)

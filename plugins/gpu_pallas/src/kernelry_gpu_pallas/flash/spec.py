@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from kernelry.plugin import (
-    AtomKind,
     Capabilities,
     Dims,
-    Environment,
     Feature,
     Gradient,
     KernelSpec,
     Mode,
     Operand,
     PositionKind,
-    Refusal,
     Request,
     Statistic,
-    Tiling,
     Tolerance,
 )
-
-
-def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return ()
-
-
-def _tilings(request: Request) -> tuple[Tiling, ...]:
-    blocks = dict.fromkeys(("block_q", "block_kv"), 64) | dict.fromkeys(
-        ("block_q_dq", "block_kv_dq", "block_q_dkv", "block_kv_dkv"), 32
-    )
-    return (Tiling.of(**blocks, num_warps=4, num_stages=2, num_warps_backward=4, num_stages_backward=2),)
+from kernelry_gpu_pallas.flash.tilings import search_space
+from kernelry_gpu_pallas.tile_masks import ATOMS
 
 
 def _signature(request: Request) -> tuple[str, ...]:
@@ -49,7 +36,7 @@ PALLAS_FLASH = KernelSpec(
         split_head_dim=True,
         grouped_heads=True,
         unequal_lengths=True,
-        atoms=frozenset(AtomKind) - {AtomKind.BLOCK_SELECTION, AtomKind.CUSTOM},
+        atoms=ATOMS,
         positions=frozenset(PositionKind),
         features=frozenset({Feature.SCALE, Feature.BIAS, Feature.SOFT_CAP, Feature.PRECISION, Feature.MAX_LOGITS}),
         statistics=frozenset({Statistic.LSE}),
@@ -67,8 +54,7 @@ PALLAS_FLASH = KernelSpec(
         ),
     ),
     load="kernelry_gpu_pallas.flash.kernel:PallasFlashKernel",
-    refusals=_refusals,
-    tilings=_tilings,
+    tilings=search_space,
     signature=_signature,
     summary="flash attention in Pallas for NVIDIA GPUs: any mask in registers, hidden blocks skipped, any lengths",
 )

@@ -1,0 +1,107 @@
+"""Blocks and other tunables of `pallas_flash`, and what is wrong with some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from kernelry.errors import ConfigError
+from kernelry.plugin import Request, Tiling
+from kernelry_gpu_pallas.flash.shared_memory import available, needs
+
+_SMALLEST_BLOCK = 16
+"""Elements; the smallest side of a Triton matrix product."""
+
+_FORWARD = ((128, 64), (128, 128), (64, 64), (128, 32), (64, 32), (32, 32), (16, 16))
+"""Elements; block_q and block_kv of the search space, the default first where it fits."""
+
+_BACKWARD = ((128, 32), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
+"""Elements; of the tile that stays and the tile that comes and goes."""
+
+_STAGES = (3, 2, 1)
+
+_WIDE = 128
+"""Elements; from this head dim on eight warps share what four would have to spill."""
+
+
+def search_space(request: Request) -> tuple[Tiling, ...]:
+    """Tilings that fit the shared memory of the request's device, the best guess first. None of them is measured."""
+    forward = _first_fits(request, [_of_forward(request, *blocks, stages) for blocks in _FORWARD for stages in _STAGES])
+    backward = _first_fits(
+        request, [_of_backward(request, *blocks, stages) for blocks in _BACKWARD for stages in _STAGES]
+    )
+    best = {**forward[0], **backward[0]}
+    every = [{**best, **part} for part in (*forward, *backward)]
+    return tuple(dict.fromkeys(Tiling.of(**values) for values in (best, *every)))
+
+
+def _first_fits(request: Request, candidates: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Of the candidates that fit, for each pair of blocks the one with most stages; at least one."""
+    smallest = {**_of_forward(request, 16, 16, 1), **_of_backward(request, 16, 16, 1)}
+    found: dict[tuple[int, ...], dict[str, int]] = {}
+    for values in candidates:
+        blocks = tuple(size for name, size in values.items() if name.startswith("block"))
+        if blocks not in found and _fits(request, {**smallest, **values}):
+            found[blocks] = values
+    return list(found.values()) or candidates[-1:]
+
+
+def _fits(request: Request, values: Mapping[str, int]) -> bool:
+    return all(need.most <= available(request) for need in needs(request, values).values())
+
+
+def _of_forward(request: Request, block_q: int, block_kv: int, stages: int) -> dict[str, int]:
+    return {
+        "block_q": _within(block_q, request.q_len),
+        "block_kv": _within(block_kv, request.kv_len),
+        "num_warps": _warps(request, block_q),
+        "num_stages": stages,
+    }
+
+
+def _of_backward(request: Request, stay: int, move: int, stages: int) -> dict[str, int]:
+    return {
+        "block_q_dq": _within(stay, request.q_len),
+        "block_kv_dq": _within(move, request.kv_len),
+        "block_q_dkv": _within(move, request.q_len),
+        "block_kv_dkv": _within(stay, request.kv_len),
+        "num_warps_backward": _warps(request, stay),
+        "num_stages_backward": stages,
+    }
+
+
+def _warps(request: Request, block: int) -> int:
+    return 8 if block >= 128 and max(request.head_dim, request.value_dim) >= _WIDE else 4
+
+
+def _within(block: int, length: int) -> int:
+    """A block no longer than its length needs: a power of two, at least 16."""
+    return max(_SMALLEST_BLOCK, min(block, 1 << max(0, length - 1).bit_length()))
+
+
+def check(request: Request, tiling: Tiling) -> None:
+    """Raises where a tiling cannot be compiled.
+
+    Raises:
+      ConfigError: a block or a number of warps is no power of two, a block is smaller than 16, or the blocks take more
+        shared memory than the device has.
+    """
+    values = dict(tiling.values)
+    for problem in _problems(request, values):
+        raise ConfigError(f"tiling: {problem}")
+
+
+def _problems(request: Request, values: Mapping[str, int]) -> Iterator[str]:
+    for name, value in values.items():
+        if not name.startswith("num_stages") and value & (value - 1):
+            yield f"{name}={value} of pallas_flash is no power of two; Triton has no other tiles"
+        if name.startswith("block") and value < _SMALLEST_BLOCK:
+            yield f"{name}={value} of pallas_flash < {_SMALLEST_BLOCK}, the smallest side of a product"
+    if request.interpret and request.target.platform == "cpu":
+        return
+    for end, need in needs(request, values).items():
+        if need.least > available(request):
+            blocks = f"block_q{end}={values[f'block_q{end}']}, block_kv{end}={values[f'block_kv{end}']}"
+            yield (
+                f"{blocks} of pallas_flash take at least {need.least} bytes of shared memory > {available(request)} "
+                f"of {request.target}; set smaller blocks or fewer stages"
+            )
