@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, final
 
 import jax
@@ -18,10 +18,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from kernelry.masks import BidirectionalSpans, Dense, Lengths, PrefixLM, Segments
-from kernelry.plugin import AtomKind, Axis, Mask, PositionForm, Request, Side
+from kernelry.plugin import AtomKind, Axis, Mask, MaskForm, PositionForm, Refusal, RefusalCode, Request, Side
 
 ATOMS = frozenset(AtomKind) - {AtomKind.BLOCK_SELECTION, AtomKind.CUSTOM}
 """Atoms that can be evaluated so; of predicates those without operands."""
+
+
+def mask_refusals(form: MaskForm) -> Iterator[Refusal]:
+    """Atoms that only look as if they could be evaluated so: predicates that are handed arrays."""
+    for atom in form.atoms:
+        if atom.kind is AtomKind.PREDICATE and "operands" in atom.params:
+            yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
+        for inside in atom.params:
+            if isinstance(inside, MaskForm):
+                yield from mask_refusals(inside)
 
 
 @final

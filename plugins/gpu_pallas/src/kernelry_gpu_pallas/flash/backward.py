@@ -43,6 +43,7 @@ class _Facts:
     logits: Logits
     mask: TileMask
     hides: bool
+    empties: bool
     names: tuple[str, ...]
 
 
@@ -116,7 +117,8 @@ def _operands(inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes
     operands.add_rows("delta", whole.delta)
     outputs = ("d_key", "d_value") if sizes.by_keys else ("d_query",)
     hides = request.mask.may_hide_slots(request.q_len, request.kv_len)
-    return operands, _Facts(sizes, Logits.of(request), mask, hides, (*operands.names, *outputs))
+    empties = request.mask.may_have_empty_rows(request.q_len, request.kv_len)
+    return operands, _Facts(sizes, Logits.of(request), mask, hides, empties, (*operands.names, *outputs))
 
 
 def _compiler_params(tiling: Tiling) -> plgpu.CompilerParams:
@@ -156,7 +158,8 @@ def _key_block(*all_refs: Any, facts: _Facts) -> None:
             rows = _Rows.read(refs, head, query_slots, sizes)
             probability, d_logits, _ = _tile(facts, refs, head, rows, (query_slots, kv_slots), (key, value), masked)
             d_value = d_value + facts.logits.product(probability.astype(value.dtype), rows.d_out, turn_one=True)
-            d_key = d_key + facts.logits.product(d_logits.astype(key.dtype), rows.query, turn_one=True)
+            query = rows.alive if masked and facts.empties else rows.query
+            d_key = d_key + facts.logits.product(d_logits.astype(key.dtype), query, turn_one=True)
             return d_key, d_value
 
         return over_runs(refs, visit, sums)
@@ -181,6 +184,11 @@ class _Rows:
     d_out: Float[Array, "block_q D"]
     lse: Float[Array, " block_q"]
     delta: Float[Array, " block_q"]
+
+    @property
+    def alive(self) -> jax.Array:
+        """The queries that see a key, the others 0: what they hold must not reach a product."""
+        return jnp.where(jnp.isposinf(self.lse)[:, None], jnp.zeros_like(self.query), self.query)
 
     @classmethod
     def read(cls, refs: dict[str, Any], head: Any, slots: Slots, sizes: Sizes) -> _Rows:

@@ -1,7 +1,7 @@
 """How much shared memory the kernels take, so that a tiling that cannot fit is refused before anything is compiled.
 
-The formulas follow what the Triton compilers of jax 0.10 and 0.12 ask for: tiles that stay are held once, tiles that come
-and go once per stage of the pipeline of loads. What lies between `least` and `most` is left to the compiler.
+The formulas follow what the Triton compilers of jax 0.10 and 0.12 ask for: tiles that stay are held once, tiles that
+come and go once per stage of the pipeline of loads. What lies between `least` and `most` is left to the compiler.
 """
 
 from __future__ import annotations

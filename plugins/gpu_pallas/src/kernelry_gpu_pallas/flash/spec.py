@@ -5,18 +5,24 @@ from __future__ import annotations
 from kernelry.plugin import (
     Capabilities,
     Dims,
+    Environment,
     Feature,
     Gradient,
     KernelSpec,
     Mode,
     Operand,
     PositionKind,
+    Refusal,
     Request,
     Statistic,
     Tolerance,
 )
 from kernelry_gpu_pallas.flash.tilings import search_space
-from kernelry_gpu_pallas.tile_masks import ATOMS
+from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
+
+
+def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    return tuple(mask_refusals(request.mask))
 
 
 def _signature(request: Request) -> tuple[str, ...]:
@@ -54,6 +60,7 @@ PALLAS_FLASH = KernelSpec(
         ),
     ),
     load="kernelry_gpu_pallas.flash.kernel:PallasFlashKernel",
+    refusals=_refusals,
     tilings=search_space,
     signature=_signature,
     summary="flash attention in Pallas for NVIDIA GPUs: any mask in registers, hidden blocks skipped, any lengths",
