@@ -75,6 +75,10 @@ def test_the_roofline_is_the_longer_of_the_two():
             "Ran out of memory on HBM, the total memory required for HLO temporaries (785.51G) exceeds available HBM "
             "(15.75G); shorten the sequence, shard it, or choose a kernel that keeps no T×S logits",
         ),
+        (
+            "INTERNAL: RET_CHECK failure\nShared memory size limit exceeded: requested 327680, available 232448",
+            "Shared memory size limit exceeded: requested 327680, available 232448; set smaller blocks",
+        ),
         ("INTERNAL: heading:\n  the  reason\nmore", "the reason"),
         ("", "ValueError"),
     ],
@@ -98,7 +102,15 @@ def test_without_the_compiler_the_error_says_what_to_install(monkeypatch):
         aot.topology_of("tpu:v5e:9x9")
 
 
-@pytest.mark.parametrize("target", ["cpu", "gpu:h100", "tpu"])
-def test_targets_without_a_compiler_are_errors(target):
-    with pytest.raises(ConfigError, match="tpu:"):
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("cpu", "compiled ahead of time for tpu:kind and gpu:kind, e.g. tpu:v5e:2x2 or gpu:h100"),
+        ("tpu", "names no kind of TPU to compile for; known: .*tpu:v5e"),
+        ("gpu", "names no kind of GPU to compile for; known: .*gpu:h100"),
+        ("gpu:l40s", r"'gpu:l40s' names no kind of GPU to compile for.* \(gpu:a100, gpu:h100, gpu:h200, gpu:b200\)"),
+    ],
+)
+def test_targets_without_a_compiler_are_errors(target, words):
+    with pytest.raises(ConfigError, match=words):
         aot.topology_of(target)

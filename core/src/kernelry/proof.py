@@ -29,10 +29,23 @@ def missing(signature: tuple[str, ...], program: Any) -> tuple[str, ...]:
       program: what `jax.jit(f).lower(...)` or `.compile()` returned.
     """
     text = _text(program)
-    targets = set(_TARGETS.findall(text))
+    targets = _targets(text)
     called = [part for part in signature if part in targets]
     scopes = {scope for name in _NAMES.findall(text) for scope in _scopes(name, anything=bool(called))}
     return tuple(part for part in signature if part not in targets and part not in scopes)
+
+
+def custom_calls(program: Any) -> frozenset[str]:
+    """Returns the targets of a program's custom calls: what it leaves to libraries and to kernels.
+
+    Args:
+      program: as for `missing`.
+    """
+    return _targets(_text(program))
+
+
+def _targets(text: str) -> frozenset[str]:
+    return frozenset(_TARGETS.findall(text))
 
 
 def _scopes(name: str, *, anything: bool) -> Iterator[str]:

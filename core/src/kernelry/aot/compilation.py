@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from kernelry.aot.outcome import Outcome, asked_of_device, left_to_device
 from kernelry.aot.reasons import Reason
 from kernelry.aot.topology import topology_of
 from kernelry.errors import ConfigError, KernelryError
@@ -29,7 +30,8 @@ class Compilation:
       seconds: tracing, lowering and compiling.
       memory: bytes per device: arguments, outputs, temporaries; empty where it did not compile.
       compiled: the compiled program, `jax.stages.Compiled`; None where it did not compile.
-      reason: why not; None where it did.
+      reason: why not; None where nothing says so.
+      unchecked: what of it only a device can compile; empty where there is nothing.
     """
 
     target: Target
@@ -37,11 +39,19 @@ class Compilation:
     memory: dict[str, int]
     compiled: Any
     reason: Reason | None = None
+    unchecked: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Whether it compiled, as far as that can be said without a device."""
+        if self.reason is not None:
+            return Outcome.FAILED
+        return Outcome.UNCHECKED if self.unchecked else Outcome.OK
 
     @property
     def ok(self) -> bool:
-        """Whether it compiled."""
-        return self.reason is None
+        """Whether it compiled, all of it."""
+        return self.outcome is Outcome.OK
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data, without the program."""
@@ -49,7 +59,9 @@ class Compilation:
         return {
             "target": str(self.target),
             "ok": self.ok,
+            "outcome": str(self.outcome),
             "reason": reason,
+            "unchecked": self.unchecked,
             "seconds": self.seconds,
             "memory": self.memory,
         }
@@ -65,14 +77,15 @@ def compile_for(
     """Compiles a function for a target that need not be here, with the vendor's compiler.
 
     Args:
-      target: e.g. `tpu:v5e:2x2`. kernelry resolves for it while the function is traced.
+      target: e.g. `tpu:v5e:2x2` or `gpu:h100:4`. kernelry resolves for it while the function is traced.
       function: what is compiled; it is jitted here.
       *arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s: only shapes and dtypes matter.
       mesh_shape: axis names and sizes of a mesh over the target's first devices; None is one device.
       specs: a PartitionSpec per argument, a tree prefix; None replicates.
 
     Returns:
-      The compilation; a program that cannot be lowered or compiled is no exception, but has a reason.
+      The compilation; a program that cannot be lowered or compiled is no exception, but has a reason,
+      and one that calls cuDNN says that it was not checked.
 
     Raises:
       ConfigError: no such target, its compiler is not installed, or it has fewer devices than the mesh.
@@ -82,15 +95,17 @@ def compile_for(
     mesh = _mesh(where, mesh_shape or {"device": 1})
     placed = _placed(mesh, arguments, PartitionSpec() if specs is None else specs)  # type: ignore[no-untyped-call]
     start = time.perf_counter()
-    compiled, reason = None, None
+    compiled, reason, unchecked = None, None, ""
     try:
         with use(target=where), use_abstract_mesh(mesh.abstract_mesh):
             compiled = jax.jit(function).lower(*placed).compile()
+        unchecked = left_to_device(compiled)
     except KernelryError:
         raise
     except Exception as error:  # vendors' compilers raise exceptions of many classes
-        reason = Reason.of(error)
-    return Compilation(where, time.perf_counter() - start, _memory(compiled), compiled, reason)
+        unchecked = asked_of_device(error)
+        reason = None if unchecked else Reason.of(error)
+    return Compilation(where, time.perf_counter() - start, _memory(compiled), compiled, reason, unchecked)
 
 
 def _mesh(target: Target, shape: dict[str, int]) -> Mesh:

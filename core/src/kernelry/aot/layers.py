@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernelry.aot.compilation import Compilation, compile_for
+from kernelry.aot.outcome import Outcome
 from kernelry.aot.work import Work
 from kernelry.api import attention
 from kernelry.errors import KernelryError
@@ -40,9 +41,16 @@ class LayerReport:
     missing: str = ""
 
     @property
-    def ok(self) -> bool:
+    def outcome(self) -> Outcome:
         """Whether the phase has a kernel that compiles and is in the program."""
-        return self.compilation is not None and self.compilation.ok and not self.missing
+        if self.compilation is None or self.missing:
+            return Outcome.FAILED
+        return self.compilation.outcome
+
+    @property
+    def ok(self) -> bool:
+        """Whether all of it was checked, and holds."""
+        return self.outcome is Outcome.OK
 
     @property
     def verdict(self) -> str:
@@ -52,7 +60,8 @@ class LayerReport:
             return f"no kernel serves it ({'; '.join(reasons) or 'none is installed'})"
         reason, plan = self.compilation.reason, self.resolution.plan
         if reason is None:
-            return self.missing or "ok"
+            left = self.compilation.unchecked
+            return self.missing or (f"not checked without a device: {left}" if left else "ok")
         return str(reason if plan is None else reason.about(plan.kernel.name, dict(plan.tiling.values)))
 
     def to_json(self) -> dict[str, Any]:
@@ -60,6 +69,7 @@ class LayerReport:
         return {
             "mode": self.resolution.request.mode.value,
             "ok": self.ok,
+            "outcome": str(self.outcome),
             "verdict": self.verdict,
             "resolution": self.resolution.to_json(),
             "compilation": None if self.compilation is None else self.compilation.to_json(),
@@ -78,7 +88,7 @@ def check_layers(
 
     Args:
       config, shape: as for `resolve_phases`.
-      target: e.g. `tpu:v5e:2x2`. The call is compiled for one of its devices.
+      target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices.
       tell: told the name of each phase before it is compiled.
 
     Raises:
@@ -101,7 +111,7 @@ def _report(config: AttentionConfig, call: Call) -> LayerReport:
     with use(policy=config.policy):
         compilation = compile_for(call.request.target, _program(call), *_arguments(call))
     missing = ""
-    if compilation.ok:
+    if compilation.compiled is not None:
         try:
             resolution.verify(compilation.compiled)
         except KernelryError as error:

@@ -48,6 +48,7 @@ class Reason:
 
 _SMALLER = "set smaller blocks"
 _KNOWN = (
+    (r"Shared memory size limit exceeded: requested \d+, available \d+", _SMALLER),
     (r"Scoped allocation with size [^ ]+ and limit [^ ]+ exceeded scoped vmem limit by [\d.]+\w?", _SMALLER),
     (r"Ran out of memory in memory space vmem[^\n]*", _SMALLER),
     (r"Ran out of memory in memory space smem[^\n]*", "set larger blocks: the table of blocks fills the scalar memory"),
