@@ -1,4 +1,4 @@
-"""What the tests of compiled programs share. They need libtpu, of which `make test-aot` makes an environment."""
+"""What the tests of compiled programs share. They need compilers, of which `make test-aot` makes an environment."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ _OVER = {
 }
 
 
-def _over_four_chips(kernel, over):
+def _over_four_chips(kernel, over, target="tpu:v5e:2x2"):
     """Compiles value and gradients over heads, or over queries: each chip's stand where its place in the mesh says."""
     specs, sizes = _OVER[over]
 
@@ -59,7 +59,7 @@ def _over_four_chips(kernel, over):
         return attend(query, key, value).sum()
 
     function = jax.value_and_grad(loss, argnums=(0, 1, 2))
-    return _compile("tpu:v5e:2x2", function, _shapes(**sizes), mesh_shape={"chip": 4}, specs=specs)
+    return _compile(target, function, _shapes(**sizes), mesh_shape={"chip": 4}, specs=specs)
 
 
 @pytest.fixture

@@ -76,8 +76,8 @@ def test_the_roofline_is_the_longer_of_the_two():
             "(15.75G); shorten the sequence, shard it, or choose a kernel that keeps no T×S logits",
         ),
         (
-            "INTERNAL: RET_CHECK failure\nShared memory size limit exceeded: requested 327680, available 232448",
-            "Shared memory size limit exceeded: requested 327680, available 232448; set smaller blocks",
+            "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 327680, available: 232448, context: []",
+            "Shared memory size limit exceeded: requested 327680, available: 232448; set smaller blocks",
         ),
         ("INTERNAL: heading:\n  the  reason\nmore", "the reason"),
         ("", "ValueError"),

@@ -109,3 +109,10 @@ def test_what_is_left_to_a_device_is_neither_ok_nor_a_failure(facts, outcome):
     assert str(found.outcome) == outcome
     assert found.ok == (outcome == "ok")
     assert found.to_json()["outcome"] == outcome
+
+
+def test_more_memory_than_there_is_has_a_reason():
+    assert str(Reason.of_memory(770 * 2**30, 79 * 2**30)) == (
+        "the program wants 770.0 GiB for arguments, outputs and temporaries, of 79.0 GiB; "
+        "shorten the sequence, shard it, or choose a kernel that keeps no T×S logits"
+    )

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from kernelry.aot.gpus import GPUS
 from kernelry.aot.outcome import Outcome, asked_of_device, left_to_device
 from kernelry.aot.reasons import Reason
 from kernelry.aot.topology import topology_of
@@ -29,8 +30,8 @@ class Compilation:
       target: what it was compiled for.
       seconds: tracing, lowering and compiling.
       memory: bytes per device: arguments, outputs, temporaries; empty where it did not compile.
-      compiled: the compiled program, `jax.stages.Compiled`; None where it did not compile.
-      reason: why not; None where nothing says so.
+      compiled: the compiled program, `jax.stages.Compiled`; None where there is none.
+      reason: why it does not compile, or does not fit; None where it does, as far as anything was checked.
       unchecked: what of it only a device can compile; empty where there is nothing.
     """
 
@@ -99,7 +100,7 @@ def compile_for(
     try:
         with use(target=where), use_abstract_mesh(mesh.abstract_mesh):
             compiled = jax.jit(function).lower(*placed).compile()
-        unchecked = left_to_device(compiled)
+        unchecked, reason = left_to_device(compiled), _too_large(where, _memory(compiled))
     except KernelryError:
         raise
     except Exception as error:  # vendors' compilers raise exceptions of many classes
@@ -111,7 +112,10 @@ def compile_for(
 def _mesh(target: Target, shape: dict[str, int]) -> Mesh:
     devices, wanted = topology_of(target), math.prod(shape.values())
     if wanted > len(devices):
-        raise ConfigError(f"target {str(target)!r} has {len(devices)} devices; a mesh of {shape} needs {wanted}.")
+        raise ConfigError(
+            f"target {str(target)!r} has {len(devices)} of the {wanted} devices that a mesh of {shape} needs; "
+            "name more, e.g. tpu:v5e:4x4 or gpu:h100:8."
+        )
     return Mesh(np.array(devices[:wanted]).reshape(tuple(shape.values())), tuple(shape))
 
 
@@ -125,6 +129,14 @@ def _placed(mesh: Mesh, arguments: Any, specs: Any) -> Any:
         return jax.tree.map(placed, tree)
 
     return jax.tree.map(described, specs, arguments, is_leaf=lambda node: isinstance(node, PartitionSpec))
+
+
+def _too_large(target: Target, memory: dict[str, int]) -> Reason | None:
+    """Whether the program fits into the memory of a GPU: XLA's compiler for GPUs does not say; libtpu does."""
+    if target.kind not in GPUS:
+        return None
+    wanted, available = sum(memory.values()), GPUS[target.kind].memory
+    return Reason.of_memory(wanted, available) if wanted > available else None
 
 
 def _memory(compiled: Any) -> dict[str, int]:

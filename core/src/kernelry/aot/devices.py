@@ -31,7 +31,7 @@ FIGURES: dict[str, Figures] = {
     "h200": Figures(989.4e12, 4800e9),
     "b200": Figures(2250e12, 7672.32e9),
 }
-"""Source of the TPUs: Google Cloud's TPU documentation, one page per version. The compiler describes a v4 and a TPU7x chip
-as two devices, each with half of what the chip has, and the others as one. Source of the GPUs: NVIDIA's data sheets of the
-SXM modules (B200: of HGX B200, by eight) for FLOP/s, halved where they count structured sparsity; for bandwidth what XLA
+"""Source of the TPUs: Google Cloud's TPU documentation, one page per version. The compiler describes a v4 and a TPU7x
+chip as two devices, each with half of what the chip has, and the others as one. Source of the GPUs: for FLOP/s NVIDIA's
+data sheets of the SXM modules (of HGX B200, an eighth), halved where they count sparse matrices; for bandwidth what XLA
 says of the same modules (see `gpus`)."""

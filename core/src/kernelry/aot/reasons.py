@@ -37,6 +37,12 @@ class Reason:
         return Reason(self.text, f"{_SMALLER}, e.g. [attention.tilings] {kernel} = {{ {', '.join(blocks)} }}")
 
     @classmethod
+    def of_memory(cls, wanted: int, available: int) -> Reason:
+        """Says that a program wants more bytes than the device has, where its compiler does not."""
+        sizes = f"{wanted / _GIB:.1f} GiB for arguments, outputs and temporaries, of {available / _GIB:.1f} GiB"
+        return cls(f"the program wants {sizes}", _LESS_MEMORY)
+
+    @classmethod
     def of(cls, error: Exception) -> Reason:
         """Finds the line that says it, and what helps."""
         words = str(error)
@@ -47,14 +53,15 @@ class Reason:
 
 
 _SMALLER = "set smaller blocks"
+_LESS_MEMORY = "shorten the sequence, shard it, or choose a kernel that keeps no T×S logits"
 _KNOWN = (
-    (r"Shared memory size limit exceeded: requested \d+, available \d+", _SMALLER),
+    (r"Shared memory size limit exceeded: requested \d+, available:? \d+", _SMALLER),
     (r"Scoped allocation with size [^ ]+ and limit [^ ]+ exceeded scoped vmem limit by [\d.]+\w?", _SMALLER),
     (r"Ran out of memory in memory space vmem[^\n]*", _SMALLER),
     (r"Ran out of memory in memory space smem[^\n]*", "set larger blocks: the table of blocks fills the scalar memory"),
     (
         r"Ran out of memory (?:on HBM|in memory space hbm)[^\n]*",
-        "shorten the sequence, shard it, or choose a kernel that keeps no T×S logits",
+        _LESS_MEMORY,
     ),
     (r"Invalid vector type for load", "the compiler has no such vectors: choose float32 or bfloat16"),
 )
@@ -71,5 +78,6 @@ def _one_line(text: str) -> str:
     return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 1] + "…"
 
 
+_GIB = 2**30
 _LONGEST = 240
 """Characters of a reason."""
