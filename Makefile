@@ -15,7 +15,8 @@ TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "optax>=0.2.
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
-.PHONY: demo serve test test-slow test-install test-fuzz test-maxtext test-aot conformance lint format benchmark benchmark-decode \
+.PHONY: demo serve test test-slow test-install test-fuzz test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
+	conformance lint format benchmark benchmark-decode \
 	benchmark-peers wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
@@ -67,14 +68,23 @@ test-maxtext:
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
 	.venv-maxtext/bin/python -m pytest -n 2 tests/parity tests/core/test_from_maxtext.py $(ARGS)
 
-# The real TPU compiler, and no TPU: about 1.5 GB in an environment of its own.
+# The real compilers of TPUs and GPUs, and neither of these: about 3 GB in an environment of their own.
 AOT_VENV ?= .venv-aot
+AOT_TESTS = $(AOT_VENV)/bin/python -m pytest -n 2 -m aot
 
-test-aot:
+aot-environment:
 	$(PYTHON) -m venv $(AOT_VENV)
-	$(AOT_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all,aot-tpu]" -e ./plugins/dot_product \
-		-e "./plugins/tpu_splash[tokamax]" $(TEST_NEEDS)
-	$(AOT_VENV)/bin/python -m pytest -n 2 -m aot tests/aot $(ARGS)
+	$(AOT_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all,aot-tpu,aot-gpu]" -e ./plugins/dot_product \
+		-e "./plugins/tpu_splash[tokamax]" -e ./plugins/gpu_pallas -e ./plugins/cudnn_te $(TEST_NEEDS)
+
+test-aot: aot-environment
+	$(AOT_TESTS) tests/aot $(ARGS)
+
+test-aot-tpu: aot-environment
+	$(AOT_TESTS) tests/aot/test_tpu_*.py $(ARGS)
+
+test-aot-gpu: aot-environment
+	$(AOT_TESTS) tests/aot/test_gpu_*.py $(ARGS)
 
 lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .

@@ -43,8 +43,7 @@ def test_every_tiling_of_the_search_space_compiles(target, shapes, training, com
 
 
 def test_adapters_compile_around_it(shapes, training, compile_for):
-    mask = masks.Causal() & masks.Lengths(jnp.asarray([300]))
-    found = compile_for("gpu:h100", training("pallas_mha", mask=mask, sinks=jnp.zeros(4)), shapes(500))
+    found = compile_for("gpu:h100", training("pallas_mha", sinks=jnp.zeros(4)), shapes(500))
     assert found.ok, found.reason
 
 

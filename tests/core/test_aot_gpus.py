@@ -8,7 +8,7 @@ import pytest
 
 from kernelry import Target, aot
 from kernelry.aot.devices import FIGURES
-from kernelry.aot.gpus import GPUS
+from kernelry.aot.gpus import GPUS, check_assembler
 from kernelry.aot.outcome import asked_of_device, left_to_device
 from kernelry.aot.reasons import Reason
 from kernelry.aot.tpus import SLICES
@@ -79,6 +79,13 @@ def test_without_the_compilers_the_error_says_what_to_install(plugins, monkeypat
         aot.topology_of("gpu:h100:63")
 
 
+def test_without_the_assembler_the_error_says_what_to_install():
+    wanted = r"needs ptxas, CUDA's assembler, and none was found; pip install 'kernelry\[aot-gpu\]'"
+    with pytest.raises(ConfigError, match=wanted):
+        check_assembler(RuntimeError("UNAVAILABLE: No PTX compilation provider is available. Neither ptxas/nvlink"))
+    check_assembler(RuntimeError("other"))
+
+
 def test_calls_of_cudnn_are_left_to_a_device():
     text = 'custom_call_target="__cudnn$fmhaSoftmaxBackward"\ncustom_call_target="__cudnn$fmhaSoftmax"'
     left = left_to_device(program(text))
@@ -99,7 +106,7 @@ def test_a_cudnn_that_is_not_installed_is_asked_of_a_device(words):
     ("facts", "outcome"),
     [
         ({}, "ok"),
-        ({"unchecked": "it calls cuDNN"}, "not checked"),
+        ({"unchecked": "it calls cuDNN"}, "unchecked"),
         ({"reason": Reason("too large")}, "no"),
         ({"reason": Reason("too large"), "unchecked": "it calls cuDNN"}, "no"),
     ],

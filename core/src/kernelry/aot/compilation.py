@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from kernelry.aot.gpus import GPUS
+from kernelry.aot.gpus import GPUS, check_assembler
 from kernelry.aot.outcome import Outcome, asked_of_device, left_to_device
 from kernelry.aot.reasons import Reason
 from kernelry.aot.topology import topology_of
@@ -104,6 +104,7 @@ def compile_for(
     except KernelryError:
         raise
     except Exception as error:  # vendors' compilers raise exceptions of many classes
+        check_assembler(error)
         unchecked = asked_of_device(error)
         reason = None if unchecked else Reason.of(error)
     return Compilation(where, time.perf_counter() - start, _memory(compiled), compiled, reason, unchecked)

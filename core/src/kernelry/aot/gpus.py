@@ -101,6 +101,7 @@ _CUDNN = (9, 10)
 """The version of cuDNN that programs are compiled for; nothing of it is loaded."""
 
 _COMPILERS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+_ASSEMBLER_MISSING = "No PTX compilation provider is available"
 
 
 def gpus_of(target: Target) -> tuple[Any, ...]:
@@ -119,6 +120,15 @@ def gpus_of(target: Target) -> tuple[Any, ...]:
             f"e.g. gpu:{target.kind}:4."
         )
     return _described(str(target.kind), int(number))
+
+
+def check_assembler(error: Exception) -> None:
+    """Raises a ConfigError where a compiler's error is that CUDA's assembler is missing: no program's fault."""
+    if _ASSEMBLER_MISSING in str(error):
+        raise ConfigError(
+            "compiling for NVIDIA GPUs needs ptxas, CUDA's assembler, and none was found; "
+            "pip install 'kernelry[aot-gpu]', or put a CUDA toolkit's into PATH."
+        ) from error
 
 
 @functools.lru_cache(maxsize=16)

@@ -14,7 +14,7 @@ class Outcome(enum.Enum):
 
     OK = "ok"
     FAILED = "no"
-    UNCHECKED = "not checked"
+    UNCHECKED = "unchecked"
 
     def __str__(self) -> str:
         return self.value

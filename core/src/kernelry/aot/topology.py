@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 from kernelry.aot.gpus import GPUS, gpus_of
@@ -9,7 +10,10 @@ from kernelry.aot.tpus import SLICES, tpus_of
 from kernelry.errors import ConfigError, nearest
 from kernelry.target import Target
 
-_DESCRIBED = {"tpu": (SLICES, tpus_of), "gpu": (GPUS, gpus_of)}
+_DESCRIBED: dict[str, tuple[Collection[str], Callable[[Target], tuple[Any, ...]]]] = {
+    "tpu": (SLICES, tpus_of),
+    "gpu": (GPUS, gpus_of),
+}
 
 
 def topology_of(target: Target | str) -> tuple[Any, ...]:
