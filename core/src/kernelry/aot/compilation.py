@@ -101,7 +101,7 @@ def compile_for(
         with use(target=where), use_abstract_mesh(mesh.abstract_mesh):
             compiled = jax.jit(function).lower(*placed).compile()
         unchecked, reason = left_to_device(compiled), _too_large(where, _memory(compiled))
-    except KernelryError:
+    except (KernelryError, Warning):  # a warning that is made an error is no compiler's word
         raise
     except Exception as error:  # vendors' compilers raise exceptions of many classes
         check_assembler(error)
