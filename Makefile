@@ -68,7 +68,7 @@ test-maxtext:
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
 	.venv-maxtext/bin/python -m pytest -n 2 tests/parity tests/core/test_from_maxtext.py $(ARGS)
 
-# The real compilers of TPUs and GPUs, and neither of these: about 3 GB in an environment of their own.
+# The real compilers of TPUs and GPUs, and neither of these: about 2.5 GB in an environment of their own.
 AOT_VENV ?= .venv-aot
 AOT_TESTS = $(AOT_VENV)/bin/python -m pytest -n 2 -m aot
 
