@@ -211,6 +211,10 @@ def _override(values: Mapping[str, int]) -> dict[str, Threshold]:
     return chosen
 
 
+_GPU = ("cudnn_jax", "pallas_flash", "pallas_mha")
+"""For training and prefill on GPUs: the vendor's library, then what serves most, neither of them measured here."""
+
+
 def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
     def least(threshold: Threshold) -> Range:
         return Range(minimum=thresholds[threshold.name].value)
@@ -228,8 +232,8 @@ def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
         _shipped(Condition(q_len=short), "dot_product"),
         _shipped(Condition(platform=("tpu",), kv_len=long), "splash", "tokamax_splash", "blockwise", "dot_product"),
         _shipped(Condition(platform=("tpu",)), "splash", "tokamax_splash", "dot_product"),
-        _shipped(Condition(platform=("gpu",), kv_len=long), "cudnn_jax", "pallas_mha", "blockwise", "dot_product"),
-        _shipped(Condition(platform=("gpu",)), "cudnn_jax", "pallas_mha", "dot_product"),
+        _shipped(Condition(platform=("gpu",), kv_len=long), *_GPU, "blockwise", "dot_product"),
+        _shipped(Condition(platform=("gpu",)), *_GPU, "dot_product"),
         _shipped(
             Condition(mask=("window",), kv_len=least(CPU_BLOCKWISE_MIN_WINDOW_KV_LEN)), "blockwise", "dot_product"
         ),
