@@ -110,17 +110,23 @@ benchmark-peers:
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product "torch==2.13.0"
 	.venv-peers/bin/python benchmarks/against_peers.py
 
-# For a machine that has jax and no network:
-# pip install --no-index --find-links wheelhouse "kernelry[cli,config,testing]" kernelry-dot-product kernelry-gpu-pallas
+# For a machine that has jax and no network. There:
+# pip install --no-index --find-links wheelhouse "kernelry[cli,config,plot,testing]" kernelry-dot-product kernelry-gpu-pallas \
+#   kernelry-cudnn-te
+# then python benchmarks/device.py. WHEELHOUSE_PLOT= leaves matplotlib out (60 MB for both Pythons): without it there is no
+# picture. WHEELHOUSE_PEERS=tokamax adds tokamax and what it needs besides jax, to be timed beside the kernels.
+WHEELHOUSE_PYTHONS ?= 3.11 3.12
+WHEELHOUSE_PLOT ?= matplotlib
+WHEELHOUSE_PEERS ?=
 WHEELHOUSE_NEEDS := pluggy importlib-metadata jaxtyping typer rich pydantic pyyaml pytest pytest-xdist hypothesis
-WHEELHOUSE_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+WHEELHOUSE_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 
 wheelhouse: $(VENV)/.installed
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w wheelhouse ./core ./plugins/*
-	for version in 3.11 3.12; do \
+	for version in $(WHEELHOUSE_PYTHONS); do \
 	  $(BIN)/pip download --quiet --disable-pip-version-check --only-binary=:all: --implementation cp \
 	    --python-version $$version $(addprefix --platform ,$(WHEELHOUSE_PLATFORMS)) -d wheelhouse \
-	    $(WHEELHOUSE_NEEDS) || exit 1; \
+	    $(WHEELHOUSE_NEEDS) $(WHEELHOUSE_PLOT) || exit 1; \
 	done
 
 clean:

@@ -12,7 +12,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from on_device.calls import AbsentError, Contender, custom_calls, lowered
+from on_device.calls import AbsentError, Contender, custom_calls, lowered, one_line
 from on_device.shapes import Shape
 
 XLA, CUDNN, MHA = "jax.nn xla", "jax.nn cudnn", "jax pallas mha"
@@ -41,14 +41,17 @@ class Peer:
     library: str = "jax"
 
     def lower(self, shape: Shape, which: str, arrays: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
-        """Its program; a peer that raises says so itself."""
+        """Its program, or why there is none."""
         if importlib.util.find_spec(self.library) is None:
             raise AbsentError("not installed", f"{self.library} is not installed")
         if self.gpu_only and jax.default_backend() != "gpu":
             raise AbsentError("not here", f"needs an NVIDIA GPU; this is {jax.default_backend()}")
         if (reason := self.why_not(shape)) is not None:
             raise AbsentError("inexpressible", reason)
-        program = lowered(functools.partial(self.attend, shape), which, arrays)
+        try:
+            program = lowered(functools.partial(self.attend, shape), which, arrays)
+        except Exception as error:  # each library has its own way to say no
+            raise AbsentError("refused", one_line(error)) from error
         return program, {"notes": self.notes(shape), "custom_calls": custom_calls(program)}
 
 
@@ -70,8 +73,6 @@ def _jax_nn(implementation: Any, shape: Shape, query: Any, key: Any, value: Any,
 def _why_not_jax_nn(shape: Shape) -> str | None:
     if shape.soft_cap is not None:
         return f"soft_cap={shape.soft_cap}: jax.nn.dot_product_attention has no soft cap"
-    if shape.out_dim != shape.head_dim:
-        return f"H={shape.head_dim} D={shape.out_dim}: jax.nn.dot_product_attention wants H = D"
     return None
 
 
