@@ -15,8 +15,9 @@ from on_device.kernels import AUTO
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fa3", "#8c6d31")
 """Told apart by every kind of colour vision (Okabe and Ito's, and two more)."""
-_MARKS = "osD^vP*X"
-_PEER_GREYS = ("#8a8f98", "#3b4252", "#b5bac2", "#5c6370", "#20242c")
+_MARKS = "osD^vhpX"
+_PEER_MARKS = "x+124"
+_PEER_COLOUR = "#3b4252"
 _ROW = 0.46
 """Inches."""
 
@@ -38,10 +39,10 @@ def draw(report: dict[str, Any], path: Path) -> str | None:
     for place, (shape, _, programs) in enumerate(rows):
         _draw_row(left, place, _against_best_peer(programs), styles)
         _draw_row(right, place, _of_device(programs, report["shapes"][shape]), styles)
-    _dress(left, rows, "speed: the fastest peer of each row is 1", "no peer can run this")
+    _dress(left, rows, "speed: the fastest peer of each row is 1", "no peer ran this")
     _dress(right, rows, "share of a matrix product's rate (decode: of a copy's)", "")
     right.set_xlim(0, None)
-    right.axvline(1, color="#3b4252", linewidth=1)
+    right.axvline(1, color="#3b4252", linewidth=1, linestyle="--")
     _entitle(figure, report, styles)
     figure.savefig(path)
     return None
@@ -66,16 +67,16 @@ def _of_device(programs: dict[str, Any], about: dict[str, Any]) -> dict[str, flo
 
 
 def _styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """Colour and mark by name: kernels filled, `auto` a ring around its choice, peers grey strokes."""
+    """Colour and mark by name: kernels filled, `auto` a ring around its choice, peers grey lines without a body."""
     kinds = {name: found["kind"] for _, _, programs in rows for name, found in programs.items()}
     kernels = sorted(name for name, kind in kinds.items() if kind == "kernel" and name != AUTO)
     peers = sorted(name for name, kind in kinds.items() if kind == "peer")
     styles: dict[str, dict[str, Any]] = {}
     for place, name in enumerate(peers):
-        style = {"marker": "|", "markersize": 15, "markeredgewidth": 2.6, "zorder": 2}
-        styles[name] = style | {"color": _PEER_GREYS[place % len(_PEER_GREYS)]}
+        style = {"marker": _PEER_MARKS[place % len(_PEER_MARKS)], "markersize": 10, "markeredgewidth": 1.8, "zorder": 2}
+        styles[name] = style | {"color": _PEER_COLOUR}
     for place, name in enumerate(kernels):
-        style = {"marker": _MARKS[place % len(_MARKS)], "markersize": 8, "markeredgecolor": "white", "zorder": 3}
+        style = {"marker": _MARKS[place % len(_MARKS)], "markersize": 8.5, "markeredgecolor": "white", "zorder": 3}
         styles[name] = style | {"color": _COLOURS[place % len(_COLOURS)]}
     if AUTO in kinds:
         ring = {"marker": "o", "markersize": 14, "markerfacecolor": "none", "markeredgecolor": "black", "zorder": 4}
@@ -113,10 +114,10 @@ def _as_ratios(axes: Any, rows: list[Row], empty: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    axes.axvline(1, color="#3b4252", linewidth=1)
+    axes.axvline(1, color="#3b4252", linewidth=1, linestyle="--")
     for place, (_, _, programs) in enumerate(rows):
         if not _against_best_peer(programs):
-            axes.text(1.06, place, empty, va="center", color="#5c6370", fontsize="small", style="italic")
+            axes.text(1.04, place, empty, va="center", color="#5c6370", fontsize="small", style="italic")
 
 
 def _entitle(figure: Any, report: dict[str, Any], styles: dict[str, dict[str, Any]]) -> None:
