@@ -114,7 +114,7 @@ benchmark-peers:
 # pip install --no-index --find-links wheelhouse "kernelry[cli,config,plot,testing]" kernelry-dot-product kernelry-gpu-pallas \
 #   kernelry-cudnn-te
 # then python benchmarks/device.py. WHEELHOUSE_PLOT= leaves matplotlib out (60 MB for both Pythons): without it there is no
-# picture. WHEELHOUSE_PEERS=tokamax adds tokamax and what it needs besides jax, to be timed beside the kernels.
+# picture. WHEELHOUSE_PEERS=tokamax adds tokamax with all that it needs, jax included, to be timed beside the kernels.
 WHEELHOUSE_PYTHONS ?= 3.11 3.12
 WHEELHOUSE_PLOT ?= matplotlib
 WHEELHOUSE_PEERS ?=
@@ -126,7 +126,7 @@ wheelhouse: $(VENV)/.installed
 	for version in $(WHEELHOUSE_PYTHONS); do \
 	  $(BIN)/pip download --quiet --disable-pip-version-check --only-binary=:all: --implementation cp \
 	    --python-version $$version $(addprefix --platform ,$(WHEELHOUSE_PLATFORMS)) -d wheelhouse \
-	    $(WHEELHOUSE_NEEDS) $(WHEELHOUSE_PLOT) || exit 1; \
+	    $(WHEELHOUSE_NEEDS) $(WHEELHOUSE_PLOT) $(WHEELHOUSE_PEERS) || exit 1; \
 	done
 
 clean:
