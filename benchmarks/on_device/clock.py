@@ -14,7 +14,8 @@ _BEGAN = time.monotonic()
 _ENDING = 0.05
 """Share of the time that is kept for the summary and the picture, at least …"""
 _SHORTEST_ENDING = 6.0
-"""… seconds: importing matplotlib and drawing took 3 on two CPU cores."""
+"""… seconds: importing matplotlib and drawing took 3 on two CPU cores. As much again is kept for finishing what has begun,
+before the process is ended inside it."""
 
 
 @final
@@ -26,11 +27,19 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds until the work has to stop, so that the report is written in time."""
+        """Seconds until nothing more is begun, so that what has begun is finished and written in time."""
+        return self._until_the_end - self._ending
+
+    @property
+    def _ending(self) -> float:
+        return 0.0 if self.minutes is None else max(_ENDING * self.minutes * 60, _SHORTEST_ENDING)
+
+    @property
+    def _until_the_end(self) -> float:
+        """Seconds until the report has to be written."""
         if self.minutes is None:
             return math.inf
-        whole = self.minutes * 60
-        return _BEGAN + whole - max(_ENDING * whole, _SHORTEST_ENDING) - time.monotonic()
+        return _BEGAN + self.minutes * 60 - self._ending - time.monotonic()
 
     @property
     def is_over(self) -> bool:
@@ -48,7 +57,7 @@ class Clock:
             finally:
                 os._exit(status)
 
-        timer = threading.Timer(max(self.left, 0), stop)
+        timer = threading.Timer(max(self._until_the_end, 0), stop)
         timer.daemon = True
         timer.start()
 

@@ -1,0 +1,41 @@
+"""A run ends in time, also inside something that never returns."""
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from on_device.clock import Clock, elapsed
+
+_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+_STUCK = """
+import threading
+from on_device.clock import Clock
+def end():
+    print("written", flush=True)
+    return 3
+Clock(0.11).guard(end)
+threading.Event().wait(60)
+"""
+
+
+def test_without_minutes_there_is_no_end():
+    assert Clock().left == math.inf
+    assert not Clock().is_over
+
+
+def test_nothing_is_begun_in_the_last_tenth():
+    minutes = elapsed() / 60 + 10
+    assert Clock(minutes).left < 600 - 2 * 0.05 * 600 + 1
+    assert not Clock(minutes).is_over
+    assert Clock(elapsed() / 60 + 0.1).is_over
+
+
+def test_a_run_that_is_stuck_is_ended_in_time_and_writes_first():
+    start = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", _STUCK], cwd=_BENCHMARKS, env={"PYTHONPATH": "."}, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (3, "written\n")
+    assert time.monotonic() - start < 50
