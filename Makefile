@@ -114,7 +114,7 @@ benchmark-peers:
 # pip install --no-index --find-links wheelhouse "kernelry[cli,config,plot,testing]" kernelry-dot-product kernelry-gpu-pallas \
 #   kernelry-cudnn-te
 # then python benchmarks/device.py. WHEELHOUSE_PLOT= leaves matplotlib out (60 MB for both Pythons): without it there is no
-# picture. WHEELHOUSE_PEERS=tokamax adds tokamax with all that it needs, jax included, to be timed beside the kernels.
+# picture. WHEELHOUSE_PEERS=tokamax adds tokamax with all that it needs, jax included (250 MB a Python), to be timed too.
 WHEELHOUSE_PYTHONS ?= 3.11 3.12
 WHEELHOUSE_PLOT ?= matplotlib
 WHEELHOUSE_PEERS ?=

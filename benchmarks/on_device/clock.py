@@ -14,8 +14,11 @@ _BEGAN = time.monotonic()
 _ENDING = 0.05
 """Share of the time that is kept for the summary and the picture, at least …"""
 _SHORTEST_ENDING = 6.0
-"""… seconds: importing matplotlib and drawing took 3 on two CPU cores. As much again is kept for finishing what has begun,
-before the process is ended inside it."""
+"""… seconds: importing matplotlib and drawing took 3 on two CPU cores. As much again is kept for finishing what has
+begun, before the process is ended inside it."""
+
+_LAST_SECOND = 1.0
+"""Seconds; what is not written by then is left out."""
 
 
 @final
@@ -46,7 +49,7 @@ class Clock:
         return self.left <= 0
 
     def guard(self, end: Callable[[], int]) -> None:
-        """Ends the process in time even inside a compilation: `end` writes what there is and returns the status."""
+        """Ends the process in time, even inside a compilation: `end` writes what there is and returns the status."""
         if self.minutes is None:
             return
 
@@ -57,9 +60,16 @@ class Clock:
             finally:
                 os._exit(status)
 
-        timer = threading.Timer(max(self._until_the_end, 0), stop)
-        timer.daemon = True
-        timer.start()
+        _after(self._until_the_end, stop)
+        _after(
+            self._until_the_end + self._ending - _LAST_SECOND, lambda: os._exit(1)
+        )  # a picture is not worth waiting for
+
+
+def _after(seconds: float, act: Callable[[], None]) -> None:
+    timer = threading.Timer(max(seconds, 0), act)
+    timer.daemon = True
+    timer.start()
 
 
 def elapsed() -> float:

@@ -14,6 +14,7 @@ import threading
 from on_device.clock import Clock
 def end():
     print("written", flush=True)
+    threading.Event().wait({ending})
     return 3
 Clock(0.11).guard(end)
 threading.Event().wait(60)
@@ -32,10 +33,20 @@ def test_nothing_is_begun_in_the_last_tenth():
     assert Clock(elapsed() / 60 + 0.1).is_over
 
 
-def test_a_run_that_is_stuck_is_ended_in_time_and_writes_first():
-    start = time.monotonic()
-    ended = subprocess.run(
-        [sys.executable, "-c", _STUCK], cwd=_BENCHMARKS, env={"PYTHONPATH": "."}, capture_output=True, text=True
+def _ended(ending):
+    command = [sys.executable, "-c", _STUCK.format(ending=ending)]
+    return subprocess.run(
+        command, check=False, cwd=_BENCHMARKS, env={"PYTHONPATH": "."}, capture_output=True, text=True
     )
+
+
+def test_a_run_that_is_stuck_is_ended_in_time_and_writes_first():
+    start, ended = time.monotonic(), _ended(ending=0)
     assert (ended.returncode, ended.stdout) == (3, "written\n")
+    assert time.monotonic() - start < 50
+
+
+def test_an_ending_that_is_stuck_is_ended_too():
+    start, ended = time.monotonic(), _ended(ending=60)
+    assert (ended.returncode, ended.stdout) == (1, "written\n")
     assert time.monotonic() - start < 50
