@@ -13,12 +13,12 @@ from typing import final
 _BEGAN = time.monotonic()
 _ENDING = 0.05
 """Share of the time that is kept for the summary and the picture, at least …"""
-_SHORTEST_ENDING = 6.0
+_SHORTEST_ENDING = 10.0
 """… seconds: importing matplotlib and drawing took 3 on two CPU cores. As much again is kept for finishing what has
 begun, before the process is ended inside it."""
 
-_LAST_SECOND = 1.0
-"""Seconds; what is not written by then is left out."""
+_LAST_SECONDS = 3.0
+"""What is not written by then is left out; the start of the interpreter, before this import, takes some of them."""
 
 
 @final
@@ -48,22 +48,20 @@ class Clock:
     def is_over(self) -> bool:
         return self.left <= 0
 
-    def guard(self, end: Callable[[], int]) -> None:
-        """Ends the process in time, even inside a compilation: `end` writes what there is and returns the status."""
+    def guard(self, end: Callable[[], None], status: Callable[[], int]) -> None:
+        """Ends the process in time, even inside a compilation: `end` writes what there is."""
         if self.minutes is None:
             return
 
         def stop() -> None:
-            status = 1
             try:
-                status = end()
+                end()
             finally:
-                os._exit(status)
+                os._exit(status())
 
         _after(self._until_the_end, stop)
-        _after(
-            self._until_the_end + self._ending - _LAST_SECOND, lambda: os._exit(1)
-        )  # a picture is not worth waiting for
+        last = self._until_the_end + self._ending - _LAST_SECONDS
+        _after(last, lambda: os._exit(status()))  # a picture is not worth waiting for
 
 
 def _after(seconds: float, act: Callable[[], None]) -> None:

@@ -31,14 +31,14 @@ def main(about: str) -> None:
     cells = {f"{name} {which}": (name, which) for name in asked.shapes for which in SHAPES[name].passes}
     command = shlex.join(["python", "benchmarks/device.py", *_told(sys.argv[1:])])
     report = Report(asked.out, machine() | {"command": command}, [*steps, *cells])
-    clock.guard(lambda: _end(report))
+    clock.guard(lambda: _end(report), lambda: _status(report))
     logging.getLogger("absl").setLevel(logging.ERROR)  # tokamax warns of every shape that it was not tuned for
     _run_kit(report, steps, clock, quick=asked.quick)
     _run_cells(report, [*map(kernels.contender, (*wanted, kernels.AUTO)), *peers.contenders()], asked, clock)
-    status = _end(report)
+    _end(report)
     if asked.minutes is not None:
-        os._exit(status)  # a compilation that was given up on would be waited for
-    raise SystemExit(status)
+        os._exit(_status(report))  # a compilation that was given up on would be waited for
+    raise SystemExit(_status(report))
 
 
 def _parsed(about: str) -> argparse.Namespace:
@@ -107,8 +107,8 @@ def _run_shape(report: Report, name: str, contenders: list[Contender], repeats: 
             _say(line)
 
 
-def _end(report: Report) -> int:
-    """Writes the sums and the picture. Returns the exit status: 1 where something was wrong."""
+def _end(report: Report) -> None:
+    """Writes the sums, and last the picture, which may be left out when the time is up."""
     with report.lock:
         report.close()
         for line in lines(report.data["targets"]):
@@ -117,10 +117,14 @@ def _end(report: Report) -> int:
             _say(f"not reached: {each}")
         for each in report.wrong:
             _say(f"WRONG: {each}")
-        why_not = picture.draw(report.data, report.path.with_suffix(".png"))
-        _say(why_not or str(report.path.with_suffix(".png")))
         _say(str(report.path))
-        return 1 if report.wrong else 0
+        drawn = report.path.with_suffix(".png")
+        _say(picture.draw(report.data, drawn) or str(drawn))
+
+
+def _status(report: Report) -> int:
+    """The exit status: 1 where something was wrong."""
+    return 1 if report.wrong else 0
 
 
 def _say(line: str) -> None:
