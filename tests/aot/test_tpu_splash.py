@@ -8,7 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from tpu_masks import MASKS
+from computed_masks import MASKS
 
 import kernelry
 from kernelry import masks

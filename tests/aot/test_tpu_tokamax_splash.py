@@ -6,7 +6,7 @@ Compiled, not run: numbers are proven in interpret mode, in tests/plugins/test_t
 import jax
 import jax.numpy as jnp
 import pytest
-from tpu_masks import MASKS
+from computed_masks import MASKS
 
 import kernelry
 from kernelry import masks

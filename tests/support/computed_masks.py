@@ -1,4 +1,4 @@
-"""Masks of 512 tokens that both splash kernels compute, one of each kind."""
+"""Masks of 512 tokens that kernels compute in their blocks, one of each kind."""
 
 import jax.numpy as jnp
 import numpy as np
