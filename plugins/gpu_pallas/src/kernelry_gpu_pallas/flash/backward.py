@@ -11,19 +11,16 @@ from typing import Any, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from kernelry.plugin import BlockGrid, Gradients, Inputs, Request, Tiling
-from kernelry_gpu_pallas.flash.operands import At, Operands, Sizes, Slots, load, over_runs, pairs, store, visible_in
+from kernelry.plugin import Gradients, Inputs, Request, Tiling
+from kernelry_gpu_pallas.flash.logits import LOG2_E, cleaned
+from kernelry_gpu_pallas.flash.operands import At, Operands, Sizes
 from kernelry_gpu_pallas.flash.runs import Runs
-from kernelry_gpu_pallas.flash.tile import LOG2_E, Logits, cleaned
+from kernelry_gpu_pallas.flash.tiles import ONE_HEAD, Facts, Slots, load, over_runs, pairs, store, visible_in
 from kernelry_gpu_pallas.tile_masks import TileMask
-
-_ONE_HEAD = np.int32(0)
-"""The place of the one head that a program of the grid goes through."""
 
 
 @final
@@ -34,17 +31,6 @@ class _Whole:
     d_out: Float[Array, "B T N D"]
     lse: Float[Array, "B N T"]
     delta: Float[Array, "B N T"]
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Facts:
-    sizes: Sizes
-    logits: Logits
-    mask: TileMask
-    hides: bool
-    empties: bool
-    names: tuple[str, ...]
 
 
 def backward(
@@ -68,12 +54,11 @@ def backward(
 
 def _of_queries(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) -> jax.Array:
     sizes = Sizes.of(request, tiling["block_q_dq"], tiling["block_kv_dq"])
-    grid = BlockGrid(q_len=sizes.q_len, kv_len=sizes.kv_len, block_q=sizes.block_q, block_kv=sizes.block_kv)
-    operands, facts = _operands(inputs, request, whole, Runs.of_queries(inputs.mask, grid), sizes)
+    operands, facts = _operands(inputs, request, whole, Runs.of_queries(inputs.mask, sizes.grid), sizes)
     width = pl.next_power_of_2(request.head_dim)
     found: jax.Array = pl.pallas_call(
         functools.partial(_query_block, facts=facts),
-        grid=(grid.rows, request.q_heads, request.batch),
+        grid=(sizes.grid.rows, request.q_heads, request.batch),
         in_specs=operands.specs,
         out_specs=operands.spec((None, sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST)),
         out_shape=jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),  # type: ignore[no-untyped-call]
@@ -86,12 +71,11 @@ def _of_queries(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole)
 
 def _of_keys(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) -> tuple[jax.Array, jax.Array]:
     sizes = Sizes.of(request, tiling["block_q_dkv"], tiling["block_kv_dkv"], by_keys=True)
-    grid = BlockGrid(q_len=sizes.q_len, kv_len=sizes.kv_len, block_q=sizes.block_q, block_kv=sizes.block_kv)
-    operands, facts = _operands(inputs, request, whole, Runs.of_keys(inputs.mask, grid), sizes)
+    operands, facts = _operands(inputs, request, whole, Runs.of_keys(inputs.mask, sizes.grid), sizes)
     widths = (pl.next_power_of_2(width) for width in (request.head_dim, request.value_dim))
     d_key, d_value = pl.pallas_call(
         functools.partial(_key_block, facts=facts),
-        grid=(grid.columns, request.kv_heads, request.batch),
+        grid=(sizes.grid.columns, request.kv_heads, request.batch),
         in_specs=operands.specs,
         out_specs=tuple(
             operands.spec((None, sizes.block_kv, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST))
@@ -108,7 +92,7 @@ def _of_keys(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) ->
     return d_key, d_value
 
 
-def _operands(inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes: Sizes) -> tuple[Operands, _Facts]:
+def _operands(inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes: Sizes) -> tuple[Operands, Facts]:
     mask = TileMask.of(inputs.mask, request)
     operands = Operands(sizes)
     operands.add_inputs(inputs, runs, mask)
@@ -116,26 +100,24 @@ def _operands(inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes
     operands.add_rows("lse", whole.lse)
     operands.add_rows("delta", whole.delta)
     outputs = ("d_key", "d_value") if sizes.by_keys else ("d_query",)
-    hides = request.mask.may_hide_slots(request.q_len, request.kv_len)
-    empties = request.mask.may_have_empty_rows(request.q_len, request.kv_len)
-    return operands, _Facts(sizes, Logits.of(request), mask, hides, empties, (*operands.names, *outputs))
+    return operands, Facts.of(request, operands, mask, outputs)
 
 
 def _compiler_params(tiling: Tiling) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(num_warps=tiling["num_warps_backward"], num_stages=tiling["num_stages_backward"])
 
 
-def _query_block(*all_refs: Any, facts: _Facts) -> None:
+def _query_block(*all_refs: Any, facts: Facts) -> None:
     """Computes dQ of one block of queries of one head."""
-    refs, sizes = dict(zip(facts.names, all_refs, strict=True)), facts.sizes
+    refs, sizes = facts.named(all_refs), facts.sizes
     query_slots = Slots(pl.program_id(0) * sizes.block_q, sizes.block_q, sizes.q_len)
-    rows = _Rows.read(refs, _ONE_HEAD, query_slots, sizes)
+    rows = _Rows.read(refs, ONE_HEAD, query_slots, sizes)
 
     def visit(masked: bool, column: Any, d_query: Any) -> Any:
         kv_slots = Slots(column * sizes.block_kv, sizes.block_kv, sizes.kv_len)
         key = load(refs["key"].at[kv_slots.window, :], kv_slots, sizes.head_dim)
         value = load(refs["value"].at[kv_slots.window, :], kv_slots, sizes.value_dim)
-        _, d_logits, visible = _tile(facts, refs, _ONE_HEAD, rows, (query_slots, kv_slots), (key, value), masked)
+        _, d_logits, visible = _tile(facts, refs, ONE_HEAD, rows, (query_slots, kv_slots), (key, value), masked)
         if visible is not None and facts.hides:
             key = cleaned(key, visible)
         return d_query + facts.logits.product(d_logits.astype(key.dtype), key)
@@ -144,9 +126,9 @@ def _query_block(*all_refs: Any, facts: _Facts) -> None:
     store(refs["d_query"], over_runs(refs, visit, start) * facts.logits.scale, query_slots, sizes.head_dim)
 
 
-def _key_block(*all_refs: Any, facts: _Facts) -> None:
+def _key_block(*all_refs: Any, facts: Facts) -> None:
     """Computes dK and dV of one block of keys of one head: the sum over the query heads that read it."""
-    refs, sizes = dict(zip(facts.names, all_refs, strict=True)), facts.sizes
+    refs, sizes = facts.named(all_refs), facts.sizes
     kv_slots = Slots(pl.program_id(0) * sizes.block_kv, sizes.block_kv, sizes.kv_len)
     key = load(refs["key"], kv_slots, sizes.head_dim)
     value = load(refs["value"], kv_slots, sizes.value_dim)
@@ -169,7 +151,7 @@ def _key_block(*all_refs: Any, facts: _Facts) -> None:
         for width in (sizes.head_dim, sizes.value_dim)
     )
     d_key, d_value = (
-        jax.lax.fori_loop(0, sizes.heads, over_head, start) if sizes.heads > 1 else over_head(_ONE_HEAD, start)
+        jax.lax.fori_loop(0, sizes.heads, over_head, start) if sizes.heads > 1 else over_head(ONE_HEAD, start)
     )
     store(refs["d_key"], d_key * facts.logits.scale, kv_slots, sizes.head_dim)
     store(refs["d_value"], d_value, kv_slots, sizes.value_dim)
@@ -208,7 +190,7 @@ class _Rows:
 
 
 def _tile(
-    facts: _Facts,
+    facts: Facts,
     refs: dict[str, Any],
     head: Any,
     rows: _Rows,

@@ -8,29 +8,16 @@ from typing import Any, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from kernelry.plugin import BlockGrid, Inputs, Request, Tiling
-from kernelry_gpu_pallas.flash.operands import (
-    At,
-    Operands,
-    Sizes,
-    Slots,
-    load,
-    over_runs,
-    pairs,
-    store,
-    visible_in,
-)
+from kernelry.plugin import Inputs, Request, Tiling
+from kernelry_gpu_pallas.flash.logits import LN_2, LOWEST, cleaned
+from kernelry_gpu_pallas.flash.operands import At, Operands, Sizes
 from kernelry_gpu_pallas.flash.runs import Runs
-from kernelry_gpu_pallas.flash.tile import LN_2, LOWEST, Logits, cleaned
+from kernelry_gpu_pallas.flash.tiles import ONE_HEAD, Facts, Slots, load, over_runs, pairs, store, visible_in
 from kernelry_gpu_pallas.tile_masks import TileMask
-
-_ONE_HEAD = np.int32(0)
-"""The place of the one head that a program of the grid goes through."""
 
 
 @final
@@ -43,23 +30,12 @@ class Result:
     top: Float[Array, "B N T"] | None
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Facts:
-    sizes: Sizes
-    logits: Logits
-    mask: TileMask
-    hides: bool
-    names: tuple[str, ...]
-
-
 def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Result:
     """Attends; each program of the grid takes one block of queries of one head."""
     sizes = Sizes.of(request, tiling["block_q"], tiling["block_kv"])
-    grid = BlockGrid(q_len=sizes.q_len, kv_len=sizes.kv_len, block_q=sizes.block_q, block_kv=sizes.block_kv)
     mask = TileMask.of(inputs.mask, request)
     operands = Operands(sizes)
-    operands.add_inputs(inputs, Runs.of_queries(inputs.mask, grid), mask)
+    operands.add_inputs(inputs, Runs.of_queries(inputs.mask, sizes.grid), mask)
     rows = jax.ShapeDtypeStruct((request.batch, request.q_heads, request.q_len), jnp.float32)  # type: ignore[no-untyped-call]
     out = jax.ShapeDtypeStruct((*inputs.query.shape[:3], request.value_dim), inputs.query.dtype)  # type: ignore[no-untyped-call]
     wanted = {"out": out}
@@ -67,8 +43,7 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
         wanted["lse"] = rows
     if request.max_logits:
         wanted["top"] = rows
-    hides = request.mask.may_hide_slots(request.q_len, request.kv_len)
-    facts = _Facts(sizes, Logits.of(request), mask, hides, (*operands.names, *wanted))
+    facts = Facts.of(request, operands, mask, tuple(wanted))
     width = pl.next_power_of_2(request.value_dim)
     specs = {
         "out": operands.spec((None, sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST)),
@@ -77,7 +52,7 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
     }
     found = pl.pallas_call(
         functools.partial(_block, facts=facts),
-        grid=(grid.rows, request.q_heads, request.batch),
+        grid=(sizes.grid.rows, request.q_heads, request.batch),
         in_specs=operands.specs,
         out_specs=tuple(specs[name] for name in wanted),
         out_shape=tuple(wanted.values()),
@@ -89,9 +64,9 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
     return Result(by_name["out"], by_name.get("lse"), by_name.get("top"))
 
 
-def _block(*all_refs: Any, facts: _Facts) -> None:
+def _block(*all_refs: Any, facts: Facts) -> None:
     """One block of queries of one head."""
-    refs, sizes = dict(zip(facts.names, all_refs, strict=True)), facts.sizes
+    refs, sizes = facts.named(all_refs), facts.sizes
     query_slots = Slots(pl.program_id(0) * sizes.block_q, sizes.block_q, sizes.q_len)
     query = load(refs["query"], query_slots, sizes.head_dim)
 
@@ -100,9 +75,9 @@ def _block(*all_refs: Any, facts: _Facts) -> None:
         kv_slots = Slots(column * sizes.block_kv, sizes.block_kv, sizes.kv_len)
         key = load(refs["key"].at[kv_slots.window, :], kv_slots, sizes.head_dim)
         value = load(refs["value"].at[kv_slots.window, :], kv_slots, sizes.value_dim)
-        bias = pairs(refs["bias"], _ONE_HEAD, query_slots, kv_slots, other=0.0) if "bias" in refs else None
+        bias = pairs(refs["bias"], ONE_HEAD, query_slots, kv_slots, other=0.0) if "bias" in refs else None
         logits, _ = facts.logits(query, key, bias)
-        visible = visible_in(facts.mask, refs, _ONE_HEAD, query_slots, kv_slots) if masked else None
+        visible = visible_in(facts.mask, refs, ONE_HEAD, query_slots, kv_slots) if masked else None
         if visible is not None:
             logits = jnp.where(visible, logits, -jnp.inf)
             if facts.hides:

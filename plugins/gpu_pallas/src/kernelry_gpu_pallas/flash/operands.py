@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
 from typing import Any, final
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from kernelry.plugin import Inputs, Request
+from kernelry.plugin import BlockGrid, Inputs, Request
 from kernelry_gpu_pallas.flash.runs import Runs
-from kernelry_gpu_pallas.tile_masks import Along, Operand, Read, TileMask
+from kernelry_gpu_pallas.tile_masks import Along, Operand, TileMask
 
 
 @final
@@ -62,6 +58,11 @@ class Sizes:
             request.groups,
             by_keys,
         )
+
+    @property
+    def grid(self) -> BlockGrid:
+        """The blocks."""
+        return BlockGrid(q_len=self.q_len, kv_len=self.kv_len, block_q=self.block_q, block_kv=self.block_kv)
 
     @property
     def heads(self) -> int:
@@ -159,127 +160,3 @@ class Operands:
 def _own(array: jax.Array, axis: int, place: At) -> At:
     """The place of what belongs to each; what all share has one block."""
     return place if array.shape[axis] > 1 else At.FIRST
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Slots:
-    """Consecutive slots of a tile on one side.
-
-    Args:
-      start: the first one.
-      block: how many.
-      length: those from here on do not exist.
-    """
-
-    start: Any
-    block: int
-    length: int
-
-    @property
-    def numbers(self) -> jax.Array:
-        """int32 [block]."""
-        found: jax.Array = self.start + jnp.arange(self.block, dtype=jnp.int32)
-        return found
-
-    @property
-    def window(self) -> Any:
-        """The index of these slots in an array."""
-        return pl.ds(self.start, self.block)
-
-    @property
-    def inside(self) -> jax.Array | None:
-        """Which of them exist, [block]; None where every tile is whole."""
-        return None if self.length % self.block == 0 else self.numbers < self.length
-
-
-def load(ref: Any, slots: Slots | None = None, width: int | None = None, *, other: float = 0.0) -> Any:
-    """Reads a tile, with `other` where the array has nothing: slots beyond its end, or columns beyond its width."""
-    inside = None if slots is None else slots.inside
-    if width is not None and width < ref.shape[-1]:
-        columns = (jnp.arange(ref.shape[-1], dtype=jnp.int32) < width)[None, :]
-        inside = columns if inside is None else inside[:, None] & columns
-    elif width is not None and inside is not None:
-        inside = inside[:, None]
-    if inside is None:
-        return ref[...]
-    return plgpu.load(ref, mask=jnp.broadcast_to(inside, ref.shape), other=other)
-
-
-def store(ref: Any, tile: jax.Array, slots: Slots, width: int | None = None) -> None:
-    """Writes what of a tile the array has a place for."""
-    inside = slots.inside
-    if width is not None:
-        inside = None if inside is None else inside[:, None]
-        if width < tile.shape[1]:
-            columns = (jnp.arange(tile.shape[1], dtype=jnp.int32) < width)[None, :]
-            inside = columns if inside is None else inside & columns
-    tile = tile.astype(ref.dtype)
-    if inside is None:
-        ref[...] = tile
-    else:
-        plgpu.store(ref, tile, mask=jnp.broadcast_to(inside, tile.shape))
-
-
-def pairs(ref: Any, head: Any, query: Slots, kv: Slots, *, other: Any) -> Any:
-    """A tile's part of an operand of pairs, [block_q or 1, block_kv or 1]."""
-    _, q_len, kv_len = ref.shape
-    rows = query if q_len > 1 else Slots(0, 1, 1)
-    columns = kv if kv_len > 1 else Slots(0, 1, 1)
-    part = ref.at[head if ref.shape[0] > 1 else np.int32(0), rows.window, columns.window]
-    inside = [None if each.inside is None else each.inside for each in (rows, columns)]
-    if inside == [None, None]:
-        return part[...]
-    down = jnp.ones((rows.block, 1), bool) if inside[0] is None else inside[0][:, None]
-    across = jnp.ones((1, columns.block), bool) if inside[1] is None else inside[1][None, :]
-    return plgpu.load(part, mask=down & across, other=other)
-
-
-def reader(mask: TileMask, refs: dict[str, Any], head: Any, query: Slots, kv: Slots) -> Read:
-    """Reads a tile's part of what a mask carries, each operand once."""
-    held: dict[int, Any] = {}
-
-    def read(index: int) -> Any:
-        if index not in held:
-            operand, ref = mask.operands[index], refs[f"mask{index}"]
-            if operand.along is Along.ROW:
-                held[index] = ref[0]
-            elif operand.along is Along.PAIRS:
-                held[index] = pairs(ref, head, query, kv, other=False)
-            else:
-                slots = query if operand.along is Along.QUERY else kv
-                held[index] = load(ref.at[slots.window], slots, other=0)
-        return held[index]
-
-    return read
-
-
-def over_runs(refs: dict[str, Any], visit: Callable[[bool, Any, Any], Any], carried: Any) -> Any:
-    """Visits the blocks of every run of this program's block: those that need no mask first.
-
-    Args:
-      refs: the tables of runs, where there are any.
-      visit: makes the next `carried` of (masked, block, carried).
-      carried: what is carried along.
-    """
-    for name, masked in (("full", False), ("partial", True)):
-        if name in refs:
-            carried = _over_table(refs[name], visit, masked, carried)
-    return carried
-
-
-def _over_table(table: Any, visit: Callable[[bool, Any, Any], Any], masked: bool, carried: Any) -> Any:
-    def over_run(run: Any, carried: Any) -> Any:
-        return jax.lax.fori_loop(table[run, 0], table[run, 1], lambda at, now: visit(masked, at, now), carried)
-
-    count = table.shape[0]
-    return over_run(0, carried) if count == 1 else jax.lax.fori_loop(0, count, over_run, carried)
-
-
-def visible_in(mask: TileMask, refs: dict[str, Any], head: Any, query: Slots, kv: Slots) -> jax.Array | None:
-    """What of a tile is visible, [block_q, block_kv]; None where all of it is."""
-    visible = mask.visible(query.numbers, kv.numbers, reader(mask, refs, head, query, kv))
-    if kv.inside is not None:
-        inside = kv.inside[None, :]
-        visible = inside if visible is None else visible & inside
-    return None if visible is None else jnp.broadcast_to(visible, (query.block, kv.block))
