@@ -222,12 +222,17 @@ REQUEST = Request(
 @pytest.mark.parametrize("target", ["gpu:a100", "gpu:a10g", "gpu:h100", "gpu:b200", "gpu"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (192, 128), (256, 256)])
-def test_every_tiling_of_the_search_space_fits_shared_memory(target, dtype, head_dim, value_dim):
+def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(target, dtype, head_dim, value_dim):
     request = dataclasses.replace(
         REQUEST, target=kernelry.Target.parse(target), dtype=dtype, head_dim=head_dim, value_dim=value_dim
     )
+    refused = PALLAS_FLASH.refusals(request, Environment())
+    if refused:
+        assert dtype == "float32" and head_dim > 128 and shared_memory.available(request) == 101376
+        assert "tiles of 16 × 16, the smallest, may take" in refused[0].detail
+        return
     found = PALLAS_FLASH.tilings(request)
-    assert len(found) > 1
+    assert found
     for tiling in found:
         tilings.check(request, tiling)
         for need in shared_memory.needs(request, dict(tiling.values)).values():

@@ -17,12 +17,12 @@ from kernelry.plugin import (
     Statistic,
     Tolerance,
 )
-from kernelry_gpu_pallas.flash.tilings import search_space
+from kernelry_gpu_pallas.flash.tilings import refusals, search_space
 from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return tuple(mask_refusals(request.mask))
+    return (*mask_refusals(request.mask), *refusals(request))
 
 
 def _signature(request: Request) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from kernelry.errors import ConfigError
-from kernelry.plugin import Request, Tiling
+from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
 from kernelry_gpu_pallas.flash.shared_memory import available, needs
 
 _SMALLEST_BLOCK = 16
@@ -34,9 +34,27 @@ def search_space(request: Request) -> tuple[Tiling, ...]:
     return tuple(dict.fromkeys(Tiling.of(**values) for values in (best, *every)))
 
 
+def refusals(request: Request) -> Iterator[Refusal]:
+    """Devices on which not even the smallest tiles surely fit."""
+    smallest = _smallest(request)
+    if _interpreted(request) or _fits(request, smallest):
+        return
+    needed = max(need.most for need in needs(request, smallest).values())
+    detail = (
+        f"tiles of {_SMALLEST_BLOCK} × {_SMALLEST_BLOCK}, the smallest, may take {needed} bytes of shared memory "
+        f"> {available(request)} of {request.target}"
+    )
+    yield Refusal(RefusalCode.TILING, detail, "use bfloat16, or smaller heads")
+
+
+def _smallest(request: Request) -> dict[str, int]:
+    blocks = _SMALLEST_BLOCK, _SMALLEST_BLOCK
+    return {**_of_forward(request, *blocks, 1), **_of_backward(request, *blocks, 1)}
+
+
 def _first_fits(request: Request, candidates: list[dict[str, int]]) -> list[dict[str, int]]:
     """Of the candidates that fit, for each pair of blocks the one with most stages; at least one."""
-    smallest = {**_of_forward(request, 16, 16, 1), **_of_backward(request, 16, 16, 1)}
+    smallest = _smallest(request)
     found: dict[tuple[int, ...], dict[str, int]] = {}
     for values in candidates:
         blocks = tuple(size for name, size in values.items() if name.startswith("block"))
@@ -96,7 +114,7 @@ def _problems(request: Request, values: Mapping[str, int]) -> Iterator[str]:
             yield f"{name}={value} of pallas_flash is no power of two; Triton has no other tiles"
         if name.startswith("block") and value < _SMALLEST_BLOCK:
             yield f"{name}={value} of pallas_flash < {_SMALLEST_BLOCK}, the smallest side of a product"
-    if request.interpret and request.target.platform == "cpu":
+    if _interpreted(request):
         return
     for end, need in needs(request, values).items():
         if need.least > available(request):
@@ -105,3 +123,7 @@ def _problems(request: Request, values: Mapping[str, int]) -> Iterator[str]:
                 f"{blocks} of pallas_flash take at least {need.least} bytes of shared memory > {available(request)} "
                 f"of {request.target}; set smaller blocks or fewer stages"
             )
+
+
+def _interpreted(request: Request) -> bool:
+    return request.interpret and request.target.platform == "cpu"
