@@ -228,7 +228,9 @@ def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(ta
     )
     refused = PALLAS_FLASH.refusals(request, Environment())
     if refused:
-        assert dtype == "float32" and head_dim > 128 and shared_memory.available(request) == 101376
+        assert dtype == "float32"
+        assert head_dim > 128
+        assert shared_memory.available(request) == 101376
         assert "tiles of 16 × 16, the smallest, may take" in refused[0].detail
         return
     found = PALLAS_FLASH.tilings(request)
