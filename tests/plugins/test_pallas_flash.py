@@ -15,7 +15,8 @@ from kernelry import masks, testing
 from kernelry.errors import ConfigError, KernelRefusedError
 from kernelry.masks import BlockKind
 from kernelry.plugin import BlockGrid, Environment, Inputs, Request, Tiling
-from kernelry_gpu_pallas.flash import shared_memory, tiles, tilings
+from kernelry_gpu_pallas import slots
+from kernelry_gpu_pallas.flash import shared_memory, tilings
 from kernelry_gpu_pallas.flash.runs import Runs
 from kernelry_gpu_pallas.flash.spec import PALLAS_FLASH
 
@@ -180,12 +181,12 @@ def test_what_is_visited_without_a_mask_is_visible(name):
 def test_key_blocks_computed_are_those_that_hold_anything(name, mask, make_arrays, monkeypatch):
     """Counted while the kernel runs."""
     counted = []
-    plain = tiles.load
+    plain = slots.load
 
-    def counting(ref, slots=None, width=None, **options):
-        if slots is not None and slots.length == LENGTH and width == 24 and slots.block == 16:
-            jax.debug.callback(lambda start: counted.append(int(start)), slots.start)
-        return plain(ref, slots, width, **options)
+    def counting(ref, part=None, width=None, **options):
+        if part is not None and part.length == LENGTH and width == 24 and part.block == 16:
+            jax.debug.callback(lambda start: counted.append(int(start)), part.start)
+        return plain(ref, part, width, **options)
 
     monkeypatch.setattr("kernelry_gpu_pallas.flash.forward.load", counting)
     query, key, value, _ = make_arrays(LENGTH, head_dim=24, value_dim=16)

@@ -22,6 +22,7 @@ from kernelry.plugin import (
     Tolerance,
     hookimpl,
 )
+from kernelry_gpu_pallas.decode.spec import PALLAS_DECODE
 from kernelry_gpu_pallas.flash.spec import PALLAS_FLASH
 
 contract = (1, 1)
@@ -121,4 +122,4 @@ PALLAS_MHA = KernelSpec(
 @hookimpl
 def kernelry_kernels() -> list[KernelSpec]:
     """The kernels of this plugin."""
-    return [PALLAS_FLASH, PALLAS_MHA]
+    return [PALLAS_DECODE, PALLAS_FLASH, PALLAS_MHA]

@@ -16,10 +16,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from kernelry.plugin import Gradients, Inputs, Request, Tiling
-from kernelry_gpu_pallas.flash.logits import LOG2_E, cleaned
 from kernelry_gpu_pallas.flash.operands import At, Operands, Sizes
 from kernelry_gpu_pallas.flash.runs import Runs
-from kernelry_gpu_pallas.flash.tiles import ONE_HEAD, Facts, Slots, load, over_runs, pairs, store, visible_in
+from kernelry_gpu_pallas.flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.logits import LOG2_E, cleaned
+from kernelry_gpu_pallas.slots import Slots, load, store
 from kernelry_gpu_pallas.tile_masks import TileMask
 
 

@@ -13,10 +13,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from kernelry.plugin import Inputs, Request, Tiling
-from kernelry_gpu_pallas.flash.logits import LN_2, LOWEST, cleaned
 from kernelry_gpu_pallas.flash.operands import At, Operands, Sizes
 from kernelry_gpu_pallas.flash.runs import Runs
-from kernelry_gpu_pallas.flash.tiles import ONE_HEAD, Facts, Slots, load, over_runs, pairs, store, visible_in
+from kernelry_gpu_pallas.flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.logits import LN_2, LOWEST, cleaned
+from kernelry_gpu_pallas.slots import Slots, load, store
 from kernelry_gpu_pallas.tile_masks import TileMask
 
 

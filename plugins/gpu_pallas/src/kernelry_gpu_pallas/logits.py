@@ -45,10 +45,16 @@ class Logits:
         return plgpu.dot(one, other, trans_a=turn_one, trans_b=turn_other, precision=self.precision)
 
     def __call__(
-        self, query: jax.Array, key: jax.Array, bias: jax.Array | None
+        self, query: jax.Array, key: jax.Array, bias: jax.Array | None, key_scale: jax.Array | None = None
     ) -> tuple[Float[Array, "block_q block_kv"], Float[Array, "block_q block_kv"] | None]:
-        """Returns the logits before the mask, times log2(e), and the slope of the soft cap."""
+        """Returns the logits before the mask, times log2(e), and the slope of the soft cap.
+
+        Args:
+          query, key: tiles. bias: [block_q or 1, block_kv or 1]. key_scale: [block_kv], of quantised keys.
+        """
         found = self.product(query, key, turn_other=True)
+        if key_scale is not None:
+            found = found * key_scale[None, :]
         if self.soft_cap is None and bias is None:
             return found * (self.scale * LOG2_E), None
         found = found * self.scale

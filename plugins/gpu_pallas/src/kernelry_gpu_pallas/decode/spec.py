@@ -1,0 +1,101 @@
+"""What `pallas_decode` declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernelry.plugin import (
+    Capabilities,
+    Dims,
+    Environment,
+    Feature,
+    KernelSpec,
+    Mode,
+    PositionKind,
+    Refusal,
+    RefusalCode,
+    Request,
+    Statistic,
+    Tiling,
+    Tolerance,
+)
+from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
+
+_MOST_ROWS = 64
+"""T · G, the rows that read one key/value head; their sums stay in registers."""
+
+_BLOCKS = (64, 128, 32)
+"""Slots; blocks of the search space, the default first."""
+
+_PROGRAMS = 264
+"""Programs that keep a device busy: two for each multiprocessor of an H100. Not measured."""
+
+_LEAST_BLOCKS = 4
+"""Blocks that a part of the keys has at least."""
+
+
+def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    return (*mask_refusals(request.mask), *_rows(request))
+
+
+def _rows(request: Request) -> Iterator[Refusal]:
+    rows = request.q_len * request.groups
+    if rows > _MOST_ROWS:
+        detail = f"q_len={request.q_len} × {request.groups} query heads per key head = {rows} rows > {_MOST_ROWS}"
+        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "attend to a prompt with mode='prefill'")
+
+
+def _tilings(request: Request) -> tuple[Tiling, ...]:
+    return tuple(dict.fromkeys(_tiling(request, block, stages) for block in _BLOCKS for stages in (3, 2)))
+
+
+def _tiling(request: Request, block: int, stages: int) -> Tiling:
+    stages = 2 if max(request.head_dim, request.value_dim) > 128 or request.dtype == "float32" else stages
+    wanted = -(-_PROGRAMS // max(1, request.batch * request.kv_heads))
+    most = max(1, -(-request.kv_len // block) // _LEAST_BLOCKS)
+    return Tiling.of(
+        block_kv=block,
+        splits=min(wanted, most),
+        num_warps=4,
+        num_stages=2 if wide or request.dtype == "float32" else stages,
+    )
+
+
+def _signature(request: Request) -> tuple[str, ...]:
+    interpreted = request.interpret and request.target.platform == "cpu"
+    return ("kernelry.pallas_decode",) if interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_decode")
+
+
+PALLAS_DECODE = KernelSpec(
+    name="pallas_decode",
+    capabilities=Capabilities(
+        platforms=frozenset({"gpu"}),
+        interpret=True,
+        minimum_generation=(("gpu", 80),),
+        modes=frozenset({Mode.DECODE}),
+        dtypes=frozenset({"float16", "bfloat16", "float32"}),
+        head_dims=Dims(minimum=16, maximum=256),
+        split_head_dim=True,
+        grouped_heads=True,
+        unequal_lengths=True,
+        atoms=ATOMS,
+        positions=frozenset(PositionKind),
+        features=frozenset({Feature.SCALE, Feature.SOFT_CAP, Feature.PRECISION, Feature.MAX_LOGITS}),
+        statistics=frozenset({Statistic.MAX_SUM}),
+        normalizations=frozenset({"softmax", "softmax_max_sum"}),
+        empty_rows=True,
+        clean_hidden_slots=True,
+        kv_quantizations=frozenset({"int8:head_dim", "int8:heads_and_head_dim"}),
+        pages=True,
+        tolerances=(
+            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
+            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities and output are rounded to 8 bits of mantissa"),
+            Tolerance("float16", 2e-3, 1e-2, "probabilities and output are rounded to 11 bits of mantissa"),
+        ),
+    ),
+    load="kernelry_gpu_pallas.decode.kernel:PallasDecodeKernel",
+    refusals=_refusals,
+    tilings=_tilings,
+    signature=_signature,
+    summary="decode in Pallas for NVIDIA GPUs, keys split among programs: arrays and pages, int8 as it is, any mask",
+)
