@@ -53,12 +53,7 @@ def _tiling(request: Request, block: int, stages: int) -> Tiling:
     stages = 2 if max(request.head_dim, request.value_dim) > 128 or request.dtype == "float32" else stages
     wanted = -(-_PROGRAMS // max(1, request.batch * request.kv_heads))
     most = max(1, -(-request.kv_len // block) // _LEAST_BLOCKS)
-    return Tiling.of(
-        block_kv=block,
-        splits=min(wanted, most),
-        num_warps=4,
-        num_stages=2 if wide or request.dtype == "float32" else stages,
-    )
+    return Tiling.of(block_kv=block, splits=min(wanted, most), num_warps=4, num_stages=stages)
 
 
 def _signature(request: Request) -> tuple[str, ...]:
