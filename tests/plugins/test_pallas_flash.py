@@ -19,6 +19,7 @@ from kernelry_gpu_pallas import slots
 from kernelry_gpu_pallas.flash import shared_memory, tilings
 from kernelry_gpu_pallas.flash.runs import Runs
 from kernelry_gpu_pallas.flash.spec import PALLAS_FLASH
+from kernelry_gpu_pallas.shared_memory import available
 
 # Without it, one tile would hold the whole test, and no tile would be skipped, full or at an edge.
 BLOCKS = ("block_q", "block_kv", "block_q_dq", "block_kv_dq", "block_q_dkv", "block_kv_dkv")
@@ -231,7 +232,7 @@ def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(ta
     if refused:
         assert dtype == "float32"
         assert head_dim > 128
-        assert shared_memory.available(request) == 101376
+        assert available(request) == 101376
         assert "tiles of 16 × 16, the smallest, may take" in refused[0].detail
         return
     found = PALLAS_FLASH.tilings(request)
@@ -239,7 +240,7 @@ def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(ta
     for tiling in found:
         tilings.check(request, tiling)
         for need in shared_memory.needs(request, dict(tiling.values)).values():
-            assert need.least <= need.most <= shared_memory.available(request)
+            assert need.least <= need.most <= available(request)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
             "dot_product",
         ),
         _shipped(Condition(platform=("tpu",), mode=(Mode.DECODE,)), "ragged", "dot_product"),
+        _shipped(Condition(platform=("gpu",), mode=(Mode.DECODE,)), "pallas_decode", "dot_product"),
         _shipped(Condition(mode=(Mode.DECODE,)), "dot_product"),
         _shipped(Condition(q_len=short), "dot_product"),
         _shipped(Condition(platform=("tpu",), kv_len=long), "splash", "tokamax_splash", "blockwise", "dot_product"),

@@ -92,7 +92,7 @@ class Cache:
     """Keys or values as they are held.
 
     Args:
-      values: [B, S, K, H], or pages [P, page_size, K, H]. scale: [B, S, K or 1], or of pages, float32.
+      values: [B, S, K, H], or pages [P, page_size, K, H]. scale: [B, S, K or 1], or of pages.
       table: int32 [B, M], −1 where there is no page.
       page_size: slots of a page; None where they stand in rows.
     """
@@ -109,7 +109,7 @@ class Cache:
         if isinstance(held, PagedArray):
             table, page_size, held = _inside(held), held.page_size, held.pages
         if isinstance(held, QuantizedArray):
-            return cls(held.values, held.scale[..., 0].astype(jnp.float32), table, page_size)
+            return cls(held.values, held.scale.reshape(held.scale.shape[:-1]), table, page_size)
         return cls(held, None, table, page_size)
 
     @property
@@ -138,7 +138,7 @@ class Cache:
         width = self.values.shape[3]
         if self.table is None:
             held = load(values.at[slots.window, :], slots, width)
-            return Tile(held, None if scale is None else load(scale.at[slots.window], slots), None)
+            return Tile(held, None if scale is None else _floats(load(scale.at[slots.window], slots)), None)
         table = next(refs)
         size = np.int32(self.page_size or 1)
         exists = slots.numbers < slots.length
@@ -148,8 +148,12 @@ class Cache:
         columns = jnp.arange(values.shape[-1], dtype=jnp.int32)
         mask = there[:, None] & (columns < width)[None, :]
         held = plgpu.load(values.at[page[:, None], place[:, None], columns[None, :]], mask=mask, other=0)
-        factor = None if scale is None else plgpu.load(scale.at[page, place], mask=there, other=0)
+        factor = None if scale is None else _floats(plgpu.load(scale.at[page, place], mask=there, other=0))
         return Tile(held, factor, exists & ~there)
+
+
+def _floats(scale: jax.Array) -> jax.Array:
+    return scale.astype(jnp.float32)
 
 
 def _inside(held: PagedArray) -> jax.Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+
 from kernelry.plugin import (
     Capabilities,
     Dims,
@@ -19,13 +21,17 @@ from kernelry.plugin import (
     Tiling,
     Tolerance,
 )
+from kernelry_gpu_pallas.shared_memory import available
 from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
 
 _MOST_ROWS = 64
 """T · G, the rows that read one key/value head; their sums stay in registers."""
 
-_BLOCKS = (64, 128, 32)
+_BLOCKS = (64, 128, 32, 16)
 """Slots; blocks of the search space, the default first."""
+
+_OTHER_BYTES = 4096
+"""Of shared memory, for what is small."""
 
 _PROGRAMS = 264
 """Programs that keep a device busy: two for each multiprocessor of an H100. Not measured."""
@@ -46,11 +52,23 @@ def _rows(request: Request) -> Iterator[Refusal]:
 
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
-    return tuple(dict.fromkeys(_tiling(request, block, stages) for block in _BLOCKS for stages in (3, 2)))
+    fitting = ((block, _stages(request, block)) for block in _BLOCKS)
+    found = tuple(_tiling(request, block, stages) for block, stages in fitting if stages)
+    return found or (_tiling(request, _BLOCKS[-1], 1),)
+
+
+def _stages(request: Request, block: int) -> int:
+    """The most stages of the pipeline of loads, at most three, of which the tiles surely fit; 0 where none do."""
+    itemsize = jnp.dtype(request.dtype).itemsize
+    widths = [1 << (width - 1).bit_length() for width in (request.head_dim, request.value_dim)]
+    rows = max(_BLOCKS[-1], 1 << (request.q_len * request.groups - 1).bit_length())
+    twice = 2 if request.dtype == "float32" else 1  # multiplied in three parts, held apart
+    stay = twice * rows * (widths[0] + block) * itemsize
+    moving = block * sum(widths) * itemsize
+    return max(0, min(3, (available(request) - stay - _OTHER_BYTES) // moving))
 
 
 def _tiling(request: Request, block: int, stages: int) -> Tiling:
-    stages = 2 if max(request.head_dim, request.value_dim) > 128 or request.dtype == "float32" else stages
     wanted = -(-_PROGRAMS // max(1, request.batch * request.kv_heads))
     most = max(1, -(-request.kv_len // block) // _LEAST_BLOCKS)
     return Tiling.of(block_kv=block, splits=min(wanted, most), num_warps=4, num_stages=stages)

@@ -16,19 +16,8 @@ from kernelry.plugin import Request
 
 _HOPPER, _BLACKWELL = 90, 100
 
-_BYTES = {80: 166912, 90: 232448, 100: 232448}
-"""What a block of threads may have, by compute capability times ten. Source: NVIDIA's CUDA programming guide."""
-
-_LEAST_BYTES = 101376
-"""Of compute capabilities 8.6 and 8.9, and of a device that is not known."""
-
 _ROWS_BYTES = 4096
 """Of lse and delta of the rows of a tile, and whatever else is small."""
-
-
-def available(request: Request) -> int:
-    """Bytes of shared memory that a program of the grid may have on the request's device."""
-    return _BYTES.get(request.target.generation or 0, _LEAST_BYTES)
 
 
 @final

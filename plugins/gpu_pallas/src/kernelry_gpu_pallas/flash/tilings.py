@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
-from kernelry_gpu_pallas.flash.shared_memory import available, needs
+from kernelry_gpu_pallas.flash.shared_memory import needs
+from kernelry_gpu_pallas.shared_memory import available
 
 _SMALLEST_BLOCK = 16
 """Elements; the smallest side of a Triton matrix product."""
