@@ -1,4 +1,4 @@
-"""What this plugin registers: `pallas_mha`, JAX's Pallas Triton attention for NVIDIA GPUs."""
+"""What this plugin registers: kernels of our own, JAX's Pallas Triton attention, and tokamax's, for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from kernelry.plugin import (
 )
 from kernelry_gpu_pallas.decode.spec import PALLAS_DECODE
 from kernelry_gpu_pallas.flash.spec import PALLAS_FLASH
+from kernelry_gpu_pallas.tokamax_mosaic.spec import TOKAMAX_MOSAIC
 
 contract = (1, 1)
 
@@ -122,4 +123,4 @@ PALLAS_MHA = KernelSpec(
 @hookimpl
 def kernelry_kernels() -> list[KernelSpec]:
     """The kernels of this plugin."""
-    return [PALLAS_DECODE, PALLAS_FLASH, PALLAS_MHA]
+    return [PALLAS_DECODE, PALLAS_FLASH, PALLAS_MHA, TOKAMAX_MOSAIC]

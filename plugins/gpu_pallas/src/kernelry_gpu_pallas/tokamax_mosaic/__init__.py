@@ -1,0 +1,1 @@
+"""tokamax's Mosaic GPU attention for Hopper and Blackwell."""

@@ -1,0 +1,193 @@
+"""Flash attention written in Pallas for Mosaic GPU: one kernel for Hopper, one for Blackwell.
+
+Source: tokamax._src.ops.attention.pallas_mosaic_gpu_kernel_sm90, …_sm100, and …_vjp_kernel_sm90, …_sm100, tokamax
+0.0.12 … 0.0.17.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias, final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
+from kernelry_gpu_pallas.tokamax_mosaic import _vendor
+from kernelry_gpu_pallas.tokamax_mosaic.blocks import BLACKWELL, check
+from kernelry_gpu_pallas.tokamax_mosaic.visibility import Visible, is_plainly_causal
+
+_SCOPE = "kernelry.tokamax_mosaic"
+
+_NOTHING_SEEN = -1e38
+"""A row that sees nothing keeps about −2.4e38 as its largest logit in tokamax 0.0.12, and −inf in 0.0.17."""
+
+_Arrays: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+"""Query, key, value and bias."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokamaxMosaicKernel(Kernel):
+    """tokamax's attention for Hopper and Blackwell. Without statistics, it is differentiated by the vendor's kernels."""
+
+    def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
+        check(request, tiling)
+        with jax.named_scope(_SCOPE):
+            arrays, visible = _arrays(inputs), Visible.of(inputs, request)
+            if not statistics:
+                out, top = _attended(request, tiling, arrays, visible)
+                return Partial(out, max_logits=top, dtype=request.dtype)
+            out, lse, top = _forward(request, tiling, arrays, visible)
+            return Partial(out, lse=lse, max_logits=top if request.max_logits else None, dtype=request.dtype)
+
+    def backward(
+        self,
+        inputs: Inputs,
+        request: Request,
+        tiling: Tiling,
+        out: Float[Array, "B T N D"],
+        lse: Float[Array, "B N T"],
+        d_out: Float[Array, "B T N D"],
+        d_lse: Float[Array, "B N T"] | None,
+    ) -> Gradients:
+        with jax.named_scope(_SCOPE):
+            return Gradients(*_backward(request, tiling, _arrays(inputs), Visible.of(inputs, request), out, lse, d_out))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attended(
+    request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible
+) -> tuple[jax.Array, jax.Array | None]:
+    """The output and, where it is asked for, the largest logit of each head."""
+    if request.max_logits:
+        out, _, top = _forward(request, tiling, arrays, visible)
+        return out, top
+    return _called(request, tiling, arrays, visible, statistics=False)[0], None
+
+
+def _attended_forward(request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible) -> Any:
+    out, lse, top = _forward(request, tiling, arrays, visible)
+    return (out, top if request.max_logits else None), (arrays, visible, out, lse)
+
+
+def _attended_backward(request: Request, tiling: Tiling, residuals: Any, cotangents: Any) -> Any:
+    arrays, visible, out, lse = residuals
+    return _backward(request, tiling, arrays, visible, out, lse, cotangents[0]), None
+
+
+_attended.defvjp(_attended_forward, _attended_backward)
+
+
+def _arrays(inputs: Inputs) -> _Arrays:
+    return inputs.query, inputs.key, inputs.value, inputs.bias
+
+
+def _forward(
+    request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"], Float[Array, "B N"]]:
+    """The output, the logsumexp, and the largest logit of each head."""
+    out, (tops, sums) = _called(request, tiling, arrays, visible, statistics=True)
+    sees = (tops > _NOTHING_SEEN) & (sums > 0)
+    lse = jnp.where(sees, tops + jnp.log(jnp.where(sees, sums, 1.0)), -jnp.inf)
+    return out, lse, jnp.where(sees, tops, -jnp.inf).max(axis=2)
+
+
+def _called(request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible, *, statistics: bool) -> Any:
+    vendor, config = _forward_of(request, tiling)
+
+    def one_row(query: Any, key: Any, value: Any, bias: Any, dense: Any, start: Any, end: Any) -> Any:
+        return vendor.flash_attention_kernel(
+            query,
+            key,
+            value,
+            bias,
+            dense,
+            start,
+            end,
+            is_causal=is_plainly_causal(request),
+            logits_soft_cap=None,
+            logits_scale=request.scale,
+            out_dtype=query.dtype,
+            normalize_output=True,
+            return_residuals=statistics,
+            use_stable_softmax=True,
+            rescale_threshold=1.0,
+            config=config,
+        )
+
+    *qkv, bias = arrays
+    return _of_each_row(one_row, *qkv, _whole(bias, request), visible.dense, visible.start, visible.end)
+
+
+def _backward(
+    request: Request,
+    tiling: Tiling,
+    arrays: _Arrays,
+    visible: Visible,
+    out: Float[Array, "B T N D"],
+    lse: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N D"],
+) -> _Arrays:
+    vendor, config = _backward_of(request, tiling)
+    *qkv, bias = arrays
+    reduced = None if bias is None or bias.shape == (*lse.shape, request.kv_len) else jnp.float32
+
+    def one_row(
+        q: Any, k: Any, v: Any, o: Any, d_o: Any, top: Any, row_bias: Any, dense: Any, start: Any, end: Any
+    ) -> Any:
+        return vendor.flash_attention_vjp_kernel(
+            q,
+            k,
+            v,
+            (top, jnp.ones_like(top)),  # exp(logits − lse) / 1
+            o,
+            d_o,
+            row_bias,
+            dense,
+            start,
+            end,
+            is_causal=is_plainly_causal(request),
+            logits_soft_cap=None,
+            logits_scale=request.scale,
+            ds_dtype=None if bias is None else reduced or bias.dtype,
+            config=config,
+        )
+
+    cotangent = d_out.astype(qkv[0].dtype)
+    hidden = (visible.dense, visible.start, visible.end)
+    d_query, d_key, d_value, d_logits = _of_each_row(one_row, *qkv, out, cotangent, lse, _whole(bias, request), *hidden)
+    if bias is None:
+        return d_query, d_key, d_value, None
+    alike = tuple(axis for axis, size in enumerate(bias.shape) if size == 1)
+    return d_query, d_key, d_value, d_logits.sum(axis=alike, keepdims=True).astype(bias.dtype)
+
+
+def _of_each_row(one_row: Callable[..., Any], *arrays: jax.Array | None) -> Any:
+    """Maps over the batch; arrays that are the same for all of its rows are not repeated."""
+    size = max(array.shape[0] for array in arrays if array is not None)
+    alike = [array is None or array.shape[0] != size for array in arrays]
+    given = [array[0] if same and array is not None else array for array, same in zip(arrays, alike, strict=True)]
+    return jax.vmap(one_row, in_axes=tuple(None if same else 0 for same in alike))(*given)
+
+
+def _whole(bias: jax.Array | None, request: Request) -> jax.Array | None:
+    """The bias of every pair: where heads are grouped, the vendor's backward pass reads rows of 1 from another head."""
+    return None if bias is None else jnp.broadcast_to(bias, (*bias.shape[:2], request.q_len, request.kv_len))
+
+
+def _forward_of(request: Request, tiling: Tiling) -> tuple[Any, Any]:
+    stages = min(tiling["num_stages"], request.kv_len // tiling["block_kv"])
+    blocks = {"block_q": tiling["block_q"], "block_kv": tiling["block_kv"], "num_stages": stages}
+    if request.target.generation == BLACKWELL:
+        return _vendor.forward_sm100, _vendor.forward_sm100.Config(**blocks, collective=False)
+    return _vendor.forward_sm90, _vendor.forward_sm90.Config(**blocks)
+
+
+def _backward_of(request: Request, tiling: Tiling) -> tuple[Any, Any]:
+    vendor = _vendor.backward_sm100 if request.target.generation == BLACKWELL else _vendor.backward_sm90
+    names = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    return vendor, vendor.Config(**{name: tiling[name] for name in names}, num_stages=tiling["num_stages_backward"])

@@ -1,0 +1,123 @@
+"""What `tokamax_mosaic` declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernelry.plugin import (
+    AtomKind,
+    Capabilities,
+    Dims,
+    Environment,
+    Feature,
+    Gradient,
+    KernelSpec,
+    Mode,
+    Operand,
+    PositionKind,
+    Refusal,
+    RefusalCode,
+    Request,
+    Statistic,
+    Tolerance,
+)
+from kernelry_gpu_pallas.tokamax_mosaic.blocks import BLACKWELL, HOPPER, NAME, STEP, tilings
+from kernelry_gpu_pallas.tokamax_mosaic.visibility import RANGES, mask_refusals
+
+_REMEDY = "pip install 'kernelry-gpu-pallas[tokamax]'"
+
+_FIRST_FOR_BLACKWELL = (0, 0, 17)
+"""tokamax 0.0.12's own tests leave out most of its backward pass on Blackwell, and call the rest not deterministic."""
+
+
+def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    return (
+        *_generation(request),
+        *_missing(request, environment),
+        *_uneven(request),
+        *mask_refusals(request),
+        *_no_room(request),
+    )
+
+
+def _generation(request: Request) -> Iterator[Refusal]:
+    target = request.target
+    if target.platform != "gpu" or target.generation in (HOPPER, BLACKWELL):
+        return
+    if target.generation is None:
+        detail = f"the generation of target {target} is not known, and each has a kernel of its own"
+        yield Refusal(RefusalCode.GENERATION, detail, "name it, e.g. target='gpu:h100'")
+    elif target.generation > HOPPER:
+        detail = f"{target} is generation {target.generation}; tokamax has kernels for {HOPPER} and {BLACKWELL}"
+        yield Refusal(RefusalCode.GENERATION, detail)
+
+
+def _missing(request: Request, environment: Environment) -> Iterator[Refusal]:
+    tokamax = environment.vendor("tokamax")
+    if tokamax.missing:
+        yield Refusal(RefusalCode.VENDOR_MISSING, "tokamax is not installed", _REMEDY)
+    elif (
+        request.target.generation == BLACKWELL and tokamax.version and _numbers(tokamax.version) < _FIRST_FOR_BLACKWELL
+    ):
+        wanted = ".".join(map(str, _FIRST_FOR_BLACKWELL))
+        detail = f"tokamax {tokamax.version} < {wanted}, the first whose kernels for Blackwell are served"
+        yield Refusal(RefusalCode.VENDOR_VERSION, detail, f"pip install 'tokamax>={wanted}' (Python 3.12 or later)")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+def _uneven(request: Request) -> Iterator[Refusal]:
+    for name in ("q_len", "kv_len"):
+        length = getattr(request, name)
+        if length % STEP:
+            padded = -(-length // STEP) * STEP
+            detail = f"{name}={length} is not a multiple of {STEP}, which blocks divide"
+            yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, f"pad to {padded}", ((name, padded),))
+
+
+def _no_room(request: Request) -> Iterator[Refusal]:
+    if request.q_len % STEP or request.kv_len % STEP or tilings(request):
+        return
+    with_bias = "" if request.bias is None else " with a bias"
+    backward = " and its gradients" if request.gradients else ""
+    sizes = f"head_dim={request.head_dim} value_dim={request.value_dim}{with_bias}{backward}"
+    yield Refusal(
+        RefusalCode.HEAD_DIM, f"{sizes}: not even the smallest blocks fit into the memory of a multiprocessor"
+    )
+
+
+def _signature(request: Request) -> tuple[str, ...]:
+    return ("mosaic_gpu", "kernelry.tokamax_mosaic")
+
+
+TOKAMAX_MOSAIC = KernelSpec(
+    name=NAME,
+    capabilities=Capabilities(
+        platforms=frozenset({"gpu"}),
+        minimum_generation=(("gpu", HOPPER),),
+        modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
+        dtypes=frozenset({"float16", "bfloat16"}),
+        head_dims=Dims(minimum=16, maximum=256, multiple_of=16),
+        split_head_dim=True,
+        grouped_heads=True,
+        unequal_lengths=True,
+        atoms=RANGES | {AtomKind.DENSE},
+        positions=frozenset({PositionKind.OFFSET, PositionKind.STATIC, PositionKind.TRACED}),
+        features=frozenset({Feature.SCALE, Feature.BIAS, Feature.MAX_LOGITS}),
+        statistics=frozenset({Statistic.LSE}),
+        normalizations=frozenset({"softmax"}),
+        gradient=Gradient.BACKWARD,
+        gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS}),
+        tolerances=(
+            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities, output and Σ out · d_out have 8 bits of mantissa"),
+            Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
+        ),
+    ),
+    load="kernelry_gpu_pallas.tokamax_mosaic.kernel:TokamaxMosaicKernel",
+    refusals=_refusals,
+    tilings=tilings,
+    signature=_signature,
+    summary="tokamax's Mosaic GPU attention for Hopper and Blackwell; masks of ranges, dense masks, bias",
+)
