@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernelry.errors import PluginError
 from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
 from kernelry_gpu_pallas.tokamax_mosaic import _vendor
-from kernelry_gpu_pallas.tokamax_mosaic.blocks import BLACKWELL, check
+from kernelry_gpu_pallas.tokamax_mosaic.blocks import BLACKWELL, NAME, check
 from kernelry_gpu_pallas.tokamax_mosaic.visibility import Visible, is_plainly_causal
 
 _SCOPE = "kernelry.tokamax_mosaic"
@@ -32,7 +33,7 @@ _Arrays: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokamaxMosaicKernel(Kernel):
-    """tokamax's attention for Hopper and Blackwell. Without statistics, it is differentiated by the vendor's kernels."""
+    """tokamax's attention for Hopper and Blackwell. Without statistics, the vendor's kernels differentiate it, too."""
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         check(request, tiling)
@@ -99,19 +100,13 @@ def _forward(
 def _called(request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible, *, statistics: bool) -> Any:
     vendor, config = _forward_of(request, tiling)
 
-    def one_row(query: Any, key: Any, value: Any, bias: Any, dense: Any, start: Any, end: Any) -> Any:
+    def one_row(*arrays: Any) -> Any:
         return vendor.flash_attention_kernel(
-            query,
-            key,
-            value,
-            bias,
-            dense,
-            start,
-            end,
+            *arrays,
             is_causal=is_plainly_causal(request),
             logits_soft_cap=None,
             logits_scale=request.scale,
-            out_dtype=query.dtype,
+            out_dtype=jnp.dtype(request.dtype),
             normalize_output=True,
             return_residuals=statistics,
             use_stable_softmax=True,
@@ -157,9 +152,9 @@ def _backward(
             config=config,
         )
 
-    cotangent = d_out.astype(qkv[0].dtype)
-    hidden = (visible.dense, visible.start, visible.end)
-    d_query, d_key, d_value, d_logits = _of_each_row(one_row, *qkv, out, cotangent, lse, _whole(bias, request), *hidden)
+    of_whole = out, d_out.astype(qkv[0].dtype), lse
+    hidden = _whole(bias, request), visible.dense, visible.start, visible.end
+    d_query, d_key, d_value, d_logits = _of_each_row(one_row, *qkv, *of_whole, *hidden)
     if bias is None:
         return d_query, d_key, d_value, None
     alike = tuple(axis for axis, size in enumerate(bias.shape) if size == 1)
@@ -180,6 +175,7 @@ def _whole(bias: jax.Array | None, request: Request) -> jax.Array | None:
 
 
 def _forward_of(request: Request, tiling: Tiling) -> tuple[Any, Any]:
+    _check_vendor(request)
     stages = min(tiling["num_stages"], request.kv_len // tiling["block_kv"])
     blocks = {"block_q": tiling["block_q"], "block_kv": tiling["block_kv"], "num_stages": stages}
     if request.target.generation == BLACKWELL:
@@ -191,3 +187,12 @@ def _backward_of(request: Request, tiling: Tiling) -> tuple[Any, Any]:
     vendor = _vendor.backward_sm100 if request.target.generation == BLACKWELL else _vendor.backward_sm90
     names = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     return vendor, vendor.Config(**{name: tiling[name] for name in names}, num_stages=tiling["num_stages_backward"])
+
+
+def _check_vendor(request: Request) -> None:
+    """For another machine, what is installed here is not asked beforehand."""
+    if request.target.generation == BLACKWELL and not _vendor.HAS_BLACKWELL:
+        raise PluginError(
+            f"{NAME}: the tokamax installed here has no kernels for {request.target} that are served; "
+            "pip install 'tokamax>=0.0.17' (Python 3.12 or later)"
+        )

@@ -83,9 +83,8 @@ def _no_room(request: Request) -> Iterator[Refusal]:
     with_bias = "" if request.bias is None else " with a bias"
     backward = " and its gradients" if request.gradients else ""
     sizes = f"head_dim={request.head_dim} value_dim={request.value_dim}{with_bias}{backward}"
-    yield Refusal(
-        RefusalCode.HEAD_DIM, f"{sizes}: not even the smallest blocks fit into the memory of a multiprocessor"
-    )
+    detail = f"{sizes}: the smallest blocks want more memory than a multiprocessor has"
+    yield Refusal(RefusalCode.HEAD_DIM, detail)
 
 
 def _signature(request: Request) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import final
 
 import jax
@@ -36,6 +37,9 @@ RANGES = frozenset(
     }
 )
 """Atoms under which a query sees consecutive positions."""
+
+_FAR = 2**30
+"""Slots; a window as wide as this hides nothing, and its ends are still numbers of 32 bits."""
 
 
 def mask_refusals(request: Request) -> Iterator[Refusal]:
@@ -88,14 +92,11 @@ class Visible:
         return cls(_tightest(jnp.maximum, starts, request), _tightest(jnp.minimum, ends, request), dense)
 
 
-def _tightest(choose: jnp.ufunc, bounds: list[jax.Array], request: Request) -> jax.Array | None:
+def _tightest(choose: Callable[..., jax.Array], bounds: list[jax.Array], request: Request) -> jax.Array | None:
     if not bounds:
         return None
     rows = max(bound.shape[0] for bound in bounds)
-    wide = [jnp.broadcast_to(bound, (rows, request.q_len)) for bound in bounds]
-    tightest = wide[0]
-    for bound in wide[1:]:
-        tightest = choose(tightest, bound)
+    tightest = functools.reduce(choose, (jnp.broadcast_to(bound, (rows, request.q_len)) for bound in bounds))
     return jnp.clip(tightest, 0, request.kv_len).astype(jnp.int32)[:, None, :]
 
 
@@ -110,7 +111,7 @@ def _range(atom: Atom, mask: Mask, request: Request) -> tuple[jax.Array | None, 
     here = jnp.asarray(query) - jnp.asarray(first, jnp.int32)[:, None]  # the slot that stands where the query does
     match atom.kind:
         case AtomKind.CAUSAL | AtomKind.WINDOW:
-            left, right = atom.params or (None, 0)
+            left, right = (None if bound is None else min(bound, _FAR) for bound in atom.params)
             return None if left is None else here - left, None if right is None else here + (right + 1)
         case AtomKind.CHUNKED:
             return here - query % atom.params[0], here + 1
