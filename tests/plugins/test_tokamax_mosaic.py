@@ -295,7 +295,7 @@ def test_lowered_for_cuda_holds_the_kernels(target, name, bias, make_arrays, low
     wrt = (0, 1, 2) if bias is None else (0, 1, 2, 3)
     resolutions, lowered = lower(jax.grad(loss, wrt), (*arrays, bias), target, MESHES[target])
     resolutions[0].verify(lowered)
-    assert lowered.as_text().count("stablehlo.custom_call @mosaic_gpu") == 3  # forward, dQ, dK and dV
+    assert lowered.as_text().count("stablehlo.custom_call @mosaic_gpu_v2") == 3  # forward, dQ, dK and dV
 
 
 def test_no_gradient_no_backward_kernel(make_arrays, lower):
@@ -304,7 +304,7 @@ def test_no_gradient_no_backward_kernel(make_arrays, lower):
 
     resolutions, lowered = lower(attend, make_arrays(dtype="float16")[:3], "gpu:h100", MESHES["gpu:h100"])
     resolutions[0].verify(lowered)
-    assert lowered.as_text().count("stablehlo.custom_call @mosaic_gpu") == 1
+    assert lowered.as_text().count("stablehlo.custom_call @mosaic_gpu_v2") == 1
 
 
 SHORT = {"target": "gpu:h100", "q_len": 256, "dtype": "bfloat16"}

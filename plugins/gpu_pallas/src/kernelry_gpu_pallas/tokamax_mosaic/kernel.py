@@ -37,13 +37,12 @@ class TokamaxMosaicKernel(Kernel):
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         check(request, tiling)
-        with jax.named_scope(_SCOPE):
-            arrays, visible = _arrays(inputs), Visible.of(inputs, request)
-            if not statistics:
-                out, top = _attended(request, tiling, arrays, visible)
-                return Partial(out, max_logits=top, dtype=request.dtype)
-            out, lse, top = _forward(request, tiling, arrays, visible)
-            return Partial(out, lse=lse, max_logits=top if request.max_logits else None, dtype=request.dtype)
+        arrays, visible = _arrays(inputs), Visible.of(inputs, request)
+        if not statistics:
+            out, top = _attended(request, tiling, arrays, visible)
+            return Partial(out, max_logits=top, dtype=request.dtype)
+        out, lse, top = _forward(request, tiling, arrays, visible)
+        return Partial(out, lse=lse, max_logits=top if request.max_logits else None, dtype=request.dtype)
 
     def backward(
         self,
@@ -55,8 +54,7 @@ class TokamaxMosaicKernel(Kernel):
         d_out: Float[Array, "B T N D"],
         d_lse: Float[Array, "B N T"] | None,
     ) -> Gradients:
-        with jax.named_scope(_SCOPE):
-            return Gradients(*_backward(request, tiling, _arrays(inputs), Visible.of(inputs, request), out, lse, d_out))
+        return Gradients(*_backward(request, tiling, _arrays(inputs), Visible.of(inputs, request), out, lse, d_out))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -162,11 +160,13 @@ def _backward(
 
 
 def _of_each_row(one_row: Callable[..., Any], *arrays: jax.Array | None) -> Any:
-    """Maps over the batch; arrays that are the same for all of its rows are not repeated."""
+    """Maps over the batch, under the kernel's name; arrays that are the same for all of its rows are not repeated."""
     size = max(array.shape[0] for array in arrays if array is not None)
     alike = [array is None or array.shape[0] != size for array in arrays]
     given = [array[0] if same and array is not None else array for array, same in zip(arrays, alike, strict=True)]
-    return jax.vmap(one_row, in_axes=tuple(None if same else 0 for same in alike))(*given)
+    # Not around the custom_vjp: its inside is lowered without the names that are around it.
+    with jax.named_scope(_SCOPE):
+        return jax.vmap(one_row, in_axes=tuple(None if same else 0 for same in alike))(*given)
 
 
 def _whole(bias: jax.Array | None, request: Request) -> jax.Array | None:

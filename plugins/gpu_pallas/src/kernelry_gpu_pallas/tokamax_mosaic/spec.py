@@ -88,7 +88,7 @@ def _no_room(request: Request) -> Iterator[Refusal]:
 
 
 def _signature(request: Request) -> tuple[str, ...]:
-    return ("mosaic_gpu", "kernelry.tokamax_mosaic")
+    return ("mosaic_gpu_v2", "kernelry.tokamax_mosaic")
 
 
 TOKAMAX_MOSAIC = KernelSpec(
