@@ -24,7 +24,7 @@ def test_the_example_runs():
     assert int(names["cache"].lengths[0]) == 1025
     exec(_blocks("python")[2], names)
     assert names["out"].shape == (2, 1024, 8, 64)
-    assert "→ blockwise" in names["text"]
+    assert "→ pallas_flash" in names["text"]
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
 
 

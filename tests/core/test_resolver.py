@@ -465,7 +465,7 @@ CHUNK = Request(target="gpu:h100", mode="prefill", q_len=128, kv_len=4096, head_
 
 def test_a_kernel_whose_adapters_multiply_the_work_goes_behind_others():
     resolution = kernelry.explain(CHUNK)
-    assert resolution.kernel == "dot_product"
+    assert resolution.kernel == "pallas_flash"
     [cudnn] = [candidate for candidate in resolution.candidates if candidate.name == "cudnn_jax"]
     assert not cudnn.refusals
     assert "its adapters add 31.0 times the work, so others go before it" in cudnn.notes
