@@ -15,6 +15,7 @@ import numpy as np
 
 import kernelry
 from kernelry import aot, masks
+from kernelry.errors import KernelRefusedError
 from kernelry.plugin import Request
 from kernelry_gpu_pallas.plugin import TOKAMAX_MOSAIC
 
@@ -57,7 +58,10 @@ def compiled(target, *, head_dim=128, value_dim=None, dtype="bfloat16", bias=Non
 
     function = jax.value_and_grad(loss, tuple(range(len(names)))) if mode == "train" else loss
     with kernelry.record() as resolutions:
-        found = aot.compile_for(target, function, *shapes.values(), *more.values())
+        try:
+            found = aot.compile_for(target, function, *shapes.values(), *more.values())
+        except KernelRefusedError as error:
+            return str(error)
     if not found.ok:
         return str(found.reason)
     for resolution in resolutions:

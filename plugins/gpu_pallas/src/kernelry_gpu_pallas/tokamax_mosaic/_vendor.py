@@ -5,7 +5,10 @@ process which kernel to take, so that nothing could be lowered for another one; 
 without a word; and it has no backward pass that takes the output and the logsumexp of the whole attention.
 """
 
+import contextlib
 import dataclasses
+import warnings
+from collections.abc import Iterator
 
 from tokamax._src.ops.attention import pallas_mosaic_gpu_kernel_sm90 as forward_sm90
 from tokamax._src.ops.attention import pallas_mosaic_gpu_kernel_sm100 as forward_sm100
@@ -15,4 +18,13 @@ from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm100 as bac
 # The kernels for Blackwell are served as tokamax 0.0.17 has them, whose forward pass may be persistent; see spec.py.
 HAS_BLACKWELL = any(field.name == "persistent" for field in dataclasses.fields(forward_sm100.Config))
 
-__all__ = ["HAS_BLACKWELL", "backward_sm90", "backward_sm100", "forward_sm90", "forward_sm100"]
+__all__ = ["HAS_BLACKWELL", "backward_sm90", "backward_sm100", "forward_sm90", "forward_sm100", "quietly"]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Around the calls: tokamax 0.0.12 names arguments as jax 0.10 wishes they were not named any more."""
+    with warnings.catch_warnings():
+        message = "The out_shape and scratch_shapes arguments to plgpu.kernel are deprecated"
+        warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
+        yield

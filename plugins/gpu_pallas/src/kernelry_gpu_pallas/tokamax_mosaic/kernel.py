@@ -165,7 +165,7 @@ def _of_each_row(one_row: Callable[..., Any], *arrays: jax.Array | None) -> Any:
     alike = [array is None or array.shape[0] != size for array in arrays]
     given = [array[0] if same and array is not None else array for array, same in zip(arrays, alike, strict=True)]
     # Not around the custom_vjp: its inside is lowered without the names that are around it.
-    with jax.named_scope(_SCOPE):
+    with jax.named_scope(_SCOPE), _vendor.quietly():
         return jax.vmap(one_row, in_axes=tuple(None if same else 0 for same in alike))(*given)
 
 
