@@ -6,7 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from on_device.clock import Clock, elapsed
+
+pytestmark = pytest.mark.slow
 
 _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 _STUCK = """

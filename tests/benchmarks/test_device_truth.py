@@ -13,6 +13,8 @@ from on_device.shapes import BOTH, FORWARD, Shape
 import kernelry
 from kernelry import masks
 
+pytestmark = pytest.mark.slow
+
 _SIZES = {"q_len": 64, "kv_len": 64, "q_heads": 4, "kv_heads": 2, "head_dim": 8, "batch": 2, "dtype": "float32"}
 SHAPES = {
     "causal": Shape(**_SIZES),
