@@ -93,6 +93,14 @@ class Target:
         return ":".join(part for part in (self.platform, self.kind, self.topology) if part)
 
 
+def oldest(platform: str, generation: int | None) -> Target:
+    """Returns the first kind of a platform that is of a generation or a later one; without one the platform alone."""
+    if generation is None:
+        return Target(platform)
+    kinds = (kind for kind, (of, since, _) in _KINDS.items() if of == platform and since >= generation)
+    return Target(platform, next(kinds, None))
+
+
 def _kind_of(platform: str, text: str) -> str | None:
     lowered = text.lower()
     if lowered in _KINDS and _KINDS[lowered][0] == platform:

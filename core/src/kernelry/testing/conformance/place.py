@@ -15,7 +15,7 @@ from kernelry.policy import Policy
 from kernelry.refusal import Refusal
 from kernelry.request import Request
 from kernelry.scope import interpret, use
-from kernelry.target import Target, current_target
+from kernelry.target import Target, current_target, oldest
 
 _BARE = Policy(forbidden_adapters=frozenset(adapter.name for adapter in ADAPTERS))
 """No adapter may stand between the kit and a kernel's own claims."""
@@ -29,7 +29,7 @@ class Place:
     """Where the calls of the kit resolve.
 
     Args:
-      target: the device at hand where the kernel runs on it, else a platform that it names.
+      target: the device at hand where the kernel runs on it, else the oldest one that it names.
       interpreted: whether it runs in interpret mode.
       why_not: why nothing can run here; None where it can.
     """
@@ -51,7 +51,8 @@ class Place:
             return cls(here, why_not="it names no platform and has no interpret mode")
         needs = " or ".join(platforms)
         mode = " on CPU only" if can.interpret else ""
-        return cls(Target(platforms[0]), why_not=f"needs {needs}; this is {here}; interpret mode:{mode or ' none'}")
+        target = oldest(platforms[0], dict(can.minimum_generation).get(platforms[0]))
+        return cls(target, why_not=f"needs {needs}; this is {here}; interpret mode:{mode or ' none'}")
 
     @property
     def environment(self) -> Environment:
