@@ -10,7 +10,7 @@ SERVE_ARGS ?=
 
 export JAX_PLATFORMS ?= cpu
 BIN := $(VENV)/bin
-DISTRIBUTIONS := -e ./core[all] -e ./plugins/dot_product -e './plugins/tpu_splash[tokamax]' -e ./plugins/gpu_pallas -e ./plugins/cudnn_te
+DISTRIBUTIONS := -e ./core[all] -e ./plugins/dot_product -e './plugins/tpu_splash[tokamax]' -e './plugins/gpu_pallas[tokamax]' -e ./plugins/cudnn_te
 TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "optax>=0.2.4"
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
@@ -75,7 +75,7 @@ AOT_TESTS = $(AOT_VENV)/bin/python -m pytest -n 2 -m aot
 aot-environment:
 	$(PYTHON) -m venv $(AOT_VENV)
 	$(AOT_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all,aot-tpu,aot-gpu]" -e ./plugins/dot_product \
-		-e "./plugins/tpu_splash[tokamax]" -e ./plugins/gpu_pallas -e ./plugins/cudnn_te $(TEST_NEEDS)
+		-e "./plugins/tpu_splash[tokamax]" -e "./plugins/gpu_pallas[tokamax]" -e ./plugins/cudnn_te $(TEST_NEEDS)
 
 test-aot: aot-environment
 	$(AOT_TESTS) tests/aot $(ARGS)

@@ -11,7 +11,7 @@ import pytest
 import kernelry
 from kernelry import masks
 from kernelry.plugin import PagedArray, QuantizedArray, Request
-from kernelry_gpu_pallas.decode.spec import PALLAS_DECODE
+from kernelry_gpu_pallas.pallas_decode.spec import PALLAS_DECODE
 
 pytestmark = pytest.mark.aot
 

@@ -15,8 +15,8 @@ from computed_masks import IDS, MASKS
 import kernelry
 from kernelry import masks
 from kernelry.plugin import Inputs, Request, Tiling
-from kernelry_gpu_pallas.flash import kernel as body
-from kernelry_gpu_pallas.flash.spec import PALLAS_FLASH
+from kernelry_gpu_pallas.pallas_flash import kernel as body
+from kernelry_gpu_pallas.pallas_flash.spec import PALLAS_FLASH
 
 pytestmark = pytest.mark.aot
 

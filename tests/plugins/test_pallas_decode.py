@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cache_cases import in_shuffled_pages
 from policies import NO_ADAPTERS
 
 import kernelry
@@ -14,8 +15,8 @@ from kernelry import masks, testing
 from kernelry.cache import PagedCache, QuantizedArray
 from kernelry.errors import KernelRefusedError
 from kernelry.plugin import PagedArray, Request
-from kernelry_gpu_pallas.decode import splits
-from kernelry_gpu_pallas.decode.spec import PALLAS_DECODE
+from kernelry_gpu_pallas.pallas_decode import splits
+from kernelry_gpu_pallas.pallas_decode.spec import PALLAS_DECODE
 
 B, S = 3, 150
 LENGTHS = np.array([S, 70, 0], np.int32)
@@ -107,24 +108,11 @@ def test_quantised_keys_agree_with_their_values(how):
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
 
 
-def paged(key, value, page_size):
-    """The same keys in shuffled pages, among pages of NaN that belong to nobody."""
-    pages = key.shape[1] // page_size
-    table = 1 + np.random.default_rng(5).permutation(B * pages).reshape(B, pages)
-
-    def cut(array):
-        found = np.full((B * pages + 2, page_size, *array.shape[2:]), np.nan, np.float32)
-        found[table] = np.asarray(array).reshape(B, pages, page_size, *array.shape[2:])
-        return jnp.asarray(found)
-
-    return cut(key), cut(value), table.astype(np.int32)
-
-
 @pytest.mark.parametrize("page_size", [16, pytest.param(6, marks=pytest.mark.slow)])
 def test_pages_are_read_through_the_table(page_size):
     query, key, value = arrays(slots=96)
     mask = masks.Lengths(np.array([96, 40, 0]))
-    pages, value_pages, table = paged(key, value, page_size)
+    pages, value_pages, table = in_shuffled_pages(key, value, page_size)
     table[1, -2:] = -1  # the lengths end before
     held = PagedArray(pages, table), PagedArray(value_pages, table)
     found = through_decode(query, *held, mask=mask)
@@ -134,7 +122,7 @@ def test_pages_are_read_through_the_table(page_size):
 @pytest.mark.parametrize("missing", [-1, 10_000])
 def test_a_page_that_is_not_there_shows_nan_where_it_is_seen(missing):
     query, key, value = arrays(slots=48)
-    pages, value_pages, table = paged(key, value, 16)
+    pages, value_pages, table = in_shuffled_pages(key, value, 16)
     table[0, 1] = missing
     out = through_decode(
         query, PagedArray(pages, table), PagedArray(value_pages, table), mask=masks.Lengths(np.array([48, 48, 0]))

@@ -16,9 +16,9 @@ from kernelry.errors import ConfigError, KernelRefusedError
 from kernelry.masks import BlockKind
 from kernelry.plugin import BlockGrid, Environment, Inputs, Request, Tiling
 from kernelry_gpu_pallas import slots
-from kernelry_gpu_pallas.flash import shared_memory, tilings
-from kernelry_gpu_pallas.flash.runs import Runs
-from kernelry_gpu_pallas.flash.spec import PALLAS_FLASH
+from kernelry_gpu_pallas.pallas_flash import shared_memory, tilings
+from kernelry_gpu_pallas.pallas_flash.spec import PALLAS_FLASH
+from kernelry_gpu_pallas.runs import Runs
 from kernelry_gpu_pallas.shared_memory import available
 
 # Without it, one tile would hold the whole test, and no tile would be skipped, full or at an edge.
@@ -189,7 +189,7 @@ def test_key_blocks_computed_are_those_that_hold_anything(name, mask, make_array
             jax.debug.callback(lambda start: counted.append(int(start)), part.start)
         return plain(ref, part, width, **options)
 
-    monkeypatch.setattr("kernelry_gpu_pallas.flash.forward.load", counting)
+    monkeypatch.setattr("kernelry_gpu_pallas.pallas_flash.forward.load", counting)
     query, key, value, _ = make_arrays(LENGTH, head_dim=24, value_dim=16)
     with testing.interpret(), kernelry.use(tiling={**SMALL, "block_q": 32}):
         out = kernelry.attention(query, key, value, mask=mask, mode="prefill", kernel="pallas_flash")

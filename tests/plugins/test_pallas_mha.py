@@ -147,5 +147,5 @@ def test_lowered_for_cuda_holds_the_kernel(make_arrays, lower):
 
 
 def test_importing_the_vendor_warns_of_nothing():
-    code = "import warnings; warnings.simplefilter('error'); import kernelry_gpu_pallas._vendor"
+    code = "import warnings; warnings.simplefilter('error'); import kernelry_gpu_pallas.pallas_mha._vendor"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cache_cases import in_shuffled_pages
 from policies import NO_ADAPTERS
 
 import kernelry
@@ -122,23 +123,10 @@ def test_quantised_keys_agree_with_their_values(how, width):
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
 
 
-def paged(key, value, page_size=16):
-    """The same keys in shuffled pages, among pages of NaN that belong to nobody."""
-    pages = key.shape[1] // page_size
-    table = 1 + np.random.default_rng(5).permutation(B * pages).reshape(B, pages)
-
-    def cut(array):
-        found = np.full((B * pages + 2, page_size, *array.shape[2:]), np.nan, np.float32)
-        found[table] = np.asarray(array).reshape(B, pages, page_size, *array.shape[2:])
-        return jnp.asarray(found)
-
-    return cut(key), cut(value), table.astype(np.int32)
-
-
 @pytest.mark.parametrize(("page_size", "width"), [(16, 128), (48, 128), (128, 32)])
 def test_pages_are_read_through_the_table(page_size, width):
     query, key, value = arrays(head_dim=width, slots=384)
-    pages, more, table = paged(key, value, page_size)
+    pages, more, table = in_shuffled_pages(key, value, page_size)
     lengths = masks.Lengths(np.array([384, 140, 0]))
     table[1, -(-140 // page_size) :] = -1
     table = jnp.asarray(table)
@@ -148,7 +136,7 @@ def test_pages_are_read_through_the_table(page_size, width):
 
 def test_a_page_that_is_not_there_is_nan_where_the_mask_shows_it():
     query, key, value = arrays(head_dim=128, slots=384)
-    pages, more, table = paged(key, value)
+    pages, more, table = in_shuffled_pages(key, value)
     table[0, 3], table[2, 0] = -1, 99
     table = jnp.asarray(table)
     lengths = masks.Lengths(np.array([384, 140, 7]))

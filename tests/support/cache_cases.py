@@ -164,5 +164,18 @@ class Fed:
         return self
 
 
+def in_shuffled_pages(key, value, page_size=16):
+    """The same keys and values in shuffled pages, among pages of NaN that belong to nobody, and the table of pages."""
+    batch, pages = key.shape[0], key.shape[1] // page_size
+    table = 1 + np.random.default_rng(5).permutation(batch * pages).reshape(batch, pages)
+
+    def cut(array):
+        found = np.full((batch * pages + 2, page_size, *array.shape[2:]), np.nan, np.float32)
+        found[table] = np.asarray(array).reshape(batch, pages, page_size, *array.shape[2:])
+        return jnp.asarray(found)
+
+    return cut(key), cut(value), table.astype(np.int32)
+
+
 def close(got, want, atol=3e-6):
     np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(want, np.float64), rtol=0, atol=atol)

@@ -162,7 +162,7 @@ class Check:
 
 def _platform(can: Capabilities, request: Request) -> Iterator[Refusal]:
     target = request.target
-    if request.interpret and target.platform == "cpu" and can.interpret:
+    if request.is_interpreted and can.interpret:
         return
     if target.platform not in can.platforms:
         yield Refusal(RefusalCode.PLATFORM, f"platform={target.platform} is not {_either(can.platforms)}", _remedy(can))

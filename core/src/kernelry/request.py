@@ -181,6 +181,11 @@ class Request:
         return float(self.head_dim) ** -0.5 if self.head_dim else 1.0
 
     @property
+    def is_interpreted(self) -> bool:
+        """Whether a kernel made for an accelerator runs in interpret mode: on a CPU, where that is allowed."""
+        return self.interpret and self.target.platform == "cpu"
+
+    @property
     def groups(self) -> int:
         """G, the query heads that share one key/value head."""
         return self.q_heads // self.kv_heads if self.kv_heads else 1

@@ -23,7 +23,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Logits:
-    """The formula of DESIGN section 3.1, in base 2: exp2 is what the device has.
+    """Scale · ⟨query, key⟩, with the bias, under the soft cap; in base 2, for exp2 is what the device has.
 
     Args:
       scale, soft_cap: of the request.
@@ -67,10 +67,10 @@ class Logits:
 
 
 def _precision(request: Request) -> Any:
+    """What was asked for; else as exact as float32, in three products of TF32, of which a CPU knows nothing."""
     if request.precision is not None:
         return jax.lax.Precision(request.precision)
-    interpreted = request.interpret and request.target.platform == "cpu"  # a CPU knows no TF32
-    return jax.lax.Precision.HIGHEST if interpreted else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    return jax.lax.Precision.HIGHEST if request.is_interpreted else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
 def cleaned(tile: jax.Array, visible: Bool[Array, "#block_q block_kv"]) -> jax.Array:

@@ -2,122 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from kernelry.plugin import (
-    AtomKind,
-    Capabilities,
-    Dims,
-    Environment,
-    Feature,
-    Gradient,
-    KernelSpec,
-    Mode,
-    Operand,
-    Refusal,
-    RefusalCode,
-    Request,
-    Statistic,
-    Tiling,
-    Tolerance,
-    hookimpl,
-)
-from kernelry_gpu_pallas.decode.spec import PALLAS_DECODE
-from kernelry_gpu_pallas.flash.spec import PALLAS_FLASH
+from kernelry.plugin import KernelSpec, hookimpl
+from kernelry_gpu_pallas.pallas_decode.spec import PALLAS_DECODE
+from kernelry_gpu_pallas.pallas_flash.spec import PALLAS_FLASH
+from kernelry_gpu_pallas.pallas_mha.spec import PALLAS_MHA
 from kernelry_gpu_pallas.tokamax_mosaic.spec import TOKAMAX_MOSAIC
 
 contract = (1, 1)
-
-_SMALLEST_BLOCK = 16
-"""Elements; the smallest side of a Triton matrix product."""
-
-_BLOCKS = ((128, 32), (64, 32), (128, 64), (64, 64), (32, 32))
-"""Elements; (forward, backward) block sizes of the search space. The first is the vendor's default."""
-
-_FORWARD_BYTES = 32768
-"""Bytes of a forward block; beyond it the Triton compiler runs out of shared memory, on A100 and on
-H100 (XLA of jax 0.12; e.g. 128 rows of 128 float32: 262144 of 232448 bytes requested on H100)."""
-
-_BACKWARD_BYTES = 16384
-"""Bytes of a backward block above 32 rows that the same compilers were seen to accept."""
-
-_SMALL_BACKWARD = 32
-"""Elements; the backward block that they accept at every head dim declared."""
-
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-
-
-def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return (*_uneven(request), *_many_segments(request))
-
-
-def _uneven(request: Request) -> Iterator[Refusal]:
-    if request.q_len % _SMALLEST_BLOCK:
-        detail = f"q_len={request.q_len} is not a multiple of {_SMALLEST_BLOCK}, the smallest block_q"
-        padded = -(-request.q_len // _SMALLEST_BLOCK) * _SMALLEST_BLOCK
-        sizes = (("q_len", padded), ("kv_len", padded))
-        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, f"pad to {padded}", sizes)
-
-
-def _many_segments(request: Request) -> Iterator[Refusal]:
-    found = sum(atom.kind is AtomKind.SEGMENTS for atom in request.mask.atoms)
-    if found > 1:
-        yield Refusal(RefusalCode.MASK_ATOM, f"mask={request.mask} has {found} arrays of ids")
-
-
-def _tilings(request: Request) -> tuple[Tiling, ...]:
-    return tuple(dict.fromkeys(_tiling(request, *blocks) for blocks in _BLOCKS))
-
-
-def _tiling(request: Request, forward: int, backward: int) -> Tiling:
-    # The vendor pads the head dim to a power of two. Triton's blocks are powers of two as well:
-    # length & −length is the largest one that divides the length.
-    row = (1 << (request.head_dim - 1).bit_length()) * _ITEM_BYTES[request.dtype]
-    largest = request.q_len & -request.q_len
-    forward = min(forward, _FORWARD_BYTES // row, largest)
-    backward = min(backward, max(_SMALL_BACKWARD, _BACKWARD_BYTES // row), largest)
-    return Tiling.of(
-        block_q=forward,
-        block_k=forward,
-        block_q_dkv=backward,
-        block_kv_dkv=backward,
-        block_q_dq=backward,
-        block_kv_dq=backward,
-    )
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    interpreted = request.interpret and request.target.platform == "cpu"
-    return ("kernelry.pallas_mha",) if interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_mha")
-
-
-PALLAS_MHA = KernelSpec(
-    name="pallas_mha",
-    capabilities=Capabilities(
-        platforms=frozenset({"gpu"}),
-        interpret=True,
-        minimum_generation=(("gpu", 80),),
-        modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
-        dtypes=frozenset({"float16", "bfloat16", "float32"}),
-        head_dims=Dims(minimum=16, maximum=256),
-        atoms=frozenset({AtomKind.CAUSAL, AtomKind.SEGMENTS}),
-        features=frozenset({Feature.SCALE}),
-        statistics=frozenset({Statistic.LSE}),
-        normalizations=frozenset({"softmax"}),
-        gradient=Gradient.BACKWARD,
-        gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
-        tolerances=(
-            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
-            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities, output and Σ out · d_out have 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
-        ),
-    ),
-    load="kernelry_gpu_pallas.pallas_mha:PallasMhaKernel",
-    refusals=_refusals,
-    tilings=_tilings,
-    signature=_signature,
-    summary="JAX's Pallas Triton attention for NVIDIA GPUs; full and causal; lengths in multiples of 16",
-)
 
 
 @hookimpl

@@ -30,7 +30,7 @@ class RaggedKernel(Kernel):
                 request.scale,
                 request.soft_cap,
                 request.mask.may_hide_slots(request.q_len, request.kv_len) or bool(request.kv_len % blocks.slots),
-                request.interpret and request.target.platform == "cpu",
+                request.is_interpreted,
             )
             out, top, total = attend(_operands(inputs, request, blocks), facts)
             max_logits = _by_head(top, request).max(axis=2) if request.max_logits else None

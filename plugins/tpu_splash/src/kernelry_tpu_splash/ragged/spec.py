@@ -84,8 +84,7 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
 
 
 def _signature(request: Request) -> tuple[str, ...]:
-    interpreted = request.interpret and request.target.platform == "cpu"
-    return ("kernelry.ragged",) if interpreted else ("tpu_custom_call", "kernelry.ragged")
+    return ("kernelry.ragged",) if request.is_interpreted else ("tpu_custom_call", "kernelry.ragged")
 
 
 RAGGED = KernelSpec(

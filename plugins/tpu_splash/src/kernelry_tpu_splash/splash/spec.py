@@ -44,8 +44,7 @@ def _tiling(request: Request, block: int) -> Tiling:
 
 
 def _signature(request: Request) -> tuple[str, ...]:
-    interpreted = request.interpret and request.target.platform == "cpu"
-    return ("kernelry.splash",) if interpreted else ("tpu_custom_call", "kernelry.splash")
+    return ("kernelry.splash",) if request.is_interpreted else ("tpu_custom_call", "kernelry.splash")
 
 
 SPLASH = KernelSpec(

@@ -87,7 +87,7 @@ def _run(one_row: Any, inputs: Inputs, request: Request, tiling: Tiling, statist
     Returns:
       What it returns, arrays [B, heads, …]. Under a dense mask that differs by head, keys and values are repeated.
     """
-    facts = _Facts(request.soft_cap, tiling, statistics, request.interpret and request.target.platform == "cpu")
+    facts = _Facts(request.soft_cap, tiling, statistics, request.is_interpreted)
     query, key, value = heads_first(inputs, request)
     if any(atom.kind is AtomKind.DENSE for atom in request.mask.atoms):
         return _run_dense(

@@ -55,8 +55,7 @@ def _tiling(request: Request, block: int) -> Tiling:
 
 
 def _signature(request: Request) -> tuple[str, ...]:
-    interpreted = request.interpret and request.target.platform == "cpu"
-    return ("kernelry.tokamax_splash",) if interpreted else ("tpu_custom_call", "kernelry.tokamax_splash")
+    return ("kernelry.tokamax_splash",) if request.is_interpreted else ("tpu_custom_call", "kernelry.tokamax_splash")
 
 
 TOKAMAX_SPLASH = KernelSpec(

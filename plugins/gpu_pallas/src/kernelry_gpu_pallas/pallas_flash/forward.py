@@ -13,10 +13,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from kernelry.plugin import Inputs, Request, Tiling
-from kernelry_gpu_pallas.flash.operands import At, Operands, Sizes
-from kernelry_gpu_pallas.flash.runs import Runs
-from kernelry_gpu_pallas.flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.blocks import power_of_two
 from kernelry_gpu_pallas.logits import LN_2, LOWEST, cleaned
+from kernelry_gpu_pallas.pallas_flash.operands import At, Operands, Sizes
+from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.runs import Runs
 from kernelry_gpu_pallas.slots import Slots, load, store
 from kernelry_gpu_pallas.tile_masks import TileMask
 
@@ -45,7 +46,7 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
     if request.max_logits:
         wanted["top"] = rows
     facts = Facts.of(request, operands, mask, tuple(wanted))
-    width = pl.next_power_of_2(request.value_dim)
+    width = power_of_two(request.value_dim)
     specs = {
         "out": operands.spec((None, sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST)),
         "lse": operands.spec((None, None, sizes.block_q), (At.ROW, At.HEAD, At.BLOCK)),
@@ -58,7 +59,7 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
         out_specs=tuple(specs[name] for name in wanted),
         out_shape=tuple(wanted.values()),
         compiler_params=plgpu.CompilerParams(num_warps=tiling["num_warps"], num_stages=tiling["num_stages"]),
-        interpret=request.interpret and request.target.platform == "cpu",
+        interpret=request.is_interpreted,
         name="pallas_flash_forward",
     )(*operands.arrays)
     by_name = dict(zip(wanted, found, strict=True))
@@ -90,7 +91,7 @@ def _block(*all_refs: Any, facts: Facts) -> None:
         return total * before[:, None] + more, highest, weight * before + probability.sum(axis=1)
 
     start = (
-        jnp.zeros((sizes.block_q, pl.next_power_of_2(sizes.value_dim)), jnp.float32),
+        jnp.zeros((sizes.block_q, power_of_two(sizes.value_dim)), jnp.float32),
         jnp.full((sizes.block_q,), LOWEST, jnp.float32),
         jnp.zeros((sizes.block_q,), jnp.float32),
     )

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from kernelry.plugin import Inputs, Kernel, Partial, Request, Tiling
-from kernelry_gpu_pallas.decode.operands import Rows
-from kernelry_gpu_pallas.decode.splits import Parts, attend
 from kernelry_gpu_pallas.logits import LN_2
+from kernelry_gpu_pallas.pallas_decode.operands import Rows
+from kernelry_gpu_pallas.pallas_decode.splits import Parts, attend
 
 _SCOPE = "kernelry.pallas_decode"
 

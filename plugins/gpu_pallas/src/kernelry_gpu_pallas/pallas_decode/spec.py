@@ -21,13 +21,14 @@ from kernelry.plugin import (
     Tiling,
     Tolerance,
 )
+from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
 from kernelry_gpu_pallas.shared_memory import available
 from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
 
 _MOST_ROWS = 64
 """T · G, the rows that read one key/value head; their sums stay in registers."""
 
-_BLOCKS = (64, 128, 32, 16)
+_BLOCKS = (64, 128, 32, SMALLEST_BLOCK)
 """Slots; blocks of the search space, the default first."""
 
 _OTHER_BYTES = 4096
@@ -60,8 +61,8 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
 def _stages(request: Request, block: int) -> int:
     """The most stages of the pipeline of loads, at most three, of which the tiles surely fit; 0 where none do."""
     itemsize = jnp.dtype(request.dtype).itemsize
-    widths = [1 << (width - 1).bit_length() for width in (request.head_dim, request.value_dim)]
-    rows = max(_BLOCKS[-1], 1 << (request.q_len * request.groups - 1).bit_length())
+    widths = [power_of_two(width) for width in (request.head_dim, request.value_dim)]
+    rows = max(SMALLEST_BLOCK, power_of_two(request.q_len * request.groups))
     twice = 2 if request.dtype == "float32" else 1  # multiplied in three parts, held apart
     stay = twice * rows * (widths[0] + block) * itemsize
     moving = block * sum(widths) * itemsize
@@ -75,8 +76,7 @@ def _tiling(request: Request, block: int, stages: int) -> Tiling:
 
 
 def _signature(request: Request) -> tuple[str, ...]:
-    interpreted = request.interpret and request.target.platform == "cpu"
-    return ("kernelry.pallas_decode",) if interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_decode")
+    return ("kernelry.pallas_decode",) if request.is_interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_decode")
 
 
 PALLAS_DECODE = KernelSpec(
@@ -106,7 +106,7 @@ PALLAS_DECODE = KernelSpec(
             Tolerance("float16", 2e-3, 1e-2, "probabilities and output are rounded to 11 bits of mantissa"),
         ),
     ),
-    load="kernelry_gpu_pallas.decode.kernel:PallasDecodeKernel",
+    load="kernelry_gpu_pallas.pallas_decode.kernel:PallasDecodeKernel",
     refusals=_refusals,
     tilings=_tilings,
     signature=_signature,

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
-from kernelry_gpu_pallas.flash.shared_memory import needs
+from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
+from kernelry_gpu_pallas.pallas_flash.shared_memory import needs
 from kernelry_gpu_pallas.shared_memory import available
-
-_SMALLEST_BLOCK = 16
-"""Elements; the smallest side of a Triton matrix product."""
 
 _FORWARD = ((128, 64), (128, 128), (64, 64), (128, 32), (64, 32), (32, 32), (16, 16))
 """Elements; block_q and block_kv of the search space, the default first where it fits."""
@@ -38,18 +36,18 @@ def search_space(request: Request) -> tuple[Tiling, ...]:
 def refusals(request: Request) -> Iterator[Refusal]:
     """Devices on which not even the smallest tiles surely fit."""
     smallest = _smallest(request)
-    if _interpreted(request) or _fits(request, smallest):
+    if request.is_interpreted or _fits(request, smallest):
         return
     needed = max(need.most for need in needs(request, smallest).values())
     detail = (
-        f"tiles of {_SMALLEST_BLOCK} × {_SMALLEST_BLOCK}, the smallest, may take {needed} bytes of shared memory "
+        f"tiles of {SMALLEST_BLOCK} × {SMALLEST_BLOCK}, the smallest, may take {needed} bytes of shared memory "
         f"> {available(request)} of {request.target}"
     )
     yield Refusal(RefusalCode.TILING, detail, "use bfloat16, or smaller heads")
 
 
 def _smallest(request: Request) -> dict[str, int]:
-    blocks = _SMALLEST_BLOCK, _SMALLEST_BLOCK
+    blocks = SMALLEST_BLOCK, SMALLEST_BLOCK
     return {**_of_forward(request, *blocks, 1), **_of_backward(request, *blocks, 1)}
 
 
@@ -94,7 +92,7 @@ def _warps(request: Request, block: int) -> int:
 
 def _within(block: int, length: int) -> int:
     """A block no longer than its length needs: a power of two, at least 16."""
-    return max(_SMALLEST_BLOCK, min(block, 1 << max(0, length - 1).bit_length()))
+    return max(SMALLEST_BLOCK, min(block, power_of_two(length)))
 
 
 def check(request: Request, tiling: Tiling) -> None:
@@ -113,9 +111,9 @@ def _problems(request: Request, values: Mapping[str, int]) -> Iterator[str]:
     for name, value in values.items():
         if not name.startswith("num_stages") and value & (value - 1):
             yield f"{name}={value} of pallas_flash is no power of two; Triton has no other tiles"
-        if name.startswith("block") and value < _SMALLEST_BLOCK:
-            yield f"{name}={value} of pallas_flash < {_SMALLEST_BLOCK}, the smallest side of a product"
-    if _interpreted(request):
+        if name.startswith("block") and value < SMALLEST_BLOCK:
+            yield f"{name}={value} of pallas_flash < {SMALLEST_BLOCK}, the smallest side of a product"
+    if request.is_interpreted:
         return
     for end, need in needs(request, values).items():
         if need.least > available(request):
@@ -124,7 +122,3 @@ def _problems(request: Request, values: Mapping[str, int]) -> Iterator[str]:
                 f"{blocks} of pallas_flash take at least {need.least} bytes of shared memory > {available(request)} "
                 f"of {request.target}; set smaller blocks or fewer stages"
             )
-
-
-def _interpreted(request: Request) -> bool:
-    return request.interpret and request.target.platform == "cpu"

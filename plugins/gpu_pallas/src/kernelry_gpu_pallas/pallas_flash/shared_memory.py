@@ -13,6 +13,7 @@ from typing import final
 import jax.numpy as jnp
 
 from kernelry.plugin import Request
+from kernelry_gpu_pallas.blocks import power_of_two
 
 _HOPPER, _BLACKWELL = 90, 100
 
@@ -45,7 +46,7 @@ def _need(request: Request, tiling: Mapping[str, int], end: str) -> Need:
     itemsize = jnp.dtype(request.dtype).itemsize
     block_q, block_kv = tiling[f"block_q{end}"], tiling[f"block_kv{end}"]
     stages = tiling["num_stages_backward" if end else "num_stages"]
-    widths = _power_of_two(request.head_dim), _power_of_two(request.value_dim)
+    widths = power_of_two(request.head_dim), power_of_two(request.value_dim)
     queries = block_q * itemsize * (sum(widths) if end else widths[0])
     keys = block_kv * itemsize * sum(widths)
     stay, move = (keys, queries) if end == "_dkv" else (queries, keys)
@@ -61,7 +62,3 @@ def _need(request: Request, tiling: Mapping[str, int], end: str) -> Need:
     if end == "_dkv":
         return Need(least, held + probabilities + (max(2, stages - 1) + again) * move + _ROWS_BYTES)
     return Need(least, held + (stages + again) * move + _ROWS_BYTES)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -10,7 +10,8 @@ import jax
 from jax.experimental import pallas as pl
 
 from kernelry.plugin import BlockGrid, Inputs, Request
-from kernelry_gpu_pallas.flash.runs import Runs
+from kernelry_gpu_pallas.blocks import power_of_two
+from kernelry_gpu_pallas.runs import Runs
 from kernelry_gpu_pallas.tile_masks import Along, Operand, TileMask
 
 
@@ -97,7 +98,7 @@ class Operands:
 
     def add_queries(self, name: str, array: jax.Array) -> None:
         """[B, T, N, H]: a block of one head, or all of a group's heads."""
-        width = pl.next_power_of_2(array.shape[3])
+        width = power_of_two(array.shape[3])
         if self.sizes.by_keys:
             block = (None, array.shape[1], self.sizes.heads, width)
             self.add(name, array, block, (At.ROW, At.FIRST, At.HEAD, At.FIRST))
@@ -113,7 +114,7 @@ class Operands:
 
     def add_keys(self, name: str, array: jax.Array) -> None:
         """[B, S, K, H]: a block, or all slots of the head that the query head reads."""
-        width = pl.next_power_of_2(array.shape[3])
+        width = power_of_two(array.shape[3])
         if self.sizes.by_keys:
             self.add(name, array, (None, self.sizes.block_kv, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST))
         else:

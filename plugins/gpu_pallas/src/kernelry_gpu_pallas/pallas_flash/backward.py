@@ -16,10 +16,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from kernelry.plugin import Gradients, Inputs, Request, Tiling
-from kernelry_gpu_pallas.flash.operands import At, Operands, Sizes
-from kernelry_gpu_pallas.flash.runs import Runs
-from kernelry_gpu_pallas.flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.blocks import power_of_two
 from kernelry_gpu_pallas.logits import LOG2_E, cleaned
+from kernelry_gpu_pallas.pallas_flash.operands import At, Operands, Sizes
+from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.runs import Runs
 from kernelry_gpu_pallas.slots import Slots, load, store
 from kernelry_gpu_pallas.tile_masks import TileMask
 
@@ -56,7 +57,7 @@ def backward(
 def _of_queries(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) -> jax.Array:
     sizes = Sizes.of(request, tiling["block_q_dq"], tiling["block_kv_dq"])
     operands, facts = _operands(inputs, request, whole, Runs.of_queries(inputs.mask, sizes.grid), sizes)
-    width = pl.next_power_of_2(request.head_dim)
+    width = power_of_two(request.head_dim)
     found: jax.Array = pl.pallas_call(
         functools.partial(_query_block, facts=facts),
         grid=(sizes.grid.rows, request.q_heads, request.batch),
@@ -64,7 +65,7 @@ def _of_queries(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole)
         out_specs=operands.spec((None, sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST)),
         out_shape=jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),  # type: ignore[no-untyped-call]
         compiler_params=_compiler_params(tiling),
-        interpret=request.interpret and request.target.platform == "cpu",
+        interpret=request.is_interpreted,
         name="pallas_flash_backward_q",
     )(*operands.arrays)
     return found
@@ -73,7 +74,7 @@ def _of_queries(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole)
 def _of_keys(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) -> tuple[jax.Array, jax.Array]:
     sizes = Sizes.of(request, tiling["block_q_dkv"], tiling["block_kv_dkv"], by_keys=True)
     operands, facts = _operands(inputs, request, whole, Runs.of_keys(inputs.mask, sizes.grid), sizes)
-    widths = (pl.next_power_of_2(width) for width in (request.head_dim, request.value_dim))
+    widths = (power_of_two(width) for width in (request.head_dim, request.value_dim))
     d_key, d_value = pl.pallas_call(
         functools.partial(_key_block, facts=facts),
         grid=(sizes.grid.columns, request.kv_heads, request.batch),
@@ -87,7 +88,7 @@ def _of_keys(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) ->
             for array in (inputs.key, inputs.value)
         ),
         compiler_params=_compiler_params(tiling),
-        interpret=request.interpret and request.target.platform == "cpu",
+        interpret=request.is_interpreted,
         name="pallas_flash_backward_kv",
     )(*operands.arrays)
     return d_key, d_value
@@ -123,7 +124,7 @@ def _query_block(*all_refs: Any, facts: Facts) -> None:
             key = cleaned(key, visible)
         return d_query + facts.logits.product(d_logits.astype(key.dtype), key)
 
-    start = jnp.zeros((sizes.block_q, pl.next_power_of_2(sizes.head_dim)), jnp.float32)
+    start = jnp.zeros((sizes.block_q, power_of_two(sizes.head_dim)), jnp.float32)
     store(refs["d_query"], over_runs(refs, visit, start) * facts.logits.scale, query_slots, sizes.head_dim)
 
 
@@ -148,8 +149,7 @@ def _key_block(*all_refs: Any, facts: Facts) -> None:
         return over_runs(refs, visit, sums)
 
     start = tuple(
-        jnp.zeros((sizes.block_kv, pl.next_power_of_2(width)), jnp.float32)
-        for width in (sizes.head_dim, sizes.value_dim)
+        jnp.zeros((sizes.block_kv, power_of_two(width)), jnp.float32) for width in (sizes.head_dim, sizes.value_dim)
     )
     d_key, d_value = (
         jax.lax.fori_loop(0, sizes.heads, over_head, start) if sizes.heads > 1 else over_head(ONE_HEAD, start)

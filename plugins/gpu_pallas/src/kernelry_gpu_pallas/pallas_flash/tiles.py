@@ -12,8 +12,8 @@ import numpy as np
 from jax.experimental.pallas import triton as plgpu
 
 from kernelry.plugin import Request
-from kernelry_gpu_pallas.flash.operands import Operands, Sizes
 from kernelry_gpu_pallas.logits import Logits
+from kernelry_gpu_pallas.pallas_flash.operands import Operands, Sizes
 from kernelry_gpu_pallas.slots import Slots, load
 from kernelry_gpu_pallas.tile_masks import Along, Read, TileMask
 
@@ -63,11 +63,10 @@ def pairs(ref: Any, head: Any, query: Slots, kv: Slots, *, other: Any) -> Any:
     rows = query if q_len > 1 else Slots(0, 1, 1)
     columns = kv if kv_len > 1 else Slots(0, 1, 1)
     part = ref.at[head if ref.shape[0] > 1 else np.int32(0), rows.window, columns.window]
-    inside = [None if each.inside is None else each.inside for each in (rows, columns)]
-    if inside == [None, None]:
+    if rows.inside is None and columns.inside is None:
         return part[...]
-    down = jnp.ones((rows.block, 1), bool) if inside[0] is None else inside[0][:, None]
-    across = jnp.ones((1, columns.block), bool) if inside[1] is None else inside[1][None, :]
+    down = jnp.ones((rows.block, 1), bool) if rows.inside is None else rows.inside[:, None]
+    across = jnp.ones((1, columns.block), bool) if columns.inside is None else columns.inside[None, :]
     return plgpu.load(part, mask=down & across, other=other)
 
 

@@ -14,11 +14,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from kernelry.plugin import PagedArray, QuantizedArray, Request
+from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
 from kernelry_gpu_pallas.slots import Slots, load
 from kernelry_gpu_pallas.tile_masks import Along, Read, TileMask
-
-_SMALLEST = 16
-"""Rows; the smallest side of a Triton matrix product."""
 
 
 @final
@@ -47,7 +45,7 @@ class Rows:
     @property
     def padded(self) -> int:
         """Rows of a tile: a power of two."""
-        return max(_SMALLEST, pl.next_power_of_2(self.count))
+        return max(SMALLEST_BLOCK, power_of_two(self.count))
 
     @property
     def queries(self) -> Int32[Array, " rows"]:
@@ -117,7 +115,7 @@ class Cache:
         """Arrays and what of each a program of the grid (split, head, row) sees."""
         rows, slots, _, width = self.values.shape
         block = (None if self.table is None else rows, slots, None)
-        yield self.values, pl.BlockSpec((*block, pl.next_power_of_2(width)), self._place(4, by_head=True))
+        yield self.values, pl.BlockSpec((*block, power_of_two(width)), self._place(4, by_head=True))
         if self.scale is not None:
             yield self.scale, pl.BlockSpec(block, self._place(3, by_head=self.scale.shape[2] > 1))
         if self.table is not None:

@@ -17,7 +17,7 @@ from kernelry.plugin import (
     Statistic,
     Tolerance,
 )
-from kernelry_gpu_pallas.flash.tilings import refusals, search_space
+from kernelry_gpu_pallas.pallas_flash.tilings import refusals, search_space
 from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
 
 
@@ -26,8 +26,7 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
 
 
 def _signature(request: Request) -> tuple[str, ...]:
-    interpreted = request.interpret and request.target.platform == "cpu"
-    return ("kernelry.pallas_flash",) if interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_flash")
+    return ("kernelry.pallas_flash",) if request.is_interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_flash")
 
 
 PALLAS_FLASH = KernelSpec(
@@ -59,7 +58,7 @@ PALLAS_FLASH = KernelSpec(
             Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
         ),
     ),
-    load="kernelry_gpu_pallas.flash.kernel:PallasFlashKernel",
+    load="kernelry_gpu_pallas.pallas_flash.kernel:PallasFlashKernel",
     refusals=_refusals,
     tilings=search_space,
     signature=_signature,

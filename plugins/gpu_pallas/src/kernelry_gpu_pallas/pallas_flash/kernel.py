@@ -9,9 +9,9 @@ import jax
 from jaxtyping import Array, Float
 
 from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
-from kernelry_gpu_pallas.flash.backward import backward
-from kernelry_gpu_pallas.flash.forward import forward
-from kernelry_gpu_pallas.flash.tilings import check
+from kernelry_gpu_pallas.pallas_flash.backward import backward
+from kernelry_gpu_pallas.pallas_flash.forward import forward
+from kernelry_gpu_pallas.pallas_flash.tilings import check
 
 _SCOPE = "kernelry.pallas_flash"
 

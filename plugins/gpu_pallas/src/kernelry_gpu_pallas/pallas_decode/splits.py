@@ -13,9 +13,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from kernelry.plugin import BlockGrid, Inputs, Request, Tiling
-from kernelry_gpu_pallas.decode.operands import Cache, MaskArrays, Rows, of_row
-from kernelry_gpu_pallas.flash.runs import Runs
+from kernelry_gpu_pallas.blocks import power_of_two
 from kernelry_gpu_pallas.logits import LOWEST, Logits, cleaned
+from kernelry_gpu_pallas.pallas_decode.operands import Cache, MaskArrays, Rows, of_row
+from kernelry_gpu_pallas.runs import Runs
 from kernelry_gpu_pallas.slots import Slots, load
 from kernelry_gpu_pallas.tile_masks import TileMask
 
@@ -51,7 +52,7 @@ def attend(inputs: Inputs, request: Request, tiling: Tiling) -> Parts:
     """Attends to each part; what no query of a row sees is neither fetched nor computed."""
     facts = _facts(inputs, request, tiling)
     rows, splits = facts.rows, facts.splits
-    query = (None, None, rows.padded, pl.next_power_of_2(request.head_dim))
+    query = (None, None, rows.padded, power_of_two(request.head_dim))
     operands = [
         (_visits(inputs, request, facts.block_kv), pl.BlockSpec((None, 2), of_row(2, shared=False))),
         (rows.stacked(inputs.query), pl.BlockSpec(query, _of_head)),
@@ -60,7 +61,7 @@ def attend(inputs: Inputs, request: Request, tiling: Tiling) -> Parts:
         *facts.mask.operands,
     ]
     shape = (request.batch, request.kv_heads, splits, rows.padded)
-    width = pl.next_power_of_2(request.value_dim)
+    width = power_of_two(request.value_dim)
     by_part = pl.BlockSpec((None, None, None, rows.padded), _of_part)
     total, top, weight = pl.pallas_call(
         functools.partial(_part, facts=facts),
@@ -72,7 +73,7 @@ def attend(inputs: Inputs, request: Request, tiling: Tiling) -> Parts:
             for size in ((*shape, width), shape, shape)
         ),
         compiler_params=plgpu.CompilerParams(num_warps=tiling["num_warps"], num_stages=tiling["num_stages"]),
-        interpret=request.interpret and request.target.platform == "cpu",
+        interpret=request.is_interpreted,
         name="pallas_decode",
     )(*(array for array, _ in operands))
     count = rows.count

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernelry.errors import ConfigError
 from kernelry.masks import Segments
 from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
-from kernelry_gpu_pallas import _vendor
+from kernelry_gpu_pallas.pallas_mha import _vendor
 
 _SCOPE = "kernelry.pallas_mha"
 _LN_2 = math.log(2.0)
@@ -94,7 +94,7 @@ def _options(request: Request, tiling: Tiling) -> dict[str, Any]:
         "sm_scale": request.scale,
         "causal": any(atom.is_band for atom in request.mask.atoms),
         "block_sizes": _block_sizes(request, tiling),
-        "interpret": request.interpret and request.target.platform == "cpu",
+        "interpret": request.is_interpreted,
     }
 
 

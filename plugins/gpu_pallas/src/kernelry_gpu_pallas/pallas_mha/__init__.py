@@ -1,0 +1,1 @@
+"""JAX's Pallas Triton attention."""
