@@ -109,6 +109,25 @@ def test_narrow_dtypes_agree_with_dense(dtype, forward, gradient, make_arrays, c
     check_against_dense("pallas_flash", arrays, mask=masks.Causal(), forward=forward, gradient=gradient, tiling=SMALL)
 
 
+def test_nan_that_only_queries_beyond_the_end_would_see_leaves_no_trace(make_arrays):
+    """Tiles of 16 hold queries 16 to 19 and twelve that do not exist; those would see slots 20 to 31."""
+    query, key, value, d_out = make_arrays(20, 40, **GROUPED)
+    mask = masks.Causal().at(query_offset=0)
+
+    def results(kernel, key, value):
+        def attend(*operands):
+            return kernelry.attention(*operands, mask=mask, kernel=kernel)
+
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, *pull(d_out)
+
+    dirty = (array.at[:, 20:].set(jnp.nan) for array in (key, value))
+    with testing.interpret(), kernelry.use(tiling=SMALL):
+        found = results("pallas_flash", *dirty)
+    for one, wanted in zip(found, results("dot_product", key, value), strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=2e-5, atol=2e-5)
+
+
 def test_sinks_merge_through_lse(make_arrays, check_against_dense):
     sinks = jnp.asarray([0.5, -1.0, 2.0, 0.0])
     plan = check_against_dense(

@@ -112,8 +112,13 @@ def _over_table(table: Any, visit: Callable[[bool, Any, Any], Any], masked: bool
 
 
 def visible_in(mask: TileMask, refs: dict[str, Any], head: Any, query: Slots, kv: Slots) -> jax.Array | None:
-    """What of a tile is visible, [block_q, block_kv]; None where all of it is."""
+    """What of a tile is visible, [block_q, block_kv]; None where all of it is.
+
+    Queries beyond T see nothing: a key that only they would see is hidden, and whatever it holds must be cleaned.
+    """
     visible = mask.visible(query.numbers, kv.numbers, reader(mask, refs, head, query, kv))
+    if visible is not None and query.inside is not None:
+        visible = visible & query.inside[:, None]
     if kv.inside is not None:
         inside = kv.inside[None, :]
         visible = inside if visible is None else visible & inside
