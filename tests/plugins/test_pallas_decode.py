@@ -55,6 +55,7 @@ MASKS = {
     "lengths": masks.Lengths(LENGTHS),
     "window": masks.SlidingWindow(40).at(query_offset=LAST) & masks.Lengths(LENGTHS),
     "chunked": masks.Chunked(48).at(query_offset=LAST),
+    "offset_of_one_row": masks.Causal().at(query_offset=np.array([70])),
     "predicate": masks.Predicate(every_third).at(query_offset=LAST),
     "segments": masks.Segments(np.array([[0], [2], [-1]]), IDS),
     "dense_by_head": masks.Dense(np.arange(B * 4 * S).reshape(B, 4, 1, S) % 5 == 1),

@@ -48,18 +48,20 @@ MASKS = {
     "load_balanced": masks.Causal().at(query_positions=BALANCED, kv_positions=BALANCED),
     "shuffled": masks.SlidingWindow(9).at(query_positions=SHUFFLED, kv_positions=SHUFFLED),
     "offset_by_row": masks.Causal().at(query_offset=np.asarray([-3, 5])),
+    "offset_of_one_row": masks.Causal().at(query_offset=np.asarray([5])),
     "traced_offset": masks.Causal().at(query_offset=jnp.asarray([3, -7])),
     "traced_positions": masks.Chunked(20).at(query_positions=jnp.asarray(SHUFFLED), kv_positions=jnp.asarray(SHUFFLED)),
     "prefix": masks.PrefixLM(jnp.asarray([10, 31])),
     "packed": masks.Causal() & masks.Segments(jnp.asarray(IDS)),
     "segments_separate": masks.Segments(jnp.asarray(IDS), jnp.asarray(IDS[::-1].copy())),
+    "segments_unsigned": masks.Segments(jnp.asarray(np.repeat([3, 2**32 - 1, 0, 2**31], 14), jnp.uint32)),
     "lengths": masks.Causal() & masks.Lengths(jnp.asarray([30, 55]), jnp.asarray([50, 3])),
     "spans": masks.Causal() & masks.Segments(jnp.asarray(IDS))
     | masks.BidirectionalSpans.from_flags(jnp.asarray(IDS) == 5),
     "dense_by_row": masks.Dense(jnp.asarray(np.random.default_rng(2).random((2, 1, LENGTH, LENGTH)) < 0.3)),
     "dense_by_head": masks.Dense(jnp.asarray(np.random.default_rng(3).random((1, 4, 1, LENGTH)) < 0.5)),
 }
-QUICK = ("shuffled", "spans", "dense_by_head")
+QUICK = ("offset_of_one_row", "segments_unsigned", "shuffled", "spans", "dense_by_head")
 GROUPED = {"heads": 4, "kv_heads": 2, "batch": 2, "head_dim": 24, "value_dim": 16}
 
 

@@ -75,6 +75,8 @@ class StaticOffsets(Positions):
         return PositionForm(PositionKind.STATIC, tuple(((first, OPEN_RUN),) for first in self.values))
 
     def of(self, side: Side) -> ArrayLike:
+        if len(self.values) == 1:
+            return side.slots + np.int32(self.values[0])  # a tile may have fewer than four dimensions
         offsets = np.asarray(self.values, np.int32).reshape(-1, 1, 1, 1)
         return side.slots + offsets
 

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from kernelry.masks import BidirectionalSpans, Dense, Lengths, PrefixLM, Segments
@@ -171,8 +172,10 @@ class _Taken:
         return placed
 
     def _same_ids(self, query_ids: Any, kv_ids: Any) -> _Evaluate:
-        own = self._take(Along.QUERY, query_ids)
-        other = self._take(Along.KV, query_ids if kv_ids is None else kv_ids)
+        both = jnp.asarray(query_ids), jnp.asarray(query_ids if kv_ids is None else kv_ids)
+        if not all(np.can_cast(ids.dtype, np.int32) for ids in both):
+            both = _renumbered(*both)
+        own, other = self._take(Along.QUERY, both[0]), self._take(Along.KV, both[1])
 
         def same(tile: _Tile) -> Any:
             ids = tile.read(own)[:, None]
@@ -196,3 +199,15 @@ class _Taken:
             array = jnp.atleast_2d(array.astype(jnp.int32))
         self.operands.append(Operand(along, array))
         return len(self.operands) - 1
+
+
+def _renumbered(query_ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ids that int32 might not hold: each becomes its place among the sorted ids of its row, a negative one −1."""
+    sides = [jnp.atleast_2d(query_ids), jnp.atleast_2d(kv_ids)]
+    rows = max(side.shape[0] for side in sides)
+    sides = [jnp.broadcast_to(side, (rows, side.shape[1])) for side in sides]
+    ids = jnp.concatenate(sides, axis=1)
+    places = jax.vmap(jnp.searchsorted)(jnp.sort(ids, axis=1), ids).astype(jnp.int32)
+    places = jnp.where(jnp.concatenate([side >= 0 for side in sides], axis=1), places, -1)
+    q_len = sides[0].shape[1]
+    return places[:, :q_len], places[:, q_len:]
