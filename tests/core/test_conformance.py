@@ -306,7 +306,7 @@ def test_pytest_plugin_makes_a_test_of_each_case(run_pytest):
         "--pyargs", "kernelry.testing", "--kernelry-kernel", "cudnn_jax", "--kernelry-quick", "-v"
     )
     assert status == 0, text
-    assert "cudnn_jax: refuses bias] PASSED" in text
+    assert "cudnn_jax: refuses soft_cap] PASSED" in text
     assert "needs gpu" in text
 
 

@@ -65,8 +65,8 @@ def test_a_shorter_sequence_is_named_too():
 
 
 def test_an_option_left_out_is_a_change():
-    request = Request(target="gpu:h100", q_len=1024, dtype="bfloat16", mask=masks.Causal(), sinks=True)
-    assert str(change_to("cudnn_jax", kernelry.explain(request))) == "cudnn_jax with no sinks"
+    request = Request(target="gpu:h100", q_len=1024, dtype="bfloat16", mask=masks.Causal(), soft_cap=30.0)
+    assert str(change_to("cudnn_jax", kernelry.explain(request))) == "cudnn_jax with no soft_cap"
 
 
 @pytest.mark.parametrize(("field", "value"), [("kv_quantization", "int8"), ("page_size", 16)])
@@ -77,7 +77,7 @@ def test_plain_keys_are_a_change(field, value):
 
 
 def test_an_atom_left_out_is_a_change():
-    request = Request(target="gpu:h100", q_len=1024, dtype="bfloat16", mask=masks.Causal() & masks.Lengths([3]))
+    request = Request(target="gpu:h100", q_len=1024, dtype="bfloat16", mask=masks.Causal() & masks.Segments([0] * 1024))
     assert str(change_to("cudnn_jax", kernelry.explain(request))) == "cudnn_jax with mask=causal"
 
 

@@ -1,0 +1,1 @@
+"""cuDNN's fused attention as JAX calls it."""

@@ -1,0 +1,128 @@
+"""Everything this plugin takes from JAX's cuDNN attention, in one place.
+
+Written against jax 0.10.0 … 0.12.0. The module is private, and three things are in no public one:
+
+- the logsumexp in float32: `jax.nn.dot_product_attention(return_residual=True)` rounds it to the query's dtype;
+- the backward pass with an output and a logsumexp of our own, for sinks and merges;
+- the questions after cuDNN and the device, which JAX asks only while it traces.
+
+`attend` is the function to which `jax.nn.dot_product_attention(implementation="cudnn")` leads; programs are equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
+
+MaskType = fused_attention_stablehlo.MaskType
+
+_fused: Any = fused_attention_stablehlo
+_BTNH: int = _fused.AttentionLayout.BTNH.value
+_SEED = 42
+"""JAX's default; without dropout nothing reads it."""
+
+# Until jax 0.10 goes, whose primitive has no `score_mod`.
+_SCORE_MOD = {"score_mod": None} if "score_mod" in inspect.signature(_fused._dot_product_attention).parameters else {}
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attributes:
+    """What is static in a call.
+
+    Args:
+      mask_type: none, causal, by lengths, or both; causal is aligned at the first query and the first key.
+      window: how many keys a query sees at most, itself included; None where all before it.
+      scale: the factor on the products.
+    """
+
+    mask_type: Any
+    window: int | None
+    scale: float
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """The arrays of a call; lengths are int32 [B], both or none."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    query_lengths: jax.Array | None
+    kv_lengths: jax.Array | None
+
+
+def attend(operands: Operands, attributes: Attributes, *, statistics: bool) -> Any:
+    """Returns the output [B, T, N, D], and with statistics its logsumexp, natural and float32 [B, N, T]."""
+    return _fused.dot_product_attention(
+        operands.query,
+        operands.key,
+        operands.value,
+        bias=operands.bias,
+        q_seqlen=operands.query_lengths,
+        kv_seqlen=operands.kv_lengths,
+        scale=attributes.scale,
+        mask_type=attributes.mask_type,
+        sliding_window_length=attributes.window,
+        return_residual=statistics,
+    )
+
+
+def differentiate(
+    operands: Operands,
+    attributes: Attributes,
+    lse: jax.Array,
+    out: jax.Array,
+    d_out: jax.Array,
+    *,
+    bias_gradient: bool,
+) -> list[jax.Array]:
+    """Returns the gradients of query, key and value, and of the bias where it is wanted."""
+    absent = jnp.zeros(0, operands.query.dtype)
+    optional = (operands.bias, operands.query_lengths, operands.kv_lengths, None, None, None, None)
+    found: list[jax.Array] = _fused._dot_product_attention_bwd_p_wrapper.bind(
+        operands.query,
+        operands.key,
+        operands.value,
+        *(absent if array is None else array for array in optional),  # the last four: offsets and tables of pages
+        lse,
+        out,
+        d_out,
+        scale=attributes.scale,
+        seed=_SEED,
+        dropout_rate=0.0,
+        variadic_args=(operands.bias is not None, bias_gradient),
+        mask_type=attributes.mask_type,
+        layout=_BTNH,
+        sliding_window_length=attributes.window,
+        **_SCORE_MOD,
+    )
+    return found
+
+
+def sees_device() -> bool:
+    """Whether JAX has a CUDA device."""
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+def cudnn_version() -> int | None:
+    """The cuDNN at hand, e.g. 91002 for 9.10.2; None where JAX finds none."""
+    try:
+        return int(_fused.check_cudnn_version())
+    except RuntimeError:
+        return None
+
+
+def is_capability(capability: str) -> bool:
+    """Whether the device at hand is of exactly this compute capability, e.g. `10.3`."""
+    return bool(_fused.is_cuda_compute_capability_equal(capability))
