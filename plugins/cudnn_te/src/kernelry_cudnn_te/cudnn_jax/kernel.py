@@ -1,7 +1,6 @@
 """The kernel `cudnn_jax`.
 
-Source: jax._src.cudnn.fused_attention_stablehlo, to which `jax.nn.dot_product_attention(implementation="cudnn")`
-leads; jax 0.10 … 0.12.
+Source: what `jax.nn.dot_product_attention(implementation="cudnn")` leads to, jax 0.10 … 0.12; see `_vendor`.
 """
 
 from __future__ import annotations
