@@ -32,9 +32,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-CUDNN_VERSION = (
-    91900  # 9.19.0: new enough for all five versions, and for deterministic gradients on Blackwell
-)
+CUDNN_VERSION = 91900  # 9.19.0: new enough for all five versions, and for deterministic gradients on Blackwell
 WORKSPACE = 1024  # bytes
 
 _ENUMS = json.loads((Path(__file__).parent / "transformer_engine_enums.json").read_text())  # of 2.20.2's native module
