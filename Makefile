@@ -15,7 +15,7 @@ TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "optax>=0.2.
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
-.PHONY: demo serve test test-slow test-install test-fuzz test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
+.PHONY: demo serve test test-slow test-te test-install test-fuzz test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
 	conformance lint format benchmark benchmark-decode \
 	benchmark-peers wheelhouse clean
 
@@ -43,6 +43,19 @@ test: $(VENV)/.installed
 # Sweeps: every kernel against the quick conformance kit, blockwise over small blocks, the laws of caches over drawn splits.
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+
+# cudnn_te beside the real Python of each transformer_engine, 1 MB each, over a native module that is stood in: no CUDA.
+TE_VERSIONS ?= 2.11.0 2.12.0 2.13.0 2.14.0 2.20.2
+
+.te/%/.installed: | $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .te/$* transformer_engine==$*
+	touch $@
+
+test-te: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-te: $(VENV)/.installed $(TE_VERSIONS:%=.te/%/.installed)
+	for version in $(TE_VERSIONS); do \
+	  TRANSFORMER_ENGINE=.te/$$version $(BIN)/python -m pytest -n 2 tests/plugins/cudnn_te $(ARGS) || exit 1; \
+	done
 
 # 20,000 random requests, valid and absurd: only kernelry's own errors come out.
 test-fuzz: $(VENV)/.installed
@@ -130,4 +143,4 @@ wheelhouse: $(VENV)/.installed
 	done
 
 clean:
-	rm -rf wheelhouse .venv .venv-* .jax_cache runs
+	rm -rf wheelhouse .venv .venv-* .te .jax_cache runs

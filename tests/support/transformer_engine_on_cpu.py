@@ -96,6 +96,8 @@ def backward(
     """Returns (d_q, d_k, d_v, d_bias, d_sinks, workspace), from the logsumexp and the output that it is given."""
     query, key, value = _separate(config, q, k, v)
     visible, held = _visible(config, query, key, q_ends, kv_ends, q_starts, kv_starts)
+    if d_out.shape != out.shape:  # before 2.20 nothing shards one like the other, and the real kernel would not notice
+        raise ValueError(f"the output's gradient is {d_out.shape} beside an output of {out.shape}; shard it alike")
     out, d_out = (x.astype(jnp.float32).reshape(*query.shape[:3], -1) for x in (out, d_out))
     logsumexp = logsumexp[..., 0]
     if config.qkv_layout.is_thd():
