@@ -76,6 +76,11 @@ DEMANDS = {
         {"kv_quantizations": {"int8:head_dim"}},
         RefusalCode.KV_QUANTIZATION,
     ),
+    "context_parallel": (
+        {"context_parallel": "ring:context:4"},
+        {"context_parallel": {"ring"}},
+        RefusalCode.CONTEXT_PARALLEL,
+    ),
     "page_size": ({"page_size": 4}, {"pages": True}, RefusalCode.PAGES),
     "head_dim": ({"head_dim": 48}, {"head_dims": Dims(multiple_of=16)}, RefusalCode.HEAD_DIM),
 }

@@ -21,6 +21,7 @@ TOP = {
     "masks",
     "merge",
     "moba",
+    "parallel",
     "plugins",
     "record",
     "resolve",
@@ -62,6 +63,7 @@ CACHE = {
     "SharedPrefix",
     "TwoPartCache",
 }
+PARALLEL = {"ContextParallel", "load_balanced_order", "reorder_for_load_balance", "undo_reorder"}
 PLUGIN = {
     "CONTRACT",
     "QUANTIZATIONS",
@@ -70,6 +72,7 @@ PLUGIN = {
     "Axis",
     "BlockGrid",
     "Capabilities",
+    "ContextParallel",
     "Decided",
     "Dims",
     "Environment",
@@ -104,6 +107,7 @@ PLUGIN = {
     "Vendor",
     "decided_at_run_time",
     "hookimpl",
+    "load_balanced_order",
     "pytree",
     "with_sinks",
 }
@@ -129,6 +133,10 @@ def test_names_of_masks_are_pinned():
 
 def test_names_of_cache_are_pinned():
     assert set(kernelry.cache.__all__) == CACHE
+
+
+def test_names_of_parallel_are_pinned():
+    assert set(kernelry.parallel.__all__) == PARALLEL
 
 
 def test_names_of_plugin_are_pinned():

@@ -7,7 +7,7 @@ picks the best installed kernel that honours every argument, or says why none ca
 
 from typing import TYPE_CHECKING, Any
 
-from kernelry import errors, masks, moba
+from kernelry import errors, masks, moba, parallel
 from kernelry._version import __version__
 from kernelry.api import attention
 from kernelry.installation import kernels, plugins
@@ -41,6 +41,7 @@ __all__ = [
     "masks",
     "merge",
     "moba",
+    "parallel",
     "plugins",
     "record",
     "resolve",

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kernelry import installation
+from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ShapeError, nearest
 from kernelry.guards import without_gradient
 from kernelry.kernel import Inputs
@@ -126,6 +127,7 @@ def attention(
         interpret=scope.interpret and target.platform == "cpu",
         kv_quantization=quantization_of(arrays.key),
         page_size=page_size_of(arrays.key),
+        context_parallel=_shared_out(scope.context_parallel),
     )
     arrays = dataclasses.replace(arrays, dropout_rng=dropout_rng if dropout_rate else None)
     _check_given(request, arrays)
@@ -133,6 +135,24 @@ def attention(
     assert resolution.plan is not None
     partial = resolution.plan.run(without_gradient(arrays, request.gradients))
     return _result(partial, request)
+
+
+def _shared_out(context: ContextParallel | None) -> str | None:
+    """The request's word for sequences sharded over an axis of the mesh."""
+    if context is None or context.size == 1:
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = dict(mesh.shape)
+    if context.axis not in sizes:
+        if context.size is not None and mesh.empty:
+            return str(context)
+        where = f"the mesh {sizes} has no axis {context.axis!r}{nearest(context.axis, sizes)}" if sizes else "no mesh"
+        raise ArgumentError(f"{context!r}: {where} is active; enter one, e.g. by jax.set_mesh.")
+    if context.size not in (None, sizes[context.axis]):
+        raise ArgumentError(f"{context!r}: the axis has size {sizes[context.axis]} in the mesh {sizes}.")
+    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[context.axis] is jax.sharding.AxisType.Manual:
+        raise ArgumentError(f"{context!r}: inside a shard_map over {context.axis!r} every sequence is a part of one.")
+    return None if sizes[context.axis] == 1 else str(dataclasses.replace(context, size=sizes[context.axis]))
 
 
 def _logits_dtype(dtype: Any) -> str:

@@ -11,6 +11,7 @@ import enum
 from collections.abc import Callable, Iterator
 from typing import final
 
+from kernelry.context_parallel import ContextParallel
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionKind
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import NEUTRAL, Mode, Operand, Request
@@ -118,6 +119,7 @@ class Capabilities:
       clean_hidden_slots: whether NaN or inf in a slot that no row may see stays out of results.
       kv_quantizations: the quantised keys and values it reads as they are, e.g. `int8:head_dim`.
       pages: whether it reads keys and values through a table of pages.
+      context_parallel: the strategies by which it attends across devices itself, e.g. `ring`.
       tolerances: per dtype.
     """
 
@@ -144,6 +146,7 @@ class Capabilities:
     clean_hidden_slots: bool = False
     kv_quantizations: frozenset[str] = frozenset()
     pages: bool = False
+    context_parallel: frozenset[str] = frozenset()
     tolerances: tuple[Tolerance, ...] = ()
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
@@ -265,6 +268,15 @@ def _storage(can: Capabilities, request: Request) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.PAGES, f"keys and values stand in pages of page_size={request.page_size}")
 
 
+def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    if request.context_parallel is None:
+        return
+    strategy = ContextParallel.parse(request.context_parallel).strategy
+    if strategy not in can.context_parallel:
+        detail = f"context_parallel={request.context_parallel} is not {_either(can.context_parallel)}"
+        yield Refusal(RefusalCode.CONTEXT_PARALLEL, detail)
+
+
 def _feature(feature: Feature, code: RefusalCode) -> Check:
     def run(can: Capabilities, request: Request) -> Iterator[Refusal]:
         value = getattr(request, feature.value)
@@ -299,6 +311,7 @@ CHECKS: tuple[Check, ...] = (
     Check(("gradients",), _gradients),
     Check(("partial",), _partial),
     Check(("kv_quantization", "page_size"), _storage),
+    Check(("context_parallel",), _context_parallel),
     _feature(Feature.MAX_LOGITS, RefusalCode.MAX_LOGITS),
 )
 """Every check of core. A field of Request that no check decides fails a test."""

@@ -61,8 +61,9 @@ class Environment:
         """Asks a question that may import a vendor or touch a driver.
 
         Args:
-          question: a module-level function that returns None when all is well, else the
-            reason why not. It runs once per process, and only when looking is allowed.
+          question: returns None when all is well, else the reason why not: a module-level function, or an object
+            that is called and compares by value where the question has facts of its own. Each is asked once per
+            process, and only when looking is allowed.
         """
         if self.knowledge is not Knowledge.PROBED:
             self._unanswered.append(question.__name__)

@@ -142,7 +142,7 @@ def _neighbours(request: Request) -> Iterator[_Neighbour]:
             )
     if request.scale != request.default_scale:
         yield "scale", "scale=None", changed(scale=None)
-    for name in ("kv_quantization", "page_size"):
+    for name in ("kv_quantization", "page_size", "context_parallel"):
         if getattr(request, name) is not None:
             yield name, f"no {name}", changed(**{name: None})
     if request.partial:

@@ -6,6 +6,7 @@ was written for, `contract = (1, 1)`, and implements hooks of `kernelry.hookspec
 
 from kernelry._pytree import pytree
 from kernelry.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
+from kernelry.context_parallel import ContextParallel, load_balanced_order
 from kernelry.environment import Environment, Knowledge, Vendor
 from kernelry.hookspecs import CONTRACT, hookimpl
 from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
@@ -27,6 +28,7 @@ __all__ = [
     "Axis",
     "BlockGrid",
     "Capabilities",
+    "ContextParallel",
     "Decided",
     "Dims",
     "Environment",
@@ -61,6 +63,7 @@ __all__ = [
     "Vendor",
     "decided_at_run_time",
     "hookimpl",
+    "load_balanced_order",
     "pytree",
     "with_sinks",
 ]

@@ -211,7 +211,7 @@ def _override(values: Mapping[str, int]) -> dict[str, Threshold]:
     return chosen
 
 
-_GPU = ("cudnn_jax", "pallas_flash", "pallas_mha", "tokamax_mosaic")
+_GPU = ("cudnn_jax", "pallas_flash", "pallas_mha", "tokamax_mosaic", "cudnn_te")
 """For training and prefill on GPUs: the vendor's library, then what serves most, neither of them measured here."""
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast, final
 import jax
 import numpy as np
 
+from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Mask, is_mask
 from kernelry.masks.form import MaskForm
@@ -106,6 +107,8 @@ class Request:
       interpret: whether accelerator kernels may run on CPU in interpret mode.
       kv_quantization: how keys and values are quantised, e.g. `int8:head_dim`; None where they are not.
       page_size: the slots of a page, where keys and values stand in pages; None where they do not.
+      context_parallel: how sequences sharded over a mesh axis are attended to, e.g. `ring:context:4`; None where they
+        are whole on each device.
     """
 
     target: Target = _CPU
@@ -133,6 +136,7 @@ class Request:
     interpret: bool = False
     kv_quantization: str | None = None
     page_size: int | None = None
+    context_parallel: str | None = None
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -151,6 +155,8 @@ class Request:
         if self.kv_quantization is not None:
             kind = Quantization.parse(self.kv_quantization).of_heads(self.kv_heads)
             object.__setattr__(self, "kv_quantization", str(kind))
+        if self.context_parallel is not None:
+            object.__setattr__(self, "context_parallel", str(ContextParallel.parse(self.context_parallel)))
         self._fill("gradients", self._default_gradients)
         if isinstance(self.gradients, str) or not isinstance(self.gradients, Iterable):
             raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {self.gradients!r}.")
@@ -273,6 +279,7 @@ NEUTRAL: Mapping[str, Any] = {
     "interpret": False,
     "kv_quantization": None,
     "page_size": None,
+    "context_parallel": None,
 }
 """The value of each optional field that asks nothing of a kernel (softmax is declared all the same)."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import jax
 
+from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError
 from kernelry.kernel import KernelSpec
 from kernelry.lock import Lock
@@ -35,6 +36,7 @@ class Scope:
     tiling: tuple[tuple[str, int], ...] = ()
     interpret: bool = False
     strict: Lock | None = None
+    context_parallel: ContextParallel | None = None
 
 
 @final
@@ -71,6 +73,7 @@ def use(
     kernels: Sequence[KernelSpec] = (),
     tiling: dict[str, int] | None = None,
     strict: str | Path | Lock | None = None,
+    context_parallel: ContextParallel | None = None,
 ) -> Iterator[None]:
     """Overrides choices for the calls inside, also for functions that are already jitted.
 
@@ -82,6 +85,8 @@ def use(
       tiling: overrides tunables by name.
       strict: a lock file, as `kernelry lock` writes it; a resolution that is not the one written
         there is a ConfigError.
+      context_parallel: says that query, key and value are sharded along their sequences, and how to attend to them;
+        a size of 1 takes it back.
 
     Raises:
       ArgumentError: `kernels` holds something that is not a KernelSpec, or one that cannot be hashed.
@@ -98,6 +103,7 @@ def use(
         kernels=(*outer.kernels, *kernels),
         tiling=tuple(sorted({**dict(outer.tiling), **(tiling or {})}.items())),
         strict=Lock.read(strict) if isinstance(strict, str | Path) else strict or outer.strict,
+        context_parallel=context_parallel or outer.context_parallel,
     )
     with _scope(inner):
         yield

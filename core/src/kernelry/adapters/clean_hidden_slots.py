@@ -15,7 +15,7 @@ from kernelry.capabilities import Capabilities
 from kernelry.kernel import Inputs
 from kernelry.masks.arrays import as_array
 from kernelry.masks.base import Mask
-from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.form import Atom, AtomKind, PositionKind
 from kernelry.masks.indexed import Lengths, Segments
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
@@ -86,7 +86,8 @@ def _is_packed(request: Request) -> bool:
 
 
 def _sees_itself(atom: Atom) -> bool:
-    if atom.kind not in _REFLEXIVE or atom.query.start is None or atom.query.start != atom.kv.start:
+    # Traced positions of the two sides are alike in form and may differ.
+    if atom.kind not in _REFLEXIVE or atom.query != atom.kv or PositionKind.TRACED in atom.position_kinds:
         return False
     return not atom.is_band or all(bound is None or bound >= 0 for bound in atom.params)
 

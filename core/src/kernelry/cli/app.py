@@ -110,6 +110,7 @@ def explain(
     sinks: Annotated[bool, typer.Option("--sinks", help="one sink logit per head.")] = False,
     kv_quantization: Annotated[str | None, typer.Option(help="of keys and values, e.g. int8, int4:head_dim.")] = None,
     page_size: Annotated[int | None, typer.Option(min=1, help="slots of a page, where keys stand in pages.")] = None,
+    context_parallel: Annotated[str | None, typer.Option(help="sharded sequences, e.g. ring:context:4.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="statistics are wanted.")] = False,
     kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
     config: Annotated[Path | None, typer.Option(help="a config whose [attention] table decides.")] = None,
@@ -133,6 +134,7 @@ def explain(
         partial=partial,
         kv_quantization=kv_quantization,
         page_size=page_size,
+        context_parallel=context_parallel,
     )
     if request.q_heads % request.kv_heads:
         raise typer.BadParameter(f"--kv-heads {request.kv_heads} must divide --heads {request.q_heads}")
