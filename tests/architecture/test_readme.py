@@ -19,10 +19,12 @@ def test_the_example_runs():
     names = {}
     exec(example.replace("print(", "text = str("), names)
     assert names["out"].shape == (2, 1, 8, 64)
-    exec(_blocks("python")[1], names)
+    exec(_blocks("python")[1].replace("print(", "shared = str("), names)
+    assert "→ cudnn_te" in names["shared"]
+    exec(_blocks("python")[2], names)
     assert names["step"].shape == (2, 1, 8, 64)
     assert int(names["cache"].lengths[0]) == 1025
-    exec(_blocks("python")[2], names)
+    exec(_blocks("python")[3], names)
     assert names["out"].shape == (2, 1024, 8, 64)
     assert "→ pallas_flash" in names["text"]
     assert len([line for line in example.splitlines() if line.strip()]) <= 15

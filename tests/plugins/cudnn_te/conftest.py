@@ -2,7 +2,8 @@
 
 `make test-te` runs them beside each version; without the variable nothing here is collected, so what needs no
 transformer_engine belongs in the folder above. Fused attention computes on CPU, on four devices; a test marked
-`te(since="2.20")` or `te(before="2.14")` is left out beside other versions.
+`te(since="2.20")` or `te(before="2.14")` is left out beside other versions, `te(served=True)` beside those that
+cudnn_te refuses.
 """
 
 import os
@@ -30,11 +31,15 @@ def _version(text):
     return tuple(int(part) for part in text.split("."))
 
 
+_REFUSED = ((2, 12), (2, 13))
+
+
 def _is_wanted(item):
-    return all(
-        _version(mark.kwargs.get("since", "0")) <= stand_in.version() < _version(mark.kwargs.get("before", "9999"))
-        for mark in item.iter_markers("te")
+    marks = [mark.kwargs for mark in item.iter_markers("te")]
+    in_range = all(
+        _version(mark.get("since", "0")) <= stand_in.version() < _version(mark.get("before", "9999")) for mark in marks
     )
+    return in_range and not (stand_in.version()[:2] in _REFUSED and any(mark.get("served") for mark in marks))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,0 +1,1 @@
+"""transformer-engine's fused attention."""

@@ -1,0 +1,205 @@
+"""Everything this kernel takes from transformer-engine, in one place.
+
+Written against transformer_engine 2.11 and 2.14 … 2.20. `cpp_extensions` is not among its documented modules: without
+it there are no statistics and no backward pass from an output and lse of the whole attention. What differs between
+releases is found in their signatures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import transformer_engine
+from transformer_engine.jax import cpp_extensions
+from transformer_engine.jax.attention import (
+    AttnBiasType,
+    AttnMaskType,
+    AttnSoftmaxType,
+    CPStrategy,
+    QKVLayout,
+    SequenceDescriptor,
+    fused_attn,
+    is_fused_attn_kernel_available,
+)
+from transformer_engine.jax.sharding import MeshResource, global_mesh_resource, global_shard_guard, num_of_devices
+
+from kernelry.errors import ConfigError
+from kernelry.plugin import Request
+from kernelry_cudnn_te.cudnn_te.facts import FIRST_WITH_ALL, Facts
+
+__all__ = [
+    "VERSION",
+    "CPStrategy",
+    "MeshResource",
+    "backward",
+    "described",
+    "forward",
+    "forward_with_statistics",
+    "num_of_devices",
+    "static_arguments",
+    "why_declined",
+]
+
+VERSION: str = transformer_engine.__version__
+
+
+def static_arguments(facts: Facts, request: Request, segments: int) -> dict[str, Any]:
+    """What a call is told that is no array, by transformer-engine's names.
+
+    Args:
+      segments: the most that a row may hold.
+    """
+    biased = request.bias is not None
+    told = {
+        "attn_bias_type": AttnBiasType.POST_SCALE_BIAS if biased else AttnBiasType.NO_BIAS,
+        "attn_mask_type": AttnMaskType[f"{facts.mask_type}_mask".replace("no_mask_mask", "no_mask").upper()],
+        "qkv_layout": QKVLayout.THD_THD_THD if facts.packed else QKVLayout.BSHD_BSHD_BSHD,
+        "softmax_type": AttnSoftmaxType.LEARNABLE_SOFTMAX if request.sinks else AttnSoftmaxType.VANILLA_SOFTMAX,
+        "scaling_factor": request.scale,
+        "dropout_probability": request.dropout_rate,
+        # Without it there are no statistics, and probabilities are not dropped.
+        "is_training": bool(request.gradients or request.partial or request.dropout_rate),
+        "max_segments_per_seq": segments,
+        "window_size": facts.window,
+    }
+    if request.max_logits:
+        told["return_max_logit"] = True
+    if facts.shared is not None:
+        _check_ring(facts)
+        told["context_parallel_strategy"] = CPStrategy[facts.shared.strategy.upper()]
+        told["context_parallel_causal_load_balanced"] = facts.shared.order is not None
+        told["context_parallel_axis"] = facts.shared.axis
+    return told
+
+
+def described(packed: bool, first: Any, second: Any) -> Any:
+    """The SequenceDescriptor of lengths of queries and keys, or of the segments of packed tokens and places in them."""
+    if packed:
+        return SequenceDescriptor.from_segment_ids_and_pos((first, first), (second, second))
+    return SequenceDescriptor.from_seqlens((first, second))
+
+
+def why_declined(**facts: Any) -> str | None:
+    """Returns transformer-engine's reason for having no kernel, empty where it gives none; None where it has one."""
+    if is_fused_attn_kernel_available(**_known(is_fused_attn_kernel_available, facts)):
+        return None
+    helper = cpp_extensions.FusedAttnHelper
+    window = facts["window_size"] or (-1, -1)
+    answer = helper(**_known(helper, {**facts, "window_size": window})).get_fused_attn_backend()
+    return str(answer[1]) if isinstance(answer, tuple) else ""
+
+
+def forward(
+    arrays: Mapping[str, Any],
+    told: Mapping[str, Any],
+    resource: Any,
+    receive: Callable[[Any, Any, Any], tuple[Any, Any]],
+) -> Any:
+    """The output, and the largest logits where they are asked for; differentiated by transformer-engine's own rule.
+
+    That rule, too, wants to know what the axes of the mesh mean, and runs when JAX calls it: so it is called from a
+    rule of ours, which says it again.
+
+    Args:
+      receive: makes (result, pull, cotangent) into the pull and the cotangent that are used.
+    """
+    _check_known(fused_attn, told)
+
+    def direct(arrays: Mapping[str, Any]) -> Any:
+        with _told_of(resource):
+            return fused_attn(**arrays, **told)
+
+    def with_pull(arrays: Mapping[str, Any]) -> tuple[Any, Any]:
+        result, pull = jax.vjp(direct, arrays)
+        return result, (result, pull)
+
+    def backward(residuals: Any, cotangent: Any) -> Any:
+        result, pull = residuals
+        pull, cotangent = receive(result, pull, cotangent)
+        with _told_of(resource):
+            return pull(cotangent)
+
+    attend: Any = jax.custom_vjp(direct)
+    attend.defvjp(with_pull, backward)
+    return attend(arrays)
+
+
+def forward_with_statistics(arrays: Mapping[str, Any], told: Mapping[str, Any], resource: Any) -> tuple[Any, Any, Any]:
+    """Output, lse and largest logits; they have no derivative."""
+    _check_known(cpp_extensions.fused_attn_fwd, told)
+    with _told_of(resource):
+        out, lse, _, *largest = cpp_extensions.fused_attn_fwd(**arrays, **told)
+    return out, lse, largest[0] if largest else None
+
+
+def backward(arrays: Mapping[str, Any], told: Mapping[str, Any], resource: Any) -> tuple[tuple[Any, ...], Any]:
+    """The gradients of query, key and value, and of the bias."""
+    given = {name: value for name, value in arrays.items() if name != "seed"}
+    told = {name: value for name, value in told.items() if name != "return_max_logit"}
+    with _told_of(resource):
+        gradients, d_bias, *_ = cpp_extensions.fused_attn_bwd(**given, **told)
+    return gradients, d_bias
+
+
+def _check_ring(facts: Facts) -> None:
+    if facts.packed and tuple(int(number) for number in VERSION.split(".")[:2]) < FIRST_WITH_ALL:
+        wanted = ".".join(map(str, FIRST_WITH_ALL))
+        raise ConfigError(f"cudnn_te: packed rows in a ring want transformer-engine {wanted}, found {VERSION}")
+
+
+def _check_known(function: Callable[..., Any], told: Mapping[str, Any]) -> None:
+    """A target that is not at hand is assumed to have the latest release; the program is made with the one at hand."""
+    unknown = sorted(told.keys() - _names(function))
+    if unknown:
+        raise ConfigError(
+            f"cudnn_te: transformer-engine {VERSION} knows no {', '.join(unknown)}; install a later release"
+        )
+
+
+_lasting = contextlib.ExitStack()
+_ours: Any = None
+"""What the mesh means, as last told for good."""
+
+
+@contextlib.contextmanager
+def _told_of(resource: Any) -> Iterator[None]:
+    """Tells transformer-engine what the axes of the mesh mean.
+
+    It asks while a program is traced, and, where gradients are summed over devices, once more while it is compiled,
+    when no scope is open: so what was told last stays told. What a caller says by a `global_shard_guard` of its own
+    stands, but for an axis of sequences, which transformer-engine would apply to every call that names none.
+    """
+    global _ours
+    theirs = _told_already()
+    if theirs is not None and theirs is not _ours:
+        resource = dataclasses.replace(theirs, cp_resource=None)
+    elif resource != _ours:
+        _lasting.enter_context(global_shard_guard(resource))
+        _ours = resource
+    with global_shard_guard(resource):
+        yield
+
+
+def _told_already() -> Any:
+    try:
+        return global_mesh_resource()
+    except AssertionError:
+        return None
+
+
+def _known(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    names = _names(function)
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+@functools.cache
+def _names(function: Callable[..., Any]) -> frozenset[str]:
+    if dataclasses.is_dataclass(function):
+        return frozenset(field.name for field in dataclasses.fields(function))
+    return frozenset(inspect.signature(function).parameters)

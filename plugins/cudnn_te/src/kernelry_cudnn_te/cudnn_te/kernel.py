@@ -1,0 +1,143 @@
+"""cuDNN's fused attention as transformer-engine calls it.
+
+Source: transformer_engine.jax.attention.fused_attn, transformer_engine 2.11 and 2.14 … 2.20.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernelry.errors import ConfigError
+from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
+from kernelry_cudnn_te.cudnn_te import _vendor
+from kernelry_cudnn_te.cudnn_te.across_devices import Shared
+from kernelry_cudnn_te.cudnn_te.facts import Facts
+from kernelry_cudnn_te.cudnn_te.largest import apart, folded, joined
+from kernelry_cudnn_te.cudnn_te.mesh import alike, resources, with_sequences
+from kernelry_cudnn_te.cudnn_te.sequences import Sequences
+from kernelry_cudnn_te.cudnn_te.vmapped import computed_alone, together
+
+_SCOPE = "kernelry.cudnn_te"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class CudnnTeKernel(Kernel):
+    """transformer-engine's fused attention. Without statistics, its own derivative is kept, of bias and sinks too."""
+
+    def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
+        with jax.named_scope(_SCOPE):
+            inputs = with_sequences(inputs, Shared.of(request))
+            if not request.max_logits:
+                return _forward(inputs, request, tiling, statistics)
+            inputs, inner = folded(inputs, request)
+            return apart(_forward(inputs, inner, tiling, statistics), request)
+
+    def backward(
+        self,
+        inputs: Inputs,
+        request: Request,
+        tiling: Tiling,
+        out: Float[Array, "B T N D"],
+        lse: Float[Array, "B N T"],
+        d_out: Float[Array, "B T N D"],
+        d_lse: Float[Array, "B N T"] | None,
+    ) -> Gradients:
+        with jax.named_scope(_SCOPE):
+            call = _Call.of(with_sequences(inputs, Shared.of(request)), request, tiling, statistics=True)
+            auxiliary = lse.swapaxes(1, 2) if call.facts.packed else lse
+            arrays = call.arrays | {
+                "softmax_aux": auxiliary[..., None],
+                "rng_state": jnp.zeros((_vendor.num_of_devices(), 4), jnp.uint32),  # read for dropout alone
+                "output": out.astype(request.dtype),
+                "doutput": alike(d_out, out).astype(request.dtype),
+            }
+            arrays = together(arrays, call.alone)
+            (d_query, d_key, d_value), d_bias = _vendor.backward(arrays, call.told, call.resource)
+            return Gradients(d_query, d_key, d_value, None if request.bias is None else joined(d_bias, request.bias))
+
+
+def _forward(inputs: Inputs, request: Request, tiling: Tiling, statistics: bool) -> Partial:
+    call = _Call.of(inputs, request, tiling, statistics)
+    lse = largest = None
+    if statistics:
+        out, lse, largest = _vendor.forward_with_statistics(call.arrays, call.told, call.resource)
+        lse = (lse.swapaxes(1, 2) if call.facts.packed else lse)[..., 0]
+    else:
+        out = _vendor.forward(call.arrays, call.told, call.resource, functools.partial(_receive, call.alone))
+        if request.max_logits:
+            out, largest = out
+    live, in_order = call.sequences.live, call.sequences.in_order
+    if live is not None:
+        out = jnp.where(live[:, :, None, None], out, 0)
+        lse = None if lse is None else jnp.where(live[:, None, :], lse, -jnp.inf)
+    if in_order is not None:
+        # Ids that a packed row cannot hold are known to the running program alone: nothing it returns looks right then.
+        out = jnp.where(in_order[:, None, None, None], out, jnp.nan)
+        lse = None if lse is None else jnp.where(in_order[:, None, None], lse, jnp.nan)
+    if not request.max_logits:
+        return Partial(out, lse=lse, dtype=request.dtype)
+    return Partial(out, lse=lse, max_logits=jax.lax.stop_gradient(largest), dtype=request.dtype)
+
+
+def _receive(alone: str, result: Any, pull: Any, cotangent: Any) -> tuple[Any, Any]:
+    """Residuals and cotangent mapped together; releases before 2.20 take the latter to be cut as the output is."""
+    result, pull, cotangent = together((result, pull, cotangent), alone)
+    return pull, jax.tree.map(alike, cotangent, result)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """transformer-engine's arguments: arrays, what it is told beside, and what the axes of the mesh mean."""
+
+    facts: Facts
+    sequences: Sequences
+    arrays: dict[str, Any]
+    told: dict[str, Any]
+    resource: Any
+    alone: str
+
+    @classmethod
+    def of(cls, inputs: Inputs, request: Request, tiling: Tiling, statistics: bool) -> _Call:
+        facts = Facts.of(request)
+        segments = tiling["max_segments"] if facts.packed else 1
+        if segments > request.q_len:
+            raise ConfigError(f"tiling: max_segments={segments} of cudnn_te > q_len={request.q_len}")
+        sequences, alone = Sequences.of(inputs, request, facts, segments), computed_alone(request, facts)
+        # Where the compiler partitions a call, transformer-engine takes them to be cut as the queries are.
+        lengths = [alike(array, inputs.query) for array in (sequences.queries, sequences.keys)]
+        query, key, value, *lengths = together((inputs.query, inputs.key, inputs.value, *lengths), alone)
+        arrays = {
+            "qkv": (query, key, value),
+            "bias": None if inputs.bias is None else _whole(inputs.bias, request),
+            "sequence_descriptor": _vendor.described(facts.packed, *lengths),
+            "seed": _seed(inputs, request),
+            "softmax_offset": None if inputs.sinks is None else _offset(inputs.sinks),
+        }
+        told = _vendor.static_arguments(facts, request, segments)
+        resource = resources(request, facts.shared)
+        return cls(facts, sequences, arrays, {**told, "is_training": True} if statistics else told, resource, alone)
+
+
+def _whole(bias: Float[Array, "#B #N #T #S"], request: Request) -> Float[Array, "#B #N T S"]:
+    """The bias as cuDNN reads it, in query's dtype."""
+    return jnp.broadcast_to(bias, (*bias.shape[:2], request.q_len, request.kv_len)).astype(request.dtype)
+
+
+def _offset(sinks: Float[Array, " N"]) -> Float[Array, "1 N 1 1"]:
+    return sinks.astype(jnp.float32)[None, :, None, None]
+
+
+def _seed(inputs: Inputs, request: Request) -> Array | None:
+    """64 bits for each device, as transformer-engine shards them."""
+    if not request.dropout_rate:
+        return None
+    assert inputs.dropout_rng is not None
+    return jax.random.bits(inputs.dropout_rng, (_vendor.num_of_devices(), 2), jnp.uint32)

@@ -1,0 +1,151 @@
+"""What `cudnn_te` declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernelry.plugin import (
+    AtomKind,
+    Capabilities,
+    Dims,
+    Environment,
+    Feature,
+    Gradient,
+    KernelSpec,
+    Mode,
+    Operand,
+    PositionKind,
+    Refusal,
+    RefusalCode,
+    Request,
+    Statistic,
+    Tiling,
+    Tolerance,
+)
+from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
+from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, refusals
+
+_DISTRIBUTION = "transformer_engine"
+_INSTALL = "pip install 'kernelry-cudnn-te[te]'"
+
+_FIRST = (2, 11)
+_BROKEN = ((2, 12), (2, 13))
+"""Whose SequenceDescriptor.from_segment_ids_and_pos wants two further arguments, and gave them up again."""
+
+
+_HOPPER = 90
+"""Compute capability times ten."""
+
+_HEAD_DIM_BEFORE_HOPPER = 128
+"""Elements; cuDNN's limit on older GPUs."""
+
+_SEGMENTS = (32, 8, 16, 64, 128, 256)
+"""Of a row; memory and compile time grow with it."""
+
+
+def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    static = (*_version(request, environment), *_head_dim(request), *refusals(request))
+    return (*static, *_driver(environment), *_answer(request, environment, static))
+
+
+def _version(request: Request, environment: Environment) -> Iterator[Refusal]:
+    vendor = environment.vendor(_DISTRIBUTION)
+    if vendor.missing:
+        yield Refusal(RefusalCode.VENDOR_MISSING, "transformer-engine is not installed", _INSTALL)
+    if vendor.version is None:
+        return
+    release = tuple(int(number) for number in vendor.version.split(".")[:2])
+    if release < _FIRST:
+        detail = f"transformer-engine {vendor.version} < {_text(_FIRST)}"
+        yield Refusal(RefusalCode.VENDOR_VERSION, detail, _INSTALL)
+    elif release in _BROKEN:
+        detail = (
+            f"transformer-engine {vendor.version}: its from_segment_ids_and_pos wants is_thd and "
+            "is_segment_ids_reordered, which no other release has"
+        )
+        yield Refusal(RefusalCode.VENDOR_VERSION, detail, f"{_INSTALL} takes another release")
+    if request.max_logits and release < FIRST_WITH_ALL:
+        detail = f"max_logits=True wants transformer-engine {_text(FIRST_WITH_ALL)}, found {vendor.version}"
+        yield Refusal(RefusalCode.MAX_LOGITS, detail)
+    if request.context_parallel is not None and _is_packed(request) and release < FIRST_WITH_ALL:
+        detail = f"packed rows in a ring want transformer-engine {_text(FIRST_WITH_ALL)}, found {vendor.version}"
+        yield Refusal(RefusalCode.CONTEXT_PARALLEL, f"{detail}, which gets segments that do not divide wrong")
+
+
+def _text(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))
+
+
+def _head_dim(request: Request) -> Iterator[Refusal]:
+    generation = request.target.generation
+    widest = max(request.head_dim, request.value_dim)
+    if widest <= _HEAD_DIM_BEFORE_HOPPER or (generation is not None and generation >= _HOPPER):
+        return
+    detail = f"head_dim={widest} > {_HEAD_DIM_BEFORE_HOPPER} on {request.target}"
+    remedy = "larger ones need compute capability 9.0; name the device, e.g. gpu:h100"
+    yield Refusal(RefusalCode.HEAD_DIM, detail, None if generation else remedy)
+
+
+def _driver(environment: Environment) -> Iterator[Refusal]:
+    reason = environment.probe(why_not_here)
+    if reason is not None:
+        remedy = f"{_INSTALL} with JAX for CUDA, on a machine with an NVIDIA GPU and its driver"
+        yield Refusal(RefusalCode.DRIVER, reason, remedy)
+
+
+def _answer(request: Request, environment: Environment, static: tuple[Refusal, ...]) -> Iterator[Refusal]:
+    """Asks transformer-engine itself, where nothing known beforehand speaks against the request."""
+    if static or environment.probe(why_not_here) is not None:
+        return
+    reason = environment.probe(Asked.of(request))
+    if reason is not None:
+        yield Refusal(RefusalCode.VENDOR_DECLINES, reason)
+
+
+def _tilings(request: Request) -> tuple[Tiling, ...]:
+    if not _is_packed(request):
+        return (Tiling(),)
+    return tuple(dict.fromkeys(Tiling.of(max_segments=min(most, request.q_len)) for most in _SEGMENTS))
+
+
+def _is_packed(request: Request) -> bool:
+    return any(atom.kind is AtomKind.SEGMENTS for atom in request.mask.atoms)
+
+
+def _signature(request: Request) -> tuple[str, ...]:
+    return ("te_fused_attn_forward_ffi", "kernelry.cudnn_te")
+
+
+_ALL = frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS, Operand.SINKS})
+
+CUDNN_TE = KernelSpec(
+    name="cudnn_te",
+    capabilities=Capabilities(
+        platforms=frozenset({"gpu"}),
+        minimum_generation=(("gpu", 80),),
+        modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
+        dtypes=frozenset({"float16", "bfloat16"}),
+        head_dims=Dims(minimum=8, maximum=256, multiple_of=8),
+        split_head_dim=True,
+        grouped_heads=True,
+        unequal_lengths=True,
+        atoms=ATOMS,
+        positions=frozenset({PositionKind.OFFSET, PositionKind.STATIC}),
+        features=frozenset({Feature.SCALE, Feature.BIAS, Feature.SINKS, Feature.DROPOUT, Feature.MAX_LOGITS}),
+        statistics=frozenset({Statistic.LSE}),
+        normalizations=frozenset({"softmax"}),
+        gradient=Gradient.BACKWARD,
+        gradients=_ALL,
+        empty_rows=True,
+        context_parallel=frozenset({"all_gather", "ring"}),
+        tolerances=(
+            Tolerance("bfloat16", 1e-2, 4e-2, "not measured: what dot_product needs at 8 bits of mantissa"),
+            Tolerance("float16", 2e-3, 1e-2, "not measured: what dot_product needs at 11 bits of mantissa"),
+        ),
+    ),
+    load="kernelry_cudnn_te.cudnn_te.kernel:CudnnTeKernel",
+    refusals=_refusals,
+    tilings=_tilings,
+    signature=_signature,
+    summary="cuDNN's fused attention through transformer-engine; packed segments, sinks, bias, dropout; 16-bit dtypes",
+)

@@ -1,0 +1,139 @@
+"""Sequences over four devices, through transformer-engine's ring and all-gather."""
+
+import cudnn_te_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from transformer_engine.jax import attention as te
+
+import kernelry
+from kernelry import masks
+from kernelry.errors import ConfigError
+from kernelry.parallel import ContextParallel, load_balanced_order, reorder_for_load_balance, undo_reorder
+
+LENGTH, DEVICES = 64, 4
+CAUSAL = masks.Causal()
+IDS = np.stack([np.repeat([0, 4, 2], [37, 3, 24]), np.repeat([3, -1, 5], [30, 9, 25])])
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TransformerEngine logical axes:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources:DeprecationWarning"),
+    pytest.mark.te(served=True),
+]
+
+
+def _check(mesh, strategy, order, *, mask=CAUSAL, ids=None):
+    def reordered(array, axis=1):
+        return array if order is None else reorder_for_load_balance(array, DEVICES, axis=axis, order=order)
+
+    def there(array):
+        return jax.device_put(reordered(array), NamedSharding(mesh, PartitionSpec(None, "context")))
+
+    *operands, d_out = cases.arrays(LENGTH)
+    wanted = cases.results("dot_product", operands, d_out, mask=mask if ids is None else mask & masks.Segments(ids))
+    moved = mask
+    if order is not None:
+        places = load_balanced_order(LENGTH, DEVICES, order)
+        moved = mask.at(query_positions=places, kv_positions=places)
+    if ids is not None:
+        moved = moved & masks.Segments(reordered(jnp.asarray(ids)))
+    context = ContextParallel("context", strategy)
+    with (
+        kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32], context_parallel=context),
+        kernelry.record() as resolutions,
+    ):
+        found = cases.results(cases.IN_FLOAT32.name, [there(array) for array in operands], there(d_out), mask=moved)
+    back = (lambda array: array) if order is None else (lambda array: undo_reorder(array, DEVICES, order=order))
+    (out, _, _), gradients = found
+    cases.same((back(out), tuple(back(gradient) for gradient in gradients)), (wanted[0][0], wanted[1]))
+    assert resolutions[0].request.context_parallel == f"{strategy}:context:{DEVICES}"
+
+
+@pytest.mark.parametrize("order", [None, "dual_chunk"])
+@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+def test_causal(mesh, strategy, order):
+    _check(mesh, strategy, order)
+
+
+@pytest.mark.te(since="2.20")
+@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+def test_full(mesh, strategy):
+    _check(mesh, strategy, None, mask=masks.Full())
+
+
+@pytest.mark.te(since="2.20")
+def test_packed_rows_in_stripes(mesh):
+    _check(mesh, "ring", "striped", ids=IDS)
+
+
+@pytest.mark.te(before="2.20")
+def test_packed_rows_in_stripes_are_an_error_in_releases_that_get_them_wrong(mesh):
+    with pytest.raises(ConfigError, match="packed rows in a ring"):
+        _check(mesh, "ring", "striped", ids=IDS)
+
+
+@pytest.mark.parametrize(("order", "strategy"), [("dual_chunk", "DualChunkSwap"), ("striped", "Striped")])
+def test_orders_are_transformer_engines(order, strategy):
+    tokens = jnp.arange(LENGTH)[None]
+    theirs = te.reorder_causal_load_balancing(tokens, te.ReorderStrategy[strategy], DEVICES, 1)
+    np.testing.assert_array_equal(theirs[0], load_balanced_order(LENGTH, DEVICES, order))
+    np.testing.assert_array_equal(undo_reorder(theirs, DEVICES, order=order), tokens)
+
+
+@pytest.mark.parametrize("name", ["dp", "fsdp"])
+def test_gradients_of_sinks_are_summed_over_the_batch(name):
+    mesh = jax.make_mesh((DEVICES,), (name,), axis_types=(AxisType.Auto,))
+    *operands, d_out = cases.arrays(batch=DEVICES)
+    options = {"mask": masks.Causal(), "sinks": jnp.asarray([0.3, -1.0, 2.0, 0.0])}
+    wanted = cases.results("dot_product", operands, d_out, **options)
+    with jax.set_mesh(mesh), kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]):
+        there = [jax.device_put(array, NamedSharding(mesh, PartitionSpec(name))) for array in (*operands, d_out)]
+        cases.same(cases.results(cases.IN_FLOAT32.name, there[:3], there[3], **options), wanted)
+
+
+@pytest.mark.parametrize("name", ["causal, lengths", "causal, packed"])
+def test_lengths_and_segments_are_cut_as_the_queries_are(name):
+    """Rows of a batch on one device each, with lengths and ids of their own that jit closes over."""
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    *operands, d_out = cases.arrays(batch=DEVICES)
+    ids = np.concatenate([cases.IDS, cases.IDS[::-1, ::-1]])
+    mask = masks.Causal() & (masks.Segments(ids) if "packed" in name else masks.Lengths(np.asarray([5, 32, 17, 1])))
+    wanted = cases.results("dot_product", operands, d_out, mask=mask)
+    with jax.set_mesh(mesh), kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]):
+        there = [jax.device_put(array, NamedSharding(mesh, PartitionSpec("data"))) for array in (*operands, d_out)]
+        cases.same(cases.results(cases.IN_FLOAT32.name, there[:3], there[3], mask=mask), wanted)
+
+
+def test_an_axis_that_nothing_is_known_of_is_an_error_where_gradients_are_summed():
+    mesh = jax.make_mesh((DEVICES,), ("somewhere",), axis_types=(AxisType.Auto,))
+    *operands, d_out = cases.arrays(batch=DEVICES)
+    with (
+        jax.set_mesh(mesh),
+        kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]),
+        pytest.raises(ConfigError, match="axis 'somewhere' of the mesh"),
+    ):
+        cases.results(cases.IN_FLOAT32.name, operands, d_out, sinks=jnp.zeros(4))
+
+
+def test_sequences_that_are_sharded_unsaid_are_gathered():
+    mesh = jax.make_mesh((DEVICES,), ("context",), axis_types=(AxisType.Auto,))
+    *operands, d_out = cases.arrays(LENGTH)
+    wanted = cases.results("dot_product", operands, d_out, mask=masks.Causal())
+    with jax.set_mesh(mesh), kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]):
+        there = [
+            jax.device_put(array, NamedSharding(mesh, PartitionSpec(None, "context"))) for array in (*operands, d_out)
+        ]
+        cases.same(cases.results(cases.IN_FLOAT32.name, there[:3], there[3], mask=masks.Causal()), wanted)
+
+
+def test_an_explicit_mesh_is_an_error():
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    *operands, d_out = cases.arrays(batch=DEVICES)
+    with (
+        jax.set_mesh(mesh),
+        kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]),
+        pytest.raises(ConfigError, match="mesh axes data are explicit"),
+    ):
+        cases.results(cases.IN_FLOAT32.name, operands, d_out, mask=masks.Causal())
