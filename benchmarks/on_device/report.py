@@ -20,7 +20,7 @@ from on_device.targets import targets
 
 _PACKAGES = (
     "jax", "jaxlib", "numpy", "kernelry", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
-    "nvidia-cudnn-cu13", "libtpu",
+    "nvidia-cudnn-cu13", "transformer_engine", "transformer_engine_jax", "libtpu",
 )  # fmt: skip
 
 
