@@ -37,15 +37,18 @@ def test_list_as_json(run):
     assert status == 0
     assert "causal" in rows["dot_product"]["atoms"]
     assert rows["dot_product"]["distribution"].startswith("kernelry-dot-product ")
-    assert {"kv_quantizations", "pages"} <= rows["dot_product"].keys()
+    assert {"kv_quantizations", "pages", "context_parallel"} <= rows["dot_product"].keys()
 
 
-def test_list_shows_how_a_kernel_reads_keys():
+def test_list_shows_how_a_kernel_reads_keys_and_attends_across_devices():
     shown = {"summary": "", "gradient": "none", "kv_quantizations": ["int8:head_dim"], "pages": True}
+    shown["context_parallel"] = ["ring"]
     lists = dict.fromkeys(("platforms", "modes", "dtypes", "atoms", "features", "statistics"), ())
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report._serves({**lists, **shown}))
-    assert "keys held as int8:head_dim pages" in " ".join(console.export_text().split())
+    text = " ".join(console.export_text().split())
+    assert "keys held as int8:head_dim pages" in text
+    assert "across devices by ring" in text
 
 
 def test_doctor_reports_versions_and_no_faults(run):

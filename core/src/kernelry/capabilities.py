@@ -273,8 +273,8 @@ def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:
         return
     strategy = ContextParallel.parse(request.context_parallel).strategy
     if strategy not in can.context_parallel:
-        detail = f"context_parallel={request.context_parallel} is not {_either(can.context_parallel)}"
-        yield Refusal(RefusalCode.CONTEXT_PARALLEL, detail)
+        known = f"not {_either(can.context_parallel)}" if can.context_parallel else "beyond it: it attends on one device"
+        yield Refusal(RefusalCode.CONTEXT_PARALLEL, f"context_parallel={request.context_parallel} is {known}")
 
 
 def _feature(feature: Feature, code: RefusalCode) -> Check:

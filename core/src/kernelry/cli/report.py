@@ -41,6 +41,7 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
         "statistics": sorted(statistic.value for statistic in can.statistics),
         "kv_quantizations": sorted(can.kv_quantizations),
         "pages": can.pages,
+        "context_parallel": sorted(can.context_parallel),
         "gradient": can.gradient.value,
     }
 
@@ -74,6 +75,8 @@ def _serves(row: dict[str, Any]) -> RenderableType:
     held = [*row["kv_quantizations"], *(["pages"] if row["pages"] else [])]
     if held:
         facts.add_row("keys held as", _words(held))
+    if row["context_parallel"]:
+        facts.add_row("across devices by", _words(row["context_parallel"]))
     facts.add_row("gradient", row["gradient"])
     return Group(Text(row["summary"]), facts)
 
