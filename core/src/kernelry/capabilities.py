@@ -273,7 +273,7 @@ def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:
         return
     strategy = ContextParallel.parse(request.context_parallel).strategy
     if strategy not in can.context_parallel:
-        known = f"not {_either(can.context_parallel)}" if can.context_parallel else "beyond it: it attends on one device"
+        known = f"not {_either(can.context_parallel)}" if can.context_parallel else "beyond it: it runs on one device"
         yield Refusal(RefusalCode.CONTEXT_PARALLEL, f"context_parallel={request.context_parallel} is {known}")
 
 
