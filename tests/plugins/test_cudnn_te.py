@@ -171,6 +171,8 @@ def test_the_order_of_tokens_is_read_from_their_positions(order):
     [
         (None, "transformer-engine is not installed; pip install 'kernelry-cudnn-te[te]'"),
         ("2.10.0", "transformer-engine 2.10.0 < 2.11; pip install 'kernelry-cudnn-te[te]'"),
+        ("2.10rc1", "transformer-engine 2.10rc1 < 2.11"),
+        ("2.13rc1+abc", "transformer-engine 2.13rc1+abc: its from_segment_ids_and_pos wants is_thd"),
         ("2.12.0", "transformer-engine 2.12.0: its from_segment_ids_and_pos wants is_thd and is_segment_ids_reordered"),
         ("2.13.0", "transformer-engine 2.13.0: its from_segment_ids_and_pos wants is_thd and is_segment_ids_reordered"),
     ],
@@ -188,6 +190,13 @@ def test_what_an_older_release_lacks_is_refused():
     mask = masks.Causal().at(query_positions=order, kv_positions=order) & SEGMENTS
     text = _reasons(environment, context_parallel="ring:context:4", mask=mask)
     assert "packed rows in a ring want transformer-engine 2.20, found 2.14.0" in text
+
+
+@pytest.mark.parametrize("version", ["2.14.1", "2.21rc1", "2.21.0.dev1+abc", "3"])
+def test_releases_that_are_not(version):
+    assert (
+        "transformer-engine" not in _explained(Environment(versions=(("transformer_engine", version),))).split(";")[0]
+    )
 
 
 def test_a_missing_device_is_found_at_home():

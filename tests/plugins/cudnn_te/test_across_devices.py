@@ -93,6 +93,31 @@ def test_gradients_of_sinks_are_summed_over_the_batch(name):
         cases.same(cases.results(cases.IN_FLOAT32.name, there[:3], there[3], **options), wanted)
 
 
+@pytest.mark.te(since="2.20")
+@pytest.mark.filterwarnings("ignore:.*context manager has been deprecated:DeprecationWarning")
+def test_a_mesh_that_is_entered_by_with_is_known_too():
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    *operands, d_out = cases.arrays(batch=DEVICES)
+    options = {"mask": masks.Causal(), "sinks": jnp.asarray([0.3, -1.0, 2.0, 0.0])}
+    wanted = cases.results("dot_product", operands, d_out, **options)
+    with mesh, kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]):
+        there = [jax.device_put(array, NamedSharding(mesh, PartitionSpec("data"))) for array in (*operands, d_out)]
+        cases.same(cases.results(cases.IN_FLOAT32.name, there[:3], there[3], **options), wanted)
+
+
+def test_sequences_that_no_mesh_shares_out_are_an_error():
+    """Else tokens in another order would be attended to by their slots."""
+    order = load_balanced_order(LENGTH, DEVICES)
+    mask = CAUSAL.at(query_positions=order, kv_positions=order)
+    context = ContextParallel("context", "ring", size=DEVICES)
+    *operands, d_out = cases.arrays(LENGTH)
+    with (
+        kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32], context_parallel=context),
+        pytest.raises(ConfigError, match=r"over 4 devices along 'context', and the active mesh is \{\}"),
+    ):
+        cases.results(cases.IN_FLOAT32.name, operands, d_out, mask=mask)
+
+
 @pytest.mark.parametrize("name", ["causal, lengths", "causal, packed"])
 def test_lengths_and_segments_are_cut_as_the_queries_are(name):
     """Rows of a batch on one device each, with lengths and ids of their own that jit closes over."""

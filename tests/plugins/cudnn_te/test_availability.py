@@ -88,23 +88,48 @@ def test_without_a_device_nothing_is_asked():
 
 
 class _Unloadable:
-    """Finds the vendor's module and fails, as where libcuda is missing."""
+    """Finds the vendor's module and fails with an error."""
+
+    def __init__(self, error):
+        self.error = error
 
     def find_spec(self, name, *_):
         if name == _VENDOR:
-            raise OSError("libcuda.so.1: cannot open shared object file")
+            raise self.error
 
 
 _VENDOR = "kernelry_cudnn_te.cudnn_te._vendor"
 
 
-def test_what_cannot_be_loaded_is_a_reason(at_home, monkeypatch):
-    package = importlib.import_module("kernelry_cudnn_te.cudnn_te")
-    monkeypatch.delitem(sys.modules, _VENDOR, raising=False)
-    monkeypatch.delattr(package, "_vendor", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [_Unloadable(), *sys.meta_path])
+@pytest.fixture
+def without_vendor(monkeypatch):
+    def fail(error):
+        package = importlib.import_module("kernelry_cudnn_te.cudnn_te")
+        monkeypatch.delitem(sys.modules, _VENDOR, raising=False)
+        monkeypatch.delattr(package, "_vendor", raising=False)
+        monkeypatch.setattr(sys, "meta_path", [_Unloadable(error), *sys.meta_path])
+
+    return fail
+
+
+def test_what_cannot_be_loaded_is_a_reason(at_home, without_vendor):
+    without_vendor(OSError("libcuda.so.1: cannot open shared object file"))
     reason = why_not_here()
     assert "transformer-engine cannot be loaded (libcuda.so.1: cannot open shared object file)" in reason
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Found empty `transformer-engine` meta package installed."),
+        AssertionError("Transformer Engine package version mismatch."),
+        FileNotFoundError("Could not find shared object file for Transformer Engine jax lib."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_part_of_it_that_is_not_installed_is_a_reason(at_home, without_vendor, error):
+    without_vendor(error)
+    assert why_not_here() == f"transformer-engine cannot be imported: {error}"
 
 
 @pytest.mark.te(since="2.12", before="2.14")

@@ -109,6 +109,37 @@ def test_largest_logits_beside_sinks_and_statistics():
     cases.check(mask=masks.Causal(), return_max_logits=True, return_partial=True)
 
 
+@NEWEST
+@pytest.mark.parametrize(
+    ("mask", "wanted"),
+    [
+        (masks.Lengths(jnp.asarray([0])), -np.inf),
+        (masks.Segments(jnp.full(32, -1)), -np.inf),
+        (masks.Segments(jnp.asarray([0, 1] * 16)), np.nan),
+    ],
+    ids=["no keys", "no segments", "not in order"],
+)
+def test_largest_logits_where_nothing_is_visible_and_where_ids_are_not_in_order(mask, wanted):
+    *operands, _ = cases.arrays(batch=1)
+    options = {"kernel": cases.IN_FLOAT32.name, "mask": mask, "mode": "prefill", "return_max_logits": True}
+    # transformer-engine's own reduction of packed rows promotes ranks.
+    with kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]), jax.numpy_rank_promotion("allow"):
+        _, largest = jax.jit(lambda *qkv: kernelry.attention(*qkv, **options))(*operands)
+    np.testing.assert_array_equal(largest, np.full((1, 4), wanted))
+
+
+def test_a_bias_beyond_float16_becomes_its_limit():
+    """Else a row whose keys are all as good as hidden would sum to 0."""
+    *operands, _ = cases.arrays(batch=1, dtype="float16")
+    bias = jnp.full((1, 4, 32, 32), -1e9)
+    options = {"bias": bias, "mode": "prefill"}
+    with kernelry.use(target=cases.TARGET):
+        found = jax.jit(lambda *qkv: kernelry.attention(*qkv, kernel="cudnn_te", **options))(*operands)
+    mean = jnp.repeat(operands[2].astype(jnp.float32).mean(1, keepdims=True), 2, axis=2)
+    assert np.abs(found.astype(jnp.float32)).min() > 0
+    assert np.abs(found - mean).max() < 2.0  # their mean, by what a float32 near 65504 still tells apart
+
+
 @pytest.mark.te(before="2.20")
 def test_largest_logits_of_an_older_release_are_an_error_that_says_so():
     with pytest.raises(ConfigError, match=r"transformer-engine 2\.\d+\.\d+ knows no return_max_logit"):
@@ -191,3 +222,23 @@ def test_vmap_is_refused_where_transformer_engine_has_no_rule(options, what):
         pytest.raises(KernelRefusedError, match=f"jax.vmap over a call with {what}"),
     ):
         jax.vmap(attend)(*stacked)
+
+
+@pytest.mark.parametrize("name", ["sinks", "bias", "dropout_rng"])
+def test_vmap_is_refused_where_only_what_has_no_rule_is_mapped(name):
+    *operands, _ = cases.arrays()
+    given = {
+        "sinks": jnp.asarray([SINKS, SINKS]),
+        "bias": _bias(2, 1, 4, 32, 32),
+        "dropout_rng": jax.random.split(jax.random.key(0)),
+    }[name]
+    options = {"dropout_rate": 0.5} if name == "dropout_rng" else {}
+
+    def attend(given):
+        return kernelry.attention(*operands, kernel=cases.IN_FLOAT32.name, **options, **{name: given})
+
+    with (
+        kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]),
+        pytest.raises(KernelRefusedError, match=r"jax\.vmap over a call with"),
+    ):
+        jax.eval_shape(jax.vmap(attend), given)

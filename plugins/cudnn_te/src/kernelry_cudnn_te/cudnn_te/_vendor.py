@@ -11,11 +11,13 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import transformer_engine
+from jax.interpreters import pxla
 from transformer_engine.jax import cpp_extensions
 from transformer_engine.jax.attention import (
     AttnBiasType,
@@ -31,7 +33,7 @@ from transformer_engine.jax.sharding import MeshResource, global_mesh_resource, 
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Request
-from kernelry_cudnn_te.cudnn_te.facts import FIRST_WITH_ALL, Facts
+from kernelry_cudnn_te.cudnn_te.facts import FIRST_WITH_ALL, Facts, release_of
 
 __all__ = [
     "VERSION",
@@ -39,6 +41,7 @@ __all__ = [
     "MeshResource",
     "backward",
     "described",
+    "entered_mesh",
     "forward",
     "forward_with_statistics",
     "num_of_devices",
@@ -147,8 +150,15 @@ def backward(arrays: Mapping[str, Any], told: Mapping[str, Any], resource: Any) 
     return gradients, d_bias
 
 
+def entered_mesh() -> Any:
+    """The mesh of `with mesh:`, empty where there is none; found where transformer-engine finds it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return pxla.thread_resources.env.physical_mesh.abstract_mesh
+
+
 def _check_ring(facts: Facts) -> None:
-    if facts.packed and tuple(int(number) for number in VERSION.split(".")[:2]) < FIRST_WITH_ALL:
+    if facts.packed and release_of(VERSION) < FIRST_WITH_ALL:
         wanted = ".".join(map(str, FIRST_WITH_ALL))
         raise ConfigError(f"cudnn_te: packed rows in a ring want transformer-engine {wanted}, found {VERSION}")
 

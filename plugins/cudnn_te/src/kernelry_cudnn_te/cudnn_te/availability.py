@@ -19,10 +19,10 @@ def why_not_here() -> str | None:
         return "JAX sees no CUDA device"
     try:
         from kernelry_cudnn_te.cudnn_te import _vendor  # noqa: F401
+    except (ImportError, FileNotFoundError, RuntimeError, AssertionError) as error:  # a part of it is missing
+        return f"transformer-engine cannot be imported: {error}"
     except OSError as error:
         return f"transformer-engine cannot be loaded ({error}): no NVIDIA driver or CUDA library"
-    except ImportError as error:
-        return f"transformer-engine cannot be imported: {error}"
     return None
 
 

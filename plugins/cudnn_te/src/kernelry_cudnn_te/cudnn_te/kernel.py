@@ -77,10 +77,12 @@ def _forward(inputs: Inputs, request: Request, tiling: Tiling, statistics: bool)
     if live is not None:
         out = jnp.where(live[:, :, None, None], out, 0)
         lse = None if lse is None else jnp.where(live[:, None, :], lse, -jnp.inf)
+        largest = None if largest is None else jnp.where(live.any(), largest, -jnp.inf)
     if in_order is not None:
         # Ids that a packed row cannot hold are known to the running program alone: nothing it returns looks right then.
         out = jnp.where(in_order[:, None, None, None], out, jnp.nan)
         lse = None if lse is None else jnp.where(in_order[:, None, None], lse, jnp.nan)
+        largest = None if largest is None else jnp.where(in_order.all(), largest, jnp.nan)
     if not request.max_logits:
         return Partial(out, lse=lse, dtype=request.dtype)
     return Partial(out, lse=lse, max_logits=jax.lax.stop_gradient(largest), dtype=request.dtype)
@@ -113,9 +115,8 @@ class _Call:
         sequences, alone = Sequences.of(inputs, request, facts, segments), computed_alone(request, facts)
         # Where the compiler partitions a call, transformer-engine takes them to be cut as the queries are.
         lengths = [alike(array, inputs.query) for array in (sequences.queries, sequences.keys)]
-        query, key, value, *lengths = together((inputs.query, inputs.key, inputs.value, *lengths), alone)
         arrays = {
-            "qkv": (query, key, value),
+            "qkv": (inputs.query, inputs.key, inputs.value),
             "bias": None if inputs.bias is None else _whole(inputs.bias, request),
             "sequence_descriptor": _vendor.described(facts.packed, *lengths),
             "seed": _seed(inputs, request),
@@ -123,12 +124,17 @@ class _Call:
         }
         told = _vendor.static_arguments(facts, request, segments)
         resource = resources(request, facts.shared)
-        return cls(facts, sequences, arrays, {**told, "is_training": True} if statistics else told, resource, alone)
+        told = {**told, "is_training": True} if statistics else told
+        return cls(facts, sequences, together(arrays, alone), told, resource, alone)
 
 
 def _whole(bias: Float[Array, "#B #N #T #S"], request: Request) -> Float[Array, "#B #N T S"]:
-    """The bias as cuDNN reads it, in query's dtype."""
-    return jnp.broadcast_to(bias, (*bias.shape[:2], request.q_len, request.kv_len)).astype(request.dtype)
+    """The bias as cuDNN reads it, in query's dtype; what is beyond its range becomes its limit."""
+    wide = jnp.broadcast_to(bias, (*bias.shape[:2], request.q_len, request.kv_len))
+    if bias.dtype == request.dtype:
+        return wide
+    most = float(jnp.finfo(request.dtype).max)  # type: ignore[no-untyped-call]
+    return jnp.clip(wide.astype(jnp.float32), -most, most).astype(request.dtype)
 
 
 def _offset(sinks: Float[Array, " N"]) -> Float[Array, "1 N 1 1"]:

@@ -55,9 +55,15 @@ def with_sequences(inputs: Inputs, shared: Shared | None) -> Inputs:
     """Sees to it that the sequences are shared out as said, or not at all: a part of one would be taken for all of it.
 
     Raises:
-      ConfigError: an axis of the mesh is explicit.
+      ConfigError: an axis of the mesh is explicit; or the active mesh does not share out the sequences as said, and
+        transformer-engine would take the slots for the order of the tokens.
     """
     axis = None if shared is None else shared.axis
+    if shared is not None and _mesh().shape.get(shared.axis) != shared.size:
+        raise ConfigError(
+            f"cudnn_te: context_parallel over {shared.size} devices along {shared.axis!r}, and the active mesh is "
+            f"{dict(_mesh().shape)}; enter one with that axis, e.g. by jax.set_mesh."
+        )
     query, key, value = (along(array, axis) for array in (inputs.query, inputs.key, inputs.value))
     return dataclasses.replace(inputs, query=query, key=key, value=value)
 
@@ -86,7 +92,9 @@ def alike(array: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _mesh() -> Any:
-    return jax.sharding.get_abstract_mesh()
+    """The mesh of `jax.set_mesh`, else that of `with mesh:`, which transformer-engine reads too."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _vendor.entered_mesh() if mesh.empty else mesh
 
 
 def _divided() -> list[str]:

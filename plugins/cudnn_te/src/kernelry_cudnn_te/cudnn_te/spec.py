@@ -23,7 +23,7 @@ from kernelry.plugin import (
     Tolerance,
 )
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
-from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, refusals
+from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, refusals, release_of
 
 _DISTRIBUTION = "transformer_engine"
 _INSTALL = "pip install 'kernelry-cudnn-te[te]'"
@@ -54,7 +54,7 @@ def _version(request: Request, environment: Environment) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.VENDOR_MISSING, "transformer-engine is not installed", _INSTALL)
     if vendor.version is None:
         return
-    release = tuple(int(number) for number in vendor.version.split(".")[:2])
+    release = release_of(vendor.version)
     if release < _FIRST:
         detail = f"transformer-engine {vendor.version} < {_text(_FIRST)}"
         yield Refusal(RefusalCode.VENDOR_VERSION, detail, _INSTALL)

@@ -32,8 +32,8 @@ def together(tree: Any, alone: str) -> Any:
       KernelRefusedError: by `jax.vmap`, where transformer-engine would not compute what it should.
     """
     leaves, structure = jax.tree.flatten(tree)
-    # Seeds are the devices', and what is left out of a call is an array of no elements.
-    places = [i for i, leaf in enumerate(leaves) if leaf.size and leaf.dtype != jnp.uint32]
+    # Seeds are the devices' and get no axis; what is left out of a call is an array of no elements.
+    places = [i for i, leaf in enumerate(leaves) if leaf.size and (alone or leaf.dtype != jnp.uint32)]
     for i, leaf in zip(places, _together.bind(*(leaves[i] for i in places), alone=alone), strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)
