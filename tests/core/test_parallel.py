@@ -86,6 +86,11 @@ def test_one_device_has_whole_sequences():
     assert made[0].request.context_parallel is None
 
 
+def test_its_text_alone_is_an_error():
+    with pytest.raises(ArgumentError, match="takes a ContextParallel, got 'ring:context:4'"):
+        kernelry.use(context_parallel="ring:context:4").__enter__()
+
+
 def test_an_inner_scope_of_size_one_takes_it_back():
     whole = ContextParallel("context", size=1)
     with kernelry.use(context_parallel=ContextParallel("context", size=4)), kernelry.use(context_parallel=whole):

@@ -89,11 +89,14 @@ def use(
         a size of 1 takes it back.
 
     Raises:
-      ArgumentError: `kernels` holds something that is not a KernelSpec, or one that cannot be hashed.
+      ArgumentError: `kernels` holds something that is not a KernelSpec, or one that cannot be hashed; or
+        `context_parallel` is no ContextParallel.
       ConfigError: the target is unknown, or the lock file cannot be read.
     """
     for spec in kernels:
         _check_spec(spec)
+    if not isinstance(context_parallel, ContextParallel | None):
+        raise ArgumentError(f"use(context_parallel=…) takes a ContextParallel, got {context_parallel!r}.")
     outer = current_scope()
     inner = dataclasses.replace(
         outer,
