@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernelry
@@ -15,6 +15,7 @@ from kernelry.request import Request
 ORDERS = ("dual_chunk", "striped")
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 5), st.sampled_from(ORDERS))
 def test_an_order_is_a_permutation_that_is_undone(size, pieces, order):
     tokens = jnp.arange(2 * size * pieces)[None, :, None]
@@ -23,6 +24,7 @@ def test_an_order_is_a_permutation_that_is_undone(size, pieces, order):
     np.testing.assert_array_equal(undo_reorder(moved, size, order=order), tokens)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 5), st.sampled_from(ORDERS))
 def test_causal_attention_costs_every_device_about_the_same(size, pieces, order):
     length = 2 * size * pieces

@@ -142,6 +142,20 @@ def test_an_axis_that_nothing_is_known_of_is_an_error_where_gradients_are_summed
         cases.results(cases.IN_FLOAT32.name, operands, d_out, sinks=jnp.zeros(4))
 
 
+@pytest.mark.parametrize(
+    "given", [{"sinks": jnp.zeros(4)}, {"bias": jnp.zeros((1, 4, 32, 32))}], ids=lambda given: next(iter(given))
+)
+def test_what_each_head_has_of_its_own_is_an_error_where_heads_are_shared_out(given):
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    *operands, d_out = cases.arrays()
+    with (
+        jax.set_mesh(mesh),
+        kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]),
+        pytest.raises(ConfigError, match="on a mesh with the axis 'tensor' of heads"),
+    ):
+        cases.results(cases.IN_FLOAT32.name, operands, d_out, **given)
+
+
 def test_sequences_that_are_sharded_unsaid_are_gathered():
     mesh = jax.make_mesh((DEVICES,), ("context",), axis_types=(AxisType.Auto,))
     *operands, d_out = cases.arrays(LENGTH)

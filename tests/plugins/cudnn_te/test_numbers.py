@@ -161,6 +161,14 @@ def test_packed_rows_are_whole_or_nothing(ids):
         cases.same(found, kernelry.attention(*operands, kernel="dot_product", **options))
 
 
+def test_gradients_of_ids_that_break_a_packed_row_are_no_numbers_either():
+    rows = jnp.asarray(np.repeat([0, 1, 0], [8, 16, 8])[None])
+    *operands, d_out = cases.arrays(batch=1)
+    with kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]):
+        _, gradients = cases.results(cases.IN_FLOAT32.name, operands, d_out, mask=masks.Segments(rows))
+    assert all(np.isnan(gradient).all() for gradient in gradients)
+
+
 def test_more_segments_than_the_tiling_allows_are_no_numbers():
     rows = jnp.asarray(np.repeat(np.arange(4), 8)[None])
     *operands, _ = cases.arrays(batch=1)

@@ -79,8 +79,9 @@ def _forward(inputs: Inputs, request: Request, tiling: Tiling, statistics: bool)
         lse = None if lse is None else jnp.where(live[:, None, :], lse, -jnp.inf)
         largest = None if largest is None else jnp.where(live.any(), largest, -jnp.inf)
     if in_order is not None:
-        # Ids that a packed row cannot hold are known to the running program alone: nothing it returns looks right then.
-        out = jnp.where(in_order[:, None, None, None], out, jnp.nan)
+        # Ids that a packed row cannot hold are known to the running program alone: nothing it returns looks right then,
+        # nor do gradients, for which it is a factor.
+        out = out * jnp.where(in_order, 1, jnp.nan).astype(out.dtype)[:, None, None, None]
         lse = None if lse is None else jnp.where(in_order[:, None, None], lse, jnp.nan)
         largest = None if largest is None else jnp.where(in_order.all(), largest, jnp.nan)
     if not request.max_logits:

@@ -32,7 +32,7 @@ def resources(request: Request, shared: Shared | None) -> Any:
 
     Raises:
       ConfigError: a gradient is summed over the batch, and an axis of the mesh has no role known by its name, or
-        shares one with another axis.
+        shares one with another axis; or bias or sinks meet heads that are shared out, with which it cuts neither.
     """
     given: dict[str, str] = {}
     for name in _divided():
@@ -48,6 +48,14 @@ def resources(request: Request, shared: Shared | None) -> Any:
                 f"axis {name!r} of the mesh {dict(_mesh().shape)} cannot be told to transformer-engine: it takes one "
                 f"axis for each of {known}. Rename it, or let another kernel serve this call."
             )
+    heads = given.get("tp_resource")
+    if heads is not None and (request.sinks or request.bias is not None):
+        what = "sinks" if request.sinks else "bias"
+        raise ConfigError(
+            f"cudnn_te: {what} on a mesh with the axis {heads!r} of heads, {dict(_mesh().shape)}: transformer-engine "
+            f"does not cut {what} as it cuts heads. Call it inside a shard_map over {heads!r}, or let another kernel "
+            "serve it."
+        )
     return _vendor.MeshResource(**given)
 
 
