@@ -146,9 +146,16 @@ def _attend(case, arrays, part, mask=None, **options):
     )
 
 
-def _partials(case, arrays):
-    found = {part: _attend(case, arrays, part, return_partial=True, return_max_logits=True) for part in case.parts}
+def _partials(case, arrays, **options):
+    options |= {"return_partial": True, "return_max_logits": True}
+    found = {part: _attend(case, arrays, part, **options) for part in case.parts}
     return {part: partial for part, (partial, _) in found.items()}, jnp.stack([top for _, top in found.values()])
+
+
+def _merged(case, arrays, **options):
+    """The output over all caches, and the largest logits."""
+    partials, max_logits = _partials(case, arrays, **options)
+    return kernelry.finalize(kernelry.merge(list(partials.values())), arrays.get("sinks")), max_logits.max(axis=0)
 
 
 def _compute(case, arrays):
@@ -227,6 +234,12 @@ def structure():
 def attend():
     """(case, arrays, part, mask=None, **options) -> attention over one part of the keys."""
     return _attend
+
+
+@pytest.fixture
+def merged():
+    """(case, arrays, **options) -> the output over all caches, each attended to by itself, and the largest logits."""
+    return _merged
 
 
 @pytest.fixture

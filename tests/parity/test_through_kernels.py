@@ -1,14 +1,16 @@
 """The golden cases through accelerators' kernels in interpret mode: outputs and gradients, or a refusal that names why.
 
 Sequences of a case are shorter than a block, so where a kernel has no edge blocks, padding goes through the adapters,
-too; sinks always do.
+too; sinks always do. Decode cases go through the decode kernel one cache at a time, and their parts are merged.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import NO_ADAPTERS
 
+import kernelry
 from kernelry import testing
 from kernelry.errors import KernelRefusedError
 
@@ -24,6 +26,11 @@ _REFUSED = {
     "pallas_flash": {},
 }
 """The cases that a kernel does not serve, and what it says."""
+
+_ADAPTED = {
+    "pallas_decode": {"ar_kvquant_int4_dkv": ("dequantize_kv", "kv_quantization=int4:head_dim is not int8:head_dim")}
+}
+"""The decode cases that a kernel serves through an adapter alone, and what it says without: it refuses no other."""
 
 
 def _is_for_training_kernels(entry):
@@ -56,3 +63,28 @@ def test_a_kernel_gives_the_golden_answer_or_names_what_it_refuses(kernel, case,
     if seen.all():
         for name, gradient in gradients.items():
             np.testing.assert_allclose(gradient, case.arrays[f"d{name}"], rtol=0, atol=5e-5, err_msg=name)
+
+
+def _is_decode(entry):
+    return entry["params"]["model_mode"] == "autoregressive"
+
+
+@pytest.mark.cases.with_args(_is_decode)
+@pytest.mark.parametrize("kernel", _ADAPTED)
+def test_a_decode_kernel_gives_the_golden_answer(kernel, case, answer, merged):
+    """Of a window MaxText has another answer (test_differences), so that ours is compared to kernelry's own."""
+    with testing.interpret(), kernelry.use(tiling={"block_kv": 16, "splits": 2}), kernelry.record() as resolutions:
+        out, max_logits = jax.jit(lambda arrays: merged(case, arrays, kernel=kernel))(case.arrays)
+    steps = {step.adapter.name for resolution in resolutions for step in resolution.plan.steps}
+    assert steps == set(_ADAPTED[kernel].get(case.name, ())[:1])
+    wanted = answer.out if case.name == "ar_local_w8" else case.arrays["out"]
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(max_logits, answer.max_logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.cases.with_args(lambda entry: any(entry["name"] in adapted for adapted in _ADAPTED.values()))
+@pytest.mark.parametrize("kernel", _ADAPTED)
+def test_without_an_adapter_a_decode_kernel_names_what_it_refuses(kernel, case, merged):
+    _, message = _ADAPTED[kernel][case.name]
+    with testing.interpret(), kernelry.use(policy=NO_ADAPTERS), pytest.raises(KernelRefusedError, match=message):
+        jax.jit(lambda arrays: merged(case, arrays, kernel=kernel))(case.arrays)
