@@ -11,6 +11,7 @@ import pytest
 import kernelry
 from kernelry import masks
 from kernelry.plugin import PagedArray, QuantizedArray, Request
+from kernelry_gpu_pallas.pallas_decode import kernel as body
 from kernelry_gpu_pallas.pallas_decode.spec import PALLAS_DECODE
 
 pytestmark = pytest.mark.aot
@@ -105,13 +106,27 @@ def test_pages_compile_and_are_read_where_they_stand(target, dtype, page_size, c
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dims", [(128, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_tiling_of_the_search_space_compiles(target, dims, dtype, compile_for):
-    sizes = {"batch": ROWS, "q_len": 1, "kv_len": SLOTS, "q_heads": 32, "kv_heads": 8, "head_dim": dims[0]}
+@pytest.mark.parametrize("q_len", [1, 16])
+def test_every_tiling_of_the_search_space_compiles(target, dims, dtype, q_len, compile_for):
+    sizes = {"batch": ROWS, "q_len": q_len, "kv_len": SLOTS, "q_heads": 32, "kv_heads": 8, "head_dim": dims[0]}
     request = Request(target=target, mode="decode", dtype=dtype, **sizes)
     for tiling in PALLAS_DECODE.tilings(request):
         with kernelry.use(tiling=dict(tiling.values)):
-            found = compile_for(target, decoded(), arguments(dims=dims, dtype=dtype))
+            found = compile_for(target, decoded(), arguments(dims=dims, dtype=dtype, q_len=q_len))
         assert found.ok, (tiling, found.reason)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_an_error_for_shared_memory_does_not_compile(target, dtype, compile_for, monkeypatch):
+    step, operands = decoded(), arguments(dims=(256, 256), dtype=dtype)
+    message = r"block_kv=\d+, num_stages=3 of pallas_decode take at least \d+ bytes of shared memory"
+    with kernelry.use(tiling={"block_kv": 256, "num_stages": 3}):
+        with pytest.raises(kernelry.errors.ConfigError, match=message):
+            compile_for(target, step, operands)
+        monkeypatch.setattr(body, "check", lambda *_: None)
+        found = compile_for(target, step, operands)
+    assert str(found.reason).startswith("Shared memory size limit exceeded")
 
 
 def test_memory_beside_the_cache_does_not_grow_with_it(compile_for):

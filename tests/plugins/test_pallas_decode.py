@@ -3,6 +3,8 @@
 Interpret mode proves numbers; tests/aot compiles for GPUs: nothing here runs on one.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,12 @@ from policies import NO_ADAPTERS
 import kernelry
 from kernelry import masks, testing
 from kernelry.cache import PagedCache, QuantizedArray
-from kernelry.errors import KernelRefusedError
-from kernelry.plugin import PagedArray, Request
-from kernelry_gpu_pallas.pallas_decode import splits
+from kernelry.errors import ConfigError, KernelRefusedError
+from kernelry.plugin import Environment, Inputs, PagedArray, Request, Tiling
+from kernelry_gpu_pallas.pallas_decode import splits, tilings
+from kernelry_gpu_pallas.pallas_decode.shared_memory import need
 from kernelry_gpu_pallas.pallas_decode.spec import PALLAS_DECODE
+from kernelry_gpu_pallas.shared_memory import available
 
 B, S = 3, 150
 LENGTHS = np.array([S, 70, 0], np.int32)
@@ -182,11 +186,75 @@ def test_the_blocks_visited_follow_what_each_row_sees(name, blocks, monkeypatch)
         assert bool(counted) == bool(wanted)
 
 
+REQUEST = Request(
+    target="gpu:h100", mode="decode", batch=8, q_len=1, kv_len=8192, q_heads=32, kv_heads=8, head_dim=128,
+    dtype="bfloat16",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(("batch", "parts"), [(1, 32), (8, 5), (64, 1)])
 def test_few_rows_are_split_among_more_programs(batch, parts):
-    sizes = {"q_len": 1, "kv_len": 8192, "q_heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
-    request = Request(target="gpu:h100", mode="decode", batch=batch, **sizes)
-    assert PALLAS_DECODE.tilings(request)[0]["splits"] == parts
+    assert PALLAS_DECODE.tilings(dataclasses.replace(REQUEST, batch=batch))[0]["splits"] == parts
+
+
+@pytest.mark.parametrize("target", ["gpu:a100", "gpu:a10g", "gpu:h100", "gpu:b200", "gpu"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("q_len", [1, 16])
+@pytest.mark.parametrize("more", [{}, {"kv_quantization": "int8"}, {"page_size": 16}], ids=["", "int8", "pages"])
+def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(target, dtype, head_dim, q_len, more):
+    request = dataclasses.replace(
+        REQUEST, target=kernelry.Target.parse(target), dtype=dtype, head_dim=head_dim, value_dim=head_dim, q_len=q_len,
+        **more,
+    )  # fmt: skip
+    refused = PALLAS_DECODE.refusals(request, Environment())
+    if refused:
+        assert (dtype, head_dim, q_len, available(request)) == ("float32", 256, 16, 101376)
+        return
+    found = PALLAS_DECODE.tilings(request)
+    assert found
+    for tiling in found:
+        tilings.check(request, tiling)
+        asked = need(request, tiling)
+        assert asked.least <= asked.most <= available(request)
+
+
+def test_where_the_smallest_block_does_not_fit_it_is_refused():
+    request = dataclasses.replace(
+        REQUEST, target=kernelry.Target.parse("gpu:a10g"), dtype="float32", head_dim=256, value_dim=256, q_len=16
+    )
+    (refusal,) = PALLAS_DECODE.refusals(request, Environment())
+    needed = need(request, PALLAS_DECODE.tilings(request)[0]).most
+    assert f"may take {needed} bytes of shared memory for q_len=16 × 4 query heads" in refusal.detail
+    assert "of float32 > 101376 of gpu:a10g" in refusal.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_kv": 48}, "block_kv=48 of pallas_decode is no power of two"),
+        ({"block_kv": 8}, "block_kv=8 of pallas_decode < 16"),
+        ({"block_kv": 512}, r"block_kv=512, num_stages=3 of pallas_decode take at least \d+ bytes .* > 232448 of gpu"),
+        ({"num_warps": 3}, "num_warps=3 of pallas_decode is no power of two"),
+        ({"num_warps": 0}, "num_warps=0 of pallas_decode < 1"),
+        ({"num_warps": 64}, "num_warps=64 of pallas_decode > 32"),
+        ({"num_stages": 0}, "num_stages=0 of pallas_decode < 1"),
+        ({"splits": 0}, "splits=0 of pallas_decode < 1"),
+    ],
+)
+def test_a_tiling_that_cannot_compile_is_an_error(change, message):
+    tiling = Tiling.of(**{**dict(PALLAS_DECODE.tilings(REQUEST)[0].values), **change})
+    with pytest.raises(ConfigError, match=message):
+        PALLAS_DECODE.body().forward(Inputs(*arrays()), REQUEST, tiling, statistics=False)
+
+
+def test_a_tiling_of_a_config_that_cannot_compile_is_an_error_in_interpret_mode_too():
+    with pytest.raises(ConfigError, match="block_kv=48 of pallas_decode is no power of two"):
+        through_decode(*arrays(), tiling={"block_kv": 48})
+
+
+def test_the_number_of_parts_need_not_be_a_power_of_two():
+    tilings.check(REQUEST, PALLAS_DECODE.tilings(REQUEST)[0].replace({"splits": 3}, "pallas_decode"))
 
 
 def test_prompts_are_refused():

@@ -271,6 +271,8 @@ def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(ta
         ({"block_kv_dq": 8}, "block_kv_dq=8 of pallas_flash < 16"),
         ({"block_q_dkv": 512}, r"block_q_dkv=512, .* take at least \d+ bytes of shared memory > 232448 of gpu:h100"),
         ({"num_warps": 3}, "num_warps=3 of pallas_flash is no power of two"),
+        ({"num_warps": 0}, "num_warps=0 of pallas_flash < 1"),
+        ({"num_stages_backward": 0}, "num_stages_backward=0 of pallas_flash < 1"),
     ],
 )
 def test_a_tiling_that_cannot_compile_is_an_error(change, message, make_arrays):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import final
+
 from kernelry.plugin import Request
 
 _BYTES = {80: 166912, 90: 232448, 100: 232448}
@@ -9,6 +12,19 @@ _BYTES = {80: 166912, 90: 232448, 100: 232448}
 
 _LEAST_BYTES = 101376
 """Of compute capabilities 8.6 and 8.9, and of a device that is not known."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that one kernel asks for.
+
+    Args:
+      least: what is certainly needed. most: what certainly suffices.
+    """
+
+    least: int
+    most: int
 
 
 def available(request: Request) -> int:

@@ -12,6 +12,7 @@ from kernelry.plugin import Inputs, Kernel, Partial, Request, Tiling
 from kernelry_gpu_pallas.logits import LN_2
 from kernelry_gpu_pallas.pallas_decode.operands import Rows
 from kernelry_gpu_pallas.pallas_decode.splits import Parts, attend
+from kernelry_gpu_pallas.pallas_decode.tilings import check
 
 _SCOPE = "kernelry.pallas_decode"
 
@@ -23,6 +24,7 @@ class PallasDecodeKernel(Kernel):
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope(_SCOPE):
+            check(request, tiling)
             rows = Rows.of(request)
             total, top, weight = _merged(attend(inputs, request, tiling))
             by_head = rows.apart(top).swapaxes(1, 2)

@@ -6,32 +6,18 @@ come and go once per stage of the pipeline of loads. What lies between `least` a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import final
 
 import jax.numpy as jnp
 
 from kernelry.plugin import Request
 from kernelry_gpu_pallas.blocks import power_of_two
+from kernelry_gpu_pallas.shared_memory import Need
 
 _HOPPER, _BLACKWELL = 90, 100
 
 _ROWS_BYTES = 4096
 """Of lse and delta of the rows of a tile, and whatever else is small."""
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Need:
-    """Bytes that one kernel asks for.
-
-    Args:
-      least: what is certainly needed. most: what certainly suffices.
-    """
-
-    least: int
-    most: int
 
 
 def needs(request: Request, tiling: Mapping[str, int]) -> dict[str, Need]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
-from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
+from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two, problems
 from kernelry_gpu_pallas.pallas_flash.shared_memory import needs
 from kernelry_gpu_pallas.shared_memory import available
 
@@ -99,20 +99,14 @@ def check(request: Request, tiling: Tiling) -> None:
     """Raises where a tiling cannot be compiled.
 
     Raises:
-      ConfigError: a block or a number of warps is no power of two, a block is smaller than 16, or the blocks take more
-        shared memory than the device has.
+      ConfigError: a block or a number of warps is no power of two, a block is smaller than 16, a number is none, or the
+        blocks take more shared memory than the device has.
     """
-    values = dict(tiling.values)
-    for problem in _problems(request, values):
+    for problem in (*problems("pallas_flash", tiling), *_memory(request, dict(tiling.values))):
         raise ConfigError(f"tiling: {problem}")
 
 
-def _problems(request: Request, values: Mapping[str, int]) -> Iterator[str]:
-    for name, value in values.items():
-        if not name.startswith("num_stages") and value & (value - 1):
-            yield f"{name}={value} of pallas_flash is no power of two; Triton has no other tiles"
-        if name.startswith("block") and value < SMALLEST_BLOCK:
-            yield f"{name}={value} of pallas_flash < {SMALLEST_BLOCK}, the smallest side of a product"
+def _memory(request: Request, values: Mapping[str, int]) -> Iterator[str]:
     if request.is_interpreted:
         return
     for end, need in needs(request, values).items():
