@@ -105,6 +105,7 @@ PLUGIN = {
     "Tiling",
     "Tolerance",
     "Vendor",
+    "array_refusals",
     "decided_at_run_time",
     "hookimpl",
     "load_balanced_order",

@@ -15,7 +15,7 @@ from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
 from kernelry.normalization import Normalization, with_sinks
 from kernelry.partial import Partial
 from kernelry.policy import Policy
-from kernelry.refusal import Refusal, RefusalCode
+from kernelry.refusal import Refusal, RefusalCode, array_refusals
 from kernelry.request import Mode, Operand, Request
 from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedArray
 from kernelry.target import Target
@@ -61,6 +61,7 @@ __all__ = [
     "Tiling",
     "Tolerance",
     "Vendor",
+    "array_refusals",
     "decided_at_run_time",
     "hookimpl",
     "load_balanced_order",

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterator
 from typing import Any, final
+
+from kernelry.masks.constants import arrays_held
+from kernelry.masks.form import Atom, AtomKind
 
 
 @final
@@ -74,3 +78,17 @@ class Refusal:
         """Returns plain data."""
         plain = {"code": self.code.value, "detail": self.detail, "remedy": self.remedy}
         return {**plain, "pad_to": dict(self.pad_to)}
+
+
+def array_refusals(atom: Atom) -> Iterator[Refusal]:
+    """For kernels that evaluate a PREDICATE where no array is at hand but positions: one that needs others is refused.
+
+    Args:
+      atom: of any kind; only PREDICATE is looked at.
+    """
+    if atom.kind is AtomKind.PREDICATE and "operands" in atom.params:
+        yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
+    for shape in arrays_held(atom)[:1]:
+        detail = f"mask atom {atom} holds an array of shape {shape}"
+        remedy = "pass it as an operand of Predicate" if shape else "make it a Python number"
+        yield Refusal(RefusalCode.MASK_ATOM, detail, remedy)

@@ -72,7 +72,7 @@ class Predicate(Mask):
                 f"got {visible.dtype} of shape {visible.shape}."
             )
         whole = np.broadcast_shapes(visible.shape, query.slots.shape, kv.slots.shape)
-        return module_of(visible).broadcast_to(visible, whole)
+        return module_of(visible, query.positions, kv.positions).broadcast_to(visible, whole)
 
     def check(self, extent: Extent) -> None:
         full = (extent.batch, extent.q_heads, extent.q_len, extent.kv_len)

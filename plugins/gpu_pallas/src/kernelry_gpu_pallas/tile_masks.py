@@ -19,17 +19,16 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from kernelry.masks import BidirectionalSpans, Dense, Lengths, PrefixLM, Segments
-from kernelry.plugin import AtomKind, Axis, Mask, MaskForm, PositionForm, Refusal, RefusalCode, Request, Side
+from kernelry.plugin import AtomKind, Axis, Mask, MaskForm, PositionForm, Refusal, Request, Side, array_refusals
 
 ATOMS = frozenset(AtomKind) - {AtomKind.BLOCK_SELECTION, AtomKind.CUSTOM}
-"""Atoms that can be evaluated so; of predicates those without operands."""
+"""Atoms that can be evaluated so; of predicates those without arrays."""
 
 
 def mask_refusals(form: MaskForm) -> Iterator[Refusal]:
-    """Atoms that only look as if they could be evaluated so: predicates that are handed arrays."""
+    """Atoms that only look as if they could be evaluated so: predicates that are handed arrays, or hold some."""
     for atom in form.atoms:
-        if atom.kind is AtomKind.PREDICATE and "operands" in atom.params:
-            yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
+        yield from array_refusals(atom)
         for inside in atom.params:
             if isinstance(inside, MaskForm):
                 yield from mask_refusals(inside)

@@ -29,6 +29,7 @@ from kernelry.plugin import (
     RefusalCode,
     Request,
     Side,
+    array_refusals,
 )
 
 SEGMENTS = frozenset({AtomKind.SEGMENTS, AtomKind.SEGMENTS_SEPARATE})
@@ -57,18 +58,26 @@ def _atom_refusals(atom: Atom, *, alone: bool) -> Iterator[Refusal]:
             yield Refusal(RefusalCode.POSITIONS, f"mask atom {atom} has traced positions beside another atom")
     if not dataclasses.replace(atom, query=PositionForm(), kv=PositionForm()).is_static:
         yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
+    for inside in _atoms_in(atom):
+        if "operands" not in inside.params:  # said above
+            yield from array_refusals(inside)
     for form in _positions_in(atom):
         if form.kind is PositionKind.STATIC and not form.is_arithmetic:
             yield Refusal(RefusalCode.POSITIONS, f"mask atom {atom} has positions by row or in many runs")
 
 
 def _positions_in(atom: Atom) -> Iterator[PositionForm]:
-    yield atom.query
-    yield atom.kv
+    for inside in _atoms_in(atom):
+        yield inside.query
+        yield inside.kv
+
+
+def _atoms_in(atom: Atom) -> Iterator[Atom]:
+    yield atom
     for form in atom.params:
         if isinstance(form, MaskForm):
             for inside in form.atoms:
-                yield from _positions_in(inside)
+                yield from _atoms_in(inside)
 
 
 @final

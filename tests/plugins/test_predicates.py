@@ -1,0 +1,76 @@
+"""Predicates that hold arrays, or are constant, through the kernels that evaluate them in registers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernelry
+from kernelry import masks, testing
+from kernelry.errors import KernelRefusedError
+
+LENGTH = 56
+TABLE = np.random.default_rng(0).integers(0, LENGTH, LENGTH)
+SHIFT = jnp.asarray(9)
+SMALL = {"block_q": 16, "block_kv": 16}
+
+
+def looks_up(query, kv):
+    return (jnp.asarray(TABLE)[query % LENGTH] <= kv) | (query == kv)
+
+
+def shifted(query, kv):
+    return query - kv <= SHIFT
+
+
+def everything(query, kv):
+    return True
+
+
+def nothing(query, kv):
+    return np.False_
+
+
+@pytest.mark.parametrize("function", [looks_up, shifted])
+def test_pallas_flash_takes_one_that_holds_an_array_as_a_dense_mask(function, make_arrays, check_against_dense):
+    mask = masks.Causal() & masks.Predicate(function)
+    plan = check_against_dense("pallas_flash", make_arrays(LENGTH), mask=mask, tiling=SMALL)
+    assert [step.adapter.name for step in plan.steps] == ["dense_mask"]
+
+
+@pytest.mark.parametrize("function", [everything, nothing])
+def test_pallas_flash_evaluates_a_constant_one(function, make_arrays, check_against_dense):
+    mask = masks.Causal() & masks.Predicate(function)
+    plan = check_against_dense("pallas_flash", make_arrays(LENGTH), mask=mask, tiling=SMALL)
+    assert plan.steps == ()
+
+
+@pytest.mark.parametrize(
+    ("function", "steps"), [(looks_up, ["dense_mask"]), (shifted, ["dense_mask"]), (everything, []), (nothing, [])]
+)
+def test_pallas_decode_does_likewise(function, steps, make_arrays):
+    query, key, value, _ = make_arrays(1, LENGTH, batch=2)
+    mask = masks.Predicate(function).at(query_offset=jnp.asarray([LENGTH - 1, 20]))
+    wanted = kernelry.attention(query, key, value, mask=mask, mode="decode", kernel="dot_product")
+    with testing.interpret(), kernelry.use(tiling={"block_kv": 16, "splits": 2}), kernelry.record() as resolutions:
+        found = kernelry.attention(query, key, value, mask=mask, mode="decode", kernel="pallas_decode")
+    assert [step.adapter.name for step in resolutions[0].plan.steps] == steps
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_inside_a_disjunction_it_is_seen_too(make_arrays, check_against_dense):
+    mask = masks.SlidingWindow(5) | masks.Predicate(looks_up)
+    plan = check_against_dense("pallas_flash", make_arrays(LENGTH), mask=mask, tiling=SMALL)
+    assert [step.adapter.name for step in plan.steps] == ["dense_mask"]
+
+
+@pytest.mark.parametrize("mask", [masks.Predicate(looks_up), ~masks.Predicate(looks_up)])
+def test_splash_which_takes_no_dense_mask_refuses_it(mask, make_arrays):
+    query, key, value, _ = make_arrays(256, head_dim=128)
+    message = r"looks_up\).* holds an array of shape \(56,\); pass it as an operand of Predicate"
+    with testing.interpret(), pytest.raises(KernelRefusedError, match=message):
+        kernelry.attention(query, key, value, mask=mask & masks.Causal(), kernel="splash")
+
+
+def test_splash_evaluates_a_constant_one(make_arrays, check_against_dense):
+    mask = masks.Causal() & masks.Predicate(everything)
+    check_against_dense("splash", make_arrays(256, head_dim=128), mask=mask)
