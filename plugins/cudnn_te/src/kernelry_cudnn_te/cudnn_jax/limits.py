@@ -10,15 +10,7 @@ from collections.abc import Iterator
 
 from kernelry.plugin import AtomKind, Environment, Operand, Refusal, RefusalCode, Request
 from kernelry_cudnn_te.cudnn_jax import probes
-
-_HOPPER, _BLACKWELL = 90, 100
-"""Compute capability times ten."""
-
-_SMALL_HEAD_DIM = 128
-"""Elements; the most before Hopper (JAX), and of a backward pass from Blackwell on (cuDNN)."""
-
-LATENT_HEAD_DIMS = (192, 128)
-"""Elements, (H, D); the only pair H ≠ D in cuDNN's support matrix: multi-head latent attention."""
+from kernelry_cudnn_te.head_dims import HOPPER, LATENT, too_wide
 
 
 def refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -34,23 +26,9 @@ def refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
 
 def _head_dims(request: Request, environment: Environment) -> Iterator[Refusal]:
     if request.head_dim == request.value_dim:
-        yield from _one_head_dim(request)
+        yield from too_wide(request, request.head_dim)
         return
     yield from _two_head_dims(request, environment)
-
-
-def _one_head_dim(request: Request) -> Iterator[Refusal]:
-    target, head_dim = request.target, request.head_dim
-    if head_dim <= _SMALL_HEAD_DIM:
-        return
-    detail = f"head_dim={head_dim} > {_SMALL_HEAD_DIM} on {target}"
-    if target.generation is None:
-        remedy = "larger ones need compute capability 9.0; name the device, e.g. gpu:h100"
-        yield Refusal(RefusalCode.HEAD_DIM, detail, remedy)
-    elif target.generation < _HOPPER:
-        yield Refusal(RefusalCode.HEAD_DIM, detail, "larger ones need compute capability 9.0")
-    elif target.generation >= _BLACKWELL and request.gradients:
-        yield Refusal(RefusalCode.HEAD_DIM, f"{detail}, with gradients", "ask for none (gradients=()) or use gpu:h100")
 
 
 def _two_head_dims(request: Request, environment: Environment) -> Iterator[Refusal]:
@@ -58,10 +36,10 @@ def _two_head_dims(request: Request, environment: Environment) -> Iterator[Refus
     widest = max(dims)
     detail = f"value_dim={request.value_dim} differs from head_dim={request.head_dim}"
     generation, pad_to = request.target.generation, (("head_dim", widest), ("value_dim", widest))
-    if dims != LATENT_HEAD_DIMS:
-        reason = f"and (head_dim, value_dim) = {LATENT_HEAD_DIMS} is the only such pair"
+    if dims != LATENT:
+        reason = f"and (head_dim, value_dim) = {LATENT} is the only such pair"
         yield Refusal(RefusalCode.SPLIT_HEAD_DIM, f"{detail}, {reason}", f"pad both to {widest}", pad_to)
-    elif generation is None or generation < _HOPPER:
+    elif generation is None or generation < HOPPER:
         remedy = "that needs compute capability 9.0; name the device, e.g. gpu:h100"
         yield Refusal(RefusalCode.SPLIT_HEAD_DIM, f"{detail} on {request.target}", remedy, pad_to)
     else:

@@ -24,6 +24,7 @@ from kernelry.plugin import (
 )
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
 from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, refusals, release_of
+from kernelry_cudnn_te.head_dims import HOPPER, LATENT, too_wide
 
 _DISTRIBUTION = "transformer_engine"
 _INSTALL = "pip install 'kernelry-cudnn-te[te]'"
@@ -31,13 +32,6 @@ _INSTALL = "pip install 'kernelry-cudnn-te[te]'"
 _FIRST = (2, 11)
 _BROKEN = ((2, 12), (2, 13))
 """Whose SequenceDescriptor.from_segment_ids_and_pos wants two further arguments, and gave them up again."""
-
-
-_HOPPER = 90
-"""Compute capability times ten."""
-
-_HEAD_DIM_BEFORE_HOPPER = 128
-"""Elements; cuDNN's limit on older GPUs."""
 
 _SEGMENTS = (32, 8, 16, 64, 128, 256)
 """Of a row; memory and compile time grow with it."""
@@ -78,12 +72,8 @@ def _text(release: tuple[int, int]) -> str:
 
 def _head_dim(request: Request) -> Iterator[Refusal]:
     generation = request.target.generation
-    widest = max(request.head_dim, request.value_dim)
-    if widest <= _HEAD_DIM_BEFORE_HOPPER or (generation is not None and generation >= _HOPPER):
-        return
-    detail = f"head_dim={widest} > {_HEAD_DIM_BEFORE_HOPPER} on {request.target}"
-    remedy = "larger ones need compute capability 9.0; name the device, e.g. gpu:h100"
-    yield Refusal(RefusalCode.HEAD_DIM, detail, None if generation else remedy)
+    if (request.head_dim, request.value_dim) != LATENT or generation is None or generation < HOPPER:
+        yield from too_wide(request, max(request.head_dim, request.value_dim))
 
 
 def _driver(environment: Environment) -> Iterator[Refusal]:
