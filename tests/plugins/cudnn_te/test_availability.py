@@ -80,6 +80,25 @@ def test_what_is_asked_is_what_will_be_called(facts, wanted):
     assert {name: asked[-1][name] for name in wanted} == wanted
 
 
+@pytest.mark.te(since="2.20")
+@pytest.mark.parametrize(
+    ("facts", "wanted"),
+    [
+        (
+            {"max_logits": True, "q_heads": 4, "kv_heads": 2},
+            {"num_attn_heads": 12, "num_gqa_groups": 6, "batch_size": 1},
+        ),
+        ({"mask": masks.Segments([0] * 64)}, {"batch_size": 3 * 32}),
+    ],
+    ids=["max_logits", "packed"],
+)
+def test_rows_that_become_heads_or_segments_are_asked_about_as_such(facts, wanted):
+    request = Request(target="gpu:h100", batch=3, q_len=64, dtype="float16", **facts)
+    with stand_in.answering() as asked:
+        assert Asked.of(request)() is None
+    assert {name: asked[-1][name] for name in wanted} == wanted
+
+
 def test_without_a_device_nothing_is_asked():
     with stand_in.answering() as asked:
         text = _explained(Environment(Knowledge.PROBED), q_len=168)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, final
 
 from kernelry.plugin import Request
-from kernelry_cudnn_te.cudnn_te.facts import Facts
+from kernelry_cudnn_te.cudnn_te.facts import SEGMENTS, Facts
 
 
 def why_not_here() -> str | None:
@@ -58,11 +58,13 @@ class Asked:
     def keywords(self) -> dict[str, Any]:
         """All that some release asks for, by the name it has there."""
         from kernelry_cudnn_te.cudnn_te import _vendor
+        from kernelry_cudnn_te.cudnn_te.largest import request_of_heads
 
-        request = self.request
+        request = request_of_heads(self.request) if self.request.max_logits else self.request
+        segments = min(SEGMENTS, request.q_len) if self.facts.packed else 1
         bias = (None,) * 4 if request.bias is None else (*request.bias[:2], request.q_len, request.kv_len)
         return {
-            **_vendor.static_arguments(self.facts, request, segments=1),
+            **_vendor.static_arguments(self.facts, request, segments),
             "batch_size": request.batch,
             "q_dtype": request.dtype,
             "kv_dtype": request.dtype,

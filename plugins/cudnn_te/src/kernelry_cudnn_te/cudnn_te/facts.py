@@ -18,6 +18,9 @@ FIRST_WITH_ALL = (2, 20)
 
 _RELEASE = re.compile(r"(\d+)(?:\.(\d+))?")
 
+SEGMENTS = 32
+"""Of a packed row, unless a tiling says another number."""
+
 UNBOUNDED = -1
 """transformer-engine's word for a window without an end."""
 

@@ -15,19 +15,23 @@ def folded(inputs: Inputs, request: Request) -> tuple[Inputs, Request]:
     """Writes the rows of a batch beside one another as heads of a single row; query head n still reads head n // G."""
     if request.batch == 1:
         return inputs, request
+    inner = request_of_heads(request)
     batch, bias = request.batch, inputs.bias
     if bias is not None and bias.shape[:2] != (1, 1):
         wide = jnp.broadcast_to(bias, (batch, request.q_heads, *bias.shape[2:]))
         bias = wide.reshape(1, batch * request.q_heads, *bias.shape[2:])
-    inner = dataclasses.replace(
-        request,
-        batch=1,
-        q_heads=batch * request.q_heads,
-        kv_heads=batch * request.kv_heads,
-        bias=None if bias is None else tuple(bias.shape),
-    )
     query, key, value = (_as_heads(array) for array in (inputs.query, inputs.key, inputs.value))
     return dataclasses.replace(inputs, query=query, key=key, value=value, bias=bias), inner
+
+
+def request_of_heads(request: Request) -> Request:
+    """The request of that single row."""
+    batch, bias = request.batch, request.bias
+    if bias is not None and bias[:2] != (1, 1):
+        bias = (1, batch * request.q_heads, *bias[2:])
+    return dataclasses.replace(
+        request, batch=1, q_heads=batch * request.q_heads, kv_heads=batch * request.kv_heads, bias=bias
+    )
 
 
 def apart(partial: Partial, request: Request) -> Partial:

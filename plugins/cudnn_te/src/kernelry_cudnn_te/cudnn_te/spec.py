@@ -23,7 +23,7 @@ from kernelry.plugin import (
     Tolerance,
 )
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
-from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, refusals, release_of
+from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, SEGMENTS, refusals, release_of
 from kernelry_cudnn_te.head_dims import HOPPER, LATENT, too_wide
 
 _DISTRIBUTION = "transformer_engine"
@@ -33,7 +33,7 @@ _FIRST = (2, 11)
 _BROKEN = ((2, 12), (2, 13))
 """Whose SequenceDescriptor.from_segment_ids_and_pos wants two further arguments, and gave them up again."""
 
-_SEGMENTS = (32, 8, 16, 64, 128, 256)
+_SEGMENTS = (SEGMENTS, 8, 16, 64, 128, 256)
 """Of a row; memory and compile time grow with it."""
 
 
