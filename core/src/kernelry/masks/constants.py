@@ -45,10 +45,8 @@ def _held_by(function: Callable[..., Any] | None) -> tuple[tuple[int, ...], ...]
 
 def _shapes(part: Any) -> Iterator[tuple[int, ...]]:
     """Of arrays in a jaxpr and in all inside it; a scalar that is written into it is none."""
-    if isinstance(part, ClosedJaxpr):
-        yield from (np.shape(array) for array in part.consts)
-        yield from _shapes(part.jaxpr)
-    elif isinstance(part, Jaxpr):
+    if isinstance(part, ClosedJaxpr | Jaxpr):  # one class in jax 0.12
+        yield from (np.shape(array) for array in getattr(part, "consts", ()))
         for equation in part.eqns:
             literals = (operand.val for operand in equation.invars if isinstance(operand, Literal))
             yield from (np.shape(value) for value in literals if np.shape(value))
