@@ -281,6 +281,17 @@ def test_a_tiling_that_cannot_compile_is_an_error(change, message, make_arrays):
         PALLAS_FLASH.body().forward(Inputs(*make_arrays(64)[:3]), REQUEST, tiling, statistics=False)
 
 
+def test_gradients_of_wide_heads_leave_room_in_the_tensor_memory_of_blackwell():
+    facts = {"q_len": 512, "head_dim": 192, "value_dim": 128, "dtype": "bfloat16"}
+    on_blackwell, on_hopper = (kernelry.Request(target=target, **facts) for target in ("gpu:b200", "gpu:h100"))
+    assert max(tiling["block_kv_dkv"] for tiling in PALLAS_FLASH.tilings(on_blackwell)) == 64
+    wide = PALLAS_FLASH.tilings(on_hopper)[0]
+    assert wide["block_kv_dkv"] == 128
+    with pytest.raises(ConfigError, match="block_kv_dkv=128 of pallas_flash accumulates 384 columns in tensor memory"):
+        tilings.check(on_blackwell, wide)
+    tilings.check(dataclasses.replace(on_blackwell, gradients=()), wide)
+
+
 def test_devices_before_ampere_are_refused():
     request = dataclasses.replace(REQUEST, target=kernelry.Target.parse("gpu:v100"))
     refusals = PALLAS_FLASH.capabilities.refusals(request)

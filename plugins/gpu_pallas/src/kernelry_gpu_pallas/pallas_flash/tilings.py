@@ -22,6 +22,14 @@ _WIDE = 128
 """Elements; from this head dim on eight warps share what four would have to spill."""
 
 
+_BLACKWELL = 100
+"""Compute capability times ten."""
+
+_TENSOR_ROWS, _TENSOR_COLUMNS = 128, 256
+"""Of the gradients of keys and values that a Blackwell accumulates in its tensor memory. It has 512 columns; for head
+dims of 192, rounded up to 256, and 128 the compiler asks for 640, and 128 and 128 fit (found with jax 0.10)."""
+
+
 def search_space(request: Request) -> tuple[Tiling, ...]:
     """Tilings that fit the shared memory of the request's device, the best guess first. None of them is measured."""
     forward = _first_fits(request, [_of_forward(request, *blocks, stages) for blocks in _FORWARD for stages in _STAGES])
@@ -63,7 +71,8 @@ def _first_fits(request: Request, candidates: list[dict[str, int]]) -> list[dict
 
 
 def _fits(request: Request, values: Mapping[str, int]) -> bool:
-    return all(need.most <= available(request) for need in needs(request, values).values())
+    in_shared = all(need.most <= available(request) for need in needs(request, values).values())
+    return in_shared and not any(_tensor_memory(request, values))
 
 
 def _of_forward(request: Request, block_q: int, block_kv: int, stages: int) -> dict[str, int]:
@@ -102,8 +111,21 @@ def check(request: Request, tiling: Tiling) -> None:
       ConfigError: a block or a number of warps is no power of two, a block is smaller than 16, a number is none, or the
         blocks take more shared memory than the device has.
     """
-    for problem in (*problems("pallas_flash", tiling), *_memory(request, dict(tiling.values))):
+    values = dict(tiling.values)
+    for problem in (*problems("pallas_flash", tiling), *_memory(request, values), *_tensor_memory(request, values)):
         raise ConfigError(f"tiling: {problem}")
+
+
+def _tensor_memory(request: Request, values: Mapping[str, int]) -> Iterator[str]:
+    generation, rows = request.target.generation, values["block_kv_dkv"]
+    if request.is_interpreted or request.dtype == "float32" or generation is None or generation < _BLACKWELL:
+        return
+    columns = power_of_two(request.head_dim) + power_of_two(request.value_dim)
+    if request.gradients and rows >= _TENSOR_ROWS and columns > _TENSOR_COLUMNS:
+        yield (
+            f"block_kv_dkv={rows} of pallas_flash accumulates {columns} columns in tensor memory of {request.target}, "
+            f"which has room for {_TENSOR_COLUMNS} beside the rest; set block_kv_dkv=64"
+        )
 
 
 def _memory(request: Request, values: Mapping[str, int]) -> Iterator[str]:
