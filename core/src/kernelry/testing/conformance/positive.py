@@ -160,10 +160,10 @@ def _edges(subject: Subject, base: Call) -> Iterator[Named]:
     for name, call in [(n, c) for n, c in served if _has_empty_rows(c)][:most]:
         if subject.can.empty_rows:
             yield "empty rows", f"empty rows: {name}", (call,)
-    first = tuple(call for _, call in served)
-    if subject.can.empty_rows and Feature.SINKS in subject.can.features:
+    first = tuple(call for _, call in served)  # none where such masks hide slots, too, and an adapter must clean those
+    if first and subject.can.empty_rows and Feature.SINKS in subject.can.features:
         yield "empty rows", "empty rows with sinks", tuple(but(call, sinks=True) for call in first)
-    if subject.can.empty_rows and Feature.MAX_LOGITS in subject.can.features:
+    if first and subject.can.empty_rows and Feature.MAX_LOGITS in subject.can.features:
         blank = [call for call in first if not _visible(call).any(axis=(2, 3)).all()]
         yield (
             "max logits",
