@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from kernelry.masks import Lengths
 from kernelry.plugin import Inputs, Request
+from kernelry_cudnn_te.arrays import depending_on, rounded
 from kernelry_cudnn_te.cudnn_jax._vendor import Attributes, MaskType, Operands
 
 
@@ -29,17 +28,13 @@ def operands_of(inputs: Inputs, request: Request) -> Operands:
     """
     lengths = _lengths(inputs, request)
     query_lengths, kv_lengths = (None, None) if lengths is None else (_given(array, inputs) for array in lengths)
-    return Operands(inputs.query, inputs.key, inputs.value, _bias(inputs, request), query_lengths, kv_lengths)
+    bias = None if inputs.bias is None else rounded(inputs.bias, request.dtype)
+    return Operands(inputs.query, inputs.key, inputs.value, bias, query_lengths, kv_lengths)
 
 
 def _given(lengths: Int[Array, " B"], inputs: Inputs) -> Int[Array, " B"]:
-    """The lengths, as something that depends on the queries and is mapped and sharded with them.
-
-    Where the compiler partitions a call, JAX's rule cuts the queries and leaves the lengths whole: each device would
-    read the first ones. Under `vmap`, jax 0.10 wants all arrays mapped or none.
-    """
-    bits = lax.bitcast_convert_type(inputs.query[:, 0, 0, 0], jnp.uint16).astype(jnp.int32)
-    return jnp.maximum(lengths, 1) + (bits >> 16)  # 0; no simplifier before the partitioner knows that
+    """The lengths, mapped and cut as the queries are: under `vmap`, jax 0.10 wants all arrays mapped or none."""
+    return depending_on(jnp.maximum(lengths, 1), inputs.query)
 
 
 def empty_rows(inputs: Inputs, request: Request) -> Bool[Array, "B T"] | None:
@@ -69,15 +64,6 @@ def _lengths(inputs: Inputs, request: Request) -> tuple[Int[Array, " B"], Int[Ar
 
 def _least(most: Int[Array, " B"], lengths: object) -> Int[Array, " B"]:
     return jnp.minimum(most, jnp.broadcast_to(jnp.asarray(lengths), most.shape)).astype(jnp.int32)
-
-
-def _bias(inputs: Inputs, request: Request) -> jax.Array | None:
-    """The bias in the query's dtype, for cuDNN reads no other; what is beyond its range becomes its limit."""
-    bias = inputs.bias
-    if bias is None or bias.dtype == inputs.query.dtype:
-        return bias
-    most = float(jnp.finfo(request.dtype).max)  # type: ignore[no-untyped-call]
-    return jnp.clip(bias.astype(jnp.float32), -most, most).astype(inputs.query.dtype)
 
 
 def _left(request: Request) -> int | None:

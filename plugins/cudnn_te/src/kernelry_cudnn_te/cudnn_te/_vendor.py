@@ -37,7 +37,6 @@ from kernelry_cudnn_te.cudnn_te.facts import FIRST_WITH_ALL, Facts, release_of
 
 __all__ = [
     "VERSION",
-    "CPStrategy",
     "MeshResource",
     "backward",
     "described",

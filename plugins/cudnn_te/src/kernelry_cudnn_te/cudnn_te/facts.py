@@ -58,7 +58,7 @@ class Facts:
         """Reads a request that `refusals` has let pass."""
         band = _band(request)
         kinds = {atom.kind for atom in request.mask.atoms}
-        packed = AtomKind.SEGMENTS in kinds
+        packed = is_packed(request)
         left, right = (None, None) if band is None else band.params
         causal = right == 0
         window = None
@@ -83,6 +83,11 @@ class Facts:
     def left(self) -> int | None:
         """How far back a query looks; None where there is no end to it."""
         return None if self.window is None or self.window[0] == UNBOUNDED else self.window[0]
+
+
+def is_packed(request: Request) -> bool:
+    """Whether rows hold segments."""
+    return any(atom.kind is AtomKind.SEGMENTS for atom in request.mask.atoms)
 
 
 def _band(request: Request) -> Atom | None:
@@ -153,7 +158,7 @@ def _indexed(request: Request) -> Iterator[Refusal]:
 def _bias(request: Request) -> Iterator[Refusal]:
     if request.bias is None:
         return
-    if any(atom.kind is AtomKind.SEGMENTS for atom in request.mask.atoms):
+    if is_packed(request):
         yield Refusal(RefusalCode.BIAS, f"bias={request.bias} beside segments")
     if Operand.BIAS in request.gradients and request.bias[:2] != (1, request.q_heads):
         detail = f"bias={request.bias} has a gradient only where it is [1, N, T, S] with N={request.q_heads}"

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
+from kernelry_cudnn_te.arrays import rounded
 from kernelry_cudnn_te.cudnn_te import _vendor
 from kernelry_cudnn_te.cudnn_te.across_devices import Shared
 from kernelry_cudnn_te.cudnn_te.facts import Facts
@@ -130,12 +131,8 @@ class _Call:
 
 
 def _whole(bias: Float[Array, "#B #N #T #S"], request: Request) -> Float[Array, "#B #N T S"]:
-    """The bias as cuDNN reads it, in query's dtype; what is beyond its range becomes its limit."""
-    wide = jnp.broadcast_to(bias, (*bias.shape[:2], request.q_len, request.kv_len))
-    if bias.dtype == request.dtype:
-        return wide
-    most = float(jnp.finfo(request.dtype).max)  # type: ignore[no-untyped-call]
-    return jnp.clip(wide.astype(jnp.float32), -most, most).astype(request.dtype)
+    """The bias as cuDNN reads it."""
+    return rounded(jnp.broadcast_to(bias, (*bias.shape[:2], request.q_len, request.kv_len)), request.dtype)
 
 
 def _offset(sinks: Float[Array, " N"]) -> Float[Array, "1 N 1 1"]:

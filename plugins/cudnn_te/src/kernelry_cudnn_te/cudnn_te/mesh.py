@@ -10,11 +10,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Inputs, Operand, Request
+from kernelry_cudnn_te.arrays import depending_on
 from kernelry_cudnn_te.cudnn_te import _vendor
 from kernelry_cudnn_te.cudnn_te.across_devices import Shared
 
@@ -91,12 +91,8 @@ def along(array: jax.Array, axis: str | None) -> jax.Array:
 
 
 def alike(array: jax.Array, other: jax.Array) -> jax.Array:
-    """The first array as something that depends on the other, so that it is cut as its leading dimensions are."""
-    if not _divided():
-        return array
-    first = (slice(None),) * array.ndim + (0,) * (other.ndim - array.ndim)
-    bits = jax.lax.bitcast_convert_type(other[first].astype(jnp.bfloat16), jnp.uint16).astype(jnp.int32)
-    return array + (bits >> 16).astype(array.dtype)  # 0; no simplifier before the partitioner knows that
+    """The first array, cut as the leading dimensions of the other."""
+    return depending_on(array, other) if _divided() else array
 
 
 def _mesh() -> Any:

@@ -29,8 +29,8 @@ class Sequences:
       in_order: whether the ids are what a packed row may hold; None where there are none.
     """
 
-    queries: Int[Array, B * T]
-    keys: Int[Array, B * T]
+    queries: Int[Array, "B ..."]
+    keys: Int[Array, "B ..."]
     live: Bool[Array, "B T"] | None = None
     in_order: Bool[Array, " B"] | None = None
 

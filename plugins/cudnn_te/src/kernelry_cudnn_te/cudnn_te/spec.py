@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernelry.plugin import (
-    AtomKind,
     Capabilities,
     Dims,
     Environment,
@@ -23,7 +22,7 @@ from kernelry.plugin import (
     Tolerance,
 )
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
-from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, SEGMENTS, refusals, release_of
+from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, SEGMENTS, is_packed, refusals, release_of
 from kernelry_cudnn_te.head_dims import HOPPER, LATENT, too_wide
 
 _DISTRIBUTION = "transformer_engine"
@@ -61,7 +60,7 @@ def _version(request: Request, environment: Environment) -> Iterator[Refusal]:
     if request.max_logits and release < FIRST_WITH_ALL:
         detail = f"max_logits=True wants transformer-engine {_text(FIRST_WITH_ALL)}, found {vendor.version}"
         yield Refusal(RefusalCode.MAX_LOGITS, detail)
-    if request.context_parallel is not None and _is_packed(request) and release < FIRST_WITH_ALL:
+    if request.context_parallel is not None and is_packed(request) and release < FIRST_WITH_ALL:
         detail = f"packed rows in a ring want transformer-engine {_text(FIRST_WITH_ALL)}, found {vendor.version}"
         yield Refusal(RefusalCode.CONTEXT_PARALLEL, f"{detail}, which gets segments that do not divide wrong")
 
@@ -93,13 +92,9 @@ def _answer(request: Request, environment: Environment, static: tuple[Refusal, .
 
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
-    if not _is_packed(request):
+    if not is_packed(request):
         return (Tiling(),)
     return tuple(dict.fromkeys(Tiling.of(max_segments=min(most, request.q_len)) for most in _SEGMENTS))
-
-
-def _is_packed(request: Request) -> bool:
-    return any(atom.kind is AtomKind.SEGMENTS for atom in request.mask.atoms)
 
 
 def _signature(request: Request) -> tuple[str, ...]:
