@@ -1,8 +1,11 @@
 """What XLA's and Triton's compilers for GPUs say, and what they cannot: GPUs that are not here."""
 
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +112,17 @@ def test_check_shows_every_phase(target, check):
     assert status == 0
     assert [row[:3] for row in rows] == [[mode, "dot_product", "ok"] for mode in ("train", "prefill", "decode")]
     assert all(float(row[4]) > 0 and float(row[6]) >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("target", ["gpu:h100", "tpu:v5e"])
+def test_check_leaves_accelerators_alone(target, tmp_path):
+    """JAX's CUDA plugin does not load without a GPU where it is to run there, too."""
+    path = tmp_path / "config.toml"
+    path.write_text('[attention]\nkernel = "dot_product"\n')
+    command = [Path(sys.executable).with_name("kernelry"), "check", path, "--target", target, "--q-len", "256"]
+    environ = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout.count(" ok ")) == (0, 3), done.stderr
 
 
 def test_check_says_what_is_not_checked_and_does_not_fail(check):

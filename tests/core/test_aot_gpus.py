@@ -5,6 +5,7 @@ import re
 import types
 
 import pytest
+from jax.experimental import topologies
 
 from kernelry import Target, aot
 from kernelry.aot.devices import FIGURES
@@ -77,6 +78,16 @@ def test_without_the_compilers_the_error_says_what_to_install(plugins, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", found)
     with pytest.raises(ConfigError, match=r"needs JAX's CUDA plugin.*; pip install 'kernelry\[aot-gpu\]'"):
         aot.topology_of("gpu:h100:63")
+
+
+def test_where_the_plugin_did_not_load_the_error_says_what_to_set(monkeypatch):
+    def not_registered(**described):
+        raise NotImplementedError(f"topology not implemented for {described['platform']}")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies, "get_topology_desc", not_registered)
+    with pytest.raises(ConfigError, match=r"installed but did not load.*; set JAX_PLATFORMS=cpu"):
+        aot.topology_of("gpu:h100:62")
 
 
 def test_without_the_assembler_the_error_says_what_to_install():

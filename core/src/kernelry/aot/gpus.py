@@ -111,7 +111,7 @@ def gpus_of(target: Target) -> tuple[Any, ...]:
       target: `gpu:kind` or `gpu:kind:number`, of a kind in `GPUS`.
 
     Raises:
-      ConfigError: the compilers are not installed, or the topology is no number.
+      ConfigError: the compilers are not installed or did not load, or the topology is no number.
     """
     number = target.topology or "1"
     if not number.isdecimal() or int(number) < 1:
@@ -140,12 +140,18 @@ def _described(kind: str, number: int) -> tuple[Any, ...]:
         )
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=f"{kind}:{number}",
-        target_config=GPUS[kind].description(FIGURES[kind].bandwidth),
-        topology=f"1x1x{number}",
-    )
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=f"{kind}:{number}",
+            target_config=GPUS[kind].description(FIGURES[kind].bandwidth),
+            topology=f"1x1x{number}",
+        )
+    except NotImplementedError as error:  # JAX logged why its plugin did not load
+        raise ConfigError(
+            "compiling for NVIDIA GPUs needs JAX's CUDA plugin, which is installed but did not load: unless "
+            "JAX_PLATFORMS names other platforms, it wants all of CUDA's libraries; set JAX_PLATFORMS=cpu."
+        ) from error
     return tuple(described.devices)
 
 

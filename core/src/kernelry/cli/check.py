@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -39,6 +41,7 @@ def check(
 
     Status 1: not all do. What calls cuDNN is not checked, which is no failure.
     """
+    _run_nothing()
     read = load_config(config)
     sizes = shape.model_shape(q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part)
     console = Console(stderr=True)
@@ -60,6 +63,12 @@ def check(
         for part in _parts(reports):
             _console.print(part)
     raise typer.Exit(0 if ok else 1)
+
+
+def _run_nothing() -> None:
+    """Leaves accelerators alone, unless JAX_PLATFORMS names some: JAX's CUDA plugin wants all of CUDA to run there."""
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
 
 
 def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableType]:
