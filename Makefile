@@ -40,10 +40,11 @@ test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# The suite less what draws its examples, which are about NumPy's and JAX's semantics: for one more Python in CI.
+# For one more Python in CI: four cases of each test, and none of those that draw examples, which are about NumPy's and JAX's
+# semantics. `make test PYTHON=python3.12 VENV=.venv-312` is all of it.
 test-again: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test-again: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal \
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cases 4 \
 	  -m "not hypothesis and not install and not fuzz and not slow and not aot" $(ARGS)
 
 # Sweeps: every kernel against the quick conformance kit, blockwise over small blocks, the laws of caches over drawn splits.

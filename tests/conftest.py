@@ -3,10 +3,13 @@
 What was compiled once is kept in .jax_cache: most of a test's time goes into compiling what other tests compile, too.
 """
 
+import collections
 import os
+import random
 from pathlib import Path
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -22,6 +25,28 @@ settings.register_profile(
 )
 if os.environ.get("CI"):
     settings.load_profile("gate")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases", type=int, metavar="N", help="of each parametrized test N cases, drawn once and for all; default: all"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after what marks deselect
+def pytest_collection_modifyitems(config, items):
+    """Keeps the cases that `--cases` asks for."""
+    most = config.getoption("cases")
+    if most is None:
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for function, found in cases.items():
+        kept.update(found if len(found) <= most else random.Random(function).sample(found, most))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_terminal_summary(terminalreporter):
