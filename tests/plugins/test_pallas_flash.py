@@ -241,14 +241,19 @@ REQUEST = Request(
     mask=masks.Causal(), gradients=("query", "key", "value"),
 )  # fmt: skip
 
+PAIRS = {"bias": (1, 8, 4096, 4096), "mask": masks.Causal() & masks.Dense(jnp.ones((1, 1, 4096, 4096), bool))}
+
 
 @pytest.mark.parametrize("target", ["gpu:a100", "gpu:a10g", "gpu:h100", "gpu:b200", "gpu"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (192, 128), (256, 256)])
-def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(target, dtype, head_dim, value_dim):
-    request = dataclasses.replace(
-        REQUEST, target=kernelry.Target.parse(target), dtype=dtype, head_dim=head_dim, value_dim=value_dim
-    )
+@pytest.mark.parametrize("pairs", [{}, PAIRS], ids=["", "pairs"])
+def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(
+    target, dtype, head_dim, value_dim, pairs
+):
+    target = kernelry.Target.parse(target)
+    facts = {"target": target, "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
+    request = dataclasses.replace(REQUEST, **facts, **pairs)
     refused = PALLAS_FLASH.refusals(request, Environment())
     if refused:
         assert dtype == "float32"
@@ -262,6 +267,21 @@ def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(ta
         tilings.check(request, tiling)
         for need in shared_memory.needs(request, dict(tiling.values)).values():
             assert need.least <= need.most <= available(request)
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({}, 3),
+        ({"bias": (1, 8, 4096, 4096)}, 2),
+        ({"bias": (1, 8, 1, 4096)}, 3),
+        ({"mask": masks.Dense(jnp.ones((1, 1, 4096, 4096), bool))}, 2),
+        ({"mask": masks.Causal() | masks.Dense(jnp.ones((1, 1, 4096, 4096), bool))}, 2),
+    ],
+)
+def test_what_is_read_of_each_query_and_key_takes_shared_memory_too(change, stages):
+    request = dataclasses.replace(REQUEST, head_dim=192, value_dim=128, **change)
+    assert PALLAS_FLASH.tilings(request)[0]["num_stages"] == stages
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,12 @@ def mask_refusals(form: MaskForm) -> Iterator[Refusal]:
                 yield from mask_refusals(inside)
 
 
+def dense_masks(form: MaskForm) -> int:
+    """How many masks a tile reads a boolean of each query and key from."""
+    inside = sum(dense_masks(part) for atom in form.atoms for part in atom.params if isinstance(part, MaskForm))
+    return inside + sum(atom.kind is AtomKind.DENSE for atom in form.atoms)
+
+
 @final
 @enum.unique
 class Along(enum.Enum):

@@ -12,10 +12,10 @@ from typing import final
 
 import jax.numpy as jnp
 
-from kernelry.masks import MaskForm
-from kernelry.plugin import AtomKind, Quantization, Request, Tiling
+from kernelry.plugin import Quantization, Request, Tiling
 from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
 from kernelry_gpu_pallas.shared_memory import Need
+from kernelry_gpu_pallas.tile_masks import dense_masks
 
 _HOPPER = 90
 
@@ -50,7 +50,7 @@ class _Sizes:
         self.parts = 2 if request.dtype == "float32" else 1  # multiplied in three parts, held apart
         self.in_pages = request.page_size is not None
         self.in_warp_groups = self.rows >= _WARP_GROUP_ROWS and (request.target.generation or 0) >= _HOPPER
-        self.pairs = self.rows * self.block if _has_pairs(request.mask) else 0
+        self.pairs = self.rows * self.block * dense_masks(request.mask)
 
     @property
     def need(self) -> Need:
@@ -69,8 +69,3 @@ class _Sizes:
 
     def _of_warps(self, moved: int) -> int:
         return self.block * max(self.widths) * self.itemsize if self.stages == 1 else (self.stages - 1) * moved
-
-
-def _has_pairs(mask: MaskForm) -> bool:
-    inside = (form for atom in mask.atoms for form in atom.params if isinstance(form, MaskForm))
-    return any(atom.kind is AtomKind.DENSE for atom in mask.atoms) or any(_has_pairs(form) for form in inside)

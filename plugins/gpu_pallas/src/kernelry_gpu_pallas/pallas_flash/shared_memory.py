@@ -1,7 +1,8 @@
 """How much shared memory the kernels take, so that a tiling that cannot fit is refused before anything is compiled.
 
-The formulas follow what the Triton compilers of jax 0.10 and 0.12 ask for: tiles that stay are held once, tiles that
-come and go once per stage of the pipeline of loads. What lies between `least` and `most` is left to the compiler.
+The formulas follow what the Triton compilers of jax 0.10 and 0.12 ask for. Tiles that stay are held once; tiles that
+come and go, those of a bias and of dense masks among them, once per stage of the pipeline of loads. What lies between
+`least` and `most` is left to the compiler.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ import jax.numpy as jnp
 from kernelry.plugin import Request
 from kernelry_gpu_pallas.blocks import power_of_two
 from kernelry_gpu_pallas.shared_memory import Need
+from kernelry_gpu_pallas.tile_masks import dense_masks
 
 _HOPPER, _BLACKWELL = 90, 100
 
-_ROWS_BYTES = 4096
-"""Of lse and delta of the rows of a tile, and whatever else is small."""
+_WARP_GROUP_ROWS = 64
+"""Of both tiles, from which on a warp group multiplies them, out of shared memory: one stage more is held there."""
+
+_BIAS_BYTES = 4
+
+_FEW_BYTES = 4096
+"""Of whatever is small."""
+
+_SLOT_BYTES = 32
+"""Of lse, delta, ids and positions, for each query and key of a tile, in all stages."""
 
 
 def needs(request: Request, tiling: Mapping[str, int]) -> dict[str, Need]:
@@ -42,9 +52,23 @@ def _need(request: Request, tiling: Mapping[str, int], end: str) -> Need:
     generation = request.target.generation or 0
     # What is certain of float32 is little: Blackwell keeps what stays elsewhere.
     least = (0 if is_split else stay) + (move if end == "_dkv" else (stages - 1) * move)
+    pairs = block_q * block_kv * _bytes_of_a_pair(request, max(1, stages - 1))
+    rest = held + pairs + _FEW_BYTES + _SLOT_BYTES * (block_q + block_kv)
     if generation < _HOPPER:
-        return Need(least, held + probabilities + max(1, stages - 1) * move + _ROWS_BYTES)
+        return Need(least, rest + probabilities + max(1, stages - 1) * move)
     again = 1 if end and generation >= _BLACKWELL else 0  # a second copy, turned around
-    if end == "_dkv":
-        return Need(least, held + probabilities + (max(2, stages - 1) + again) * move + _ROWS_BYTES)
-    return Need(least, held + (stages + again) * move + _ROWS_BYTES)
+    if end != "_dkv":
+        return Need(least, rest + (stages + again) * move)
+    keeps_a_stage = is_split or min(block_q, block_kv) >= _WARP_GROUP_ROWS
+    copies = max(2, stages) + again if keeps_a_stage else max(2, stages - 1)
+    return Need(least, rest + 2 * block_q * block_kv * itemsize + copies * move)
+
+
+def _bytes_of_a_pair(request: Request, copies: int) -> int:
+    """Of what is read of each query and key: the bias, where it has a value of each, and the booleans of dense masks.
+
+    Booleans that the compiler rearranges are held as int32 meanwhile.
+    """
+    bias = _BIAS_BYTES if request.bias is not None and min(request.bias[2:]) > 1 else 0
+    booleans = dense_masks(request.mask)
+    return copies * (bias + booleans) + (4 if booleans else 0)
