@@ -98,7 +98,7 @@ def test_every_tiling_of_the_search_space_compiles(target, head_dim, dtype, shap
         assert compiled.ok, (tiling, compiled.reason)
 
 
-def direct(request, tiling, outputs, mask=None, bias=None):
+def direct(request, tiling, outputs, mask=None, *, bias=False):
     """The kernels that compute these outputs, of `out`, `query` and `key`: a function of query, key, value and lse."""
 
     def run(query, key, value, lse, *pairs):

@@ -23,6 +23,9 @@ _WARP_GROUP_ROWS = 64
 
 _BIAS_BYTES = 4
 
+_REARRANGED_BYTES = 4
+"""Of a dense mask's boolean where the compiler rearranges a tile: it is an int32 meanwhile."""
+
 _FEW_BYTES = 4096
 """Of whatever is small."""
 
@@ -65,10 +68,7 @@ def _need(request: Request, tiling: Mapping[str, int], end: str) -> Need:
 
 
 def _bytes_of_a_pair(request: Request, copies: int) -> int:
-    """Of what is read of each query and key: the bias, where it has a value of each, and the booleans of dense masks.
-
-    Booleans that the compiler rearranges are held as int32 meanwhile.
-    """
+    """Of what is read of each query and key: a bias that has a value of each, and the booleans of dense masks."""
     bias = _BIAS_BYTES if request.bias is not None and min(request.bias[2:]) > 1 else 0
     booleans = dense_masks(request.mask)
-    return copies * (bias + booleans) + (4 if booleans else 0)
+    return copies * (bias + booleans) + (_REARRANGED_BYTES if booleans else 0)
