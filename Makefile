@@ -11,11 +11,11 @@ SERVE_ARGS ?=
 export JAX_PLATFORMS ?= cpu
 BIN := $(VENV)/bin
 DISTRIBUTIONS := -e ./core[all] -e ./plugins/dot_product -e './plugins/tpu_splash[tokamax]' -e './plugins/gpu_pallas[tokamax]' -e ./plugins/cudnn_te
-TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "optax>=0.2.4"
+TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "pytest-randomly>=3.16" "hypothesis>=6.100" "optax>=0.2.4"
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
-.PHONY: demo serve test test-again test-slow test-te test-install test-fuzz test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
+.PHONY: demo serve test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
 	conformance lint format benchmark benchmark-decode \
 	benchmark-peers wheelhouse clean
 
@@ -34,22 +34,25 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.installed
 	$(BIN)/python examples/serve.py $(SERVE_ARGS)
 
-# Small shapes spend most of their time in LLVM, so these compile without its optimisations; test-slow and conformance
-# compile as users do.
+# Every law, refusal and error, and a few cases of each kernel. The order is random: its seed is printed, and
+# ARGS="--randomly-seed=N" repeats it. Small shapes spend most of their time in LLVM, so these compile without
+# its optimisations; sweeps and conformance compile as users do.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
 
-# For one more Python in CI: four cases of each test, and none of those that draw examples, which are about NumPy's and JAX's
-# semantics. `make test PYTHON=python3.12 VENV=.venv-312` is all of it.
-test-again: export XLA_FLAGS ?= --xla_backend_optimization_level=0
-test-again: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cases 4 \
-	  -m "not hypothesis and not install and not fuzz and not slow and not aot" $(ARGS)
+# Of these, what depends on Python's or JAX's version: make test-versions PYTHON=python3.12 VENV=.venv-312
+test-versions: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-versions: $(VENV)/.installed
+	$(PYTEST) -m "versions and not sweep" $(ARGS)
 
-# Sweeps: every kernel against the quick conformance kit, blockwise over small blocks, the laws of caches over drawn splits.
-test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+# The whole matrices of which `make test` samples, and the lying kernels.
+test-sweep: $(VENV)/.installed
+	$(PYTEST) -m sweep $(ARGS)
+
+test-all: test test-sweep conformance test-fuzz test-te
 
 # cudnn_te beside the real Python of each transformer_engine, 1 MB each, over a native module that is stood in: no CUDA.
 TE_VERSIONS ?= 2.11.0 2.12.0 2.13.0 2.14.0 2.20.2
@@ -66,11 +69,28 @@ test-te: $(VENV)/.installed $(TE_VERSIONS:%=.te/%/.installed)
 
 # 20,000 random requests, valid and absurd: only kernelry's own errors come out.
 test-fuzz: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m fuzz tests/core/test_fuzz_resolution.py $(ARGS)
+	$(PYTEST) -m fuzz tests/core/test_fuzz_resolution.py $(ARGS)
 
 # Every kernel that can run here is held to everything it declares, and serves no fewer cases than before.
 conformance: $(VENV)/.installed
 	$(BIN)/kernelry conformance --all --at-least tests/contract/served.json $(ARGS)
+
+# What the suite catches: 150 changes of the product, one at a time, and the tests that cover each. Minutes to an hour; the
+# results are compared with tests/mutation/results by hand. MUTATION_ARGS="--only ID" repeats one.
+MUTATION_NEEDS := "pytest-cov>=6"
+MUTATION_ARGS ?=
+
+coverage: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+coverage: export CI = true
+coverage: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(MUTATION_NEEDS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:randomly --cov --cov-config=pyproject.toml --cov-context=test \
+	  --cov-report= --junitxml=.coverage.xml $(ARGS)
+	$(BIN)/coverage report --include='core/src/*' | tail -1
+
+mutation: coverage
+	$(BIN)/python tests/mutation/mutate.py --coverage .coverage --junit .coverage.xml --json tests/mutation/results/latest.json \
+	  --markdown tests/mutation/results/latest.md $(MUTATION_ARGS)
 
 # Builds fresh environments: the user's two installs, and a third party's plugin added and removed.
 test-install: $(VENV)/.installed

@@ -1,11 +1,10 @@
 """Settings for every test: a silent broadcast between ranks is an error; in CI the examples are the same each time.
 
-What was compiled once is kept in .jax_cache: most of a test's time goes into compiling what other tests compile, too.
+What was compiled once is kept in .jax_cache: most of a test's time goes into compiling what other tests compile, too. A
+file's tests go to one worker, for they compile the same programs; files that share programs share a group.
 """
 
-import collections
 import os
-import random
 from pathlib import Path
 
 import jax
@@ -27,26 +26,14 @@ if os.environ.get("CI"):
     settings.load_profile("gate")
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--cases", type=int, metavar="N", help="of each parametrized test N cases, drawn once and for all; default: all"
-    )
-
-
-@pytest.hookimpl(trylast=True)  # after what marks deselect
-def pytest_collection_modifyitems(config, items):
-    """Keeps the cases that `--cases` asks for."""
-    most = config.getoption("cases")
-    if most is None:
-        return
-    cases = collections.defaultdict(list)
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Keeps the tests of a file on one worker, unless they name a group; all of a vendor's depend on versions."""
     for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item)
-    kept = set()
-    for function, found in cases.items():
-        kept.update(found if len(found) <= most else random.Random(function).sample(found, most))
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if Path(__file__).parent / "plugins" in item.path.parents:
+            item.add_marker("versions")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -10,7 +10,7 @@ from on_device.shapes import FORWARD, Shape
 from on_device.timing import check_room
 from on_device.truth import expected
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 SHAPE = Shape(q_len=32, kv_len=32, q_heads=2, kv_heads=1, head_dim=8, dtype="float32")
 CAPPED = Shape(q_len=32, kv_len=32, q_heads=2, kv_heads=1, head_dim=8, window=8, soft_cap=5.0, dtype="float32")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from on_device.clock import Clock, elapsed
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 _STUCK = """

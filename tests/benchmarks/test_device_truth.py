@@ -13,7 +13,7 @@ from on_device.shapes import BOTH, FORWARD, Shape
 import kernelry
 from kernelry import masks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 _SIZES = {"q_len": 64, "kv_len": 64, "q_heads": 4, "kv_heads": 2, "head_dim": 8, "batch": 2, "dtype": "float32"}
 SHAPES = {

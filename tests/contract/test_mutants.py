@@ -8,7 +8,7 @@ from honest_kernels import HONEST, HONEST_BACKWARD
 
 from kernelry.testing.conformance import Outcome, cases_of, run, run_case
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 _FOUND = importlib.util.spec_from_file_location("mutants", Path(__file__).parent / "mutants.py")
 mutants = importlib.util.module_from_spec(_FOUND)

@@ -16,7 +16,7 @@ def test_every_kernel_has_a_count():
     assert set(LEAST) == set(INSTALLED)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel", sorted(LEAST))
 def test_quick_run_is_clean_and_serves_no_less_than_before(kernel):
     report = run(INSTALLED[kernel], quick=True)

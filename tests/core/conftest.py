@@ -70,6 +70,18 @@ class Shelf:
         return done
 
 
+@pytest.fixture(scope="session")
+def make_shelf(tmp_path_factory):
+    """Makes shelves for processes of their own: nothing of them can be imported here."""
+
+    def make():
+        shelf = Shelf(tmp_path_factory.mktemp("shelf"))
+        shelf.put_kernel("healthy", "healthy_kernel")
+        return shelf
+
+    return make
+
+
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))  # invalidates the caches of the import system

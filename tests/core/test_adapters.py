@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import (
+    MASKS,
     QKV,
     Answer,
     Heads,
@@ -17,6 +18,7 @@ from attention_cases import (
     masks_that_hide,
     oracle_answer,
 )
+from pairs import sweep_but
 
 import kernelry
 from kernelry import masks
@@ -25,6 +27,8 @@ from kernelry.masks.form import AtomKind
 from kernelry.plugin import Capabilities, Dims, Feature, Inputs, Kernel, Refusal, RefusalCode, Request, Side, Tiling
 from kernelry.resolution import Plan, Step
 from kernelry.testing import reference_mask
+
+pytestmark = pytest.mark.versions
 
 DENSE = next(kernel.spec for kernel in kernelry.kernels() if kernel.name == "dot_product")
 ODD = Heads(4, 2, 5, 3)
@@ -93,8 +97,7 @@ def assert_served(kernel, mask, q_len, kv_len, heads=ODD, *, lse=False, bias=Non
     assert_twins(found, oracle_answer(mask, arrays, cotangents, **known))
 
 
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("lse", [True, False])
+@pytest.mark.parametrize(("split", "lse"), [(True, True), (False, False)])
 def test_a_padded_head_dim_changes_nothing(split, lse):
     kernel = picky(head_dims=Dims(minimum=4, maximum=16, multiple_of=8), split_head_dim=split)
     assert_served(kernel, masks.Causal(), 6, 6, lse=lse, bias=(1, 4, 6, 6))
@@ -121,7 +124,9 @@ def test_dims_are_padded_to_the_next_that_is_taken(value, expected):
     assert Dims(minimum=10, maximum=64, multiple_of=16).padded(value) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in masks_of_every_class(1, 1) if name != "predicate"])
+@pytest.mark.parametrize(
+    "name", sweep_but([name for name in MASKS if name != "predicate"], "prefix", "selection", "and", "or")
+)
 def test_any_length_is_served_in_whole_blocks(name):
     mask = masks_of_every_class(7, 7, ODD)[name]
     assert_served(picky(refusals=in_blocks), mask, 7, 7, lse=True, return_max_logits=True)
@@ -146,8 +151,7 @@ def test_what_is_padded_with_the_lengths_changes_nothing(mask, q_len, kv_len, ar
 
 
 def test_unequal_lengths_are_served_by_a_kernel_that_wants_equal_ones():
-    for lengths in ((3, 8), (8, 3)):
-        assert_served(picky(unequal_lengths=False), masks.Causal().at(query_offset=2), *lengths, lse=True)
+    assert_served(picky(unequal_lengths=False), masks.Causal().at(query_offset=2), 3, 8, lse=True)
 
 
 def test_nan_that_only_padded_rows_would_see_does_not_leak():
@@ -159,8 +163,15 @@ def test_nan_that_only_padded_rows_would_see_does_not_leak():
     assert_twins(found, oracle_answer(mask, arrays, cotangents))
 
 
-@pytest.mark.parametrize("atoms", [frozenset(AtomKind), frozenset({AtomKind.DENSE})])
-@pytest.mark.parametrize("name", ["and", "or", "prefix", "dense", "selection"])
+@pytest.mark.parametrize(
+    ("name", "atoms"),
+    [
+        ("and", frozenset(AtomKind)),
+        ("selection", frozenset(AtomKind)),
+        ("or", frozenset({AtomKind.DENSE})),
+        ("prefix", frozenset({AtomKind.DENSE})),
+    ],
+)
 def test_traced_masks_are_adapted_under_jit_and_vmap(name, atoms):
     mask, arrays = masks_of_every_class(7, 7, ODD)[name], arrays_of(7, 7, ODD)
     kernel = picky(refusals=in_blocks, atoms=atoms, clean_hidden_slots=False)
@@ -202,7 +213,7 @@ def test_a_padded_partial_keeps_its_maximum_and_sum():
     assert found.sum.shape == (2, 4, 5)
 
 
-@pytest.mark.parametrize("name", ["and", "or", "prefix", "selection", "predicate"])
+@pytest.mark.parametrize("name", sweep_but(["and", "or", "prefix", "selection", "predicate"], "or", "predicate"))
 def test_any_mask_is_served_as_a_dense_one(name):
     kernel = picky(atoms=frozenset({AtomKind.DENSE}), positions=frozenset())
     mask = masks_of_every_class(6, 6, ODD)[name]
@@ -262,7 +273,7 @@ def test_cast_inputs_come_back_in_their_dtype_with_gradients(partial):
     assert found.out.dtype == ("float32" if partial else "bfloat16")
 
 
-@pytest.mark.parametrize("name", ["segments", "lengths", "selection", "causal", "or"])
+@pytest.mark.parametrize("name", sweep_but(["segments", "lengths", "selection", "causal", "or"], "selection", "or"))
 def test_a_kernel_that_leaks_is_clean_behind_the_adapter(name):
     heads = Heads(4, 2, 8, 8)
     mask, arrays = masks_that_hide(9)[name], arrays_of(9, 9, heads)

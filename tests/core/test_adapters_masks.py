@@ -19,7 +19,7 @@ from kernelry.masks.form import AtomKind
 from kernelry.plugin import Atom, Capabilities, Inputs, Mask, Refusal, RefusalCode, Request, Side, pytree
 from kernelry.testing import reference_mask
 
-QUICK = settings(max_examples=30, deadline=None)
+QUICK = settings(max_examples=20, deadline=None)
 EVERYTHING = Capabilities(atoms=frozenset(AtomKind), unequal_lengths=True)
 TAKES = {
     "segments": EVERYTHING,
@@ -117,9 +117,9 @@ def assert_padding_is_out_of_sight(mask, before, after, found):
         assert not visible[:, :, rows:].any()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    placed_masks(max_len=5),
+    placed_masks(max_len=4),
     st.tuples(st.sampled_from([0, 2]), st.sampled_from([0, 2])),
     st.sampled_from(sorted(TAKES)),
     st.booleans(),
@@ -337,7 +337,7 @@ def test_nan_in_hidden_slots_is_cleaned(name):
     assert_cleaned(masks_that_hide(9)[name], 9, 9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(placed_masks(max_len=3))
 def test_cleaning_leaves_every_visible_slot_as_it_is(drawn):
     assert_cleaned(*drawn)

@@ -11,6 +11,8 @@ from kernelry import Request, aot, masks
 from kernelry.aot.reasons import Reason
 from kernelry.errors import ConfigError
 
+pytestmark = pytest.mark.versions
+
 MASKS = st.sampled_from(
     [
         masks.Full(),

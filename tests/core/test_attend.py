@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from careless_kernel import CARELESS
 
 import kernelry
 from kernelry import masks
+
+pytestmark = pytest.mark.versions
 
 
 def test_rows_that_see_nothing_contribute_nothing_though_a_sink_makes_their_lse_finite():

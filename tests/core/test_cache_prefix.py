@@ -15,7 +15,7 @@ from kernelry import masks
 from kernelry.cache import SharedPrefix
 from kernelry.errors import ArgumentError, ShapeError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 MASKS = {
     two_part: [masks.Causal(), masks.SlidingWindow(6), masks.Chunked(4), masks.PrefixLM(3), masks.Full()],

@@ -15,7 +15,7 @@ from kernelry import masks
 from kernelry.cache import RollingCache
 from kernelry.errors import ArgumentError, ShapeError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 WINDOWED = masks.SlidingWindow(WINDOW - 1)
 MASKS = [

@@ -15,7 +15,7 @@ from kernelry import masks
 from kernelry.cache import TwoPartCache
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 MASKS = [
     masks.Causal(),

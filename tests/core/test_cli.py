@@ -12,6 +12,8 @@ from rich.console import Console
 from kernelry import cli
 from kernelry.cli import app, report
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -186,21 +188,31 @@ def test_mask_image_without_matplotlib_names_the_extra(run, monkeypatch, tmp_pat
     assert err == "drawing images needs matplotlib; pip install 'kernelry[plot]'.\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        (["mask", "causal", "--q-len", "128"], "# full   + partial   . empty"),
-        (["explain", "--target", "cpu", "--q-len", "64"], ">"),
-        (["list"], "dot_product"),
-        (["mask", "causal.at(x=1)"], "unknown .at(x=.)"),
-    ],
-)
-def test_outputs_that_know_ascii_alone_get_plainer_signs(arguments, shown):
+ONE_AFTER_ANOTHER = """
+import json, sys
+from kernelry.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["kernelry", *arguments]
+    main()
+    for stream in (sys.stdout, sys.stderr):
+        print("END", file=stream, flush=True)
+"""
+
+
+def test_outputs_that_know_ascii_alone_get_plainer_signs():
+    shown = {
+        ("mask", "causal", "--q-len", "128"): "# full   + partial   . empty",
+        ("explain", "--target", "cpu", "--q-len", "64"): ">",
+        ("list",): "dot_product",
+        ("mask", "causal.at(x=1)"): "unknown .at(x=.)",
+    }
     environ = {**os.environ, "PYTHONIOENCODING": "ascii", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", "import sys; from kernelry.cli import main; sys.exit(main())", *arguments]
-    done = subprocess.run(command, env=environ, capture_output=True, encoding="ascii", check=False, timeout=120)
+    command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(list(shown))]
+    done = subprocess.run(command, env=environ, capture_output=True, encoding="ascii", check=True, timeout=120)
     assert "Traceback" not in done.stderr
-    assert shown in done.stdout + done.stderr
+    outputs, errors = (text.split("END\n")[:-1] for text in (done.stdout, done.stderr))
+    for expected, output, error in zip(shown.values(), outputs, errors, strict=True):
+        assert expected in output + error
 
 
 def test_version(run):

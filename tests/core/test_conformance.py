@@ -31,6 +31,8 @@ from kernelry.plugin import (
 )
 from kernelry.testing.conformance import CaseResult, Outcome, Report, assignments, cases_of, run, run_case
 
+pytestmark = pytest.mark.versions
+
 CAPABILITIES = Capabilities(
     platforms=frozenset({"cpu", "gpu", "tpu"}),
     modes=frozenset({Mode.PREFILL}),
@@ -85,6 +87,11 @@ def honest():
     return run(SMALL)
 
 
+@pytest.fixture(scope="module")
+def wrong():
+    return run(WRONG, quick=True)
+
+
 def test_honest_kernel_passes(honest):
     assert honest.ok, honest.failures
     assert honest.served > 8
@@ -128,8 +135,8 @@ def test_absent_or_generous_tolerance_fails(tolerances):
     assert result(spec, "a sane tolerance for float32").outcome is Outcome.FAILED
 
 
-def test_known_failures_are_forgiven():
-    known = {case.name: "rounds too early" for case in run(WRONG, quick=True).failures}
+def test_known_failures_are_forgiven(wrong):
+    known = {case.name: "rounds too early" for case in wrong.failures}
     report = run(WRONG, quick=True, known_failures=known)
     assert not report.failed
     assert report.known_failures == len(known) > 0
@@ -233,7 +240,7 @@ def command(monkeypatch, capsys):
 
 
 def test_command_reports_each_claim(command):
-    status, out, _ = command("small")
+    status, out, _ = command("small", "--quick")
     assert status == 0
     assert "small: ok" in out
     assert "refusals" in out
@@ -241,7 +248,7 @@ def test_command_reports_each_claim(command):
 
 
 def test_command_shows_failures_and_exits_with_1(command):
-    status, out, _ = command("wrong")
+    status, out, _ = command("wrong", "--quick")
     assert status == 1
     assert "failed: full attention (output)" in out
     assert "out is wrong" in out

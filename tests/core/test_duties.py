@@ -13,6 +13,8 @@ import kernelry
 from kernelry import masks
 from kernelry.plugin import Dims, Feature, Gradient, KernelSpec, Partial
 
+pytestmark = pytest.mark.versions
+
 MHA = dataclasses.replace(GROUPED, kv=4)
 
 

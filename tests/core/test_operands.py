@@ -11,6 +11,8 @@ from kernelry.errors import ArgumentError, ShapeError
 from kernelry.operands import page_size_of, quantization_of
 from kernelry.storage import PagedArray, QuantizedArray
 
+pytestmark = pytest.mark.versions
+
 QUERY = jnp.ones((2, 6, 4, 8))
 PLAIN = jnp.ones((2, 6, 2, 8))
 PAGES = jnp.ones((7, 3, 2, 8))

@@ -142,7 +142,7 @@ def test_one_length_given_is_both():
 
 
 @given(placed_masks())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_what_is_seen_is_the_mask(drawn):
     mask, q_len, kv_len = drawn
     wanted = reference_mask(mask, BATCH, Q_HEADS, q_len, kv_len)
@@ -153,7 +153,7 @@ def test_what_is_seen_is_the_mask(drawn):
 
 
 @given(placed_masks())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_kinds_are_those_of_the_elements(drawn):
     mask, q_len, kv_len = drawn
     found = Sight.of(mask, q_len, kv_len).blocks(2, 3)

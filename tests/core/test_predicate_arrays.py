@@ -8,6 +8,8 @@ import pytest
 from kernelry import masks
 from kernelry.plugin import Atom, AtomKind, RefusalCode, array_refusals
 
+pytestmark = pytest.mark.versions
+
 TABLE = np.arange(8)
 ON_DEVICE = jnp.arange(5)
 SHIFT = jnp.asarray(3)

@@ -1,7 +1,11 @@
 """The public names; a change here is a change of the API and wants a line in CHANGELOG.md."""
 
+import pytest
+
 import kernelry
 from kernelry import errors, plugin
+
+pytestmark = pytest.mark.versions
 
 TOP = {
     "Mode",

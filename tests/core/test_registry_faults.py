@@ -8,6 +8,8 @@ from kernelry import registry
 from kernelry.catalogue import FaultKind
 from kernelry.errors import KernelRefusedError, PluginError
 
+pytestmark = pytest.mark.versions
+
 
 def _hook(body, name="kernelry_kernels", parameters=""):
     return f"""

@@ -1,41 +1,56 @@
-"""The registry in a process of its own, among the plugins that are really installed."""
+"""The registry in processes of its own, among the plugins that are really installed."""
 
 import re
 
-BEGIN = """
+import pytest
+
+pytestmark = pytest.mark.versions
+
+ATTENDS = """
+import importlib_metadata
+calls, scan = [], importlib_metadata.entry_points
+importlib_metadata.entry_points = lambda **how: calls.append(how) or scan(**how)
 import jax
 import jax.numpy as jnp
 import kernelry
 array = jnp.ones((1, 4, 2, 8))
-"""
-ATTEND = (
-    BEGIN
-    + """
+jax.jit(lambda x: kernelry.attention(x, x, x))(array)
+import constant
 out = kernelry.attention(array, array, array, kernel="dot_product")
 assert (abs(out - 1) < 1e-6).all()
+kernelry.kernels()
+kernelry.plugins()
+print(len(calls), constant.CONSTANT.sum())
 """
-)
 
 
-def test_process_with_broken_plugins_warns_once_for_each_and_attends(shelf):
+@pytest.fixture(scope="module")
+def done(make_shelf):
+    """A process that lists and attends, jitted and not, among broken plugins and under a misspelt variable."""
+    shelf = make_shelf()
     shelf.put("broken", "1 / 0")
     shelf.put("outdated", "contract = (0, 0)")
-    done = shelf.run(ATTEND + "kernelry.kernels()\nkernelry.plugins()")
+    shelf.put("constant", "import jax.numpy as jnp\nCONSTANT = jnp.ones(3) + 1\ncontract = (1, 1)")
+    return shelf.run(ATTENDS, KERNELRY_KERNAL="dot_product")
+
+
+def test_process_with_broken_plugins_warns_once_for_each_and_attends(done):
     warned = re.findall(r"kernelry plugin (\w+) \[(\w+ 1\.0)\]: ([\w ]+):", done.stderr)
-    ours = [fault for fault in warned if fault[0] in shelf.projects]
+    ours = [fault for fault in warned if fault[0] in ("broken", "outdated", "constant", "healthy")]
     assert ours == [("broken", "broken 1.0", "import error"), ("outdated", "outdated 1.0", "unsupported contract")]
 
 
-COUNT = """
-import importlib_metadata
-calls, scan = [], importlib_metadata.entry_points
-importlib_metadata.entry_points = lambda **how: calls.append(how) or scan(**how)
-"""
+def test_process_scans_the_entry_points_once(done):
+    assert done.stdout.split()[0] == "1"
 
 
-def test_process_scans_the_entry_points_once(shelf):
-    rest = "kernelry.attention(array, array, array)\nkernelry.kernels()\nkernelry.plugins()\nprint(len(calls))"
-    assert shelf.run(COUNT + ATTEND + rest).stdout == "1\n"
+def test_process_loads_plugins_under_a_trace_without_leaking_it(done):
+    assert done.stdout.split()[1] == "6.0"
+
+
+def test_process_with_unknown_variable_warns(done):
+    words = "unknown environment variable KERNELRY_KERNAL is ignored; did you mean 'KERNELRY_KERNEL'"
+    assert done.stderr.count(words) == 1
 
 
 def test_process_without_plugins_lists_no_kernels(shelf):
@@ -45,25 +60,13 @@ def test_process_without_plugins_lists_no_kernels(shelf):
 
 def test_process_with_unknown_name_in_allow_list_raises(shelf):
     code = """
+import jax.numpy as jnp
+import kernelry
+array = jnp.ones((1, 4, 2, 8))
 try:
     kernelry.attention(array, array, array)
 except kernelry.errors.PluginError as error:
     print(error)
 """
-    done = shelf.run(BEGIN + code, KERNELRY_PLUGINS="dot_produkt")
+    done = shelf.run(code, KERNELRY_PLUGINS="dot_produkt")
     assert "names 'dot_produkt', which is not installed; did you mean 'dot_product'?" in done.stdout
-
-
-def test_process_with_unknown_variable_warns(shelf):
-    done = shelf.run("import kernelry; kernelry.kernels()", KERNELRY_KERNAL="dot_product")
-    assert "unknown environment variable KERNELRY_KERNAL is ignored; did you mean 'KERNELRY_KERNEL'" in done.stderr
-
-
-def test_process_loads_plugins_under_a_trace_without_leaking_it(shelf):
-    shelf.put("constant", "import jax.numpy as jnp\nCONSTANT = jnp.ones(3) + 1\ncontract = (1, 1)")
-    code = """
-jax.jit(lambda x: kernelry.attention(x, x, x))(array)
-import constant
-print(constant.CONSTANT.sum())
-"""
-    assert shelf.run(BEGIN + code).stdout == "6.0\n"

@@ -9,6 +9,8 @@ import pytest
 import kernelry
 from kernelry import masks
 
+pytestmark = pytest.mark.versions
+
 SOURCE = Path(__file__).parents[1] / "fixtures" / "third_party" / "src"
 
 

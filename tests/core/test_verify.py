@@ -11,6 +11,8 @@ from kernelry import masks
 from kernelry.errors import NoKernelError, PluginError
 from kernelry.plugin import KernelSpec
 
+pytestmark = pytest.mark.versions
+
 ARRAY = jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)
 DENSE = next(kernel.spec for kernel in kernelry.kernels() if kernel.name == "dot_product")
 IMPOSTOR = KernelSpec(

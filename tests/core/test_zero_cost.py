@@ -10,6 +10,8 @@ import kernelry
 from kernelry import Request, masks
 from kernelry.plugin import Inputs
 
+pytestmark = pytest.mark.versions
+
 B, T, N, K, H = 2, 16, 4, 2, 8
 Q = jnp.ones((B, T, N, H))
 KV = jnp.ones((B, T, K, H))

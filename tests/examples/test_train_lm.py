@@ -112,7 +112,7 @@ def test_a_kernel_that_refuses_stops_before_training(tmp_path, monkeypatch, caps
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_run_trains_generates_and_writes(tmp_path, capsys):
     assert run(tmp_path, written(tmp_path), "--name", "mine", "--steps", "30") == 0
     printed = capsys.readouterr().out

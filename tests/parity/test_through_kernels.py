@@ -14,7 +14,7 @@ import kernelry
 from kernelry import testing
 from kernelry.errors import KernelRefusedError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 _REFUSED = {
     "splash": {

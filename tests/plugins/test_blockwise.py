@@ -84,14 +84,14 @@ def test_ids_that_int32_cannot_hold_are_left_to_the_mask():
     assert (np.asarray(kinds) == BlockKind.PARTIAL).all()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_conformance_holds_over_small_blocks():
     small = Tiling.of(**SMALL)
     report = run(dataclasses.replace(BLOCKWISE, tilings=lambda _: (small,)), quick=True)
     assert report.ok, [(case.name, case.detail) for case in report.failures]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @settings(deadline=None, max_examples=15)
 @given(placed_masks(max_len=11), st.sampled_from([(3, 4), (3, 11), (11, 4)]))
 def test_outputs_and_gradients_agree_with_the_oracle_under_any_mask(drawn, blocks):
@@ -138,7 +138,7 @@ def test_temporary_memory_grows_with_the_length_not_its_square():
     assert long < 8 * 1.5 * short
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_runs_inside_shard_map():
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     query = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 2, 8)), jnp.float32)
@@ -311,7 +311,7 @@ def test_a_decode_step_needs_no_more_memory_for_a_larger_cache():
     assert temporary(65536) < 1.2 * temporary(8192)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_gradient_of_the_query_through_quantised_keys():
     rng = np.random.default_rng(4)
     query, key, value, d_out = (jnp.asarray(rng.standard_normal((1, 12, 2, 8)), jnp.float32) for _ in range(4))

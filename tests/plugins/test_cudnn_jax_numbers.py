@@ -263,7 +263,7 @@ def test_rows_on_two_devices():
     subprocess.run([sys.executable, "-c", SHARDED], env=environ, check=True)
 
 
-@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["quick", "whole"])
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.sweep)], ids=["quick", "whole"])
 def test_conformance_kit_finds_nothing(quick):
     with cudnn_stand_in.at_home() as spec:
         report = run(spec, quick=quick)

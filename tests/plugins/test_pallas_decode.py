@@ -68,12 +68,12 @@ MASKS = {
 QUICK = ("window", "dense_by_head")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MASKS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.sweep) for n in MASKS])
 def test_masks_agree_with_dense(name):
     check(arrays(), mask=MASKS[name], soft_cap=3.0, scale=0.3)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "value_dim"), [(4, 4, 128, 64), (48, 1, 16, 16)])
 def test_heads_and_dims_agree_with_dense(heads, kv_heads, head_dim, value_dim):
     check(arrays(heads, kv_heads, head_dim, value_dim), mask=MASKS["lengths"])
@@ -85,7 +85,7 @@ def test_several_queries_a_row_agree_with_dense():
     check(arrays(q_len=3), mask=masks.Causal().at(query_offset=last) & masks.Lengths(LENGTHS, [3, 2, 0]) & by_head)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_narrow_dtypes_stay_within_their_tolerance(dtype, atol):
     check(arrays(dtype=dtype), atol=atol, mask=MASKS["lengths"])
@@ -104,7 +104,7 @@ def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided():
     np.testing.assert_allclose(found.out / divisor, wanted.out, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("how", ["int8", pytest.param("int8:heads_and_head_dim", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["int8", pytest.param("int8:heads_and_head_dim", marks=pytest.mark.sweep)])
 def test_quantised_keys_agree_with_their_values(how):
     query, key, value = arrays()
     held = QuantizedArray.quantize(key, how), QuantizedArray.quantize(value, how)
@@ -113,7 +113,7 @@ def test_quantised_keys_agree_with_their_values(how):
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("page_size", [16, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page_size", [16, pytest.param(6, marks=pytest.mark.sweep)])
 def test_pages_are_read_through_the_table(page_size):
     query, key, value = arrays(slots=96)
     mask = masks.Lengths(np.array([96, 40, 0]))

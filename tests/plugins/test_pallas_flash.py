@@ -66,7 +66,7 @@ GROUPED = {"heads": 4, "kv_heads": 2, "batch": 2, "head_dim": 24, "value_dim": 1
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MASKS]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.sweep) for name in MASKS]
 )
 def test_masks_agree_with_dense(name, make_arrays, check_against_dense):
     plan = check_against_dense("pallas_flash", make_arrays(LENGTH, **GROUPED), mask=MASKS[name], tiling=SMALL)
@@ -82,7 +82,7 @@ def test_bias_soft_cap_and_scale_agree_with_dense(make_arrays, check_against_den
         )
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", [(1, 1, 1, LENGTH), (2, 1, LENGTH, 1), (1, 4, 1, 1), (2, 4, LENGTH, LENGTH)])
 def test_a_bias_broadcasts_along_every_axis(shape, make_arrays, check_against_dense):
     bias = jnp.asarray(np.random.default_rng(4).standard_normal(shape), jnp.float32)
@@ -90,21 +90,21 @@ def test_a_bias_broadcasts_along_every_axis(shape, make_arrays, check_against_de
     check_against_dense("pallas_flash", make_arrays(LENGTH, **GROUPED), mask=masks.Causal(), tiling=SMALL, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (17, 90), (90, 17), (64, 64)])
 def test_any_lengths_agree_with_dense(q_len, kv_len, make_arrays, check_against_dense):
     mask = masks.Causal().at(query_offset=kv_len - q_len)
     check_against_dense("pallas_flash", make_arrays(q_len, kv_len, heads=2), mask=mask, tiling=SMALL)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dims", [(80, 80), (192, 128), (16, 256)])
 def test_head_dims_agree_with_dense(dims, make_arrays, check_against_dense):
     arrays = make_arrays(40, head_dim=dims[0], value_dim=dims[1])
     check_against_dense("pallas_flash", arrays, mask=masks.Causal(), forward=5e-6, gradient=5e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(("dtype", "forward", "gradient"), [("bfloat16", 1e-2, 4e-2), ("float16", 2e-3, 1e-2)])
 def test_narrow_dtypes_agree_with_dense(dtype, forward, gradient, make_arrays, check_against_dense):
     arrays = make_arrays(LENGTH, **GROUPED, dtype=dtype)

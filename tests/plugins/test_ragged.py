@@ -73,7 +73,7 @@ SELDOM = ("full", "chunked", "predicate", "segments")
 """Held to the oracle by the conformance kit, too."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SELDOM else n for n in MASKS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.sweep) if n in SELDOM else n for n in MASKS])
 def test_masks_agree_with_dense(name):
     check(arrays(), mask=MASKS[name], soft_cap=3.0, scale=0.3)
 
@@ -175,7 +175,7 @@ def test_blocks_read_follow_what_each_row_sees(mask, first, count):
 
 
 @pytest.mark.parametrize("kind", ["two_part", "rolling", "paged", "paged_int8"])
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_caches_decode_through_it(kind):
     """A prompt and two steps, rows of different length."""
     sizes = {"kv_heads": 2, "head_dim": 128, "dtype": jnp.float32}

@@ -449,7 +449,7 @@ def _interpreted(target, case):
 
 @needs_interpreter
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [c if c == "prefix" else pytest.param(c, marks=pytest.mark.slow) for c in INTERPRETED])
+@pytest.mark.parametrize("case", [c if c == "prefix" else pytest.param(c, marks=pytest.mark.sweep) for c in INTERPRETED])
 def test_the_vendors_kernels_agree_with_dense_in_the_interpreter(target, case):
     found = _interpreted(target, case)
     assert found["kernel"] == KERNEL

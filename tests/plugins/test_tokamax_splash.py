@@ -63,7 +63,7 @@ SELDOM = ("full", "chunked", "predicate", "load_balanced", "dense")
 """Held to the oracle by the conformance kit, too."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SELDOM else n for n in MASKS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.sweep) if n in SELDOM else n for n in MASKS])
 def test_masks_agree_with_dense(name, make_arrays, check_against_dense):
     batch, heads = (2, 4) if name.startswith("dense_of") else (1, 2)
     arrays = make_arrays(heads=heads, kv_heads=heads // 2, batch=batch)
@@ -129,7 +129,7 @@ def test_bfloat16_stays_within_its_tolerance(make_arrays, check_against_dense):
     check_against_dense("tokamax_splash", arrays, mask=masks.Causal(), forward=1e-2, gradient=4e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["window", "dense"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_three_parts_of_dq_are_added_to_in_place(name, kv_heads, make_arrays, monkeypatch):
