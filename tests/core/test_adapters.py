@@ -22,7 +22,19 @@ from pairs import sweep_but
 
 import kernelry
 from kernelry import masks
-from kernelry.adapters import CastInputs, CleanHiddenSlots, DenseMask, LengthsAsSegments, PadHeadDim, PadSequence
+from kernelry.adapters import (
+    CastInputs,
+    CleanHiddenSlots,
+    DenseMask,
+    EmptyRowsFromLse,
+    LengthsAsSegments,
+    LseGradientColumn,
+    PadHeadDim,
+    PadSequence,
+    RepeatKVHeads,
+    SinksFromLse,
+)
+from kernelry.adapters.base import Cost
 from kernelry.masks.form import AtomKind
 from kernelry.plugin import Capabilities, Dims, Feature, Inputs, Kernel, Refusal, RefusalCode, Request, Side, Tiling
 from kernelry.resolution import Plan, Step
@@ -324,3 +336,14 @@ def test_an_adapter_costs_what_its_arrays_weigh(adapter):
     padded_pairs = {"pad_head_dim": 5 * 5 * 4, "pad_sequence": (64 - 25) * 12}
     if adapter.name in padded_pairs:
         assert cost.extra_flops == 2 * rows * padded_pairs[adapter.name]
+
+
+def test_an_adapter_of_statistics_costs_a_few_numbers_a_row():
+    request = Request(batch=2, q_len=5, kv_len=7, q_heads=4, kv_heads=2, head_dim=6, value_dim=3, dtype="bfloat16")
+    rows, values = 2 * 4 * 5, 3
+    assert EmptyRowsFromLse().cost(request, request) == Cost(4 * rows, rows * values)
+    assert SinksFromLse().cost(request, request) == Cost(4 * rows, rows * (values + 4))
+    repeated = dataclasses.replace(request, kv_heads=4)
+    assert RepeatKVHeads().cost(request, repeated) == Cost(2 * 4 * 7 * (6 + 3) * 2)
+    spare = dataclasses.replace(request, value_dim=4)
+    assert LseGradientColumn().cost(request, spare) == Cost(2 * (5 * 4 + 7 * 2) * 4 * 2, 2 * 2 * 4 * 5 * 7)

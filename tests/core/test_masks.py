@@ -191,7 +191,25 @@ def test_positions_of_narrow_and_unsigned_dtypes_do_not_wrap(dtype):
     assert np.asarray(offset.materialize(8, 8)).all()
 
 
-@pytest.mark.parametrize("where", [{"query_offset": 2**31}, {"kv_positions": np.arange(8) + 2**31}])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"query_offset": 2**30},
+        {"kv_offset": -(2**30)},
+        {"kv_positions": [0, 2**30]},
+        {"query_positions": [-(2**31), 0]},
+    ],
+)
 def test_positions_that_do_not_fit_int32_are_errors(where):
     with pytest.raises(ValueError, match="must lie within"):
         masks.Causal().at(**where)
+
+
+def test_positions_of_an_empty_batch_have_a_place():
+    mask = masks.Causal().at(query_positions=np.zeros((0, 3), int))
+    check_fits(mask, Extent(batch=0, q_heads=2, kv_heads=2, q_len=3, kv_len=5))
+
+
+def test_a_placed_mask_is_no_atom():
+    with pytest.raises(TypeError, match="use form"):
+        _ = masks.Causal().at(query_offset=1).atom

@@ -204,3 +204,9 @@ def test_what_is_no_name_of_a_dtype_is_an_error(name, text):
     with pytest.raises(ArgumentError) as caught:
         Request(q_len=8, **{name: text})
     assert str(caught.value) == f"{name} must be the name of a dtype, e.g. bfloat16, got {text!r}."
+
+
+def test_a_plain_request_is_written_without_what_it_does_not_ask_for():
+    assert str(Request(q_len=8, q_heads=2, head_dim=4, target="cpu")) == (
+        "platform=cpu mode=train B=1 T=8 S=8 N=2 H=4 dtype=float32 mask=full"
+    )
