@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernelry import Request, masks
+from kernelry import Request, Target, masks
 from kernelry.capabilities import CHECKS
 from kernelry.plugin import (
     AtomKind,
@@ -151,6 +151,12 @@ def test_interpret_mode_must_be_declared():
     gpu_only = dataclasses.replace(LEAST, platforms=frozenset({"gpu"}))
     assert RefusalCode.PLATFORM in {r.code for r in gpu_only.refusals(request)}
     assert dataclasses.replace(gpu_only, interpret=True).refusals(request) == ()
+
+
+def test_a_platform_that_is_refused_has_no_generation():
+    can = dataclasses.replace(LEAST, minimum_generation=(("gpu", 80),))
+    refusals = can.refusals(dataclasses.replace(PLAIN, target=Target.parse("gpu:v100")))
+    assert [refusal.code for refusal in refusals] == [RefusalCode.PLATFORM]
 
 
 def test_an_old_device_generation_is_refused():

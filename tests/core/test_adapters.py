@@ -131,6 +131,13 @@ def test_a_head_dim_that_padding_cannot_help_is_left_alone(dims):
     assert PadHeadDim().rewrite(request, capabilities, capabilities.refusals(request)) is None
 
 
+def test_a_value_dim_that_padding_cannot_help_is_left_alone():
+    capabilities = Capabilities(head_dims=Dims(maximum=64, multiple_of=16), split_head_dim=True)
+    refusal = Refusal(RefusalCode.HEAD_DIM, "too wide")
+    for dims in ({"head_dim": 40, "value_dim": 80}, {"head_dim": 80, "value_dim": 40}):
+        assert PadHeadDim().rewrite(Request(q_len=4, **dims), capabilities, (refusal,)) is None
+
+
 @pytest.mark.parametrize(("value", "expected"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, None)])
 def test_dims_are_padded_to_the_next_that_is_taken(value, expected):
     assert Dims(minimum=10, maximum=64, multiple_of=16).padded(value) == expected
@@ -347,3 +354,20 @@ def test_an_adapter_of_statistics_costs_a_few_numbers_a_row():
     assert RepeatKVHeads().cost(request, repeated) == Cost(2 * 4 * 7 * (6 + 3) * 2)
     spare = dataclasses.replace(request, value_dim=4)
     assert LseGradientColumn().cost(request, spare) == Cost(2 * (5 * 4 + 7 * 2) * 4 * 2, 2 * 2 * 4 * 5 * 7)
+
+
+def test_lengths_are_padded_with_their_bias():
+    capabilities = Capabilities(atoms=frozenset(AtomKind), unequal_lengths=True)
+    refusal = Refusal(RefusalCode.SEQUENCE_LENGTH, "too short", pad_to=(("q_len", 8), ("kv_len", 16)))
+    for before, after in (((2, 4, 5, 7), (2, 4, 8, 16)), ((1, 1, 1, 7), (1, 1, 1, 16)), ((1, 4, 5, 1), (1, 4, 8, 1))):
+        request = Request(batch=2, q_len=5, kv_len=7, q_heads=4, bias=before)
+        assert PadSequence().rewrite(request, capabilities, (refusal,)).bias == after
+
+
+def test_packed_sequences_are_cleaned_without_looking_at_pairs():
+    length = 64
+    mask = masks.Causal() & masks.Segments(np.repeat([0, -1, 1, 2], length // 4))
+    request = Request(batch=2, q_len=length, q_heads=4, kv_heads=2, head_dim=8, mask=mask)
+    inputs = Inputs(**arrays_of(length, length), mask=mask.canonical())
+    program = jax.make_jaxpr(lambda inputs: CleanHiddenSlots().prepare(inputs, request, request))(inputs)
+    assert f"{length},{length}" not in str(program)

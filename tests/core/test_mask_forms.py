@@ -208,3 +208,10 @@ def test_visibility_of_grids_claims_only_what_is_certain(q_len, kv_len, query, k
 def test_grids_over_equal_positions_need_no_cleaning(mask):
     assert not mask.form.may_have_empty_rows(24, 24)
     assert not mask.form.may_hide_slots(24, 24)
+
+
+@pytest.mark.parametrize(("runs", "is_arithmetic"), [(1, True), (32, True), (33, False)])
+def test_positions_in_a_few_runs_are_arithmetic(runs, is_arithmetic):
+    positions = np.arange(2 * runs).reshape(runs, 2)[::-1].reshape(-1).copy()
+    [atom] = Causal().at(query_positions=positions).form.atoms
+    assert atom.query.is_arithmetic == is_arithmetic

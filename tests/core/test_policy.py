@@ -7,7 +7,7 @@ import pytest
 
 import kernelry
 from kernelry import Request
-from kernelry.conditions import AnyRange
+from kernelry.conditions import AnyRange, Range
 from kernelry.config import load_config
 from kernelry.errors import ConfigError
 from kernelry.masks import MaskForm
@@ -164,3 +164,17 @@ def test_adapters_that_do_not_exist_cannot_be_forbidden():
         Policy.shipped(forbidden_adapters=("gather_page",))
     with pytest.raises(ConfigError, match="unknown adapter 'gather_page'"):
         _ = kernelry.config.AttentionConfig(forbid_adapters=("gather_page",)).policy
+
+
+@pytest.mark.parametrize(
+    ("written", "bounds"),
+    [
+        ("128..1024", (127, 128, 1024, 1025)),
+        (">=128", (127, 128)),
+        ("<=1024", (1024, 1025)),
+        (7, (6, 7, 7, 8)),
+        (">=0", (0,)),
+    ],
+)
+def test_the_bounds_of_a_range_are_its_ends_and_the_numbers_just_outside(written, bounds):
+    assert Range.parse(written).bounds == bounds
