@@ -34,17 +34,22 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.installed
 	$(BIN)/python examples/serve.py $(SERVE_ARGS)
 
+# Small programs spend most of their time in the compiler, so `make test` compiles without LLVM's optimisations and, where
+# XLA can still do without (jaxlib 0.10), without its fusion emitters, which take most of what is left. Sweeps and
+# conformance compile as users do.
+FUSION = $(shell $(BIN)/python -c "import jaxlib.version as v; print('--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1' * (v.__version_info__ < (0, 11)))")
+QUICK = --xla_backend_optimization_level=0 $(FUSION)
+
 # Every law, refusal and error, and a few cases of each kernel. The order is random: its seed is printed, and
-# ARGS="--randomly-seed=N" repeats it. Small shapes spend most of their time in LLVM, so these compile without
-# its optimisations; sweeps and conformance compile as users do.
+# ARGS="--randomly-seed=N" repeats it.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test: export XLA_FLAGS ?= $(QUICK)
 test: $(VENV)/.installed
 	$(PYTEST) $(ARGS)
 
 # Of these, what depends on Python's or JAX's version: make test-versions PYTHON=python3.12 VENV=.venv-312
-test-versions: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-versions: export XLA_FLAGS ?= $(QUICK)
 test-versions: $(VENV)/.installed
 	$(PYTEST) -m "versions and not sweep" $(ARGS)
 
@@ -61,7 +66,7 @@ TE_VERSIONS ?= 2.11.0 2.12.0 2.13.0 2.14.0 2.20.2
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .te/$* transformer_engine==$*
 	touch $@
 
-test-te: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-te: export XLA_FLAGS ?= $(QUICK)
 test-te: $(VENV)/.installed $(TE_VERSIONS:%=.te/%/.installed)
 	for version in $(TE_VERSIONS); do \
 	  TRANSFORMER_ENGINE=.te/$$version $(BIN)/python -m pytest -n 2 tests/plugins/cudnn_te $(ARGS) || exit 1; \
@@ -80,7 +85,7 @@ conformance: $(VENV)/.installed
 MUTATION_NEEDS := "pytest-cov>=6"
 MUTATION_ARGS ?=
 
-coverage: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+coverage: export XLA_FLAGS ?= $(QUICK)
 coverage: export CI = true
 coverage: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(MUTATION_NEEDS)

@@ -4,6 +4,9 @@ import re
 import tomllib
 from pathlib import Path
 
+import jax
+import pytest
+
 import kernelry
 from kernelry.config import load_config
 
@@ -14,17 +17,33 @@ def _blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_example_runs():
+def _run(block, names):
+    """Runs a block as one program, for done one by one each of its operations on a new shape is one."""
+
+    def run():
+        exec(block, names)
+        return {name: value for name, value in names.items() if _is_of_arrays(value)}
+
+    names |= jax.jit(run)()
+
+
+def _is_of_arrays(value):
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
+
+
+@pytest.mark.parametrize("run", [_run, pytest.param(exec, marks=pytest.mark.sweep)])
+def test_the_example_runs(run):
     example = _blocks("python")[0]
     names = {}
-    exec(example.replace("print(", "text = str("), names)
+    run(example.replace("print(", "text = str("), names)
     assert names["out"].shape == (2, 1, 8, 64)
-    exec(_blocks("python")[1].replace("print(", "shared = str("), names)
+    run(_blocks("python")[1].replace("print(", "shared = str("), names)
     assert "→ cudnn_te" in names["shared"]
-    exec(_blocks("python")[2], names)
+    run(_blocks("python")[2], names)
     assert names["step"].shape == (2, 1, 8, 64)
     assert int(names["cache"].lengths[0]) == 1025
-    exec(_blocks("python")[3], names)
+    run(_blocks("python")[3], names)
     assert names["out"].shape == (2, 1024, 8, 64)
     assert "→ pallas_flash" in names["text"]
     assert len([line for line in example.splitlines() if line.strip()]) <= 15

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Answer, Heads, arrays_of, assert_twins, cotangents_of, oracle_answer
+from pairs import sweep_but
 from policies import NO_ADAPTERS
 
 import kernelry
@@ -88,8 +89,13 @@ def assert_served(
     assert_twins(found, expected, atol=atol, gradient_atol=10 * atol)
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize(
+    ("how", "partial"),
+    sweep_but(
+        [(how, partial) for how in WAYS for partial in (False, True)],
+        *((how, place % 2 == 0) for place, how in enumerate(WAYS)),
+    ),
+)
 def test_quantised_keys_are_dequantised_in_train_mode_with_the_gradient_of_the_query(how, partial):
     assert_served(plain(), ["dequantize_kv"], masks.Causal().at(query_offset=9), how, return_partial=partial)
 
@@ -99,7 +105,7 @@ def test_pages_are_gathered(mask):
     assert_served(plain(), ["gather_pages"], mask, table=TABLE)
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", sweep_but(WAYS, "int8:head_dim", "float8_e4m3fn:heads_and_head_dim"))
 def test_quantised_pages_are_gathered_first_and_then_dequantised(how):
     assert_served(plain(), ["gather_pages", "dequantize_kv"], RAGGED, how, TABLE)
 
@@ -113,7 +119,7 @@ def test_a_kernel_that_reads_quantised_keys_gets_gathered_ones_as_they_are(how):
     assert plan.steps[0].after.kv_quantization == (how and "int8:head_dim")
 
 
-@pytest.mark.parametrize("how", [None, "int8", "float8_e4m3fn:heads_and_head_dim"])
+@pytest.mark.parametrize("how", sweep_but([None, "int8", "float8_e4m3fn:heads_and_head_dim"], None, "int8"))
 def test_absent_pages_that_no_row_sees_do_not_leak(how):
     arrays, cotangents = arrays_of(T, S), cotangents_of(arrays_of(T, S))
     kv = {name: held(arrays[name], how, TABLE) for name in ("key", "value")}
@@ -137,26 +143,38 @@ def test_an_absent_page_that_a_row_sees_shows_as_nan():
     assert np.isnan(found.out[1]).all()
 
 
+FOLLOWING = {
+    "pad_head_dim": {"head_dims": Dims(multiple_of=128)},
+    "repeat_kv_heads": {"grouped_heads": False},
+    "pad_sequence": {"unequal_lengths": False},
+    "sinks_from_lse": {"features": frozenset(Feature) - {Feature.SINKS}},
+}
+
+
 @pytest.mark.parametrize(
-    ("narrowed", "more", "arguments"),
-    [
-        ({"head_dims": Dims(multiple_of=128)}, ["pad_head_dim"], {}),
-        ({"grouped_heads": False}, ["repeat_kv_heads"], {}),
-        ({"unequal_lengths": False}, ["pad_sequence"], {}),
-        ({"features": frozenset(Feature) - {Feature.SINKS}}, ["sinks_from_lse"], {"sinks": True}),
-    ],
-    ids=lambda value: str(value)[:30],
+    ("adapter", "how", "paged"),
+    sweep_but(
+        [
+            (adapter, *held)
+            for adapter in FOLLOWING
+            for held in (("int8", False), (None, True), ("int4:heads_and_head_dim", True))
+        ],
+        ("pad_head_dim", "int8", False),
+        ("repeat_kv_heads", None, True),
+        ("pad_sequence", "int4:heads_and_head_dim", True),
+        ("sinks_from_lse", "int8", False),
+    ),
 )
-@pytest.mark.parametrize(("how", "table"), [("int8", None), (None, TABLE), ("int4:heads_and_head_dim", TABLE)])
-def test_other_adapters_follow_on_plain_keys(narrowed, more, arguments, how, table):
+def test_other_adapters_follow_on_plain_keys(adapter, how, paged):
+    table = TABLE if paged else None
     first = ["gather_pages"] * (table is not None) + ["dequantize_kv"] * (how is not None)
-    arrays = arrays_of(T, S, HEADS, sinks=arguments.get("sinks", False))
+    arrays = arrays_of(T, S, HEADS, sinks=adapter == "sinks_from_lse")
     kv = {name: held(arrays[name], how, table) for name in ("key", "value")}
     cotangents = cotangents_of(arrays)
-    found, names = served(plain(**narrowed), RAGGED, arrays | kv, cotangents, table)
+    found, names = served(plain(**FOLLOWING[adapter]), RAGGED, arrays | kv, cotangents, table)
     known = {name: as_oracle_reads(arrays[name], how) for name in ("key", "value")}
     assert_twins(found, oracle_answer(RAGGED, arrays | known, cotangents))
-    assert set(names) == {*first, *more}
+    assert set(names) == {*first, adapter}
     assert [name for name in names if name in first] == first
 
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pairs import sweep_but
 
 from kernelry import Partial, finalize, masks
-from kernelry.cache import PagedCache, PagedView, QuantizedArray, SharedPrefix
+from kernelry.cache import PagedCache, QuantizedArray, SharedPrefix
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.testing import reference_attention
 
-R, N, K, H, D, SIZE = 4, 4, 2, 8, 6, 4
+R, N, K, H, D, SIZE, PAGES = 4, 4, 2, 8, 6, 4, 16
 STORAGES = [None, "int8", "int4", "float8_e4m3fn", "int8:heads_and_head_dim"]
 SINKS = jnp.linspace(-1.0, 2.0, N)
 CAUSAL = masks.Causal()
@@ -21,8 +22,9 @@ RAGGED = np.array([9, 4, 0, 14])
 
 
 def cache_of(**changes):
-    sizes = {"rows": R, "pages": 24, "page_size": SIZE, "max_length": 30, "kv_heads": K, "head_dim": H, "value_dim": D}
-    return PagedCache.create(**{**sizes, "dtype": jnp.float32, **changes})
+    sizes = {"rows": R, "pages": PAGES, "page_size": SIZE, "max_length": 30}
+    heads = {"kv_heads": K, "head_dim": H, "value_dim": D, "dtype": jnp.float32}
+    return PagedCache.create(**{**sizes, **heads, **changes})
 
 
 def normal(seed, *shape):
@@ -42,6 +44,11 @@ def appended(cache, counts, seed=0):
     return append(cache, *tokens(seed, 14), lengths=jnp.asarray(counts, jnp.int32)).check()
 
 
+def prefilled(cache, counts, new):
+    """Begins with counts[r] of 20 tokens in row r."""
+    return prefill(cache, *new, lengths=jnp.asarray(counts, jnp.int32))
+
+
 append, prefill, allocate, fork, free = (
     jax.jit(getattr(PagedCache, name)) for name in ("append", "prefill", "allocate", "fork", "free")
 )
@@ -54,8 +61,15 @@ def attended(cache, query, rows=None, pages=0, layer=0, **options):
     return cache.view(rows, layer, pages).attend(query, **options)
 
 
+@functools.cache
 def ragged(**changes):
     return appended(appended(cache_of(**changes), RAGGED // 2, seed=1), RAGGED - RAGGED // 2, seed=2)
+
+
+@functools.cache
+def nearly_full():
+    """Two pages are free."""
+    return appended(appended(cache_of(), [12, 14, 0, 14], seed=1), [0, 2, 0, 14], seed=2)
 
 
 def contents(cache, row, layer=0):
@@ -88,40 +102,52 @@ def assert_rows(out, cache, query, rows=range(R), **options):
 # Equal to the oracle
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize(("count", "mode"), [(1, "decode"), (4, "prefill")])
-def test_ragged_rows_equal_the_oracle(storage, count, mode):
+@pytest.mark.parametrize(
+    ("storage", "count"),
+    sweep_but(
+        [(storage, count) for storage in STORAGES for count in (1, 4)],
+        (None, 1),
+        (None, 4),
+        ("int8", 1),
+        ("float8_e4m3fn", 4),
+    ),
+)
+def test_ragged_rows_equal_the_oracle(storage, count):
     cache, query = ragged(storage=storage), query_of(0, count)
     assert cache.lengths.tolist() == RAGGED.tolist()
-    assert_rows(attended(cache, query, mode=mode), cache, query)
+    assert_rows(attended(cache, query, mode=MODES[count]), cache, query)
 
 
-@pytest.mark.parametrize("count", [1, 4])
+MODES = {1: "decode", 4: "prefill"}
+OPTIONS = {
+    "window": {"mask": masks.SlidingWindow(5)},
+    "chunked": {"mask": masks.Chunked(4)},
+    "hole": {"mask": masks.Causal() & ~masks.SlidingWindow(2)},
+    "sinks": {"sinks": SINKS},
+    "all": {"soft_cap": 0.8, "scale": 0.3, "sinks": SINKS, "mask": masks.SlidingWindow(3)},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"mask": masks.SlidingWindow(5)},
-        {"mask": masks.Chunked(4)},
-        {"mask": masks.Causal() & ~masks.SlidingWindow(2)},
-        {"sinks": SINKS},
-        {"soft_cap": 0.8, "scale": 0.3, "sinks": SINKS, "mask": masks.SlidingWindow(3)},
-    ],
-    ids=["window", "chunked", "hole", "sinks", "all"],
+    ("name", "count"),
+    sweep_but([(name, count) for name in OPTIONS for count in (1, 4)], ("chunked", 1), ("hole", 4), ("all", 4)),
 )
-def test_masks_and_sinks_equal_the_oracle(options, count):
-    cache, query = ragged(), query_of(1, count)
+def test_masks_and_sinks_equal_the_oracle(name, count):
+    cache, query, options = ragged(), query_of(1, count), OPTIONS[name]
     assert_rows(attended(cache, query, **options), cache, query, **options)
 
 
 def test_what_was_appended_is_what_stands_there():
-    key, value = tokens(5, 7)
-    cache = append(append(cache_of(), key[:, :3], value[:, :3]), key[:, 3:], value[:, 3:])
+    key, value = map(np.asarray, tokens(5, 14))
+    cache = append(cache_of(), key, value, lengths=np.full(R, 3, np.int32))
+    cache = append(cache, np.roll(key, -3, axis=1), np.roll(value, -3, axis=1), lengths=np.full(R, 11, np.int32))
+    assert cache.lengths.tolist() == [14] * R
     for row in range(R):
         for found, wanted in zip(contents(cache, row), (key, value), strict=True):
             np.testing.assert_array_equal(found[0], wanted[row])
 
 
-@pytest.mark.parametrize("storage", [None, "int8"])
+@pytest.mark.parametrize("storage", sweep_but([None, "int8"], None))
 def test_forks_frees_and_appends_equal_the_oracle(storage):
     cache = free(fork(fork(ragged(storage=storage), 3, 2), 0, 1, 6), 0)
     cache = fork(appended(cache, [3, 2, 1, 0], seed=3), 2, 0, 15)
@@ -143,13 +169,13 @@ def test_queries_that_are_no_tokens_are_zero():
 
 
 def test_layers_share_the_table_and_nothing_else():
-    cache = cache_of(layers=3)
+    cache = cache_of(layers=2)
     for seed, counts in enumerate(([5, 1, 0, 7], [2, 6, 0, 1])):
         cache = allocate(cache, jnp.asarray(counts))
-        for layer in range(3):
+        for layer in range(2):
             cache = write(cache, layer, *tokens(10 * layer + seed, 7), lengths=jnp.asarray(counts))
     outs = []
-    for layer in range(3):
+    for layer in range(2):
         query = query_of(3, 1)
         outs.append(attended(cache, query, layer=layer))
         assert_rows(outs[-1], cache, query, layer=layer)
@@ -160,12 +186,12 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once():
     key, value = tokens(7, 10)
     query = query_of(7, 10)
     chunk = jax.jit(lambda cache, *new: cache.decode(*new, mode="prefill"))
-    whole, _ = chunk(cache_of(), query, key, value)
     cache, outs = cache_of(), []
     for at in range(0, 10, 5):
         out, cache = chunk(cache, *(array[:, at : at + 5] for array in (query, key, value)))
         outs.append(out)
-    np.testing.assert_allclose(np.concatenate(outs, axis=1), whole, rtol=1e-5, atol=1e-6)
+    assert cache.lengths.tolist() == [10] * R
+    assert_rows(np.concatenate(outs, axis=1), cache, query)
 
 
 def test_a_prefix_of_other_storage_comes_before_all_rows():
@@ -190,11 +216,15 @@ def test_a_view_attends_from_its_rows_in_their_order():
     assert_rows(attended(cache, query[rows], rows=view.rows), cache, query, rows)
 
 
+@jax.jit
+def append_to_rows(cache, rows, *new, lengths):
+    return cache.view(rows).append(*new, lengths=lengths).cache
+
+
 def test_a_view_appends_to_its_rows_only():
     cache = ragged()
     key, value = tokens(6, 3, rows=2)
-    view = jax.jit(PagedView.append)(cache.view(np.array([2, 1])), key, value, lengths=jnp.array([3, 2]))
-    after = view.cache
+    after = append_to_rows(cache, jnp.array([2, 1]), key, value, lengths=jnp.array([3, 2]))
     assert (after.lengths - cache.lengths).tolist() == [0, 2, 3, 0]
     np.testing.assert_array_equal(next(contents(after, 2))[0], key[0])
     np.testing.assert_array_equal(next(contents(after, 1))[0, -2:], key[1, :2])
@@ -217,14 +247,17 @@ def step_of(cache, inputs):
     return cache, out
 
 
-@pytest.mark.parametrize("storage", [None, "int4"])
+step = jax.jit(step_of, donate_argnums=0)
+
+
+@pytest.mark.parametrize("storage", sweep_but([None, "int4", "int8"], "int8"))
 def test_a_scan_of_decode_steps_equals_one_after_another(storage):
     start = fork(ragged(storage=storage), 3, 2)
     inputs = [jnp.stack([part(seed) for seed in range(6)]) for part in (lambda s: query_of(s, 1), *map(new, (0, 1)))]
     cache, outs = jax.jit(lambda cache, inputs: jax.lax.scan(step_of, cache, inputs))(start, inputs)
-    one = jax.jit(step_of)
+    start = jax.tree.map(jnp.copy, start)
     for place in range(6):
-        start, out = one(start, [array[place] for array in inputs])
+        start, out = step(start, [array[place] for array in inputs])
         np.testing.assert_allclose(outs[place], out, rtol=1e-5, atol=1e-6)
     for found, wanted in zip(*map(jax.tree.leaves, (cache, start)), strict=True):
         np.testing.assert_array_equal(found, wanted)
@@ -236,13 +269,13 @@ def new(which):
 
 def test_donated_pages_are_written_in_place():
     cache = jax.tree.map(jnp.copy, ragged(storage="int8"))
-    kept = jax.tree.map(jnp.copy, cache)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((cache.keys, cache.values))]
-    inputs = query_of(0, 1), *tokens(0, 1)
-    after, out = jax.jit(step_of, donate_argnums=0)(cache, inputs)
+    query = query_of(0, 1)
+    after, out = step(cache, (query, *tokens(0, 1)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert places == [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((after.keys, after.values))]
-    np.testing.assert_allclose(out, jax.jit(step_of)(kept, inputs)[1], rtol=1e-6, atol=1e-6)
+    assert after.lengths.tolist() == (RAGGED + 1).tolist()
+    assert_rows(out, after, query)
 
 
 def test_greedy_decoding_equals_attention_over_all_tokens():
@@ -264,7 +297,7 @@ def test_greedy_decoding_equals_attention_over_all_tokens():
     prompt = jnp.array([row[:-1] + [0] * (7 - len(row)) for row in rows])
     cache = append(cache, table[1][prompt], table[2][prompt], lengths=counts)
     token = jnp.array([row[-1] for row in rows])
-    for _ in range(12):
+    for _ in range(8):
         cache, token = decoded(cache, token)
         for row, found in zip(rows, token.tolist(), strict=True):
             query, key, value = (np.asarray(embedding)[np.array(row)][None] for embedding in table)
@@ -280,11 +313,11 @@ def test_greedy_decoding_equals_attention_over_all_tokens():
 def test_a_fork_costs_no_page_until_it_is_written_to():
     cache = appended(cache_of(), [6, 0, 0, 0])
     forked = fork(fork(fork(cache, 0, 1), 0, 2, 5), 0, 3, 4)
-    assert cache.free_pages == forked.free_pages == 22
+    assert cache.free_pages == forked.free_pages == PAGES - 2
     assert forked.lengths.tolist() == [6, 6, 5, 4]
     one = appended(forked, [0, 1, 0, 0], seed=1)  # copies
     both = appended(one, [1, 0, 1, 1], seed=2)  # row 0 copies, row 2 finds the page its own, row 3 begins a new one
-    assert (one.free_pages, both.free_pages) == (21, 19)
+    assert (one.free_pages, both.free_pages) == (PAGES - 3, PAGES - 5)
     assert both.table[2].tolist() == forked.table[2].tolist()
 
 
@@ -293,7 +326,7 @@ def test_drafted_tokens_are_rejected_by_shortening_the_row():
     drafted = appended(cache, [4, 4, 0, 4], seed=8)
     after = fork(drafted, np.array([0, 1, 3]), np.array([0, 1, 3]), np.array([11, 4, 15]))
     assert after.lengths.tolist() == [11, 4, 0, 15]
-    assert after.free_pages == 24 - (3 + 1 + 4)
+    assert after.free_pages == PAGES - (3 + 1 + 4)
     cache, query = appended(after, [1, 1, 1, 1], seed=9), query_of(9, 1)
     assert_rows(attended(cache, query), cache, query)
 
@@ -333,38 +366,55 @@ def test_a_row_freed_twice_at_once_is_freed_once():
 # Pages of others
 
 
-@pytest.mark.parametrize(("storage", "count"), [(None, 1), (None, 4), ("int8", 1), ("float8_e4m3fn", 4)])
+NAN_OR_INF = ("float8_e4m3fn", 4)
+
+
+@pytest.mark.parametrize(
+    ("storage", "count"), sweep_but([(None, 1), (None, 4), ("int8", 1), NAN_OR_INF], (None, 1), NAN_OR_INF)
+)
 def test_what_others_left_in_a_page_never_leaks(storage, count):
-    key, value = tokens(3, 14)
-    cache = prefill(cache_of(storage=storage, pages=16), key * jnp.nan, value * jnp.inf)
+    bad = (jnp.asarray(np.full((R, 20, K, width), bad, np.float32)) for width, bad in ((H, np.nan), (D, np.inf)))
+    cache = prefilled(cache_of(storage=storage), [16] * R, bad)
     assert cache.free_pages == 0
     cache, query = appended(free(cache, np.arange(R)), RAGGED), query_of(3, count)
-    out = attended(cache, query, mode="prefill")
+    out = attended(cache, query, mode=MODES[count])
     assert_rows(out, cache, query)
     assert np.isfinite(out).all()
 
 
 def test_prefill_begins_all_rows_anew():
-    key, value = tokens(4, 5)
-    cache = prefill(ragged(), key, value, lengths=jnp.array([5, 2, 0, 1]))
+    key, value = tokens(4, 20)
+    cache = prefilled(ragged(), [5, 2, 0, 1], (key, value))
     assert cache.lengths.tolist() == [5, 2, 0, 1]
-    assert cache.free_pages == 24 - 4
-    np.testing.assert_array_equal(next(contents(cache, 0))[0], key[0])
+    assert cache.free_pages == PAGES - 4
+    np.testing.assert_array_equal(next(contents(cache, 0))[0], key[0, :5])
 
 
 # Shared pages
 
 
+@functools.cache
 def shared(**changes):
     cache = fork(fork(appended(cache_of(**changes), [9, 0, 0, 0], seed=1), 0, 1), 0, 3, 8)
     return appended(cache, [1, 4, 0, 4], seed=2)
 
 
-@pytest.mark.parametrize("storage", [None, "int8"])
-@pytest.mark.parametrize(("pages", "count"), [(2, 1), (1, 4)])
-@pytest.mark.parametrize("options", [{}, {"mask": masks.SlidingWindow(6), "sinks": SINKS}], ids=["causal", "window"])
-def test_shared_pages_attended_to_at_once_equal_the_oracle(storage, pages, count, options):
+@pytest.mark.parametrize(
+    ("storage", "pages", "count", "name"),
+    sweep_but(
+        [
+            (storage, *sizes, name)
+            for storage in (None, "int8")
+            for sizes in ((2, 1), (1, 4))
+            for name in ("causal", "window")
+        ],
+        (None, 2, 1, "causal"),
+        ("int8", 1, 4, "window"),
+    ),
+)
+def test_shared_pages_attended_to_at_once_equal_the_oracle(storage, pages, count, name):
     cache, query = shared(storage=storage), query_of(5, count)
+    options = {"mask": masks.SlidingWindow(6), "sinks": SINKS} if name == "window" else {}
     out = attended(cache, query, pages=pages, **options)
     assert_rows(out, cache, query, **options)
 
@@ -385,10 +435,11 @@ def test_shared_pages_of_some_rows():
 
 @pytest.mark.parametrize("case", ["others", "too short", "queries inside"])
 def test_pages_that_are_not_shared_are_an_error_and_under_jit_nan(case):
-    cache = shared()
-    pages, count = {"others": (3, 1), "too short": (2, 1), "queries inside": (2, 4)}[case]
+    cache, pages, count = shared(), 2, 4 if case == "queries inside" else 1
     if case == "too short":
         cache = fork(cache, 0, 1, 7)  # its second page holds a token of others
+    if case == "others":
+        cache = appended(fork(free(cache, 1), 0, 1, 4), [0, 8, 0, 0])  # its second page is its own
     query = query_of(8, count)
     with pytest.raises(
         ArgumentError, match=rf"shared_pages={pages}: rows \[.*\] do not begin with the same {4 * pages}"
@@ -406,22 +457,22 @@ def test_nobody_shares_pages_of_an_empty_cache():
 
 
 def test_pages_that_do_not_suffice_are_an_error():
-    cache = appended(cache_of(pages=6), [8, 4, 0, 4])
-    with pytest.raises(CacheFullError, match=r"3 more pages are needed, and 2 of 6 are free: free rows, or create"):
+    cache = nearly_full()
+    with pytest.raises(CacheFullError, match=r"3 more pages are needed, and 2 of 16 are free: free rows, or create"):
         cache.append(*tokens(0, 5), lengths=jnp.array([5, 1, 0, 0]))
     appended(cache, [5, 0, 0, 0])
 
 
 def test_a_row_that_becomes_too_long_is_an_error():
-    cache = appended(cache_of(max_length=9), [8, 4, 0, 4])
-    with pytest.raises(CacheFullError, match=r"rows \[0\] would hold \[10\] tokens, and max_length is 9: free them"):
-        cache.append(*tokens(0, 2), lengths=jnp.array([2, 0, 0, 2]))
-    appended(cache, [1, 0, 0, 2])
+    cache = nearly_full()
+    with pytest.raises(CacheFullError, match=r"rows \[3\] would hold \[31\] tokens, and max_length is 30: free them"):
+        cache.append(*tokens(0, 3), lengths=jnp.array([3, 0, 0, 3]))
+    appended(cache, [3, 0, 0, 2])
 
 
 @pytest.mark.parametrize("counts", [[5, 1, 0, 0], [0, 0, 0, 30], [0, 2**31 - 1, 0, 0]])
 def test_under_jit_an_overflow_changes_nothing_and_stays(counts):
-    cache = appended(cache_of(pages=6), [8, 4, 0, 4])
+    cache = nearly_full()
     allocated = allocate(cache, jnp.asarray(counts))
     assert allocated.overflowed
     same(dataclasses.replace(allocated, overflowed=False), dataclasses.replace(cache, overflowed=False))
@@ -432,7 +483,7 @@ def test_under_jit_an_overflow_changes_nothing_and_stays(counts):
         later.check()
     assert np.isnan(attended(later, query_of(0, 1))).all()
     recovered = dataclasses.replace(free(later, 3), overflowed=jnp.array(False))
-    assert appended(recovered, [4, 1, 0, 0]).check().lengths.tolist() == [12, 5, 0, 0]
+    assert appended(recovered, [4, 1, 0, 0]).check().lengths.tolist() == [16, 17, 0, 0]
 
 
 def test_under_jit_tokens_without_room_of_their_own_are_not_written():
@@ -506,26 +557,25 @@ def assert_as_before(after, before):
 
 
 def test_a_prefill_that_does_not_fit_frees_nothing():
-    cache = appended(cache_of(pages=6), [4, 4, 0, 4])
-    new = tokens(3, 9)
-    full = prefill(cache, *new)
+    cache, new = nearly_full(), tokens(3, 20)
+    full = prefilled(cache, [20] * R, new)
     assert_as_before(full, cache)
     assert full.overflowed
-    with pytest.raises(CacheFullError, match="12 more pages are needed, and 6 of 6 are free"):
+    with pytest.raises(CacheFullError, match="20 more pages are needed, and 16 of 16 are free"):
         cache.prefill(*new)
-    again = prefill(full.recovered(), *tokens(3, 4)).check()
+    again = prefilled(full.recovered(), [4] * R, new).check()
     np.testing.assert_array_equal(again.lengths, [4] * R)
 
 
 def test_of_a_target_named_twice_the_first_counts():
     cache = appended(cache_of(), [5, 9, 0, 0])
     twice = fork(cache, jnp.array([0, 1]), jnp.array([2, 2]))
-    assert_as_before(twice, cache.fork(0, 2))
+    assert_as_before(twice, fork(cache, 0, 2))
 
 
 def test_a_row_named_twice_is_shown_once():
     cache = appended(cache_of(), [5, 9, 0, 0])
-    shown = jax.jit(lambda cache, rows: cache.view(rows).append(*tokens(1, 1, rows=2)).cache)(cache, jnp.array([1, 1]))
+    shown = append_to_rows(cache, jnp.array([1, 1]), *tokens(1, 3, rows=2), lengths=jnp.array([1, 1]))
     np.testing.assert_array_equal(shown.lengths, [5, 10, 0, 0])
 
 

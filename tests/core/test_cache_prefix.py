@@ -15,8 +15,6 @@ from kernelry import masks
 from kernelry.cache import SharedPrefix
 from kernelry.errors import ArgumentError, ShapeError
 
-pytestmark = pytest.mark.sweep
-
 MASKS = {
     two_part: [masks.Causal(), masks.SlidingWindow(6), masks.Chunked(4), masks.PrefixLM(3), masks.Full()],
     rolling: [masks.SlidingWindow(WINDOW - 1), masks.Chunked(WINDOW)],
@@ -31,6 +29,25 @@ def counts(most):
 # Laws
 
 
+@pytest.mark.parametrize(
+    ("make", "mask", "shared", "options"),
+    [
+        (two_part, masks.Causal(), "int4", OPTIONS[1]),
+        (two_part, masks.SlidingWindow(6), None, OPTIONS[2]),
+        (rolling, masks.Chunked(WINDOW), None, OPTIONS[0]),
+    ],
+)
+@given(prompt=counts(5), chunk=counts(3))
+@settings(max_examples=5, deadline=None)
+def test_a_shared_prefix_is_a_prefix_of_every_row(make, mask, shared, options, prompt, chunk):
+    """Queries of one number, so that all examples share their programs."""
+    check = functools.partial(Fed.check, mask=mask, prefix=prefix_of(shared), **options)
+    fed = Fed.new(make()).feed("prefill", 5, prompt)
+    check(fed.last(3))
+    check(fed.feed("append", 3, chunk))
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("make", [two_part, rolling])
 @given(
     data=st.data(),
@@ -42,7 +59,9 @@ def counts(most):
     step=counts(1),
 )
 @settings(max_examples=5, deadline=None)
-def test_a_shared_prefix_is_a_prefix_of_every_row(make, data, storage, shared, options, prompt, chunk, step):
+def test_a_shared_prefix_of_any_storage_is_a_prefix_of_every_row(
+    make, data, storage, shared, options, prompt, chunk, step
+):
     check = functools.partial(
         Fed.check, mask=data.draw(st.sampled_from(MASKS[make])), prefix=prefix_of(shared), **options
     )
@@ -52,6 +71,7 @@ def test_a_shared_prefix_is_a_prefix_of_every_row(make, data, storage, shared, o
     check(fed.feed("append", 1, step))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mask", MASKS[two_part], ids=repr)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_it_equals_the_prefix_copied_into_every_row(mask, tokens):
@@ -79,6 +99,7 @@ def test_a_window_leaves_the_prefix_behind():
     close(fed.attend(mask, prefix=nothing), fed.attend(mask))
 
 
+@pytest.mark.sweep
 def test_it_crosses_jit_and_decode():
     fed, ones = Fed.new(two_part()), np.ones(B, np.int32)
     before = fed.feed("prefill", 5, [2, 5, 0])
@@ -98,6 +119,7 @@ def test_the_queries_of_all_rows_meet_the_prefix_as_one_row():
     assert not request.mask.atoms  # every query stands behind it
 
 
+@pytest.mark.sweep
 def test_its_gradient_is_that_of_the_copies():
     fed = Fed.new(two_part()).feed("prefill", 3, [3, 2, 1]).feed("append", 3, [3, 1, 2])
 
@@ -124,6 +146,11 @@ def test_its_gradient_is_that_of_the_copies():
 # What is refused
 
 
+def traced(**options):
+    """Traces attention behind a prefix: what is refused is refused before anything runs."""
+    jax.eval_shape(lambda prefix: two_part().attend(normal(B, 1, N, H), prefix=prefix, **options), prefix_of())
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -135,12 +162,12 @@ def test_its_gradient_is_that_of_the_copies():
 )
 def test_masks_of_rows_are_refused(mask, message):
     with pytest.raises(ArgumentError, match=message):
-        two_part().attend(normal(B, 1, N, H), mask=mask, prefix=prefix_of())
+        traced(mask=mask)
 
 
 def test_the_largest_logits_of_rows_are_refused():
     with pytest.raises(ArgumentError, match="rows are joined; attend without it"):
-        two_part().attend(normal(B, 1, N, H), prefix=prefix_of(), return_max_logits=True)
+        traced(return_max_logits=True)
 
 
 @pytest.mark.parametrize("shapes", [((5, K, H), (4, K, D)), ((1, 5, K, H), (1, 5, K, D)), ((5, H), (5, D))])

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_cases import STORAGES, B, D, Fed, H, K, N, close, normal, two_part
+from cache_cases import STORAGES, B, D, Fed, H, K, N, attended, close, normal, two_part, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import sweep_but
 
 from kernelry import masks
 from kernelry.cache import TwoPartCache
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
-
-pytestmark = pytest.mark.sweep
 
 MASKS = [
     masks.Causal(),
@@ -40,6 +39,22 @@ def tokens(count, seed=1, batch=B):
 # Laws
 
 
+@pytest.mark.parametrize(
+    ("mask", "options"), [(masks.SlidingWindow(3, 1), OPTIONS[2]), (masks.Causal(), OPTIONS[1] | OPTIONS[3])]
+)
+@given(pieces=st.lists(counts(3), min_size=3, max_size=3), steps=st.lists(counts(1), min_size=1, max_size=2))
+@settings(max_examples=6, deadline=None)
+def test_pieces_of_three_tokens_are_the_whole(mask, options, pieces, steps):
+    """Pieces of one length, so that all examples share their programs."""
+    fed = Fed.new(two_part())
+    for method, piece in zip(("prefill", "prefill_chunk", "append"), pieces, strict=True):
+        fed = fed.feed(method, 3, piece).check(mask, **options)
+    for step in steps:
+        fed = fed.feed("append", 1, step).check(mask, **options)
+    assert not fed.cache.check().overflowed
+
+
+@pytest.mark.sweep
 @given(
     storage=st.sampled_from(STORAGES),
     mask=st.sampled_from(MASKS),
@@ -62,6 +77,7 @@ def test_any_split_into_prefill_chunks_and_appends_is_the_whole(
     assert not fed.cache.check().overflowed
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("storage", STORAGES)
 def test_prefill_starts_every_row_afresh(storage):
     fed = Fed.new(two_part(storage), storage).feed("prefill", 8, [8, 7, 6]).feed("append", 3, [3, 2, 1])
@@ -71,19 +87,21 @@ def test_prefill_starts_every_row_afresh(storage):
 
 def test_rows_without_lengths_are_full():
     key, value = tokens(4)
-    cache = two_part().prefill(key, value).append(key[:, :2], value[:, :2])
+    cache = jax.jit(lambda cache: cache.prefill(key, value).append(key[:, :2], value[:, :2]))(two_part())
     np.testing.assert_array_equal(cache.prefill_lengths, [4] * B)
     np.testing.assert_array_equal(cache.lengths, [6] * B)
 
 
 def test_decoded_tokens_stand_behind_a_short_prompt():
     key, value = tokens(2)
-    cache = two_part().prefill(key, value, lengths=np.array([2, 1, 0])).append(key, value)
+    fill = jax.jit(lambda cache: cache.prefill(key, value, lengths=np.array([2, 1, 0])).append(key, value))
+    cache = fill(two_part())
     close(cache.decode_key[:, :2], key)
     _, decoded = cache.parts(masks.Causal(), 1)
     np.testing.assert_array_equal(decoded.offset, [2, 1, 0])
 
 
+@pytest.mark.sweep
 def test_a_cache_crosses_jit_scan_and_donation():
     """The carry of a scan has fixed types, and donated buffers must not be shared among the leaves."""
 
@@ -125,14 +143,19 @@ def assert_unchanged(cache, before, *, flagged=False):
     assert overflowed == flagged
 
 
-def nearly_full(**sizes):
-    key, value = tokens(2)
-    return two_part(prefill=3, decode=2, **sizes).prefill(key, value).append(*tokens(1), lengths=np.array([1, 0, 1]))
+@functools.cache
+def begun():
+    return written(two_part(prefill=3, decode=2), *tokens(2), np.full(B, 2), method="prefill")
+
+
+@functools.cache
+def nearly_full():
+    return written(begun(), *tokens(2), np.array([1, 0, 1]))
 
 
 @pytest.mark.parametrize("method", ["append", "prefill_chunk"])
 def test_overflow_raises_and_leaves_the_cache_as_it_was(method):
-    cache = nearly_full() if method == "append" else two_part(prefill=3, decode=2).prefill(*tokens(2))
+    cache = nearly_full() if method == "append" else begun()
     before = leaves(cache)
     part = {"append": "decode", "prefill_chunk": "prefill"}[method]
     with pytest.raises(CacheFullError, match=rf"\[2, 2, 0\] more tokens .* {part} part; .* larger {part}="):
@@ -142,16 +165,16 @@ def test_overflow_raises_and_leaves_the_cache_as_it_was(method):
 
 @pytest.mark.parametrize("method", ["append", "prefill_chunk"])
 def test_overflow_under_jit_writes_nothing_and_poisons_for_good(method):
-    cache = nearly_full() if method == "append" else two_part(prefill=3, decode=2).prefill(*tokens(2))
-    full = jax.jit(lambda cache, *new: getattr(cache, method)(*new))(cache, *tokens(2))
+    cache = nearly_full() if method == "append" else begun()
+    full = written(cache, *tokens(2), np.full(B, 2), method=method)
     assert_unchanged(full, leaves(cache), flagged=True)
     query = normal(B, 1, N, H)
-    out, largest = full.attend(query, return_max_logits=True)
+    out, largest = attended(full, query, return_max_logits=True)
     assert np.isnan(out).all()
     assert np.isnan(largest).all()
-    assert np.isnan(full.attend(query, return_partial=True).out).all()
-    later = full.prefill(*tokens(1)).append(*tokens(1))
-    assert np.isnan(later.attend(query)).all()
+    assert np.isnan(attended(full, query, return_partial=True).out).all()
+    later = written(written(full, *tokens(2), np.ones(B, int), method="prefill"), *tokens(2), np.ones(B, int))
+    assert np.isnan(attended(later, query, return_max_logits=True)[0]).all()
     with pytest.raises(CacheFullError, match="TwoPartCache: tokens were appended that did not fit"):
         later.check()
 
@@ -160,7 +183,7 @@ def test_a_row_that_decoded_takes_no_more_of_a_prompt():
     cache = nearly_full()
     with pytest.raises(ArgumentError, match=r"rows \[0, 2\] have decoded"):
         cache.prefill_chunk(*tokens(1))
-    assert jax.jit(TwoPartCache.prefill_chunk)(cache, *tokens(1)).overflowed
+    assert written(cache, *tokens(2), np.ones(B, int), method="prefill_chunk").overflowed
     after = cache.prefill_chunk(*tokens(1), lengths=np.array([0, 1, 0]))
     np.testing.assert_array_equal(after.lengths, [3, 3, 3])
 
@@ -173,17 +196,25 @@ def test_more_tokens_than_slots_are_refused_while_tracing(method, part):
         jax.eval_shape(getattr(two_part(prefill=3, decode=2), method), *tokens(4))
 
 
-@pytest.mark.parametrize("method", ["append", "prefill", "prefill_chunk"])
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+    ("method", "traced"),
+    sweep_but(
+        [(method, traced) for method in ("append", "prefill", "prefill_chunk") for traced in (False, True)],
+        *(("append", True), ("prefill", False), ("prefill", True), ("prefill_chunk", True)),
+    ),
+)
 def test_columns_beyond_the_slots_count_only_where_they_are_tokens(method, traced):
     cache, new, fitting, long = two_part(prefill=3, decode=3), tokens(5), np.array([3, 1, 0]), np.array([3, 4, 0])
     call = getattr(type(cache), method)
     call = jax.jit(call) if traced else call
     after = call(cache, *new, lengths=jnp.asarray(fitting)).check()
     np.testing.assert_array_equal(after.lengths, fitting)
-    whole = getattr(two_part(prefill=5, decode=5), method)(*new, lengths=fitting)
-    query = normal(B, 1, N, H)
-    np.testing.assert_allclose(after.attend(query), whole.attend(query), rtol=1e-6, atol=1e-6)
+    whole = written(two_part(prefill=5, decode=5), *new, fitting, method=method)
+    for found, wanted in zip(after.parts(masks.Causal(), 1), whole.parts(masks.Causal(), 1), strict=True):
+        np.testing.assert_array_equal(found.lengths, wanted.lengths)
+        for row, count in enumerate(np.asarray(found.lengths)):
+            np.testing.assert_array_equal(found.key[row, :count], wanted.key[row, :count])
+            np.testing.assert_array_equal(found.value[row, :count], wanted.value[row, :count])
     if traced:
         assert_unchanged(call(after, *new, lengths=jnp.asarray(long)), leaves(after), flagged=True)
     else:

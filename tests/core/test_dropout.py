@@ -7,21 +7,25 @@ import pytest
 from attention_cases import (
     BATCH,
     GROUPED,
+    SUFFIX,
     Heads,
     arrays_of,
     assert_twins,
     attend,
     compiled_answer,
+    compiled_attend,
     cotangents_of,
     oracle_answer,
     visible_by,
 )
+from pairs import sweep_but
 
 import kernelry
 from kernelry import masks
 from kernelry.errors import ArgumentError
+from kernelry.testing import reference_attention
 
-T, S = 6, 11
+T, S = SUFFIX
 
 
 def _key(seed):
@@ -29,7 +33,7 @@ def _key(seed):
     return jax.random.key(seed, impl="rbg")
 
 
-CAUSAL = masks.Causal().at(query_offset=5)
+CAUSAL = masks.Causal().at(query_offset=S - T)
 SEES_NOTHING = masks.Lengths(np.array([S - 2, 0])) & CAUSAL
 CASES = {
     "plain": (masks.Full(), GROUPED, {}, {}),
@@ -43,11 +47,11 @@ def _drawn(mask, arrays, rate, key, **arguments):
     """Recovers [B, N, T, S] by attending to values that are one-hot in the slot."""
     batch, kv_len, kv_heads, _ = arrays["key"].shape
     one_hot = jnp.broadcast_to(jnp.eye(kv_len)[None, :, None], (batch, kv_len, kv_heads, kv_len))
-    weights = attend(mask, arrays | {"value": one_hot}, dropout_rate=rate, dropout_rng=key, **arguments)
+    weights = compiled_attend(mask, arrays | {"value": one_hot}, dropout_rate=rate, dropout_rng=key, **arguments)
     return np.swapaxes(np.asarray(weights), 1, 2) > 0
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sweep_but(CASES, "own_heads", "one_key_head", "empty_rows"))
 def test_output_and_gradients_are_those_of_the_mask_that_was_drawn(case):
     mask, heads, shapes, arguments = CASES[case]
     arrays = arrays_of(T, S, heads, **shapes)
@@ -62,10 +66,15 @@ def test_output_and_gradients_are_those_of_the_mask_that_was_drawn(case):
 
 
 def test_statistics_know_nothing_of_dropout():
-    arrays = arrays_of(T, S)
-    plain, plain_max = attend(CAUSAL, arrays, return_partial=True, return_max_logits=True)
-    random = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
-    dropped, dropped_max = attend(CAUSAL, arrays, return_partial=True, return_max_logits=True, **random)
+    statistics = {"return_partial": True, "return_max_logits": True}
+    random = {"dropout_rate": 0.5, "dropout_rng": _key(0)}
+
+    @jax.jit
+    def both(arrays):
+        return attend(CAUSAL, arrays, **statistics), attend(CAUSAL, arrays, **statistics, **random)
+
+    (plain, plain_max), (dropped, dropped_max) = both(arrays_of(T, S))
+    assert (np.asarray(dropped.out) != np.asarray(plain.out)).any()
     np.testing.assert_array_equal(dropped.lse, plain.lse)
     np.testing.assert_array_equal(dropped_max, plain_max)
 
@@ -86,16 +95,14 @@ def test_the_same_key_drops_the_same_and_another_key_drops_others():
     assert (one != other).any()
 
 
+@pytest.mark.sweep
 def test_the_same_key_drops_the_same_in_a_compiled_program():
-    arrays, key = arrays_of(T, S), _key(3)
-
-    def call(key):
-        return attend(CAUSAL, arrays, dropout_rate=0.5, dropout_rng=key)
-
-    np.testing.assert_allclose(np.asarray(jax.jit(call)(key)), np.asarray(call(key)), atol=1e-6)
+    arrays, given_here = arrays_of(T, S), {"dropout_rate": 0.5, "dropout_rng": _key(3)}
+    found, plain = compiled_attend(CAUSAL, arrays, **given_here), attend(CAUSAL, arrays, **given_here)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(plain), atol=1e-6)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("rate", sweep_but([0.1, 0.5, 0.9], 0.1, 0.9))
 def test_every_probability_is_kept_as_often_as_asked(rate):
     arrays = arrays_of(3, 4)
     keys = jax.random.split(_key(0), 1000)
@@ -110,7 +117,7 @@ def test_every_probability_is_kept_as_often_as_asked(rate):
 
 def test_neighbours_are_dropped_independently():
     arrays = arrays_of(20, 20)
-    keep = _drawn(masks.Full(), arrays, 0.5, jax.random.key(0)).astype(float) - 0.5
+    keep = _drawn(masks.Full(), arrays, 0.5, _key(0)).astype(float) - 0.5
     for axis in range(4):
         together = (keep * np.roll(keep, 1, axis=axis)).mean() * 4
         assert abs(together) < 5 / np.sqrt(keep.size), axis
@@ -122,13 +129,18 @@ def test_the_mean_over_keys_is_attention_without_dropout():
     call = jax.vmap(lambda key: attend(CAUSAL, arrays, dropout_rate=0.5, dropout_rng=key))
     dropped = np.asarray(jax.jit(call)(keys))
     error = dropped.std(axis=0) / np.sqrt(len(keys))
-    np.testing.assert_array_less(np.abs(dropped.mean(axis=0) - np.asarray(attend(CAUSAL, arrays))), 5 * error + 1e-6)
+    expected = reference_attention(*arrays.values(), mask=CAUSAL).out
+    np.testing.assert_array_less(np.abs(dropped.mean(axis=0) - expected), 5 * error + 1e-6)
 
 
 def test_a_rate_of_zero_draws_nothing():
     arrays = arrays_of(T, S)
-    expected = np.asarray(attend(CAUSAL, arrays))
-    np.testing.assert_array_equal(attend(CAUSAL, arrays, dropout_rate=0.0, dropout_rng=jax.random.key(0)), expected)
+
+    def program(**arguments):
+        return str(jax.make_jaxpr(lambda arrays: attend(CAUSAL, arrays, **arguments))(arrays))
+
+    assert program(dropout_rate=0.0, dropout_rng=_key(0)) == program()
+    assert "random_bits" in program(dropout_rate=0.5, dropout_rng=_key(0))
 
 
 def test_a_rate_without_a_key_is_an_error():

@@ -3,18 +3,20 @@
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from flax_cases import B, T, close, oracle, qkv
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from pairs import sweep_but
 
 from kernelry import masks
 from kernelry.config import AttentionConfig, MoBA
 from kernelry.flax import AttentionOp, Tokens, attention_op_as_linen
 from kernelry.testing import reference_select_blocks
+
+pytestmark = pytest.mark.xdist_group("flax")
 
 Q, K = np.arange(T)[:, None], np.arange(T)[None]
 CAUSAL = K <= Q
@@ -70,9 +72,9 @@ def test_a_mask_takes_the_place_of_the_type():
 
 def test_a_mask_of_the_call_stands_where_the_tokens_do_unless_it_says_so_itself():
     q, k, v = qkv(B)
-    run = functools.partial(AttentionOp(), q[:, 4:6], k, v, tokens=Tokens(query_offset=4))
-    close(run(mask=masks.SlidingWindow(2)), oracle(q[:, 4:6], k, v, (CAUSAL & (Q - K < 3))[4:6]))
-    close(run(mask=masks.Causal().at(query_offset=9)), oracle(q[:, 4:6], k, v, CAUSAL[9:11]))
+    run = functools.partial(AttentionOp(), q[:, 4:7], k, v, tokens=Tokens(query_offset=4))
+    close(run(mask=masks.SlidingWindow(2)), oracle(q[:, 4:7], k, v, (CAUSAL & (Q - K < 3))[4:7]))
+    close(run(mask=masks.Causal().at(query_offset=9)), oracle(q[:, 4:7], k, v, CAUSAL[9:12]))
 
 
 @pytest.mark.parametrize("make", [AttentionOp, attention_op_as_linen])
@@ -119,8 +121,8 @@ def test_segments_and_spans_of_fewer_queries_are_read_at_the_offset(offset, rows
 
 def test_a_span_that_begins_before_the_queries_is_one_span():
     q, k, v = qkv(B)
-    out = AttentionOp()(q[:, 2:4], k, v, tokens=Tokens(bidirectional=FLAGS, query_offset=2))
-    close(out, oracle(q[:, 2:4], k, v, (CAUSAL | SPANS)[:, :, 2:4]))
+    out = AttentionOp()(q[:, 2:5], k, v, tokens=Tokens(bidirectional=FLAGS, query_offset=2))
+    close(out, oracle(q[:, 2:5], k, v, (CAUSAL | SPANS)[:, :, 2:5]))
 
 
 def test_queries_beyond_the_segment_ids_see_nothing():
@@ -142,7 +144,7 @@ def test_permuted_tokens_give_the_permuted_output():
 
 def test_positions_of_fewer_queries_leave_the_keys_in_their_slots():
     q, k, v = qkv(B)
-    places = np.array([7, 2])
+    places = np.array([7, 2, 5])
     close(
         AttentionOp()(q[:, places], k, v, tokens=Tokens(positions=places)), oracle(q[:, places], k, v, CAUSAL[places])
     )
@@ -151,13 +153,18 @@ def test_positions_of_fewer_queries_leave_the_keys_in_their_slots():
 def test_kv_positions_say_where_the_keys_stand():
     q, k, v = qkv(B)
     order = np.random.default_rng(2).permutation(T)
-    want = oracle(q[:, 5:7], k, v, CAUSAL[5:7])
-    for queries in ({"positions": np.array([5, 6])}, {"query_offset": 5}):
+    want = oracle(q[:, 5:8], k, v, CAUSAL[5:8])
+    for queries in ({"positions": np.array([5, 6, 7])}, {"query_offset": 5}):
         tokens = Tokens(kv_positions=order, **queries)
-        close(AttentionOp()(q[:, 5:7], k[:, order], v[:, order], tokens=tokens), want)
+        close(AttentionOp()(q[:, 5:8], k[:, order], v[:, order], tokens=tokens), want)
 
 
-@pytest.mark.parametrize("offset", [None, 6, jnp.int32(5)])
+@functools.partial(jax.jit, static_argnames="moba")
+def attend_by_moba(q, k, v, tokens, *, moba):
+    return AttentionOp(AttentionConfig(moba=moba))(q, k, v, tokens=tokens)
+
+
+@pytest.mark.parametrize("offset", sweep_but([None, 6, np.int32(5)], None, np.int32(5)))
 def test_moba_keeps_the_best_blocks(offset):
     q, k, v = qkv(B, kv_heads=2)
     first = 0 if offset is None else int(offset)
@@ -166,27 +173,30 @@ def test_moba_keeps_the_best_blocks(offset):
     keep = reference_select_blocks(q, k, chunk_size=3, top_k=2, query_positions=places)
     visible = CAUSAL[places] & np.repeat(keep, 3, axis=-1)[..., :T]
     assert visible.sum() < np.broadcast_to(CAUSAL[places], visible.shape).sum()
-    op = AttentionOp(AttentionConfig(moba=MoBA(chunk_size=3, top_k=2)))
-    close(op(q, k, v, tokens=Tokens(query_offset=offset)), oracle(q, k, v, visible))
+    tokens = Tokens(query_offset=jnp.int32(offset) if isinstance(offset, np.integer) else offset)
+    close(attend_by_moba(q, k, v, tokens, moba=MoBA(chunk_size=3, top_k=2)), oracle(q, k, v, visible))
 
 
 def test_moba_reads_the_positions_of_fewer_queries():
     q, k, v = qkv(B)
     places = np.array([9, 4])
-    op = AttentionOp(AttentionConfig(moba=MoBA(chunk_size=3, top_k=1)))
     visible = (CAUSAL & (Q // 3 == K // 3))[places]
-    close(op(q[:, places], k, v, tokens=Tokens(positions=places)), oracle(q[:, places], k, v, visible))
+    out = attend_by_moba(q[:, places], k, v, Tokens(positions=places), moba=MoBA(chunk_size=3, top_k=1))
+    close(out, oracle(q[:, places], k, v, visible))
 
 
 # Prefill and decode
 
 
-@settings(max_examples=10, deadline=None)
-@given(cuts=st.lists(st.integers(1, T - 1), unique=True, max_size=4), kind=st.sampled_from(sorted(TYPES)))
+CUTS = [(3, 6, 9), (1, 4, 11), (5,)]  # of these the first has chunks of one shape, which other tests share
+
+
+@pytest.mark.parametrize("cuts", sweep_but([(cuts,) for cuts in CUTS], (CUTS[0],)))
+@pytest.mark.parametrize("kind", TYPES)
 def test_chunked_prefill_over_one_cache_equals_the_whole(cuts, kind):
     config, visible = TYPES[kind]
     q, k, v = qkv(B)
-    op, edges = AttentionOp(config), [0, *sorted(cuts), T]
+    op, edges = AttentionOp(config), [0, *cuts, T]
     chunks = [
         op(q[:, start:end], k, v, tokens=Tokens(query_offset=start, segment_ids=IDS), mode="prefill")
         for start, end in itertools.pairwise(edges)
@@ -194,7 +204,7 @@ def test_chunked_prefill_over_one_cache_equals_the_whole(cuts, kind):
     close(np.concatenate(chunks, axis=1), oracle(q, k, v, visible & SAME))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", sweep_but(list(TYPES), "chunk", "block_diffusion"))
 def test_decode_at_a_traced_offset_equals_the_row_of_the_whole(kind):
     config, visible = TYPES[kind]
     q, k, v = qkv(B)

@@ -1,5 +1,7 @@
 """Mixture of block attention: the choice of blocks, and attention over them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 import kernelry
 from kernelry import masks, moba
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.testing import reference_attention, reference_select_blocks
+from kernelry.testing import reference_attention, reference_gradients, reference_select_blocks
 
 B, T, S, N, K, H = 2, 5, 21, 4, 2, 8
 
@@ -21,14 +23,20 @@ def _arrays(seed=0, kv_len=S):
     return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
 
 
-@given(st.integers(1, 9), st.integers(1, 8), st.integers(0, S - T), st.sampled_from([np, jnp]), st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
-def test_blocks_are_those_of_the_definition(chunk_size, top_k, first, xp, seed):
+@functools.partial(jax.jit, static_argnames=("chunk_size", "top_k"))
+def kept(query, key, query_positions, *, chunk_size, top_k):
+    mask = moba.select_blocks(query, key, chunk_size=chunk_size, top_k=top_k, query_positions=query_positions)
+    return mask.mask.keep
+
+
+@pytest.mark.parametrize(("chunk_size", "top_k"), [(1, 7), (3, 1), (4, 3), (9, 8), (30, 2)])
+@given(first=st.integers(0, S - T), seed=st.integers(0, 9))
+@settings(max_examples=20, deadline=None)
+def test_blocks_are_those_of_the_definition(chunk_size, top_k, first, seed):
     query, key, _ = _arrays(seed)
-    positions = xp.arange(first, first + T)
-    mask = moba.select_blocks(query, key, chunk_size=chunk_size, top_k=top_k, query_positions=positions)
-    expected = reference_select_blocks(query, key, chunk_size=chunk_size, top_k=top_k, query_positions=positions)
-    np.testing.assert_array_equal(mask.mask.keep, expected)
+    positions, sizes = np.arange(first, first + T), {"chunk_size": chunk_size, "top_k": top_k}
+    expected = reference_select_blocks(query, key, query_positions=positions, **sizes)
+    np.testing.assert_array_equal(kept(query, key, positions, **sizes), expected)
 
 
 def test_of_equal_gates_the_earlier_block_wins():
@@ -55,24 +63,32 @@ def test_attention_over_the_blocks_equals_the_reference_forward_and_backward():
         chosen = moba.select_blocks(query, key, chunk_size=4, top_k=2, query_positions=positions)
         return masks.Causal().at(query_positions=positions) & chosen
 
-    def attend(query, key, value):
-        return kernelry.attention(query, key, value, mask=mask_of(query, key))
+    @jax.jit
+    def run(*arrays):
+        def loss(query, key, value):
+            out = kernelry.attention(query, key, value, mask=mask_of(query, key))
+            return jnp.sin(out).sum(), out
 
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+
+    (d_query, d_key, d_value), out = run(query, key, value)
     fixed = mask_of(query, key)
-    expected = reference_attention(query, key, value, mask=fixed)
-    np.testing.assert_allclose(np.asarray(jax.jit(attend)(query, key, value)), expected.out, atol=2e-6)
-    through = jax.grad(lambda *arrays: jnp.sin(attend(*arrays)).sum(), (0, 1, 2))(query, key, value)
-    around = jax.grad(lambda *arrays: jnp.sin(kernelry.attention(*arrays, mask=fixed)).sum(), (0, 1, 2))(
-        query, key, value
-    )
-    for one, other in zip(through, around, strict=True):
-        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-6)
+    expected = reference_attention(query, key, value, mask=fixed).out
+    np.testing.assert_allclose(np.asarray(out), expected, atol=2e-6)
+    around = reference_gradients(query, key, value, mask=fixed, d_out=np.cos(expected))
+    for found, other in ((d_query, around.query), (d_key, around.key), (d_value, around.value)):
+        np.testing.assert_allclose(np.asarray(found), other, atol=1e-6)
 
 
 def test_no_keys_give_no_blocks():
     query, key, value = _arrays(kv_len=0)
-    mask = moba.select_blocks(query, key, chunk_size=4, top_k=2, query_positions=np.arange(T))
-    assert (np.asarray(kernelry.attention(query, key, value, mask=mask)) == 0).all()
+
+    @jax.jit
+    def run(*arrays):
+        mask = moba.select_blocks(*arrays[:2], chunk_size=4, top_k=2, query_positions=np.arange(T))
+        return kernelry.attention(*arrays, mask=mask)
+
+    assert (np.asarray(run(query, key, value)) == 0).all()
 
 
 @pytest.mark.parametrize("change", [{"chunk_size": 0}, {"top_k": 0}, {"top_k": 1.5}, {"chunk_size": True}])

@@ -1,31 +1,26 @@
-"""The laws of partials: merging is associative and commutative, has an identity, and loses nothing."""
+"""Partials: their two forms, what merging them keeps, and what is refused.
 
-import itertools
+That merged parts are the whole, gradients included, and the laws of `merge` are in test_laws.py.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import kernelry
-from kernelry import masks
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.normalization import LogSumExp, MaxSum, to_lse, to_max_sum
 
-B, T, N, K, H = 2, 6, 4, 2, 8
+B, T, N, D = 2, 5, 4, 8
 
 
-def _arrays(kv_len, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    shapes = ((B, T, N, H), (B, kv_len, K, H), (B, kv_len, K, H))
-    return tuple(jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
-
-
-def _part(q, k, v, first, last):
-    mask = masks.Causal().at(query_offset=2, kv_offset=first)
-    return kernelry.attention(q, k[:, first:last], v[:, first:last], mask=mask, return_partial=True)
+def _part(seed, *, empty=(), **fields):
+    """Draws a Partial; the batch rows named see nothing."""
+    rng = np.random.default_rng(seed)
+    out, lse = (rng.standard_normal(shape).astype(np.float32) for shape in ((B, T, N, D), (B, N, T)))
+    out[list(empty)], lse[list(empty)] = 0, -np.inf
+    return kernelry.Partial(jnp.asarray(out), lse=jnp.asarray(lse), **{"dtype": "float32"} | fields)
 
 
 def _close(left, right, atol=2e-6):
@@ -33,31 +28,9 @@ def _close(left, right, atol=2e-6):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=atol)
 
 
-@given(st.integers(0, 8), st.integers(0, 8))
-@settings(max_examples=6, deadline=None)
-def test_splitting_the_keys_anywhere_changes_nothing(one, other):
-    q, k, v = _arrays(8)
-    cuts = [0, *sorted((one, other)), 8]
-    whole = kernelry.attention(q, k, v, mask=masks.Causal().at(query_offset=2))
-    parts = [_part(q, k, v, first, last) for first, last in itertools.pairwise(cuts)]
-    _close(kernelry.finalize(kernelry.merge(parts)), whole)
-
-
-@pytest.mark.parametrize("form", [to_lse, to_max_sum])
-def test_merge_is_associative_and_commutative(form):
-    q, k, v = _arrays(8)
-    a, b, c = (form(_part(q, k, v, first, last)) for first, last in ((0, 3), (3, 5), (5, 8)))
-    left = kernelry.merge([kernelry.merge([a, b]), c])
-    _close(kernelry.finalize(left), kernelry.finalize(kernelry.merge([a, kernelry.merge([b, c])])))
-    _close(kernelry.finalize(left), kernelry.finalize(kernelry.merge([c, a, b])))
-    _close(to_lse(left).lse, to_lse(kernelry.merge([c, a, b])).lse)
-
-
 @pytest.mark.parametrize("form", [to_lse, to_max_sum])
 def test_an_empty_part_is_the_identity(form):
-    q, k, v = _arrays(8)
-    part = form(_part(q, k, v, 0, 8))
-    empty = form(_part(q, k, v, 4, 4))
+    part, empty = form(_part(0)), form(_part(1, empty=(0, 1)))
     _close(to_lse(kernelry.merge([part, empty])), to_lse(part))
     nothing = to_lse(kernelry.merge([empty, empty]))
     assert (np.asarray(nothing.lse) == -np.inf).all()
@@ -65,42 +38,34 @@ def test_an_empty_part_is_the_identity(form):
 
 
 @pytest.mark.parametrize("form", [to_lse, to_max_sum])
-def test_gradients_of_merged_parts_equal_those_of_the_whole(form):
-    q, k, v = _arrays(8)
-    sinks = jnp.linspace(-1.0, 1.0, N)
+def test_merging_weighs_outputs_by_their_share_of_the_sum(form):
+    one, other = _part(0), _part(1, empty=(0,))
+    found = to_lse(kernelry.merge([form(one), form(other)]))
+    exps = [np.exp(np.asarray(part.lse, np.float64)) for part in (one, other)]
+    shares = [np.swapaxes(exp / sum(exps), 1, 2)[..., None] for exp in exps]
+    _close(found.lse, np.log(sum(exps)))
+    _close(found.out, sum(share * np.asarray(part.out) for share, part in zip(shares, (one, other), strict=True)))
 
-    def whole(q, k, v, sinks):
-        mask = masks.Causal().at(query_offset=2)
-        return jnp.sin(kernelry.attention(q, k, v, mask=mask, sinks=sinks)).sum()
 
-    def parts(q, k, v, sinks):
-        merged = kernelry.merge([form(_part(q, k, v, first, last)) for first, last in ((0, 2), (2, 5), (5, 8))])
-        return jnp.sin(kernelry.finalize(merged, sinks)).sum()
-
-    _close(
-        jax.jit(jax.grad(parts, argnums=(0, 1, 2, 3)))(q, k, v, sinks),
-        jax.jit(jax.grad(whole, argnums=(0, 1, 2, 3)))(q, k, v, sinks),
-        atol=1e-5,
-    )
+def test_merging_keeps_max_and_sum_only_where_every_part_has_them():
+    one, other = _part(0), _part(1)
+    assert kernelry.merge([to_max_sum(one), to_max_sum(other)]).max is not None
+    assert kernelry.merge([one, to_max_sum(other)]).lse is not None
 
 
 def test_statistics_of_empty_rows_in_both_forms():
-    q, k, v = _arrays(4)
-    mask = masks.Lengths(jnp.array([0, 2], jnp.int32))
-    partial = kernelry.attention(q, k, v, mask=mask, return_partial=True)
+    partial = _part(0, empty=(0,))
     other = to_max_sum(partial)
-    assert (np.asarray(partial.out[0]) == 0).all()
-    assert (np.asarray(partial.lse[0]) == -np.inf).all()
+    assert (np.asarray(other.out[0]) == 0).all()
     assert (np.asarray(other.max[0]) == -np.inf).all()
     assert (np.asarray(other.sum[0]) == 0).all()
     assert (np.asarray(other.sum[1]) == 1).all()
+    _close(to_lse(other), partial)
 
 
 @pytest.mark.parametrize("normalization", [LogSumExp(), MaxSum()])
 def test_finalize_returns_the_querys_dtype(normalization):
-    q, k, v = (array.astype(jnp.bfloat16) for array in _arrays(4))
-    partial = kernelry.attention(q, k, v, return_partial=True)
-    merged = normalization.merge([partial])
+    merged = normalization.merge([_part(0, dtype="bfloat16")])
     assert merged.out.dtype == jnp.float32
     assert normalization.finalize(merged).dtype == jnp.bfloat16
 
@@ -115,15 +80,11 @@ def test_merge_without_statistics_is_an_error():
         kernelry.merge([kernelry.Partial(jnp.zeros((1, 1, 1, 1)))])
 
 
-def test_max_logits_of_parts_merge_to_the_largest():
-    q, k, v = _arrays(8)
-
-    def part(first, last):
-        call = {"return_partial": True, "return_max_logits": True}
-        return kernelry.attention(q, k[:, first:last], v[:, first:last], **call)[0]
-
-    whole = kernelry.attention(q, k, v, return_max_logits=True)[1]
-    _close(kernelry.merge([part(0, 3), part(3, 8)]).max_logits, whole)
+@pytest.mark.parametrize("form", [to_lse, to_max_sum])
+def test_max_logits_of_parts_merge_to_the_largest(form):
+    one, other = np.random.default_rng(2).standard_normal((2, B, N)).astype(np.float32)
+    parts = [form(_part(seed, max_logits=jnp.asarray(of))) for seed, of in enumerate((one, other))]
+    np.testing.assert_array_equal(kernelry.merge(parts).max_logits, np.maximum(one, other))
 
 
 def _partial(shape=(1, 2, 4, 8), dtype="float32", **statistics):

@@ -1,4 +1,7 @@
-"""Quantised arrays are near what they stand for, paged ones equal to it; both are values that JAX can carry."""
+"""Quantised arrays are near what they stand for, paged ones equal to it; both are values that JAX can carry.
+
+One program quantises in every way, and one gathers pages of every kind.
+"""
 
 import functools
 import sys
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from pairs import sweep_but
 
 from kernelry.errors import ArgumentError, ConfigError, ShapeError
 from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedArray
@@ -22,11 +26,17 @@ SCALE_ROUNDING = {"float32": 2**-22, "bfloat16": 2**-8, "float16": 2**-10}
 
 _FEW = settings(deadline=None, max_examples=40)
 magnitudes = st.floats(-1000, 1000, width=32).filter(lambda x: x == 0 or abs(x) > 2**-10)
-shapes = st.sampled_from([(3, 4), (2, 1, 5), (2, 3, 2, 4)])  # few, for each compiles programs of its own
-arrays = shapes.flatmap(lambda shape: npst.arrays(np.float32, shape, elements=magnitudes))
-tables = st.sampled_from([(1, 1), (2, 3)]).flatmap(
-    lambda shape: npst.arrays(np.int32, shape, elements=st.integers(-3, 4))
-)
+arrays = npst.arrays(np.float32, (2, 3, 2, 4), elements=magnitudes)
+tables = npst.arrays(np.int32, (2, 3), elements=st.integers(-3, 4))
+
+
+@jax.jit
+def in_every_way(array):
+    """The array quantised in every way with a scale of every dtype, and what comes back."""
+    found = {
+        (how, dtype): QuantizedArray.quantize(array, how, scale_dtype=dtype) for how in WAYS for dtype in SCALE_ROUNDING
+    }
+    return {name: (held, held.dequantize()) for name, held in found.items()}
 
 
 def float32(array):
@@ -34,61 +44,69 @@ def float32(array):
 
 
 @_FEW
-@given(arrays, st.sampled_from(WAYS), st.sampled_from(sorted(SCALE_ROUNDING)))
-def test_the_error_is_at_most_half_a_step_and_the_scales_rounding(array, how, scale_dtype):
-    kind = Quantization.parse(how)
-    found = QuantizedArray.quantize(jnp.asarray(array), kind, scale_dtype=scale_dtype)
-    step = float32(found.scale).astype(np.float64)
-    allowed = step * (ROUNDING[kind.dtype] + LARGEST[kind.dtype] * SCALE_ROUNDING[scale_dtype])
-    if kind.dtype == "float8_e4m3fn":
-        allowed = allowed + np.abs(array) * 2**-4  # 3 bits of mantissa
-    error = np.abs(np.asarray(found.dequantize(), np.float64) - array)
-    assert (error <= np.broadcast_to(allowed, error.shape) * (1 + 1e-6)).all()
+@given(arrays)
+def test_the_error_is_at_most_half_a_step_and_the_scales_rounding(array):
+    for (how, scale_dtype), (found, back) in in_every_way(array).items():
+        kind = Quantization.parse(how)
+        step = float32(found.scale).astype(np.float64)
+        allowed = step * (ROUNDING[kind.dtype] + LARGEST[kind.dtype] * SCALE_ROUNDING[scale_dtype])
+        if kind.dtype == "float8_e4m3fn":
+            allowed = allowed + np.abs(array) * 2**-4  # 3 bits of mantissa
+        error = np.abs(np.asarray(back, np.float64) - array)
+        assert (error <= np.broadcast_to(allowed, error.shape) * (1 + 1e-6)).all(), (how, scale_dtype)
 
 
 @_FEW
-@given(arrays, st.sampled_from(WAYS))
-def test_one_scale_takes_the_largest_magnitude_it_reaches_to_the_largest_value(array, how):
-    kind = Quantization.parse(how)
-    found = QuantizedArray.quantize(jnp.asarray(array), kind, scale_dtype=jnp.float32)
-    reached = (-1,) if kind.axis == "head_dim" else (-2, -1)
-    largest = np.abs(array).max(axis=reached, keepdims=True)
-    expected = np.where(largest == 0, 1, largest / LARGEST[kind.dtype])
-    np.testing.assert_allclose(np.asarray(found.scale), expected, rtol=1e-6)
+@given(arrays)
+def test_one_scale_takes_the_largest_magnitude_it_reaches_to_the_largest_value(array):
+    found = in_every_way(array)
+    for how in WAYS:
+        kind = Quantization.parse(how)
+        reached = (-1,) if kind.axis == "head_dim" else (-2, -1)
+        largest = np.abs(array).max(axis=reached, keepdims=True)
+        expected = np.where(largest == 0, 1, largest / LARGEST[kind.dtype])
+        np.testing.assert_allclose(np.asarray(found[how, "float32"][0].scale), expected, rtol=1e-6, err_msg=how)
 
 
 @_FEW
-@given(arrays, st.sampled_from(WAYS))
-def test_negating_an_array_negates_what_comes_back(array, how):
-    there, back = (QuantizedArray.quantize(jnp.asarray(sign * array), how).dequantize() for sign in (1, -1))
-    step = float32(QuantizedArray.quantize(jnp.asarray(array), how).scale)
-    # A two's complement has one value more below 0, which the largest magnitude may get.
-    difference = np.abs(np.asarray(there) + np.asarray(back))
-    assert (difference <= np.broadcast_to(step, array.shape) * (1 + 1e-6)).all()
+@given(arrays)
+def test_negating_an_array_negates_what_comes_back(array):
+    there, back = in_every_way(array), in_every_way(-array)
+    for name, (held, _) in there.items():
+        one, other = (np.float64(float32(a.values)) * float32(a.scale) for a in (held, back[name][0]))
+        # A two's complement has one value more below 0, which the largest magnitude may get.
+        allowed = np.broadcast_to(float32(held.scale), array.shape) * (1 + 1e-6)
+        assert (np.abs(one + other) <= allowed).all(), name
 
 
-@pytest.mark.parametrize("how", WAYS)
-def test_a_row_of_zeros_comes_back_as_zeros_with_a_usable_scale(how):
-    found = QuantizedArray.quantize(jnp.zeros((2, 3, 4)), how)
-    np.testing.assert_array_equal(found.dequantize(), np.zeros((2, 3, 4)))
-    assert (float32(found.scale) > 0).all()
+def test_heads_without_rows_are_quantised_like_one_row():
+    array = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    ways = jax.jit(lambda array: [QuantizedArray.quantize(array, how) for how in ("int8", "int8:heads_and_head_dim")])
+    for found, row in zip(ways(array), ways(array[None]), strict=True):
+        np.testing.assert_array_equal(found.values, row.values[0])
+        np.testing.assert_array_equal(found.scale, row.scale[0])
 
 
-@pytest.mark.parametrize("how", WAYS)
+def test_a_row_of_zeros_comes_back_as_zeros_with_a_usable_scale():
+    for found, back in in_every_way(np.zeros((2, 3, 2, 4), np.float32)).values():
+        np.testing.assert_array_equal(back, 0)
+        assert (float32(found.scale) > 0).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_comes_back_as_nan_wherever_its_scale_reaches_and_nowhere_else(how, bad):
-    array = np.ones((2, 3, 4), np.float32)
-    array[0, 1, 2] = bad
-    found = np.asarray(QuantizedArray.quantize(jnp.asarray(array), how).dequantize())
-    expected = np.zeros((2, 3, 4), bool)
-    expected[0, :, :] = how.endswith("heads_and_head_dim")
-    expected[0, 1, :] = True
-    np.testing.assert_array_equal(np.isnan(found), expected)
+def test_what_is_not_finite_comes_back_as_nan_wherever_its_scale_reaches_and_nowhere_else(bad):
+    array = np.ones((2, 3, 2, 4), np.float32)
+    array[0, 1, 1, 2] = bad
+    for (how, _), (_, found) in in_every_way(array).items():
+        expected = np.zeros(array.shape, bool)
+        expected[0, 1, :] = how.endswith("heads_and_head_dim")
+        expected[0, 1, 1] = True
+        np.testing.assert_array_equal(np.isnan(found), expected, err_msg=how)
 
 
 @pytest.mark.parametrize("how", WAYS)
 def test_an_array_knows_how_it_was_quantised(how):
-    found = QuantizedArray.quantize(jnp.ones((2, 3, 4)), how)
+    found = jax.eval_shape(lambda array: QuantizedArray.quantize(array, how), jnp.ones((2, 3, 4)))
     assert str(found.quantization) == how
     assert (found.shape, found.ndim) == ((2, 3, 4), 3)
     assert how in repr(found)
@@ -96,7 +114,8 @@ def test_an_array_knows_how_it_was_quantised(how):
 
 def test_with_one_head_both_axes_are_one():
     one_head = jnp.ones((2, 1, 4))
-    assert str(QuantizedArray.quantize(one_head, "int8:heads_and_head_dim").quantization) == "int8:head_dim"
+    found = jax.eval_shape(lambda array: QuantizedArray.quantize(array, "int8:heads_and_head_dim"), one_head)
+    assert str(found.quantization) == "int8:head_dim"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -176,7 +195,7 @@ def test_quantising_without_qwix_says_what_to_install(monkeypatch):
         QuantizedArray.quantize(jnp.ones((2, 4)))
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", sweep_but(WAYS, "int8:head_dim"))
 def test_quantising_and_back_is_the_same_under_jit_and_vmap(how):
     array = jax.random.normal(jax.random.key(0), (3, 5, 2, 4))
     eager = QuantizedArray.quantize(array, how)
@@ -192,14 +211,21 @@ def test_quantising_and_back_is_the_same_under_jit_and_vmap(how):
 
 
 def test_quantised_and_paged_arrays_are_no_dictionary_keys():
-    for held in (QuantizedArray.quantize(jnp.ones((2, 4))), PagedArray(PAGES, TABLE)):
+    for held in (QuantizedArray(VALUES, jnp.ones((2, 3, 1))), PagedArray(PAGES, TABLE)):
         with pytest.raises(TypeError, match="unhashable"):
             hash(held)
 
 
 @functools.cache
-def _held(how):
-    return PAGES if how is None else QuantizedArray.quantize(PAGES, how)
+def _held():
+    """PAGES as they are, and held in every way."""
+    return {"": PAGES, **jax.jit(lambda pages: {how: QuantizedArray.quantize(pages, how) for how in WAYS})(PAGES)}
+
+
+@jax.jit
+def gathered(held, table):
+    found = {how: PagedArray(pages, table).gather() for how, pages in held.items()}
+    return {how: stored.dequantize() if how else stored for how, stored in found.items()}
 
 
 def side_by_side(pages, table):
@@ -214,17 +240,26 @@ def side_by_side(pages, table):
 
 
 @_FEW
-@given(tables, st.sampled_from([None, *WAYS]), st.booleans())
-def test_gathered_pages_equal_a_loop_with_nan_where_there_is_none(table, how, in_numpy):
-    pages = _held(how)
-    plain = PAGES if how is None else pages.dequantize()
-    given = (jax.tree.map(np.asarray, pages), table) if in_numpy else (pages, jnp.asarray(table))
-    paged = PagedArray(*given)
-    gathered = paged.gather()
-    assert paged.shape == gathered.shape
-    assert (str(paged.quantization) if how else paged.quantization) == how
-    found = gathered if how is None else gathered.dequantize()
-    np.testing.assert_array_equal(np.asarray(found), side_by_side(np.asarray(plain), table).astype(np.float32))
+@given(tables)
+def test_gathered_pages_equal_a_loop_with_nan_where_there_is_none(table):
+    for how, found in gathered(_held(), table).items():
+        plain = _held()[how].dequantize() if how else PAGES
+        np.testing.assert_array_equal(found, side_by_side(np.asarray(plain), table).astype(np.float32), err_msg=how)
+
+
+@pytest.mark.parametrize("how", ["", *WAYS])
+def test_a_paged_array_has_the_shape_and_the_quantization_of_what_is_gathered(how):
+    paged = PagedArray(_held()[how], TABLE)
+    assert paged.shape == jax.eval_shape(PagedArray.gather, paged).shape
+    assert paged.quantization == (Quantization.parse(how) if how else None)
+
+
+@pytest.mark.parametrize("how", ["", "int8:head_dim"])
+def test_numpys_arrays_are_gathered_too(how):
+    pages, table = jax.tree.map(np.asarray, (_held()[how], TABLE))
+    found = PagedArray(pages, table).gather()
+    plain, found = (stored.dequantize() if how else stored for stored in (_held()[how], found))
+    np.testing.assert_array_equal(found, side_by_side(np.asarray(plain), table).astype(np.float32))
 
 
 def test_a_paged_array_knows_its_pages():
@@ -234,7 +269,7 @@ def test_a_paged_array_knows_its_pages():
 
 
 def test_paged_arrays_are_gathered_under_jit_and_vmap():
-    expected = np.asarray(PagedArray(PAGES, TABLE).gather())
+    expected = side_by_side(np.asarray(PAGES), np.asarray(TABLE)).astype(np.float32)
     np.testing.assert_array_equal(jax.jit(PagedArray.gather)(PagedArray(PAGES, TABLE)), expected)
     pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PagedArray(PAGES, TABLE))
     np.testing.assert_array_equal(jax.vmap(PagedArray.gather)(pair), np.stack([expected, expected]))

@@ -1,9 +1,10 @@
-"""What splash and pallas_mha serve through adapters, in interpret mode, against dense float32."""
+"""What splash and pallas_mha serve through adapters, in interpret mode, against dense attention."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pairs import sweep_but
 
 import kernelry
 from kernelry import masks, testing
@@ -22,8 +23,43 @@ def packed(length, rows=1):
     return np.stack([np.roll(ids, -row) for row in range(rows)])
 
 
+IDS = packed(128)
+
+
 def adapters_of(plan):
     return {step.adapter.name for step in plan.steps}
+
+
+PLANS = [
+    (KERNELS, {"mask": masks.Causal(), "sinks": True}, {"sinks_from_lse"}),
+    (KERNELS, {"mask": masks.Causal() & masks.Segments(IDS)}, {"empty_rows_from_lse", "clean_hidden_slots"}),
+    (
+        KERNELS,
+        {"mask": masks.Segments(IDS), "sinks": True},
+        {"empty_rows_from_lse", "clean_hidden_slots", "sinks_from_lse"},
+    ),
+    (
+        ["splash"],
+        {"mask": masks.Causal().at(query_offset=-60), "sinks": True},
+        {"empty_rows_from_lse", "clean_hidden_slots", "sinks_from_lse"},
+    ),
+    (KERNELS, {"mask": masks.Causal(), "q_len": 203}, {"pad_sequence"}),
+    (KERNELS, {"mask": masks.Causal(), "head_dim": 80}, set()),
+    (["splash"], {"mask": masks.Causal(), "kv_heads": 1, "value_dim": 24}, set()),
+    (["pallas_mha"], {"mask": masks.Causal(), "kv_heads": 1, "value_dim": 24}, {"repeat_kv_heads", "pad_head_dim"}),
+    (["pallas_mha"], {"mask": masks.Causal(), "head_dim": 5}, {"pad_head_dim"}),
+]
+
+
+def test_no_more_adapters_are_used_than_a_request_needs():
+    usual = {"q_len": 128, "q_heads": 2, "kv_heads": 2, "head_dim": 16, "target": "cpu", "interpret": True}
+    wrong = []
+    for kernels, facts, wanted in PLANS:
+        for kernel in kernels:
+            found = adapters_of(kernelry.resolve(kernelry.Request(**{**usual, **facts}), kernel=kernel).plan)
+            if found != wanted:
+                wrong.append((kernel, facts, found))
+    assert not wrong
 
 
 @pytest.fixture
@@ -39,28 +75,33 @@ def check(make_arrays, check_against_dense):
     return run
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_sinks(kernel, check):
     assert check(kernel, sinks=[0.5, -1.0], mask=masks.Causal()) == {"sinks_from_lse"}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_negative_ids_and_the_rows_they_leave_empty(kernel, check):
     mask = masks.Causal() & masks.Segments(packed(LENGTH[kernel]))
     assert check(kernel, mask=mask) == {"empty_rows_from_lse", "clean_hidden_slots"}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_negative_ids_without_a_causal_mask_and_with_sinks(kernel, check):
     mask = masks.Segments(packed(LENGTH[kernel]))
     assert "sinks_from_lse" in check(kernel, mask=mask, sinks=[0.5, -1.0])
 
 
+@pytest.mark.sweep
 def test_whole_blocks_of_empty_rows_in_splash(check):
     ids = np.where(np.arange(256) < 128, -1, 0)
     check("splash", arrays={"q_len": 256, "heads": 2, "kv_heads": 2, "head_dim": 16}, mask=masks.Segments(ids))
 
 
+@pytest.mark.sweep
 def test_a_band_that_leaves_rows_empty_in_splash(check):
     mask = masks.Causal().at(query_offset=-60)
     assert "empty_rows_from_lse" in check("splash", mask=mask, sinks=[0.5, -1.0])
@@ -71,30 +112,38 @@ def test_lengths_become_segments_in_splash(check):
     assert "lengths_as_segments" in check("splash", mask=mask)
 
 
-@pytest.mark.parametrize("mask", [masks.Causal(), masks.Full()], ids=["causal", "full"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "mask"),
+    sweep_but(
+        [(kernel, mask) for kernel in KERNELS for mask in (masks.Causal(), masks.Full())], ("splash", masks.Full())
+    ),
+    ids=str,
+)
 def test_any_length(kernel, mask, check):
     shape = {"q_len": UNEVEN[kernel] + 3, "heads": 2, "kv_heads": 2, "head_dim": 16}
     assert "pad_sequence" in check(kernel, arrays=shape, mask=mask)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_length_200_is_padded(kernel, check):
     shape = {"q_len": 200, "heads": 1, "kv_heads": 1, "head_dim": 16}
     assert check(kernel, arrays=shape, mask=masks.Causal()) == {"pad_sequence"}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_head_dim_80(kernel, check):
     check(kernel, arrays={"q_len": LENGTH[kernel], "heads": 2, "kv_heads": 2, "head_dim": 80}, mask=masks.Causal())
 
 
+@pytest.mark.sweep
 def test_head_dim_5_is_padded_to_what_triton_takes(check):
     shape = {"q_len": 32, "heads": 2, "kv_heads": 2, "head_dim": 5}
     assert check("pallas_mha", arrays=shape, mask=masks.Causal()) == {"pad_head_dim"}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", sweep_but(KERNELS, "pallas_mha"))
 def test_grouped_heads_with_a_value_dim_of_their_own(kernel, check):
     shape = {"q_len": LENGTH[kernel], "heads": 4, "kv_heads": 2, "head_dim": 16, "value_dim": 24}
     found = check(kernel, arrays=shape, mask=masks.Causal())
@@ -110,7 +159,7 @@ def test_everything_together(kernel, check):
     assert {"pad_sequence", "sinks_from_lse", "empty_rows_from_lse", "clean_hidden_slots"} <= found
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", sweep_but(KERNELS, "pallas_mha"))
 def test_nan_in_slots_that_nobody_sees_stays_there(kernel, make_arrays, check_against_dense):
     length = LENGTH[kernel]
     ids = packed(length)
@@ -121,12 +170,12 @@ def test_nan_in_slots_that_nobody_sees_stays_there(kernel, make_arrays, check_ag
     check_against_dense(kernel, poisoned, mask=mask, forward=FORWARD, gradient=GRADIENT)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_two_parts_merge_with_gradients_through_their_lse(kernel, make_arrays):
+@pytest.mark.parametrize("kernel", sweep_but(KERNELS, "pallas_mha"))
+def test_two_parts_merge_with_gradients_through_their_lse(kernel, make_arrays, jit):
     half = LENGTH[kernel]
     query, key, value, d_out = make_arrays(half, 2 * half, heads=2, kv_heads=2, head_dim=16)
 
-    def merged(query, key, value, kernel):
+    def merged(query, key, value):
         near = masks.Causal()
         parts = [
             kernelry.attention(
@@ -136,23 +185,21 @@ def test_two_parts_merge_with_gradients_through_their_lse(kernel, make_arrays):
         ]
         return kernelry.finalize(kernelry.merge(parts))
 
-    def whole(query, key, value, kernel):
-        return kernelry.attention(query, key, value, mask=masks.Causal().at(query_offset=half), kernel=kernel)
-
-    def answer(attend, kernel):
-        def run(query, key, value):
-            out, pull = jax.vjp(lambda *qkv: attend(*qkv, kernel), query, key, value)
-            return out, pull(d_out)
-
-        return jax.jit(run)(query, key, value)
+    @jit
+    def run(query, key, value):
+        out, pull = jax.vjp(merged, query, key, value)
+        return out, pull(d_out)
 
     with testing.interpret(), kernelry.record() as resolutions:
-        out, gradients = answer(merged, kernel)
+        out, gradients = run(query, key, value)
     assert all("lse_gradient_column" in adapters_of(resolution.plan) for resolution in resolutions)
-    expected, expected_gradients = answer(whole, "dot_product")
-    np.testing.assert_allclose(np.asarray(out), np.asarray(expected), rtol=0, atol=FORWARD)
-    for name, found, right in zip(("query", "key", "value"), gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(np.asarray(found), np.asarray(right), rtol=0, atol=GRADIENT, err_msg=name)
+    whole = masks.Causal().at(query_offset=half)
+    expected = testing.reference_attention(query, key, value, mask=whole).out
+    expected_gradients = testing.reference_gradients(query, key, value, mask=whole, d_out=d_out)
+    np.testing.assert_allclose(np.asarray(out), expected, rtol=0, atol=FORWARD)
+    for name, found in zip(("query", "key", "value"), gradients, strict=True):
+        right = getattr(expected_gradients, name)
+        np.testing.assert_allclose(np.asarray(found), right, rtol=0, atol=GRADIENT, err_msg=name)
 
 
 def test_unequal_lengths_that_are_no_multiples_in_pallas_mha(check):

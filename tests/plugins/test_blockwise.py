@@ -4,6 +4,7 @@ With the shipped block sizes a test's few tokens would stand in one block, and n
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
-from mask_strategies import BATCH, KV_HEADS, Q_HEADS, placed_masks
+from mask_strategies import BATCH, KV_HEADS, Q_HEADS, masks_of, placed_masks
+from pairs import covering
 
 import kernelry
 from kernelry import masks
 from kernelry.cache import PagedArray, QuantizedArray
 from kernelry.masks import BlockKind
 from kernelry.plugin import Request, Tiling
+from kernelry.testing import reference_mask
 from kernelry.testing.conformance import run
 from kernelry.testing.reference import reference_attention, reference_gradients
 from kernelry_dot_product.blockwise.grid import Grid
@@ -40,15 +43,21 @@ def _blocks_of(mask, q_len, kv_len, grid):
             yield row, column, block.any(), block.all()
 
 
-@settings(deadline=None, max_examples=60)
-@given(placed_masks(max_len=11), st.sampled_from([(3, 4), (3, 11), (11, 4)]))
-def test_no_block_is_called_emptier_or_fuller_than_it_is(drawn, blocks):
-    mask, q_len, kv_len = drawn
+def _assert_kinds_hold(mask, q_len, kv_len, blocks):
     grid = Grid(q_len=q_len, kv_len=kv_len, block_q=blocks[0], block_kv=blocks[1], batch=BATCH, step_batch=BATCH)
     [kinds] = np.asarray(kinds_of(mask.canonical(), grid))
     for row, column, some, full in _blocks_of(mask, q_len, kv_len, grid):
         assert not (kinds[row, column] == BlockKind.EMPTY and some), (row, column)
         assert not (kinds[row, column] == BlockKind.FULL and not full), (row, column)
+
+
+@pytest.mark.parametrize(
+    "blocks", [(3, 4), pytest.param((3, 7), marks=pytest.mark.sweep), pytest.param((7, 4), marks=pytest.mark.sweep)]
+)
+@settings(deadline=None, max_examples=40)
+@given(mask=masks_of(7, 7))
+def test_no_block_is_called_emptier_or_fuller_than_it_is(blocks, mask):
+    _assert_kinds_hold(mask, 7, 7, blocks)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +139,7 @@ def test_the_program_does_not_grow_with_the_length():
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.sweep
 def test_temporary_memory_grows_with_the_length_not_its_square():
     short, long = (
         function.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
@@ -156,14 +166,21 @@ def test_runs_inside_shard_map():
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", ["dot_product", "blockwise"])
-@pytest.mark.parametrize("options", [{}, {"return_partial": True}])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ("dot_product", {}),
+        ("blockwise", {"return_partial": True}),
+        pytest.param("dot_product", {"return_partial": True}, marks=pytest.mark.sweep),
+        pytest.param("blockwise", {}, marks=pytest.mark.sweep),
+    ],
+)
 def test_what_is_alike_on_every_device_has_its_gradients_summed(kernel, options):
     """Under shard_map: keys, values, bias and sinks that are replicated beside a query that is not."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.standard_normal((2, 16, 2, 8)), jnp.float32) for _ in range(3))
-    bias, sinks = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 2, 16, 16), (2,)))
+    shapes = dict.fromkeys(("query", "key", "value"), (2, 12, 2, 8)) | {"bias": (1, 2, 12, 12), "sinks": (2,)}
+    operands = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
     def attend(query, key, value, bias, sinks):
         extra = {} if options else {"sinks": sinks}
@@ -174,14 +191,11 @@ def test_what_is_alike_on_every_device_has_its_gradients_summed(kernel, options)
         specs = (PartitionSpec("x"), *(PartitionSpec(),) * 4)
         return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("x"))(*operands).sum()
 
-    def plain(*operands):
-        return attend(*operands).sum()
-
-    operands, every = (query, key, value, bias, sinks), (0, 1, 2, 3, 4)
     with kernelry.use(tiling=SMALL if kernel == "blockwise" else None):
-        found, wanted = jax.jit(jax.grad(loss, every))(*operands), jax.jit(jax.grad(plain, every))(*operands)
-    for mine, right in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-5)
+        found = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4)))(*operands.values())
+    wanted = reference_gradients(**operands, mask=masks.Causal(), d_out=np.ones((2, 12, 2, 8)))
+    for name, mine in zip(operands, found, strict=True):
+        np.testing.assert_allclose(mine, getattr(wanted, name), rtol=2e-5, atol=2e-5, err_msg=name)
 
 
 BALANCED = np.r_[0:8, 56:64]
@@ -201,11 +215,14 @@ def test_a_single_block_on_one_side_may_still_be_empty(name):
     _check_against_oracle(mask, q_len, kv_len)
 
 
-def test_keys_that_stand_at_the_ends_of_int32():
+@pytest.mark.parametrize("mask", [masks.Causal(), ~masks.Causal()])
+def test_keys_that_stand_at_the_ends_of_int32(mask):
     ends = np.iinfo(np.int32)
-    for mask, nowhere in ((masks.Causal(), ends.min), (~masks.Causal(), ends.max)):
+    for nowhere in (ends.min, ends.max):
         kv_positions = jnp.r_[jnp.full(8, nowhere, jnp.int32), jnp.arange(8, dtype=jnp.int32)]
-        _check_against_oracle(mask.at(query_positions=jnp.arange(1, 17), kv_positions=kv_positions), 16, 16)
+        placed = mask.at(query_positions=jnp.arange(1, 17), kv_positions=kv_positions)
+        np.testing.assert_array_equal(placed.materialize(16, 16)[0, 0], reference_mask(placed, 1, 1, 16, 16)[0, 0])
+        _assert_kinds_hold(placed, 16, 16, (8, 8))
 
 
 def _check_against_oracle(mask, q_len, kv_len):
@@ -268,9 +285,21 @@ def _stored(how, array, page_size):
     return pages, means, jnp.asarray(table)
 
 
-@pytest.mark.parametrize("page_size", [None, 4])
-@pytest.mark.parametrize("how", [None, "int8", "int4:heads_and_head_dim", "float8_e4m3fn"])
-@pytest.mark.parametrize("q_len", [1, 3, 20])
+STORED = {
+    "q_len": [1, 20, 3],
+    "how": [None, "int8", "int4:heads_and_head_dim", "float8_e4m3fn"],
+    "page_size": [None, 4],
+}
+FEW_STORED = covering(**STORED | {"q_len": [1, 20]})
+
+
+@pytest.mark.parametrize(
+    ("q_len", "how", "page_size"),
+    [
+        pytest.param(*case, marks=() if dict(zip(STORED, case, strict=True)) in FEW_STORED else pytest.mark.sweep)
+        for case in itertools.product(*STORED.values())
+    ],
+)
 def test_decoding_reads_ragged_rows_where_they_stand(how, page_size, q_len):
     rng = np.random.default_rng(3)
     query = jnp.asarray(rng.standard_normal((3, q_len, 4, 8)), jnp.float32)

@@ -1,15 +1,17 @@
-"""pallas_decode in interpret mode against dot_product, what it visits, and what it refuses.
+"""pallas_decode in interpret mode against the float64 oracle, what it visits, and what it refuses.
 
 Interpret mode proves numbers; tests/aot compiles for GPUs: nothing here runs on one.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_cases import in_shuffled_pages
+from cache_cases import in_shuffled_pages, written
+from pairs import covering
 from policies import NO_ADAPTERS
 
 import kernelry
@@ -42,14 +44,20 @@ def through_decode(*operands, tiling=SMALL, **options):
         return kernelry.attention(*operands, kernel="pallas_decode", mode="decode", **options)
 
 
-def dense(*operands, **options):
-    return kernelry.attention(*operands, kernel="dot_product", mode="decode", **options)
+def oracle(*operands, **options):
+    """In float64; keys and values that are quantised or in pages as floats in rows."""
+    plain = (np.asarray(a.dequantize() if isinstance(a, QuantizedArray) else a, np.float64) for a in operands)
+    return testing.reference_attention(*plain, **{"mask": masks.Full(), **options})
+
+
+def near(found, wanted, atol=2e-6):
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=atol, atol=atol)
 
 
 def check(operands, atol=2e-6, **options):
-    found, wanted = through_decode(*operands, **options), dense(*operands, **options)
+    found = through_decode(*operands, **options)
     assert found.dtype == operands[0].dtype
-    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=atol, atol=atol)
+    near(found, oracle(*operands, **options).out, atol)
 
 
 LAST = jnp.maximum(LENGTHS - 1, 0)
@@ -65,21 +73,89 @@ MASKS = {
     "dense_by_head": masks.Dense(np.arange(B * 4 * S).reshape(B, 4, 1, S) % 5 == 1),
     "any_of": masks.SlidingWindow(9).at(query_offset=LAST) | masks.Lengths(np.array([4, 0, 1])),
 }
-QUICK = ("window", "dense_by_head")
+SLOTS = 48
+SMOKE = covering(
+    mask=["static", "by_slots", "by_ids", "dense_by_head"],
+    held=["rows", "int8", "int8 in pages"],
+    dtype=["float32", "bfloat16", "float16"],
+    sizes=[(1, 2, 16), (3, 1, 24), (3, 4, 16)],  # T, K and H
+    more=[{}, {"soft_cap": 3.0, "scale": 0.3}],
+    tiling=[SMALL, {"block_kv": 32, "splits": 1}],
+)
+TOLERANCES = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.sweep) for n in MASKS])
-def test_masks_agree_with_dense(name):
+def smoke_mask(name, q_len):
+    """Row 2 sees nothing, but for the static mask."""
+    lengths = np.array([SLOTS, 20, 0], np.int32)
+    ids = np.repeat([[0, -1, 2, 2, 5, 5]], 8, axis=1).repeat(B, 0)
+    last = jnp.maximum(lengths - q_len, 0)
+    within = masks.Lengths(lengths, np.array([q_len, 1, 0]))
+    return {
+        "static": masks.SlidingWindow(20).at(query_offset=SLOTS - 8),
+        "by_slots": masks.Causal().at(query_offset=last) & masks.SlidingWindow(18).at(query_offset=last) & within,
+        "by_ids": masks.Segments(np.repeat([[0], [2], [-1]], q_len, axis=1), ids)
+        | masks.PrefixLM(np.array([9, 3, 0])).at(query_offset=-9),
+        "dense_by_head": masks.Dense(np.random.default_rng(1).random((1, 4, q_len, SLOTS)) < 0.4) & within,
+    }[name]
+
+
+def poisoned(array, visible):
+    """NaN where no query sees it."""
+    shape = (B, array.shape[2], -1, *visible.shape[2:])
+    seen = visible.reshape(shape).any(axis=(2, 3)).swapaxes(1, 2)[..., None]
+    return jnp.asarray(np.where(seen, array, np.float32(np.nan)))
+
+
+def held_as(how, key, value, dtype):
+    """Keys and values as the kernel takes them, with the table of pages if there is one; and as the oracle does."""
+    if "int8" not in how:
+        return (rows := tuple(array.astype(dtype) for array in (key, value))), rows
+    quantised = tuple(quantise(array) for array in (key, value))
+    if "pages" not in how:
+        return quantised, quantised
+    *pages, table = in_shuffled_pages(key, value, 8)
+    return (*(quantise(array) for array in pages), jnp.asarray(table)), quantised
+
+
+@jax.jit
+def quantise(array):
+    return QuantizedArray.quantize(array, "int8")
+
+
+def in_pages(query, key, value, table):
+    """Operands of a call; a traced table is shared."""
+    return query, PagedArray(key, table), PagedArray(value, table)
+
+
+@pytest.mark.parametrize("case", SMOKE, ids=lambda case: " ".join(map(str, list(case.values())[:4])))
+def test_every_two_features_agree_with_the_oracle_whatever_hidden_slots_hold(case, jit):
+    q_len, kv_heads, head_dim = case["sizes"]
+    query, key, value = arrays(4, kv_heads, head_dim, head_dim, q_len, slots=SLOTS)
+    options = {"mask": smoke_mask(case["mask"], q_len), **case["more"]}
+    visible = testing.reference_mask(options["mask"], B, 4, q_len, SLOTS)
+    held, plain = held_as(case["held"], poisoned(key, visible), poisoned(value, visible), case["dtype"])
+    query = query.astype(case["dtype"])
+    place = in_pages if len(held) > 2 else lambda *operands: operands
+    found = jit(lambda *given: through_decode(*place(*given), tiling=case["tiling"], **options))(query, *held)
+    assert found.dtype == query.dtype
+    near(found, oracle(query, *plain, **options).out, TOLERANCES[case["dtype"]])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_agree_with_the_oracle(name):
     check(arrays(), mask=MASKS[name], soft_cap=3.0, scale=0.3)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "value_dim"), [(4, 4, 128, 64), (48, 1, 16, 16)])
-def test_heads_and_dims_agree_with_dense(heads, kv_heads, head_dim, value_dim):
+def test_heads_and_dims_agree_with_the_oracle(heads, kv_heads, head_dim, value_dim):
     check(arrays(heads, kv_heads, head_dim, value_dim), mask=MASKS["lengths"])
 
 
-def test_several_queries_a_row_agree_with_dense():
+@pytest.mark.sweep
+def test_several_queries_a_row_agree_with_the_oracle():
     last = jnp.maximum(LENGTHS - 3, 0)
     by_head = masks.Dense(np.random.default_rng(1).random((1, 4, 3, S)) < 0.7)
     check(arrays(q_len=3), mask=masks.Causal().at(query_offset=last) & masks.Lengths(LENGTHS, [3, 2, 0]) & by_head)
@@ -91,78 +167,75 @@ def test_narrow_dtypes_stay_within_their_tolerance(dtype, atol):
     check(arrays(dtype=dtype), atol=atol, mask=MASKS["lengths"])
 
 
-def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided():
+def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided(jit):
     options = {"mask": MASKS["window"], "return_partial": True, "return_max_logits": True}
-    found, top = through_decode(*arrays(), **options)
-    wanted, wanted_top = dense(*arrays(), **options)
+    found, top = jit(lambda *operands: through_decode(*operands, **options))(*arrays())
+    wanted = oracle(*arrays(), mask=MASKS["window"])
     assert found.lse is None
-    np.testing.assert_allclose(found.max + jnp.log(found.sum), wanted.lse, rtol=2e-6, atol=2e-6)
+    with np.errstate(divide="ignore"):
+        near(np.asarray(found.max) + np.log(found.sum), wanted.lse)
     assert np.isneginf(found.max[2]).all()
     assert not found.sum[2].any()
-    np.testing.assert_allclose(top, wanted_top, rtol=2e-6)
-    divisor = jnp.where(found.sum == 0, 1, found.sum).swapaxes(1, 2)[..., None]
-    np.testing.assert_allclose(found.out / divisor, wanted.out, rtol=2e-6, atol=2e-6)
+    near(top, wanted.max_logits)
+    weight = np.asarray(found.sum)
+    near(np.asarray(found.out) / np.where(weight == 0, 1, weight).swapaxes(1, 2)[..., None], wanted.out)
 
 
-@pytest.mark.parametrize("how", ["int8", pytest.param("int8:heads_and_head_dim", marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("how", ["int8", "int8:heads_and_head_dim"])
 def test_quantised_keys_agree_with_their_values(how):
     query, key, value = arrays()
-    held = QuantizedArray.quantize(key, how), QuantizedArray.quantize(value, how)
-    found = through_decode(query, *held, mask=MASKS["lengths"])
-    wanted = dense(query, *(array.dequantize() for array in held), mask=MASKS["lengths"])
-    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
+    check((query, *(QuantizedArray.quantize(array, how) for array in (key, value))), mask=MASKS["lengths"])
 
 
 @pytest.mark.parametrize("page_size", [16, pytest.param(6, marks=pytest.mark.sweep)])
-def test_pages_are_read_through_the_table(page_size):
-    query, key, value = arrays(slots=96)
-    mask = masks.Lengths(np.array([96, 40, 0]))
+def test_pages_are_read_through_the_table(page_size, jit):
+    query, key, value = arrays(slots=SLOTS)
+    mask = masks.Lengths(np.array([SLOTS, 20, 0]))
     pages, value_pages, table = in_shuffled_pages(key, value, page_size)
-    table[1, -2:] = -1  # the lengths end before
-    held = PagedArray(pages, table), PagedArray(value_pages, table)
-    found = through_decode(query, *held, mask=mask)
-    np.testing.assert_allclose(found, dense(query, key, value, mask=mask), rtol=2e-6, atol=2e-6)
+    table[1, -1:] = -1  # the lengths end before
+    operands = query, pages, value_pages, table
+    found = jit(lambda *given: through_decode(*in_pages(*given), mask=mask))(*operands)
+    near(found, oracle(query, key, value, mask=mask).out)
 
 
-@pytest.mark.parametrize("missing", [-1, 10_000])
-def test_a_page_that_is_not_there_shows_nan_where_it_is_seen(missing):
-    query, key, value = arrays(slots=48)
+def test_a_page_that_is_not_there_shows_nan_where_it_is_seen(jit):
+    query, key, value = arrays(slots=SLOTS)
     pages, value_pages, table = in_shuffled_pages(key, value, 16)
-    table[0, 1] = missing
-    out = through_decode(
-        query, PagedArray(pages, table), PagedArray(value_pages, table), mask=masks.Lengths(np.array([48, 48, 0]))
-    )
-    assert np.isnan(out[0]).all()
-    assert np.isfinite(out[1:]).all()
+    mask = masks.Lengths(np.array([SLOTS, SLOTS, 0]))
+
+    def run(table):
+        return through_decode(*in_pages(query, pages, value_pages, table), mask=mask)
+
+    run = jit(run)
+    for missing in (-1, 10_000):
+        table[0, 1] = missing
+        out = run(jnp.asarray(table))
+        assert np.isnan(out[0]).all()
+        assert np.isfinite(out[1:]).all()
 
 
-def test_a_paged_cache_is_read_where_it_stands():
+def test_a_paged_cache_is_read_where_it_stands(jit):
     sizes = {"kv_heads": 2, "head_dim": 24, "dtype": jnp.float32}
     cache = PagedCache.create(rows=B, pages=16, page_size=16, max_length=64, **sizes)
-    _, key, value = arrays(value_dim=24, slots=24)
-    cache = cache.prefill(key, value, lengths=jnp.asarray([24, 5, 17]))
-    query, new_key, new_value = arrays(value_dim=24, slots=1)
-    wanted, _ = cache.decode(query, new_key, new_value, mask=masks.Causal(), kernel="dot_product")
+    query, key, value = arrays(value_dim=24, slots=25)
+    before = np.array([24, 5, 17])
+    cache = written(cache, key[:, :24], value[:, :24], jnp.asarray(before), method="prefill")
+
+    def decode(cache, *operands):
+        return cache.decode(*operands, mask=masks.Causal(), kernel="pallas_decode")
+
     with testing.interpret(), kernelry.use(tiling=SMALL), kernelry.record() as resolutions:
-        found, _ = cache.decode(query, new_key, new_value, mask=masks.Causal(), kernel="pallas_decode")
+        found, _ = jit(decode)(cache, query, key[:, 24:], value[:, 24:])
     assert resolutions[0].plan.steps == ()
-    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
+    rows = np.arange(B)
+    key, value = (np.array(array) for array in (key, value))
+    key[rows, before], value[rows, before] = key[:, 24], value[:, 24]
+    near(found, oracle(query, key, value, mask=masks.Lengths(before + 1)).out)
 
 
-def test_a_part_that_sees_nothing_and_nan_in_hidden_slots_leave_no_trace():
-    query, key, value = arrays()
-    hidden = np.arange(S)[None, :, None, None] >= LENGTHS[:, None, None, None]
-    dirty = (jnp.where(hidden, jnp.nan, array) for array in (key, value))
-    found = through_decode(query, *dirty, mask=MASKS["lengths"])
-    np.testing.assert_allclose(found, dense(query, key, value, mask=MASKS["lengths"]), rtol=2e-6, atol=2e-6)
-    assert not np.asarray(found[2]).any()
-
-
-@pytest.mark.parametrize(
-    ("name", "blocks"),
-    [("lengths", [10, 5, 0]), ("window", [4, 4, 0])],
-)
-def test_the_blocks_visited_follow_what_each_row_sees(name, blocks, monkeypatch):
+@pytest.mark.parametrize(("name", "blocks"), [("lengths", [10, 5, 0]), ("window", [4, 4, 0])])
+def test_the_blocks_visited_follow_what_each_row_sees(name, blocks, jit, monkeypatch):
     """Counted while the kernel runs: 150 slots are 10 blocks of 16, 41 visible slots end in 3 or 4 of them."""
     counted = []
     plain = splits.Logits.__call__
@@ -171,16 +244,17 @@ def test_the_blocks_visited_follow_what_each_row_sees(name, blocks, monkeypatch)
         jax.debug.callback(lambda: counted.append(1))
         return plain(self, *operands)
 
-    monkeypatch.setattr(splits.Logits, "__call__", counting)
-    for row, wanted in enumerate(blocks):
-        counted.clear()
-        one = slice(row, row + 1)
-        query, key, value = (array[one] for array in arrays(heads=1, kv_heads=1))
-        length = LENGTHS[one]
+    def run(query, key, value, length):
         mask = masks.Lengths(length)
         if name == "window":
             mask = mask & masks.SlidingWindow(40).at(query_offset=jnp.maximum(length - 1, 0))
-        jax.block_until_ready(through_decode(query, key, value, mask=mask))
+        return through_decode(query, key, value, mask=mask)
+
+    monkeypatch.setattr(splits.Logits, "__call__", counting)
+    run, operands = jit(run), [array[:1] for array in arrays(heads=1, kv_heads=1)]
+    for length, wanted in zip(LENGTHS, blocks, strict=True):
+        counted.clear()
+        jax.block_until_ready(run(*operands, jnp.asarray([length])))
         jax.effects_barrier()
         assert len(counted) <= wanted
         assert bool(counted) == bool(wanted)
@@ -197,26 +271,26 @@ def test_few_rows_are_split_among_more_programs(batch, parts):
     assert PALLAS_DECODE.tilings(dataclasses.replace(REQUEST, batch=batch))[0]["splits"] == parts
 
 
-@pytest.mark.parametrize("target", ["gpu:a100", "gpu:a10g", "gpu:h100", "gpu:b200", "gpu"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("q_len", [1, 16])
-@pytest.mark.parametrize("more", [{}, {"kv_quantization": "int8"}, {"page_size": 16}], ids=["", "int8", "pages"])
-def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(target, dtype, head_dim, q_len, more):
-    request = dataclasses.replace(
-        REQUEST, target=kernelry.Target.parse(target), dtype=dtype, head_dim=head_dim, value_dim=head_dim, q_len=q_len,
-        **more,
-    )  # fmt: skip
-    refused = PALLAS_DECODE.refusals(request, Environment())
-    if refused:
-        assert (dtype, head_dim, q_len, available(request)) == ("float32", 256, 16, 101376)
-        return
+def wrong_needs(request):
+    """Of the tilings for a request, what is asked for and does not fit; where it is refused, for which facts."""
+    if PALLAS_DECODE.refusals(request, Environment()):
+        facts = request.dtype, request.head_dim, request.q_len, available(request)
+        return [] if facts == ("float32", 256, 16, 101376) else [facts]
     found = PALLAS_DECODE.tilings(request)
-    assert found
     for tiling in found:
         tilings.check(request, tiling)
-        asked = need(request, tiling)
-        assert asked.least <= asked.most <= available(request)
+    needs = [need(request, tiling) for tiling in found]
+    return [asked for asked in needs if not asked.least <= asked.most <= available(request)] if found else ["no tiling"]
+
+
+@pytest.mark.parametrize("more", [{}, {"kv_quantization": "int8"}, {"page_size": 16}], ids=["", "int8", "pages"])
+def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(more):
+    targets = [kernelry.Target.parse(f"gpu{name}") for name in (":a100", ":a10g", ":h100", ":b200", "")]
+    wrong = {}
+    for target, dtype, dim, q_len in itertools.product(targets, ("bfloat16", "float32"), (64, 80, 128, 256), (1, 16)):
+        facts = {"target": target, "dtype": dtype, "head_dim": dim, "value_dim": dim, "q_len": q_len}
+        wrong[str(facts)] = wrong_needs(dataclasses.replace(REQUEST, **facts, **more))
+    assert {facts: problems for facts, problems in wrong.items() if problems} == {}
 
 
 def test_where_the_smallest_block_does_not_fit_it_is_refused():

@@ -1,4 +1,4 @@
-"""pallas_mha in interpret mode against dot_product; lowered for CUDA; and what it refuses.
+"""pallas_mha in interpret mode against the float64 oracle; lowered for CUDA; and what it refuses.
 
 Interpret mode proves numbers, lowering proves that the program holds the kernel: nothing here runs
 on a GPU.
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from pairs import covering
 from policies import NO_ADAPTERS
 
 import kernelry
@@ -26,55 +27,69 @@ H100 = AbstractMesh(
 )
 
 
+MASKS = {
+    "full": masks.Full(),
+    "causal": masks.Causal(),
+    "packed": masks.Segments(jnp.asarray(np.repeat([3, -1, 0, 5], 12))),
+}
+TOLERANCES = {"float32": (2e-6, 2e-5), "bfloat16": (1e-2, 4e-2), "float16": (2e-3, 1e-2)}
+SMOKE = covering(
+    mask=list(MASKS),
+    dtype=list(TOLERANCES),
+    more=["none", "sinks", "scale"],
+    head_dim=[16, 80],
+    heads=[2, 4],
+)
+LENGTH = 48
+"""An odd multiple of 16: three blocks."""
+
+
+@pytest.mark.parametrize("case", SMOKE, ids=lambda case: " ".join(map(str, case.values())))
+def test_every_two_features_agree_with_the_oracle(case, make_arrays, check_against_dense):
+    """Grouped heads go through repeat_kv_heads, sinks have gradients through the statistics."""
+    arrays = make_arrays(
+        LENGTH, heads=case["heads"], kv_heads=2, batch=2, head_dim=case["head_dim"], dtype=case["dtype"]
+    )
+    options = {"scale": 0.3} if case["more"] == "scale" else {}
+    if case["more"] == "sinks":
+        options["sinks"] = jnp.linspace(-1, 2, case["heads"], dtype=case["dtype"])
+    forward, gradient = TOLERANCES[case["dtype"]]
+    options |= {"mask": MASKS[case["mask"]], "forward": forward, "gradient": gradient}
+    plan = check_against_dense("pallas_mha", arrays, **options)
+    wanted = {"repeat_kv_heads"} if case["heads"] == 4 else set()
+    wanted |= {"sinks_from_lse"} if case["more"] == "sinks" else set()
+    wanted |= {"clean_hidden_slots", "empty_rows_from_lse"} if case["mask"] == "packed" else set()
+    assert {step.adapter.name for step in plan.steps} == wanted
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("mask", [masks.Full(), masks.Causal()], ids=str)
-def test_masks_agree_with_dense(mask, make_arrays, check_against_dense):
-    check_against_dense("pallas_mha", make_arrays(kv_heads=2), mask=mask)
+@pytest.mark.parametrize("q_len", [128, 256])
+def test_more_and_larger_blocks_agree_with_the_oracle(mask, q_len, make_arrays, check_against_dense):
+    check_against_dense("pallas_mha", make_arrays(q_len, kv_heads=2), mask=mask)
 
 
-def test_lengths_of_odd_multiples_agree_with_dense(make_arrays, check_against_dense):
-    check_against_dense("pallas_mha", make_arrays(48, kv_heads=2), mask=masks.Causal())
-
-
-def test_odd_head_dim_and_scale_agree_with_dense(make_arrays, check_against_dense):
-    check_against_dense("pallas_mha", make_arrays(128, kv_heads=2, head_dim=80), mask=masks.Causal(), scale=0.3)
-
-
-@pytest.mark.parametrize(("dtype", "forward", "gradient"), [("bfloat16", 1e-2, 4e-2), ("float16", 2e-3, 1e-2)])
-def test_short_dtypes_stay_within_their_tolerance(dtype, forward, gradient, make_arrays, check_against_dense):
-    arrays = make_arrays(128, kv_heads=2, dtype=dtype)
-    check_against_dense("pallas_mha", arrays, mask=masks.Causal(), forward=forward, gradient=gradient)
-
-
-def test_grouped_heads_go_through_repeat_kv_heads(make_arrays, check_against_dense):
-    arrays = make_arrays(128, heads=4, kv_heads=2, batch=2)
-    plan = check_against_dense("pallas_mha", arrays, mask=masks.Causal())
-    assert [step.adapter.name for step in plan.steps] == ["repeat_kv_heads"]
-
-
-@pytest.mark.parametrize(("dtype", "forward", "gradient"), [("float32", 2e-6, 2e-5), ("bfloat16", 1e-2, 4e-2)])
-def test_sinks_have_gradients_through_the_statistics(dtype, forward, gradient, make_arrays, check_against_dense):
-    sinks = jnp.asarray([-1.0, 2.0], dtype)
-    arrays = make_arrays(128, kv_heads=2, dtype=dtype)
-    check_against_dense("pallas_mha", arrays, sinks=sinks, mask=masks.Causal(), forward=forward, gradient=gradient)
-
-
-def test_partial_holds_a_natural_lse(make_arrays):
-    query, key, value, _ = make_arrays(128)
+def test_partial_holds_a_natural_lse(make_arrays, jit):
+    query, key, value, _ = make_arrays(LENGTH)
     options = {"mask": masks.Causal(), "mode": "prefill", "return_partial": True}
     with testing.interpret():
-        found = kernelry.attention(query, key, value, kernel="pallas_mha", **options)
-    wanted = kernelry.attention(query, key, value, kernel="dot_product", **options)
+        found = jit(lambda *qkv: kernelry.attention(*qkv, kernel="pallas_mha", **options))(query, key, value)
     assert found.lse.dtype == jnp.float32
-    np.testing.assert_allclose(found.lse, wanted.lse, rtol=2e-6, atol=2e-6)
+    wanted = testing.reference_attention(query, key, value, mask=masks.Causal()).lse
+    np.testing.assert_allclose(found.lse, wanted, rtol=2e-6, atol=2e-6)
 
 
-def test_infinite_lse_contributes_no_gradient(make_arrays):
-    query, key, value, d_out = make_arrays(64, kv_heads=2)
-    request = Request(q_len=64, q_heads=2, head_dim=32, mask=masks.Causal(), interpret=True)
+def test_infinite_lse_contributes_no_gradient(make_arrays, jit):
+    query, key, value, d_out = make_arrays(LENGTH, kv_heads=2)
+    request = Request(q_len=LENGTH, q_heads=2, head_dim=32, mask=masks.Causal(), interpret=True)
     inputs, tiling = kernelry.plugin.Inputs(query, key, value), PALLAS_MHA.tilings(request)[0]
-    lse = jnp.full((1, 2, 64), jnp.inf)
-    shares = PALLAS_MHA.body().backward(inputs, request, tiling, d_out, lse, d_out, None)
-    for share in (shares.query, shares.key, shares.value):
+    lse = jnp.full((1, 2, LENGTH), jnp.inf)
+
+    def run():
+        shares = PALLAS_MHA.body().backward(inputs, request, tiling, d_out, lse, d_out, None)
+        return shares.query, shares.key, shares.value
+
+    for share in jit(run)():
         np.testing.assert_array_equal(share, 0.0)
 
 

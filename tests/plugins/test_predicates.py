@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pairs import sweep_but
 
 import kernelry
 from kernelry import masks, testing
@@ -30,33 +31,50 @@ def nothing(query, kv):
     return np.False_
 
 
-@pytest.mark.parametrize("function", [looks_up, shifted])
-def test_pallas_flash_takes_one_that_holds_an_array_as_a_dense_mask(function, make_arrays, check_against_dense):
+DENSE, EVALUATED = ["dense_mask"], []
+STEPS = {looks_up: DENSE, shifted: DENSE, everything: EVALUATED, nothing: EVALUATED}
+PLANS = [
+    *((masks.Predicate(function), steps) for function, steps in STEPS.items()),
+    (masks.SlidingWindow(5) | masks.Predicate(looks_up), DENSE),
+]
+
+
+def test_one_that_holds_an_array_is_a_dense_mask_and_a_constant_one_is_evaluated():
+    rows = {"q_heads": 2, "kv_heads": 1, "head_dim": 32, "kv_len": LENGTH, "target": "cpu", "interpret": True}
+    wrong = []
+    for kernel, facts in (("pallas_flash", {"q_len": LENGTH}), ("pallas_decode", {"q_len": 1, "mode": "decode"})):
+        for mask, wanted in PLANS:
+            placed = mask.at(query_offset=LENGTH - facts["q_len"])
+            plan = kernelry.resolve(kernelry.Request(**rows, **facts, mask=placed), kernel=kernel).plan
+            if [step.adapter.name for step in plan.steps] != wanted:
+                wrong.append((kernel, mask))
+    assert not wrong
+
+
+@pytest.mark.parametrize("function", sweep_but(STEPS, looks_up, nothing))
+def test_pallas_flash_agrees_with_dense(function, make_arrays, check_against_dense):
     mask = masks.Causal() & masks.Predicate(function)
     plan = check_against_dense("pallas_flash", make_arrays(LENGTH), mask=mask, tiling=SMALL)
-    assert [step.adapter.name for step in plan.steps] == ["dense_mask"]
+    assert [step.adapter.name for step in plan.steps] == STEPS[function]
 
 
-@pytest.mark.parametrize("function", [everything, nothing])
-def test_pallas_flash_evaluates_a_constant_one(function, make_arrays, check_against_dense):
-    mask = masks.Causal() & masks.Predicate(function)
-    plan = check_against_dense("pallas_flash", make_arrays(LENGTH), mask=mask, tiling=SMALL)
-    assert plan.steps == ()
-
-
-@pytest.mark.parametrize(
-    ("function", "steps"), [(looks_up, ["dense_mask"]), (shifted, ["dense_mask"]), (everything, []), (nothing, [])]
-)
-def test_pallas_decode_does_likewise(function, steps, make_arrays):
+@pytest.mark.parametrize("function", sweep_but(STEPS, shifted, everything))
+def test_pallas_decode_does_likewise(function, make_arrays, jit):
     query, key, value, _ = make_arrays(1, LENGTH, batch=2)
     mask = masks.Predicate(function).at(query_offset=jnp.asarray([LENGTH - 1, 20]))
-    wanted = kernelry.attention(query, key, value, mask=mask, mode="decode", kernel="dot_product")
+
+    @jit
+    def attend(query, key, value):
+        return kernelry.attention(query, key, value, mask=mask, mode="decode", kernel="pallas_decode")
+
     with testing.interpret(), kernelry.use(tiling={"block_kv": 16, "splits": 2}), kernelry.record() as resolutions:
-        found = kernelry.attention(query, key, value, mask=mask, mode="decode", kernel="pallas_decode")
-    assert [step.adapter.name for step in resolutions[0].plan.steps] == steps
+        found = attend(query, key, value)
+    assert [step.adapter.name for step in resolutions[0].plan.steps] == STEPS[function]
+    wanted = testing.reference_attention(query, key, value, mask=mask).out
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.sweep
 def test_inside_a_disjunction_it_is_seen_too(make_arrays, check_against_dense):
     mask = masks.SlidingWindow(5) | masks.Predicate(looks_up)
     plan = check_against_dense("pallas_flash", make_arrays(LENGTH), mask=mask, tiling=SMALL)

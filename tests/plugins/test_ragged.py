@@ -1,13 +1,16 @@
-"""ragged in interpret mode against dot_product; what it reads; lowered for TPU; and what it refuses.
+"""ragged in interpret mode against dense attention; what it reads; lowered for TPU; and what it refuses.
 
 Interpret mode proves numbers, lowering proves that the program holds the kernel: nothing here runs on a TPU.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cache_cases import in_shuffled_pages
+from pairs import covering, sweep_but
 from policies import NO_ADAPTERS
 
 import kernelry
@@ -43,19 +46,59 @@ def arrays(heads=4, kv_heads=2, head_dim=32, value_dim=None, q_len=1, dtype="flo
     )
 
 
-def through_ragged(*operands, tiling=SMALL, **options):
-    with testing.interpret(), kernelry.use(tiling=tiling):
-        return kernelry.attention(*operands, kernel="ragged", mode="decode", **options)
+@pytest.fixture
+def through_ragged(jit):
+    """Runs the kernel in one program; keys and values are pages where there is a table."""
+
+    def run(*operands, table=None, tiling=SMALL, **options):
+        def step(query, key, value, table):
+            held = (key, value) if table is None else (PagedArray(key, table), PagedArray(value, table))
+            return kernelry.attention(query, *held, kernel="ragged", mode="decode", **options)
+
+        with testing.interpret(), kernelry.use(tiling=tiling):
+            return jit(step)(*operands, table)
+
+    return run
 
 
-def dense(*operands, **options):
-    return kernelry.attention(*operands, kernel="dot_product", mode="decode", **options)
+@pytest.fixture(scope="module")
+def step(jit):
+    """One program for rows of any lengths, and for any table."""
+
+    def run(query, key, value, lengths, table=None):
+        held = (key, value) if table is None else (PagedArray(key, table), PagedArray(value, table))
+        return kernelry.attention(query, *held, mask=masks.Lengths(lengths), mode="decode", kernel="ragged")
+
+    def interpreted(*operands):
+        with testing.interpret(), kernelry.use(tiling=SMALL if len(operands) == 4 else None):
+            return compiled(*operands)
+
+    compiled = jit(run)
+    return interpreted
 
 
-def check(operands, atol=2e-6, **options):
-    found, wanted = through_ragged(*operands, **options), dense(*operands, **options)
-    assert found.dtype == operands[0].dtype
-    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=atol, atol=atol)
+quantized = functools.partial(jax.jit, static_argnames="how")(QuantizedArray.quantize)
+
+
+def oracle(*operands, mask, **options):
+    """Dense attention in float64; keys and values may be quantised."""
+    return testing.reference_attention(*map(_in_float64, operands), mask=mask, **options)
+
+
+def _in_float64(array):
+    if isinstance(array, QuantizedArray):
+        return np.asarray(array.values, np.float64) * np.asarray(array.scale, np.float64)
+    return np.asarray(array, np.float64)
+
+
+@pytest.fixture
+def check(through_ragged):
+    def run(operands, atol=2e-6, **options):
+        found, wanted = through_ragged(*operands, **options), oracle(*operands, **options).out
+        assert found.dtype == operands[0].dtype
+        np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=atol, atol=atol)
+
+    return run
 
 
 MASKS = {
@@ -69,109 +112,142 @@ MASKS = {
 }
 
 
-SELDOM = ("full", "chunked", "predicate", "segments")
-"""Held to the oracle by the conformance kit, too."""
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.sweep) if n in SELDOM else n for n in MASKS])
-def test_masks_agree_with_dense(name):
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_agree_with_dense(name, check):
     check(arrays(), mask=MASKS[name], soft_cap=3.0, scale=0.3)
+
+
+SELECTED = covering(
+    mask=["window", "by_head"],
+    held=[None, "pages", "int8", "int8:heads_and_head_dim"],
+    heads=[(4, 2), (3, 1)],
+    dims=[(24, 128), (128, 64)],
+    q_len=[1, 3],
+    extras=[{}, {"soft_cap": 3.0, "scale": 0.3, "sinks": [0.0, 1.0, -3.0, 30.0]}],
+    dtype=["float32", "bfloat16"],
+)
+
+
+@pytest.mark.parametrize("case", SELECTED, ids=lambda case: f"{case['mask']}-{case['held']}-{case['dtype']}")
+def test_selected_cases_agree_with_dense(case, through_ragged):
+    (heads, kv_heads), (head_dim, value_dim) = case["heads"], case["dims"]
+    query, key, value = arrays(heads, kv_heads, head_dim, value_dim, case["q_len"], case["dtype"], slots=384)
+    mask, extras = _selected_mask(case["mask"], heads, case["q_len"]), dict(case["extras"])
+    if "sinks" in extras:
+        extras["sinks"] = jnp.asarray(extras["sinks"][-heads:])
+    held, how = (key, value), {}
+    if case["held"] == "pages":
+        *held, table = in_shuffled_pages(key, value, page_size=128)
+        held, how = [array.astype(case["dtype"]) for array in held], {"table": table, "tiling": {"block_kv": 256}}
+    elif case["held"]:
+        key, value = held = [quantized(array, how=case["held"]) for array in (key, value)]
+    found = through_ragged(query, *held, mask=mask, **how, **extras)
+    wanted = oracle(query, key, value, mask=mask, **extras).out
+    assert found.dtype == query.dtype
+    close = 1e-2 if case["dtype"] == "bfloat16" else 2e-6
+    np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=close, atol=close)
+
+
+def _selected_mask(name, heads, q_len):
+    """Rows of 384 slots: the queries are the last ones, of a row that is empty too."""
+    lengths = np.array([384, 140, 0], np.int32)
+    last, used = jnp.maximum(lengths - q_len, 0), masks.Lengths(lengths)
+    by_head = np.arange(B * heads * 24).reshape(B, heads, 1, 24) % 5 == 1
+    return {
+        "window": masks.SlidingWindow(40).at(query_offset=last) & used,
+        "by_head": masks.Causal().at(query_offset=last) & masks.BlockSelection(by_head, 16).at(query_offset=last),
+    }[name]
 
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "value_dim"),
-    [(4, 4, 128, 128), (6, 1, 128, 64), (16, 16, 24, 24)],
+    sweep_but([(16, 16, 24, 24), (4, 4, 128, 128), (6, 1, 128, 64)], (16, 16, 24, 24)),
 )
-def test_heads_and_dims_agree_with_dense(heads, kv_heads, head_dim, value_dim):
+def test_heads_and_dims_agree_with_dense(heads, kv_heads, head_dim, value_dim, check):
     check(arrays(heads, kv_heads, head_dim, value_dim), mask=MASKS["lengths"])
 
 
-def test_several_queries_a_row_agree_with_dense():
-    last = jnp.maximum(LENGTHS - 3, 0)
-    check(arrays(q_len=3), mask=masks.Causal().at(query_offset=last) & masks.Lengths(LENGTHS, [3, 2, 0]))
-
-
-def test_bfloat16_stays_within_its_tolerance():
-    check(arrays(dtype="bfloat16"), atol=1e-2, mask=MASKS["lengths"])
-
-
-def test_sinks_join_after_the_statistics():
-    check(arrays(), mask=MASKS["lengths"], sinks=jnp.asarray([0.0, 1.0, -3.0, 30.0]))
-
-
-def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided():
+def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided(through_ragged):
     options = {"mask": MASKS["window"], "return_partial": True, "return_max_logits": True}
     found, top = through_ragged(*arrays(), **options)
-    wanted, wanted_top = dense(*arrays(), **options)
+    wanted = oracle(*arrays(), mask=MASKS["window"])
     assert found.lse is None
     np.testing.assert_allclose(found.max + jnp.log(found.sum), wanted.lse, rtol=2e-6, atol=2e-6)
     assert np.isneginf(found.max[2]).all()
     assert not found.sum[2].any()
     np.testing.assert_allclose(found.max.max(axis=2), top)
-    np.testing.assert_allclose(top, wanted_top, rtol=2e-6)
+    np.testing.assert_allclose(top, wanted.max_logits, rtol=2e-6)
     divisor = jnp.where(found.sum == 0, 1, found.sum).swapaxes(1, 2)[..., None]
     np.testing.assert_allclose(found.out / divisor, wanted.out, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("how", ["int8", "int8:heads_and_head_dim"])
 @pytest.mark.parametrize("width", [32, 128])
-def test_quantised_keys_agree_with_their_values(how, width):
+def test_quantised_keys_agree_with_their_values(how, width, check):
     query, key, value = arrays(head_dim=width)
-    held = QuantizedArray.quantize(key, how), QuantizedArray.quantize(value, how)
-    found = through_ragged(query, *held, mask=MASKS["lengths"])
-    wanted = dense(query, *(array.dequantize() for array in held), mask=MASKS["lengths"])
-    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
+    check((query, QuantizedArray.quantize(key, how), QuantizedArray.quantize(value, how)), mask=MASKS["lengths"])
 
 
-@pytest.mark.parametrize(("page_size", "width"), [(16, 128), (48, 128), (128, 32)])
-def test_pages_are_read_through_the_table(page_size, width):
+@pytest.mark.parametrize(("page_size", "width"), sweep_but([(16, 128), (48, 128), (128, 32)], (48, 128)))
+def test_pages_are_read_through_the_table(page_size, width, step):
     query, key, value = arrays(head_dim=width, slots=384)
     pages, more, table = in_shuffled_pages(key, value, page_size)
-    lengths = masks.Lengths(np.array([384, 140, 0]))
+    lengths = np.array([384, 140, 0])
     table[1, -(-140 // page_size) :] = -1
-    table = jnp.asarray(table)
-    found = through_ragged(query, PagedArray(pages, table), PagedArray(more, table), tiling=None, mask=lengths)
-    np.testing.assert_allclose(found, dense(query, key, value, mask=lengths), rtol=2e-6, atol=2e-6)
+    found = step(query, pages, more, lengths, table)
+    np.testing.assert_allclose(found, oracle(query, key, value, mask=masks.Lengths(lengths)).out, rtol=2e-6, atol=2e-6)
 
 
-def test_a_page_that_is_not_there_is_nan_where_the_mask_shows_it():
+def test_a_page_that_is_not_there_is_nan_where_the_mask_shows_it(step):
     query, key, value = arrays(head_dim=128, slots=384)
-    pages, more, table = in_shuffled_pages(key, value)
+    pages, more, table = in_shuffled_pages(key, value, page_size=48)
     table[0, 3], table[2, 0] = -1, 99
-    table = jnp.asarray(table)
-    lengths = masks.Lengths(np.array([384, 140, 7]))
-    found = through_ragged(query, PagedArray(pages, table), PagedArray(more, table), tiling=None, mask=lengths)
+    found = step(query, pages, more, np.array([384, 140, 7]), table)
     assert np.isnan(found[::2]).all()
     assert np.isfinite(found[1]).all()
 
 
-def test_what_no_row_sees_may_hold_anything():
+def test_what_no_row_sees_may_hold_anything(step):
     query, key, value = arrays()
     hidden = np.arange(S)[None, :, None, None] >= LENGTHS[:, None, None, None]
-    found = through_ragged(
-        query, jnp.where(hidden, jnp.inf, key), jnp.where(hidden, jnp.nan, value), mask=MASKS["lengths"]
-    )
-    np.testing.assert_array_equal(found, through_ragged(query, key, value, mask=MASKS["lengths"]))
+    found = step(query, jnp.where(hidden, jnp.inf, key), jnp.where(hidden, jnp.nan, value), LENGTHS)
+    np.testing.assert_array_equal(found, step(query, key, value, LENGTHS))
 
 
-@pytest.mark.parametrize(
-    ("mask", "first", "count"),
-    [
-        (masks.Lengths(np.array([1000, 129, 0])), [0, 0, 0], [8, 2, 0]),
-        (masks.SlidingWindow(99).at(query_offset=np.array([999, 500, 10])), [7, 3, 0], [1, 1, 1]),
-        (masks.SlidingWindow(200).at(query_offset=np.array([999, 500, 10])), [6, 2, 0], [2, 2, 1]),
-        (masks.Full(), [0, 0, 0], [8, 8, 8]),
-    ],
-    ids=["lengths", "window", "wide window", "full"],
-)
-def test_blocks_read_follow_what_each_row_sees(mask, first, count):
+def test_under_jit_the_lengths_may_be_traced(step):
+    operands = arrays()
+    for lengths in (LENGTHS, np.array([7, 0, 299], np.int32)):
+        wanted = oracle(*operands, mask=masks.Lengths(lengths)).out
+        np.testing.assert_allclose(step(*operands, lengths), wanted, rtol=2e-6, atol=2e-6)
+
+
+BLOCKS_READ = [
+    (masks.Lengths(np.array([1000, 129, 0])), [0, 0, 0], [8, 2, 0]),
+    (masks.SlidingWindow(99).at(query_offset=np.array([999, 500, 10])), [7, 3, 0], [1, 1, 1]),
+    (masks.SlidingWindow(200).at(query_offset=np.array([999, 500, 10])), [6, 2, 0], [2, 2, 1]),
+    (masks.Full(), [0, 0, 0], [8, 8, 8]),
+]
+
+
+def test_blocks_read_follow_what_each_row_sees():
     """The grid is as long as the longest row's blocks; what lies before the first or behind the last is not fetched."""
-    query, key, value = arrays(slots=1000)
-    request = Request(mode="decode", batch=B, q_len=1, kv_len=1000, q_heads=4, kv_heads=2, head_dim=32, mask=mask)
-    inputs = Inputs(query, key, value, mask.canonical())
-    operands = _operands(inputs, request, Blocks.of(request, Tiling.of(block_kv=128)))
-    np.testing.assert_array_equal(operands.first, first)
-    np.testing.assert_array_equal(operands.count, count)
+
+    @jax.jit
+    def blocks_read(*operands):
+        found = []
+        for mask, _, _ in BLOCKS_READ:
+            request = Request(
+                mode="decode", batch=B, q_len=1, kv_len=1000, q_heads=4, kv_heads=2, head_dim=32, mask=mask
+            )
+            inputs = Inputs(*operands, mask.canonical())
+            made = _operands(inputs, request, Blocks.of(request, Tiling.of(block_kv=128)))
+            found.append((made.first, made.count))
+        return found
+
+    for (mask, *wanted), found in zip(BLOCKS_READ, blocks_read(*arrays(slots=1000)), strict=True):
+        np.testing.assert_array_equal(found, wanted, err_msg=str(mask))
 
 
 @pytest.mark.parametrize("kind", ["two_part", "rolling", "paged", "paged_int8"])
@@ -275,16 +351,3 @@ def test_pages_that_do_not_fit_are_laid_side_by_side():
     assert [str(step.adapter.name) for step in kernelry.resolve(request, kernel="ragged").plan.steps] == [
         "gather_pages"
     ]
-
-
-def test_under_jit_the_lengths_may_be_traced():
-    query, key, value = arrays()
-
-    @jax.jit
-    def step(lengths):
-        return through_ragged(query, key, value, mask=masks.Lengths(lengths))
-
-    for lengths in (LENGTHS, np.array([7, 0, 299], np.int32)):
-        np.testing.assert_allclose(
-            step(lengths), dense(query, key, value, mask=masks.Lengths(lengths)), rtol=2e-6, atol=2e-6
-        )

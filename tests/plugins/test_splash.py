@@ -1,4 +1,4 @@
-"""splash in interpret mode against dot_product; lowered for TPU; and what it refuses.
+"""splash in interpret mode against dense attention; lowered for TPU; and what it refuses.
 
 Interpret mode proves numbers, lowering proves that the program holds the kernel: nothing here runs
 on a TPU.
@@ -20,6 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
     splash_attention_mask_info,
 )
+from pairs import covering
 from policies import NO_ADAPTERS
 
 import kernelry
@@ -28,7 +29,7 @@ from kernelry.attend import Part, attend
 from kernelry.errors import ConfigError, KernelRefusedError
 from kernelry.kernel import Inputs
 from kernelry.request import Request
-from kernelry_tpu_splash.computed_masks import SlotMask
+from kernelry_tpu_splash.computed_masks import ComputedMask, SlotMask, query_positions
 from kernelry_tpu_splash.plugin import SPLASH
 from kernelry_tpu_splash.splash.mask_info import of_columns, of_rows
 
@@ -58,6 +59,9 @@ MASKS = {
     "causal": masks.Causal(),
     "window": masks.SlidingWindow(40),
     "window_both_sides": masks.SlidingWindow(40, 30),
+    "window_wider_than_the_keys": masks.SlidingWindow(4000, 3000),
+    "window_at_offsets": masks.SlidingWindow(150, 20).at(query_offset=200, kv_offset=72),
+    "later_queries": masks.Causal().at(query_offset=128),
     "chunked": masks.Chunked(96),
     "block_causal": masks.BlockCausal(48),
     "chunked_at_an_offset": masks.Chunked(96).at(query_offset=40, kv_offset=40),
@@ -69,69 +73,55 @@ MASKS = {
     "load_balanced": masks.Causal().at(query_positions=BALANCED, kv_positions=BALANCED),
     "load_balanced_window": masks.SlidingWindow(40).at(query_positions=BALANCED, kv_positions=BALANCED),
 }
+SELECTED = covering(
+    mask=["packed", "window", "traced", "full"],
+    extras=[{"soft_cap": 2.0, "scale": 0.3}, {"sinks": [-1.0, 2.0]}],
+    lengths=[(256, 256), (128, 256)],
+    tiling=[{}, {"backward_kernels": 1, "q_layout": 2, "k_layout": 2, "v_layout": 2}],
+    dims=[(32, 48), (80, 24)],
+    kv_heads=[1, 2],
+    dtype=["float32", "bfloat16"],
+)
+ADAPTERS = {"clean_hidden_slots", "empty_rows_from_lse", "sinks_from_lse"}
+"""What masks and sinks may need; grouped heads and dims need none."""
 
 
+def _selected_mask(name, q_len, kv_len):
+    ids = np.repeat([3, -1, 0, 5], 64)
+    return {
+        "full": masks.Full(),
+        "window": MASKS["window_at_offsets"],
+        "packed": MASKS["window_in_chunks"].at(query_offset=9, kv_offset=9) & masks.Segments(ids[:q_len], ids[:kv_len]),
+        "traced": masks.Causal().at(query_offset=jnp.asarray([100, -30])),
+    }[name]
+
+
+@pytest.mark.parametrize("case", SELECTED, ids=lambda case: f"{case['mask']}-{case['dtype']}")
+def test_selected_cases_agree_with_dense(case, make_arrays, check_against_dense):
+    (q_len, kv_len), (head_dim, value_dim), extras = case["lengths"], case["dims"], dict(case["extras"])
+    widths = {"head_dim": head_dim, "value_dim": value_dim}
+    arrays = make_arrays(q_len, kv_len, kv_heads=case["kv_heads"], batch=2, dtype=case["dtype"], **widths)
+    sinks = jnp.asarray(extras.pop("sinks")) if "sinks" in extras else None
+    close = {"forward": 1e-2, "gradient": 4e-2} if case["dtype"] == "bfloat16" else {}
+    mask = _selected_mask(case["mask"], q_len, kv_len)
+    plan = check_against_dense(
+        "splash", arrays, mask=mask, sinks=sinks, tiling={**SMALL, **case["tiling"]}, **extras, **close
+    )
+    assert {step.adapter.name for step in plan.steps} <= ADAPTERS
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_agree_with_dense(name, make_arrays, check_against_dense):
     check_against_dense("splash", make_arrays(), mask=MASKS[name], tiling=SMALL)
 
 
-def test_window_wider_than_the_keys_is_full(make_arrays, check_against_dense):
-    check_against_dense("splash", make_arrays(128), mask=masks.SlidingWindow(4000, 3000))
-
-
-@pytest.mark.parametrize(("q_len", "kv_len"), [(128, 256), (256, 128)])
-def test_unequal_lengths_agree_with_dense(q_len, kv_len, make_arrays, check_against_dense):
-    check_against_dense("splash", make_arrays(q_len, kv_len), tiling=SMALL)
-
-
-def test_query_offset_places_a_chunk_of_queries(make_arrays, check_against_dense):
-    mask = masks.Causal().at(query_offset=128)
-    check_against_dense("splash", make_arrays(128, 256), mask=mask, tiling=SMALL)
-
-
-def test_kv_offset_counts_against_the_query_offset(make_arrays, check_against_dense):
-    mask = masks.SlidingWindow(300, 20).at(query_offset=200, kv_offset=72)
-    check_against_dense("splash", make_arrays(128, 256), mask=mask, tiling=SMALL)
-
-
-def test_soft_cap_and_scale_agree_with_dense(make_arrays, check_against_dense):
-    check_against_dense("splash", make_arrays(), mask=masks.Causal(), soft_cap=2.0, scale=0.3, tiling=SMALL)
-
-
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(32, 48), (80, 24)])
-def test_split_head_dims_agree_with_dense(head_dim, value_dim, make_arrays, check_against_dense):
-    arrays = make_arrays(128, head_dim=head_dim, value_dim=value_dim)
-    check_against_dense("splash", arrays, mask=masks.Causal())
-
-
-def test_grouped_heads_need_no_adapter(make_arrays, check_against_dense):
-    arrays = make_arrays(128, heads=4, kv_heads=2, batch=2)
-    plan = check_against_dense("splash", arrays, mask=masks.Causal())
-    assert plan.steps == ()
-
-
-def test_bfloat16_stays_within_its_tolerance(make_arrays, check_against_dense):
-    arrays = make_arrays(128, dtype="bfloat16", head_dim=80)
-    check_against_dense("splash", arrays, mask=masks.Causal(), forward=1e-2, gradient=4e-2)
-
-
-def test_sinks_have_gradients_through_the_statistics(make_arrays, check_against_dense):
-    sinks = jnp.asarray([-1.0, 2.0])
-    check_against_dense("splash", make_arrays(), sinks=sinks, mask=masks.SlidingWindow(40), tiling=SMALL)
-
-
-def test_sinks_with_soft_cap_and_scale_have_gradients(make_arrays, check_against_dense):
-    sinks = jnp.asarray([0.0, 1.0])
-    check_against_dense("splash", make_arrays(128), sinks=sinks, mask=masks.Causal(), soft_cap=2.0, scale=0.3)
-
-
-def test_partial_holds_a_natural_lse(make_arrays):
+def test_partial_holds_a_natural_lse(make_arrays, jit):
     query, key, value, _ = make_arrays()
-    options = {"mask": masks.Causal(), "mode": "prefill", "return_partial": True}
+    options = {"mode": "prefill", "return_partial": True, "kernel": "splash"}
     with testing.interpret(), kernelry.use(tiling=SMALL):
-        found = kernelry.attention(query, key, value, kernel="splash", **options)
-    wanted = kernelry.attention(query, key, value, kernel="dot_product", **options)
+        found = jit(lambda *arrays: kernelry.attention(*arrays, mask=masks.Causal(), **options))(query, key, value)
+    wanted = testing.reference_attention(query, key, value, mask=masks.Causal())
     assert found.lse.dtype == jnp.float32
     np.testing.assert_allclose(found.lse, wanted.lse, rtol=2e-6, atol=2e-6)
     np.testing.assert_allclose(found.out, wanted.out, rtol=2e-6, atol=2e-6)
@@ -158,48 +148,101 @@ def _in_two_parts(query, key, value, sinks):
     return attend((first[0], second[0]), (first[1], second[1]), sinks=sinks, statistics=False).out
 
 
-def test_two_parts_merge_to_the_whole(make_arrays):
+def test_two_parts_merge_to_the_whole(make_arrays, jit):
     query, key, value, d_out = make_arrays()
     sinks = jnp.asarray([-1.0, 2.0])
 
-    def whole(query, key, value, sinks):
-        return kernelry.attention(query, key, value, sinks=sinks, mask=masks.Causal(), kernel="dot_product")
-
-    def run(function):
-        out, pull = jax.vjp(function, query, key, value, sinks)
+    @jit
+    def run(*operands):
+        out, pull = jax.vjp(_in_two_parts, *operands)
         return out, pull(d_out)
 
-    found, wanted = run(jax.jit(_in_two_parts)), run(jax.jit(whole))
-    np.testing.assert_allclose(found[0], wanted[0], rtol=5e-6, atol=5e-6)
-    for mine, right in zip(found[1], wanted[1], strict=True):
-        np.testing.assert_allclose(mine, right, rtol=2e-5, atol=2e-5)
+    found, gradients = run(query, key, value, sinks)
+    whole = {"mask": masks.Causal(), "sinks": sinks}
+    wanted = testing.reference_gradients(query, key, value, d_out=d_out, **whole)
+    np.testing.assert_allclose(found, testing.reference_attention(query, key, value, **whole).out, rtol=5e-6, atol=5e-6)
+    for mine, name in zip(gradients, ("query", "key", "value", "sinks"), strict=True):
+        np.testing.assert_allclose(mine, getattr(wanted, name), rtol=2e-5, atol=2e-5)
 
 
-def test_rows_that_see_nothing_are_the_identity_of_merge(make_arrays):
+def test_rows_that_see_nothing_are_the_identity_of_merge(make_arrays, jit):
     query, key, value, _ = make_arrays(256, 128)
     part, inputs = _part(query, key, value, masks.Causal().at(kv_offset=130))
-    partial = jax.jit(lambda inputs: part.forward(inputs, statistics=True))(inputs)
+    partial = jit(lambda inputs: part.forward(inputs, statistics=True))(inputs)
     np.testing.assert_array_equal(partial.lse[..., :130], -np.inf)
     np.testing.assert_array_equal(partial.out[:, :130], 0.0)
     assert np.isfinite(partial.lse[..., 130:]).all()
 
 
-def test_infinite_lse_contributes_no_gradient(make_arrays):
+def test_infinite_lse_contributes_no_gradient(make_arrays, jit):
     query, key, value, d_out = make_arrays(128)
     part, inputs = _part(query, key, value, masks.Causal())
     lse = jnp.full((1, 2, 128), jnp.inf)
-    body = part.kernel.body()
-    shares = body.backward(inputs, part.request, part.tiling, d_out, lse, d_out, None)
-    for share in (shares.query, shares.key, shares.value):
+
+    @jit
+    def backward(inputs, d_out, lse):
+        shares = part.kernel.body().backward(inputs, part.request, part.tiling, d_out, lse, d_out, None)
+        return shares.query, shares.key, shares.value
+
+    for share in backward(inputs, d_out, lse):
         np.testing.assert_array_equal(share, 0.0)
 
 
-@pytest.mark.parametrize("name", [name for name in MASKS if name != "full"])
-def test_a_mask_of_slots_is_the_mask(name):
-    mask = MASKS[name]
+def test_a_mask_of_slots_is_the_mask(jit):
     slots = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32)[:, None], (256, 256))
-    found = SlotMask(mask.canonical())(slots, slots.T)
-    np.testing.assert_array_equal(found, np.asarray(mask.materialize(256, 256)).reshape(256, 256))
+    computed = {name: mask for name, mask in MASKS.items() if name != "full"}
+
+    @jit
+    def evaluate(query, kv):
+        return {name: SlotMask(mask.canonical())(query, kv) for name, mask in computed.items()}
+
+    found = evaluate(slots, slots.T)
+    assert not [name for name, mask in computed.items() if not np.array_equal(found[name], _seen(mask))]
+
+
+def test_blocks_of_a_mask_are_empty_or_full_only_where_all_their_slots_are():
+    wrong = []
+    for name, mask in MASKS.items():
+        request = Request(q_len=256, kv_len=256, mask=mask)
+        kinds = ComputedMask.of(Inputs(None, None, None, mask.canonical()), request).kinds(64, 128)
+        blocks = _seen(mask).reshape(4, 64, 2, 128)
+        hidden, whole = kinds == masks.BlockKind.EMPTY, kinds == masks.BlockKind.FULL
+        if blocks.any((1, 3))[hidden].any() or not blocks.all((1, 3))[whole].all():
+            wrong.append(name)
+    assert not wrong
+
+
+def _seen(mask):
+    return np.broadcast_to(np.asarray(mask.materialize(256, 256)), (1, 1, 256, 256))[0, 0]
+
+
+PLACES = [{"query_offset": jnp.asarray([100, 30])}, {"query_positions": jnp.arange(128)[::-1] * 2}]
+TRACED = [kind.at(**place) for kind in (masks.Causal(), masks.SlidingWindow(60), masks.Chunked(96)) for place in PLACES]
+
+
+def test_where_only_the_running_program_knows_the_mask_is_evaluated_at_its_positions(jit):
+    """What the vendor's kernel compares with the slots of keys is the positions of queries."""
+    slots = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32), (2, 128, 256))
+
+    @jit
+    def evaluate(slots):
+        found = []
+        for mask in TRACED:
+            request = Request(q_len=128, kv_len=256, batch=2, mask=mask)
+            inputs = Inputs(None, None, None, mask.canonical())
+            positions = jnp.broadcast_to(query_positions(inputs, request)[..., None], slots.shape)
+            found.append(ComputedMask.of(inputs, request).function(positions, slots))
+        return found
+
+    for mask, found in zip(TRACED, evaluate(slots), strict=True):
+        np.testing.assert_array_equal(found, testing.reference_mask(mask, 2, 1, 128, 256)[:, 0])
+
+
+def test_where_only_the_running_program_knows_every_block_is_computed():
+    for mask in TRACED:
+        request = Request(q_len=256, kv_len=256, batch=2, mask=mask)
+        made = ComputedMask.of(Inputs(None, None, None, mask.canonical()), request)
+        assert (made.kinds(128, 128) == masks.BlockKind.PARTIAL).all()
 
 
 KINDS = hypothesis.extra.numpy.arrays(
@@ -251,24 +294,26 @@ def test_masks_of_one_shape_are_told_apart():
     assert one == SlotMask(masks.Chunked(64).canonical())
 
 
-@pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(60), masks.Chunked(96)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("mask", TRACED, ids=str)
 def test_queries_may_stand_where_only_the_running_program_knows(mask, make_arrays, check_against_dense):
-    arrays = make_arrays(128, 256, batch=2)
-    for where in ({"query_offset": jnp.asarray([100, 30])}, {"query_positions": jnp.arange(128)[::-1] * 2}):
-        check_against_dense("splash", arrays, mask=mask.at(**where), tiling=SMALL)
+    check_against_dense("splash", make_arrays(128, 256, batch=2), mask=mask, tiling=SMALL)
 
 
+@pytest.mark.sweep
 def test_one_fused_backward_kernel(make_arrays, check_against_dense):
     tiling = {**SMALL, "backward_kernels": 1}
     for mask in (masks.Causal(), masks.SlidingWindow(40), masks.Chunked(128)):
         check_against_dense("splash", make_arrays(), mask=mask, tiling=tiling)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["q_layout", "k_layout", "v_layout"])
 def test_layouts(name, make_arrays, check_against_dense):
     check_against_dense("splash", make_arrays(), mask=masks.Causal(), tiling={**SMALL, name: 2})
 
 
+@pytest.mark.sweep
 def test_packed_windows_and_negative_ids(make_arrays, check_against_dense):
     ids = jnp.asarray(np.repeat([[3, -1, 0, 5]], 64, axis=1).reshape(1, 256))
     for mask in (masks.SlidingWindow(40), masks.Chunked(96), masks.BlockCausal(48)):
@@ -362,12 +407,16 @@ def test_blocks_that_do_not_divide_are_an_error(make_arrays):
         kernelry.attention(*arrays[:3], kernel="splash")
 
 
-def test_blocks_longer_than_a_sequence_are_the_sequence(make_arrays):
-    arrays = make_arrays(128)[:3]
-    with testing.interpret():
-        plain = kernelry.attention(*arrays, kernel="splash")
-        with kernelry.use(tiling={"block_q": 1024, "block_kv": 512}):
-            np.testing.assert_array_equal(kernelry.attention(*arrays, kernel="splash"), plain)
+def test_blocks_longer_than_a_sequence_are_the_sequence(make_arrays, lower):
+    def program(**tiling):
+        with kernelry.use(tiling=tiling):
+            return lower(_on_splash, make_arrays(128)[:3], "tpu:v5e")[1].as_text()
+
+    assert program(block_q=1024, block_kv=512) == program()
+
+
+def _on_splash(query, key, value):
+    return kernelry.attention(query, key, value, kernel="splash")
 
 
 def test_lowered_for_tpu_holds_the_kernel(make_arrays, lower):

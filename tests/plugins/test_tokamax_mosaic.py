@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import AbstractDevice, AbstractMesh
+from pairs import covering
 
 import kernelry
-from kernelry import masks
+from kernelry import masks, testing
 from kernelry.environment import Environment
 from kernelry.errors import ConfigError, PluginError
 from kernelry.kernel import Inputs
@@ -166,96 +167,121 @@ def calls(monkeypatch):
     return found
 
 
-def _run(kernel, arrays, d_out, options):
-    def attend(arrays):
-        return kernelry.attention(**arrays, kernel=kernel, **options)
-
-    out, pull = jax.vjp(attend, arrays)
-    return out, pull(d_out.astype(out.dtype))[0]
+LENGTH = 128
+SIZES = {"heads": 4, "kv_heads": 2, "batch": 2, "head_dim": 16}
 
 
-def _check(make_arrays, target="gpu:h100", *, bias=None, sinks=None, heads=4, dtype="bfloat16", **options):
-    query, key, value, d_out = make_arrays(heads=heads, kv_heads=heads // 2, batch=2, dtype=dtype)
-    arrays = {"query": query, "key": key, "value": value, "bias": bias, "sinks": sinks}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    with kernelry.use(target=target), kernelry.record() as resolutions:
-        out, gradients = _run(KERNEL, arrays, d_out, options)
-    wanted, right = _run("dot_product", jax.tree.map(lambda a: a.astype(jnp.float32), arrays), d_out, options)
-    tolerance = next(t for t in TOKAMAX_MOSAIC.capabilities.tolerances if t.dtype == dtype)
-    assert out.dtype == dtype
+def _answer(jit, arrays, d_out, options):
+    """The output and the gradients of arrays by name, and the plan."""
+
+    def run(arrays):
+        out, pull = jax.vjp(lambda arrays: kernelry.attention(**arrays, kernel=KERNEL, **options), arrays)
+        return out, pull(d_out.astype(out.dtype))[0]
+
+    with kernelry.record() as resolutions:
+        return *jit(run)(arrays), resolutions[0].plan
+
+
+def _check(jit, arrays, d_out, **options):
+    """Compares with the oracle; returns the plan."""
+    out, gradients, plan = _answer(jit, arrays, d_out, options)
+    wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+    wanted = testing.reference_attention(**wide, **options).out
+    right = testing.reference_gradients(**wide, **options, d_out=np.asarray(d_out, np.float64))
+    tolerance = next(t for t in TOKAMAX_MOSAIC.capabilities.tolerances if t.dtype == out.dtype)
+    assert out.dtype == arrays["query"].dtype
     near = {"rtol": tolerance.forward, "atol": tolerance.forward}
-    np.testing.assert_allclose(np.asarray(out, np.float32), wanted, **near)
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted, **near)
     for name, share in gradients.items():
         near = {"rtol": tolerance.gradient, "atol": tolerance.gradient, "err_msg": f"gradient of {name}"}
         assert share.dtype == arrays[name].dtype
-        np.testing.assert_allclose(np.asarray(share, np.float32), right[name], **near)
-    return resolutions[0].plan
+        np.testing.assert_allclose(np.asarray(share, np.float64), getattr(right, name), **near)
+    return plan
 
 
-@pytest.mark.parametrize("name", ["full", "causal", "prefix", "lengths", "traced_offsets", "dense_by_head", "packed"])
-def test_the_vendor_is_told_the_whole_request(name, calls, make_arrays):
-    mask = masks.Causal() & masks.Segments(IDS) if name == "packed" else MASKS[name]
-    _check(make_arrays, mask=mask)
-    assert [len(calls[direction]) for direction in ("forward", "backward")] == [1, 1]
-    assert calls["forward"][0]["is_causal"] == calls["backward"][0]["is_causal"] == (name == "causal")
-
-
-@pytest.mark.parametrize(
-    ("target", "shape", "dtype"),
-    [
-        ("gpu:h100", (1, 4, 1, 256), "float32"),
-        ("gpu:h100", (2, 1, 256, 256), "bfloat16"),
-        ("gpu:h100", (2, 4, 256, 256), "bfloat16"),
-        ("gpu:h100", (1, 1, 256, 1), "float32"),
-        pytest.param("gpu:b200", (1, 4, 1, 256), "float32", marks=needs_blackwell),
-    ],
+SHOWN = {
+    "full": masks.Full(),
+    "causal": masks.Causal(),
+    "prefix_of_lengths": masks.PrefixLM(np.asarray([40, 300])).at(query_offset=3, kv_offset=5)
+    & masks.Lengths(np.asarray([100, 0]), np.asarray([128, 20])),
+    "traced_offsets": masks.SlidingWindow(90).at(query_offset=jnp.asarray([17, -5])),
+    "dense_by_head": masks.Dense(np.random.default_rng(3).random((1, 4, LENGTH, LENGTH)) < 0.5),
+    "packed": masks.Causal() & masks.Segments(IDS[::2]),
+}
+BIASES = {
+    "bias of keys": ((1, 4, 1, LENGTH), "float32"),
+    "bias of queries": ((1, 1, LENGTH, 1), "float32"),
+    "bias of rows": ((2, 1, LENGTH, LENGTH), "bfloat16"),
+    "bias of all": ((2, 4, LENGTH, LENGTH), "bfloat16"),
+}
+SMOKE = covering(
+    mask=[name for name in SHOWN if name != "full"],
+    dtype=["bfloat16", "float16"],
+    more=[{}, {"sinks": True, "scale": 0.4}],
+    target=["gpu:h100", *(["gpu:b200"] if _vendor.HAS_BLACKWELL else [])],
 )
-def test_a_bias_has_a_gradient_of_its_own_shape(target, shape, dtype, calls, make_arrays):
-    bias = jnp.asarray(np.random.default_rng(5).standard_normal(shape), dtype)
-    _check(make_arrays, target, bias=bias, mask=masks.Causal())
-    assert calls["backward"][0]["ds_dtype"] == (dtype if shape == (2, 4, 256, 256) else jnp.float32)
+SMOKE += [
+    {
+        "mask": "full" if name == "bias of keys" else "causal",
+        "dtype": "bfloat16",
+        "more": {"bias": name},
+        "target": "gpu:h100",
+    }
+    for name in BIASES
+]
+if _vendor.HAS_BLACKWELL:
+    SMOKE += [{"mask": "causal", "dtype": "bfloat16", "more": {"bias": "bias of keys"}, "target": "gpu:b200"}]
 
 
-def test_sinks_and_the_scale_go_around_it(calls, make_arrays):
-    plan = _check(make_arrays, sinks=jnp.asarray([0.5, 2.0, -1.0, 9.0]), scale=0.4, mask=masks.SlidingWindow(40))
-    assert [step.adapter.name for step in plan.steps] == ["sinks_from_lse"]
-
-
-def test_float16_stays_within_its_tolerance(calls, make_arrays):
-    _check(make_arrays, dtype="float16", mask=masks.Causal())
+@pytest.mark.parametrize("case", SMOKE, ids=lambda case: " ".join(map(str, case.values())))
+def test_the_vendor_is_told_the_whole_request(case, calls, make_arrays, jit):
+    """A bias has a gradient of its own shape, sinks and the scale go around the kernel."""
+    query, key, value, d_out = make_arrays(LENGTH, **SIZES, dtype=case["dtype"])
+    arrays = {"query": query, "key": key, "value": value}
+    options = {name: value for name, value in case["more"].items() if name == "scale"}
+    if bias := case["more"].get("bias"):
+        shape, dtype = BIASES[bias]
+        arrays["bias"] = jnp.asarray(np.random.default_rng(5).standard_normal(shape), dtype)
+    if case["more"].get("sinks"):
+        arrays["sinks"] = jnp.asarray([0.5, 2.0, -1.0, 9.0])
+    with kernelry.use(target=case["target"]):
+        plan = _check(jit, arrays, d_out, mask=SHOWN[case["mask"]], **options)
+    assert [len(calls[direction]) for direction in ("forward", "backward")] == [1, 1]
+    forward, backward = calls["forward"][0], calls["backward"][0]
+    assert forward["is_causal"] == backward["is_causal"] == (case["mask"] == "causal")
+    assert ("sinks_from_lse" in {step.adapter.name for step in plan.steps}) == ("sinks" in arrays)
+    assert not bias or backward["ds_dtype"] == (jnp.bfloat16 if bias == "bias of all" else jnp.float32)
 
 
 def test_each_generation_has_its_own_kernel_and_blocks(calls, make_arrays):
-    query, key, value, _ = make_arrays(dtype="bfloat16")
-    with kernelry.use(target="gpu:h200"):
-        kernelry.attention(query, key, value, kernel=KERNEL)
+    operands = make_arrays(LENGTH, dtype="bfloat16")[:3]
+
+    def trace(target):
+        with kernelry.use(target=target):
+            jax.eval_shape(lambda *operands: kernelry.attention(*operands, kernel=KERNEL), *operands)
+
+    trace("gpu:h200")
     assert isinstance(calls["forward"][0]["config"], _vendor.forward_sm90.Config)
     if not _vendor.HAS_BLACKWELL:
-        with (
-            kernelry.use(target="gpu:b200"),
-            pytest.raises(PluginError, match="no kernels for gpu:b200 that are served"),
-        ):
-            kernelry.attention(query, key, value, kernel=KERNEL)
+        with pytest.raises(PluginError, match="no kernels for gpu:b200 that are served"):
+            trace("gpu:b200")
         return
-    with kernelry.use(target="gpu:b200"):
-        kernelry.attention(query, key, value, kernel=KERNEL)
+    trace("gpu:b200")
     assert isinstance(calls["forward"][1]["config"], _vendor.forward_sm100.Config)
     assert not calls["forward"][1]["config"].collective
 
 
-def test_largest_logits_are_the_vendors(calls, make_arrays):
-    query, key, value, _ = make_arrays(dtype="bfloat16")
-    options = {"mask": masks.SlidingWindow(3).at(query_offset=-200), "return_max_logits": True}
+def test_largest_logits_are_the_vendors(calls, make_arrays, jit):
+    operands = make_arrays(LENGTH, **SIZES, dtype="bfloat16")[:3]
+    mask = masks.SlidingWindow(3).at(query_offset=-100)
     with kernelry.use(target="gpu:h100"):
-        _, top = kernelry.attention(query, key, value, kernel=KERNEL, **options)
-    _, wanted = kernelry.attention(
-        *(array.astype(jnp.float32) for array in (query, key, value)), kernel="dot_product", **options
-    )
-    np.testing.assert_allclose(top, wanted, rtol=1e-5)
+        run = jit(lambda *qkv: kernelry.attention(*qkv, mask=mask, kernel=KERNEL, return_max_logits=True))
+        _, top = run(*operands)
+    np.testing.assert_allclose(top, testing.reference_attention(*operands, mask=mask).max_logits, rtol=1e-5)
 
 
 @pytest.mark.parametrize("empty", [-np.inf, 0.7 * np.finfo(np.float32).min])
-def test_rows_that_see_nothing_have_no_lse(empty, monkeypatch, make_arrays):
+def test_rows_that_see_nothing_have_no_lse(empty, monkeypatch, make_arrays, jit):
     """tokamax 0.0.12 leaves about −2.4e38 where 0.0.17 leaves −inf."""
 
     def forward(q, *args, **options):
@@ -263,20 +289,24 @@ def test_rows_that_see_nothing_have_no_lse(empty, monkeypatch, make_arrays):
         return q, (tops, jnp.full_like(tops, 256.0))
 
     monkeypatch.setattr(_vendor.forward_sm90, "flash_attention_kernel", forward)
-    query, key, value, _ = make_arrays(dtype="bfloat16")
+    query, key, value, _ = make_arrays(LENGTH, **SIZES, dtype="bfloat16")
     options = {"mask": masks.Causal().at(query_offset=-500), "mode": "prefill", "return_partial": True}
     with kernelry.use(target="gpu:h100"):
-        found = kernelry.attention(query, key, value, kernel=KERNEL, **options)
+        found = jit(lambda *qkv: kernelry.attention(*qkv, kernel=KERNEL, **options))(query, key, value)
     assert np.isneginf(found.lse).all()
     assert not np.asarray(found.out, np.float32).any()
 
 
-def test_an_infinite_lse_contributes_no_gradient(calls, make_arrays):
-    query, key, value, d_out = make_arrays(128, dtype="bfloat16")
-    request = Request(q_len=128, q_heads=2, kv_heads=1, head_dim=32, dtype="bfloat16", target="gpu:h100")
-    tiling, lse = TOKAMAX_MOSAIC.tilings(request)[0], jnp.full((1, 2, 128), jnp.inf)
-    shares = TOKAMAX_MOSAIC.body().backward(Inputs(query, key, value), request, tiling, d_out, lse, d_out, None)
-    for share in (shares.query, shares.key, shares.value):
+def test_an_infinite_lse_contributes_no_gradient(calls, make_arrays, jit):
+    query, key, value, d_out = make_arrays(LENGTH, dtype="bfloat16")
+    request = Request(q_len=LENGTH, q_heads=2, kv_heads=1, head_dim=32, dtype="bfloat16", target="gpu:h100")
+    tiling, lse = TOKAMAX_MOSAIC.tilings(request)[0], jnp.full((1, 2, LENGTH), jnp.inf)
+
+    def run():
+        shares = TOKAMAX_MOSAIC.body().backward(Inputs(query, key, value), request, tiling, d_out, lse, d_out, None)
+        return shares.query, shares.key, shares.value
+
+    for share in jit(run)():
         np.testing.assert_array_equal(share, 0.0)
 
 
@@ -449,7 +479,9 @@ def _interpreted(target, case):
 
 @needs_interpreter
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [c if c == "prefix" else pytest.param(c, marks=pytest.mark.sweep) for c in INTERPRETED])
+@pytest.mark.parametrize(
+    "case", [c if c == "prefix" else pytest.param(c, marks=pytest.mark.sweep) for c in INTERPRETED]
+)
 def test_the_vendors_kernels_agree_with_dense_in_the_interpreter(target, case):
     found = _interpreted(target, case)
     assert found["kernel"] == KERNEL

@@ -1,6 +1,7 @@
 """One attention call beside its float64 oracle, and masks of every class to call it with."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from kernelry import masks
 from kernelry.testing import reference_attention, reference_gradients, reference_mask
 
 BATCH = 2
+WHOLE, SUFFIX, STEP = (12, 12), (5, 12), (1, 12)
+"""T and S. Tests that share shapes share what JAX compiles, eager operations included."""
+
 QKV = ("query", "key", "value")
 
 
@@ -85,9 +89,24 @@ def answer(mask, arrays, cotangents, **arguments):
     return returned["out"], returned["lse"], max_logits, gradients
 
 
-def compiled_answer(mask, arrays, cotangents, **arguments):
-    """Compiles a call, forward and backward in one program; the arrays of the mask are traced."""
-    return Answer(*jax.jit(lambda *given: answer(*given, **arguments))(mask, arrays, cotangents))
+def compiled_answer(mask, arrays, cotangents, *, dropout_rng=None, **arguments):
+    """Answers by one program for each form of mask, shapes and arguments; the arrays of the mask are traced."""
+    return Answer(*_compiled_answer(mask, arrays, cotangents, dropout_rng, tuple(sorted(arguments.items()))))
+
+
+@functools.partial(jax.jit, static_argnames="items")
+def _compiled_answer(mask, arrays, cotangents, dropout_rng, items):
+    return answer(mask, arrays, cotangents, dropout_rng=dropout_rng, **dict(items))
+
+
+def compiled_attend(mask, arrays, *, dropout_rng=None, **arguments):
+    """Calls `attend` as `compiled_answer` does, forward only."""
+    return _compiled_attend(mask, arrays, dropout_rng, tuple(sorted(arguments.items())))
+
+
+@functools.partial(jax.jit, static_argnames="items")
+def _compiled_attend(mask, arrays, dropout_rng, items):
+    return attend(mask, arrays, dropout_rng=dropout_rng, **dict(items))
 
 
 def oracle_answer(mask, arrays, cotangents, **arguments):

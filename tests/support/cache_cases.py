@@ -1,6 +1,10 @@
-"""Streams of tokens fed to caches in pieces, beside the float64 oracle over each row's whole stream."""
+"""Streams of tokens fed to caches in pieces, beside the float64 oracle over each row's whole stream.
+
+What a cache is asked here is compiled as a whole: done one by one, each operation on a new shape is a program, too.
+"""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -58,8 +62,10 @@ def prefix_of(storage=None, seed=50):
 
 
 def stored(array, storage):
-    array = jnp.asarray(array)
-    return array if storage is None else QuantizedArray.quantize(array, storage)
+    return jnp.asarray(array) if storage is None else _quantized(array, storage)
+
+
+_quantized = jax.jit(QuantizedArray.quantize, static_argnums=1)
 
 
 def _plain(array):
@@ -71,6 +77,33 @@ def _piece(array, starts, counts, tokens):
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
         out[row, :count] = array[row, start : start + count]
     return jnp.asarray(out)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def written(cache, key, value, lengths, *, method="append"):
+    return getattr(cache, method)(key, value, lengths=lengths)
+
+
+_STATIC = ("scale", "soft_cap", "mode", "return_partial", "return_max_logits")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def attended(cache, query, **options):
+    return cache.attend(query, **options)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def decoded(cache, query, key, value, **options):
+    return cache.decode(query, key, value, **options)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def answers(cache, query, *, prefix=None, sinks=None, **options):
+    """What `attend` returns: the output, that of its Partial, lse, and the largest logits where there is no prefix."""
+    out = cache.attend(query, prefix=prefix, sinks=sinks, **options)
+    partial = cache.attend(query, prefix=prefix, return_partial=True, return_max_logits=prefix is None, **options)
+    partial, largest = partial if prefix is None else (partial, None)
+    return out, kernelry.finalize(partial, sinks), to_lse(partial).lse, largest
 
 
 def two_part(storage=None, *, prefill=8, decode=7, batch=B):
@@ -105,7 +138,12 @@ def rolling(storage=None, *, window=WINDOW, max_append=MAX_APPEND, batch=B):
 
 def _rotten(cache):
     """NaN in every slot that is not written, as memory may hold."""
-    return jax.tree.map(lambda a: a * jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else a, cache)
+
+    def rotten(array):
+        is_floating = jnp.issubdtype(array.dtype, jnp.floating)
+        return jnp.asarray(np.full(array.shape, np.nan, array.dtype)) if is_floating else array
+
+    return jax.tree.map(rotten, cache)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,7 +166,7 @@ class Fed:
         counts = np.asarray(counts, np.int32)
         starts = np.zeros(B, np.int32) if method == "prefill" else self.starts + self.counts
         _, key, value = self.stream.piece(starts, counts, tokens)
-        after = getattr(self.cache, method)(key, value, lengths=counts)
+        after = written(self.cache, key, value, counts, method=method)
         np.testing.assert_array_equal(after.lengths, starts + counts)
         return dataclasses.replace(self, cache=after, starts=starts, counts=counts, tokens=tokens)
 
@@ -139,7 +177,7 @@ class Fed:
 
     def attend(self, mask, **options):
         query, _, _ = self.stream.piece(self.starts, self.counts, self.tokens)
-        return self.cache.attend(query, mask=mask, lengths=self.counts, **options)
+        return attended(self.cache, query, mask=mask, lengths=self.counts, **options)
 
     def oracle(self, mask, *, prefix=None, mode=None, **options):
         """Attention over each row's whole stream so far, whatever the mode."""
@@ -153,14 +191,14 @@ class Fed:
     def check(self, mask, *, prefix=None, sinks=None, atol=3e-6, **options):
         """Attends and compares everything that can be asked for with the oracle."""
         want = self.oracle(mask, prefix=prefix, sinks=sinks, **options)
-        close(self.attend(mask, prefix=prefix, sinks=sinks, **options), want.out, atol)
-        with_largest = prefix is None
-        partial = self.attend(mask, prefix=prefix, return_partial=True, return_max_logits=with_largest, **options)
-        if with_largest:
-            partial, largest = partial
+        query, _, _ = self.stream.piece(self.starts, self.counts, self.tokens)
+        found = answers(self.cache, query, mask=mask, lengths=self.counts, prefix=prefix, sinks=sinks, **options)
+        out, finalized, lse, largest = found
+        close(out, want.out, atol)
+        close(finalized, want.out, atol)
+        close(lse, want.lse, 1e-5)
+        if largest is not None:
             close(largest, want.max_logits, 1e-5)
-        close(kernelry.finalize(partial, sinks), want.out, atol)
-        close(to_lse(partial).lse, want.lse, 1e-5)
         return self
 
 
