@@ -36,6 +36,22 @@ def pytest_collection_modifyitems(items):
             item.add_marker("versions")
 
 
+_ENOUGH = 2**30
+"""Bytes of memory from which a worker forgets the programs of one file before the next, which compiles its own."""
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Keeps a worker below 2 GiB: JAX keeps each program, with the MLIR context it was lowered in."""
+    if nextitem is not None and nextitem.path != item.path and _resident() > _ENOUGH:
+        jax.clear_caches()
+
+
+def _resident():
+    """This process's memory in bytes; 0 where there is no /proc to ask."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
 def pytest_terminal_summary(terminalreporter):
     """Prints how many lying kernels the conformance kit caught."""
     tried = {
