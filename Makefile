@@ -90,12 +90,12 @@ coverage: export CI = true
 coverage: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(MUTATION_NEEDS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:randomly --cov --cov-config=pyproject.toml --cov-context=test \
-	  --cov-report= --junitxml=.coverage.xml $(ARGS)
-	$(BIN)/coverage report --include='core/src/*' | tail -1
+	  --cov-report= --junitxml=.junit.xml $(ARGS)
+	$(BIN)/coverage report --precision=2 --include='core/src/*' | tail -1
 
 mutation: coverage
-	$(BIN)/python tests/mutation/mutate.py --coverage .coverage --junit .coverage.xml --json tests/mutation/results/latest.json \
-	  --markdown tests/mutation/results/latest.md $(MUTATION_ARGS)
+	$(BIN)/python tests/mutation/mutate.py --coverage .coverage --junit .junit.xml --json tests/mutation/results/after.json \
+	  --markdown tests/mutation/results/after.md $(MUTATION_ARGS)
 
 # Builds fresh environments: the user's two installs, and a third party's plugin added and removed.
 test-install: $(VENV)/.installed

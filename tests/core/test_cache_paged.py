@@ -499,6 +499,10 @@ def test_under_jit_tokens_without_room_of_their_own_are_not_written():
 # Errors
 
 
+def test_as_many_pages_may_be_shared_as_a_row_has():
+    assert cache_of().view(shared_pages=8).shared_pages == 8
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -513,6 +517,7 @@ def test_under_jit_tokens_without_room_of_their_own_are_not_written():
         (lambda c: c.fork(np.array([0, 1]), np.array([2, 2])), ArgumentError, r"target=\[2, 2\] names a row twice"),
         (lambda c: c.view(layer=1), ArgumentError, r"layer=1 is out of range: the cache has layers 0 … 0"),
         (lambda c: c.view(shared_pages=9), ArgumentError, "shared_pages=9 must be an integer, 0 … 8"),
+        (lambda c: c.view(shared_pages=-1), ArgumentError, "shared_pages=-1 must be an integer, 0 … 8"),
         (lambda c: c.view(2), ShapeError, r"rows must be integers \[B\]"),
         (lambda c: c.view(np.array([5])), ArgumentError, r"rows=\[5\] is out of range"),
         (lambda c: c.view(np.array([1, 1])), ArgumentError, r"rows=\[1, 1\] names a row twice"),

@@ -174,3 +174,9 @@ def test_the_largest_logits_of_rows_are_refused():
 def test_other_shapes_are_refused(shapes):
     with pytest.raises(ShapeError, match=r"SharedPrefix: key and value must be \[P, K, H\] and \[P, K, D\]"):
         SharedPrefix(*map(jnp.zeros, shapes))
+
+
+@pytest.mark.parametrize("shapes", [((4, K), (4, K, D)), ((4, K, H), (4, K)), ((4, K, H), (5, K, D))])
+def test_a_prefix_of_another_rank_or_length_says_what_was_found(shapes):
+    with pytest.raises(ShapeError, match=r"key and value must be \[P, K, H\] and \[P, K, D\]"):
+        SharedPrefix(*(jnp.ones(shape) for shape in shapes))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import kernelry
 from kernelry import masks
+from kernelry.cache import RollingCache
 from kernelry.errors import ArgumentError, ShapeError
 
 WINDOWED = masks.SlidingWindow(WINDOW - 1)
@@ -211,3 +212,13 @@ def test_sizes_that_mean_nothing_are_refused():
         rolling(window=0)
     with pytest.raises(ArgumentError, match="RollingCache: max_append must be an integer ≥ 1, got True"):
         rolling(max_append=True)
+
+
+def test_a_step_that_sees_the_whole_ring_needs_no_positions():
+    """A ring as long as the window holds nothing that the last token does not see."""
+    cache = RollingCache.create(batch=B, window=WINDOW, max_append=1, kv_heads=K, head_dim=H, dtype=jnp.float32)
+    with kernelry.record() as resolutions:
+        jax.eval_shape(lambda query: cache.attend(query, mask=WINDOWED), normal(B, 1, N, H))
+        jax.eval_shape(lambda query: cache.attend(query, mask=masks.SlidingWindow(WINDOW - 2)), normal(B, 1, N, H))
+    kinds = [[str(atom.kind) for atom in resolution.request.mask.atoms] for resolution in resolutions]
+    assert [len(atoms) for atoms in kinds] == [1, 2]

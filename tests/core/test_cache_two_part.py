@@ -252,3 +252,5 @@ def test_sizes_that_mean_nothing_are_refused():
         two_part(decode=0)
     with pytest.raises(ArgumentError, match="unknown dtype 'int3'"):
         two_part("int3")
+    with pytest.raises(ArgumentError, match="TwoPartCache: value_dim must be an integer ≥ 1, got 0"):
+        TwoPartCache.create(batch=1, prefill=1, decode=1, kv_heads=1, head_dim=8, value_dim=0, dtype=np.float32)

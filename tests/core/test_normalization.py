@@ -128,3 +128,9 @@ def test_finalize_of_an_array_is_an_error():
 def test_finalize_refuses_sinks_that_are_not_one_per_head(shape):
     with pytest.raises(ShapeError, match="one logit per query head"):
         kernelry.finalize(_partial(), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("form", [to_lse, to_max_sum])
+def test_merging_keeps_the_largest_logits(form):
+    parts = [form(_part(seed, max_logits=jnp.full((B, N), float(seed)))) for seed in (3, 5)]
+    np.testing.assert_array_equal(kernelry.merge(parts).max_logits, np.full((B, N), 5.0))

@@ -4,7 +4,9 @@ With the shipped block sizes a test's few tokens would stand in one block, and n
 """
 
 import dataclasses
+import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ import kernelry
 from kernelry import masks
 from kernelry.cache import PagedArray, QuantizedArray
 from kernelry.masks import BlockKind
-from kernelry.plugin import Request, Tiling
+from kernelry.plugin import Inputs, Request, Tiling
 from kernelry.testing import reference_mask
 from kernelry.testing.conformance import run
 from kernelry.testing.reference import reference_attention, reference_gradients
@@ -29,6 +31,7 @@ from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_keys, visi
 from kernelry_dot_product.plugin import BLOCKWISE
 
 SMALL = {"block_q": 8, "block_kv": 5}
+OPERANDS = ("query", "key", "value")
 SQUARE = Grid(q_len=64, kv_len=64, block_q=16, block_kv=16)
 PACKED = np.repeat(np.arange(4, dtype=np.int32), 16)[None]
 
@@ -353,3 +356,88 @@ def test_the_gradient_of_the_query_through_quantised_keys():
     means = [np.asarray(array.dequantize()) for array in held]
     right = reference_gradients(np.asarray(query), *means, mask=masks.Causal(), d_out=np.asarray(d_out))
     np.testing.assert_allclose(pull(d_out)[0], right.query, rtol=2e-5, atol=2e-5)
+
+
+def _drawn(*shapes):
+    rng = np.random.default_rng(0)
+    return (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+
+
+def test_dropout_keeps_the_same_probabilities_forward_and_backward():
+    length, rate, key = 12, 0.3, jax.random.key(7, impl="rbg")
+    query, key_, value, d_out = _drawn(*[(2, length, heads, 8) for heads in (4, 2, 2, 4)])
+    one_hot = jnp.broadcast_to(jnp.eye(length)[None, :, None], (2, length, 2, length))
+    mask = masks.Causal()
+
+    @jax.jit
+    def run(value, d_out):
+        def attend(*operands):
+            return kernelry.attention(
+                *operands, mask=mask, kernel="blockwise", dropout_rate=rate, dropout_rng=key, gradients=OPERANDS
+            )
+
+        out, pull = jax.vjp(attend, query, key_, value)
+        return out, pull(d_out)
+
+    with kernelry.use(tiling=SMALL):
+        keep = np.swapaxes(np.asarray(run(one_hot, jnp.zeros((2, length, 4, length)))[0]), 1, 2) > 0
+        out, gradients = run(value, d_out)
+    assert 0.6 < keep[:, :, np.tri(length, dtype=bool)].mean() < 0.8
+    dropped = {"mask": mask, "dropout_rate": rate, "dropout_keep": keep}
+    wanted = reference_attention(query, key_, value, **dropped)
+    right = reference_gradients(query, key_, value, d_out=d_out, **dropped)
+    np.testing.assert_allclose(out, wanted.out, rtol=2e-6, atol=2e-6)
+    for found, name in zip(gradients, OPERANDS, strict=True):
+        np.testing.assert_allclose(found, getattr(right, name), rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_a_constant_bias_is_read_head_by_head(monkeypatch):
+    monkeypatch.setattr("kernelry_dot_product.blockwise.grid._TILE_BYTES", 1)  # each step has one key head of one row
+    query, key, value, d_out, bias = _drawn(*[(2, 9, heads, 8) for heads in (6, 3, 3, 6)], (2, 6, 9, 9))
+
+    def attend(query):
+        return kernelry.attention(
+            query, key, value, bias=bias, mask=masks.Causal(), kernel="blockwise", gradients={"query"}
+        )
+
+    with kernelry.use(tiling=SMALL):
+        out, pull = jax.jit(lambda query: jax.vjp(attend, query))(query)
+        [gradient] = pull(d_out)
+    known = {"bias": bias, "mask": masks.Causal()}
+    np.testing.assert_allclose(out, reference_attention(query, key, value, **known).out, rtol=2e-6, atol=2e-6)
+    right = reference_gradients(query, key, value, d_out=d_out, **known)
+    np.testing.assert_allclose(gradient, right.query, rtol=2e-5, atol=2e-5)
+
+
+def test_what_is_kept_for_the_backward_pass_has_the_dtype_of_the_query():
+    arrays = [array.astype(jnp.bfloat16) for array in _drawn(*[(2, 9, 4, 8)] * 3)]
+    request = Request(batch=2, q_len=9, q_heads=4, head_dim=8, dtype="bfloat16", mask=masks.Causal())
+    inputs = Inputs(*arrays, mask=masks.Causal().canonical())
+    body, tiling = BLOCKWISE.body(), Tiling.of(**SMALL)
+    partial = jax.eval_shape(lambda inputs: body.forward(inputs, request, tiling, statistics=False), inputs)
+    assert partial.out.dtype == jnp.bfloat16
+
+
+def test_a_block_of_pages_holds_one_at_least():
+    request = Request(mode="decode", q_len=1, kv_len=64, page_size=16)
+    assert [Grid.of(request, 1, block).block_kv for block in (8, 16, 40, 64)] == [16, 16, 32, 64]
+
+
+def test_a_call_of_one_tile_has_no_loop():
+    query, key, value = _drawn(*[(2, 9, 4, 8)] * 3)
+
+    def program(**tiling):
+        with kernelry.use(tiling=tiling):
+            call = functools.partial(kernelry.attention, mask=masks.Causal(), kernel="blockwise")
+            return str(jax.make_jaxpr(call)(query, key, value))
+
+    assert not {"scan", "while"} & set(re.findall(r"\w+", program(block_q=9, block_kv=9)))
+    assert {"scan", "while"} & set(re.findall(r"\w+", program(**SMALL)))
+
+
+@pytest.mark.parametrize(
+    "where", [{"query_offset": 3}, {"kv_positions": np.arange(9)[::-1]}, {"query_offset": jnp.int32(3)}]
+)
+def test_positions_need_no_adapter(where):
+    request = Request(q_len=9, mask=masks.Causal().at(**where))
+    assert kernelry.resolve(request, kernel="blockwise").plan.steps == ()
