@@ -69,7 +69,7 @@ TE_VERSIONS ?= 2.11.0 2.12.0 2.13.0 2.14.0 2.20.2
 test-te: export XLA_FLAGS ?= $(QUICK)
 test-te: $(VENV)/.installed $(TE_VERSIONS:%=.te/%/.installed)
 	for version in $(TE_VERSIONS); do \
-	  TRANSFORMER_ENGINE=.te/$$version $(BIN)/python -m pytest -n 2 tests/plugins/cudnn_te $(ARGS) || exit 1; \
+	  TRANSFORMER_ENGINE=.te/$$version $(BIN)/python -m pytest -n 2 -p no:randomly tests/plugins/cudnn_te $(ARGS) || exit 1; \
 	done
 
 # 20,000 random requests, valid and absurd: only kernelry's own errors come out.
@@ -93,13 +93,15 @@ coverage: $(VENV)/.installed
 	  --cov-report= --junitxml=.junit.xml $(ARGS)
 	$(BIN)/coverage report --precision=2 --include='core/src/*' | tail -1
 
+mutation: export XLA_FLAGS ?= $(QUICK)
+mutation: export CI = true
 mutation: coverage
 	$(BIN)/python tests/mutation/mutate.py --coverage .coverage --junit .junit.xml --json tests/mutation/results/after.json \
 	  --markdown tests/mutation/results/after.md $(MUTATION_ARGS)
 
 # Builds fresh environments: the user's two installs, and a third party's plugin added and removed.
 test-install: $(VENV)/.installed
-	$(BIN)/python -m pytest -m install tests/install $(ARGS)
+	$(BIN)/python -m pytest -p no:randomly -m install tests/install $(ARGS)
 
 # The parity tests beside the real MaxText, which wants Python 3.12 and about 1 GB in an environment of its own.
 MAXTEXT_NEEDS := maxtext==0.2.5 tokamax qwix aqtp jaxtyping immutabledict pathwaysutils fastapi starlette \
@@ -111,11 +113,11 @@ test-maxtext:
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product -e ./plugins/tpu_splash \
 		"jax==0.12.0.1" omegaconf $(TEST_NEEDS)
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
-	.venv-maxtext/bin/python -m pytest -n 2 tests/parity tests/core/test_from_maxtext.py $(ARGS)
+	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py $(ARGS)
 
 # The real compilers of TPUs and GPUs, and neither of these: about 2.5 GB in an environment of their own.
 AOT_VENV ?= .venv-aot
-AOT_TESTS = $(AOT_VENV)/bin/python -m pytest -n 2 -m aot
+AOT_TESTS = $(AOT_VENV)/bin/python -m pytest -n 2 -p no:randomly -m aot
 
 aot-environment:
 	$(PYTHON) -m venv $(AOT_VENV)

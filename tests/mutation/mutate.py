@@ -101,7 +101,7 @@ class Copy:
         """Runs Python on the copy; returns its exit code, None after `limit` seconds, and what it printed."""
         sources = [self.folder / "core/src", *sorted(self.folder.glob("plugins/*/src")), HERE]
         settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0", "CI": "true"}
-        environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(map(str, sources))}
+        environment = settings | os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sources))}
         process = subprocess.Popen(
             [sys.executable, *command], cwd=self.folder, env=environment, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
