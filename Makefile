@@ -66,7 +66,7 @@ TE_VERSIONS ?= 2.11.0 2.12.0 2.13.0 2.14.0 2.20.2
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .te/$* transformer_engine==$*
 	touch $@
 
-test-te: export XLA_FLAGS ?= $(QUICK)
+test-te: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test-te: $(VENV)/.installed $(TE_VERSIONS:%=.te/%/.installed)
 	for version in $(TE_VERSIONS); do \
 	  TRANSFORMER_ENGINE=.te/$$version $(BIN)/python -m pytest -n 2 -p no:randomly tests/plugins/cudnn_te $(ARGS) || exit 1; \

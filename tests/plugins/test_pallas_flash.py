@@ -91,6 +91,11 @@ FEWER_QUERIES = {
         jnp.asarray(np.repeat([2**32 - 1, 3, 0], 8), jnp.uint32),
         jnp.asarray([np.repeat([3, 2**32 - 1, 0, 2**31], 14), np.repeat([9, 3], 28)], jnp.uint32),
     ),
+    "ids_of_two_dtypes": masks.Segments(
+        jnp.asarray([np.where(np.arange(SHORT) == 5, -1, 3), np.repeat([-1, 3], 12)]),
+        jnp.asarray(np.repeat([[3, 9], [2**32 - 1, 3]], 28, axis=1), jnp.uint32),
+    ),
+    "lengths_of_both": masks.Lengths(jnp.asarray([30, 40]), jnp.asarray([12, 19])),
     "dense_of_queries": seen(SHORT, 1) & masks.Lengths(jnp.asarray([30, 50])),
 }
 TILES = {LENGTH: MASKS | NOT, SHORT: FEWER_QUERIES}
@@ -123,6 +128,13 @@ def test_a_tile_shows_what_the_mask_shows(q_len, name):
         found = np.ones((1, 1), bool) if found is None else found
         assert found.dtype == bool
         np.testing.assert_array_equal(np.broadcast_to(found, wanted[row, head].shape), wanted[row, head])
+
+
+@pytest.mark.parametrize("name", ["full", "window", "load_balanced", "offset_of_one_row", "predicate", "not_chunked"])
+def test_a_mask_that_is_arithmetic_hands_a_kernel_nothing(name):
+    mask = TILES[LENGTH][name]
+    request = Request(batch=2, q_len=LENGTH, kv_len=LENGTH, q_heads=4, mask=mask)
+    assert TileMask.of(mask.canonical(), request).operands == ()
 
 
 TOLERANCES = {"float32": (2e-6, 2e-5), "bfloat16": (1e-2, 4e-2), "float16": (2e-3, 1e-2)}
