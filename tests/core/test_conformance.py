@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -70,7 +71,7 @@ def signature(request):
 
 
 SMALL = KernelSpec(name="small", capabilities=CAPABILITIES, load=Small, signature=signature)
-WRONG = dataclasses.replace(SMALL, load=Wrong)
+WRONG = dataclasses.replace(SMALL, name="wrong", load=Wrong)
 
 
 def refuse(request, environment):
@@ -227,7 +228,7 @@ def command(monkeypatch, capsys):
     own.callback()(lambda: None)
     own.command("conformance")(check)
     monkeypatch.setattr(app_module, "app", own)
-    specs = {"small": SMALL, "wrong": dataclasses.replace(WRONG, name="wrong")}
+    specs = {"small": SMALL, "wrong": WRONG}
     monkeypatch.setattr("kernelry.cli.conformance.installed_spec", specs.__getitem__)
 
     def call(*arguments):
@@ -247,18 +248,17 @@ def test_command_reports_each_claim(command):
     assert "0 failed" in out
 
 
-def test_command_shows_failures_and_exits_with_1(command):
-    status, out, _ = command("wrong", "--quick")
+def test_command_shows_failures_and_exits_with_1(command, monkeypatch, wrong):
+    reports = {"small": run(SMALL, quick=True), "wrong": wrong}
+    monkeypatch.setattr("kernelry.cli.conformance.run", lambda spec, **_: reports[spec.name])
+    status, out, _ = command("small", "wrong", "--quick")
     assert status == 1
+    assert "small: ok" in out
     assert "failed: full attention (output)" in out
     assert "out is wrong" in out
-
-
-def test_command_as_json(command):
     status, out, _ = command("small", "wrong", "--quick", "--json")
-    data = json.loads(out)
     assert status == 1
-    assert [kernel["ok"] for kernel in data["kernels"]] == [True, False]
+    assert [kernel["ok"] for kernel in json.loads(out)["kernels"]] == [True, False]
 
 
 @pytest.mark.parametrize("arguments", [(), ("small", "--all")])
@@ -292,39 +292,48 @@ def test_command_holds_served_counts(command, tmp_path):
     assert command("small", "--at-least", path)[0] == 2
 
 
+CALLS = {
+    "each case": ("--kernelry-kernel", "cudnn_jax", "--kernelry-quick", "-v"),
+    "misspelt": ("--kernelry-kernel", "dot_prodct"),
+    "no kernel": (),
+}
+
+
 @pytest.fixture(scope="module")
-def run_pytest(tmp_path_factory):
-    """Runs pytest as an author of a kernel would, outside this repository."""
+def pytest_says(tmp_path_factory):
+    """What pytest says to an author of a kernel, outside this repository: status and output of each call, by name."""
     folder = tmp_path_factory.mktemp("author")
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTEST_"))}
-
-    def call(*arguments):
-        command = [sys.executable, "-m", "pytest", "-p", "kernelry_pytest", "-p", "no:cacheprovider", "-rs", *arguments]
-        done = subprocess.run(
-            command, cwd=folder, env=environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    return call
-
-
-def test_pytest_plugin_makes_a_test_of_each_case(run_pytest):
-    status, text = run_pytest(
-        "--pyargs", "kernelry.testing", "--kernelry-kernel", "cudnn_jax", "--kernelry-quick", "-v"
+    head = ("-p", "kernelry_pytest", "-p", "no:cacheprovider", "-rs", "--pyargs", "kernelry.testing")
+    code = f"import pytest\nfor call in {list(CALLS.values())}:\n  print('END', int(pytest.main([*{head}, *call])))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
     )
+    found = re.findall(r"(.*?)^END (\d+)$", done.stdout, re.DOTALL | re.MULTILINE)
+    return {name: (int(status), text) for name, (text, status) in zip(CALLS, found, strict=True)}
+
+
+def test_pytest_plugin_makes_a_test_of_each_case(pytest_says):
+    status, text = pytest_says["each case"]
     assert status == 0, text
     assert "cudnn_jax: refuses soft_cap] PASSED" in text
     assert "needs gpu" in text
 
 
-def test_pytest_plugin_names_kernels_for_a_misspelt_one(run_pytest):
-    status, text = run_pytest("--pyargs", "kernelry.testing", "--kernelry-kernel", "dot_prodct")
+def test_pytest_plugin_names_kernels_for_a_misspelt_one(pytest_says):
+    status, text = pytest_says["misspelt"]
     assert status != 0
     assert "did you mean 'dot_product'" in text
 
 
-def test_pytest_without_a_kernel_says_how_to_name_one(run_pytest):
-    status, text = run_pytest("--pyargs", "kernelry.testing")
+def test_pytest_without_a_kernel_says_how_to_name_one(pytest_says):
+    status, text = pytest_says["no kernel"]
     assert status == 0
     assert "--kernelry-kernel NAME" in text
 

@@ -267,7 +267,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", help="these ids, whether drawn or not, separated by commas")
-    parser.add_argument("--json", type=Path, default=Path("mutation.json"), help="the results, written as they come")
+    parser.add_argument("--json", type=Path, default=Path(".mutation.json"), help="the results, written as they come")
     parser.add_argument("--markdown", type=Path, help="the summary")
     parser.add_argument("--equivalent", type=Path, default=HERE / "equivalent.toml")
     parser.add_argument("--resume", action="store_true", help="keep the results in --json, but for errors")

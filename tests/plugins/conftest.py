@@ -1,8 +1,6 @@
 """What the tests of accelerator kernels share: arrays, the comparison with dense attention, lowering."""
 
 import contextlib
-import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +9,6 @@ import pytest
 
 import kernelry
 from kernelry import masks, testing
-
-# `make test` wants programs soon, not fast ones. Interpreted kernels compile in half the time where LLVM is not given
-# what XLA's emitters of fusions write; the XLA of jax 0.12 has no others.
-_SOON = "--xla_backend_optimization_level=0" in os.environ.get("XLA_FLAGS", "") and jax.__version_info__ < (0, 11)
-_jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False} if _SOON else None)
 
 
 def _arrays(q_len=256, kv_len=None, *, heads=2, kv_heads=1, head_dim=32, value_dim=None, dtype="float32", batch=1):
@@ -41,7 +34,7 @@ def _value_and_gradients(kernel, operands, d_out, options):
         out, pull = jax.vjp(attend, *operands)
         return out, pull(d_out.astype(out.dtype))
 
-    return _jit(run)(*operands)
+    return jax.jit(run)(*operands)
 
 
 def _of_the_oracle(operands, d_out, options):
@@ -75,12 +68,6 @@ def _lower(function, arrays, target, mesh=None):
     with kernelry.use(target=target), around, kernelry.record() as resolutions:
         lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,))
     return resolutions, lowered
-
-
-@pytest.fixture(scope="session")
-def jit():
-    """`jax.jit` for an outermost function, which compiles sooner."""
-    return _jit
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def test_nan_in_slots_that_nobody_sees_stays_there(kernel, make_arrays, check_ag
 
 
 @pytest.mark.parametrize("kernel", sweep_but(KERNELS, "pallas_mha"))
-def test_two_parts_merge_with_gradients_through_their_lse(kernel, make_arrays, jit):
+def test_two_parts_merge_with_gradients_through_their_lse(kernel, make_arrays):
     half = LENGTH[kernel]
     query, key, value, d_out = make_arrays(half, 2 * half, heads=2, kv_heads=2, head_dim=16)
 
@@ -185,7 +185,7 @@ def test_two_parts_merge_with_gradients_through_their_lse(kernel, make_arrays, j
         ]
         return kernelry.finalize(kernelry.merge(parts))
 
-    @jit
+    @jax.jit
     def run(query, key, value):
         out, pull = jax.vjp(merged, query, key, value)
         return out, pull(d_out)

@@ -3,7 +3,6 @@
 The stand-in reads what JAX's primitives are given, and leaves NaN wherever cuDNN promises nothing.
 """
 
-import functools
 import os
 import subprocess
 import sys
@@ -50,28 +49,22 @@ def arrays(make_arrays):
     return make
 
 
-@pytest.fixture
-def check(jit):
-    """Compares cudnn_jax with the oracle, gradients of the extras included; returns the adapters that it took."""
-    return functools.partial(_check, jit)
-
-
-def _values(jit, arrays, extras, options):
+def _values(arrays, extras, options):
     """The output, and the gradients of query, key, value and of the extras."""
     *operands, d_out = arrays
 
     def attend(query, key, value, extras):
         return kernelry.attention(query, key, value, kernel="cudnn_jax", **extras, **options)
 
-    return _pulled(jit, attend, d_out, *operands, extras)
+    return _pulled(attend, d_out, *operands, extras)
 
 
-def _pulled(jit, attend, d_out, *operands):
+def _pulled(attend, d_out, *operands):
     def run(d_out, *operands):
         out, pull = jax.vjp(attend, *operands)
         return out, pull(d_out.astype(out.dtype))
 
-    return jit(run)(d_out, *operands)
+    return jax.jit(run)(d_out, *operands)
 
 
 def _wanted(arrays, extras=None, **options):
@@ -83,10 +76,11 @@ def _wanted(arrays, extras=None, **options):
     return testing.reference_attention(*wide[:3], **known).out, (found.query, found.key, found.value, shares)
 
 
-def _check(jit, arrays, extras=None, close=CLOSE, **options):
+def check(arrays, extras=None, close=CLOSE, **options):
+    """Compares cudnn_jax with the oracle, gradients of the extras included; returns the adapters that it took."""
     extras = extras or {}
     with cudnn_stand_in.stand_in(), kernelry.record() as resolutions:
-        out, gradients = _values(jit, arrays, extras, options)
+        out, gradients = _values(arrays, extras, options)
     wanted, wanted_gradients = _wanted(arrays, extras, **options)
     assert out.dtype == arrays[0].dtype
     _same(out, wanted, close)
@@ -115,7 +109,7 @@ def _bias(shape, dtype="float16"):
 
 
 @pytest.mark.parametrize("case", SMOKE, ids=lambda case: " ".join(map(str, case.values())))
-def test_every_two_features_agree_with_the_oracle(case, arrays, check):
+def test_every_two_features_agree_with_the_oracle(case, arrays):
     kv_heads, alike = case["heads"]
     given = arrays(kv_heads=kv_heads, dtype=case["dtype"])
     drawn = {"bias": _bias((*alike, 48, 48), case["dtype"]), "sinks": SINKS.astype(case["dtype"])}
@@ -129,24 +123,24 @@ def test_every_two_features_agree_with_the_oracle(case, arrays, check):
 
 
 @pytest.mark.parametrize("mask", [*EDGES, *(pytest.param(mask, marks=pytest.mark.sweep) for mask in MASKS)], ids=str)
-def test_masks(mask, arrays, check):
+def test_masks(mask, arrays):
     check(arrays(), mask=mask)
 
 
 @pytest.mark.parametrize("mask", [masks.Causal().at(query_offset=0), masks.Lengths([7, 90])], ids=str)
 @pytest.mark.parametrize(("q_len", "kv_len"), [(48, 96), pytest.param(96, 48, marks=pytest.mark.sweep)])
-def test_unequal_lengths(mask, q_len, kv_len, arrays, check):
+def test_unequal_lengths(mask, q_len, kv_len, arrays):
     check(arrays(q_len, kv_len), mask=mask)
 
 
-def test_a_window_over_fewer_keys_is_padded(arrays, check):
+def test_a_window_over_fewer_keys_is_padded(arrays):
     assert "pad_sequence" in check(arrays(48, 24), mask=masks.SlidingWindow(3).at(query_offset=0))
 
 
 @pytest.mark.parametrize(
     "mask", [pytest.param(masks.Full(), marks=pytest.mark.sweep), masks.Causal(), masks.Lengths(LENGTHS)], ids=str
 )
-def test_odd_lengths(mask, arrays, check):
+def test_odd_lengths(mask, arrays):
     adapters = check(arrays(47), mask=mask)
     assert ("pad_sequence" in adapters) == (not isinstance(mask, masks.Lengths))
 
@@ -156,12 +150,12 @@ def test_grouped_heads_are_read_where_they_stand(kv_heads, arrays):
     assert _steps(arrays(kv_heads=kv_heads)) == []
 
 
-def test_latent_attention(arrays, check):
+def test_latent_attention(arrays):
     assert check(arrays(16, head_dim=192, value_dim=128), mask=masks.Causal()) == []
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 32), pytest.param(32, 16, marks=pytest.mark.sweep), (13, 13)])
-def test_other_head_dims_are_padded(head_dim, value_dim, arrays, check):
+def test_other_head_dims_are_padded(head_dim, value_dim, arrays):
     assert check(arrays(head_dim=head_dim, value_dim=value_dim), mask=masks.Causal()) == ["pad_head_dim"]
 
 
@@ -173,39 +167,39 @@ def _steps(arrays):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), pytest.param((1, 4), marks=pytest.mark.sweep), (2, 4)], ids=str)
-def test_bias_and_its_gradient(shape, arrays, check):
+def test_bias_and_its_gradient(shape, arrays):
     check(arrays(), {"bias": _bias((*shape, 48, 48))}, mask=masks.Causal(), close={"rtol": 1e-2, "atol": 1e-2})
 
 
-def test_a_bias_beside_sinks_has_a_gradient_by_the_kernels_own_backward(arrays, check):
+def test_a_bias_beside_sinks_has_a_gradient_by_the_kernels_own_backward(arrays):
     """Where there are no statistics to give back, JAX differentiates the kernel."""
     extras = {"bias": _bias((1, 4, 48, 48)), "sinks": SINKS.astype("float16")}
     check(arrays(), extras, mask=masks.Causal(), close={"rtol": 1e-2, "atol": 1e-2})
 
 
 @pytest.mark.parametrize("mask", [masks.Lengths(LENGTHS), masks.SlidingWindow(5)], ids=str)
-def test_a_constant_bias_beside_other_masks(mask, arrays, check):
+def test_a_constant_bias_beside_other_masks(mask, arrays):
     bias = _bias((1, 4, 48, 48), "float32")
     check(arrays(), mask=mask, bias=bias, gradients=("query", "key", "value"))
 
 
-def test_a_bias_of_another_dtype_is_rounded_to_the_querys(arrays, check):
+def test_a_bias_of_another_dtype_is_rounded_to_the_querys(arrays):
     bias = _bias((1, 4, 48, 48), "float32").at[..., 3].set(-1e9)  # beyond float16, whose −inf would give NaN
     check(arrays(), {"bias": bias}, mask=masks.Full())
 
 
 @pytest.mark.parametrize("mask", [masks.Causal(), MASKS[-1]], ids=str)
-def test_partial_holds_a_natural_float32_lse(mask, arrays, jit):
+def test_partial_holds_a_natural_float32_lse(mask, arrays):
     operands, options = arrays()[:3], {"mode": "prefill", "return_partial": True}
     with cudnn_stand_in.stand_in():
-        attend = jit(lambda *qkv: kernelry.attention(*qkv, mask=mask, kernel="cudnn_jax", **options))
+        attend = jax.jit(lambda *qkv: kernelry.attention(*qkv, mask=mask, kernel="cudnn_jax", **options))
         found = attend(*operands)
     assert found.lse.dtype == jnp.float32
     wanted = testing.reference_attention(*operands, mask=mask).lse
     np.testing.assert_allclose(found.lse, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_merged_parts_have_the_gradients_of_the_whole(arrays, jit):
+def test_merged_parts_have_the_gradients_of_the_whole(arrays):
     query, key, value, d_out = arrays()
 
     def merged(query, key, value):
@@ -216,7 +210,7 @@ def test_merged_parts_have_the_gradients_of_the_whole(arrays, jit):
         return kernelry.finalize(kernelry.merge(halves))
 
     with cudnn_stand_in.stand_in():
-        out, gradients = _pulled(jit, merged, d_out, query, key, value)
+        out, gradients = _pulled(merged, d_out, query, key, value)
     visible = np.ones((2, 1, 1, 48), bool)
     visible[0, ..., 35:] = visible[1, ..., :24] = False
     wanted, wanted_gradients = _wanted((query, key, value, d_out), mask=masks.Dense(visible))
@@ -225,7 +219,7 @@ def test_merged_parts_have_the_gradients_of_the_whole(arrays, jit):
         _same(found, right, {"rtol": 2e-2, "atol": 1e-2})
 
 
-def test_infinite_lse_contributes_no_gradient(arrays, jit):
+def test_infinite_lse_contributes_no_gradient(arrays):
     query, key, value, d_out = arrays()
     request = Request(
         target="gpu:h100", batch=2, q_len=48, q_heads=4, kv_heads=2, head_dim=16, dtype="float16", mask=masks.Causal()
@@ -233,7 +227,7 @@ def test_infinite_lse_contributes_no_gradient(arrays, jit):
     lse = jnp.full((2, 4, 48), jnp.inf)
     with cudnn_stand_in.stand_in():
         body, inputs = CUDNN_JAX.body(), Inputs(query, key, value, mask=(masks.Causal(),))
-        shares = jit(lambda: _three(body.backward(inputs, request, Tiling(), d_out, lse, d_out, None)))()
+        shares = jax.jit(lambda: _three(body.backward(inputs, request, Tiling(), d_out, lse, d_out, None)))()
     for share in shares:
         np.testing.assert_array_equal(share, 0.0)
 
@@ -242,7 +236,7 @@ def _three(gradients):
     return gradients.query, gradients.key, gradients.value
 
 
-def test_nan_in_hidden_slots_never_leaks(arrays, jit):
+def test_nan_in_hidden_slots_never_leaks(arrays):
     query, key, value, d_out = arrays()
     lengths = np.array([20, 48], np.int32)
     hidden = (np.arange(48) >= lengths[:, None])[..., None, None]
@@ -256,13 +250,13 @@ def test_nan_in_hidden_slots_never_leaks(arrays, jit):
         return out, *pull(given[3])
 
     with cudnn_stand_in.stand_in():
-        run = jit(run)
+        run = jax.jit(run)
         found, clean = run(*poisoned), run(query, key, value, d_out)
     jax.tree.map(np.testing.assert_array_equal, found, clean)
 
 
 @pytest.mark.parametrize("masked", ["by no lengths", "by mapped lengths", "by lengths for all"])
-def test_vmap(masked, arrays, jit):
+def test_vmap(masked, arrays):
     stacked = tuple(jnp.stack([array, array[::-1]]) for array in arrays())
     lengths = np.array([[48, 7], [20, 0]], np.int32)
 
@@ -281,7 +275,7 @@ def test_vmap(masked, arrays, jit):
         return jax.vmap(attend)(*operands, jnp.asarray(lengths))
 
     with cudnn_stand_in.stand_in():
-        out, gradients = _pulled(jit, mapped, stacked[3], *stacked[:3])
+        out, gradients = _pulled(mapped, stacked[3], *stacked[:3])
     for at in range(2):
         one = tuple(array[at] for array in stacked)
         wanted, wanted_gradients = _wanted(one, mask=mask_of(lengths[at]), sinks=np.ones(4))

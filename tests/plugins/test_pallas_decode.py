@@ -129,7 +129,7 @@ def in_pages(query, key, value, table):
 
 
 @pytest.mark.parametrize("case", SMOKE, ids=lambda case: " ".join(map(str, list(case.values())[:4])))
-def test_every_two_features_agree_with_the_oracle_whatever_hidden_slots_hold(case, jit):
+def test_every_two_features_agree_with_the_oracle_whatever_hidden_slots_hold(case):
     q_len, kv_heads, head_dim = case["sizes"]
     query, key, value = arrays(4, kv_heads, head_dim, head_dim, q_len, slots=SLOTS)
     options = {"mask": smoke_mask(case["mask"], q_len), **case["more"]}
@@ -137,7 +137,7 @@ def test_every_two_features_agree_with_the_oracle_whatever_hidden_slots_hold(cas
     held, plain = held_as(case["held"], poisoned(key, visible), poisoned(value, visible), case["dtype"])
     query = query.astype(case["dtype"])
     place = in_pages if len(held) > 2 else lambda *operands: operands
-    found = jit(lambda *given: through_decode(*place(*given), tiling=case["tiling"], **options))(query, *held)
+    found = jax.jit(lambda *given: through_decode(*place(*given), tiling=case["tiling"], **options))(query, *held)
     assert found.dtype == query.dtype
     near(found, oracle(query, *plain, **options).out, TOLERANCES[case["dtype"]])
 
@@ -167,9 +167,9 @@ def test_narrow_dtypes_stay_within_their_tolerance(dtype, atol):
     check(arrays(dtype=dtype), atol=atol, mask=MASKS["lengths"])
 
 
-def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided(jit):
+def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided():
     options = {"mask": MASKS["window"], "return_partial": True, "return_max_logits": True}
-    found, top = jit(lambda *operands: through_decode(*operands, **options))(*arrays())
+    found, top = jax.jit(lambda *operands: through_decode(*operands, **options))(*arrays())
     wanted = oracle(*arrays(), mask=MASKS["window"])
     assert found.lse is None
     with np.errstate(divide="ignore"):
@@ -189,17 +189,17 @@ def test_quantised_keys_agree_with_their_values(how):
 
 
 @pytest.mark.parametrize("page_size", [16, pytest.param(6, marks=pytest.mark.sweep)])
-def test_pages_are_read_through_the_table(page_size, jit):
+def test_pages_are_read_through_the_table(page_size):
     query, key, value = arrays(slots=SLOTS)
     mask = masks.Lengths(np.array([SLOTS, 20, 0]))
     pages, value_pages, table = in_shuffled_pages(key, value, page_size)
     table[1, -1:] = -1  # the lengths end before
     operands = query, pages, value_pages, table
-    found = jit(lambda *given: through_decode(*in_pages(*given), mask=mask))(*operands)
+    found = jax.jit(lambda *given: through_decode(*in_pages(*given), mask=mask))(*operands)
     near(found, oracle(query, key, value, mask=mask).out)
 
 
-def test_a_page_that_is_not_there_shows_nan_where_it_is_seen(jit):
+def test_a_page_that_is_not_there_shows_nan_where_it_is_seen():
     query, key, value = arrays(slots=SLOTS)
     pages, value_pages, table = in_shuffled_pages(key, value, 16)
     mask = masks.Lengths(np.array([SLOTS, SLOTS, 0]))
@@ -207,7 +207,7 @@ def test_a_page_that_is_not_there_shows_nan_where_it_is_seen(jit):
     def run(table):
         return through_decode(*in_pages(query, pages, value_pages, table), mask=mask)
 
-    run = jit(run)
+    run = jax.jit(run)
     for missing in (-1, 10_000):
         table[0, 1] = missing
         out = run(jnp.asarray(table))
@@ -215,7 +215,7 @@ def test_a_page_that_is_not_there_shows_nan_where_it_is_seen(jit):
         assert np.isfinite(out[1:]).all()
 
 
-def test_a_paged_cache_is_read_where_it_stands(jit):
+def test_a_paged_cache_is_read_where_it_stands():
     sizes = {"kv_heads": 2, "head_dim": 24, "dtype": jnp.float32}
     cache = PagedCache.create(rows=B, pages=16, page_size=16, max_length=64, **sizes)
     query, key, value = arrays(value_dim=24, slots=25)
@@ -226,7 +226,7 @@ def test_a_paged_cache_is_read_where_it_stands(jit):
         return cache.decode(*operands, mask=masks.Causal(), kernel="pallas_decode")
 
     with testing.interpret(), kernelry.use(tiling=SMALL), kernelry.record() as resolutions:
-        found, _ = jit(decode)(cache, query, key[:, 24:], value[:, 24:])
+        found, _ = jax.jit(decode)(cache, query, key[:, 24:], value[:, 24:])
     assert resolutions[0].plan.steps == ()
     rows = np.arange(B)
     key, value = (np.array(array) for array in (key, value))
@@ -235,7 +235,7 @@ def test_a_paged_cache_is_read_where_it_stands(jit):
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("lengths", [10, 5, 0]), ("window", [4, 4, 0])])
-def test_the_blocks_visited_follow_what_each_row_sees(name, blocks, jit, monkeypatch):
+def test_the_blocks_visited_follow_what_each_row_sees(name, blocks, monkeypatch):
     """Counted while the kernel runs: 150 slots are 10 blocks of 16, 41 visible slots end in 3 or 4 of them."""
     counted = []
     plain = splits.Logits.__call__
@@ -251,7 +251,7 @@ def test_the_blocks_visited_follow_what_each_row_sees(name, blocks, jit, monkeyp
         return through_decode(query, key, value, mask=mask)
 
     monkeypatch.setattr(splits.Logits, "__call__", counting)
-    run, operands = jit(run), [array[:1] for array in arrays(heads=1, kv_heads=1)]
+    run, operands = jax.jit(run), [array[:1] for array in arrays(heads=1, kv_heads=1)]
     for length, wanted in zip(LENGTHS, blocks, strict=True):
         counted.clear()
         jax.block_until_ready(run(*operands, jnp.asarray([length])))

@@ -143,7 +143,7 @@ GROUPED = {"heads": 4, "kv_heads": 2, "batch": 2, "head_dim": 24, "value_dim": 1
 OPERANDS = ("query", "key", "value", "sinks")
 
 
-def _program(jit, operands, d_out, *, bias=None, tiling=SMALL, **options):
+def _program(operands, d_out, *, bias=None, tiling=SMALL, **options):
     """The output and the gradients of all operands, compiled; and what it was resolved to."""
     names = OPERANDS[: len(operands)]
     constant = {} if bias is None else {"bias": bias, "gradients": names}
@@ -159,7 +159,7 @@ def _program(jit, operands, d_out, *, bias=None, tiling=SMALL, **options):
     caps_bias = bias is not None and "soft_cap" in options
     warned = pytest.warns(UserWarning, match="soft cap") if caps_bias else contextlib.nullcontext()
     with testing.interpret(), kernelry.use(tiling=tiling), kernelry.record() as resolutions, warned:
-        compiled = jit(run).lower(*operands).compile()
+        compiled = jax.jit(run).lower(*operands).compile()
     return compiled, [step.adapter.name for step in resolutions[0].plan.steps]
 
 
@@ -181,12 +181,12 @@ def _compare(found, operands, d_out, options):
     assert [array.dtype for array in found] == [operands[0].dtype, *(array.dtype for array in operands)]
 
 
-def check(jit, arrays, *, tiling=SMALL, **options):
+def check(arrays, *, tiling=SMALL, **options):
     """Compares pallas_flash with the oracle; returns the names of the adapters that it took."""
     *operands, d_out = arrays
     if (sinks := options.pop("sinks", None)) is not None:
         operands.append(sinks)
-    compiled, steps = _program(jit, operands, d_out, tiling=tiling, **options)
+    compiled, steps = _program(operands, d_out, tiling=tiling, **options)
     _compare(compiled(*operands), operands, d_out, options)
     return steps
 
@@ -223,7 +223,7 @@ def _poisoned(query, key, value, mask):
 
 
 @functools.cache
-def _smoke(number, make_arrays, jit):
+def _smoke(number, make_arrays):
     """A case: compiled, its operands, the cotangent, its options and the adapters it took."""
     case = SMOKE[number]
     q_len, kv_len, head_dim = case["sizes"]
@@ -241,41 +241,41 @@ def _smoke(number, make_arrays, jit):
     operands = [*_poisoned(*operands, mask)]
     if "sinks" in case["extras"]:
         operands.append(jnp.asarray([0.5, -1.0, 2.0, 0.0]))
-    return *_program(jit, operands, d_out, tiling=case["tiling"], **options), operands, d_out, options
+    return *_program(operands, d_out, tiling=case["tiling"], **options), operands, d_out, options
 
 
 @pytest.mark.parametrize("number", range(len(SMOKE)), ids=[" ".join(map(str, list(c.values())[:5])) for c in SMOKE])
-def test_every_two_features_agree_with_the_oracle_whatever_hidden_slots_hold(number, make_arrays, jit):
+def test_every_two_features_agree_with_the_oracle_whatever_hidden_slots_hold(number, make_arrays):
     """The last tiles hold queries that do not exist; what only those would see is hidden, too."""
-    compiled, steps, operands, d_out, options = _smoke(number, make_arrays, jit)
+    compiled, steps, operands, d_out, options = _smoke(number, make_arrays)
     _compare(compiled(*operands), operands, d_out, options)
     assert steps == (["sinks_from_lse"] if "sinks" in SMOKE[number]["extras"] else [])
 
 
-def test_the_same_call_gives_the_same_bits(make_arrays, jit):
-    compiled, _, operands, _, _ = _smoke(0, make_arrays, jit)
+def test_the_same_call_gives_the_same_bits(make_arrays):
+    compiled, _, operands, _, _ = _smoke(0, make_arrays)
     for one, other in zip(compiled(*operands), compiled(*operands), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", TILES[LENGTH])
-def test_masks_agree_with_the_oracle(name, make_arrays, jit):
-    assert check(jit, make_arrays(LENGTH, **GROUPED), mask=TILES[LENGTH][name]) == []
+def test_masks_agree_with_the_oracle(name, make_arrays):
+    assert check(make_arrays(LENGTH, **GROUPED), mask=TILES[LENGTH][name]) == []
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("shape", [(1, 1, 1, LENGTH), (2, 1, LENGTH, 1), (1, 4, 1, 1), (2, 4, LENGTH, LENGTH)])
-def test_a_bias_broadcasts_along_every_axis(shape, make_arrays, jit):
+def test_a_bias_broadcasts_along_every_axis(shape, make_arrays):
     bias = jnp.asarray(np.random.default_rng(4).standard_normal(shape), jnp.float32)
-    check(jit, make_arrays(LENGTH, **GROUPED), mask=masks.Causal(), bias=bias)
+    check(make_arrays(LENGTH, **GROUPED), mask=masks.Causal(), bias=bias)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (17, 90), (90, 17), (64, 64)])
-def test_any_lengths_agree_with_the_oracle(q_len, kv_len, make_arrays, jit):
+def test_any_lengths_agree_with_the_oracle(q_len, kv_len, make_arrays):
     mask = masks.Causal().at(query_offset=kv_len - q_len)
-    check(jit, make_arrays(q_len, kv_len, heads=2), mask=mask)
+    check(make_arrays(q_len, kv_len, heads=2), mask=mask)
 
 
 @pytest.mark.sweep
@@ -287,8 +287,8 @@ def test_head_dims_agree_with_the_oracle(dims, make_arrays, check_against_dense)
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_dtypes_agree_with_the_oracle(dtype, make_arrays, jit):
-    check(jit, make_arrays(LENGTH, **GROUPED, dtype=dtype), mask=masks.Causal())
+def test_narrow_dtypes_agree_with_the_oracle(dtype, make_arrays):
+    check(make_arrays(LENGTH, **GROUPED, dtype=dtype), mask=masks.Causal())
 
 
 def _grid(block=16):
@@ -306,7 +306,7 @@ def _visited(runs):
 
 
 @functools.cache
-def _runs(jit):
+def _runs():
     """The runs of queries and those of keys by name of a mask, in one program."""
 
     def run(named):
@@ -314,7 +314,7 @@ def _runs(jit):
         found = {name: (Runs.of_queries(each, _grid()), Runs.of_keys(each, _grid())) for name, each in parts.items()}
         return {name: [(runs.full, runs.partial) for runs in both] for name, both in found.items()}
 
-    return {name: [Runs(*runs) for runs in both] for name, both in jit(run)(MASKS).items()}
+    return {name: [Runs(*runs) for runs in both] for name, both in jax.jit(run)(MASKS).items()}
 
 
 def _visible(name):
@@ -322,13 +322,13 @@ def _visible(name):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_runs_visit_each_block_that_holds_anything_once_and_no_other_block_of_the_static_mask(name, jit):
+def test_runs_visit_each_block_that_holds_anything_once_and_no_other_block_of_the_static_mask(name):
     kinds = MASKS[name].block_map(LENGTH, LENGTH, 16, 16)
     visible = _visible(name).any(axis=1)
     edge = -LENGTH % 16
     padded = np.pad(visible, ((0, 0), (0, edge), (0, edge)))
     holds = padded.reshape(len(padded), 4, 16, 4, 16).any(axis=(2, 4))
-    for runs, turn in zip(_runs(jit)[name], ((0, 1, 2), (0, 2, 1)), strict=True):
+    for runs, turn in zip(_runs()[name], ((0, 1, 2), (0, 2, 1)), strict=True):
         visits = _visited(runs).transpose(turn)
         assert visits.max() <= 1
         assert (visits >= holds).all()
@@ -336,9 +336,9 @@ def test_runs_visit_each_block_that_holds_anything_once_and_no_other_block_of_th
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_what_is_visited_without_a_mask_is_visible(name, jit):
+def test_what_is_visited_without_a_mask_is_visible(name):
     visible = _visible(name)
-    table = np.asarray(_runs(jit)[name][0].full)
+    table = np.asarray(_runs()[name][0].full)
     for (row, own, _), (start, end) in zip(np.ndindex(table.shape[:3]), table.reshape(-1, 2), strict=True):
         rows = slice(None) if len(table) == 1 else slice(row, row + 1)
         assert visible[rows, :, own * 16 : own * 16 + 16, start * 16 : end * 16].all()
@@ -355,7 +355,7 @@ def test_what_is_visited_without_a_mask_is_visible(name, jit):
     ],
     ids=lambda mask: str(mask.form),
 )
-def test_key_blocks_computed_are_those_that_hold_anything(mask, make_arrays, jit, monkeypatch):
+def test_key_blocks_computed_are_those_that_hold_anything(mask, make_arrays, monkeypatch):
     """Counted while the kernel runs."""
     counted = []
     plain = slots.load
@@ -368,16 +368,16 @@ def test_key_blocks_computed_are_those_that_hold_anything(mask, make_arrays, jit
     monkeypatch.setattr("kernelry_gpu_pallas.pallas_flash.forward.load", counting)
     query, key, value, _ = make_arrays(LENGTH, head_dim=32, value_dim=16)
     with testing.interpret(), kernelry.use(tiling={**SMALL, "block_q": 32}):
-        run = jit(lambda *qkv: kernelry.attention(*qkv, mask=mask, mode="prefill", kernel="pallas_flash"))
+        run = jax.jit(lambda *qkv: kernelry.attention(*qkv, mask=mask, mode="prefill", kernel="pallas_flash"))
         jax.block_until_ready(run(query, key, value))
         jax.effects_barrier()
     kinds = mask.block_map(LENGTH, LENGTH, 32, 16)
     assert len(counted) == 2 * (kinds != BlockKind.EMPTY).sum()  # two heads
 
 
-def test_equal_segments_need_no_mask(jit):
+def test_equal_segments_need_no_mask():
     """Where a whole row of the batch is one segment, the blocks below the diagonal are visited unmasked."""
-    runs = _runs(jit)["equal_segments"][0]
+    runs = _runs()["equal_segments"][0]
     full = np.asarray(runs.full[..., 1] - runs.full[..., 0]).sum(axis=(1, 2))
     assert full.tolist() == [4 * 3, 0]
     assert _visited(runs).sum(axis=(1, 2)).tolist() == [16, 4]
@@ -394,8 +394,8 @@ def test_a_predicate_with_arrays_goes_through_a_dense_mask(make_arrays):
 
 
 @pytest.mark.sweep
-def test_a_predicate_with_arrays_agrees_with_the_oracle(make_arrays, jit):
-    assert check(jit, make_arrays(LENGTH, **GROUPED), mask=SHIFTED) == ["dense_mask"]
+def test_a_predicate_with_arrays_agrees_with_the_oracle(make_arrays):
+    assert check(make_arrays(LENGTH, **GROUPED), mask=SHIFTED) == ["dense_mask"]
 
 
 REQUEST = Request(

@@ -1,5 +1,6 @@
 """Predicates that hold arrays, or are constant, through the kernels that evaluate them in registers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,11 +60,11 @@ def test_pallas_flash_agrees_with_dense(function, make_arrays, check_against_den
 
 
 @pytest.mark.parametrize("function", sweep_but(STEPS, shifted, everything))
-def test_pallas_decode_does_likewise(function, make_arrays, jit):
+def test_pallas_decode_does_likewise(function, make_arrays):
     query, key, value, _ = make_arrays(1, LENGTH, batch=2)
     mask = masks.Predicate(function).at(query_offset=jnp.asarray([LENGTH - 1, 20]))
 
-    @jit
+    @jax.jit
     def attend(query, key, value):
         return kernelry.attention(query, key, value, mask=mask, mode="decode", kernel="pallas_decode")
 

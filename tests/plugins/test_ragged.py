@@ -46,23 +46,19 @@ def arrays(heads=4, kv_heads=2, head_dim=32, value_dim=None, q_len=1, dtype="flo
     )
 
 
-@pytest.fixture
-def through_ragged(jit):
+def through_ragged(*operands, table=None, tiling=SMALL, **options):
     """Runs the kernel in one program; keys and values are pages where there is a table."""
 
-    def run(*operands, table=None, tiling=SMALL, **options):
-        def step(query, key, value, table):
-            held = (key, value) if table is None else (PagedArray(key, table), PagedArray(value, table))
-            return kernelry.attention(query, *held, kernel="ragged", mode="decode", **options)
+    def step(query, key, value, table):
+        held = (key, value) if table is None else (PagedArray(key, table), PagedArray(value, table))
+        return kernelry.attention(query, *held, kernel="ragged", mode="decode", **options)
 
-        with testing.interpret(), kernelry.use(tiling=tiling):
-            return jit(step)(*operands, table)
-
-    return run
+    with testing.interpret(), kernelry.use(tiling=tiling):
+        return jax.jit(step)(*operands, table)
 
 
 @pytest.fixture(scope="module")
-def step(jit):
+def step():
     """One program for rows of any lengths, and for any table."""
 
     def run(query, key, value, lengths, table=None):
@@ -73,7 +69,7 @@ def step(jit):
         with testing.interpret(), kernelry.use(tiling=SMALL if len(operands) == 4 else None):
             return compiled(*operands)
 
-    compiled = jit(run)
+    compiled = jax.jit(run)
     return interpreted
 
 
@@ -91,14 +87,10 @@ def _in_float64(array):
     return np.asarray(array, np.float64)
 
 
-@pytest.fixture
-def check(through_ragged):
-    def run(operands, atol=2e-6, **options):
-        found, wanted = through_ragged(*operands, **options), oracle(*operands, **options).out
-        assert found.dtype == operands[0].dtype
-        np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=atol, atol=atol)
-
-    return run
+def check(operands, atol=2e-6, **options):
+    found, wanted = through_ragged(*operands, **options), oracle(*operands, **options).out
+    assert found.dtype == operands[0].dtype
+    np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=atol, atol=atol)
 
 
 MASKS = {
@@ -114,7 +106,7 @@ MASKS = {
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_agree_with_dense(name, check):
+def test_masks_agree_with_dense(name):
     check(arrays(), mask=MASKS[name], soft_cap=3.0, scale=0.3)
 
 
@@ -130,7 +122,7 @@ SELECTED = covering(
 
 
 @pytest.mark.parametrize("case", SELECTED, ids=lambda case: f"{case['mask']}-{case['held']}-{case['dtype']}")
-def test_selected_cases_agree_with_dense(case, through_ragged):
+def test_selected_cases_agree_with_dense(case):
     (heads, kv_heads), (head_dim, value_dim) = case["heads"], case["dims"]
     query, key, value = arrays(heads, kv_heads, head_dim, value_dim, case["q_len"], case["dtype"], slots=384)
     mask, extras = _selected_mask(case["mask"], heads, case["q_len"]), dict(case["extras"])
@@ -164,11 +156,11 @@ def _selected_mask(name, heads, q_len):
     ("heads", "kv_heads", "head_dim", "value_dim"),
     sweep_but([(16, 16, 24, 24), (4, 4, 128, 128), (6, 1, 128, 64)], (16, 16, 24, 24)),
 )
-def test_heads_and_dims_agree_with_dense(heads, kv_heads, head_dim, value_dim, check):
+def test_heads_and_dims_agree_with_dense(heads, kv_heads, head_dim, value_dim):
     check(arrays(heads, kv_heads, head_dim, value_dim), mask=MASKS["lengths"])
 
 
-def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided(through_ragged):
+def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided():
     options = {"mask": MASKS["window"], "return_partial": True, "return_max_logits": True}
     found, top = through_ragged(*arrays(), **options)
     wanted = oracle(*arrays(), mask=MASKS["window"])
@@ -185,7 +177,7 @@ def test_a_partial_holds_maximum_and_sum_of_an_output_that_is_not_divided(throug
 @pytest.mark.sweep
 @pytest.mark.parametrize("how", ["int8", "int8:heads_and_head_dim"])
 @pytest.mark.parametrize("width", [32, 128])
-def test_quantised_keys_agree_with_their_values(how, width, check):
+def test_quantised_keys_agree_with_their_values(how, width):
     query, key, value = arrays(head_dim=width)
     check((query, QuantizedArray.quantize(key, how), QuantizedArray.quantize(value, how)), mask=MASKS["lengths"])
 

@@ -74,9 +74,9 @@ MASKS = {
     "load_balanced_window": masks.SlidingWindow(40).at(query_positions=BALANCED, kv_positions=BALANCED),
 }
 SELECTED = covering(
-    mask=["packed", "window", "traced", "full"],
-    extras=[{"soft_cap": 2.0, "scale": 0.3}, {"sinks": [-1.0, 2.0]}],
-    lengths=[(256, 256), (128, 256)],
+    mask=["packed", "window", "traced", "causal"],
+    extras=[{"soft_cap": 2.0, "scale": 0.3}, {"sinks": [-1.0, 2.0]}, {}],
+    lengths=[(256, 256), (128, 256), (256, 128)],
     tiling=[{}, {"backward_kernels": 1, "q_layout": 2, "k_layout": 2, "v_layout": 2}],
     dims=[(32, 48), (80, 24)],
     kv_heads=[1, 2],
@@ -89,7 +89,7 @@ ADAPTERS = {"clean_hidden_slots", "empty_rows_from_lse", "sinks_from_lse"}
 def _selected_mask(name, q_len, kv_len):
     ids = np.repeat([3, -1, 0, 5], 64)
     return {
-        "full": masks.Full(),
+        "causal": masks.Causal().at(query_offset=max(kv_len - q_len, 0)),
         "window": MASKS["window_at_offsets"],
         "packed": MASKS["window_in_chunks"].at(query_offset=9, kv_offset=9) & masks.Segments(ids[:q_len], ids[:kv_len]),
         "traced": masks.Causal().at(query_offset=jnp.asarray([100, -30])),
@@ -116,11 +116,11 @@ def test_masks_agree_with_dense(name, make_arrays, check_against_dense):
     check_against_dense("splash", make_arrays(), mask=MASKS[name], tiling=SMALL)
 
 
-def test_partial_holds_a_natural_lse(make_arrays, jit):
+def test_partial_holds_a_natural_lse(make_arrays):
     query, key, value, _ = make_arrays()
     options = {"mode": "prefill", "return_partial": True, "kernel": "splash"}
     with testing.interpret(), kernelry.use(tiling=SMALL):
-        found = jit(lambda *arrays: kernelry.attention(*arrays, mask=masks.Causal(), **options))(query, key, value)
+        found = jax.jit(lambda *arrays: kernelry.attention(*arrays, mask=masks.Causal(), **options))(query, key, value)
     wanted = testing.reference_attention(query, key, value, mask=masks.Causal())
     assert found.lse.dtype == jnp.float32
     np.testing.assert_allclose(found.lse, wanted.lse, rtol=2e-6, atol=2e-6)
@@ -148,11 +148,11 @@ def _in_two_parts(query, key, value, sinks):
     return attend((first[0], second[0]), (first[1], second[1]), sinks=sinks, statistics=False).out
 
 
-def test_two_parts_merge_to_the_whole(make_arrays, jit):
+def test_two_parts_merge_to_the_whole(make_arrays):
     query, key, value, d_out = make_arrays()
     sinks = jnp.asarray([-1.0, 2.0])
 
-    @jit
+    @jax.jit
     def run(*operands):
         out, pull = jax.vjp(_in_two_parts, *operands)
         return out, pull(d_out)
@@ -165,21 +165,21 @@ def test_two_parts_merge_to_the_whole(make_arrays, jit):
         np.testing.assert_allclose(mine, getattr(wanted, name), rtol=2e-5, atol=2e-5)
 
 
-def test_rows_that_see_nothing_are_the_identity_of_merge(make_arrays, jit):
+def test_rows_that_see_nothing_are_the_identity_of_merge(make_arrays):
     query, key, value, _ = make_arrays(256, 128)
     part, inputs = _part(query, key, value, masks.Causal().at(kv_offset=130))
-    partial = jit(lambda inputs: part.forward(inputs, statistics=True))(inputs)
+    partial = jax.jit(lambda inputs: part.forward(inputs, statistics=True))(inputs)
     np.testing.assert_array_equal(partial.lse[..., :130], -np.inf)
     np.testing.assert_array_equal(partial.out[:, :130], 0.0)
     assert np.isfinite(partial.lse[..., 130:]).all()
 
 
-def test_infinite_lse_contributes_no_gradient(make_arrays, jit):
+def test_infinite_lse_contributes_no_gradient(make_arrays):
     query, key, value, d_out = make_arrays(128)
     part, inputs = _part(query, key, value, masks.Causal())
     lse = jnp.full((1, 2, 128), jnp.inf)
 
-    @jit
+    @jax.jit
     def backward(inputs, d_out, lse):
         shares = part.kernel.body().backward(inputs, part.request, part.tiling, d_out, lse, d_out, None)
         return shares.query, shares.key, shares.value
@@ -188,11 +188,11 @@ def test_infinite_lse_contributes_no_gradient(make_arrays, jit):
         np.testing.assert_array_equal(share, 0.0)
 
 
-def test_a_mask_of_slots_is_the_mask(jit):
+def test_a_mask_of_slots_is_the_mask():
     slots = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32)[:, None], (256, 256))
     computed = {name: mask for name, mask in MASKS.items() if name != "full"}
 
-    @jit
+    @jax.jit
     def evaluate(query, kv):
         return {name: SlotMask(mask.canonical())(query, kv) for name, mask in computed.items()}
 
@@ -220,11 +220,11 @@ PLACES = [{"query_offset": jnp.asarray([100, 30])}, {"query_positions": jnp.aran
 TRACED = [kind.at(**place) for kind in (masks.Causal(), masks.SlidingWindow(60), masks.Chunked(96)) for place in PLACES]
 
 
-def test_where_only_the_running_program_knows_the_mask_is_evaluated_at_its_positions(jit):
+def test_where_only_the_running_program_knows_the_mask_is_evaluated_at_its_positions():
     """What the vendor's kernel compares with the slots of keys is the positions of queries."""
     slots = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32), (2, 128, 256))
 
-    @jit
+    @jax.jit
     def evaluate(slots):
         found = []
         for mask in TRACED:

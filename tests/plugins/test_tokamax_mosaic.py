@@ -171,7 +171,7 @@ LENGTH = 128
 SIZES = {"heads": 4, "kv_heads": 2, "batch": 2, "head_dim": 16}
 
 
-def _answer(jit, arrays, d_out, options):
+def _answer(arrays, d_out, options):
     """The output and the gradients of arrays by name, and the plan."""
 
     def run(arrays):
@@ -179,12 +179,12 @@ def _answer(jit, arrays, d_out, options):
         return out, pull(d_out.astype(out.dtype))[0]
 
     with kernelry.record() as resolutions:
-        return *jit(run)(arrays), resolutions[0].plan
+        return *jax.jit(run)(arrays), resolutions[0].plan
 
 
-def _check(jit, arrays, d_out, **options):
+def _check(arrays, d_out, **options):
     """Compares with the oracle; returns the plan."""
-    out, gradients, plan = _answer(jit, arrays, d_out, options)
+    out, gradients, plan = _answer(arrays, d_out, options)
     wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     wanted = testing.reference_attention(**wide, **options).out
     right = testing.reference_gradients(**wide, **options, d_out=np.asarray(d_out, np.float64))
@@ -234,7 +234,7 @@ if _vendor.HAS_BLACKWELL:
 
 
 @pytest.mark.parametrize("case", SMOKE, ids=lambda case: " ".join(map(str, case.values())))
-def test_the_vendor_is_told_the_whole_request(case, calls, make_arrays, jit):
+def test_the_vendor_is_told_the_whole_request(case, calls, make_arrays):
     """A bias has a gradient of its own shape, sinks and the scale go around the kernel."""
     query, key, value, d_out = make_arrays(LENGTH, **SIZES, dtype=case["dtype"])
     arrays = {"query": query, "key": key, "value": value}
@@ -245,7 +245,7 @@ def test_the_vendor_is_told_the_whole_request(case, calls, make_arrays, jit):
     if case["more"].get("sinks"):
         arrays["sinks"] = jnp.asarray([0.5, 2.0, -1.0, 9.0])
     with kernelry.use(target=case["target"]):
-        plan = _check(jit, arrays, d_out, mask=SHOWN[case["mask"]], **options)
+        plan = _check(arrays, d_out, mask=SHOWN[case["mask"]], **options)
     assert [len(calls[direction]) for direction in ("forward", "backward")] == [1, 1]
     forward, backward = calls["forward"][0], calls["backward"][0]
     assert forward["is_causal"] == backward["is_causal"] == (case["mask"] == "causal")
@@ -271,17 +271,17 @@ def test_each_generation_has_its_own_kernel_and_blocks(calls, make_arrays):
     assert not calls["forward"][1]["config"].collective
 
 
-def test_largest_logits_are_the_vendors(calls, make_arrays, jit):
+def test_largest_logits_are_the_vendors(calls, make_arrays):
     operands = make_arrays(LENGTH, **SIZES, dtype="bfloat16")[:3]
     mask = masks.SlidingWindow(3).at(query_offset=-100)
     with kernelry.use(target="gpu:h100"):
-        run = jit(lambda *qkv: kernelry.attention(*qkv, mask=mask, kernel=KERNEL, return_max_logits=True))
+        run = jax.jit(lambda *qkv: kernelry.attention(*qkv, mask=mask, kernel=KERNEL, return_max_logits=True))
         _, top = run(*operands)
     np.testing.assert_allclose(top, testing.reference_attention(*operands, mask=mask).max_logits, rtol=1e-5)
 
 
 @pytest.mark.parametrize("empty", [-np.inf, 0.7 * np.finfo(np.float32).min])
-def test_rows_that_see_nothing_have_no_lse(empty, monkeypatch, make_arrays, jit):
+def test_rows_that_see_nothing_have_no_lse(empty, monkeypatch, make_arrays):
     """tokamax 0.0.12 leaves about −2.4e38 where 0.0.17 leaves −inf."""
 
     def forward(q, *args, **options):
@@ -292,12 +292,12 @@ def test_rows_that_see_nothing_have_no_lse(empty, monkeypatch, make_arrays, jit)
     query, key, value, _ = make_arrays(LENGTH, **SIZES, dtype="bfloat16")
     options = {"mask": masks.Causal().at(query_offset=-500), "mode": "prefill", "return_partial": True}
     with kernelry.use(target="gpu:h100"):
-        found = jit(lambda *qkv: kernelry.attention(*qkv, kernel=KERNEL, **options))(query, key, value)
+        found = jax.jit(lambda *qkv: kernelry.attention(*qkv, kernel=KERNEL, **options))(query, key, value)
     assert np.isneginf(found.lse).all()
     assert not np.asarray(found.out, np.float32).any()
 
 
-def test_an_infinite_lse_contributes_no_gradient(calls, make_arrays, jit):
+def test_an_infinite_lse_contributes_no_gradient(calls, make_arrays):
     query, key, value, d_out = make_arrays(LENGTH, dtype="bfloat16")
     request = Request(q_len=LENGTH, q_heads=2, kv_heads=1, head_dim=32, dtype="bfloat16", target="gpu:h100")
     tiling, lse = TOKAMAX_MOSAIC.tilings(request)[0], jnp.full((1, 2, LENGTH), jnp.inf)
@@ -306,7 +306,7 @@ def test_an_infinite_lse_contributes_no_gradient(calls, make_arrays, jit):
         shares = TOKAMAX_MOSAIC.body().backward(Inputs(query, key, value), request, tiling, d_out, lse, d_out, None)
         return shares.query, shares.key, shares.value
 
-    for share in jit(run)():
+    for share in jax.jit(run)():
         np.testing.assert_array_equal(share, 0.0)
 
 
