@@ -86,7 +86,7 @@ MUTATION_NEEDS := "pytest-cov>=6"
 MUTATION_SEED ?= 1
 MUTATION_ARGS ?=
 
-# Names of tests must be those of pytest without workers, so files are not grouped.
+# `--dist loadgroup` appends groups to the names of tests, which would then differ from those without workers.
 coverage: export XLA_FLAGS ?= $(QUICK)
 coverage: export CI = true
 coverage: $(VENV)/.installed

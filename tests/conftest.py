@@ -29,7 +29,7 @@ if os.environ.get("CI"):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keeps the tests of a file on one worker, unless they name a group; all of a vendor's depend on versions."""
+    """Keeps the tests of a file on one worker, unless they name a group; marks those of plugins `versions`."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
@@ -44,7 +44,7 @@ def pytest_collection_finish():
 
 
 _ENOUGH = 2**30
-"""Bytes of memory from which a worker forgets the programs of one file before the next, which compiles its own."""
+"""Bytes of memory above which a worker clears JAX's caches between files: each file compiles its own programs."""
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -18,7 +18,7 @@ def _blocks(language):
 
 
 def _run(block, names):
-    """Runs a block as one program, for done one by one each of its operations on a new shape is one."""
+    """Compiles a block as one program; run eagerly, each operation would compile one of its own."""
 
     def run():
         exec(block, names)

@@ -19,7 +19,7 @@ from kernelry.masks.form import AtomKind
 from kernelry.plugin import Atom, Capabilities, Inputs, Mask, Refusal, RefusalCode, Request, Side, pytree
 from kernelry.testing import reference_mask
 
-QUICK = settings(max_examples=20, deadline=None)
+QUICK = settings(max_examples=30, deadline=None)
 EVERYTHING = Capabilities(atoms=frozenset(AtomKind), unequal_lengths=True)
 TAKES = {
     "segments": EVERYTHING,
@@ -337,7 +337,7 @@ def test_nan_in_hidden_slots_is_cleaned(name):
     assert_cleaned(masks_that_hide(9)[name], 9, 9)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(placed_masks(max_len=3))
 def test_cleaning_leaves_every_visible_slot_as_it_is(drawn):
     assert_cleaned(*drawn)

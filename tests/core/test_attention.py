@@ -1,7 +1,7 @@
 """attention() under transformations, and `blockwise` against the float64 reference.
 
-`dot_product` is held to the reference by test_grid.py, test_hidden.py and their neighbours, `blockwise` over a larger
-matrix by the conformance kit.
+`dot_product` is compared with the reference by test_grid.py, test_hidden.py and their neighbours, `blockwise` over a
+larger matrix by the conformance kit.
 """
 
 import functools
@@ -17,6 +17,8 @@ import kernelry
 from kernelry import masks
 from kernelry.errors import ArgumentError
 from kernelry.testing import reference_attention
+
+pytestmark = pytest.mark.versions
 
 T = S = WHOLE[0]
 IDS = np.array([[0] * 4 + [1] * 4 + [-1] * 2 + [2] * 2, [3] * 12], np.int32)

@@ -14,6 +14,8 @@ from kernelry.cache import PagedCache, QuantizedArray, SharedPrefix
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.testing import reference_attention
 
+pytestmark = pytest.mark.versions
+
 R, N, K, H, D, SIZE, PAGES = 4, 4, 2, 8, 6, 4, 16
 STORAGES = [None, "int8", "int4", "float8_e4m3fn", "int8:heads_and_head_dim"]
 SINKS = jnp.linspace(-1.0, 2.0, N)
@@ -53,7 +55,7 @@ append, prefill, allocate, fork, free = (
     jax.jit(getattr(PagedCache, name)) for name in ("append", "prefill", "allocate", "fork", "free")
 )
 write = jax.jit(PagedCache.write, static_argnums=1)
-"""Compiled, for what is done one by one compiles each step of it."""
+"""Compiled: run eagerly, each step would compile a program of its own."""
 
 
 @functools.partial(jax.jit, static_argnames=("pages", "layer", "mask", "mode", "soft_cap", "scale", "return_partial"))
@@ -109,6 +111,8 @@ def assert_rows(out, cache, query, rows=range(R), **options):
         (None, 1),
         (None, 4),
         ("int8", 1),
+        ("int8:heads_and_head_dim", 4),
+        ("int4", 1),
         ("float8_e4m3fn", 4),
     ),
 )

@@ -30,12 +30,11 @@ def read(array):
     return np.asarray(stored.dequantize() if isinstance(stored, QuantizedArray) else stored, np.float64)
 
 
+# The step of five shares no factor with three sizes and two poisons: the kept cases have every size with and without.
 EVERY_CALL = list(itertools.product([None, *WAYS], [None, 4, 16], [False, True]))
 
 
-@pytest.mark.parametrize(
-    ("how", "page_size", "poison"), sweep_but(EVERY_CALL, *EVERY_CALL[::5])
-)  # five has no factor in common with three sizes and two poisons, so the kept ones show each with each
+@pytest.mark.parametrize(("how", "page_size", "poison"), sweep_but(EVERY_CALL, *EVERY_CALL[::5]))
 def test_what_rows_see_of_the_given_keys_is_what_the_oracle_sees(how, page_size, poison):
     call = dataclasses.replace(CALL, kv_quantization=how, page_size=page_size, poison=poison)
     _, *given = as_given(call.arrays())

@@ -25,6 +25,8 @@ from kernelry import masks
 from kernelry.errors import ArgumentError
 from kernelry.testing import reference_attention
 
+pytestmark = pytest.mark.versions
+
 T, S = SUFFIX
 
 

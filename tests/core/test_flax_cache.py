@@ -1,6 +1,6 @@
 """AttentionOp over the parts of a key/value cache: equal to attention over all keys at once.
 
-All parts have four slots, and there are four queries or one, so that what is done one by one is compiled twice only.
+All parts have four slots, and there are four queries or one, so that what is run eagerly is compiled twice only.
 """
 
 import functools
@@ -21,7 +21,7 @@ from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax import AttentionOp, CachedPart, Tokens, attention_op_as_linen
 from kernelry.testing import reference_attention, reference_gradients
 
-pytestmark = pytest.mark.xdist_group("flax")
+pytestmark = [pytest.mark.versions, pytest.mark.xdist_group("flax")]
 
 CUT, SLOTS = 8, 4
 GLOBAL = AttentionConfig()

@@ -20,7 +20,7 @@ from kernelry.config import AttentionConfig
 from kernelry.errors import ArgumentError
 from kernelry.flax import attention_fn
 
-pytestmark = pytest.mark.xdist_group("flax")
+pytestmark = [pytest.mark.versions, pytest.mark.xdist_group("flax")]
 
 
 def visible_array(*shape):

@@ -16,7 +16,7 @@ from kernelry.config import AttentionConfig, MoBA
 from kernelry.flax import AttentionOp, Tokens, attention_op_as_linen
 from kernelry.testing import reference_select_blocks
 
-pytestmark = pytest.mark.xdist_group("flax")
+pytestmark = [pytest.mark.versions, pytest.mark.xdist_group("flax")]
 
 Q, K = np.arange(T)[:, None], np.arange(T)[None]
 CAUSAL = K <= Q

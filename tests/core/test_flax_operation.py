@@ -18,7 +18,7 @@ from kernelry.flax import AttentionOp, CachedPart, Tokens, attention_op_as_linen
 from kernelry.policy import Policy
 from kernelry.testing import reference_attention
 
-pytestmark = pytest.mark.xdist_group("flax")
+pytestmark = [pytest.mark.versions, pytest.mark.xdist_group("flax")]
 
 LOCAL = AttentionConfig(type="local_sliding", window=5)
 DROPPING = AttentionConfig(dropout_rate=0.5)

@@ -18,7 +18,7 @@ from kernelry.errors import ArgumentError
 from kernelry.flax import AttentionOp, attention_op_as_linen
 from kernelry.testing import reference_attention
 
-pytestmark = pytest.mark.xdist_group("flax")
+pytestmark = [pytest.mark.versions, pytest.mark.xdist_group("flax")]
 
 RECORDING = AttentionConfig(record_max_logits=True)
 CAUSAL = np.tril(np.ones((T, T), bool))

@@ -12,7 +12,7 @@ from kernelry.config import AttentionConfig, MoBA
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax import AttentionOp, Tokens
 
-pytestmark = pytest.mark.xdist_group("flax")
+pytestmark = [pytest.mark.versions, pytest.mark.xdist_group("flax")]
 
 GLOBAL = AttentionConfig()
 IDS = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2, -1, -1], [3, 3, 3, 3, 3, 3, 3, 3, 3, 5, 5, 5]], np.int32)

@@ -175,7 +175,7 @@ def test_tiles_of_a_mask_are_slices_of_the_whole(drawn, data):
 
 
 @given(placed_masks(max_len=4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_masks_pass_through_jit_as_arguments(drawn):
     mask, q_len, kv_len = drawn
 

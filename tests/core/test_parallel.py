@@ -15,7 +15,7 @@ from kernelry.request import Request
 ORDERS = ("dual_chunk", "striped")
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 8), st.integers(1, 5), st.sampled_from(ORDERS))
 def test_an_order_is_a_permutation_that_is_undone(size, pieces, order):
     tokens = jnp.arange(2 * size * pieces)[None, :, None]

@@ -24,7 +24,7 @@ import kernelry
 from kernelry import masks
 from kernelry.errors import ArgumentError
 
-pytestmark = pytest.mark.filterwarnings("ignore:the soft cap caps bias too")
+pytestmark = [pytest.mark.versions, pytest.mark.filterwarnings("ignore:the soft cap caps bias too")]
 
 L = WHOLE[0]
 BIAS = (BATCH, 1, 1, L)

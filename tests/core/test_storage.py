@@ -18,6 +18,8 @@ from pairs import sweep_but
 from kernelry.errors import ArgumentError, ConfigError, ShapeError
 from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedArray
 
+pytestmark = pytest.mark.versions
+
 WAYS = sorted(QUANTIZATIONS)
 ROUNDING = {"int8": 0.5, "int4": 0.5, "float8_e4m3fn": 2**-10}
 """Of a value, in units of the scale: half a step; of float8, half its smallest one."""

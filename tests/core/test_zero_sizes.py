@@ -1,6 +1,6 @@
 """No queries, no keys, no batch rows: every mask answers with empty arrays, zeros and −inf.
 
-One program for each mask holds all sizes; masks and sizes take the two sets of arguments in turns.
+One program for each mask holds all sizes; masks and sizes alternate between the two sets of arguments.
 """
 
 import functools

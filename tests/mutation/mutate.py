@@ -249,11 +249,14 @@ def report(results: list[Result], heading: str) -> str:
         "",
         f"Score: {counts['killed']} of {judged} that are not equivalent, {counts['killed'] / max(judged, 1):.1%}.",
     ]
+    by_place = sorted(results, key=lambda each: each.place)
     for outcome in ("survived", "not covered", "error", "equivalent"):
-        for result in sorted((each for each in results if each.outcome == outcome), key=lambda each: each.place):
+        for result in (each for each in by_place if each.outcome == outcome):
             lines += ["", f"## {outcome}: {result.id}, {result.place}", ""]
             lines += ["```diff", *result.diff, "```"]
             lines += ["", result.by] if result.by else []
+    lines += ["", "## killed", ""]
+    lines += [f"- {each.id}, {each.place}: {each.by}" for each in by_place if each.outcome == "killed"]
     return "\n".join(lines) + "\n"
 
 
@@ -279,7 +282,15 @@ def arguments() -> argparse.Namespace:
     return asked
 
 
-def known_results(asked: argparse.Namespace, drawn: list[Mutation]) -> dict[str, Result]:
+def equivalent(path: Path, every: list[Mutation]) -> dict[str, str]:
+    """Why mutants are equivalent, by id. The ids change with the lines: one that names no mutant has to go."""
+    reasons = tomllib.loads(path.read_text()) if path.exists() else {}
+    if unknown := reasons.keys() - {mutation.id for mutation in every}:
+        sys.exit(f"{path} names mutants that there are not: {', '.join(sorted(unknown))}")
+    return reasons
+
+
+def known_results(asked: argparse.Namespace, drawn: list[Mutation], reasons: dict[str, str]) -> dict[str, Result]:
     """The results that need no run: earlier ones if they are to be kept, and the equivalent mutants."""
     results = {}
     if asked.resume and asked.json.exists():
@@ -287,7 +298,6 @@ def known_results(asked: argparse.Namespace, drawn: list[Mutation]) -> dict[str,
         earlier = [Result(**each) for each in json.loads(asked.json.read_text())]
         kept = [each for each in earlier if wanted is None or each.id in wanted]
         results = {each.id: each for each in kept if each.outcome not in ("error", "equivalent")}
-    reasons = tomllib.loads(asked.equivalent.read_text()) if asked.equivalent.exists() else {}
     for mutation in drawn:
         if asked.only:
             results.pop(mutation.id, None)
@@ -313,13 +323,14 @@ def main() -> None:
             print(mutation.id, f"{mutation.path}:{mutation.line}", mutation.operator)
             print(*(f"    {line}" for line in mutation.diff() if line[0] in "+-"), sep="\n")
         return
+    reasons = equivalent(asked.equivalent, every)
     suite = Suite(asked.coverage, asked.junit)
     with tempfile.TemporaryDirectory(prefix="kernelry-mutation-") as scratch:
         copies = [Copy(tree, Path(scratch) / str(number), suite) for number in range(asked.workers)]
         failing = check(copies[0], suite.some(20))
         if failing or asked.check:
             sys.exit(len(failing))
-        results = known_results(asked, drawn)
+        results = known_results(asked, drawn, reasons)
         run_all(drawn, copies, results, asked.json)
         distrust(copies[0], results)
     save(results, asked.json)

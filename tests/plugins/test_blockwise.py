@@ -142,7 +142,6 @@ def test_the_program_does_not_grow_with_the_length():
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.sweep
 def test_temporary_memory_grows_with_the_length_not_its_square():
     short, long = (
         function.lower(*arrays).compile().memory_analysis().temp_size_in_bytes

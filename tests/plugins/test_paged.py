@@ -37,7 +37,7 @@ def held(dtype="bfloat16"):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _through_paged(query, key, value, table, dtype):
-    """One program: what runs beside the interpreter may wait for ever for what it calls back into Python."""
+    """One program: an operation dispatched outside it can deadlock with the interpreter's calls into Python."""
     lengths = masks.Lengths(LENGTHS)
     inputs = Inputs(query, PagedArray(key, table), PagedArray(value, table), lengths.canonical())
     facts = {"q_heads": N, "kv_heads": K, "head_dim": H, "dtype": dtype, "page_size": PAGE, "soft_cap": 20.0}

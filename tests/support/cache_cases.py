@@ -1,6 +1,6 @@
 """Streams of tokens fed to caches in pieces, beside the float64 oracle over each row's whole stream.
 
-What a cache is asked here is compiled as a whole: done one by one, each operation on a new shape is a program, too.
+What a cache is asked here is compiled as a whole: run eagerly, each operation on a new shape is a program, too.
 """
 
 import dataclasses

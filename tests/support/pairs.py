@@ -8,8 +8,8 @@ import pytest
 def covering(**axes):
     """Returns cases, a dict each, among which every pair of values of two axes occurs; the same ones each time.
 
-    Greedy: a case begins with a pair that has not met, and each further axis takes the value that meets most of what is
-    open. Twelve cases cover six axes of two or three values.
+    Greedy: a case begins with a pair that is missing, and each further axis takes the value that covers most of
+    the missing pairs. Twelve cases cover six axes of two or three values.
 
     Args:
       axes: the values of each axis by name; the first value of an axis is preferred where all are alike.
