@@ -15,25 +15,29 @@ from kernelry.normalization import Normalization
 
 @final
 class FaultKind(enum.Enum):
-    """What is wrong with a plugin."""
+    """What is wrong with a plugin or an environment variable."""
 
     IMPORT_ERROR = "import error"
+    ENTRY_POINT = "wrong entry point"
     CONTRACT = "unsupported contract"
     UNKNOWN_HOOK = "unknown hook"
     UNMARKED_HOOK = "unmarked hook"
     HOOK_SIGNATURE = "wrong hook signature"
     HOOK_RAISED = "exception in a hook"
     WRONG_RETURN = "wrong return type"
+    WRONG_SPEC = "kernel that cannot be used"
+    UNKNOWN_WORD = "unknown word in the declaration of a kernel"
     DUPLICATE_PLUGIN = "two plugins with one name"
     DUPLICATE_KERNEL = "kernel name claimed twice"
     DUPLICATE_NAME = "mask or normalization name claimed twice"
     UNKNOWN_IN_ALLOW_LIST = "unknown name in KERNELRY_PLUGINS"
+    SWITCH = "wrong environment variable"
 
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
-    """Something wrong with a plugin, and what to do about it."""
+    """Something wrong with a plugin, or with the environment variable `plugin`, and what to do about it."""
 
     kind: FaultKind
     plugin: str
@@ -88,6 +92,7 @@ class Registry:
     Args:
       kernels: by name; names claimed twice are left out.
       contested: names claimed twice, with the distributions that claim them.
+      unusable: names of kernels that were left out, with the reason and the fix.
       plugins: every plugin found, enabled or not.
       faults: what is wrong.
       masks: mask classes of plugins, by name.
@@ -98,6 +103,7 @@ class Registry:
 
     kernels: Mapping[str, InstalledKernel]
     contested: Mapping[str, tuple[str, ...]]
+    unusable: Mapping[str, str]
     plugins: tuple[Plugin, ...]
     faults: tuple[Fault, ...]
     masks: Mapping[str, type[Mask]]
@@ -112,9 +118,11 @@ class Registry:
             raise PluginError("; ".join(f"{fault.detail}; {fault.fix}" for fault in unknown))
 
     def check_name(self, name: str) -> None:
-        """Raises PluginError for a contested kernel name."""
+        """Raises PluginError for the name of a kernel that is contested or was left out."""
         if name in self.contested:
             raise PluginError("; ".join(claim_of(name, self.contested[name])) + ".")
+        if name in self.unusable:
+            raise PluginError(f"{self.unusable[name]}.")
 
 
 def claim_of(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -20,9 +22,12 @@ from kernelry.hookspecs import CONTRACT, PROJECT
 from kernelry.kernel import KernelSpec
 from kernelry.masks.base import Mask
 from kernelry.normalization import LogSumExp, MaxSum, Normalization
-from kernelry.switches import Switches
+from kernelry.spec_checks import mistakes, short
+from kernelry.switches import KNOWN_SWITCHES, Switches
 
 GROUP = "kernelry.plugins"
+ENVIRONMENT = "the environment"
+"""Stands for a distribution in the faults of environment variables."""
 _UNKNOWN = "unknown distribution"
 _logger = logging.getLogger("kernelry")
 
@@ -54,6 +59,37 @@ def build(entry_points: Iterable[importlib_metadata.EntryPoint], allowed: tuple[
     return _Builder(allowed).build(ordered)
 
 
+def switch_faults(found: Registry, switches: Switches) -> tuple[Fault, ...]:
+    """Returns what is wrong with the environment variables that nothing raised or warned of yet; see `doctor`."""
+    return (*_unknown_variables(switches), *_unknown_kernel(found, switches), *_absent_lock(switches))
+
+
+def _unknown_variables(switches: Switches) -> Iterator[Fault]:
+    for name in switches.unknown:
+        detail = f"there is no such variable, so it is ignored{nearest(name, KNOWN_SWITCHES)}"
+        yield Fault(FaultKind.SWITCH, name, ENVIRONMENT, detail, f"rename or unset {name}")
+
+
+def _unknown_kernel(found: Registry, switches: Switches) -> Iterator[Fault]:
+    name = switches.kernel
+    if name is None or name in found.kernels:
+        return
+    detail = f"KERNELRY_KERNEL={name} is no kernel that an installed plugin brings{nearest(name, found.kernels)}"
+    try:
+        found.check_name(name)
+    except PluginError as error:
+        detail = f"KERNELRY_KERNEL={name}: {str(error).removesuffix('.')}"
+    fix = "calls that name no kernel are refused: set it to a name of `kernelry list`, or unset it"
+    yield Fault(FaultKind.SWITCH, "KERNELRY_KERNEL", ENVIRONMENT, detail, fix)
+
+
+def _absent_lock(switches: Switches) -> Iterator[Fault]:
+    if switches.strict and not os.path.isfile(switches.lock):
+        detail = f"KERNELRY_STRICT is on, and the lock file {switches.lock!r} is not there"
+        fix = "write it with `kernelry lock CONFIG`, name it in KERNELRY_LOCK, or unset KERNELRY_STRICT"
+        yield Fault(FaultKind.SWITCH, "KERNELRY_LOCK", ENVIRONMENT, detail, fix)
+
+
 def _distribution(point: importlib_metadata.EntryPoint) -> str:
     try:
         return f"{point.dist.name} {point.dist.version}" if point.dist else _UNKNOWN
@@ -70,6 +106,7 @@ class _Builder:
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(hookspecs)
         self.distributions: dict[str, str] = {}
+        self.unusable: dict[str, str] = {}
 
     def build(self, points: Sequence[importlib_metadata.EntryPoint]) -> Registry:
         by_name: dict[str, list[importlib_metadata.EntryPoint]] = {}
@@ -92,6 +129,7 @@ class _Builder:
         return Registry(
             kernels=MappingProxyType(kernels),
             contested=MappingProxyType(contested),
+            unusable=MappingProxyType(self.unusable),
             plugins=plugins,
             masks=MappingProxyType(masks),
             normalizations=MappingProxyType({**normalizations, **_CORE_NORMALIZATIONS}),
@@ -120,14 +158,49 @@ class _Builder:
             self._fault(FaultKind.DUPLICATE_PLUGIN, name, detail, "uninstall one of them")
             return
         try:
-            plugin = points[0].load()
-            if self._honours_contract(name, plugin):
+            plugin = self._loaded(name, points[0])
+            if plugin is not None and self._honours_contract(name, plugin):
                 self._register(name, plugin)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and test outcomes are no Exceptions
             detail = f"importing {points[0].value} raised {error!r}"
             self._fault(FaultKind.IMPORT_ERROR, name, detail, f"reinstall or upgrade {self.distributions[name]}")
+
+    def _loaded(self, name: str, point: importlib_metadata.EntryPoint) -> Any:
+        """Imports what an entry point names; None, with a fault, where there is no such thing or it is no plugin."""
+        match = point.pattern.match(point.value)
+        if match is None:
+            self._wrong_entry_point(name, point, "is not of the form package.module or package.module:attribute")
+            return None
+        try:
+            found: Any = importlib.import_module(point.module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{point.module}.".startswith(f"{error.name}."):
+                raise  # the module is there, and imports another that is not
+            self._wrong_entry_point(name, point, f"names a module, and there is no {error.name!r}")
+            return None
+        for attribute in filter(None, (point.attr or "").split(".")):
+            if not hasattr(found, attribute):
+                known = [public for public in dir(found) if not public.startswith("_")]
+                detail = (
+                    f"names {attribute!r}, which {point.module} does not have{nearest(attribute, known, listed=False)}"
+                )
+                self._wrong_entry_point(name, point, detail)
+                return None
+            found = getattr(found, attribute)
+        if not hasattr(found, "contract") and not any(key.startswith("kernelry_") for key in dir(found)):
+            self._wrong_entry_point(name, point, f"names {short(found)}, which has neither a contract nor hooks")
+            return None
+        return found
+
+    def _wrong_entry_point(self, name: str, point: importlib_metadata.EntryPoint, detail: str) -> None:
+        distribution = self.distributions[name].split(" ")[0]
+        fix = (
+            f"under [project.entry-points.{GROUP!r}] of {distribution}, name the module with the hooks, e.g. "
+            f'{name} = "{distribution.replace("-", "_")}.plugin", and install it again'
+        )
+        self._fault(FaultKind.ENTRY_POINT, name, f"the entry point {name} = {point.value!r} {detail}", fix)
 
     def _honours_contract(self, name: str, plugin: Any) -> bool:
         stated = getattr(plugin, "contract", None)
@@ -191,8 +264,11 @@ class _Builder:
             yield plugin, result
 
     def _wrong_return(self, plugin: str, hook: str, wanted: str, got: Any) -> None:
-        detail = f"{hook} must return {wanted}, got {got!r}"
-        self._fault(FaultKind.WRONG_RETURN, plugin, detail, f"upgrade {self.distributions[plugin]} or report it")
+        detail = f"{hook} must return {wanted}, got {short(got)}"
+        fix = f"upgrade {self.distributions[plugin]} or report it"
+        if isinstance(got, KernelSpec):
+            fix = f"write return [spec] with the one spec in a list, or {fix}"
+        self._fault(FaultKind.WRONG_RETURN, plugin, detail, fix)
 
     def _kernels(self) -> list[InstalledKernel]:
         specs: list[InstalledKernel] = []
@@ -201,7 +277,7 @@ class _Builder:
             if not sequence or not all(isinstance(spec, KernelSpec) for spec in result):
                 self._wrong_return(plugin, "kernelry_kernels", "a list of KernelSpec", result)
                 continue
-            usable = [spec for spec in result if self._is_hashable(plugin, spec)]
+            usable = [spec for spec in result if self._is_hashable(plugin, spec) and self._is_usable(plugin, spec)]
             specs.extend(InstalledKernel(spec, plugin, self.distributions[plugin]) for spec in usable)
         return specs
 
@@ -213,6 +289,22 @@ class _Builder:
             self._wrong_return(plugin, "kernelry_kernels", wanted, f"{spec.name!r}: {error}")
             return False
         return True
+
+    def _is_usable(self, plugin: str, spec: KernelSpec) -> bool:
+        found = mistakes(spec)
+        for mistake in found:
+            kind = FaultKind.UNKNOWN_WORD if mistake.usable else FaultKind.WRONG_SPEC
+            detail = f"kernel {spec.name!r}: {mistake.detail}"
+            self._fault(
+                kind, plugin, detail, f"{mistake.fix}, or report it to the authors of {self.distributions[plugin]}"
+            )
+        fatal = [mistake for mistake in found if not mistake.usable]
+        if fatal:
+            self.unusable[spec.name] = (
+                f"kernel {spec.name!r} of {self.distributions[plugin]} was left out: "
+                + "; ".join(f"{mistake.detail}; {mistake.fix}" for mistake in fatal)
+            )
+        return not fatal
 
     def _uncontested(
         self, specs: list[InstalledKernel]

@@ -84,7 +84,7 @@ def doctor(as_json: Json = False) -> None:
     else:
         for part in report.doctor_parts(found, switches):
             _console.print(part)
-    raise typer.Exit(1 if found.faults else 0)
+    raise typer.Exit(1 if report.all_faults(found, switches) else 0)
 
 
 def _usable_cap(soft_cap: float | None) -> float | None:

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kernelry._version import __version__
-from kernelry.catalogue import InstalledKernel, Registry
+from kernelry.catalogue import Fault, InstalledKernel, Registry
 from kernelry.hookspecs import CONTRACT
+from kernelry.registry import switch_faults
 from kernelry.resolution import Candidate, Resolution
 from kernelry.switches import Switches
 from kernelry.target import home_target
@@ -92,8 +93,13 @@ def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
         "target": _home(),
         "switches": _switches(switches),
         "plugins": [plugin.to_json() for plugin in installed.plugins],
-        "faults": [fault.to_json() for fault in installed.faults],
+        "faults": [fault.to_json() for fault in all_faults(installed, switches)],
     }
+
+
+def all_faults(installed: Registry, switches: Switches) -> tuple[Fault, ...]:
+    """The faults of the plugins and of the environment variables."""
+    return (*installed.faults, *switch_faults(installed, switches))
 
 
 def _switches(switches: Switches) -> dict[str, Any]:
@@ -137,13 +143,14 @@ def doctor_parts(installed: Registry, switches: Switches) -> Iterator[Renderable
         kernels = _words(plugin.kernels) if plugin.enabled else "not in KERNELRY_PLUGINS"
         plugins.add_row(plugin.name, plugin.distribution, plugin.module, kernels)
     yield plugins
-    if not installed.faults:
+    found = all_faults(installed, switches)
+    if not found:
         yield "No faults."
         return
     faults = Table(title="Faults", title_justify="left", show_lines=True)
-    for column in ("plugin", "distribution", "fault", "what happened", "fix"):
+    for column in ("plugin or variable", "from", "fault", "what happened", "fix"):
         faults.add_column(column, overflow="fold")
-    for fault in installed.faults:
+    for fault in found:
         faults.add_row(fault.plugin, fault.distribution, fault.kind.value, escape(fault.detail), escape(fault.fix))
     yield faults
 
