@@ -134,7 +134,15 @@ def test_attention_that_is_several_kernels_is_exhaustive_rules(attention, rules)
     assert all(rule.is_exhaustive for rule in config.rules)
 
 
-KERNELS = ("autoselected", "dot_product", "flash", "paged", "cudnn_flash_te", "cudnn_flash_jax")
+ATTENTION = {
+    **{
+        name: {"attention": name}
+        for name in ("autoselected", "dot_product", "flash", "paged", "cudnn_flash_te", "cudnn_flash_jax")
+    },
+    "tokamax": {"attention": "flash", "use_tokamax_splash": True},
+    "jax_splash": {"use_jax_splash": True},
+    "ragged": {"attention": "flash", "use_ragged_attention": True},
+}
 LAYERS = {
     "global": {},
     "local": LOCAL,
@@ -164,7 +172,7 @@ def _cell(options, layer, platform, mode):
     facts = {"q_len": 512}
     if mode is Mode.DECODE:
         mask = config.mask.at(query_offset=OFFSET) & masks.Lengths(OFFSET + 1)
-        facts = {"q_len": 1, "page_size": 16 if options["attention"] == "paged" else None}
+        facts = {"q_len": 1, "page_size": 16 if options.get("attention") == "paged" else None}
     dropout = config.dropout_rate if mode is Mode.TRAIN else 0.0
     dims = {"head_dim": 192, "value_dim": 128, "kv_heads": 8} if layer == "mla" else {"head_dim": 128, "kv_heads": 2}
     fields = {"soft_cap": config.soft_cap, "sinks": config.sinks, "dropout_rate": dropout, "scale": config.scale}
@@ -180,8 +188,8 @@ def _cell(options, layer, platform, mode):
 @pytest.fixture(scope="module")
 def cells():
     """The kernel of every value of `attention`, kind of layer, platform and mode; None where none serves."""
-    everywhere = itertools.product(KERNELS, LAYERS, ("cpu", "gpu", "tpu"), Mode)
-    return {cell: _cell({**LAYERS[cell[1]], "attention": cell[0]}, *cell[1:]) for cell in everywhere}
+    everywhere = itertools.product(ATTENTION, LAYERS, ("cpu", "gpu", "tpu"), Mode)
+    return {cell: _cell({**LAYERS[cell[1]], **ATTENTION[cell[0]]}, *cell[1:]) for cell in everywhere}
 
 
 def test_what_maxtext_runs_is_served_and_a_kernel_named_refuses_what_it_drops(cells):

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from kernelry import installation
 from kernelry._version import __version__
 from kernelry.catalogue import Fault, InstalledKernel, Registry
 from kernelry.hookspecs import CONTRACT
@@ -50,7 +51,7 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
 def kernels_table(installed: Registry) -> RenderableType:
     """The installed kernels as a table."""
     if not installed.kernels:
-        return Text("No kernels are installed; pip install kernelry-dot-product serves every platform.")
+        return Text("No kernels are installed.")
     table = Table(show_lines=True)
     table.add_column("kernel", no_wrap=True)
     table.add_column("serves")
@@ -95,6 +96,13 @@ def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
         "plugins": [plugin.to_json() for plugin in installed.plugins],
         "faults": [fault.to_json() for fault in all_faults(installed, switches)],
     }
+
+
+def without_plain_kernel(installed: Registry) -> str | None:
+    """What to do where no plain kernel is installed, with the kernels made for this machine."""
+    if installation.has_plain_kernel(installed.kernels):
+        return None
+    return installation.without_plain_kernel(_home().partition(":")[0], installed.kernels)
 
 
 def all_faults(installed: Registry, switches: Switches) -> tuple[Fault, ...]:
@@ -143,6 +151,9 @@ def doctor_parts(installed: Registry, switches: Switches) -> Iterator[Renderable
         kernels = _words(plugin.kernels) if plugin.enabled else "not in KERNELRY_PLUGINS"
         plugins.add_row(plugin.name, plugin.distribution, plugin.module, kernels)
     yield plugins
+    advice = without_plain_kernel(installed)
+    if advice is not None:
+        yield Text(advice)
     found = all_faults(installed, switches)
     if not found:
         yield "No faults."
@@ -170,6 +181,8 @@ def resolution_parts(resolution: Resolution) -> Iterator[RenderableType]:
     yield table
     if resolution.plan is None:
         yield Text("No kernel serves this request.")
+        if resolution.advice is not None:
+            yield Text(resolution.advice)
     elif len(resolution.plan.steps) > 1:
         yield Text(f"adapters together: {resolution.plan.cost}")
     for change in resolution.changes:
