@@ -70,7 +70,12 @@ BROKEN = {
         "must return a list of KernelSpec, got 7",
         "upgrade",
     ),
-    "returns_no_specs": (_hook("return ['x']"), FaultKind.WRONG_RETURN, "list of KernelSpec, got ['x']", "upgrade"),
+    "returns_no_specs": (
+        _hook("return ['x']"),
+        FaultKind.WRONG_RETURN,
+        "list of KernelSpec, and its item 0 is none, got 'x'",
+        "upgrade",
+    ),
     "returns_no_masks": (
         _hook("return {'x': 7}", "kernelry_masks"),
         FaultKind.WRONG_RETURN,

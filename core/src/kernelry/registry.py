@@ -273,9 +273,13 @@ class _Builder:
     def _kernels(self) -> list[InstalledKernel]:
         specs: list[InstalledKernel] = []
         for plugin, result in self._results("kernelry_kernels"):
-            sequence = isinstance(result, list | tuple)
-            if not sequence or not all(isinstance(spec, KernelSpec) for spec in result):
+            if not isinstance(result, list | tuple):
                 self._wrong_return(plugin, "kernelry_kernels", "a list of KernelSpec", result)
+                continue
+            wrong = [(index, item) for index, item in enumerate(result) if not isinstance(item, KernelSpec)]
+            if wrong:
+                wanted = f"a list of KernelSpec, and its item {wrong[0][0]} is none"
+                self._wrong_return(plugin, "kernelry_kernels", wanted, wrong[0][1])
                 continue
             usable = [spec for spec in result if self._is_hashable(plugin, spec) and self._is_usable(plugin, spec)]
             specs.extend(InstalledKernel(spec, plugin, self.distributions[plugin]) for spec in usable)

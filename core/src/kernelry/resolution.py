@@ -229,6 +229,8 @@ class Resolution:
         if self.plan is None:
             raise NoKernelError(f"nothing was resolved for {self.request}", self)
         wanted = self.plan.kernel.signature(self.plan.inner_request)
+        if isinstance(wanted, str):  # each of its letters is in every program
+            raise PluginError(f"kernel {self.kernel!r}: signature must return a tuple of texts, got {wanted!r}.")
         if not wanted:
             raise PluginError(f"kernel {self.kernel!r} has an empty signature: nothing could prove that it ran.")
         lacking = missing(wanted, program)

@@ -187,17 +187,11 @@ def _unknown(given: Mapping[str, Any]) -> list[str]:
 def _misspelt(name: str) -> str | None:
     """Returns the option about attention that a key is like or whose name it is a part of."""
     name = name.lower().replace("-", "_")
-    likeness = functools.partial(_likeness, name)
-    nearest = max(sorted(_BY_NAME), key=likeness)
-    if likeness(nearest) >= max(_MISSPELT, *map(likeness, not_attention())):
-        return nearest
+    close = difflib.get_close_matches(name, [*_BY_NAME, *not_attention()], n=1, cutoff=_MISSPELT)
+    if close and close[0] in _BY_NAME:
+        return close[0]
     parts = [option for option in sorted(_BY_NAME) if "_" in name and f"_{name}_" in f"_{option}_"]
     return min(parts, key=len, default=None)
-
-
-def _likeness(name: str, other: str) -> float:
-    matcher = difflib.SequenceMatcher(None, name, other)
-    return matcher.ratio() if matcher.real_quick_ratio() >= _MISSPELT else 0.0
 
 
 def _like(name: str) -> str:
