@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -23,11 +22,9 @@ from kernelry.kernel import KernelSpec
 from kernelry.masks.base import Mask
 from kernelry.normalization import LogSumExp, MaxSum, Normalization
 from kernelry.spec_checks import mistakes, short
-from kernelry.switches import KNOWN_SWITCHES, Switches
+from kernelry.switches import Switches
 
 GROUP = "kernelry.plugins"
-ENVIRONMENT = "the environment"
-"""Stands for a distribution in the faults of environment variables."""
 _UNKNOWN = "unknown distribution"
 _logger = logging.getLogger("kernelry")
 
@@ -57,37 +54,6 @@ def build(entry_points: Iterable[importlib_metadata.EntryPoint], allowed: tuple[
     """
     ordered = sorted(entry_points, key=lambda point: (point.name, _distribution(point), point.value))
     return _Builder(allowed).build(ordered)
-
-
-def switch_faults(found: Registry, switches: Switches) -> tuple[Fault, ...]:
-    """Returns what is wrong with the environment variables that nothing raised or warned of yet; see `doctor`."""
-    return (*_unknown_variables(switches), *_unknown_kernel(found, switches), *_absent_lock(switches))
-
-
-def _unknown_variables(switches: Switches) -> Iterator[Fault]:
-    for name in switches.unknown:
-        detail = f"there is no such variable, so it is ignored{nearest(name, KNOWN_SWITCHES)}"
-        yield Fault(FaultKind.SWITCH, name, ENVIRONMENT, detail, f"rename or unset {name}")
-
-
-def _unknown_kernel(found: Registry, switches: Switches) -> Iterator[Fault]:
-    name = switches.kernel
-    if name is None or name in found.kernels:
-        return
-    detail = f"KERNELRY_KERNEL={name} is no kernel that an installed plugin brings{nearest(name, found.kernels)}"
-    try:
-        found.check_name(name)
-    except PluginError as error:
-        detail = f"KERNELRY_KERNEL={name}: {str(error).removesuffix('.')}"
-    fix = "calls that name no kernel are refused: set it to a name of `kernelry list`, or unset it"
-    yield Fault(FaultKind.SWITCH, "KERNELRY_KERNEL", ENVIRONMENT, detail, fix)
-
-
-def _absent_lock(switches: Switches) -> Iterator[Fault]:
-    if switches.strict and not os.path.isfile(switches.lock):
-        detail = f"KERNELRY_STRICT is on, and the lock file {switches.lock!r} is not there"
-        fix = "write it with `kernelry lock CONFIG`, name it in KERNELRY_LOCK, or unset KERNELRY_STRICT"
-        yield Fault(FaultKind.SWITCH, "KERNELRY_LOCK", ENVIRONMENT, detail, fix)
 
 
 def _distribution(point: importlib_metadata.EntryPoint) -> str:

@@ -15,9 +15,8 @@ from rich.text import Text
 
 from kernelry import installation
 from kernelry._version import __version__
-from kernelry.catalogue import Fault, InstalledKernel, Registry
+from kernelry.catalogue import Fault, InstalledKernel, Registry, switch_faults
 from kernelry.hookspecs import CONTRACT
-from kernelry.registry import switch_faults
 from kernelry.resolution import Candidate, Resolution
 from kernelry.switches import Switches
 from kernelry.target import home_target
