@@ -308,7 +308,7 @@ def test_an_option_becomes_a_field(options, field, value):
             {"sliding_window_size": 4096},
             "sliding_window_size = 4096 is not used: attention_type is 'global', so the mask is Causal(). "
             "from_maxtext({**options, 'attention_type': 'local_sliding'}) builds the config of such a layer. "
-            "If this one is right, say so with ignore=('sliding_window_size',).",
+            "If Causal() is right for this layer, pass ignore=('sliding_window_size',).",
         ),
         ({"chunk_attn_window_size": 8192}, "chunk_attn_window_size = 8192 is not used: attention_type is 'global'"),
         ({"causal_block_size": 4}, "causal_block_size = 4 is not used: attention_type is 'global'"),
@@ -465,7 +465,9 @@ def test_all_misspelt_options_are_named_at_once():
 
 
 def test_a_new_key_that_names_no_option_warns_and_the_rest_is_read():
-    words = "unknown and not read: 'qqqqqq', 'learning_rat' (MaxText 0.2.5 has 'learning_rate')"
+    words = (
+        "MaxText options that are not known and not read: 'qqqqqq', 'learning_rat' (MaxText 0.2.5 has 'learning_rate')"
+    )
     with pytest.warns(UserWarning, match=re.escape(words)) as caught:
         config = from_maxtext({"qqqqqq": 1, "learning_rat": 2, "attention_sink": True})
     assert config.sinks

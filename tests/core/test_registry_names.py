@@ -194,7 +194,7 @@ ACCELERATED = """
     def kernelry_kernels():
         return [dataclasses.replace(DOT_PRODUCT, name=f"fast_{count}", capabilities=can) for count in range(20)]
 """
-MISSING = "Missing are the plain kernels, which serve every mask and option on every platform: "
+MISSING = "No plain kernel is available, which would serve every mask and option: "
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_kernels_of_the_platform_keep_their_reasons_and_others_are_named(acceler
         kernelry.resolve(request)
     lines = str(caught.value).splitlines()
     assert "  fast_7: dtype=float32 is not bfloat16" in lines
-    made = "Made for gpu: pip install kernelry-gpu-pallas kernelry-cudnn-te."
+    made = "Kernels made for gpu: pip install kernelry-gpu-pallas kernelry-cudnn-te."
     assert lines[-1] == f"{MISSING}pip install kernelry-dot-product. {made}"
 
 

@@ -79,10 +79,10 @@ def without_plain_kernel(platform: str, names: Collection[str]) -> str | None:
     """
     if has_plain_kernel(names):
         return None
-    advice = f"Missing are the plain kernels, which serve every mask and option on every platform: {_how_to_get(PLAIN)}"
+    advice = f"No plain kernel is available, which would serve every mask and option: {_how_to_get(PLAIN)}"
     absent = [distribution for distribution in _MADE_FOR.get(platform, ()) if not _plugins_of(distribution)]
     if absent:
-        advice += f". Made for {platform}: pip install {' '.join(absent)}"
+        advice += f". Kernels made for {platform}: pip install {' '.join(absent)}"
     return f"{advice}."
 
 

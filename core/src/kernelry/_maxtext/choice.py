@@ -59,8 +59,8 @@ def kernel_and_rules(options: Mapping[str, Any]) -> tuple[str, tuple[Rule, ...]]
 def _named(attention: str) -> str:
     if attention in _OF_VLLM:
         raise ConfigError(
-            f"MaxText option attention = {attention!r} has no meaning here: it is vLLM's own kernel, called beside "
-            "attention. Use 'paged' or 'autoselected'."
+            f"MaxText option attention = {attention!r} has no meaning here: it is a kernel that vLLM calls itself. "
+            "Use 'paged' or 'autoselected'."
         )
     if attention not in _NAMED:
         known = ("autoselected", "flash", "paged", *_NAMED)

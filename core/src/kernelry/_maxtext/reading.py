@@ -118,7 +118,7 @@ def _unused(options: Mapping[str, Any], config: AttentionConfig) -> Iterator[str
     yield (
         f"MaxText: {said} {'is' if len(left_out) == 1 else 'are'} not used: attention_type is {type_!r}, so the mask "
         f"is {config.mask!r}. {kinds}from_maxtext({{**options, 'attention_type': {(*layers, *others)[0]!r}}}) builds "
-        f"the config of such a layer. If this one is right, say so with ignore={tuple(left_out)!r}."
+        f"the config of such a layer. If {config.mask!r} is right for this layer, pass ignore={tuple(left_out)!r}."
     )
 
 
@@ -179,8 +179,8 @@ def _unknown(given: Mapping[str, Any]) -> list[str]:
         return []
     described = ", ".join(f"{name!r}{_like(str(name))}" for name in unknown)
     return [
-        f"MaxText: unknown and not read: {described}. They are like no option about attention; where that is right, "
-        f"say so with ignore={tuple(unknown)!r}."
+        f"MaxText options that are not known and not read: {described}. None is like an option about attention; "
+        f"pass ignore={tuple(unknown)!r} if that is right."
     ]
 
 
