@@ -73,7 +73,7 @@ BROKEN = {
     "returns_no_specs": (
         _hook("return ['x']"),
         FaultKind.WRONG_RETURN,
-        "list of KernelSpec, and its item 0 is none, got 'x'",
+        "list of KernelSpec, and item 0 is not one, got 'x'",
         "upgrade",
     ),
     "returns_no_masks": (

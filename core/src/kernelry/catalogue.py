@@ -154,7 +154,7 @@ def _unknown_kernel(found: Registry, switches: Switches) -> Iterator[Fault]:
     name = switches.kernel
     if name is None or name in found.kernels:
         return
-    detail = f"KERNELRY_KERNEL={name} is no kernel that an installed plugin brings{nearest(name, found.kernels)}"
+    detail = f"KERNELRY_KERNEL={name} is not a kernel that an installed plugin brings{nearest(name, found.kernels)}"
     try:
         found.check_name(name)
     except PluginError as error:

@@ -244,7 +244,7 @@ class _Builder:
                 continue
             wrong = [(index, item) for index, item in enumerate(result) if not isinstance(item, KernelSpec)]
             if wrong:
-                wanted = f"a list of KernelSpec, and its item {wrong[0][0]} is none"
+                wanted = f"a list of KernelSpec, and item {wrong[0][0]} is not one"
                 self._wrong_return(plugin, "kernelry_kernels", wanted, wrong[0][1])
                 continue
             usable = [spec for spec in result if self._is_hashable(plugin, spec) and self._is_usable(plugin, spec)]

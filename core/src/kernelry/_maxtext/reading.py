@@ -108,7 +108,9 @@ def _unused(options: Mapping[str, Any], config: AttentionConfig) -> Iterator[str
         name for owner, name in SIZES.items() if owner != type_ and options[name] not in (0, _BY_NAME[name].default)
     ]
     layers = LAYERS.get(block, ())
-    if layers and (type_ == _BY_NAME["attention_type"].default or type_ not in layers):
+    if type_ in layers and type_ != _BY_NAME["attention_type"].default:
+        layers = ()  # one of its kinds was chosen
+    if layers:
         left_out.append("decoder_block")
     if not left_out:
         return
