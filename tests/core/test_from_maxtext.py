@@ -329,6 +329,10 @@ def test_an_option_becomes_a_field(options, field, value):
             "'attention_type': 'chunk'})",
         ),
         (
+            {"decoder_block": "gemma2", **LOCAL, "chunk_attn_window_size": 8},
+            "SlidingWindow(63, 0). from_maxtext({**options, 'attention_type': 'chunk'})",
+        ),
+        (
             {"decoder_block": "gemma2", **LOCAL, "attention_type": "mla"},
             "layers of gemma2 are local_sliding and global",
         ),
