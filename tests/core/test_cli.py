@@ -11,6 +11,7 @@ from rich.console import Console
 
 from kernelry import cli
 from kernelry.cli import app, report
+from kernelry.switches import Switches
 
 pytestmark = pytest.mark.versions
 
@@ -60,6 +61,33 @@ def test_doctor_reports_versions_and_no_faults(run):
     data = json.loads(run("doctor", "--json")[1])
     assert data["faults"] == []
     assert {"kernelry", "python", "jax", "contract"} <= set(data["versions"])
+
+
+@pytest.mark.parametrize(
+    ("switches", "variable", "words"),
+    [
+        (Switches(kernel="blokwise"), "KERNELRY_KERNEL", "did you mean 'blockwise'?"),
+        (Switches(unknown=("KERNELRY_KERNAL",)), "KERNELRY_KERNAL", "did you mean 'KERNELRY_KERNEL'?"),
+        (Switches(strict=True, lock="absent.json"), "KERNELRY_LOCK", "the lock file 'absent.json' is not there"),
+    ],
+)
+def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch, switches, variable, words):
+    monkeypatch.setattr(Switches, "of_process", lambda: switches)
+    status, out, _ = run("doctor")
+    [fault] = json.loads(run("doctor", "--json")[1])["faults"]
+    assert status == 1
+    assert "No faults." not in out
+    assert (fault["plugin"], fault["kind"]) == (variable, "wrong environment variable")
+    assert words in fault["detail"]
+    assert variable in fault["fix"] or "kernelry list" in fault["fix"]
+
+
+def test_doctor_says_nothing_of_variables_that_are_right(run, monkeypatch, tmp_path):
+    lock = tmp_path / "kernelry.lock.json"
+    lock.write_text("{}")
+    monkeypatch.setattr(Switches, "of_process", lambda: Switches(kernel="blockwise", strict=True, lock=str(lock)))
+    status, out, _ = run("doctor")
+    assert (status, "No faults." in out) == (0, True)
 
 
 def test_explain_answers_for_hardware_that_is_not_here(run):

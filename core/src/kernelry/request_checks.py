@@ -38,7 +38,7 @@ def check_kinds(request: Any) -> None:
         if not isinstance(getattr(request, name), str):
             raise ArgumentError(f"{name} must be a name, got {getattr(request, name)!r}.")
     for name in _DTYPES:
-        if not _is_dtype(getattr(request, name)):
+        if not is_dtype(getattr(request, name)):
             raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {getattr(request, name)!r}.")
     for name in _FLAGS:
         if type(getattr(request, name)) is not bool:
@@ -50,7 +50,7 @@ def check_kinds(request: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _is_dtype(name: str) -> bool:
+def is_dtype(name: str) -> bool:
     """True for the full names of dtypes: `float32`, not `f4`, by which no kernel would know it."""
     try:
         return bool(jnp.dtype(name).name == name)

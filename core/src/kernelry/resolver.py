@@ -23,7 +23,6 @@ from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
 from kernelry.resolution import Candidate, Plan, Resolution
 from kernelry.scope import Scope, current_recorders, current_scope
-from kernelry.switches import Switches
 from kernelry.target import home_target
 
 if TYPE_CHECKING:
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     from kernelry.measurements import Measurements
 
 _logger = logging.getLogger("kernelry")
+
+_MOST_ELSEWHERE = 2
+"""Kernels of other platforms that an error describes one by one."""
 
 
 def resolve(
@@ -203,34 +205,41 @@ def _choose(question: Question, environment: Environment) -> Resolution:
 
 
 def _absent(name: str, pool: Mapping[str, InstalledKernel]) -> Candidate:
-    detail = f"no installed plugin brings a kernel of that name{nearest(name, pool)}"
-    return Candidate(name, "not installed", (Refusal(RefusalCode.NOT_INSTALLED, detail),))
+    remedy = installation.how_to_get(name)
+    hint = nearest(name, pool) if remedy is None else ""
+    detail = f"no installed plugin brings a kernel of that name{hint}"
+    return Candidate(name, "not installed", (Refusal(RefusalCode.NOT_INSTALLED, detail, remedy),))
 
 
 def _refusal_error(resolution: Resolution) -> NoKernelError:
-    reasons = [f"  {candidate.name}: {refusal}" for candidate in resolution.refused for refusal in candidate.refusals]
     others = ", ".join(resolution.excluded)
+    advice = [] if resolution.advice is None else [resolution.advice]
     if resolution.forced:
         [asked] = resolution.candidates
-        lines = [f"Kernel {asked.name!r} ({resolution.rule}) refuses {resolution.request}.", *reasons]
+        lines = [f"Kernel {asked.name!r} ({resolution.rule}) refuses {resolution.request}.", *_reasons(asked)]
         if others:
             lines.append(f'Other kernels here: {others}; kernel="auto" chooses among them.')
-        return KernelRefusedError("\n".join(lines), resolution)
-    lines = [f"No kernel for {resolution.request}.", *reasons]
-    considered = ", ".join(candidate.name for candidate in resolution.candidates)
-    lines.append(f"Considered: {considered or 'no kernels'}, by {resolution.rule}.")
+        return KernelRefusedError("\n".join([*lines, *advice]), resolution)
+    elsewhere = _of_other_platforms(resolution)
+    here = [candidate for candidate in resolution.candidates if candidate.name not in elsewhere]
+    lines = [f"No kernel for {resolution.request}.", *(line for candidate in here for line in _reasons(candidate))]
+    if elsewhere:
+        lines.append(f"  not for {resolution.request.target.platform}: {', '.join(elsewhere)}")
+    considered = ", ".join(candidate.name for candidate in here) or "no kernels"
+    lines.append(f"Considered: {considered}, by {resolution.rule}.")
     if others:
         lines.append(f"Not considered under this rule: {others}. Force one with kernel=…, or end the rule in 'auto'.")
-    if not resolution.candidates:
-        lines.append(_where_kernels_come_from())
-    return NoKernelError("\n".join(lines), resolution)
+    return NoKernelError("\n".join([*lines, *advice]), resolution)
 
 
-def _where_kernels_come_from() -> str:
-    allowed = Switches.of_process().plugins
-    if allowed is not None:
-        return f"KERNELRY_PLUGINS={','.join(allowed)!r} allows no plugin that brings a kernel; change or unset it."
-    return "kernelry-dot-product serves every platform: pip install kernelry-dot-product"
+def _reasons(candidate: Candidate) -> list[str]:
+    return [f"  {candidate.name}: {refusal}" for refusal in candidate.refusals]
+
+
+def _of_other_platforms(resolution: Resolution) -> tuple[str, ...]:
+    """The kernels whose platform is another, where they are so many that one line for all is better."""
+    names = tuple(c.name for c in resolution.refused if any(r.code is RefusalCode.PLATFORM for r in c.refusals))
+    return names if len(names) > _MOST_ELSEWHERE else ()
 
 
 def _observe(resolution: Resolution) -> None:

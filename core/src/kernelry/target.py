@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from typing import Any, final
 
@@ -34,6 +35,18 @@ _KINDS: dict[str, tuple[str, int, str]] = {
     "tpu7x": ("tpu", 7, r"tpu ?(v?7x?)"),
 }
 KINDS = tuple(_KINDS)
+_VENDORS = {"nvidia": "gpu", "amd": "gpu"}
+
+
+def platform_meant(name: str) -> str | None:
+    """Returns the platform that a name stands for: another name of it, a kind of it, or a misspelling.
+
+    None says that this may be a platform of its own, which a JAX plugin brings.
+    """
+    name = name.lower()
+    meant = _PLATFORM_ALIASES.get(name) or _VENDORS.get(name) or (_KINDS[name][0] if name in _KINDS else None)
+    close = difflib.get_close_matches(name.partition(":")[0], PLATFORMS, n=1)
+    return meant or next(iter(close), None)
 
 
 @final

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from kernelry import _version, installation
 from kernelry.cli import check, conformance, lock, mask, report
@@ -71,6 +72,9 @@ def list_kernels(as_json: Json = False) -> None:
         print_json(report.kernels_json(found))
         return
     _console.print(report.kernels_table(found))
+    advice = report.without_plain_kernel(found)
+    if advice is not None:
+        _console.print(Text(advice))
     if found.faults:
         _console.print(f"{len(found.faults)} plugin fault(s): run kernelry doctor")
 
@@ -84,7 +88,7 @@ def doctor(as_json: Json = False) -> None:
     else:
         for part in report.doctor_parts(found, switches):
             _console.print(part)
-    raise typer.Exit(1 if found.faults else 0)
+    raise typer.Exit(1 if report.all_faults(found, switches) else 0)
 
 
 def _usable_cap(soft_cap: float | None) -> float | None:

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from kernelry import installation
 from kernelry._version import __version__
-from kernelry.catalogue import InstalledKernel, Registry
+from kernelry.catalogue import Fault, InstalledKernel, Registry, switch_faults
 from kernelry.hookspecs import CONTRACT
 from kernelry.resolution import Candidate, Resolution
 from kernelry.switches import Switches
@@ -49,7 +50,7 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
 def kernels_table(installed: Registry) -> RenderableType:
     """The installed kernels as a table."""
     if not installed.kernels:
-        return Text("No kernels are installed; pip install kernelry-dot-product serves every platform.")
+        return Text("No kernels are installed.")
     table = Table(show_lines=True)
     table.add_column("kernel", no_wrap=True)
     table.add_column("serves")
@@ -92,8 +93,20 @@ def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
         "target": _home(),
         "switches": _switches(switches),
         "plugins": [plugin.to_json() for plugin in installed.plugins],
-        "faults": [fault.to_json() for fault in installed.faults],
+        "faults": [fault.to_json() for fault in all_faults(installed, switches)],
     }
+
+
+def without_plain_kernel(installed: Registry) -> str | None:
+    """What to do where no plain kernel is installed, with the kernels made for this machine."""
+    if installation.has_plain_kernel(installed.kernels):
+        return None
+    return installation.without_plain_kernel(_home().partition(":")[0], installed.kernels)
+
+
+def all_faults(installed: Registry, switches: Switches) -> tuple[Fault, ...]:
+    """The faults of the plugins and of the environment variables."""
+    return (*installed.faults, *switch_faults(installed, switches))
 
 
 def _switches(switches: Switches) -> dict[str, Any]:
@@ -137,13 +150,17 @@ def doctor_parts(installed: Registry, switches: Switches) -> Iterator[Renderable
         kernels = _words(plugin.kernels) if plugin.enabled else "not in KERNELRY_PLUGINS"
         plugins.add_row(plugin.name, plugin.distribution, plugin.module, kernels)
     yield plugins
-    if not installed.faults:
+    advice = without_plain_kernel(installed)
+    if advice is not None:
+        yield Text(advice)
+    found = all_faults(installed, switches)
+    if not found:
         yield "No faults."
         return
     faults = Table(title="Faults", title_justify="left", show_lines=True)
-    for column in ("plugin", "distribution", "fault", "what happened", "fix"):
+    for column in ("plugin or variable", "from", "fault", "what happened", "fix"):
         faults.add_column(column, overflow="fold")
-    for fault in installed.faults:
+    for fault in found:
         faults.add_row(fault.plugin, fault.distribution, fault.kind.value, escape(fault.detail), escape(fault.fix))
     yield faults
 
@@ -163,6 +180,8 @@ def resolution_parts(resolution: Resolution) -> Iterator[RenderableType]:
     yield table
     if resolution.plan is None:
         yield Text("No kernel serves this request.")
+        if resolution.advice is not None:
+            yield Text(resolution.advice)
     elif len(resolution.plan.steps) > 1:
         yield Text(f"adapters together: {resolution.plan.cost}")
     for change in resolution.changes:
