@@ -1,5 +1,6 @@
 """The command: readable tables, JSON, exit statuses, one-line errors."""
 
+import importlib.util
 import io
 import json
 import os
@@ -213,6 +214,45 @@ def test_outputs_that_know_ascii_alone_get_plainer_signs():
     outputs, errors = (text.split("END\n")[:-1] for text in (done.stdout, done.stderr))
     for expected, output, error in zip(shown.values(), outputs, errors, strict=True):
         assert expected in output + error
+
+
+@pytest.fixture
+def without_compilers(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    absent = ("libtpu", "jax_plugins")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith(absent) else find(name))
+    path = tmp_path / "c.toml"
+    path.write_text('[attention]\ntype = "local_sliding"\nwindow = 64\nkernel = "dot_product"\n')
+    return str(path)
+
+
+def test_check_shows_in_its_rows_that_compilers_are_missing(run, without_compilers):
+    targets = ("--target", "tpu:v5e:9x8", "--target", "gpu:h100:63")
+    status, out, _ = run("check", without_compilers, *targets, "--q-len", "256")
+    text = " ".join(out.split())
+    assert status == 2
+    assert out.count("no compiler") == 6
+    assert (
+        "train, prefill, decode: compiling for TPUs needs libtpu, their compiler; pip install 'kernelry[aot-tpu]'."
+    ) in text
+    assert "compilers; pip install 'kernelry[aot-gpu]'." in text
+    assert "as if lengths hid nothing" in text
+
+
+def test_check_as_json_says_that_compilers_are_missing(run, without_compilers):
+    status, out, _ = run("check", without_compilers, "--target", "tpu:v5e:9x8", "--q-len", "256", "--json")
+    data = json.loads(out)
+    phases = data["targets"]["tpu:v5e:9x8"]
+    assert (status, data["ok"]) == (2, False)
+    assert {(phase["outcome"], phase["ok"]) for phase in phases} == {("no compiler", False)}
+    assert phases[2]["work"]["assumed"] == ["lengths"]
+    assert all("pip install 'kernelry[aot-tpu]'" in phase["verdict"] for phase in phases)
+
+
+def test_check_finds_a_wrong_target_before_it_compiles(run, without_compilers):
+    status, out, err = run("check", without_compilers, "--target", "tpu:v5e:9x8", "--target", "gpu:h10")
+    assert (status, out) == (2, "")
+    assert "did you mean 'h100'" in err
 
 
 def test_version(run):

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from kernelry.aot.compilation import Compilation, compile_for
-from kernelry.aot.outcome import Outcome
+from kernelry.aot.outcome import NoCompilerError, Outcome
 from kernelry.aot.work import Work
 from kernelry.api import attention
-from kernelry.errors import KernelryError
+from kernelry.errors import KernelryError, PluginError
 from kernelry.layer import AttentionConfig
 from kernelry.phases import Call, ModelShape, calls
 from kernelry.request import Mode
@@ -30,19 +30,23 @@ class LayerReport:
 
     Args:
       resolution: the kernel, or why there is none.
-      compilation: None where there is no kernel.
+      compilation: None where there is no kernel, or the kernel or its compiler is missing.
       work: what the call takes at least.
-      missing: why the compiled program does not prove that the kernel runs; empty where it does.
+      missing: why it was not compiled, or the compiled program does not prove that the kernel runs; else empty.
+      has_compiler: whether the target's compiler is installed.
     """
 
     resolution: Resolution
     compilation: Compilation | None
     work: Work
     missing: str = ""
+    has_compiler: bool = True
 
     @property
     def outcome(self) -> Outcome:
         """Whether the phase has a kernel that compiles and is in the program."""
+        if self.resolution.plan is not None and not self.has_compiler:
+            return Outcome.NO_COMPILER
         if self.compilation is None or self.missing:
             return Outcome.FAILED
         return self.compilation.outcome
@@ -55,6 +59,8 @@ class LayerReport:
     @property
     def verdict(self) -> str:
         """`ok`, or why not on one line."""
+        if self.compilation is None and self.missing:
+            return self.missing
         if self.compilation is None:
             reasons = (f"{c.name}: {c.refusals[0]}" for c in self.resolution.refused)
             return f"no kernel serves it ({'; '.join(reasons) or 'none is installed'})"
@@ -91,8 +97,11 @@ def check_layers(
       target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices.
       tell: told the name of each phase before it is compiled.
 
+    Returns:
+      A report for each call; where the target's compiler or the kernel's package is missing it says so.
+
     Raises:
-      ConfigError: no such target, or its compiler is not installed.
+      ConfigError: no such target.
     """
     where = Target.parse(target) if isinstance(target, str) else target
     reports = []
@@ -108,8 +117,13 @@ def _report(config: AttentionConfig, call: Call) -> LayerReport:
     resolution = explain(call.request, policy=config.policy)
     if resolution.plan is None:
         return LayerReport(resolution, None, work)
-    with use(policy=config.policy):
-        compilation = compile_for(call.request.target, _program(call), *_arguments(call))
+    try:
+        with use(policy=config.policy):
+            compilation = compile_for(call.request.target, _program(call), *_arguments(call))
+    except NoCompilerError as error:
+        return LayerReport(resolution, None, work, str(error), has_compiler=False)
+    except PluginError as error:
+        return LayerReport(resolution, None, work, str(error))
     missing = ""
     if compilation.compiled is not None:
         try:

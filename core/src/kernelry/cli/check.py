@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from kernelry.aot import LayerReport, Outcome, check_layers
+from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
 from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
 from kernelry.config import load_config
@@ -39,9 +40,13 @@ def check(
 ) -> None:
     """Whether train, prefill and decode compile for a TPU or GPU, with its real compiler and without it.
 
-    Status 1: not all do. What calls cuDNN is not checked, which is no failure.
+    Status 1: not all do; 2: all that could be compiled do, and a compiler is not installed. What calls cuDNN is not
+    checked, which is no failure.
     """
     _run_nothing()
+    for name in target:
+        with contextlib.suppress(NoCompilerError):  # its rows will say so
+            topology_of(name)  # a wrong name is found before anything is compiled
     read = load_config(config)
     sizes = shape.model_shape(q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part)
     console = Console(stderr=True)
@@ -55,14 +60,15 @@ def check(
                 progress.update(task, description=f"{target}: {phase}")
 
             reports[name] = check_layers(read, sizes, name, tell=tell)
-    ok = all(report.outcome is not Outcome.FAILED for found in reports.values() for report in found)
+    outcomes = {report.outcome for found in reports.values() for report in found}
+    ok = not outcomes & {Outcome.FAILED, Outcome.NO_COMPILER}
     if as_json:
         plain = {name: [report.to_json() for report in found] for name, found in reports.items()}
         print_json({"ok": ok, "targets": plain})
     else:
         for part in _parts(reports):
             _console.print(part)
-    raise typer.Exit(0 if ok else 1)
+    raise typer.Exit(0 if ok else 1 if Outcome.FAILED in outcomes else 2)
 
 
 def _run_nothing() -> None:
@@ -72,13 +78,19 @@ def _run_nothing() -> None:
 
 
 def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableType]:
+    assumed: set[str] = set()
     for name, found in reports.items():
         yield _table(name, found)
+        verdicts: dict[str, list[str]] = {}
         for report in found:
+            assumed.update(report.work.assumed)
             if not report.ok:
-                yield Text(f"  {report.resolution.request.mode.value}: {report.verdict}")
+                verdicts.setdefault(report.verdict, []).append(report.resolution.request.mode.value)
+        yield from (Text(f"  {', '.join(phases)}: {verdict}") for verdict, phases in verdicts.items())
+    hidden = f", as if {', '.join(sorted(assumed))} hid nothing" if assumed else ""
     yield Text(
-        "MiB: arguments, outputs and temporaries of one device. Compiled, not run: this proves no numbers and no speed."
+        "MiB: arguments, outputs and temporaries of one device. FLOPs, bytes and roofline: at least; a decode step "
+        f"reads a full cache{hidden}. Compiled, not run: this proves no numbers and no speed."
     )
 
 
