@@ -152,8 +152,8 @@ def test_a_strict_process_refuses_what_is_not_locked(shelf, tmp_path):
     ("text", "complaint"),
     [
         ("{", "not valid JSON"),
-        ("[]", "no lock file of format 1"),
-        ('{"format": 2}', "no lock file of format 1"),
+        ("[]", "not a lock file of format 1"),
+        ('{"format": 2}', "not a lock file of format 1"),
         ('{"format": 1}', "cannot be read: KeyError"),
         ('{"format": 1, "resolutions": [{"request": {"q_len": 1}}]}', "cannot be read: KeyError"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import jax
@@ -16,7 +16,7 @@ from kernelry.api import attention
 from kernelry.errors import KernelryError, PluginError
 from kernelry.layer import AttentionConfig
 from kernelry.phases import Call, ModelShape, calls
-from kernelry.request import Mode
+from kernelry.request import Mode, Request
 from kernelry.resolution import Resolution
 from kernelry.resolver import explain
 from kernelry.scope import use
@@ -29,6 +29,7 @@ class LayerReport:
     """One phase of a config on one target.
 
     Args:
+      name: which call of the model it is.
       resolution: the kernel, or why there is none.
       compilation: None where there is no kernel, or the kernel or its compiler is missing.
       work: what the call takes at least.
@@ -36,6 +37,7 @@ class LayerReport:
       has_compiler: whether the target's compiler is installed.
     """
 
+    name: str
     resolution: Resolution
     compilation: Compilation | None
     work: Work
@@ -73,6 +75,7 @@ class LayerReport:
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
         return {
+            "name": self.name,
             "mode": self.resolution.request.mode.value,
             "ok": self.ok,
             "outcome": str(self.outcome),
@@ -85,7 +88,7 @@ class LayerReport:
 
 def check_layers(
     config: AttentionConfig,
-    shape: ModelShape,
+    shape: ModelShape | Sequence[ModelShape],
     target: Target | str,
     *,
     tell: Callable[[str], object] | None = None,
@@ -93,7 +96,8 @@ def check_layers(
     """Compiles training (forward and backward), prefill and a decode step of a config for a target.
 
     Args:
-      config, shape: as for `resolve_phases`.
+      config: as for `resolve_phases`.
+      shape: as for `resolve_phases`, or several; what more than one of them asks is compiled once.
       target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices.
       tell: told the name of each phase before it is compiled.
 
@@ -104,33 +108,46 @@ def check_layers(
       ConfigError: no such target.
     """
     where = Target.parse(target) if isinstance(target, str) else target
+    shapes = (shape,) if isinstance(shape, ModelShape) else tuple(shape)
+    asked: dict[Request, Call] = {}
+    for sizes in shapes:
+        for call in calls(config, sizes, where):
+            name = f"{call.name}{_distinguished(sizes, shapes)}"
+            asked.setdefault(call.request, dataclasses.replace(call, name=name))
     reports = []
-    for call in calls(config, shape, where):
+    for call in asked.values():
         if tell is not None:
-            tell(call.request.mode.value)
+            tell(call.name)
         reports.append(_report(config, call))
     return tuple(reports)
+
+
+def _distinguished(shape: ModelShape, shapes: Sequence[ModelShape]) -> str:
+    """What tells a shape from the others, e.g. `, batch=8`."""
+    names = [field.name for field in dataclasses.fields(ModelShape) if field.name != "two_part"]
+    varied = [name for name in names if len({str(getattr(other, name)) for other in shapes}) > 1]
+    return "".join(f", {name}={getattr(shape, name)}" for name in varied)
 
 
 def _report(config: AttentionConfig, call: Call) -> LayerReport:
     work = Work.of(call.request, call.mask)
     resolution = explain(call.request, policy=config.policy)
     if resolution.plan is None:
-        return LayerReport(resolution, None, work)
+        return LayerReport(call.name, resolution, None, work)
     try:
         with use(policy=config.policy):
             compilation = compile_for(call.request.target, _program(call), *_arguments(call))
     except NoCompilerError as error:
-        return LayerReport(resolution, None, work, str(error), has_compiler=False)
+        return LayerReport(call.name, resolution, None, work, str(error), has_compiler=False)
     except PluginError as error:
-        return LayerReport(resolution, None, work, str(error))
+        return LayerReport(call.name, resolution, None, work, str(error))
     missing = ""
     if compilation.compiled is not None:
         try:
             resolution.verify(compilation.compiled)
         except KernelryError as error:
             missing = str(error)
-    return LayerReport(resolution, compilation, work, missing)
+    return LayerReport(call.name, resolution, compilation, work, missing)
 
 
 def _program(call: Call) -> Callable[..., Any]:
@@ -174,7 +191,5 @@ def _arguments(call: Call) -> tuple[Any, ...]:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))  # type: ignore[no-untyped-call]
 
     query = array(request.batch, request.q_len, request.q_heads, request.head_dim)
-    key = array(request.batch, request.kv_len, request.kv_heads, request.head_dim)
-    value = array(request.batch, request.kv_len, request.kv_heads, request.value_dim)
     sinks = array(request.q_heads, dtype="float32") if request.sinks else None
-    return query, key, value, sinks, jax.tree.leaves(call.mask)
+    return query, call.key, call.value, sinks, jax.tree.leaves(call.mask)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -18,24 +17,28 @@ from rich.text import Text
 from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
 from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
-from kernelry.config import load_config
+from kernelry.phases import resolve_phases
 
 _console = Console(highlight=False, soft_wrap=False)
 _MIB = 2**20
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="a config whose [attention] table decides.")],
+    *,
+    config: shape.Config = None,
+    maxtext: shape.MaxText = None,
     target: Annotated[list[str], typer.Option(help="e.g. tpu:v5e:2x2 or gpu:h100; may be repeated.")],
     q_len: shape.QueryLength = 1024,
     max_len: shape.MaxLength = None,
-    batch: shape.Batch = 1,
+    batch: shape.Batch = None,
     heads: shape.Heads = 8,
     kv_heads: shape.KVHeads = None,
     head_dim: shape.HeadDim = 128,
     value_dim: shape.ValueDim = None,
     dtype: shape.DType = "bfloat16",
     two_part: shape.TwoPart = False,
+    cache: shape.Cache = None,
+    mask: shape.Masks = None,
     as_json: Json = False,
 ) -> None:
     """Whether train, prefill and decode compile for a TPU or GPU, with its real compiler and without it.
@@ -44,11 +47,15 @@ def check(
     checked, which is no failure.
     """
     _run_nothing()
-    for name in target:
+    read = shape.read_config(config, maxtext)
+    sizes = shape.model_shapes(
+        q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part, cache, mask
+    )
+    for name in target:  # wrong names are found before anything is compiled
         with contextlib.suppress(NoCompilerError):  # its rows will say so
-            topology_of(name)  # a wrong name is found before anything is compiled
-    read = load_config(config)
-    sizes = shape.model_shape(q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part)
+            topology_of(name)
+        for each in sizes:
+            shape.check_names(resolve_phases(read, each, target=name, changes=False).all)
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     reports: dict[str, tuple[LayerReport, ...]] = {}
@@ -85,7 +92,7 @@ def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableTy
         for report in found:
             assumed.update(report.work.assumed)
             if not report.ok:
-                verdicts.setdefault(report.verdict, []).append(report.resolution.request.mode.value)
+                verdicts.setdefault(report.verdict, []).append(report.name)
         yield from (Text(f"  {', '.join(phases)}: {verdict}") for verdict, phases in verdicts.items())
     hidden = f", as if {', '.join(sorted(assumed))} hid nothing" if assumed else ""
     yield Text(
@@ -104,7 +111,7 @@ def _table(name: str, reports: tuple[LayerReport, ...]) -> Table:
         compilation, work = report.compilation, report.work
         memory = {} if compilation is None else compilation.memory
         table.add_row(
-            report.resolution.request.mode.value,
+            report.name,
             report.resolution.kernel or "–",
             str(report.outcome),
             "–" if compilation is None else f"{compilation.seconds:.1f}",
