@@ -10,8 +10,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from kernelry import cli
+from kernelry import ModelShape, Request, Target, cli
 from kernelry.cli import app, report
+from kernelry.config import load_config
+from kernelry.phases import calls
 
 pytestmark = pytest.mark.versions
 
@@ -90,6 +92,92 @@ def test_explain_prints_the_choice_and_the_rule(run):
     assert status == 0
     assert "→" in out
     assert "shipped policy" in out
+
+
+CONFIG = """
+[attention]
+type = "local_sliding"
+window = 64
+soft_cap = 30.0
+scale = 0.5
+sinks = true
+record_max_logits = true
+dropout_rate = 0.25
+precision = "highest"
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def test_explain_asks_what_the_config_says(run, config):
+    data = json.loads(run("explain", "--target", "cpu", "--config", "c.toml", "--json")[1])
+    facts = {"soft_cap": 30.0, "scale": 0.5, "sinks": True, "max_logits": True, "dropout_rate": 0.25}
+    assert facts.items() <= data["request"].items()
+    assert data["config"]["fields"]["mask"] == "window(63, 0)"
+    assert data["config"]["fields"]["precision"] == data["request"]["precision"] == "highest"
+
+
+@pytest.mark.parametrize("mode", ["train", "prefill", "decode"])
+def test_explain_asks_what_is_locked(run, config, mode):
+    read = load_config("c.toml")
+    shape = ModelShape(q_len=64, max_len=96, batch=2, q_heads=4, head_dim=32)
+    [wanted] = [c.request for c in calls(read, shape, Target("cpu")) if c.request.mode.value == mode]
+    lengths = ("--q-len", "1", "--kv-len", "96") if mode == "decode" else ("--q-len", "64")
+    options = ("--target", "cpu", "--mode", mode, "--batch", "2", "--heads", "4", "--head-dim", "32")
+    out = run("explain", *options, *lengths, "--config", "c.toml", "--json")[1]
+    assert Request.from_json(json.loads(out)["request"]) == wanted
+
+
+def test_options_given_go_before_the_config(run, config):
+    options = ("--soft-cap", "20", "--no-sinks", "--mask", "config & segments")
+    _, out, _ = run("explain", "--target", "cpu", "--config", "c.toml", *options)
+    text = " ".join(out.split())
+    assert "mask=segments & window(63, 0) soft_cap=20.0" in text
+    assert "from c.toml: scale=0.5 dropout_rate=0.25 precision=highest max_logits=True" in text
+    assert "; not its mask=window(63, 0) soft_cap=30.0 sinks=True, as given here" in text
+
+
+def test_explain_reads_maxtext_files(run, config):
+    (config / "base.yml").write_text("attention: dot_product\nattn_logits_soft_cap: 0\n")
+    (config / "model.yml").write_text("attn_logits_soft_cap: 50.0\n")
+    files = ("--maxtext", "base.yml", "--maxtext", "model.yml")
+    data = json.loads(run("explain", "--target", "cpu", *files, "--json")[1])
+    assert (data["request"]["soft_cap"], data["request"]["scale"]) == (50.0, 1.0)
+    assert (data["plan"]["kernel"], data["config"]["source"]) == ("dot_product", "base.yml + model.yml")
+
+
+WRONG_FILES = {
+    "none.toml": ("[model]\nlayers = 2\n", "none.toml: there is no table [attention], and it has model; write one"),
+    "misspelt.toml": ("[atention]\n", "unknown table 'atention'; did you mean 'attention'?"),
+    "name.toml": ('[attention]\nkernel = "blokwise"\n', "of that name; did you mean 'blockwise'?"),
+    "base.yml": ("attention: dot_product\n", "or by the command's option --maxtext"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+@pytest.mark.parametrize("verb", ["explain", "lock", "check"])
+def test_files_that_are_not_meant_are_one_message_and_status_2(run, config, verb, name):
+    text, words = WRONG_FILES[name]
+    (config / name).write_text(text)
+    target = () if verb == "lock" else ("--target", "gpu:h100" if verb == "check" else "cpu")
+    file = ("--config", name) if verb == "explain" else (name,)
+    status, out, err = run(verb, *file, *target)
+    assert status == 2
+    assert words in " ".join((out + err).split()) or (verb, name) == ("explain", "name.toml")
+    assert not (config / "kernelry.lock.json").exists()
+
+
+@pytest.mark.parametrize("verb", ["lock", "check"])
+@pytest.mark.parametrize("files", [(), ("c.toml", "--maxtext", "base.yml")])
+def test_a_config_and_maxtext_files_are_one_or_the_other(run, config, verb, files):
+    status, _, err = run(verb, *files, "--target", "gpu:h100")
+    assert status == 2
+    assert "name a config, or MaxText's files with --maxtext" in " ".join(err.split())
 
 
 def test_explain_of_a_refused_kernel_exits_2_with_the_reason(run):

@@ -197,16 +197,19 @@ def _served_by_arrays(held, mask, options, prompt, token):
     return kernelry.attention(token[0], *keys, mask=step, mode="decode", **options)
 
 
-@pytest.mark.parametrize("held", HELD)
+LAYERS = {
+    "window": {"type": "local_sliding", "window": 4, "soft_cap": 9.0},
+    "chunks": {"type": "chunk", "chunk_size": 4},
+    "causal": {"scale": 0.5},
+}
+
+
 @pytest.mark.parametrize(
-    "layer",
-    [{"type": "local_sliding", "window": 4, "soft_cap": 9.0}, {"type": "chunk", "chunk_size": 4}, {"scale": 0.5}],
-    ids=["window", "chunks", "causal"],
+    ("layer", "held"),
+    [(layer, held) for layer in LAYERS for held in HELD if layer != "causal" or not held.startswith("rolling")],
 )
-def test_serving_from_a_cache_asks_what_is_locked(held, layer):
-    if held.startswith("rolling") and "scale" in layer:
-        pytest.skip("a rolling cache has no place for causal layers")
-    config = AttentionConfig(**layer)
+def test_serving_from_a_cache_asks_what_is_locked(layer, held):
+    config = AttentionConfig(**LAYERS[layer])
     requests = _requests(config, cache=held)
     options = {"scale": config.scale, "soft_cap": config.soft_cap}
     serve = _served_by_arrays if held.startswith("contiguous") else _served_by_a_cache

@@ -16,7 +16,7 @@ from kernelry import installation
 from kernelry.errors import ArgumentError, nearest
 from kernelry.kernel import KernelSpec
 from kernelry.layer import AttentionConfig, AttentionType
-from kernelry.masks import BlockSelection, Lengths
+from kernelry.masks import BlockSelection, Causal, Full, Lengths
 from kernelry.masks.base import Extent, Mask, is_mask
 from kernelry.masks.parse import parse_shaped
 from kernelry.operands import page_size_of, quantization_of
@@ -269,7 +269,8 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[C
     Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step stands
     anywhere in a cache filled in part.
     """
-    prompt = _chosen(config, _prompt_mask(config, shape), shape.q_len, shape)
+    extent = _extent(shape, shape.q_len, shape.q_len)
+    prompt = _with_blocks(config, _prompt_mask(config, shape.mask, extent), extent)
     key, value = _plain(shape, shape.q_len, None)
     make = functools.partial(_call, config, shape, target)
     train = make("train", Mode.TRAIN, prompt, key, value)
@@ -287,26 +288,43 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[C
     return train, *prefill, *_from_cache(config, shape, make, Mode.DECODE, "decode")
 
 
-def _prompt_mask(config: AttentionConfig, shape: ModelShape) -> Mask:
-    if not isinstance(shape.mask, str):
-        return config.mask & shape.mask
-    kv_heads = shape.q_heads if shape.kv_heads is None else shape.kv_heads
-    extent = Extent(batch=shape.batch, q_heads=shape.q_heads, kv_heads=kv_heads, q_len=shape.q_len, kv_len=shape.q_len)
+def _extent(shape: ModelShape, q_len: int, kv_len: int) -> Extent:
+    q_heads, kv_heads, _, _ = _heads(shape)
+    return Extent(batch=shape.batch, q_heads=q_heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len)
+
+
+def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> Mask:
+    if not isinstance(more, str):
+        return config.mask & more
     asked: list[Mask] = []
 
     def own() -> Mask:
         asked.append(config.mask)
         return config.mask
 
-    read = parse_shaped(shape.mask, extent, {**installation.installed().masks, "config": own})
+    read = parse_shaped(more, extent, {**installation.installed().masks, "config": own})
     return read if asked else config.mask & read
 
 
+def mask_of(config: AttentionConfig, mode: Mode, extent: Extent, *, paged: bool = False) -> Mask:
+    """What a layer sees of keys that are passed as one array, or found in pages; only the form of its arrays matters.
+
+    A decode step, and a prompt with more keys than queries, stands anywhere in them.
+    """
+    mask = config.mask
+    if mode is Mode.DECODE or extent.q_len != extent.kv_len:
+        mask = mask.at(query_offset=_anywhere())
+    if mode is not Mode.DECODE:
+        return _with_blocks(config, mask, extent)
+    if paged and extent.q_len == 1 and isinstance(config.mask, Causal):
+        mask = Full()  # as a cache asks for one token, which sees all before it
+    return _with_blocks(config, mask, extent) & Lengths(np.full(extent.batch, extent.kv_len, np.int32))
+
+
 def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[..., Call]) -> Call:
-    step = _chosen(config, config.mask.at(query_offset=_anywhere()), 1, shape)
-    cached = step & Lengths(np.full(shape.batch, shape.q_len, np.int32))
+    mask = mask_of(config, Mode.DECODE, _extent(shape, 1, shape.max_len))
     storage = CacheShape.parse(shape.cache).storage
-    return make("decode", Mode.DECODE, cached, *_plain(shape, shape.max_len, storage))
+    return make("decode", Mode.DECODE, mask, *_plain(shape, shape.max_len, storage))
 
 
 def _anywhere() -> jax.Array:
@@ -384,13 +402,12 @@ def _window(config: AttentionConfig) -> int:
     return window
 
 
-def _chosen(config: AttentionConfig, mask: Mask, q_len: int, shape: ModelShape) -> Mask:
+def _with_blocks(config: AttentionConfig, mask: Mask, extent: Extent) -> Mask:
     """Adds MoBA's choice of blocks, of which only the form matters here."""
     if config.moba is None:
         return mask
-    kv_len = shape.max_len if q_len == 1 else q_len
-    blocks = -(-kv_len // config.moba.chunk_size)
-    selected = np.zeros((shape.batch, shape.kv_heads or shape.q_heads, q_len, blocks), bool)
+    blocks = -(-extent.kv_len // config.moba.chunk_size)
+    selected = np.zeros((extent.batch, extent.kv_heads, extent.q_len, blocks), bool)
     return mask & BlockSelection(selected, config.moba.chunk_size)
 
 
@@ -406,7 +423,6 @@ def _call(
     *,
     partial: bool = False,
 ) -> Call:
-    train = mode is Mode.TRAIN
     _, kv_len, kv_heads, head_dim = key.shape
     request = Request(
         target=target,
@@ -419,23 +435,29 @@ def _call(
         head_dim=head_dim,
         value_dim=value.shape[-1],
         dtype=shape.dtype,
-        # Sinks join once, after the merge of the parts; Request refuses them in a part.
-        sinks=config.sinks and not partial,
         partial=partial,
-        max_logits=config.record_max_logits and train,
-        dropout_rate=config.dropout_rate if train else 0.0,
         kv_quantization=quantization_of(key),
         page_size=page_size_of(key),
         interpret=current_scope().interpret,
         mask=mask.form,
-        **options_of(config),
+        **options_of(config, mode, partial=partial),
     )
     return Call(name, request, mask, key, value)
 
 
-def options_of(config: AttentionConfig) -> dict[str, Any]:
-    """What a config says of every call, as fields of a Request."""
-    return {name: getattr(config, name) for name in ("scale", "soft_cap", "logits_dtype", "precision")}
+def options_of(config: AttentionConfig, mode: Mode, *, partial: bool = False) -> dict[str, Any]:
+    """What a config says of a call besides its mask, as fields of a Request."""
+    train = mode is Mode.TRAIN
+    return {
+        "scale": config.scale,
+        "soft_cap": config.soft_cap,
+        # Sinks join once, after the merge of the parts; Request refuses them in a part.
+        "sinks": config.sinks and not partial,
+        "dropout_rate": config.dropout_rate if train else 0.0,
+        "logits_dtype": config.logits_dtype,
+        "precision": config.precision,
+        "max_logits": config.record_max_logits and train,
+    }
 
 
 def _unserved(resolutions: Iterable[Resolution]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +51,7 @@ def lock(
     locked by one call for each.
     """
     read = shape.read_config(config, maxtext)
-    name = _name(file, config, maxtext)
+    name = shape.source_of(config, maxtext, start=file.parent)
     if check:
         _check(Lock.read(file), read, name, as_json)
         return
@@ -88,13 +87,6 @@ def _shown(request: Request) -> str:
     sizes = f"B={request.batch} T={request.q_len} S={request.kv_len}"
     held = [f"{name}={value}" for name in ("kv_quantization", "page_size") if (value := getattr(request, name))]
     return " ".join([request.mode.value, str(request.target), sizes, f"mask={request.mask}", *held])
-
-
-def _name(file: Path, config: Path | None, maxtext: list[Path] | None) -> str:
-    """The files that were read, as they are found from the lock file."""
-    paths = [config] if config is not None else (maxtext or [])
-    found = [Path(os.path.relpath(path, file.parent)).as_posix() for path in paths]
-    return " + ".join(found)
 
 
 def _origin(name: str, target: Target, sizes: ModelShape) -> Origin:
@@ -144,9 +136,11 @@ def _differences(
 
 
 def _stale(entry: Entry, new: list[Request], name: str) -> str:
-    """Says that a config asks for something else now."""
-    alike = [changed_fields(entry.request, request) for request in new if request.mode is entry.request.mode]
-    now = ", ".join(f"{field}={value} instead of {was}" for field, was, value in min(alike, key=len)) if alike else ""
-    return (
-        f"{entry.request}: {name} asks for this no longer{f', but for {now}' if now else ''}; run kernelry lock again"
-    )
+    """Says that a config asks for something else now, which is taken out of `new`."""
+    alike = [request for request in new if request.mode is entry.request.mode]
+    if not alike:
+        return f"{entry.request}: {name} no longer asks for this; run kernelry lock again"
+    instead = min(alike, key=lambda request: len(changed_fields(entry.request, request)))
+    new.remove(instead)
+    fields = ", ".join(f"{field}={now} instead of {was}" for field, was, now in changed_fields(entry.request, instead))
+    return f"{entry.request}: {name} no longer asks for this, but for {fields}; run kernelry lock again"

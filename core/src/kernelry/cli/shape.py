@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,17 @@ def read_config(config: Path | None, maxtext: Sequence[Path] | None) -> Attentio
     return load_config(config, required=True) if config is not None else load_maxtext(*(maxtext or ()))
 
 
+def source_of(config: Path | None, maxtext: Sequence[Path] | None, *, start: Path | None = None) -> str:
+    """The files that a command was given, as text.
+
+    Args:
+      config, maxtext: as for `read_config`.
+      start: the folder that they are relative to; None is as they were given.
+    """
+    paths = [config] if config is not None else list(maxtext or ())
+    return " + ".join(str(path) if start is None else Path(os.path.relpath(path, start)).as_posix() for path in paths)
+
+
 def model_shapes(
     q_len: int,
     max_len: int | None,
@@ -105,4 +117,5 @@ def check_names(resolutions: Sequence[Resolution]) -> None:
         for candidate in resolution.candidates:
             for refusal in candidate.refusals:
                 if refusal.code is RefusalCode.NOT_INSTALLED:
-                    raise ConfigError(f"{resolution.rule}: kernel {candidate.name!r}: {refusal.detail}.")
+                    end = "" if refusal.detail.endswith("?") else "."
+                    raise ConfigError(f"kernel {candidate.name!r}, by {resolution.rule}: {refusal.detail}{end}")

@@ -32,7 +32,7 @@ _TRUTH = {"true": True, "false": False}
 _LEAST = Extent(batch=1, q_heads=1, kv_heads=1, q_len=1, kv_len=1)
 
 
-def parse_mask(text: str, classes: Mapping[str, type[Mask]] | None = None) -> Mask:
+def parse_mask(text: str, classes: Mapping[str, Callable[..., Mask]] | None = None) -> Mask:
     """Reads a mask with its arrays, e.g. `causal & segments(0, 0, 1, 1)`.
 
     Args:
@@ -45,7 +45,7 @@ def parse_mask(text: str, classes: Mapping[str, type[Mask]] | None = None) -> Ma
     return _parse(text, classes, None)
 
 
-def parse_form(text: str, classes: Mapping[str, type[Mask]] | None = None) -> MaskForm:
+def parse_form(text: str, classes: Mapping[str, Callable[..., Mask]] | None = None) -> MaskForm:
     """Reads a mask's form, in which arrays may be left out.
 
     Args:
