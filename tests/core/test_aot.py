@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from kernelry import ModelShape, Request, aot, masks
 from kernelry.aot import layers
+from kernelry.aot.compilation import Compilation
 from kernelry.aot.pairs import seen_of
 from kernelry.aot.reasons import Reason
 from kernelry.errors import ConfigError, PluginError
@@ -241,3 +243,48 @@ def test_what_is_missing_while_compiling_is_said_in_the_row(error, outcome, monk
     shape = ModelShape(q_len=64, max_len=64, head_dim=64, dtype="float32")
     reports = aot.check_layers(AttentionConfig(kernel="dot_product"), shape, "gpu:h100")
     assert [(str(report.outcome), report.verdict) for report in reports] == [(outcome, str(error))] * 3
+
+
+@pytest.mark.parametrize(
+    ("cache", "mask", "rows"),
+    [
+        ("contiguous:int8", "segments", ["train", "prefill", "decode"]),
+        ("rolling:int4", "config | spans", ["train", "prefill", "decode"]),
+        ("paged:16:int8", "dense", ["train", "prefill", "prefill from the cache", "decode"]),
+        (
+            "two-part",
+            "config & lengths",
+            [
+                "train",
+                "prefill from the cache, part 1",
+                "prefill from the cache, part 2",
+                "prefill",
+                "decode, part 1",
+                "decode, part 2",
+            ],
+        ),
+    ],
+)
+def test_every_call_of_a_model_can_be_traced_for_its_row(cache, mask, rows, monkeypatch):
+    def traced(target, function, *arguments):
+        jax.eval_shape(function, *arguments)
+        return Compilation(target, 0.0, {}, None)
+
+    monkeypatch.setattr(layers, "compile_for", traced)
+    config = AttentionConfig(type="local_sliding", window=8, kernel="dot_product", sinks=True, record_max_logits=True)
+    shape = ModelShape(q_len=16, max_len=48, q_heads=4, kv_heads=2, head_dim=32, cache=cache, mask=mask)
+    assert [report.name for report in aot.check_layers(config, shape, "cpu")] == rows
+
+
+def test_shapes_are_told_apart_and_what_they_share_is_compiled_once(monkeypatch):
+    monkeypatch.setattr(layers, "compile_for", lambda target, *_: Compilation(target, 0.0, {}, None))
+    shape = ModelShape(q_len=16, max_len=32, head_dim=32)
+    shapes = [dataclasses.replace(shape, cache=cache) for cache in ("contiguous", "paged:16")]
+    reports = aot.check_layers(AttentionConfig(kernel="dot_product"), shapes, "cpu")
+    assert [report.name for report in reports] == [
+        "train, cache=contiguous",
+        "prefill, cache=contiguous",
+        "decode, cache=contiguous",
+        "prefill from the cache, cache=paged:16",
+        "decode, cache=paged:16",
+    ]

@@ -20,6 +20,7 @@ from kernelry.request import Mode, Request
 from kernelry.resolution import Resolution
 from kernelry.resolver import explain
 from kernelry.scope import use
+from kernelry.storage import PagedArray
 from kernelry.target import Target
 
 
@@ -156,6 +157,8 @@ def _program(call: Call) -> Callable[..., Any]:
     structure = jax.tree.structure(call.mask)
 
     def attend(query: Any, key: Any, value: Any, sinks: Any, leaves: Any) -> Any:
+        if isinstance(key, PagedArray):
+            value = PagedArray(value.pages, key.table)  # one table, which arguments of a jitted function are not
         return attention(
             query,
             key,
