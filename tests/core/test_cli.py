@@ -152,7 +152,7 @@ def test_explain_reads_maxtext_files(run, config):
 
 
 WRONG_FILES = {
-    "none.toml": ("[model]\nlayers = 2\n", "none.toml: there is no table [attention], and it has model; write one"),
+    "none.toml": ("[model]\nlayers = 2\n", "none.toml: there is no table [attention]; found instead: model. Write one"),
     "misspelt.toml": ("[atention]\n", "unknown table 'atention'; did you mean 'attention'?"),
     "name.toml": ('[attention]\nkernel = "blokwise"\n', "of that name; did you mean 'blockwise'?"),
     "base.yml": ("attention: dot_product\n", "or by the command's option --maxtext"),

@@ -112,10 +112,10 @@ def _check_present(content: Mapping[str, Any], name: str, table: str, place: Pla
     """Raises where a table is absent; of a misspelt one `_inside` says what is meant."""
     if name in content or difflib.get_close_matches(name, [str(key) for key in content], n=1, cutoff=0.8):
         return
-    found = f"it has {', '.join(map(str, content))}" if content else "it has none"
+    found = ", ".join(map(str, content)) or "nothing"
     raise ConfigError(
-        f"{place.name}: there is no table [{table}], and {found}; write one, if only the line [{table}], or name the "
-        "file that has it."
+        f"{place.name}: there is no table [{table}]; found instead: {found}. Write one, if only the "
+        f"line [{table}], or name the file that has it."
     )
 
 
