@@ -14,6 +14,7 @@ from kernelry import ModelShape, masks, resolve_phases
 from kernelry.cache import PagedCache, QuantizedArray, RollingCache, TwoPartCache
 from kernelry.config import AttentionConfig, MoBA
 from kernelry.errors import ArgumentError, ConfigError
+from kernelry.flax import AttentionOp, Tokens
 from kernelry.lock import Lock
 from kernelry.phases import CacheShape, calls
 from kernelry.plugin import (
@@ -285,3 +286,28 @@ def test_a_shape_is_plain_data():
     assert ModelShape(**json.loads(json.dumps(shape.to_json()))) == shape
     with pytest.raises(ArgumentError, match=r"pass an expression, e.g. 'segments'"):
         dataclasses.replace(TINY, mask=masks.Causal()).to_json()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "local_sliding", "window": 3, "soft_cap": 30.0},
+        {"sinks": True, "scale": 0.5},
+        {"record_max_logits": True, "precision": "highest"},
+        {"moba": MoBA(2, 2)},
+        {"type": "block_diffusion", "block_size": 2},
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("mode", ["train", "prefill"])
+def test_a_flax_layer_asks_what_is_locked(options, mode):
+    config = AttentionConfig(**options)
+
+    def called(*operands):
+        layer = AttentionOp(config, sink_heads=4 if config.sinks else None)
+        return layer(*operands, tokens=Tokens(segment_ids=IDS), mode=mode)
+
+    with kernelry.record() as made:
+        jax.eval_shape(called, *_shapes(6))
+    wanted = [request for request in _requests(config, mask="segments") if request.mode.value == mode]
+    assert [resolution.request for resolution in made] == wanted

@@ -368,7 +368,8 @@ def _from_cache(
 
     found = jax.eval_shape(parts)
     numbered = [name] if len(found) == 1 else [f"{name}, part {number + 1}" for number in range(len(found))]
-    return tuple(make(label, mode, *part, partial=len(found) > 1) for label, part in zip(numbered, found, strict=True))
+    ask = functools.partial(make, partial=len(found) > 1, from_cache=True)
+    return tuple(ask(label, mode, *part) for label, part in zip(numbered, found, strict=True))
 
 
 def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
@@ -422,6 +423,7 @@ def _call(
     value: Any,
     *,
     partial: bool = False,
+    from_cache: bool = False,
 ) -> Call:
     _, kv_len, kv_heads, head_dim = key.shape
     request = Request(
@@ -440,23 +442,31 @@ def _call(
         page_size=page_size_of(key),
         interpret=current_scope().interpret,
         mask=mask.form,
-        **options_of(config, mode, partial=partial),
+        **options_of(config, mode, partial=partial, from_cache=from_cache),
     )
     return Call(name, request, mask, key, value)
 
 
-def options_of(config: AttentionConfig, mode: Mode, *, partial: bool = False) -> dict[str, Any]:
-    """What a config says of a call besides its mask, as fields of a Request."""
-    train = mode is Mode.TRAIN
+def options_of(
+    config: AttentionConfig, mode: Mode, *, partial: bool = False, from_cache: bool = False
+) -> dict[str, Any]:
+    """What a config says of a call besides its mask, as fields of a Request.
+
+    Args:
+      config: the layer's.
+      mode: only training drops out.
+      partial: whether statistics are wanted, of a part of the keys.
+      from_cache: whether a cache attends, which returns largest logits only where its call asks for them.
+    """
     return {
         "scale": config.scale,
         "soft_cap": config.soft_cap,
         # Sinks join once, after the merge of the parts; Request refuses them in a part.
         "sinks": config.sinks and not partial,
-        "dropout_rate": config.dropout_rate if train else 0.0,
+        "dropout_rate": config.dropout_rate if mode is Mode.TRAIN else 0.0,
         "logits_dtype": config.logits_dtype,
         "precision": config.precision,
-        "max_logits": config.record_max_logits and train,
+        "max_logits": config.record_max_logits and not from_cache,
     }
 
 

@@ -148,7 +148,7 @@ def explain(
     )
     paged = page_size is not None
     own = Causal() if read is None else mask_of(read, phase, extent, paged=paged)
-    said = {} if read is None else {"mask": own.form, **options_of(read, phase, partial=partial)}
+    said = {} if read is None else {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=paged)}
     names: dict[str, Callable[..., Mask]] = {**installation.installed().masks}
     given = {
         "mask": None if mask is None else parse_form(mask, names if read is None else {**names, "config": lambda: own}),
