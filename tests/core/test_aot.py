@@ -16,7 +16,7 @@ from kernelry.aot.compilation import Compilation
 from kernelry.aot.pairs import seen_of
 from kernelry.aot.reasons import Reason
 from kernelry.errors import ConfigError, PluginError
-from kernelry.layer import AttentionConfig
+from kernelry.layer import AttentionConfig, MoBA
 from kernelry.parallel import load_balanced_order
 
 pytestmark = pytest.mark.versions
@@ -150,6 +150,26 @@ def test_a_decode_step_reads_the_keys_that_it_sees(mask, keys):
     assert work.assumed == ("lengths",)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_chosen_blocks_are_counted_from_below(top_k):
+    """A query sees its own block up to itself, and as many earlier ones as it may."""
+    size, length = 8, 64
+    own = np.arange(length) // size
+    chosen = (own[:, None] - np.arange(length // size)) % (length // size) < top_k
+    mask = masks.Causal() & masks.BlockSelection(chosen[None, None], size)
+    earlier = np.minimum(own, top_k - 1) * size + np.arange(length) % size + 1
+    work = aot.Work.of(_request(mask, q_len=length), mask, MoBA(size, top_k))
+    pairs = work.flops / (2 * 128)
+    assert pairs <= earlier.sum() == np.asarray(mask.materialize(length, length)).sum()
+    assert pairs >= earlier.sum() - length * (size - 1)
+    assert work.assumed == ()
+    selected = masks.BlockSelection(chosen[None, None, :1], size)
+    step = (masks.Causal() & selected).at(query_offset=jnp.zeros((), jnp.int32))
+    decode = aot.Work.of(_request(step, mode="decode", q_len=1, kv_len=length), step, MoBA(size, top_k))
+    assert decode.flops == 2 * 128 * ((top_k - 1) * size + 1)
+    assert decode.bytes == 2 * 128 * (1 + (top_k - 1) * size + 1)
+
+
 @pytest.mark.parametrize(
     ("storage", "bits"), [("int8", 8 * 128 + 32), ("int4", 4 * 128 + 32), ("int8:heads_and_head_dim", 8 * 128 + 16)]
 )
@@ -274,6 +294,18 @@ def test_every_call_of_a_model_can_be_traced_for_its_row(cache, mask, rows, monk
     config = AttentionConfig(type="local_sliding", window=8, kernel="dot_product", sinks=True, record_max_logits=True)
     shape = ModelShape(q_len=16, max_len=48, q_heads=4, kv_heads=2, head_dim=32, cache=cache, mask=mask)
     assert [report.name for report in aot.check_layers(config, shape, "cpu")] == rows
+
+
+def test_chosen_blocks_can_be_traced_in_every_phase(monkeypatch):
+    def traced(target, function, *arguments):
+        jax.eval_shape(function, *arguments)
+        return Compilation(target, 0.0, {}, None)
+
+    monkeypatch.setattr(layers, "compile_for", traced)
+    config = AttentionConfig(moba=MoBA(8, 2), kernel="dot_product")
+    shape = ModelShape(q_len=16, max_len=48, q_heads=4, kv_heads=2, head_dim=32)
+    reports = aot.check_layers(config, shape, "cpu")
+    assert [report.work.flops for report in reports][1:] == [2 * 4 * 64 * (8 * 9 / 2 + 8 * 9), 2 * 4 * 64 * 9]
 
 
 def test_shapes_are_told_apart_and_what_they_share_is_compiled_once(monkeypatch):

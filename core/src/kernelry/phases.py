@@ -409,7 +409,7 @@ def _with_blocks(config: AttentionConfig, mask: Mask, extent: Extent) -> Mask:
         return mask
     blocks = -(-extent.kv_len // config.moba.chunk_size)
     selected = np.zeros((extent.batch, extent.kv_heads, extent.q_len, blocks), bool)
-    return mask & BlockSelection(selected, config.moba.chunk_size)
+    return mask & BlockSelection(selected, config.moba.chunk_size).at(query_offset=_anywhere())
 
 
 def _call(

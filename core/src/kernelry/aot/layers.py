@@ -131,7 +131,7 @@ def _distinguished(shape: ModelShape, shapes: Sequence[ModelShape]) -> str:
 
 
 def _report(config: AttentionConfig, call: Call) -> LayerReport:
-    work = Work.of(call.request, call.mask)
+    work = Work.of(call.request, call.mask, config.moba)
     resolution = explain(call.request, policy=config.policy)
     if resolution.plan is None:
         return LayerReport(call.name, resolution, None, work)

@@ -60,13 +60,22 @@ class Seen:
     assumed: tuple[str, ...] = ()
 
 
-def seen_of(mask: Mask, batch: int, q_len: int, kv_len: int) -> Seen:
+def seen_of(mask: Mask, batch: int, q_len: int, kv_len: int, *, fewest: int | None = None) -> Seen:
     """Counts what a mask shows.
 
     Bands, chunks, blocks, prefixes whose lengths are numbers, and what `&`, `|` and `~` make of them are counted
     exactly; other functions of positions, and positions of more than 32 runs, up to 2**26 pairs. What depends on arrays
     is left out of the mask, as if it hid nothing, and of a disjunction as if it showed nothing. Positions known only at
     run time are taken to be those of the last queries of consecutive keys, as in a decode step from a full cache.
+
+    Args:
+      mask: which keys each query sees.
+      batch, q_len, kv_len: B, T and S.
+      fewest: how many keys a query surely sees of the blocks that are chosen for it, if the rest of the mask shows so
+        many; None where the choice is taken to hide nothing.
+
+    Raises:
+      ShapeError: a positional mask meets T ≠ S without `.at`.
     """
     check_located(mask, q_len, kv_len)
     left_out: list[str] = []
@@ -78,9 +87,10 @@ def seen_of(mask: Mask, batch: int, q_len: int, kv_len: int) -> Seen:
         conjuncts = tuple(conjunct for conjunct in conjuncts if _has_intervals(conjunct))
     found = np.zeros(3)
     for row in range(rows):
-        found += _seen_of_row(conjuncts, row, q_len, kv_len)
+        found += _seen_of_row(conjuncts, row, q_len, kv_len, kv_len if fewest is None else fewest)
     pairs, queries, keys = (found * batch / rows).tolist()
-    return Seen(pairs, queries, keys, tuple(sorted(set(left_out))))
+    assumed = set(left_out) - (set() if fewest is None else {AtomKind.BLOCK_SELECTION.value})
+    return Seen(pairs, queries, keys, tuple(sorted(assumed)))
 
 
 def _known(conjuncts: Iterable[Conjunct], q_len: int, kv_len: int, left_out: list[str]) -> Mask:
@@ -139,7 +149,7 @@ def _has_intervals(conjunct: Conjunct) -> bool:
     return few and isinstance(conjunct.mask, Band | Chunked | BlockCausal | PrefixLM)
 
 
-def _seen_of_row(conjuncts: tuple[Conjunct, ...], row: int, q_len: int, kv_len: int) -> np.ndarray:
+def _seen_of_row(conjuncts: tuple[Conjunct, ...], row: int, q_len: int, kv_len: int, most: int) -> np.ndarray:
     """Pairs, queries that see a key, and keys that are seen, of one batch row."""
     count = _of_intervals if all(map(_has_intervals, conjuncts)) else _of_booleans
     width = _MOST_INTERVALS if count is _of_intervals else max(kv_len, 1)
@@ -149,9 +159,9 @@ def _seen_of_row(conjuncts: tuple[Conjunct, ...], row: int, q_len: int, kv_len: 
     for start in range(0, q_len, step):
         slots = np.arange(start, min(start + step, q_len))
         visible, of_keys = count(conjuncts, row, slots, kv_len)
-        pairs, queries = pairs + int(visible.sum()), queries + int((visible > 0).sum())
+        pairs, queries = pairs + int(np.minimum(visible, most).sum()), queries + int((visible > 0).sum())
         keys |= of_keys
-    return np.array([pairs, queries, keys.sum()], float)
+    return np.array([pairs, queries, min(int(keys.sum()), pairs)], float)
 
 
 def _of_intervals(

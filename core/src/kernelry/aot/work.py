@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernelry.aot.devices import FIGURES
 from kernelry.aot.pairs import Seen, seen_of
+from kernelry.layer import MoBA
 from kernelry.masks.base import Mask
 from kernelry.request import Mode, Request
 from kernelry.storage import Quantization
@@ -35,15 +36,17 @@ class Work:
     assumed: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, request: Request, mask: Mask) -> Work:
+    def of(cls, request: Request, mask: Mask, moba: MoBA | None = None) -> Work:
         """Counts for one device that does it all.
 
         Args:
           request: the call.
           mask: what it shows is counted by `kernelry.aot.pairs.seen_of`, which says what is assumed of its arrays.
+          moba: how many blocks are chosen for a query, its own among them, of which it sees one key at least.
         """
         backward = request.mode is Mode.TRAIN and bool(request.gradients)
-        seen = seen_of(mask, request.batch, request.q_len, request.kv_len)
+        fewest = None if moba is None else (moba.top_k - 1) * moba.chunk_size + 1
+        seen = seen_of(mask, request.batch, request.q_len, request.kv_len, fewest=fewest)
         products = 2.0 * request.q_heads * seen.pairs * (request.head_dim + request.value_dim)
         flops = products * (1 + _BACKWARD * backward)
         moved = _bytes(request, seen, backward)

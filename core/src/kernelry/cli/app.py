@@ -147,16 +147,14 @@ def explain(
         kv_len=q_len if kv_len is None else kv_len,
     )
     paged = page_size is not None
-    own = Causal() if read is None else mask_of(read, phase, extent, paged=paged)
-    said = {} if read is None else {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=paged)}
     names: dict[str, Callable[..., Mask]] = {**installation.installed().masks}
-    given = {
-        "mask": None if mask is None else parse_form(mask, names if read is None else {**names, "config": lambda: own}),
-        "soft_cap": soft_cap,
-        "sinks": sinks,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    facts: dict[str, Any] = {"mask": own.form, **said, **given}
+    said: dict[str, Any] = {"mask": Causal().form}
+    if read is not None:
+        own = mask_of(read, phase, extent, paged=paged)
+        names["config"] = lambda: own
+        said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=paged)}
+    options = {"mask": mask and parse_form(mask, names), "soft_cap": soft_cap, "sinks": sinks}
+    given = {name: value for name, value in options.items() if value is not None}
     request = Request(
         target=Target.parse(target) if target else home_target(),
         mode=phase,
@@ -172,7 +170,7 @@ def explain(
         kv_quantization=kv_quantization,
         page_size=page_size,
         context_parallel=context_parallel,
-        **facts,
+        **{**said, **given},
     )
     if request.q_heads % request.kv_heads:
         raise typer.BadParameter(f"--kv-heads {request.kv_heads} must divide --heads {request.q_heads}")
