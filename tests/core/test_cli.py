@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from kernelry import ModelShape, Request, Target, cli
+from kernelry.calls import calls
 from kernelry.cli import app, report
 from kernelry.config import load_config
-from kernelry.phases import calls
 
 pytestmark = pytest.mark.versions
 

@@ -12,11 +12,12 @@ import pytest
 import kernelry
 from kernelry import ModelShape, masks, resolve_phases
 from kernelry.cache import PagedCache, QuantizedArray, RollingCache, TwoPartCache
+from kernelry.calls import calls
 from kernelry.config import AttentionConfig, MoBA
 from kernelry.errors import ArgumentError, ConfigError
 from kernelry.flax import AttentionOp, Tokens
 from kernelry.lock import Lock
-from kernelry.phases import CacheShape, calls
+from kernelry.model_shape import CacheShape
 from kernelry.plugin import (
     AtomKind,
     Capabilities,

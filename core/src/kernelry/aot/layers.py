@@ -13,9 +13,10 @@ from kernelry.aot.compilation import Compilation, compile_for
 from kernelry.aot.outcome import NoCompilerError, Outcome
 from kernelry.aot.work import Work
 from kernelry.api import attention
+from kernelry.calls import Call, calls
 from kernelry.errors import KernelryError, PluginError
 from kernelry.layer import AttentionConfig
-from kernelry.phases import Call, ModelShape, calls
+from kernelry.model_shape import ModelShape
 from kernelry.request import Mode, Request
 from kernelry.resolution import Resolution
 from kernelry.resolver import explain

@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 
 from kernelry import _version, installation
+from kernelry.calls import mask_of, options_of
 from kernelry.cli import check, conformance, lock, mask, report, shape
 from kernelry.cli.output import Json, print_json, survive_narrow_encodings
 from kernelry.errors import KernelryError
 from kernelry.masks import Causal, Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import parse_form
-from kernelry.phases import mask_of, options_of
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Request, dtype_name
 from kernelry.resolver import explain as explain_request

@@ -9,12 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from kernelry.calls import calls
 from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
 from kernelry.config import AttentionConfig
 from kernelry.errors import ConfigError
 from kernelry.lock import Entry, Lock, Origin, changed_fields
-from kernelry.phases import ModelShape, calls, resolve_phases
+from kernelry.model_shape import ModelShape
+from kernelry.phases import resolve_phases
 from kernelry.request import Request
 from kernelry.resolver import explain
 from kernelry.switches import LOCK_FILE

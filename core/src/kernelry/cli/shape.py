@@ -12,7 +12,7 @@ import typer
 
 from kernelry.config import AttentionConfig, load_config, load_maxtext
 from kernelry.errors import ConfigError
-from kernelry.phases import CacheKind, CacheShape, ModelShape
+from kernelry.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.refusal import RefusalCode
 from kernelry.resolution import Resolution
 
