@@ -276,11 +276,11 @@ def test_what_is_missing_while_compiling_is_said_in_the_row(error, outcome, monk
             "config & lengths",
             [
                 "train",
-                "prefill from the cache, part 1",
-                "prefill from the cache, part 2",
+                "prefill from the cache part 1",
+                "prefill from the cache part 2",
                 "prefill",
-                "decode, part 1",
-                "decode, part 2",
+                "decode part 1",
+                "decode part 2",
             ],
         ),
     ],
@@ -314,9 +314,9 @@ def test_shapes_are_told_apart_and_what_they_share_is_compiled_once(monkeypatch)
     shapes = [dataclasses.replace(shape, cache=cache) for cache in ("contiguous", "paged:16")]
     reports = aot.check_layers(AttentionConfig(kernel="dot_product"), shapes, "cpu")
     assert [report.name for report in reports] == [
-        "train, cache=contiguous",
-        "prefill, cache=contiguous",
-        "decode, cache=contiguous",
-        "prefill from the cache, cache=paged:16",
-        "decode, cache=paged:16",
+        "train (cache=contiguous)",
+        "prefill (cache=contiguous)",
+        "decode (cache=contiguous)",
+        "prefill from the cache (cache=paged:16)",
+        "decode (cache=paged:16)",
     ]

@@ -150,7 +150,7 @@ def _from_cache(
         return [(mask, part.key, part.value) for part, mask in masked]
 
     found = jax.eval_shape(parts)
-    numbered = [name] if len(found) == 1 else [f"{name}, part {number + 1}" for number in range(len(found))]
+    numbered = [name] if len(found) == 1 else [f"{name} part {number + 1}" for number in range(len(found))]
     ask = functools.partial(make, partial=len(found) > 1, from_cache=True)
     return tuple(ask(label, mode, *part) for label, part in zip(numbered, found, strict=True))
 

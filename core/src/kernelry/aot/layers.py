@@ -125,10 +125,10 @@ def check_layers(
 
 
 def _distinguished(shape: ModelShape, shapes: Sequence[ModelShape]) -> str:
-    """What tells a shape from the others, e.g. `, batch=8`."""
+    """What tells a shape from the others, e.g. ` (batch=8)`."""
     names = [field.name for field in dataclasses.fields(ModelShape) if field.name != "two_part"]
     varied = [name for name in names if len({str(getattr(other, name)) for other in shapes}) > 1]
-    return "".join(f", {name}={getattr(shape, name)}" for name in varied)
+    return f" ({', '.join(f'{name}={getattr(shape, name)}' for name in varied)})" if varied else ""
 
 
 def _report(config: AttentionConfig, call: Call) -> LayerReport:

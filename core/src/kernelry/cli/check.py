@@ -104,7 +104,7 @@ def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableTy
 def _table(name: str, reports: tuple[LayerReport, ...]) -> Table:
     table = Table(title=name, title_justify="left")
     for column in ("phase", "kernel", "compiles"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("seconds", "MiB", "FLOPs/byte", "roofline ms"):
         table.add_column(column, justify="right")
     for report in reports:
