@@ -11,9 +11,10 @@ from kernelry import errors, masks, moba, parallel
 from kernelry._version import __version__
 from kernelry.api import attention
 from kernelry.installation import kernels, plugins
+from kernelry.model_shape import ModelShape
 from kernelry.normalization import finalize, merge
 from kernelry.partial import Partial
-from kernelry.phases import ModelShape, resolve_phases
+from kernelry.phases import resolve_phases
 from kernelry.request import Mode, Request
 from kernelry.resolution import Plan, Resolution
 from kernelry.resolver import explain, resolve

@@ -87,7 +87,7 @@ def _described(keys: Keys) -> str:
 
 def quantization_of(keys: Keys) -> str | None:
     """How keys or values are quantised, e.g. `int8:head_dim`; None where they are not."""
-    found = None if isinstance(keys, jax.Array) else keys.quantization
+    found = getattr(keys, "quantization", None)
     return None if found is None else str(found)
 
 

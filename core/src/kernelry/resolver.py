@@ -82,13 +82,19 @@ def explain(
     policy: Policy | None = None,
     measurements: Measurements | None = None,
     environment: Environment | None = None,
+    changes: bool = True,
 ) -> Resolution:
     """Answers like `resolve`, but returns a Resolution without a plan where no kernel serves.
 
     `str(explain(request))` is the explanation as text. Its `changes` say what would have to be
     different for another kernel to be chosen; `resolve` leaves them out.
+
+    Args:
+      request, kernel, kernels, policy, measurements, environment: as for `resolve`.
+      changes: whether to look for them, which takes most of the time.
     """
-    return _explained(request, kernel, current_scope(), kernels, policy, measurements, environment)
+    answer = _explained if changes else _resolution
+    return answer(request, kernel, current_scope(), kernels, policy, measurements, environment)
 
 
 def clear_cache() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, final
 
 import importlib_metadata
 import jax
@@ -17,6 +18,7 @@ from kernelry import installation
 from kernelry._version import __version__
 from kernelry.catalogue import Fault, InstalledKernel, Registry, switch_faults
 from kernelry.hookspecs import CONTRACT
+from kernelry.request import NEUTRAL, Request
 from kernelry.resolution import Candidate, Resolution
 from kernelry.switches import Switches
 from kernelry.target import home_target
@@ -165,9 +167,44 @@ def doctor_parts(installed: Registry, switches: Switches) -> Iterator[Renderable
     yield faults
 
 
-def resolution_parts(resolution: Resolution) -> Iterator[RenderableType]:
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asked:
+    """What of a request comes from a config.
+
+    Args:
+      source: the config.
+      fields: those of the request that it gave, as text, where they ask for something.
+      overridden: what it says of fields that were given on the command line.
+    """
+
+    source: str
+    fields: dict[str, str]
+    overridden: dict[str, str]
+
+    @classmethod
+    def of(cls, source: str, request: Request, said: Mapping[str, Any], given: Mapping[str, Any]) -> Asked:
+        """Compares what a config says and what was given."""
+        neutral = {**NEUTRAL, "scale": None}
+        asked = {name: value for name, value in said.items() if value != neutral[name] and name not in given}
+        overridden = {name: str(said[name]) for name in given if said[name] != getattr(request, name)}
+        return cls(source, {name: str(value) for name, value in asked.items()}, overridden)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        fields = " ".join(f"{name}={value}" for name, value in self.fields.items()) or "nothing but its rules"
+        instead = " ".join(f"{name}={value}" for name, value in self.overridden.items())
+        return f"from {self.source}: {fields}" + (f"; not its {instead}, as given here" if instead else "")
+
+
+def resolution_parts(resolution: Resolution, asked: Asked | None = None) -> Iterator[RenderableType]:
     """A resolution for people: what was asked, what decided, and each candidate's answer."""
     yield Text(str(resolution.request))
+    if asked is not None:
+        yield Text(str(asked))
     yield Text(f"decided by {resolution.rule}")
     table = Table(show_lines=True)
     for column in ("", "kernel", "from", "answer"):
