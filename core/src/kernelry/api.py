@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kernelry import installation
+from kernelry.capabilities import Gradient
 from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ShapeError, nearest
-from kernelry.guards import without_gradient
+from kernelry.guards import in_reverse_mode, noticed_elsewhere, without_gradient
 from kernelry.kernel import Inputs
 from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask, is_mask
@@ -133,7 +134,13 @@ def attention(
     _check_given(request, arrays)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
-    partial = resolution.plan.run(without_gradient(arrays, request.gradients))
+    arrays = without_gradient(arrays, request.gradients)
+    spec = resolution.plan.kernel
+    if spec.capabilities.gradient is Gradient.BACKWARD:
+        arrays = in_reverse_mode(arrays, request.gradients, spec.name)
+    partial = resolution.plan.run(arrays)
+    if scope.target is None:
+        partial = noticed_elsewhere(partial, request, spec.name)
     return _result(partial, request)
 
 
