@@ -27,6 +27,7 @@ from kernelry.operands import as_array, as_keys, check_qkv, page_size_of, quanti
 from kernelry.partial import Partial
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Operand, Request, dtype_name, precision_name
+from kernelry.request_checks import size_of
 from kernelry.resolver import resolve
 from kernelry.scope import current_scope
 from kernelry.storage import PagedArray, QuantizedArray
@@ -105,9 +106,9 @@ def attention(
     request = Request(
         target=target,
         mode=Mode.parse(mode),
-        batch=batch,
-        q_len=q_len,
-        kv_len=kv_len,
+        batch=size_of(batch),
+        q_len=size_of(q_len),
+        kv_len=size_of(kv_len),
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -115,7 +116,7 @@ def attention(
         dtype=dtype_name(arrays.query.dtype),
         mask=mask.form,
         scale=None if scale is None else float(scale),  # type: ignore[arg-type]
-        bias=None if arrays.bias is None else arrays.bias.shape,
+        bias=None if arrays.bias is None else tuple(map(size_of, arrays.bias.shape)),
         soft_cap=None if soft_cap is None else float(soft_cap),
         sinks=sinks is not None,
         dropout_rate=float(dropout_rate),

@@ -105,6 +105,8 @@ class Capabilities:
       grouped_heads: whether K < N is served.
       unequal_lengths: whether T ≠ S is served.
       empty_arrays: whether a batch or length of 0 is served.
+      symbolic_sizes: which of `batch`, `q_len` and `kv_len` may be symbolic, as in an exported program: it reads them
+        from the arrays, not from the request.
       atoms: the mask atoms it understands.
       positions: the ways of giving positions it understands, besides the default.
       features: the optional request fields it honours.
@@ -133,6 +135,7 @@ class Capabilities:
     grouped_heads: bool = False
     unequal_lengths: bool = False
     empty_arrays: bool = False
+    symbolic_sizes: frozenset[str] = frozenset()
     atoms: frozenset[AtomKind] = frozenset()
     positions: frozenset[PositionKind] = frozenset()
     features: frozenset[Feature] = frozenset()
@@ -211,6 +214,10 @@ def _heads(can: Capabilities, request: Request) -> Iterator[Refusal]:
 
 
 def _lengths(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    for name in request.symbolic_sizes:
+        if name not in can.symbolic_sizes:
+            detail = f"{name}={getattr(request, name)} is symbolic"
+            yield Refusal(RefusalCode.SYMBOLIC_SIZE, detail, "export the program for a number")
     if request.q_len != request.kv_len and not can.unequal_lengths:
         yield Refusal(RefusalCode.UNEQUAL_LENGTHS, f"q_len={request.q_len} differs from kv_len={request.kv_len}")
     for name in ("batch", "q_len", "kv_len"):

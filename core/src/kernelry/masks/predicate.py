@@ -71,7 +71,7 @@ class Predicate(Mask):
                 f"Predicate: {_title(self.fn)} must return booleans that broadcast to B N T S, "
                 f"got {visible.dtype} of shape {visible.shape}."
             )
-        whole = np.broadcast_shapes(visible.shape, query.slots.shape, kv.slots.shape)
+        whole = jax.numpy.broadcast_shapes(visible.shape, query.slots.shape, kv.slots.shape)
         return module_of(visible, query.positions, kv.positions).broadcast_to(visible, whole)
 
     def check(self, extent: Extent) -> None:
