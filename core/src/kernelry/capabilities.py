@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import final
 
 from kernelry.context_parallel import ContextParallel
+from kernelry.masks.constants import holds_traced
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionKind
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import NEUTRAL, Mode, Operand, Request
@@ -229,6 +230,10 @@ def _mask(can: Capabilities, request: Request) -> Iterator[Refusal]:
     for atom in _all_atoms(request.mask):
         if atom.kind not in can.atoms:
             yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} is not {_either(a.value for a in can.atoms)}")
+        elif can.gradient is Gradient.BACKWARD and holds_traced(atom):
+            # Its passes are traced apart, some after the program that the array belongs to.
+            detail = f"mask atom {atom} holds an array that is being traced"
+            yield Refusal(RefusalCode.MASK_ATOM, detail, "pass it as an operand: Predicate(fn, array)")
     for kind in sorted(request.mask.position_kinds - {PositionKind.DEFAULT} - can.positions, key=lambda k: k.value):
         yield Refusal(RefusalCode.POSITIONS, f"mask={request.mask} has {kind.value} positions")
     if not can.empty_rows and request.mask.may_have_empty_rows(request.q_len, request.kv_len):

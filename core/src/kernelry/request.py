@@ -144,6 +144,8 @@ class Request:
         for name in SYMBOLIC:
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, SymbolicSize.parse(getattr(self, name)))
+        if isinstance(self.bias, tuple):
+            object.__setattr__(self, "bias", tuple(map(_sized, self.bias)))
         self._fill("kv_len", self.q_len)
         self._fill("kv_heads", self.q_heads)
         self._fill("value_dim", self.head_dim)
@@ -270,7 +272,7 @@ class Request:
                 raise ConfigError(f"request: unknown field {name!r}{nearest(name, known)}")
         facts = {**data, "mask": MaskForm.from_json(data.get("mask", ()))}
         try:
-            return cls(**{**facts, "bias": None if data.get("bias") is None else tuple(map(_sized, data["bias"]))})
+            return cls(**{**facts, "bias": None if data.get("bias") is None else tuple(data["bias"])})
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"request: cannot be read from {dict(data)!r}: {error}") from error
 
