@@ -3,6 +3,8 @@
 import functools
 import json
 import pickle
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -335,3 +337,13 @@ def test_functions_that_are_not_importable_and_other_objects_cannot_be_written()
         ArgumentError, match=r"^Predicate cannot be deserialised: no.such is not imported, or has no f:"
     ):
         read_static("Predicate", b'[{"function": "no.such:f"}]')
+
+
+def test_the_examples_of_the_documentation_run(caplog):
+    text = (Path(__file__).parents[2] / "docs" / "transformations.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["out"].shape == (5, 128, 4, 32)
+    assert names["program"].platforms == ("tpu",)
+    assert "is lowered for" not in caplog.text
