@@ -61,7 +61,7 @@ FORWARD = {
 @pytest.mark.parametrize("transformation", FORWARD)
 def test_forward_mode_of_a_kernel_with_a_backward_pass_is_an_error_that_names_one_with_both(transformation, kernel):
     with pytest.raises(
-        ArgumentError, match=rf"kernel '{kernel}' has .* no derivative in forward .* kernel=\"dot_product\""
+        ArgumentError, match=rf"kernel '{kernel}' has .* no derivatives? (in forward|of its) .* kernel=\"dot_product\""
     ):
         FORWARD[transformation](functools.partial(_attend, kernel=kernel))
 
@@ -78,7 +78,22 @@ def test_reverse_mode_over_reverse_mode_is_an_error_that_names_what_has_it(inner
         jax.jit(jax.grad(lambda q: jnp.square(inner(q, "blockwise")).sum()))(Q)
 
 
-def test_forward_mode_over_reverse_mode_is_served_by_every_kernel_in_xla():
+SECOND = {
+    "jvp of grad": lambda f: jax.jvp(jax.grad(f), (Q,), (Q,)),
+    "jvp of jit of grad": lambda f: jax.jvp(jax.jit(jax.grad(f)), (Q,), (Q,)),
+    "grad of grad": lambda f: jax.grad(lambda q: jax.grad(f)(q).sum())(Q),
+}
+
+
+@pytest.mark.parametrize("transformation", SECOND)
+def test_second_derivatives_of_a_kernel_that_does_not_declare_them_are_an_error_that_names_what_has_them(
+    transformation,
+):
+    with pytest.raises(ArgumentError, match=r"kernel 'careless' .* no derivatives of its .* kernel=\"dot_product\""):
+        jax.eval_shape(lambda: SECOND[transformation](functools.partial(_squares, kernel="careless")))
+
+
+def test_forward_mode_over_reverse_mode_is_served_where_a_kernel_declares_it():
     def along(q, kernel):
         return jax.jvp(jax.grad(lambda q: _squares(q, kernel)), (q,), (jnp.cos(q),))[1]
 

@@ -138,7 +138,7 @@ def attention(
     arrays = without_gradient(arrays, request.gradients)
     spec = resolution.plan.kernel
     if spec.capabilities.gradient is Gradient.BACKWARD:
-        arrays = in_reverse_mode(arrays, request.gradients, spec.name)
+        arrays = in_reverse_mode(arrays, request.gradients, spec)
     partial = resolution.plan.run(arrays)
     if scope.target is None:
         partial = noticed_elsewhere(partial, request, spec.name)

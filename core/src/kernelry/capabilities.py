@@ -117,6 +117,8 @@ class Capabilities:
       backward_only: whether `forward` has no derivative of its own, so that core differentiates every call by
         `backward`.
       gradients: the operands it has gradients of.
+      forward_over_reverse: of a kernel with `gradient=BACKWARD`, whether JAX can differentiate its forward and backward
+        passes in forward mode, as `jax.hessian` does; elsewhere second derivatives are an error.
       lse_cotangent: whether `backward` takes a cotangent of lse.
       empty_rows: whether fully masked rows come out as 0 with lse −inf and zero gradients.
       clean_hidden_slots: whether NaN or inf in a slot that no row may see stays out of results.
@@ -145,6 +147,7 @@ class Capabilities:
     gradient: Gradient = Gradient.NONE
     backward_only: bool = False
     gradients: frozenset[Operand] = frozenset()
+    forward_over_reverse: bool = False
     lse_cotangent: bool = False
     empty_rows: bool = False
     clean_hidden_slots: bool = False

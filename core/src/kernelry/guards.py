@@ -20,7 +20,7 @@ from kernelry import installation
 from kernelry._compat import platforms_of
 from kernelry.capabilities import Gradient
 from kernelry.errors import ArgumentError
-from kernelry.kernel import Inputs
+from kernelry.kernel import Inputs, KernelSpec
 from kernelry.notices import warn_of_lowering
 from kernelry.partial import Partial
 from kernelry.request import Operand, Request
@@ -49,26 +49,41 @@ def _refuse(name: str, primals: Any, tangents: Any) -> NoReturn:
     )
 
 
-def in_reverse_mode(inputs: Inputs, wanted: Set[Operand], kernel: str) -> Inputs:
-    """Makes forward mode, and reverse mode over reverse mode, an error that names kernels which have them.
+def in_reverse_mode(inputs: Inputs, wanted: Set[Operand], kernel: KernelSpec) -> Inputs:
+    """Makes forward mode, and second derivatives in reverse mode or that the kernel does not declare, errors.
 
     Args:
       inputs: the arrays of a call.
       wanted: the operands whose gradient is asked for.
-      kernel: the name of the kernel that runs, which has a backward pass and no other derivative.
+      kernel: what runs, which has a backward pass and no other derivative.
     """
-    guarded: dict[str, Any] = {operand.value: _once(kernel, getattr(inputs, operand.value)) for operand in wanted}
+    guard = functools.partial(_once, kernel.name, kernel.capabilities.forward_over_reverse)
+    guarded: dict[str, Any] = {operand.value: guard(getattr(inputs, operand.value)) for operand in wanted}
     return dataclasses.replace(inputs, **guarded)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _once(kernel: str, array: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _once(kernel: str, forward_over_reverse: bool, array: jax.Array) -> jax.Array:
     return array
 
 
 @_once.defjvp
-def _once_jvp(kernel: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return primals[0], _bind(_reverse_only, tangents[0], kernel=kernel)
+def _once_jvp(kernel: str, forward_over_reverse: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    primal = primals[0] if forward_over_reverse else _never_again(kernel, primals[0])
+    return primal, _bind(_reverse_only, tangents[0], kernel=kernel)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _never_again(kernel: str, array: jax.Array) -> jax.Array:
+    return array
+
+
+@_never_again.defjvp
+def _never_again_jvp(kernel: str, primals: Any, tangents: Any) -> NoReturn:
+    raise ArgumentError(
+        f"kernel {kernel!r} has gradients and no derivatives of its gradients (jax.hessian, jax.grad of jax.grad): "
+        f"pass {_native_kernels()}, which has them."
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -103,6 +103,7 @@ BLOCKWISE = KernelSpec(
         normalizations=frozenset({"softmax", "softmax_max_sum"}),
         gradient=Gradient.BACKWARD,
         gradients=frozenset(Operand),
+        forward_over_reverse=True,
         lse_cotangent=True,
         empty_rows=True,
         clean_hidden_slots=True,
