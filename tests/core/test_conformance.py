@@ -341,3 +341,19 @@ def test_pytest_without_a_kernel_says_how_to_name_one(pytest_says):
 def test_pytest_plugin_imports_no_jax():
     code = "import sys, kernelry_pytest; assert not {'jax', 'numpy', 'kernelry'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Nominal(Small):
+    """Takes the batch from the request, where a symbolic one counts as 1."""
+
+    def forward(self, inputs, request, tiling, *, statistics):
+        partial = Small.forward(self, inputs, request, tiling, statistics=statistics)
+        rows = jnp.arange(inputs.query.shape[0]).reshape(-1, 1, 1, 1)
+        return Partial(jnp.where(rows < request.batch, partial.out, 0), dtype=request.dtype)
+
+
+@pytest.mark.parametrize(("body", "outcome"), [(Small, Outcome.PASSED), (Nominal, Outcome.FAILED)])
+def test_a_kernel_that_declares_symbolic_batches_is_exported_for_one(body, outcome):
+    capabilities = dataclasses.replace(CAPABILITIES, symbolic_sizes=frozenset({"batch"}))
+    spec = dataclasses.replace(SMALL, load=body, capabilities=capabilities)
+    assert result(spec, "symbolic batch").outcome is outcome

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kernelry
 from kernelry import masks
-from kernelry.plugin import Atom, AtomKind, RefusalCode, array_refusals
+from kernelry.errors import KernelRefusedError
+from kernelry.plugin import Atom, AtomKind, Policy, RefusalCode, array_refusals
 
 pytestmark = pytest.mark.versions
 
@@ -119,3 +121,92 @@ def test_a_constant_answer_is_an_array_of_the_module_that_asks():
         visible = masks.Predicate(always).evaluate(masks.Side.query(3, module), masks.Side.kv(4, module))
         assert isinstance(visible, kind)
         np.testing.assert_array_equal(visible, np.ones((1, 1, 3, 4), bool))
+
+
+Q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 2, 8)), jnp.float32)
+REACH = jnp.asarray(5)
+NEAR = np.abs(np.arange(24)[:, None] - np.arange(24)) < 5
+
+
+def _squares(q, reach, kernel, wrapped=lambda mask: mask):
+    mask = wrapped(masks.Predicate(lambda query, kv: abs(query - kv) < reach))
+    return jnp.square(kernelry.attention(q, q, q, mask=mask, kernel=kernel)).sum()
+
+
+PROGRAMS = {
+    "jit": lambda f: jax.jit(f)(Q, REACH),
+    "gradient": lambda f: jax.jit(jax.grad(f))(Q, REACH),
+    "gradient of jit": lambda f: jax.grad(jax.jit(f))(Q, REACH),
+    "remat": lambda f: jax.jit(jax.grad(jax.checkpoint(f)))(Q, REACH),
+    "vmap": lambda f: jax.jit(jax.vmap(jax.grad(f), in_axes=(None, 0)))(Q, REACH[None])[0],
+    "scan": lambda f: jax.jit(jax.grad(lambda q: jax.lax.scan(lambda c, x: (c + f(q, x), None), 0.0, REACH[None])[0]))(
+        Q
+    ),
+}
+
+
+REPEATED = [
+    pytest.param(kernel, program, marks=pytest.mark.sweep)
+    for kernel in ("dot_product", "blockwise")
+    for program in PROGRAMS
+    if (kernel, program) not in {("blockwise", "gradient of jit"), ("blockwise", "vmap")}
+]
+
+
+@pytest.mark.parametrize(("kernel", "program"), [("blockwise", "gradient of jit"), ("blockwise", "vmap"), *REPEATED])
+def test_a_function_may_hold_an_array_that_is_being_traced(kernel, program):
+    def plainly(q, reach):
+        return jnp.square(kernelry.attention(q, q, q, mask=masks.Dense(NEAR), kernel="dot_product")).sum()
+
+    with kernelry.use(tiling={"block_q": 8, "block_kv": 8} if kernel == "blockwise" else {}):
+        found = PROGRAMS[program](lambda q, reach: _squares(q, reach, kernel))
+    np.testing.assert_allclose(np.asarray(found), np.asarray(PROGRAMS[program](plainly)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrapped", [lambda m: m | masks.SlidingWindow(1), lambda m: ~m & masks.Causal()])
+def test_composites_with_such_a_function_are_served_too(wrapped):
+    found, expected = (
+        jax.jit(lambda q, reach, kernel=kernel: _squares(q, reach, kernel, wrapped))(Q, REACH)
+        for kernel in ("blockwise", "dot_product")
+    )
+    np.testing.assert_allclose(float(found), float(expected), rtol=1e-5)
+
+
+def test_auto_serves_such_a_function_at_every_length():
+    for length in (32, 800):
+        with kernelry.record() as made:
+            jax.eval_shape(lambda q, reach: _squares(q, reach, "auto"), jnp.ones((1, length, 1, 8)), REACH)
+        assert made[0].kernel == ("dot_product" if length < 768 else "blockwise")
+
+
+def test_a_kernel_that_cannot_serve_such_a_function_says_what_to_pass():
+    with (
+        kernelry.use(policy=Policy.shipped(forbidden_adapters=["dense_mask"])),
+        pytest.raises(KernelRefusedError) as error,
+    ):
+        jax.eval_shape(lambda q, reach: _squares(q, reach, "blockwise"), Q, REACH)
+    assert "holds an array that is being traced; pass it as an operand: Predicate(fn, array)" in str(error.value)
+
+
+@pytest.mark.parametrize("function", [looks_up_on_device, shifted_by_an_array, looks_up])
+def test_functions_that_hold_arrays_which_are_known_are_served_as_they_are(function):
+    with kernelry.record() as made:
+        found, expected = (
+            jax.jit(lambda q, k=k: kernelry.attention(q, q, q, mask=masks.Predicate(function), kernel=k))(Q)
+            for k in ("blockwise", "dot_product")
+        )
+    assert not made[0].plan.steps
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
+
+
+def test_block_maps_and_whole_masks_of_such_a_function():
+    found = {}
+
+    def program(reach):
+        mask = masks.Causal() & masks.Predicate(lambda query, kv: abs(query - kv) < reach)
+        found["blocks"] = mask.block_map(24, 24, 8, 8)
+        return mask.materialize(24, 24)
+
+    visible = jax.jit(program)(REACH)
+    assert np.array_equal(np.asarray(visible)[0, 0], NEAR & np.tri(24, dtype=bool))
+    assert found["blocks"].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]

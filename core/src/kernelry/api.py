@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kernelry import installation
+from kernelry.capabilities import Gradient
 from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ShapeError, nearest
-from kernelry.guards import without_gradient
+from kernelry.guards import in_reverse_mode, noticed_elsewhere, without_gradient
 from kernelry.kernel import Inputs
 from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask, is_mask
@@ -26,6 +27,7 @@ from kernelry.operands import as_array, as_keys, check_qkv, page_size_of, quanti
 from kernelry.partial import Partial
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Operand, Request, dtype_name, precision_name
+from kernelry.request_checks import size_of
 from kernelry.resolver import resolve
 from kernelry.scope import current_scope
 from kernelry.storage import PagedArray, QuantizedArray
@@ -104,9 +106,9 @@ def attention(
     request = Request(
         target=target,
         mode=Mode.parse(mode),
-        batch=batch,
-        q_len=q_len,
-        kv_len=kv_len,
+        batch=size_of(batch),
+        q_len=size_of(q_len),
+        kv_len=size_of(kv_len),
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -114,7 +116,7 @@ def attention(
         dtype=dtype_name(arrays.query.dtype),
         mask=mask.form,
         scale=None if scale is None else float(scale),  # type: ignore[arg-type]
-        bias=None if arrays.bias is None else arrays.bias.shape,
+        bias=None if arrays.bias is None else tuple(map(size_of, arrays.bias.shape)),
         soft_cap=None if soft_cap is None else float(soft_cap),
         sinks=sinks is not None,
         dropout_rate=float(dropout_rate),
@@ -133,7 +135,13 @@ def attention(
     _check_given(request, arrays)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
-    partial = resolution.plan.run(without_gradient(arrays, request.gradients))
+    arrays = without_gradient(arrays, request.gradients)
+    spec = resolution.plan.kernel
+    if spec.capabilities.gradient is Gradient.BACKWARD:
+        arrays = in_reverse_mode(arrays, request.gradients, spec)
+    partial = resolution.plan.run(arrays)
+    if scope.target is None:
+        partial = noticed_elsewhere(partial, request, spec.name)
     return _result(partial, request)
 
 

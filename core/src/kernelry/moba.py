@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks import BlockSelection, Mask
+from kernelry.operands import known_length
 
 
 def select_blocks(
@@ -79,6 +80,7 @@ def _check(query: Any, key: Any, chunk_size: Any, top_k: Any) -> None:
     for name, array, layout in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]")):
         if np.ndim(array) != 4:
             raise ShapeError(f"{name} must be {layout}, got shape {np.shape(array)}.")
+    known_length("key", key)
     (batch, _, q_heads, head_dim), (kv_batch, _, kv_heads, kv_dim) = query.shape, key.shape
     if (batch, head_dim) != (kv_batch, kv_dim) or not kv_heads or q_heads % kv_heads:
         raise ShapeError(f"key [B, S, K, H] must suit query of shape {query.shape}, got {key.shape}; K divides N.")

@@ -45,6 +45,21 @@ def as_keys(name: str, keys: Any) -> Keys:
     return keys
 
 
+def known_length(name: str, array: Any) -> int:
+    """Returns the length of an array [B, L, …] where it must be a number, as for the slots of a cache.
+
+    Raises:
+      ShapeError: it is symbolic.
+    """
+    length = array.shape[1]
+    if not isinstance(length, int):
+        raise ShapeError(
+            f"{name} must have a length that is a number, got shape {tuple(array.shape)}: only its batch may be "
+            "symbolic; export the program for a number."
+        )
+    return length
+
+
 def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
     """Checks that query, key and value go together.
 
@@ -52,6 +67,9 @@ def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
       ShapeError: they do not.
     """
     _check_alike(key, value)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if any(type(size) is not int for size in array.shape[2:]):
+            raise ShapeError(f"{name} may have a symbolic batch and length, not heads and head dim, got {array.shape}.")
     for name, array in (("key", key), ("value", value)):
         plain = array.pages if isinstance(array, PagedArray) else array
         if not isinstance(plain, QuantizedArray) and plain.dtype != query.dtype:

@@ -25,6 +25,7 @@ class RefusalCode(enum.Enum):
     UNEQUAL_LENGTHS = "unequal_lengths"
     SEQUENCE_LENGTH = "sequence_length"
     EMPTY_ARRAY = "empty_array"
+    SYMBOLIC_SIZE = "symbolic_size"
     MASK_ATOM = "mask_atom"
     POSITIONS = "positions"
     EMPTY_ROWS = "empty_rows"

@@ -14,7 +14,7 @@ from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Mask, is_mask
 from kernelry.masks.form import MaskForm
-from kernelry.request_checks import check_kinds, check_sizes, check_storage
+from kernelry.request_checks import SYMBOLIC, SymbolicSize, check_kinds, check_sizes, check_storage
 from kernelry.storage import Quantization
 from kernelry.target import Target
 
@@ -87,7 +87,8 @@ class Request:
     Args:
       target: where it will run, e.g. `gpu:h100`.
       mode: train, prefill or decode.
-      batch, q_len, kv_len: B, T and S; `kv_len=None` is T.
+      batch, q_len, kv_len: B, T and S; `kv_len=None` is T. Of a program to be exported one may be symbolic, written as
+        in `jax.export.symbolic_shape`, e.g. `b`.
       q_heads, kv_heads: N and K; `kv_heads=None` is N.
       head_dim, value_dim: H and D; `value_dim=None` is H.
       dtype: of query, key and value, e.g. `bfloat16`.
@@ -140,6 +141,11 @@ class Request:
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in SYMBOLIC:
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, SymbolicSize.parse(getattr(self, name)))
+        if isinstance(self.bias, tuple):
+            object.__setattr__(self, "bias", tuple(map(_sized, self.bias)))
         self._fill("kv_len", self.q_len)
         self._fill("kv_heads", self.q_heads)
         self._fill("value_dim", self.head_dim)
@@ -197,6 +203,11 @@ class Request:
         return self.q_heads // self.kv_heads if self.kv_heads else 1
 
     @property
+    def symbolic_sizes(self) -> tuple[str, ...]:
+        """Which of `batch`, `q_len` and `kv_len` are symbolic: a kernel reads them from the arrays."""
+        return tuple(name for name in SYMBOLIC if isinstance(getattr(self, name), SymbolicSize))
+
+    @property
     def has_plain_kv(self) -> bool:
         """Whether keys and values are arrays [B, S, K, H], neither quantised nor in pages."""
         return self.kv_quantization is None and self.page_size is None
@@ -241,7 +252,8 @@ class Request:
             "target": str(self.target),
             "mode": self.mode.value,
             "mask": self.mask.to_json(),
-            "bias": None if self.bias is None else list(self.bias),
+            "bias": None if self.bias is None else [_plain(size) for size in self.bias],
+            **{name: _plain(getattr(self, name)) for name in SYMBOLIC},
             "gradients": sorted(operand.value for operand in self.gradients),
         }
 
@@ -282,6 +294,14 @@ NEUTRAL: Mapping[str, Any] = {
     "context_parallel": None,
 }
 """The value of each optional field that asks nothing of a kernel (softmax is declared all the same)."""
+
+
+def _plain(size: int) -> int | str:
+    return size.text if isinstance(size, SymbolicSize) else size
+
+
+def _sized(size: Any) -> Any:
+    return SymbolicSize.parse(size) if isinstance(size, str) else size
 
 
 def _rebuilt(facts: tuple[tuple[str, Any], ...]) -> Request:

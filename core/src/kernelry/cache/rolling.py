@@ -16,6 +16,7 @@ from kernelry.cache.prefix import is_placed
 from kernelry.cache.slots import check_sizes, check_tokens, empty, stored_like, token_counts, write
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks import Atom, AtomKind, Mask, MaskForm
+from kernelry.operands import known_length
 from kernelry.storage import Quantization
 from kernelry.storage.quantized import Stored
 
@@ -103,7 +104,7 @@ class RollingCache(KVCache):
     @property
     def capacity(self) -> int:
         """S, its slots."""
-        return int(self.key.shape[1])
+        return known_length("RollingCache: key", self.key)
 
     @property
     def max_append(self) -> int:
@@ -204,7 +205,7 @@ class RollingCache(KVCache):
         """Checks tokens, and counts them."""
         batch = self.lengths.shape[0]
         check_tokens(key, value, None, (self.key, self.value), batch)
-        return token_counts(lengths, batch, key.shape[1])
+        return token_counts(lengths, batch, known_length("key", key))
 
 
 def _within(form: MaskForm, window: int) -> bool:

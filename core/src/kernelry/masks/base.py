@@ -141,6 +141,7 @@ class Mask(Protocol):
             raise ShapeError(
                 f"the parts of mask={self!r} do not fit each other ({error}); where heads differ, pass q_heads=, N."
             ) from error
+        xp = jnp if isinstance(visible, jax.core.Tracer) else xp  # of an array that a predicate's function holds
         return xp.broadcast_to(visible, (*visible.shape[:2], q_len, kv_len))
 
     def block_map(self, q_len: int, kv_len: int, block_q: int, block_kv: int) -> np.ndarray:

@@ -132,11 +132,15 @@ def _evaluated(
     slots_q = np.arange(row * blocks[0], min((row + 1) * blocks[0], lengths[0]), dtype=np.int32)
     slots = [np.arange(c * blocks[1], min((c + 1) * blocks[1], lengths[1]), dtype=np.int32) for c in columns]
     query, kv = Side.of_slots(Axis.QUERY, slots_q), Side.of_slots(Axis.KV, np.concatenate(slots))
-    visible = np.ones((1, 1, len(slots_q), kv.slots.size), bool)
+    visible, known = np.ones((1, 1, len(slots_q), kv.slots.size), bool), True
     with jax.ensure_compile_time_eval():  # a predicate may be written with jax.numpy
         for conjunct in static:
-            visible = visible & np.asarray(conjunct.located_mask.evaluate(query, kv))
+            part = conjunct.located_mask.evaluate(query, kv)
+            if isinstance(part, jax.core.Tracer):  # of a predicate whose function holds an array that is being traced
+                known = False
+            else:
+                visible = visible & np.asarray(part)
     sizes = np.array([len(part) for part in slots])
     counts = np.add.reduceat(visible.sum(axis=(0, 1, 2)), np.cumsum(sizes) - sizes)
-    full = visible.shape[0] * len(slots_q) * sizes
+    full = visible.shape[0] * len(slots_q) * sizes if known else -1
     return np.where(counts == 0, BlockKind.EMPTY, np.where(counts == full, BlockKind.FULL, BlockKind.PARTIAL))

@@ -18,7 +18,12 @@ def arrays_held(atom: Atom) -> tuple[tuple[int, ...], ...]:
     """Shapes of the arrays that the function of a PREDICATE without operands holds; none of other atoms."""
     if atom.kind is not AtomKind.PREDICATE or "operands" in atom.params:
         return ()
-    return _held_by(_function(atom.params[0]))
+    return _held_by(_function(atom.params[0]))[0]
+
+
+def holds_traced(atom: Atom) -> bool:
+    """Whether the function of a PREDICATE holds an array of a program that is being traced."""
+    return atom.kind is AtomKind.PREDICATE and _held_by(_function(atom.params[0]))[1]
 
 
 def _function(named: Any) -> Callable[..., Any] | None:
@@ -31,16 +36,16 @@ def _function(named: Any) -> Callable[..., Any] | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _held_by(function: Callable[..., Any] | None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the arrays that tracing a function of positions finds."""
+def _held_by(function: Callable[..., Any] | None) -> tuple[tuple[tuple[int, ...], ...], bool]:
+    """Shapes of the arrays that tracing a function of positions finds, and whether any is a tracer."""
     if function is None:
-        return ()
+        return (), False
     position = jax.ShapeDtypeStruct((1, 1, 1, 1), np.int32)  # type: ignore[no-untyped-call]
     try:
         traced = jax.make_jaxpr(function)(position, position)
     except Exception:  # the user's own, which the call shows with its positions: no kernel's fault
-        return ()
-    return tuple(_shapes(traced))
+        return (), False
+    return tuple(_shapes(traced)), any(isinstance(array, jax.core.Tracer) for array in traced.consts)
 
 
 def _shapes(part: Any) -> Iterator[tuple[int, ...]]:

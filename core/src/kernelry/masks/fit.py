@@ -40,7 +40,8 @@ def check_located(mask: Mask, q_len: int, kv_len: int) -> None:
     for part in inside:
         check_located(part, q_len, kv_len)
     if mask.positional and not inside:
+        ahead = max(kv_len - q_len, 0) if type(q_len) is type(kv_len) is int else f"{kv_len} - {q_len}"
         raise ShapeError(
             f"mask={mask!r} compares positions, but query has length T={q_len} and key has S={kv_len}: "
-            f"say where the queries stand, e.g. mask.at(query_offset={max(kv_len - q_len, 0)})."
+            f"say where the queries stand, e.g. mask.at(query_offset={ahead})."
         )

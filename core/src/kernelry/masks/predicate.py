@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, final
 
 import jax
 import numpy as np
 
-from kernelry._pytree import pytree
+from kernelry._pytree import importable_name, pytree
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.arrays import as_array, described, module_of
 from kernelry.masks.base import Extent, Mask
@@ -61,7 +60,7 @@ class Predicate(Mask):
 
     @property
     def atom(self) -> Atom:
-        named = _name(self.fn) or self.fn
+        named = importable_name(self.fn) or self.fn
         return Atom(AtomKind.PREDICATE, (named, "operands") if self.operands else (named,))
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
@@ -71,7 +70,7 @@ class Predicate(Mask):
                 f"Predicate: {_title(self.fn)} must return booleans that broadcast to B N T S, "
                 f"got {visible.dtype} of shape {visible.shape}."
             )
-        whole = np.broadcast_shapes(visible.shape, query.slots.shape, kv.slots.shape)
+        whole = jax.numpy.broadcast_shapes(visible.shape, query.slots.shape, kv.slots.shape)
         return module_of(visible, query.positions, kv.positions).broadcast_to(visible, whole)
 
     def check(self, extent: Extent) -> None:
@@ -87,14 +86,6 @@ class Predicate(Mask):
 
     def __repr__(self) -> str:
         return f"Predicate({', '.join([_title(self.fn), *map(described, self.operands)])})"
-
-
-def _name(fn: Callable[..., Any]) -> str | None:
-    """`module:name`, where the function is found under it; else None."""
-    module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
-    if module is None or name is None or getattr(sys.modules.get(module), name, None) is not fn:
-        return None
-    return f"{module}:{name}"
 
 
 def _title(fn: Callable[..., Any]) -> str:

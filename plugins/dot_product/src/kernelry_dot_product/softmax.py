@@ -118,6 +118,8 @@ def _product(equation: str, rows: jax.Array, columns: jax.Array, request: Reques
 def _few_queries(request: Request) -> bool:
     """Whether turning the keys around, head by head, would take longer than the products."""
     rows = request.q_heads * request.q_len
+    if "q_len" in request.symbolic_sizes:
+        return False
     on_cpu = request.target.platform == "cpu"
     return on_cpu and request.mode is Mode.DECODE and request.kv_heads > 1 and rows <= _FEW_QUERIES
 

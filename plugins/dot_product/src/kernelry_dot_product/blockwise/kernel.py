@@ -24,7 +24,7 @@ class BlockwiseKernel(Kernel):
     """Attention with memory O(T·block): tiles are computed where the mask holds anything, and never kept."""
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
-        grid = _grid(request, tiling)
+        grid = _grid(inputs, request, tiling)
         if not statistics:
             return _attend(request, grid, inputs)
         with jax.named_scope(_SCOPE):
@@ -44,11 +44,11 @@ class BlockwiseKernel(Kernel):
         with jax.named_scope(_SCOPE):
             delta = _delta(out, d_out)
             delta = delta if d_lse is None else delta - d_lse
-            return backward(inputs, request, _grid(request, tiling), lse, delta, d_out)
+            return backward(inputs, request, _grid(inputs, request, tiling), lse, delta, d_out)
 
 
-def _grid(request: Request, tiling: Tiling) -> Grid:
-    return Grid.of(request, tiling["block_q"], tiling["block_kv"])
+def _grid(inputs: Inputs, request: Request, tiling: Tiling) -> Grid:
+    return Grid.of(request, inputs.query.shape[0], tiling["block_q"], tiling["block_kv"])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

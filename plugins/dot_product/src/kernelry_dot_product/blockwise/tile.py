@@ -142,8 +142,8 @@ def padded_bias(bias: jax.Array | None, grid: Grid) -> jax.Array | None:
     """Lays zeros beyond T and S where the bias differs along them."""
     if bias is None:
         return None
-    more_q = grid.q_padding if bias.shape[2] > 1 else 0
-    more_kv = grid.kv_padding if bias.shape[3] > 1 else 0
+    more_q = grid.q_padding if bias.shape[2] != 1 else 0
+    more_kv = grid.kv_padding if bias.shape[3] != 1 else 0
     return jnp.pad(bias, ((0, 0), (0, 0), (0, more_q), (0, more_kv)))
 
 
@@ -155,7 +155,7 @@ def bias_window(shape: tuple[int, ...], grid: Grid, place: Place) -> tuple[tuple
         (place.row * grid.block_q, grid.block_q),
         (place.column * grid.block_kv, grid.block_kv),
     )
-    found = tuple(part if size > 1 else (0, 1) for size, part in zip(shape, parts, strict=True))
+    found = tuple(part if size != 1 else (0, 1) for size, part in zip(shape, parts, strict=True))
     return tuple(start for start, _ in found), tuple(size for _, size in found)
 
 

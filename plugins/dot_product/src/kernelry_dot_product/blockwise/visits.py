@@ -48,7 +48,7 @@ class Visits:
         """Those of the batch rows of one step."""
 
         def own(array: jax.Array) -> jax.Array:
-            place = step // grid.head_steps if array.shape[0] > 1 else 0
+            place = step // grid.head_steps if array.shape[0] != 1 else 0
             found: jax.Array = lax.dynamic_index_in_dim(array, place, keepdims=False)
             return found
 
