@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from kernelry import cli
-from kernelry.cli import app, report
+from kernelry.cli import report
 
 pytestmark = pytest.mark.versions
 
@@ -217,13 +217,3 @@ def test_outputs_that_know_ascii_alone_get_plainer_signs():
 
 def test_version(run):
     assert run("--version")[1].startswith("kernelry ")
-
-
-def test_without_the_extra_the_command_says_what_to_install(run, monkeypatch):
-    monkeypatch.delitem(sys.modules, "kernelry.cli.app", raising=False)
-    monkeypatch.delattr(cli, "app", raising=False)
-    monkeypatch.setitem(sys.modules, "typer", None)
-    status, _, err = run("list")
-    assert status == 2
-    assert "pip install 'kernelry[cli]'" in err
-    sys.modules["kernelry.cli.app"] = app

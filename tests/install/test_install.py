@@ -106,7 +106,7 @@ def complete(bare):
 
 @pytest.fixture(scope="module")
 def extended(complete):
-    complete.pip("install", "./core[config,cli]", "./third_party")
+    complete.pip("install", "./third_party")
     return complete
 
 
@@ -124,15 +124,30 @@ def test_core_and_one_plugin_attend(bare):
     assert bare.python(ATTEND + RUN) == "dot_product"
 
 
-def test_command_without_its_extra_says_what_to_install(bare):
-    done = bare.run("kernelry", "list")
-    assert done.returncode != 0
-    assert "pip install 'kernelry[cli]'" in done.stderr
+LOAD = """
+import json, kernelry
+config = kernelry.config.load_config("config.yaml")
+print(json.dumps([config.kernel, kernelry.config.load_config("config.toml").kernel]))
+"""
 
 
-def test_config_without_its_extra_says_what_to_install(bare):
-    done = bare.run("python", "-c", "import kernelry.config; kernelry.config.load_config({})")
-    assert "pip install 'kernelry[config]'" in done.stderr
+def test_configs_are_read_without_an_extra(bare):
+    (bare.sources / "config.yaml").write_text("attention: {kernel: blockwise}\n")
+    (bare.sources / "config.toml").write_text('[attention]\nkernel = "dot_product"\n')
+    assert bare.python(LOAD) == ["blockwise", "dot_product"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [
+        ("flax", "import kernelry; kernelry.flax.AttentionOp()"),
+        ("plot", "from kernelry import masks, pictures; pictures.image(masks.Causal(), q_len=4)"),
+        ("quant", "import kernelry, jax.numpy as jnp; kernelry.cache.QuantizedArray.quantize(jnp.ones((1, 1, 1, 8)))"),
+    ],
+)
+def test_what_needs_an_extra_says_what_to_install(bare, extra, code):
+    done = bare.run("python", "-c", code)
+    assert f"pip install 'kernelry[{extra}]'" in done.stderr.splitlines()[-1]
 
 
 def test_all_plugins_are_listed(complete):

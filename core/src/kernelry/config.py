@@ -103,22 +103,17 @@ def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
 
 
 def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
-    yaml = _need("yaml")
+    import yaml  # here, so that a TOML file needs no parser of YAML
+
     try:
         return yaml.safe_load(text) or {}, yaml_lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
-def _need(module: str) -> Any:
-    try:
-        return __import__(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"reading configs needs {error.name}; pip install 'kernelry[config]'.") from error
-
-
 def _validated(content: Mapping[str, Any], place: Place) -> AttentionConfig:
-    pydantic = _need("pydantic")
+    import pydantic  # here, so that a config made in Python waits for no schema
+
     from kernelry import _config_schema as schema
 
     try:
