@@ -142,7 +142,7 @@ def test_configs_are_read_without_an_extra(bare):
     [
         ("flax", "import kernelry; kernelry.flax.AttentionOp()"),
         ("plot", "from kernelry import masks, pictures; pictures.image(masks.Causal(), q_len=4)"),
-        ("quant", "import kernelry, jax.numpy as jnp; kernelry.cache.QuantizedArray.quantize(jnp.ones((1, 1, 1, 8)))"),
+        ("quant", "import kernelry, jax.numpy as jnp; kernelry.cache.QuantizedArray.quantize(jnp.ones((1, 8)))"),
     ],
 )
 def test_what_needs_an_extra_says_what_to_install(bare, extra, code):

@@ -49,7 +49,8 @@ def load_config(source: str | Path | Mapping[str, Any], *, table: str = "attenti
     """Reads a config from a TOML or YAML file, or from a mapping.
 
     Args:
-      source: a path ending in .toml, .yaml or .yml, or the content of the table itself.
+      source: a path ending in .toml, .yaml or .yml, or the content of the table itself,
+        or a mapping that holds the table.
       table: the table of the file that is about attention; other tables are not looked at. A
         dotted name reaches inside; an absent table means the defaults.
 
@@ -61,7 +62,8 @@ def load_config(source: str | Path | Mapping[str, Any], *, table: str = "attenti
         the line, the key, what was found and the nearest valid name; for a mapping, the key.
     """
     if isinstance(source, Mapping):
-        return _validated(source, Place("config"))
+        table_of_it = source.get(table)
+        return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, Place("config"))
     if not isinstance(source, str | Path) or not isinstance(table, str):
         raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     path = Path(source)

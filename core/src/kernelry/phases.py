@@ -11,7 +11,7 @@ import numpy as np
 
 from kernelry.errors import ArgumentError
 from kernelry.kernel import KernelSpec
-from kernelry.layer import AttentionConfig, AttentionType
+from kernelry.layer import AttentionConfig, AttentionType, check_config
 from kernelry.masks import BlockSelection, Lengths
 from kernelry.masks.base import Mask
 from kernelry.request import Mode, Request
@@ -115,6 +115,9 @@ def resolve_phases(
     Raises:
       ArgumentError, ConfigError: a size or the target means nothing.
     """
+    check_config(config)
+    if not isinstance(shape, ModelShape):
+        raise ArgumentError(f"shape must be a kernelry.ModelShape, got {type(shape).__name__}.")
     where = _target(target)
     train, prefill, decode = (
         explain(call.request, kernels=kernels, policy=config.policy) for call in calls(config, shape, where)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
-from kernelry.errors import ArgumentError, ConfigError
+from kernelry.errors import ArgumentError, ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from kernelry.masks.visibility import Visibility
@@ -99,6 +99,22 @@ class PositionForm:
 
     def __str__(self) -> str:
         return str(self.value) if self.kind is PositionKind.OFFSET else self.kind.value
+
+
+def _check_runs(side: str, rows: Runs, batch: int, length: int) -> None:
+    name, lengths = ("q_len", "T") if side == "query" else ("kv_len", "S")
+    for row in rows:
+        given = sum(count for _, count in row)
+        if given != length and all(count != OPEN_RUN for _, count in row):
+            raise ShapeError(
+                f"mask: {side}_positions are {given} numbers, and {name}={length}: give one position for each of the "
+                f"{lengths} tokens, or pass {name}={given}."
+            )
+    if len(rows) not in (1, batch):
+        raise ShapeError(
+            f"mask: {side} positions differ between {len(rows)} rows, and batch={batch}: pass batch={len(rows)}, or "
+            "positions that all rows share."
+        )
 
 
 def _expand(row: tuple[tuple[int, int], ...], length: int) -> np.ndarray:
@@ -251,6 +267,24 @@ class MaskForm:
     def may_hide_slots(self, q_len: int, kv_len: int) -> bool:
         """False only where every key is certainly seen by some query row."""
         return self._visibility(q_len, kv_len).hidden_slots
+
+    def check_positions(self, batch: int, q_len: int, kv_len: int) -> None:
+        """Checks that static positions are as many as the tokens.
+
+        Raises:
+          ShapeError: they are of another length, or of another batch.
+        """
+        for atom in self._atoms_inside():
+            for side, form, length in (("query", atom.query, q_len), ("kv", atom.kv, kv_len)):
+                if isinstance(form.value, tuple):
+                    _check_runs(side, form.value, batch, length)
+
+    def _atoms_inside(self) -> Iterator[Atom]:
+        for atom in self.atoms:
+            yield atom
+            for param in atom.params:
+                if isinstance(param, MaskForm):
+                    yield from param._atoms_inside()
 
     def _visibility(self, q_len: int, kv_len: int) -> Visibility:
         # Imported here because it takes forms apart.
