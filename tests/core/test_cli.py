@@ -202,9 +202,11 @@ for arguments in json.loads(sys.argv[1]):
 def test_outputs_that_know_ascii_alone_get_plainer_signs():
     shown = {
         ("mask", "causal", "--q-len", "128"): "# full   + partial   . empty",
-        ("explain", "--target", "cpu", "--q-len", "64"): ">",
+        ("explain", "--target", "cpu", "--q-len", "64", "--kv-quantization", "int8"): "| -> | dot_product",
+        ("explain", "--target", "cpu", "--q-len", "64"): "q_len and kv_len >= 768",
+        ("explain", "--target", "cpu", "--q-len", "8192"): "q_len and kv_len <= 767",
         ("list",): "dot_product",
-        ("mask", "causal.at(x=1)"): "unknown .at(x=.)",
+        ("mask", "causal.at(x=1)"): "unknown .at(x=...)",
     }
     environ = {**os.environ, "PYTHONIOENCODING": "ascii", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(list(shown))]
@@ -213,6 +215,9 @@ def test_outputs_that_know_ascii_alone_get_plainer_signs():
     outputs, errors = (text.split("END\n")[:-1] for text in (done.stdout, done.stderr))
     for expected, output, error in zip(shown.values(), outputs, errors, strict=True):
         assert expected in output + error
+        assert (
+            len({len(line) for line in output.splitlines() if line.startswith(("|", "+"))}) <= 1
+        )  # tables are aligned
 
 
 def test_version(run):
