@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 _T = TypeVar("_T")
 
@@ -39,3 +40,27 @@ def pytree(*leaves: str) -> Callable[[type[_T]], type[_T]]:
         return cls
 
     return decorate
+
+
+_SHOWN = 16
+"""Elements; longer arrays are shown by dtype and shape."""
+
+
+def short_repr(tree: Any) -> str:
+    """A dataclass by its fields, of which arrays are `dtype[shape]`, short ones of integers and booleans their values.
+
+    A class takes it as its `__repr__`.
+    """
+    fields = ((field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree))
+    return f"{type(tree).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in fields)})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and value and len({_shown(entry) for entry in value}) == 1:
+        return f"{len(value)} x {_shown(value[0])}"
+    if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return repr(value)
+    known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer)
+    if known and value.dtype.kind in "iub" and value.size <= _SHOWN:
+        return repr(np.asarray(value).tolist())
+    return f"{value.dtype}{list(value.shape)}"

@@ -12,7 +12,7 @@ from typing import Any, Protocol, final
 import jax
 from jaxtyping import Array, Float
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
 from kernelry.capabilities import Capabilities
 from kernelry.environment import Environment
 from kernelry.errors import ArgumentError, ConfigError, PluginError, nearest
@@ -44,6 +44,7 @@ class Inputs:
     dropout_rng: jax.Array | None = None
 
     __hash__ = None  # type: ignore[assignment]
+    __repr__ = short_repr
 
 
 @final
