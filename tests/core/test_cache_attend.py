@@ -259,7 +259,7 @@ def test_differentiating_in_decode_mode_is_an_error():
         (masks.Segments(np.zeros(3, np.int32)), ArgumentError, "about the slots of an array"),
         (masks.Causal() | ~masks.Dense(np.ones((1, 3), bool)), ArgumentError, "about the slots of an array"),
         (masks.Causal().at(kv_offset=3), ArgumentError, "says where keys stand"),
-        (np.ones((1, 3), bool), ShapeError, "mask must be a kernelry mask, got ndarray"),
+        (np.ones((1, 3), bool), ShapeError, "got bool of shape .* slots of a cache move: use masks of positions"),
     ],
 )
 def test_masks_about_slots_are_refused(mask, error, message):

@@ -264,6 +264,11 @@ def check_mask(mask: Mask) -> None:
     """
     if not is_mask(mask):
         instead = "None; leave it out for Causal(), or write masks.Full()" if mask is None else not_a_mask(mask)
+        if hasattr(mask, "shape"):
+            instead = (
+                f"{mask.dtype} of shape {mask.shape}; slots of a cache move: use masks of positions, and lengths= for "
+                "rows of different length"
+            )
         raise ShapeError(f"mask must be a kernelry mask, got {instead}.")
     if isinstance(mask, At) and mask.kv is not None:
         raise ArgumentError(f"mask={mask!r} says where keys stand, which the cache knows: leave kv_… out.")
