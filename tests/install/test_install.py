@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -85,6 +87,15 @@ out = kernelry.attention(query, key, value, mask=Strided(2))
 np.testing.assert_allclose(out, dense, rtol=1e-5, atol=1e-6)
 print(json.dumps("ok"))
 """
+README = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PROGRAMS = [block for language, block in README if language == "python"]
+COMMANDS = [
+    line.removeprefix("$ ").partition("  #")[0].strip()
+    for language, block in README
+    if not language
+    for line in block.splitlines()
+    if line.removeprefix("$ ").startswith("kernelry ")
+]
 OURS = ["cudnn_te", "dot_product", "gpu_pallas", "tpu_splash"]
 
 
@@ -106,7 +117,7 @@ def complete(bare):
 
 @pytest.fixture(scope="module")
 def extended(complete):
-    complete.pip("install", "./third_party")
+    complete.pip("install", "./core[flax]", "./third_party")
     return complete
 
 
@@ -156,6 +167,35 @@ def test_all_plugins_are_listed(complete):
 
 def test_all_plugins_leave_attention_working(complete):
     assert complete.python(ATTEND + RUN) == "dot_product"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_readme_runs(complete, command):
+    [config] = (block for language, block in README if language == "toml")
+    (complete.sources / "config.toml").write_text(config)
+    done = complete.run(*shlex.split(command))
+    assert "Traceback" not in done.stderr
+    if command.startswith("kernelry check"):
+        assert "aot-tpu" in done.stdout + done.stderr  # what brings the compilers
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readmes_programs_run_as_they_are_printed(complete):
+    without_flax = [program for program in PROGRAMS if "kernelry.flax" not in program]
+    assert len(without_flax) == len(PROGRAMS) - 1
+    done = complete.run("python", "-W", "error", "-c", "\n".join(without_flax))
+    assert done.returncode == 0, done.stderr
+
+
+def test_readmes_program_for_flax_says_what_to_install(complete):
+    done = complete.run("python", "-c", "\n".join(program for program in PROGRAMS if "kernelry.flax" in program))
+    assert "pip install 'kernelry[flax]'" in done.stderr.splitlines()[-1]
+
+
+def test_all_of_readmes_programs_run_with_flax(extended):
+    done = extended.run("python", "-W", "error", "-c", "\n".join(PROGRAMS))
+    assert done.returncode == 0, done.stderr
 
 
 def test_third_partys_kernel_is_chosen_by_config_and_equals_dot_product(extended):
