@@ -255,7 +255,7 @@ class KVCache(Protocol):
         return jax.tree.map(lambda array: jnp.where(bad, jnp.asarray(jnp.nan, array.dtype), array), result)
 
 
-def check_mask(mask: Mask) -> None:
+def check_mask(mask: Any) -> None:
     """Refuses masks about slots, and masks that say where the keys stand.
 
     Raises:
