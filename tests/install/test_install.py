@@ -173,7 +173,8 @@ def test_all_plugins_leave_attention_working(complete):
 def test_every_command_of_readme_runs(complete, command):
     [config] = (block for language, block in README if language == "toml")
     (complete.sources / "config.toml").write_text(config)
-    done = complete.run(*shlex.split(command))
+    # The kit on every kernel takes minutes, and is a step of CI's own.
+    done = complete.run(*shlex.split(command.replace("conformance --all", "conformance dot_product")))
     assert "Traceback" not in done.stderr
     if command.startswith("kernelry check"):
         assert "aot-tpu" in done.stdout + done.stderr  # what brings the compilers
