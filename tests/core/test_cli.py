@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kernelry import ModelShape, Request, Target, cli
 from kernelry.calls import calls
-from kernelry.cli import app, report
+from kernelry.cli import report
 from kernelry.config import load_config
 from kernelry.switches import Switches
 
@@ -319,9 +319,11 @@ for arguments in json.loads(sys.argv[1]):
 def test_outputs_that_know_ascii_alone_get_plainer_signs():
     shown = {
         ("mask", "causal", "--q-len", "128"): "# full   + partial   . empty",
-        ("explain", "--target", "cpu", "--q-len", "64"): ">",
+        ("explain", "--target", "cpu", "--q-len", "64", "--kv-quantization", "int8"): "| -> | dot_product",
+        ("explain", "--target", "cpu", "--q-len", "64"): "q_len and kv_len >= 768",
+        ("explain", "--target", "cpu", "--q-len", "8192"): "q_len and kv_len <= 767",
         ("list",): "dot_product",
-        ("mask", "causal.at(x=1)"): "unknown .at(x=.)",
+        ("mask", "causal.at(x=1)"): "unknown .at(x=...)",
     }
     environ = {**os.environ, "PYTHONIOENCODING": "ascii", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(list(shown))]
@@ -330,6 +332,9 @@ def test_outputs_that_know_ascii_alone_get_plainer_signs():
     outputs, errors = (text.split("END\n")[:-1] for text in (done.stdout, done.stderr))
     for expected, output, error in zip(shown.values(), outputs, errors, strict=True):
         assert expected in output + error
+        assert (
+            len({len(line) for line in output.splitlines() if line.startswith(("|", "+"))}) <= 1
+        )  # tables are aligned
 
 
 @pytest.fixture
@@ -373,13 +378,3 @@ def test_check_finds_a_wrong_target_before_it_compiles(run, without_compilers):
 
 def test_version(run):
     assert run("--version")[1].startswith("kernelry ")
-
-
-def test_without_the_extra_the_command_says_what_to_install(run, monkeypatch):
-    monkeypatch.delitem(sys.modules, "kernelry.cli.app", raising=False)
-    monkeypatch.delattr(cli, "app", raising=False)
-    monkeypatch.setitem(sys.modules, "typer", None)
-    status, _, err = run("list")
-    assert status == 2
-    assert "pip install 'kernelry[cli]'" in err
-    sys.modules["kernelry.cli.app"] = app

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from kernelry.errors import ArgumentError
 
@@ -114,3 +115,27 @@ def read_static(owner: str, data: bytes | bytearray) -> Any:
         return function
 
     return read(json.loads(data))
+
+
+_SHOWN = 16
+"""Elements; longer arrays are shown by dtype and shape."""
+
+
+def short_repr(tree: Any) -> str:
+    """A dataclass by its fields, of which arrays are `dtype[shape]`, short ones of integers and booleans their values.
+
+    A class takes it as its `__repr__`.
+    """
+    fields = ((field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree))
+    return f"{type(tree).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in fields)})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and value and len({_shown(entry) for entry in value}) == 1:
+        return f"{len(value)} x {_shown(value[0])}"
+    if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return repr(value)
+    known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer)
+    if known and value.dtype.kind in "iub" and value.size <= _SHOWN:
+        return repr(np.asarray(value).tolist())
+    return f"{value.dtype}{list(value.shape)}"

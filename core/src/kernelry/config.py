@@ -52,7 +52,8 @@ def load_config(
     """Reads a config from a TOML or YAML file, or from a mapping.
 
     Args:
-      source: a path ending in .toml, .yaml or .yml, or the content of the table itself.
+      source: a path ending in .toml, .yaml or .yml, or the content of the table itself,
+        or a mapping that holds the table.
       table: the table of the file that is about attention; other tables are not looked at. A
         dotted name reaches inside; an absent table means the defaults.
       required: whether an absent table is an error instead.
@@ -65,7 +66,8 @@ def load_config(
         the line, the key, what was found and the nearest valid name; for a mapping, the key.
     """
     if isinstance(source, Mapping):
-        return _validated(source, Place("config"))
+        table_of_it = source.get(table)
+        return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, Place("config"))
     if not isinstance(source, str | Path) or not isinstance(table, str):
         raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     path = Path(source)
@@ -147,22 +149,17 @@ def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
 
 
 def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
-    yaml = _need("yaml")
+    import yaml  # here, so that a TOML file needs no parser of YAML
+
     try:
         return yaml.safe_load(text) or {}, yaml_lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
-def _need(module: str) -> Any:
-    try:
-        return __import__(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"reading configs needs {error.name}; pip install 'kernelry[config]'.") from error
-
-
 def _validated(content: Mapping[str, Any], place: Place) -> AttentionConfig:
-    pydantic = _need("pydantic")
+    import pydantic  # here, so that a config made in Python waits for no schema
+
     from kernelry import _config_schema as schema
 
     try:

@@ -17,19 +17,52 @@ Keys: TypeAlias = "jax.Array | QuantizedArray | PagedArray"
 _LAYOUTS = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, D]"}
 
 
+def unwrapped(value: Any) -> Any:
+    """Returns the array inside a wrapper that JAX would unwrap, e.g. flax's `nnx.Param`; anything else as it is."""
+    wraps = hasattr(value, "__jax_array__") and not isinstance(value, jax.Array | type)
+    return value.__jax_array__() if wraps else value
+
+
 def as_array(name: str, array: Any, rank: int) -> jax.Array:
-    """Returns a floating array.
+    """Returns a floating array, unwrapped.
 
     Raises:
       ShapeError: it is none, or of another rank.
     """
+    array = unwrapped(array)
     if not isinstance(array, jax.Array | np.ndarray):
-        raise ShapeError(f"{name} must be an array, got {type(array).__name__}.")
+        raise ShapeError(f"{name} must be an array, got {type(array).__name__}{_instead(name, array)}.")
     if array.ndim != rank:
-        raise ShapeError(f"{name} must be {_LAYOUTS.get(name, '[N]')}, rank {rank}, got shape {array.shape}.")
+        layout = _LAYOUTS.get(name, "[N]")
+        raise ShapeError(f"{name} must be {layout}, rank {rank}, got shape {array.shape}{_reshaped(name, array)}.")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ShapeError(f"{name} must be floating, got {array.dtype}.")
+        raise ShapeError(f"{name} must be floating, got {array.dtype}; cast it, e.g. {name}.astype(jnp.bfloat16).")
     return jnp.asarray(array)
+
+
+def _instead(name: str, value: Any) -> str:
+    """What to write in place of a value that is not an array."""
+    if isinstance(value, list | tuple):
+        return f"; write jnp.asarray({name})"
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return "; shapes without values go through jax.eval_shape(kernelry.attention, …), facts into a kernelry.Request"
+    if hasattr(value, "attend"):
+        return "; a cache attends by itself: cache.attend(query, …)"
+    if hasattr(value, "__dlpack__"):
+        return f"; write jnp.from_dlpack({name})"
+    return ""
+
+
+def _reshaped(name: str, array: Any) -> str:
+    """How an array of another rank becomes one of four dimensions."""
+    if name not in _LAYOUTS:
+        return ""
+    if array.ndim == 3:
+        one_head = "" if name == "query" else f"; one head without an axis is {name}[:, :, None]"
+        return f"; without a batch write query[None], key[None], value[None], and take [0] of the result{one_head}"
+    if array.ndim == 5 and name == "query":
+        return "; heads in groups [B, T, K, G, H] are query.reshape(B, T, K * G, H)"
+    return ""
 
 
 def as_keys(name: str, keys: Any) -> Keys:
@@ -73,7 +106,9 @@ def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
     for name, array in (("key", key), ("value", value)):
         plain = array.pages if isinstance(array, PagedArray) else array
         if not isinstance(plain, QuantizedArray) and plain.dtype != query.dtype:
-            raise ShapeError(f"{name} must have query's dtype {query.dtype}, got {plain.dtype}.")
+            raise ShapeError(
+                f"{name} must have query's dtype {query.dtype}, got {plain.dtype}; write {name}.astype(query.dtype)."
+            )
         if array.shape[0] != query.shape[0]:
             raise ShapeError(f"{name} must have query's batch B={query.shape[0]}, got shape {array.shape}.")
     if key.shape[3] != query.shape[3]:
@@ -83,7 +118,20 @@ def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
     if value.shape[2] != key.shape[2]:
         raise ShapeError(f"value must have key's K={key.shape[2]} heads, got shape {value.shape}.")
     if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
-        raise ShapeError(f"key's heads K={key.shape[2]} must divide query's heads N={query.shape[2]}.")
+        raise ShapeError(
+            f"key's heads K={key.shape[2]} must divide query's heads N={query.shape[2]}{_transposed(query, key)}."
+        )
+
+
+def _transposed(query: jax.Array, key: Keys) -> str:
+    """A hint where the heads would fit if they stood before the tokens, in key or in both."""
+    heads = key.shape[1]
+    if heads == 0 or (query.shape[1] % heads and query.shape[2] % heads):
+        return ""
+    return (
+        f": query has shape {query.shape} and key {tuple(key.shape)}; the layout is [B, T, N, H] and [B, S, K, H], "
+        "so arrays [B, heads, tokens, H], as in torch, go through .swapaxes(1, 2)"
+    )
 
 
 def _check_alike(key: Keys, value: Keys) -> None:

@@ -8,7 +8,7 @@ from typing import final
 import jax
 from jaxtyping import Array, Float
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
 
 
 @final
@@ -34,6 +34,7 @@ class Partial:
     dtype: str = "float32"
 
     __hash__ = None  # type: ignore[assignment]
+    __repr__ = short_repr
 
     @property
     def has_statistics(self) -> bool:

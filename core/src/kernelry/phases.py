@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, final
 
 from kernelry.calls import calls
+from kernelry.errors import ArgumentError
 from kernelry.kernel import KernelSpec
-from kernelry.layer import AttentionConfig, AttentionType
+from kernelry.layer import AttentionConfig, AttentionType, check_config
 from kernelry.model_shape import ModelShape
 from kernelry.request import Mode
 from kernelry.resolution import Plan, Resolution
@@ -80,6 +81,9 @@ def resolve_phases(
     Raises:
       ArgumentError, ConfigError: a size, the cache, the mask or the target means nothing.
     """
+    check_config(config)
+    if not isinstance(shape, ModelShape):
+        raise ArgumentError(f"shape must be a kernelry.ModelShape, got {type(shape).__name__}.")
     found = [
         explain(call.request, kernels=kernels, policy=config.policy, changes=changes)
         for call in calls(config, shape, _target(target))

@@ -12,7 +12,8 @@ import numpy as np
 
 from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ConfigError, nearest
-from kernelry.masks.base import Mask, is_mask
+from kernelry.masks.base import Extent
+from kernelry.masks.fit import as_mask
 from kernelry.masks.form import MaskForm
 from kernelry.request_checks import SYMBOLIC, SymbolicSize, check_kinds, check_sizes, check_storage
 from kernelry.storage import Quantization
@@ -81,8 +82,8 @@ _STORED = frozenset({Operand.KEY, Operand.VALUE})
 class Request:
     """The static facts of one attention call: hashable, comparable, JSON-serialisable.
 
-    Strings are accepted where an enum or a Target is kept, a Mask where its form is kept, and None
-    where a value follows from the others.
+    Strings are accepted where an enum or a Target is kept, dtypes such as `jnp.bfloat16` where their name is
+    kept, a Mask where its form is kept, and None where a value follows from the others.
 
     Args:
       target: where it will run, e.g. `gpu:h100`.
@@ -156,7 +157,10 @@ class Request:
         if not isinstance(self.mode, Mode):
             object.__setattr__(self, "mode", Mode.parse(self.mode))
         if not isinstance(self.mask, MaskForm):
-            object.__setattr__(self, "mask", _form_of(self.mask))
+            object.__setattr__(self, "mask", self._form_of(self.mask))
+        self.mask.check_positions(self.batch, self.q_len, self.kv_len)
+        for name in ("dtype", "logits_dtype"):
+            object.__setattr__(self, name, _named_dtype(getattr(self, name)))
         check_kinds(self)
         if self.kv_quantization is not None:
             kind = Quantization.parse(self.kv_quantization).of_heads(self.kv_heads)
@@ -174,6 +178,16 @@ class Request:
     def _fill(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
+
+    def _form_of(self, mask: Any) -> MaskForm:
+        extent = Extent(
+            batch=self.batch,
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+        )
+        return as_mask(mask, extent).form
 
     def __hash__(self) -> int:
         return self._hash
@@ -308,10 +322,14 @@ def _rebuilt(facts: tuple[tuple[str, Any], ...]) -> Request:
     return Request(**dict(facts))
 
 
-def _form_of(mask: Any) -> MaskForm:
-    if is_mask(mask):
-        return cast(Mask, mask).form
-    raise ArgumentError(f"mask must be a kernelry mask or its form, got {type(mask).__name__}.")
+def _named_dtype(dtype: Any) -> Any:
+    """The name of a dtype that is given as NumPy or JAX have it, e.g. `jnp.bfloat16`; anything else as it is."""
+    if not isinstance(dtype, type | np.dtype) or getattr(dtype, "__module__", "") == "builtins":
+        return dtype  # Python's float and int say no width
+    try:
+        return dtype_name(dtype)
+    except TypeError:
+        return dtype
 
 
 def dtype_name(dtype: Any) -> str:

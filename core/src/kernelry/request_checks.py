@@ -16,7 +16,6 @@ SYMBOLIC = ("batch", "q_len", "kv_len")
 """The sizes that may be symbolic."""
 
 _SIZES = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "value_dim")
-_NAMES = ("dtype", "normalization", "logits_dtype")
 _DTYPES = ("dtype", "logits_dtype")
 _FLAGS = ("sinks", "partial", "max_logits", "interpret")
 
@@ -93,15 +92,15 @@ def check_sizes(request: Any) -> None:
 
 def check_kinds(request: Any) -> None:
     """Raises ArgumentError where a name is no text, a flag no bool, or a number no number."""
-    for name in _NAMES:
-        if not isinstance(getattr(request, name), str):
-            raise ArgumentError(f"{name} must be a name, got {getattr(request, name)!r}.")
+    if not isinstance(request.normalization, str):
+        raise ArgumentError(f"normalization must be a name, got {request.normalization!r}.")
     for name in _DTYPES:
-        if not is_dtype(getattr(request, name)):
-            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {getattr(request, name)!r}.")
+        dtype = getattr(request, name)
+        if not isinstance(dtype, str) or not is_dtype(dtype):
+            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}.")
     for name in _FLAGS:
         if type(getattr(request, name)) is not bool:
-            raise ArgumentError(f"{name} must be True or False, got {getattr(request, name)!r}.")
+            raise ArgumentError(f"{name} must be True or False, got {_shown(getattr(request, name))}.")
     if request.precision is not None and not isinstance(request.precision, str):
         raise ArgumentError(f"precision must be a name or None, got {request.precision!r}.")
     _check_numbers(request)
@@ -134,6 +133,11 @@ def _check_numbers(request: Any) -> None:
         )
 
 
+def _shown(value: Any) -> str:
+    """A value as it is written; an array by its shape, since a Request holds none."""
+    return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)
+
+
 def _check_bias(request: Any) -> None:
     if request.bias is None:
         return
@@ -144,7 +148,7 @@ def _check_bias(request: Any) -> None:
         type(have) in (int, SymbolicSize) and have in (1, want) for have, want in zip(shape, full.values(), strict=True)
     ):
         sizes = " ".join(f"{name}={size}" for name, size in full.items())
-        raise ArgumentError(f"bias must be its shape, each dimension 1 or that of {sizes}, got {shape!r}.")
+        raise ArgumentError(f"bias must be its shape, each dimension 1 or that of {sizes}, got {_shown(shape)}.")
 
 
 def check_storage(request: Any, differentiated: Set[Any]) -> None:

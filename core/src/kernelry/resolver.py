@@ -7,17 +7,17 @@ import functools
 import logging
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kernelry import installation
 from kernelry.candidates import consider
 from kernelry.environment import Environment, Knowledge
-from kernelry.errors import KernelRefusedError, NoKernelError, nearest
-from kernelry.kernel import KernelSpec
+from kernelry.errors import ArgumentError, KernelRefusedError, NoKernelError, nearest
+from kernelry.kernel import KernelSpec, check_kernel_name
 from kernelry.lock import lock_in_force
 from kernelry.nearest_change import nearest_changes
 from kernelry.notices import log_resolution
-from kernelry.policy import AUTO, Policy
+from kernelry.policy import AUTO, Policy, check_policy
 from kernelry.preference import Question
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
@@ -63,6 +63,7 @@ def resolve(
       PluginError: the kernel named is claimed by two plugins.
       ConfigError: strict mode is on, and this is not what the lock file says.
     """
+    _check(request, kernel, policy)
     resolution = _announced(request, kernel, current_scope(), kernels, policy, measurements, environment)
     if resolution.plan is None:
         raise _refusal_error(resolution)
@@ -93,8 +94,19 @@ def explain(
       request, kernel, kernels, policy, measurements, environment: as for `resolve`.
       changes: whether to look for them, which takes most of the time.
     """
+    _check(request, kernel, policy)
     answer = _explained if changes else _resolution
     return answer(request, kernel, current_scope(), kernels, policy, measurements, environment)
+
+
+def _check(request: Any, kernel: Any, policy: Any) -> None:
+    if not isinstance(request, Request):
+        raise ArgumentError(
+            f"request must be a kernelry.Request, e.g. Request(q_len=1024, target='gpu:h100'), got "
+            f"{type(request).__name__}."
+        )
+    check_kernel_name(kernel)
+    check_policy(policy)
 
 
 def clear_cache() -> None:

@@ -15,9 +15,9 @@ import jax
 
 from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError
-from kernelry.kernel import KernelSpec
+from kernelry.kernel import KernelSpec, check_kernel_name
 from kernelry.lock import Lock
-from kernelry.policy import AUTO, Policy
+from kernelry.policy import AUTO, Policy, check_policy
 from kernelry.target import Target
 
 if TYPE_CHECKING:
@@ -89,10 +89,18 @@ def use(
         a size of 1 takes it back.
 
     Raises:
-      ArgumentError: `kernels` holds something that is not a KernelSpec, or one that cannot be hashed; or
-        `context_parallel` is no ContextParallel.
+      ArgumentError: an argument is of another kind, or a KernelSpec cannot be hashed.
       ConfigError: the target is unknown, or the lock file cannot be read.
     """
+    if kernel is not None:
+        check_kernel_name(kernel)
+    check_policy(policy)
+    if isinstance(kernels, KernelSpec):
+        raise ArgumentError(f"use(kernels=…) takes a sequence; write kernels=[spec] for {kernels.name!r}.")
+    if not isinstance(tiling, dict | None):
+        raise ArgumentError(f"use(tiling=…) takes tunables by name, e.g. {{'block_q': 128}}, got {tiling!r}.")
+    if not isinstance(strict, str | Path | Lock | None):
+        raise ArgumentError(f"use(strict=…) takes a lock file, as `kernelry lock` writes it, got {strict!r}.")
     for spec in kernels:
         _check_spec(spec)
     if not isinstance(context_parallel, ContextParallel | None):

@@ -76,7 +76,9 @@ class Target:
         name, _, rest = text.strip().partition(":")
         platform = _PLATFORM_ALIASES.get(name.lower(), name.lower())
         if platform not in PLATFORMS:
-            raise ConfigError(f"target {text!r}: unknown platform {name!r}{nearest(name, PLATFORMS)}")
+            of = next((platform for platform in PLATFORMS if _kind_of(platform, text.strip()) in _KINDS), None)
+            hint = nearest(name, PLATFORMS) if of is None else f"; write '{of}:{text.strip()}'"
+            raise ConfigError(f"target {text!r}: unknown platform {name!r}{hint}")
         kind, _, topology = rest.partition(":")
         if not kind:
             return cls(platform)

@@ -17,6 +17,7 @@ from kernelry.cache.slots import bytes_of, token_counts
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.masks import Causal, Full, Lengths, Mask
 from kernelry.masks.base import At, children, is_mask
+from kernelry.masks.fit import not_a_mask
 from kernelry.normalization import finalize, merge
 from kernelry.operands import Keys, as_array
 from kernelry.policy import AUTO
@@ -272,7 +273,7 @@ def _base(mask: Mask, q_len: int) -> Mask:
     return Full() if q_len == 1 and isinstance(mask, Causal) else mask
 
 
-def check_mask(mask: Mask) -> None:
+def check_mask(mask: Any) -> None:
     """Refuses masks about slots, and masks that say where the keys stand.
 
     Raises:
@@ -280,7 +281,13 @@ def check_mask(mask: Mask) -> None:
       ShapeError: it is no mask.
     """
     if not is_mask(mask):
-        raise ShapeError(f"mask must be a kernelry mask, got {type(mask).__name__}; see kernelry.masks.")
+        instead = "None; leave it out for Causal(), or write masks.Full()" if mask is None else not_a_mask(mask)
+        if hasattr(mask, "shape"):
+            instead = (
+                f"{mask.dtype} of shape {mask.shape}; slots of a cache move: use masks of positions, and lengths= for "
+                "rows of different length"
+            )
+        raise ShapeError(f"mask must be a kernelry mask, got {instead}.")
     if isinstance(mask, At) and mask.kv is not None:
         raise ArgumentError(f"mask={mask!r} says where keys stand, which the cache knows: leave kv_… out.")
     inside = children(mask)

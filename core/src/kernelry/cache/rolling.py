@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
 from kernelry.cache.base import KVCache, Part
 from kernelry.cache.prefix import is_placed
 from kernelry.cache.slots import check_sizes, check_tokens, empty, stored_like, token_counts, write
@@ -44,6 +44,7 @@ class RollingCache(KVCache):
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+    __repr__ = short_repr
 
     key: Stored
     value: Stored

@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from kernelry import _version, installation
 from kernelry.calls import mask_of, options_of
 from kernelry.cli import check, conformance, lock, mask, report, shape
-from kernelry.cli.output import Json, print_json, survive_narrow_encodings
+from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
 from kernelry.errors import KernelryError
 from kernelry.masks import Causal, Mask
 from kernelry.masks.base import Extent

@@ -12,11 +12,10 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
 from kernelry.cli import shape
-from kernelry.cli.output import Json, print_json
+from kernelry.cli.output import Json, Text, print_json
 from kernelry.phases import resolve_phases
 
 _console = Console(highlight=False, soft_wrap=False)

@@ -10,13 +10,12 @@ from typing import Any, final
 import importlib_metadata
 import jax
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from kernelry import installation
 from kernelry._version import __version__
 from kernelry.catalogue import Fault, InstalledKernel, Registry, switch_faults
+from kernelry.cli.output import Text
 from kernelry.hookspecs import CONTRACT
 from kernelry.request import NEUTRAL, Request
 from kernelry.resolution import Candidate, Resolution
@@ -84,8 +83,8 @@ def _serves(row: dict[str, Any]) -> RenderableType:
     return Group(Text(row["summary"]), facts)
 
 
-def _words(names: Iterable[str]) -> str:
-    return escape(" ".join(names)) or "–"
+def _words(names: Iterable[str]) -> Text:
+    return Text(" ".join(names) or "–")
 
 
 def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def doctor_parts(installed: Registry, switches: Switches) -> Iterator[Renderable
     for column in ("plugin", "distribution", "module", "kernels"):
         plugins.add_column(column, overflow="fold")
     for plugin in installed.plugins:
-        kernels = _words(plugin.kernels) if plugin.enabled else "not in KERNELRY_PLUGINS"
+        kernels = _words(plugin.kernels) if plugin.enabled else Text("not in KERNELRY_PLUGINS")
         plugins.add_row(plugin.name, plugin.distribution, plugin.module, kernels)
     yield plugins
     advice = without_plain_kernel(installed)
@@ -163,7 +162,7 @@ def doctor_parts(installed: Registry, switches: Switches) -> Iterator[Renderable
     for column in ("plugin or variable", "from", "fault", "what happened", "fix"):
         faults.add_column(column, overflow="fold")
     for fault in found:
-        faults.add_row(fault.plugin, fault.distribution, fault.kind.value, escape(fault.detail), escape(fault.fix))
+        faults.add_row(fault.plugin, fault.distribution, fault.kind.value, Text(fault.detail), Text(fault.fix))
     yield faults
 
 
@@ -211,7 +210,9 @@ def resolution_parts(resolution: Resolution, asked: Asked | None = None) -> Iter
         table.add_column(column, overflow="fold")
     for candidate in resolution.candidates:
         chosen = candidate.name == resolution.kernel
-        table.add_row("→" if chosen else "", candidate.name, candidate.distribution, _answer(resolution, candidate))
+        table.add_row(
+            Text("→" if chosen else ""), candidate.name, candidate.distribution, _answer(resolution, candidate)
+        )
     for name in resolution.excluded:
         table.add_row("", name, "", "not considered under this rule")
     yield table

@@ -289,7 +289,10 @@ def _parts(mask: Mask, of: type[And] | type[Or]) -> tuple[Mask, ...]:
 def _mask(value: Any) -> Mask:
     if is_mask(value):
         return value  # type: ignore[no-any-return]
-    raise ArgumentError(f"a mask composes with masks, got {type(value).__name__}; wrap an array in masks.Dense.")
+    # Imported here because it knows this module.
+    from kernelry.masks.fit import not_a_mask
+
+    raise ArgumentError(f"a mask composes with masks, got {not_a_mask(value)}.")
 
 
 def is_mask(value: Any) -> bool:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
-from kernelry.errors import ArgumentError, ConfigError
+from kernelry.errors import ArgumentError, ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from kernelry.masks.visibility import Visibility
@@ -215,14 +215,50 @@ def _frozen(value: Any) -> Any:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Placed:
+    """How many rows of static positions one side has, and how long they are."""
+
+    side: str
+    rows: int
+    lengths: frozenset[int]
+
+    def check(self, batch: int, length: int) -> None:
+        name, letter = ("q_len", "T") if self.side == "query" else ("kv_len", "S")
+        for given in sorted(self.lengths - {length}):
+            raise ShapeError(
+                f"mask: {self.side}_positions are {given} numbers, and {name}={length}: give one position for each of "
+                f"the {letter} tokens, or pass {name}={given}."
+            )
+        if self.rows not in (1, batch):
+            raise ShapeError(
+                f"mask: {self.side} positions differ between {self.rows} rows, and batch={batch}: pass "
+                f"batch={self.rows}, or positions that all rows share."
+            )
+
+
+def _placed(atoms: Iterable[Atom]) -> Iterator[_Placed]:
+    for atom in atoms:
+        for side, form in (("query", atom.query), ("kv", atom.kv)):
+            if isinstance(form.value, tuple):
+                counts = ([count for _, count in row] for row in form.value)
+                yield _Placed(side, len(form.value), frozenset(sum(row) for row in counts if OPEN_RUN not in row))
+        for param in atom.params:
+            if isinstance(param, MaskForm):
+                yield from param._placed
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
 class MaskForm:
     """A conjunction of atoms, sorted; no atoms means every key is visible."""
 
     atoms: tuple[Atom, ...] = ()
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+    _placed: tuple[_Placed, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash(self.atoms))
+        object.__setattr__(self, "_placed", tuple(_placed(self.atoms)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -252,6 +288,15 @@ class MaskForm:
         """False only where every key is certainly seen by some query row."""
         return self._visibility(q_len, kv_len).hidden_slots
 
+    def check_positions(self, batch: int, q_len: int, kv_len: int) -> None:
+        """Checks that static positions are as many as the tokens.
+
+        Raises:
+          ShapeError: they are of another length, or of another batch.
+        """
+        for placed in self._placed:
+            placed.check(batch, q_len if placed.side == "query" else kv_len)
+
     def _visibility(self, q_len: int, kv_len: int) -> Visibility:
         # Imported here because it takes forms apart.
         from kernelry.masks.visibility import visibility_of
@@ -273,10 +318,8 @@ class MaskForm:
           ConfigError: it is nothing that `to_json` writes.
         """
         try:
-            atoms = tuple(Atom.from_json(atom) for atom in data)
-            hash(atoms)
+            return cls(tuple(Atom.from_json(atom) for atom in data))
         except KeyError as error:
             raise ConfigError(f"mask: cannot be read from {data!r}: it lacks {error}.") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"mask: cannot be read from {data!r}: {error}") from error
-        return cls(atoms)

@@ -11,9 +11,10 @@ import numpy as np
 
 from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.masks.arrays import as_integers, described
+from kernelry.masks.arrays import as_array, as_integers, described
 from kernelry.masks.form import OPEN_RUN, PositionForm, PositionKind, Runs
 from kernelry.masks.side import ArrayLike, Side
+from kernelry.operands import unwrapped
 
 
 class Positions(Protocol):
@@ -239,6 +240,7 @@ def from_arguments(name: str, offset: Any, positions: Any) -> Positions | None:
 
 
 def _offset(name: str, offset: Any) -> Positions:
+    offset = unwrapped(offset)
     if isinstance(offset, bool):
         raise ShapeError(f"{name} must be integers, got {offset}.")
     if isinstance(offset, int | np.integer):
@@ -259,7 +261,7 @@ def _positions(name: str, positions: Any) -> Positions:
 
 
 def _integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    array = as_array(value)
     if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
         _in_range(name, array)
     return as_integers(name, value, ranks)

@@ -153,6 +153,8 @@ class QuantizedArray:
         return len(self.values.shape)
 
     def __repr__(self) -> str:
+        if not is_array(self.values) or not is_array(self.scale):  # what jax.tree.map put there
+            return f"QuantizedArray({self.values!r}, {self.scale!r})"
         return f"QuantizedArray({self.quantization}, shape={list(self.shape)}, scale={self.scale.dtype})"
 
 
