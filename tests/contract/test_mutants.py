@@ -17,12 +17,16 @@ _FOUND.loader.exec_module(mutants)
 
 def test_there_are_many_mutants_of_different_names():
     names = {mutant.spec.name for mutant in mutants.MUTANTS}
-    assert len(names) == len(mutants.MUTANTS) >= 16
+    assert len(names) == len(mutants.MUTANTS)
+
+
+def _about(mutant, *, quick):
+    return [case for case in cases_of(mutant.spec, quick=quick) if mutant.case in case.name]
 
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.spec.name)
 def test_mutant_is_caught(mutant):
-    cases = [case for case in cases_of(mutant.spec, quick=True) if mutant.case in case.name]
+    cases = _about(mutant, quick=True) or _about(mutant, quick=False)
     assert cases, f"the kit has no case about {mutant.case!r}"
     assert any(run_case(case).outcome is Outcome.FAILED for case in cases)
 
