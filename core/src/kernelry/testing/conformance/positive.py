@@ -27,7 +27,9 @@ _MAGNITUDE, _LEVEL = 40.0, 6.0
 """Logits up to ±180, and around −130: beyond ±88.7 exp overflows in float32, below −104 it is 0."""
 
 _SMALLEST_TILE = 8
-_LONGEST_TILE = 1024
+_MOST_PAIRS = 2**22
+"""Pairs of queries and keys that the reference holds in float64."""
+
 _LANES = 128
 _MORE = 5
 """Tokens beyond a tile and a half: no block size of a kernel divides such a length."""
@@ -80,32 +82,27 @@ def _tiles(subject: Subject, call: Call) -> tuple[int, ...]:
 
 def _beyond_tiles(subject: Subject, base: Call) -> Iterator[Named]:
     """Sequences longer than the kernel's own tiles and than 128 tokens, of no whole number of either where it can."""
-    small = but(base, batch=1, q_heads=2, kv_heads=1 if subject.can.grouped_heads else 2)
+    fewer = but(base, batch=1, q_heads=2, kv_heads=1 if subject.can.grouped_heads else 2)
+    small = subject.first((fewer,)) or base
     tile = max((_LANES, *_tiles(subject, small)))
-    if tile > _LONGEST_TILE:
-        return
     lengths = (tile + tile // 2 + _MORE, *(count * tile for count in (2, 3, 5, 7, 11)))
-    resized = (_resized(subject, small, length) for length in lengths)
-    longer = [call for call in resized if subject.serves(call) and max((0, *_tiles(subject, call))) < call.kv_len]
+    resized = [call for length in lengths for call in _resized(small, length) if subject.serves(call)]
+    longer = [call for call in resized if max((0, *_tiles(subject, call))) < call.kv_len]
     for call in longer[:1]:
         size = f"T = {call.q_len}, S = {call.kv_len}"
         yield "lengths", f"beyond its tiles: {size}", (call,)
         yield "lengths", f"beyond its tiles, logits of ±180: {size}", (but(call, magnitude=_MAGNITUDE),)
         for dtype in sorted(subject.can.dtypes & {"bfloat16", "float16"}):
-            yield (
-                "lengths",
-                f"beyond its tiles, {dtype} sums: {size}",
-                (but(call, dtype=dtype, magnitude=0.0, value_mean=1.0),),
-            )
+            uniform = but(call, dtype=dtype, magnitude=0.0, value_mean=1.0)
+            yield "lengths", f"beyond its tiles, {dtype} sums: {size}", (uniform,)
 
 
-def _resized(subject: Subject, call: Call, length: int) -> Call:
-    """As many queries as keys, or as many queries as a step of decoding has."""
-    square = but(call, q_len=length, kv_len=length)
-    if subject.serves(square) or not subject.can.unequal_lengths:
-        return square
-    mask = call.mask if call.mask.form == Full().form else call.mask.at(query_offset=length - call.q_len)
-    return but(call, kv_len=length, mask=mask)
+def _resized(call: Call, length: int) -> Iterator[Call]:
+    """The call with as many queries as keys, or with the queries that it has, at the end of the keys."""
+    if length**2 <= _MOST_PAIRS:
+        yield but(call, q_len=length, kv_len=length)
+    last = call.mask if call.mask.form == Full().form else call.mask.at(query_offset=length - call.q_len)
+    yield but(call, kv_len=length, mask=last)
 
 
 def _heads(subject: Subject, base: Call) -> Iterator[Named]:
