@@ -25,6 +25,7 @@ from kernelry.masks import (
 )
 from kernelry.masks.band import Band
 from kernelry.masks.base import And, At, Or
+from kernelry.masks.positions import StaticOffset
 from kernelry.plugin import KernelSpec, QuantizedArray, Refusal, RefusalCode, Side, Tiling
 
 
@@ -491,13 +492,30 @@ class ReadsBatchRowsInPairs(Honest):
         return jnp.where((jnp.arange(out.shape[0]) < max(1, out.shape[0] // 2 * 2))[:, None, None, None], out, 0)
 
 
-@lie("block causal at")
-class BlockCausalBordersBySlot(OtherMasks):
-    def other(self, mask):
-        size = getattr(mask, "size", None)
-        if not isinstance(mask, BlockCausal):
-            return mask
-        return Instead(lambda query, kv: kv.slots // size <= query.slots // size)
+def has_offsets(mask):
+    return isinstance(mask, At) and all(isinstance(where, StaticOffset | None) for where in (mask.query, mask.kv))
+
+
+def borders_by_slot(mask):
+    if isinstance(mask, BlockCausal):
+        return Instead(lambda query, kv: kv.slots // mask.size <= query.slots // mask.size)
+    if not isinstance(mask, Chunked):
+        return mask
+    same = Instead(lambda query, kv: kv.slots // mask.size == query.slots // mask.size)
+    return And((same, Band(None, 0)))
+
+
+@lie("block causal at the same offset")
+class BordersBySlotAtOffsets(Honest):
+    def masks(self, inputs):
+        return tuple(changed(mask, borders_by_slot) if has_offsets(mask) else mask for mask in inputs.mask)
+
+
+@lie("block causal at shifted positions")
+class BordersBySlotAtStaticPositions(Honest):
+    def masks(self, inputs):
+        moved = [isinstance(mask, At) and not has_offsets(mask) for mask in inputs.mask]
+        return tuple(changed(mask, borders_by_slot) if m else mask for mask, m in zip(inputs.mask, moved, strict=True))
 
 
 @lie("chunked at the same")
