@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from kernelry import installation
 from kernelry.capabilities import Gradient
 from kernelry.context_parallel import ContextParallel
-from kernelry.errors import ArgumentError, ShapeError, nearest
+from kernelry.errors import ArgumentError, PluginError, ShapeError, nearest
 from kernelry.guards import in_reverse_mode, noticed_elsewhere, without_gradient
 from kernelry.kernel import Inputs, check_kernel_name
 from kernelry.masks.arrays import missing_axes
@@ -212,9 +212,22 @@ def _check_given(request: Request, inputs: Inputs) -> None:
 
 
 def _result(partial: Partial, request: Request) -> Any:
-    normalization = installation.installed().normalizations[request.normalization]
-    result = partial if request.partial else normalization.finalize(partial)
+    result = partial if request.partial else _finalized(partial, request)
     return (result, partial.max_logits) if request.max_logits else result
+
+
+def _finalized(partial: Partial, request: Request) -> jax.Array:
+    normalization = installation.installed().normalizations[request.normalization]
+    out = normalization.finalize(partial)
+    if isinstance(out, jax.Array) and out.shape == partial.out.shape and str(out.dtype) == request.dtype:
+        return out
+    found = f"{out.dtype} {list(out.shape)}" if isinstance(out, jax.Array) else f"a {type(out).__name__}"
+    kind = type(normalization)
+    raise PluginError(
+        f"normalization {request.normalization!r} ({kind.__module__}.{kind.__qualname__}) finalized {request} to "
+        f"{found}, expected {request.dtype} {list(partial.out.shape)} (B T N D). The fault is the normalization's: "
+        f"report it to its authors."
+    )
 
 
 def _arrays(query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any) -> tuple[Inputs, MaskForm]:

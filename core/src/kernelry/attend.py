@@ -12,18 +12,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Iterable, Iterator
 from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernelry._compat import varying_alike
 from kernelry.adapters.base import Duty
 from kernelry.capabilities import Gradient
+from kernelry.errors import PluginError
 from kernelry.kernel import Gradients, Inputs, KernelSpec, Tiling
 from kernelry.normalization import merge, to_lse, with_sinks
 from kernelry.partial import Partial, heads_last
-from kernelry.request import Request
+from kernelry.request import Operand, Request
 
 
 @final
@@ -37,21 +40,94 @@ class Part:
     duties: frozenset[Duty] = frozenset()
 
     def forward(self, inputs: Inputs, *, statistics: bool) -> Partial:
-        """Runs the kernel."""
+        """Runs the kernel.
+
+        Raises:
+          PluginError: what it returned is no Partial, or has a wrong shape or dtype, or lacks a statistic.
+        """
         partial = self.kernel.body().forward(inputs, self.request, self.tiling, statistics=statistics)
+        self._check("forward", partial, Partial, _faults_of_partial(partial, inputs, self.request, statistics))
         return _zero_in_empty_rows(partial) if Duty.EMPTY_ROWS in self.duties else partial
 
     def backward(
         self, inputs: Inputs, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array | None
     ) -> Gradients:
-        """Runs the kernel's backward; see `Kernel.backward`."""
+        """Runs the kernel's backward; see `Kernel.backward`.
+
+        Raises:
+          PluginError: what it returned is no Gradients, or has a wrong shape or dtype, or lacks the bias's.
+        """
         if d_lse is not None and Duty.LSE_GRADIENT in self.duties:
             # delta = Σ out · d_out is what a backward subtracts from the cotangents of the probabilities. The last
             # column of the values is 0, so out = −1 and d_out = d_lse in it change delta by −d_lse and nothing else.
             out = out.at[..., -1].set(-1)
             d_out = d_out.at[..., -1].set(d_lse.swapaxes(1, 2).astype(d_out.dtype))
             d_lse = None
-        return self.kernel.body().backward(inputs, self.request, self.tiling, out, lse, d_out, d_lse)
+        share = self.kernel.body().backward(inputs, self.request, self.tiling, out, lse, d_out, d_lse)
+        self._check("backward", share, Gradients, _faults_of_gradients(share, inputs, self.request))
+        return share
+
+    def _check(self, method: str, found: object, kind: type, faults: Iterable[str]) -> None:
+        """Raises PluginError where a result is not what the contract says; looks at shapes and dtypes alone."""
+        if not isinstance(found, kind):
+            faults = (f"it is {_described(found)}, expected a kernelry.plugin.{kind.__name__}",)
+        wrong = "; ".join(faults)
+        if wrong:
+            body = type(self.kernel.body())
+            raise PluginError(
+                f"kernel {self.kernel.name!r} ({body.__module__}.{body.__qualname__}) returned a wrong result from "
+                f"{method}, asked for {self.request}: {wrong}. The fault is the kernel's: report it to its authors, "
+                f"or choose another kernel."
+            )
+
+
+def _faults_of_partial(found: Partial, inputs: Inputs, request: Request, statistics: bool) -> Iterator[str]:
+    batch, q_len, heads = inputs.query.shape[:3]
+    wide = ("float32", request.logits_dtype)  # of statistics, and of an output that goes with them
+    if found.dtype != request.dtype:
+        yield f"Partial.dtype is {found.dtype!r}, expected the query's {request.dtype!r}"
+    out = (batch, q_len, heads, request.value_dim)
+    yield from _fault("out", found.out, "B T N D", out, (request.dtype, *wide))
+    given = {name: array for name in ("lse", "max", "sum") if (array := getattr(found, name)) is not None}
+    for name, array in given.items():
+        yield from _fault(name, array, "B N T", (batch, heads, q_len), wide)
+    if (given or statistics) and set(given) not in ({"lse"}, {"max", "sum"}):
+        yield f"its statistics are {' and '.join(given) or 'missing'}, expected lse alone, or max and sum"
+    if found.max_logits is not None or request.max_logits:
+        yield from _fault("max_logits", found.max_logits, "B N", (batch, heads), wide)
+
+
+def _faults_of_gradients(found: Gradients, inputs: Inputs, request: Request) -> Iterator[str]:
+    wanted = {"query": "B T N H", "key": "B S K H", "value": "B S K D"}
+    wanted |= {"bias": "the bias's own"} if Operand.BIAS in request.gradients else {}
+    for name, letters in wanted.items():
+        operand = getattr(inputs, name)
+        if isinstance(operand, jax.Array):  # quantised and paged keys have no gradient
+            yield from _fault(f"the gradient of {name}", getattr(found, name), letters, operand.shape)
+
+
+def _fault(
+    name: str, found: Any, letters: str, shape: tuple[int, ...], dtypes: tuple[str, ...] | None = None
+) -> Iterator[str]:
+    """Says what is wrong with an array; any floating dtype will do where none is named."""
+    if _is_array(found) and found.shape == shape and _has_dtype(found, dtypes):
+        return
+    kinds = " or ".join(dict.fromkeys(dtypes)) if dtypes else "floating"
+    yield f"{name} is {_described(found)}, expected {kinds} {list(shape)} ({letters})"
+
+
+def _has_dtype(array: Any, dtypes: tuple[str, ...] | None) -> bool:
+    return str(array.dtype) in dtypes if dtypes else jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _is_array(found: object) -> bool:
+    return isinstance(found, jax.Array | np.ndarray)
+
+
+def _described(found: Any) -> str:
+    if _is_array(found):
+        return f"an array {found.dtype} {list(found.shape)}"
+    return "missing" if found is None else f"a {type(found).__name__}"
 
 
 def attend(
