@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
@@ -102,8 +103,10 @@ class PositionForm:
 
 
 def _expand(row: tuple[tuple[int, int], ...], length: int) -> np.ndarray:
-    counted = ((first, length if count == OPEN_RUN else count) for first, count in row)
-    return np.concatenate([np.arange(0), *(np.arange(first, first + count) for first, count in counted)])
+    firsts, counts = np.fromiter(itertools.chain.from_iterable(row), np.int64, 2 * len(row)).reshape(-1, 2).T
+    counts = np.where(counts == OPEN_RUN, length, counts)
+    starts = np.cumsum(counts) - counts
+    return np.repeat(firsts - starts, counts) + np.arange(counts.sum())
 
 
 _DEFAULT = PositionForm()
