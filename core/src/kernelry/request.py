@@ -13,6 +13,7 @@ import numpy as np
 from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Mask, is_mask
+from kernelry.masks.constants import note_arrays
 from kernelry.masks.form import MaskForm
 from kernelry.request_checks import check_kinds, check_sizes, check_storage
 from kernelry.storage import Quantization
@@ -290,7 +291,9 @@ def _rebuilt(facts: tuple[tuple[str, Any], ...]) -> Request:
 
 def _form_of(mask: Any) -> MaskForm:
     if is_mask(mask):
-        return cast(Mask, mask).form
+        form = cast(Mask, mask).form
+        note_arrays(form)  # the request may outlive the mask
+        return form
     raise ArgumentError(f"mask must be a kernelry mask or its form, got {type(mask).__name__}.")
 
 

@@ -19,8 +19,10 @@ import jax
 import numpy as np
 
 from kernelry.errors import ArgumentError
+from kernelry.masks.band import Full
 from kernelry.masks.base import Conjunct, Mask
-from kernelry.masks.form import Atom, AtomKind, MaskForm
+from kernelry.masks.form import Atom, AtomKind, FunctionRef, MaskForm
+from kernelry.masks.predicate import functions_in
 from kernelry.masks.side import Axis, Side
 
 
@@ -51,6 +53,27 @@ def block_map_of(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: in
     if len(static) < len(conjuncts):
         kinds = np.minimum(kinds, BlockKind.PARTIAL)
     return kinds.astype(np.int8)
+
+
+def static_block_map(masks: tuple[Mask, ...], q_len: int, kv_len: int, block_q: int, block_kv: int) -> np.ndarray:
+    """The block map of a conjunction of masks that need no array; not to be written to, for it is kept.
+
+    It is kept for the forms of the masks, which hold the functions of predicates weakly.
+    """
+    functions = tuple(FunctionRef(function) for mask in masks for function in functions_in(mask))
+    kept = _kept(tuple(mask.form for mask in masks), functions, (q_len, kv_len, block_q, block_kv))
+    if not kept:
+        whole: Mask = functools.reduce(operator.and_, masks, Full())
+        kinds = whole.block_map(q_len, kv_len, block_q, block_kv)
+        kinds.flags.writeable = False
+        kept.append(kinds)
+    return kept[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(forms: tuple[MaskForm, ...], functions: tuple[FunctionRef, ...], sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """A place for a block map: a form names functions of modules, which may be defined anew under the same name."""
+    return []
 
 
 @final

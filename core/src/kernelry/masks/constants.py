@@ -11,30 +11,45 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.form import Atom, AtomKind, FunctionRef, MaskForm
 
 
-def arrays_held(atom: Atom) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the arrays that the function of a PREDICATE without operands holds; none of other atoms."""
+def arrays_held(atom: Atom) -> tuple[tuple[int, ...], ...] | None:
+    """Shapes of the arrays that the function of a PREDICATE without operands holds; none of other atoms.
+
+    None where the function is gone and was not asked in time.
+    """
     if atom.kind is not AtomKind.PREDICATE or "operands" in atom.params:
         return ()
-    return _held_by(_function(atom.params[0]))
+    named = atom.params[0]
+    if not isinstance(named, FunctionRef):
+        function = _imported(named)
+        return () if function is None else _held_by(FunctionRef(function))
+    if named.arrays is None and named.function is not None:
+        named.arrays = _held_by(named)
+    return named.arrays
 
 
-def _function(named: Any) -> Callable[..., Any] | None:
+def note_arrays(form: MaskForm) -> None:
+    """Asks the functions in a form that may outlive them."""
+    for atom in form.atoms:
+        arrays_held(atom)
+        for inside in atom.params:
+            if isinstance(inside, MaskForm):
+                note_arrays(inside)
+
+
+def _imported(named: str) -> Callable[..., Any] | None:
     """The function that an atom names; None where its module is not imported, as of a request out of a file."""
-    if not isinstance(named, str):
-        function: Callable[..., Any] = named
-        return function
     module, _, name = named.partition(":")
     return getattr(sys.modules.get(module), name, None)
 
 
 @functools.lru_cache(maxsize=256)
-def _held_by(function: Callable[..., Any] | None) -> tuple[tuple[int, ...], ...]:
+def _held_by(held: FunctionRef) -> tuple[tuple[int, ...], ...]:
     """Shapes of the arrays that tracing a function of positions finds."""
-    if function is None:
-        return ()
+    function = held.function
+    assert function is not None
     position = jax.ShapeDtypeStruct((1, 1, 1, 1), np.int32)  # type: ignore[no-untyped-call]
     try:
         traced = jax.make_jaxpr(function)(position, position)
