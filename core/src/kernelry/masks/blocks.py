@@ -186,9 +186,10 @@ def _with_witnesses(decided: _Decided, atoms: list[Atom], query: np.ndarray, kv:
     if (~sure).sum() * grid.blocks[1] > 8 * len(kv):  # the search below would take longer
         seen = np.flatnonzero(last > first)
         start, width = first[seen], (last - first)[seen]
-        block, columns = places // grid.blocks[0], seen // grid.blocks[1]
+        rows, columns = places // grid.blocks[0] * grid.shape[1], seen // grid.blocks[1]
         for sample in range(_SAMPLES):
-            sure[block[start + width * (37 * sample % _SAMPLES) // _SAMPLES], columns] = True  # far apart at first
+            part = 37 * sample % _SAMPLES  # far apart at first
+            sure.reshape(-1)[rows[start + width * part // _SAMPLES] + columns] = True
             if sure.all():
                 break
     rank = np.empty(len(query), np.int64)
@@ -196,8 +197,8 @@ def _with_witnesses(decided: _Decided, atoms: list[Atom], query: np.ndarray, kv:
     for row in np.flatnonzero(~sure.all(axis=1)).tolist():
         columns = np.flatnonzero(~sure[row])
         slots, starts = _slots(columns, grid.lengths[1], grid.blocks[1])
-        ranks = np.sort(rank[row * grid.blocks[0] : (row + 1) * grid.blocks[0]])
-        visible = np.searchsorted(ranks, last[slots]) > np.searchsorted(ranks, first[slots])
+        ranks = np.append(np.sort(rank[row * grid.blocks[0] : (row + 1) * grid.blocks[0]]), len(query))
+        visible = ranks[np.searchsorted(ranks, first[slots])] < last[slots]
         sure[row, columns] = np.logical_or.reduceat(visible, starts)
     return dataclasses.replace(decided, sure=sure)
 

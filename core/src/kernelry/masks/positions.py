@@ -213,12 +213,25 @@ def _check_offsets(name: str, rows: int, batch: int) -> None:
         raise ShapeError(f"{name}_offset must be a scalar or [B] = [{batch}], got shape ({rows},).")
 
 
+class _Row(tuple[tuple[int, int], ...]):
+    """The runs of one row; the hash of many takes long, and is asked for whenever JAX looks for a program."""
+
+    def __hash__(self) -> int:
+        found: int | None = self.__dict__.get("hash")
+        if found is None:
+            found = self.__dict__["hash"] = super().__hash__()
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Row, (tuple(self),)
+
+
 def _compress(row: np.ndarray) -> tuple[tuple[int, int], ...]:
     if row.size == 0:
         return ()
     starts = np.flatnonzero(np.diff(row, prepend=row[0] - 2) != 1)
     counts = np.diff(starts, append=row.size)
-    return tuple((int(row[start]), int(count)) for start, count in zip(starts, counts, strict=True))
+    return _Row(zip(row[starts].tolist(), counts.tolist(), strict=True))
 
 
 def from_arguments(name: str, offset: Any, positions: Any) -> Positions | None:
