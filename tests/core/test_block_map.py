@@ -13,6 +13,10 @@ from kernelry.parallel import load_balanced_order
 from kernelry.testing import reference_mask
 
 
+def _odd_distance(query, kv):
+    return (query - kv) % 2 == 1
+
+
 def _expected(visible, block_q, block_kv):
     """Classifies the blocks of booleans [B, N, T, S] by looking at every element."""
     q_len, kv_len = visible.shape[2:]
@@ -88,6 +92,24 @@ def test_block_map_finds_the_one_visible_element_of_a_block_among_many():
     np.testing.assert_array_equal(mask.block_map(2048, 2048, 16, 16), _expected(mask.materialize(2048, 2048), 16, 16))
 
 
+@pytest.mark.parametrize("mask", [masks.Predicate(_odd_distance) & masks.SlidingWindow(300), ~masks.Chunked(64)])
+def test_block_map_of_many_elements_is_exact_and_evaluates_few_of_a_partial_block(mask, monkeypatch):
+    tokens = np.random.default_rng(0).permutation(512)
+    placed = mask.at(query_positions=tokens, kv_positions=tokens) | masks.SlidingWindow(2)
+    exact = placed.block_map(512, 512, 64, 32)
+    evaluated, whole = [], blocks._evaluated
+
+    def counted(static, row, columns, grid, every=1):
+        evaluated.append(len(columns) / every**2)
+        return whole(static, row, columns, grid, every)
+
+    monkeypatch.setattr(blocks, "_evaluated", counted)
+    monkeypatch.setattr(blocks, "_MANY_ELEMENTS", 1)
+    np.testing.assert_array_equal(placed.block_map(512, 512, 64, 32), exact)
+    np.testing.assert_array_equal(exact, _expected(placed.materialize(512, 512), 64, 32))
+    assert sum(evaluated) < exact.size / 2
+
+
 def test_block_map_of_a_dynamic_part_is_never_full():
     mask = masks.Causal() & masks.Segments(np.zeros((1, 8), np.int32))
     np.testing.assert_array_equal(
@@ -98,10 +120,6 @@ def test_block_map_of_a_dynamic_part_is_never_full():
 def test_block_map_tells_partial_blocks_that_have_nothing_in_common():
     mask = masks.SlidingWindow(0, 0) & masks.Predicate(_odd_distance)
     assert (mask.block_map(8, 8, 4, 4) == BlockKind.EMPTY).all()
-
-
-def _odd_distance(query, kv):
-    return (query - kv) % 2 == 1
 
 
 def test_block_map_of_a_long_band_looks_at_blocks_only():

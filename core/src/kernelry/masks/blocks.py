@@ -45,11 +45,16 @@ def block_map_of(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: in
     shape = (-(-q_len // block_q), -(-kv_len // block_kv))
     if 0 in shape:
         return np.zeros(shape, np.int8)
-    whole = _of_form(MaskForm(tuple(conjunct.atom for conjunct in static)), _Grid((q_len, kv_len), (block_q, block_kv)))
+    grid = _Grid((q_len, kv_len), (block_q, block_kv))
+    whole = _of_form(MaskForm(tuple(conjunct.atom for conjunct in static)), grid)
     kinds = np.where(whole.empty, BlockKind.EMPTY, np.where(whole.full, BlockKind.FULL, BlockKind.PARTIAL))
     for row in np.flatnonzero(~whole.sure.all(axis=1)).tolist():
         columns = np.flatnonzero(~whole.sure[row])
-        kinds[row, columns] = _evaluated(static, row, columns, (q_len, kv_len), (block_q, block_kv))
+        if columns.size * block_q * block_kv >= _MANY_ELEMENTS:
+            kinds[row, columns] = _evaluated(static, row, columns, grid, every=_FEW)
+            columns = columns[kinds[row, columns] != BlockKind.PARTIAL]
+        if columns.size:
+            kinds[row, columns] = _evaluated(static, row, columns, grid)
     if len(static) < len(conjuncts):
         kinds = np.minimum(kinds, BlockKind.PARTIAL)
     return kinds.astype(np.int8)
@@ -262,12 +267,20 @@ def _of_ranges(atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.nd
     return apart | behind, same & (high_k <= low_q)
 
 
-def _evaluated(
-    static: list[Conjunct], row: int, columns: np.ndarray, lengths: tuple[int, int], blocks: tuple[int, int]
-) -> np.ndarray:
-    """Evaluates the blocks `columns` of one row of blocks: memory O(block_q · S)."""
-    slots_q = np.arange(row * blocks[0], min((row + 1) * blocks[0], lengths[0]), dtype=np.int32)
-    slots_k, starts = _slots(columns, lengths[1], blocks[1])
+_MANY_ELEMENTS = 2**20
+"""Of one row of blocks: from here on a few of each block are evaluated first, which finds most that are PARTIAL."""
+
+_FEW = 16
+"""Every so many slots of a block, on both sides."""
+
+
+def _evaluated(static: list[Conjunct], row: int, columns: np.ndarray, grid: _Grid, every: int = 1) -> np.ndarray:
+    """Evaluates the blocks `columns` of one row of blocks, or some of their slots: memory O(block_q · S)."""
+    (q_len, kv_len), (block_q, block_kv) = grid.lengths, grid.blocks
+    slots_q = np.arange(row * block_q, min((row + 1) * block_q, q_len), every, dtype=np.int32)
+    slots_k, _ = _slots(columns, kv_len, block_kv)
+    slots_k = slots_k[slots_k % block_kv % every == 0]
+    starts = np.flatnonzero(slots_k % block_kv == 0)
     query, kv = Side.of_slots(Axis.QUERY, slots_q), Side.of_slots(Axis.KV, slots_k.astype(np.int32))
     visible = np.ones((1, 1, len(slots_q), kv.slots.size), bool)
     with jax.ensure_compile_time_eval():  # a predicate may be written with jax.numpy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Protocol, final
 
 import jax
@@ -138,9 +139,7 @@ class StaticPositions(Positions):
     @property
     def array(self) -> np.ndarray:
         """Positions as int32 [rows, L]."""
-        positions = self.form.positions(0)
-        assert positions is not None
-        return positions.astype(np.int32)
+        return _expanded(self.form)
 
     def of(self, side: Side) -> ArrayLike:
         if isinstance(side.slots, np.ndarray):
@@ -181,6 +180,16 @@ class TracedPositions(Positions):
 
     def __str__(self) -> str:
         return described(self.value)
+
+
+@functools.lru_cache(maxsize=16)
+def _expanded(form: PositionForm) -> np.ndarray:
+    """A block map asks for every row of blocks."""
+    positions = form.positions(0)
+    assert positions is not None
+    positions = positions.astype(np.int32)
+    positions.flags.writeable = False
+    return positions
 
 
 def _along(row: tuple[tuple[int, int], ...], slots: jax.Array) -> jax.Array:
