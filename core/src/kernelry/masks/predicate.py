@@ -25,7 +25,8 @@ class Predicate(Mask):
     """A query sees the keys for which a function of the positions says so.
 
     Define the function with `def` at module level: a fresh lambda is another function in every
-    call, so that everything is traced again, and an anonymous one cannot be written down.
+    call, so that everything is traced again, and an anonymous one cannot be written down. A form holds
+    an anonymous one weakly, so that no cache keeps what it closes over.
 
     Args:
       fn: `fn(query_positions, kv_positions, *operands)` returns booleans. The positions are

@@ -68,7 +68,8 @@ def _atom_refusals(atom: Atom, *, alone: bool) -> Iterator[Refusal]:
             yield from array_refusals(inside)
     for form in _positions_in(atom):
         if form.kind is PositionKind.STATIC and not form.is_arithmetic:
-            yield Refusal(RefusalCode.POSITIONS, f"mask atom {atom} has positions by row or in many runs")
+            detail = f"mask atom {atom} has positions by row or in many runs"
+            yield Refusal(RefusalCode.POSITIONS, detail, "reorder the tokens so that all rows have the same few runs")
 
 
 def _positions_in(atom: Atom) -> Iterator[PositionForm]:
