@@ -11,7 +11,7 @@ SERVE_ARGS ?=
 export JAX_PLATFORMS ?= cpu
 BIN := $(VENV)/bin
 DISTRIBUTIONS := -e './core[all,plot]' -e ./plugins/dot_product -e './plugins/tpu_splash[tokamax]' -e './plugins/gpu_pallas[tokamax]' -e ./plugins/cudnn_te
-TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "pytest-randomly>=3.16" "hypothesis>=6.100" "optax>=0.2.4"
+TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "pytest-randomly>=3.16" "hypothesis>=6.100" "optax>=0.2.4" "flatbuffers>=24"
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 

@@ -38,7 +38,7 @@ def test_rows_that_see_nothing_contribute_nothing_though_a_sink_makes_their_lse_
         np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
 
 
-ROWS = jnp.asarray(np.random.default_rng(1).standard_normal((1, 24, 2, 8)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(1).standard_normal((1, 24, 2, 8)), jnp.float32)
 
 
 def _attend(q, kernel="blockwise"):
@@ -51,14 +51,14 @@ def _squares(q, kernel):
 
 
 FORWARD = {
-    "jvp": lambda f: jax.jvp(f, (ROWS,), (ROWS,)),
-    "jvp of jit": lambda f: jax.jvp(jax.jit(f), (ROWS,), (ROWS,)),
-    "jit of jvp": lambda f: jax.jit(lambda q: jax.jvp(f, (q,), (q,)))(ROWS),
-    "linearize": lambda f: jax.linearize(jax.jit(f), ROWS)[1](ROWS),
-    "jacfwd": lambda f: jax.jacfwd(lambda scale: f(ROWS * scale))(1.0),
-    "vmap of jvp": lambda f: jax.vmap(lambda q: jax.jvp(f, (q,), (q,)))(ROWS[None]),
-    "scan": lambda f: jax.jvp(lambda q: jax.lax.scan(lambda c, _: (f(c), None), q, None, length=2)[0], (ROWS,), (ROWS,)),
-    "grad of jvp": lambda f: jax.grad(lambda q: jax.jvp(f, (q,), (ROWS,))[1].sum())(ROWS),
+    "jvp": lambda f: jax.jvp(f, (X,), (X,)),
+    "jvp of jit": lambda f: jax.jvp(jax.jit(f), (X,), (X,)),
+    "jit of jvp": lambda f: jax.jit(lambda q: jax.jvp(f, (q,), (q,)))(X),
+    "linearize": lambda f: jax.linearize(jax.jit(f), X)[1](X),
+    "jacfwd": lambda f: jax.jacfwd(lambda scale: f(X * scale))(1.0),
+    "vmap of jvp": lambda f: jax.vmap(lambda q: jax.jvp(f, (q,), (q,)))(X[None]),
+    "scan": lambda f: jax.jvp(lambda q: jax.lax.scan(lambda c, _: (f(c), None), q, None, length=2)[0], (X,), (X,)),
+    "grad of jvp": lambda f: jax.grad(lambda q: jax.jvp(f, (q,), (X,))[1].sum())(X),
 }
 
 
@@ -80,13 +80,13 @@ def test_forward_mode_where_auto_chooses_a_kernel_with_a_backward_pass_is_that_e
 @pytest.mark.parametrize("inner", [jax.grad(_squares), jax.jit(jax.grad(_squares), static_argnums=1)], ids=["", "jit"])
 def test_reverse_mode_over_reverse_mode_is_an_error_that_names_what_has_it(inner):
     with pytest.raises(ArgumentError, match=r"no gradient of its gradients .* kernel=\"dot_product\""):
-        jax.jit(jax.grad(lambda q: jnp.square(inner(q, "blockwise")).sum()))(ROWS)
+        jax.jit(jax.grad(lambda q: jnp.square(inner(q, "blockwise")).sum()))(X)
 
 
 SECOND = {
-    "jvp of grad": lambda f: jax.jvp(jax.grad(f), (ROWS,), (ROWS,)),
-    "jvp of jit of grad": lambda f: jax.jvp(jax.jit(jax.grad(f)), (ROWS,), (ROWS,)),
-    "grad of grad": lambda f: jax.grad(lambda q: jax.grad(f)(q).sum())(ROWS),
+    "jvp of grad": lambda f: jax.jvp(jax.grad(f), (X,), (X,)),
+    "jvp of jit of grad": lambda f: jax.jvp(jax.jit(jax.grad(f)), (X,), (X,)),
+    "grad of grad": lambda f: jax.grad(lambda q: jax.grad(f)(q).sum())(X),
 }
 
 
@@ -102,7 +102,7 @@ def test_forward_mode_over_reverse_mode_is_served_where_a_kernel_declares_it():
     def along(q, kernel):
         return jax.jvp(jax.grad(lambda q: _squares(q, kernel)), (q,), (jnp.cos(q),))[1]
 
-    found, expected = (jax.jit(along, static_argnums=1)(ROWS, kernel) for kernel in ("blockwise", "dot_product"))
+    found, expected = (jax.jit(along, static_argnums=1)(X, kernel) for kernel in ("blockwise", "dot_product"))
     assert np.abs(np.asarray(expected)).max() > 1
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-4)
 
@@ -116,7 +116,7 @@ def test_dot_product_has_forward_mode_and_every_order():
         along = jax.jvp(gradient, (q,), (jnp.cos(q),))[1]
         return (tangent, (gradient(q) * jnp.cos(q)).sum()), (second, along)
 
-    for found, expected in derivatives(ROWS):
+    for found, expected in derivatives(X):
         assert np.abs(np.asarray(found)).max() > 1
         np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-4, atol=1e-4)
 

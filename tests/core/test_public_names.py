@@ -112,6 +112,8 @@ PLUGIN = {
     "array_refusals",
     "decided_at_run_time",
     "hookimpl",
+    "is_lasting",
+    "static_block_map",
     "load_balanced_order",
     "pytree",
     "with_sinks",

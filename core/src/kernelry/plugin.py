@@ -11,6 +11,8 @@ from kernelry.environment import Environment, Knowledge, Vendor
 from kernelry.hookspecs import CONTRACT, hookimpl
 from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
+from kernelry.masks.blocks import static_block_map
+from kernelry.masks.predicate import is_lasting
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
 from kernelry.normalization import Normalization, with_sinks
 from kernelry.partial import Partial
@@ -64,7 +66,9 @@ __all__ = [
     "array_refusals",
     "decided_at_run_time",
     "hookimpl",
+    "is_lasting",
     "load_balanced_order",
     "pytree",
+    "static_block_map",
     "with_sinks",
 ]

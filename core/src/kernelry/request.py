@@ -13,6 +13,7 @@ import numpy as np
 from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Extent
+from kernelry.masks.constants import note_arrays
 from kernelry.masks.fit import as_mask
 from kernelry.masks.form import MaskForm
 from kernelry.request_checks import SYMBOLIC, SymbolicSize, check_kinds, check_sizes, check_storage
@@ -187,7 +188,9 @@ class Request:
             q_len=self.q_len,
             kv_len=self.kv_len,
         )
-        return as_mask(mask, extent).form
+        form = as_mask(mask, extent).form
+        note_arrays(form)  # the request may outlive the mask
+        return form
 
     def __hash__(self) -> int:
         return self._hash
