@@ -113,6 +113,8 @@ PLUGIN = {
     "decided_at_run_time",
     "hookimpl",
     "load_balanced_order",
+    "log_sum",
+    "lse_with_sinks",
     "pytree",
     "with_sinks",
 }

@@ -21,7 +21,7 @@ from kernelry._compat import varying_alike
 from kernelry.adapters.base import Duty
 from kernelry.capabilities import Gradient
 from kernelry.kernel import Gradients, Inputs, KernelSpec, Tiling
-from kernelry.normalization import merge, to_lse, with_sinks
+from kernelry.normalization import lse_with_sinks, merge, to_lse, with_sinks
 from kernelry.partial import Partial, heads_last
 from kernelry.request import Request
 
@@ -72,8 +72,10 @@ def attend(
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not _needs_backward(parts[0]):
         return parts[0].forward(inputs[0], statistics=False)
     if any(part.request.gradients and _has_backward(part) for part in parts):
-        return _differentiated(parts, statistics, inputs, sinks)
-    return _whole(_run(parts, inputs), sinks)[0]
+        whole = _differentiated(parts, statistics, inputs, sinks)
+    else:
+        whole = _whole(_run(parts, inputs), sinks)[0]
+    return dataclasses.replace(whole, lse_rest=None)
 
 
 def _has_backward(part: Part) -> bool:
@@ -95,16 +97,20 @@ def _run(parts: tuple[Part, ...], inputs: tuple[Inputs, ...]) -> list[Partial]:
     return [part.forward(arrays, statistics=True) for part, arrays in zip(parts, inputs, strict=True)]
 
 
-def _whole(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, jax.Array | None]:
+_Lse = tuple[jax.Array | None, jax.Array | None]
+"""lse, and what rounding took from it, as far as it is known."""
+
+
+def _whole(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, _Lse]:
     """Merges partials and applies sinks; returns the result and the lse that includes the sinks."""
     merged = partials[0] if len(partials) == 1 else merge(partials)
     if sinks is None:
-        return merged, merged.lse
+        return merged, (merged.lse, merged.lse_rest)
     merged = to_lse(merged)
     assert merged.lse is not None
-    out = with_sinks(merged.out, merged.lse, sinks).astype(merged.out.dtype)
-    lse = jnp.logaddexp(merged.lse, sinks.astype(jnp.float32)[None, :, None])
-    return dataclasses.replace(merged, out=out, lse=None), lse
+    out = with_sinks(merged.out, merged.lse, sinks, merged.lse_rest).astype(merged.out.dtype)
+    lse = lse_with_sinks(merged.lse, merged.lse_rest, sinks)
+    return dataclasses.replace(merged, out=out, lse=None, lse_rest=None), lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -114,7 +120,7 @@ def _differentiated(
     return _whole([to_lse(partial) for partial in _run(parts, inputs)], sinks)[0]
 
 
-_Residuals = tuple[tuple[Inputs, ...], jax.Array | None, jax.Array, jax.Array | None, list[jax.Array]]
+_Residuals = tuple[tuple[Inputs, ...], jax.Array | None, jax.Array, _Lse, list[jax.Array]]
 
 
 def _forward(
@@ -131,15 +137,17 @@ def _forward(
 def _backward(
     parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
 ) -> tuple[tuple[Inputs, ...], jax.Array | None]:
-    inputs, sinks, out, lse, empty = residuals
+    inputs, sinks, out, (lse, rest), empty = residuals
     assert lse is not None
     nowhere = heads_last(functools.reduce(operator.and_, empty))
     d_out = jnp.where(nowhere, 0, d_whole.out.astype(out.dtype))  # so that a NaN in an empty row's cotangent stops here
     d_lse = d_whole.lse if statistics else None
+    # The kernels' probabilities are too large by exp(rest), and what they return is linear in d_out and d_lse.
+    part_d_out, d_lse = (d_out, d_lse) if rest is None else _shared_out(d_out, d_lse, rest)
     shares = []
     for part, arrays, none in zip(parts, inputs, empty, strict=True):
         d_statistic = None if d_lse is None else jnp.where(none, 0.0, d_lse)
-        shares.append(part.backward(arrays, out, jnp.where(none, jnp.inf, lse), d_out, d_statistic))
+        shares.append(part.backward(arrays, out, jnp.where(none, jnp.inf, lse), part_d_out, d_statistic))
     d_inputs = tuple(_cotangent(arrays, share) for arrays, share in zip(inputs, shares, strict=True))
     if sinks is None:
         return d_inputs, None
@@ -148,6 +156,13 @@ def _backward(
     exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, lse)
     probability = jnp.where(nothing, 0.0, jnp.exp(exponent))
     return d_inputs, -(probability * delta).sum(axis=(0, 2)).astype(sinks.dtype)
+
+
+def _shared_out(d_out: jax.Array, d_lse: jax.Array | None, rest: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The cotangents times exp(−rest): 1 up to rounding, but for logits beside which their number vanishes."""
+    factor = jnp.exp(-rest)
+    smaller = (d_out.astype(jnp.float32) * heads_last(factor)).astype(d_out.dtype)
+    return smaller, None if d_lse is None else d_lse * factor
 
 
 def _cotangent(inputs: Inputs, share: Gradients) -> Inputs:

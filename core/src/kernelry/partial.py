@@ -12,7 +12,7 @@ from kernelry._pytree import pytree
 
 
 @final
-@pytree("out", "lse", "max", "sum", "max_logits")
+@pytree("out", "lse", "max", "sum", "max_logits", "lse_rest")
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Partial:
     """Attention over a part of the keys with the statistics asked for.
@@ -24,6 +24,9 @@ class Partial:
         −inf and 0 for a row that sees nothing.
       max_logits: [B, N], the largest visible logit; −inf where nothing is visible. No gradient.
       dtype: the dtype that `finalize` returns, the query's.
+      lse_rest: [B, N, T], what rounding to float32 took from `lse`: log Σ exp(logits) = lse + lse_rest. It matters
+        where logits are so large that a logarithm vanishes beside them, beyond ±1e7. Kernels may return it with
+        `lse`, for the backward pass; the Partials that `attention` returns have None. No gradient.
     """
 
     out: Float[Array, "B T N D"]
@@ -32,6 +35,7 @@ class Partial:
     sum: Float[Array, "B N T"] | None = None
     max_logits: Float[Array, "B N"] | None = None
     dtype: str = "float32"
+    lse_rest: Float[Array, "B N T"] | None = None
 
     __hash__ = None  # type: ignore[assignment]
 

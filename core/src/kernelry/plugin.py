@@ -12,7 +12,7 @@ from kernelry.hookspecs import CONTRACT, hookimpl
 from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
-from kernelry.normalization import Normalization, with_sinks
+from kernelry.normalization import Normalization, log_sum, lse_with_sinks, with_sinks
 from kernelry.partial import Partial
 from kernelry.policy import Policy
 from kernelry.refusal import Refusal, RefusalCode, array_refusals
@@ -65,6 +65,8 @@ __all__ = [
     "decided_at_run_time",
     "hookimpl",
     "load_balanced_order",
+    "log_sum",
+    "lse_with_sinks",
     "pytree",
     "with_sinks",
 ]
