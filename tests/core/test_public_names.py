@@ -110,6 +110,7 @@ PLUGIN = {
     "Tolerance",
     "Vendor",
     "array_refusals",
+    "cast_finite",
     "decided_at_run_time",
     "hookimpl",
     "load_balanced_order",

@@ -9,9 +9,11 @@ yields its exact share, and d_sink = −Σ exp(sink − lse) · delta.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, final
 
 import jax
@@ -22,6 +24,7 @@ from kernelry.adapters.base import Duty
 from kernelry.capabilities import Gradient
 from kernelry.kernel import Gradients, Inputs, KernelSpec, Tiling
 from kernelry.normalization import lse_with_sinks, merge, to_lse, with_sinks
+from kernelry.operands import narrowed
 from kernelry.partial import Partial, heads_last
 from kernelry.request import Request
 
@@ -38,8 +41,31 @@ class Part:
 
     def forward(self, inputs: Inputs, *, statistics: bool) -> Partial:
         """Runs the kernel."""
-        partial = self.kernel.body().forward(inputs, self.request, self.tiling, statistics=statistics)
+        if self.is_narrow and _has_backward(self) and not statistics:
+            partial = _narrow(self, inputs)
+        else:
+            partial = self.run(inputs, statistics=statistics)
         return _zero_in_empty_rows(partial) if Duty.EMPTY_ROWS in self.duties else partial
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether 64-bit types are on and nothing here has them: a kernel then runs as it would without them.
+
+        Vendors' index maps and block numbers are int32, and do not trace beside the int64 of Python's integers.
+        """
+        capabilities, dtypes = self.kernel.capabilities, (self.request.dtype, self.request.logits_dtype)
+        if capabilities.gradient is Gradient.NATIVE or "float64" in dtypes:
+            return False
+        return jax.dtypes.canonicalize_dtype("int64") == "int64"
+
+    def types(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what traces the kernel."""
+        return jax.enable_x64(False) if self.is_narrow else contextlib.nullcontext()
+
+    def run(self, inputs: Inputs, *, statistics: bool) -> Partial:
+        """Runs the kernel's forward alone."""
+        with self.types():
+            return self.kernel.body().forward(inputs, self.request, self.tiling, statistics=statistics)
 
     def backward(
         self, inputs: Inputs, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array | None
@@ -51,7 +77,8 @@ class Part:
             out = out.at[..., -1].set(-1)
             d_out = d_out.at[..., -1].set(d_lse.swapaxes(1, 2).astype(d_out.dtype))
             d_lse = None
-        return self.kernel.body().backward(inputs, self.request, self.tiling, out, lse, d_out, d_lse)
+        with self.types():
+            return self.kernel.body().backward(inputs, self.request, self.tiling, out, lse, d_out, d_lse)
 
 
 def attend(
@@ -68,6 +95,8 @@ def attend(
     Returns:
       A Partial; with sinks it has no statistics.
     """
+    if any(part.is_narrow for part in parts):
+        inputs, sinks = jax.tree.map(narrowed, (inputs, sinks))
     inputs, sinks = varying_alike((inputs, sinks))
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not _needs_backward(parts[0]):
         return parts[0].forward(inputs[0], statistics=False)
@@ -76,6 +105,25 @@ def attend(
     else:
         whole = _whole(_run(parts, inputs), sinks)[0]
     return dataclasses.replace(whole, lse_rest=None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow(part: Part, inputs: Inputs) -> Partial:
+    """A kernel's own derivative, traced without 64-bit types as its forward is."""
+    return part.run(inputs, statistics=False)
+
+
+def _narrow_forward(part: Part, inputs: Inputs) -> tuple[Partial, Callable[[Partial], tuple[Inputs]]]:
+    with part.types():
+        return jax.vjp(functools.partial(part.run, statistics=False), inputs)
+
+
+def _narrow_backward(part: Part, pull: Callable[[Partial], tuple[Inputs]], d_partial: Partial) -> tuple[Inputs]:
+    with part.types():
+        return pull(d_partial)
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 def _has_backward(part: Part) -> bool:

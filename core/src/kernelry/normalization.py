@@ -102,9 +102,7 @@ def to_lse(partial: Partial) -> Partial:
     divisor = jnp.where(some, partial.sum, 1.0)
     lse, rest = log_sum(lax.stop_gradient(_finite(partial.max)), divisor)
     out = partial.out.astype(jnp.float32) / heads_last(divisor)
-    return dataclasses.replace(
-        partial, out=out, lse=jnp.where(some, lse, -jnp.inf), lse_rest=rest, max=None, sum=None
-    )
+    return dataclasses.replace(partial, out=out, lse=jnp.where(some, lse, -jnp.inf), lse_rest=rest, max=None, sum=None)
 
 
 def to_max_sum(partial: Partial) -> Partial:

@@ -13,6 +13,7 @@ from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
 from kernelry.normalization import Normalization, log_sum, lse_with_sinks, with_sinks
+from kernelry.operands import cast_finite
 from kernelry.partial import Partial
 from kernelry.policy import Policy
 from kernelry.refusal import Refusal, RefusalCode, array_refusals
@@ -62,6 +63,7 @@ __all__ = [
     "Tolerance",
     "Vendor",
     "array_refusals",
+    "cast_finite",
     "decided_at_run_time",
     "hookimpl",
     "load_balanced_order",

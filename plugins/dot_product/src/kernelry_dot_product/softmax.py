@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from kernelry.plugin import Inputs, Mask, Mode, Partial, Request, Side, log_sum, with_sinks
+from kernelry.plugin import Inputs, Mask, Mode, Partial, Request, Side, cast_finite, log_sum, with_sinks
 
 _FEW_QUERIES = 64
 """N · T up to which a decode step on CPU multiplies all heads at once: benchmarks/decode.py."""
@@ -85,7 +85,7 @@ def _logits(
     logits = logits.astype(request.logits_dtype)
     logits = logits * jnp.asarray(request.scale, logits.dtype)
     if bias is not None:
-        logits = logits + _grouped(bias, request).astype(logits.dtype)
+        logits = logits + _grouped(cast_finite(bias, logits.dtype), request)
     if bias is not None and visible is not None and request.soft_cap is not None:
         # The derivative of tanh at a hidden NaN is NaN, which no zero from behind can mend.
         logits = jnp.where(visible, logits, 0)

@@ -68,9 +68,7 @@ _Residuals = tuple[Inputs, jax.Array, jax.Array, jax.Array]
 def _attend_forward(request: Request, grid: Grid, inputs: Inputs) -> tuple[Partial, _Residuals]:
     with jax.named_scope(_SCOPE):
         result = forward(inputs, request, grid)
-        out = result.out if inputs.sinks is None else with_sinks(
-            result.out, result.lse, inputs.sinks, result.lse_rest
-        )
+        out = result.out if inputs.sinks is None else with_sinks(result.out, result.lse, inputs.sinks, result.lse_rest)
         out = out.astype(request.dtype)
     residuals = inputs, out, result.lse, result.lse_rest
     return Partial(out, max_logits=result.max_logits, dtype=request.dtype), residuals

@@ -24,7 +24,7 @@ from kernelry_gpu_pallas.tile_masks import TileMask
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """Of each part of the keys: Σ p·v, the maximum logit in the unit of `Logits`, and Σ p, of R = T·G rows per key/value head."""
+    """Of each part of the keys: Σ p·v, the maximum logit in the unit of `logits`, and Σ p, of R = T·G rows."""
 
     logits: Logits
     total: Float[Array, "B K parts R D"]
