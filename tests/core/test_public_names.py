@@ -111,12 +111,14 @@ PLUGIN = {
     "Vendor",
     "array_refusals",
     "cast_finite",
+    "checked",
     "decided_at_run_time",
     "hookimpl",
     "load_balanced_order",
     "log_sum",
     "lse_with_sinks",
     "pytree",
+    "unchecked",
     "with_sinks",
 }
 ERRORS = {

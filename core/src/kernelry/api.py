@@ -23,9 +23,10 @@ from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask, is_mask
 from kernelry.masks.fit import check_fits
 from kernelry.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of
-from kernelry.partial import Partial
+from kernelry.partial import checking_output
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Operand, Request, dtype_name, precision_name
+from kernelry.resolution import Plan
 from kernelry.resolver import resolve
 from kernelry.scope import current_scope
 from kernelry.storage import PagedArray, QuantizedArray
@@ -133,8 +134,7 @@ def attention(
     _check_given(request, arrays)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
-    partial = resolution.plan.run(without_gradient(arrays, request.gradients))
-    return _result(partial, request)
+    return _run(resolution.plan, without_gradient(arrays, request.gradients), request)
 
 
 def _shared_out(context: ContextParallel | None) -> str | None:
@@ -195,7 +195,9 @@ def _check_given(request: Request, inputs: Inputs) -> None:
         raise ArgumentError(f"gradients names {', '.join(absent)}, which this call does not pass; leave it out.")
 
 
-def _result(partial: Partial, request: Request) -> Any:
+@checking_output
+def _run(plan: Plan, arrays: Inputs, request: Request) -> Any:
+    partial = plan.run(arrays)
     normalization = installation.installed().normalizations[request.normalization]
     result = partial if request.partial else normalization.finalize(partial)
     return (result, partial.max_logits) if request.max_logits else result

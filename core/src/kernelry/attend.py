@@ -25,7 +25,7 @@ from kernelry.capabilities import Gradient
 from kernelry.kernel import Gradients, Inputs, KernelSpec, Tiling
 from kernelry.normalization import lse_with_sinks, merge, to_lse, with_sinks
 from kernelry.operands import narrowed
-from kernelry.partial import Partial, heads_last
+from kernelry.partial import Partial, checked, heads_last, unchecked
 from kernelry.request import Request
 
 
@@ -183,6 +183,14 @@ def _forward(
 
 
 def _backward(
+    parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
+) -> tuple[tuple[Inputs, ...], jax.Array | None]:
+    with unchecked():
+        found = _cotangents(parts, statistics, residuals, d_whole)
+    return checked(found)  # type: ignore[no-any-return]
+
+
+def _cotangents(
     parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
 ) -> tuple[tuple[Inputs, ...], jax.Array | None]:
     inputs, sinks, out, (lse, rest), empty = residuals

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.partial import Partial, heads_last
+from kernelry.partial import Partial, checking_output, heads_last
 
 
 class Normalization(Protocol):
@@ -160,6 +160,7 @@ def with_sinks(
     return out.astype(wide) * heads_last(share)
 
 
+@checking_output
 def merge(partials: Sequence[Partial]) -> Partial:
     """Merges attention over disjoint parts of the keys into attention over all of them, in float32.
 
@@ -182,6 +183,7 @@ def merge(partials: Sequence[Partial]) -> Partial:
     return form.merge(partials)
 
 
+@checking_output
 def finalize(partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N D"]:
     """Returns the output of a Partial in the query's dtype.
 

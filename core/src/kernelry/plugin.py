@@ -14,7 +14,7 @@ from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, Positio
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
 from kernelry.normalization import Normalization, log_sum, lse_with_sinks, with_sinks
 from kernelry.operands import cast_finite
-from kernelry.partial import Partial
+from kernelry.partial import Partial, checked, unchecked
 from kernelry.policy import Policy
 from kernelry.refusal import Refusal, RefusalCode, array_refusals
 from kernelry.request import Mode, Operand, Request
@@ -64,11 +64,13 @@ __all__ = [
     "Vendor",
     "array_refusals",
     "cast_finite",
+    "checked",
     "decided_at_run_time",
     "hookimpl",
     "load_balanced_order",
     "log_sum",
     "lse_with_sinks",
     "pytree",
+    "unchecked",
     "with_sinks",
 ]

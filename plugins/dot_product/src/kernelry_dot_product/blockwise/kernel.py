@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling, lse_with_sinks, with_sinks
+from kernelry.plugin import (
+    Gradients,
+    Inputs,
+    Kernel,
+    Partial,
+    Request,
+    Tiling,
+    checked,
+    lse_with_sinks,
+    unchecked,
+    with_sinks,
+)
 from kernelry_dot_product.blockwise.backward import backward
 from kernelry_dot_product.blockwise.forward import forward
 from kernelry_dot_product.blockwise.grid import Grid
@@ -75,6 +86,12 @@ def _attend_forward(request: Request, grid: Grid, inputs: Inputs) -> tuple[Parti
 
 
 def _attend_backward(request: Request, grid: Grid, residuals: _Residuals, d_partial: Partial) -> tuple[Inputs]:
+    with unchecked():
+        found = _cotangents(request, grid, residuals, d_partial)
+    return (checked(found),)
+
+
+def _cotangents(request: Request, grid: Grid, residuals: _Residuals, d_partial: Partial) -> Inputs:
     inputs, out, lse, rest = residuals
     with jax.named_scope(_SCOPE):
         empty = jnp.isneginf(lse)
@@ -89,7 +106,7 @@ def _attend_backward(request: Request, grid: Grid, residuals: _Residuals, d_part
         factor = jnp.exp(-rest)
         d_out = d_out.astype(jnp.float32) * factor.swapaxes(1, 2)[..., None]
         share = backward(inputs, request, grid, jnp.where(empty, jnp.inf, whole), delta * factor, d_out)
-    return (_cotangent(inputs, share, d_sinks),)
+    return _cotangent(inputs, share, d_sinks)
 
 
 def _delta(out: jax.Array, d_out: jax.Array) -> Float[Array, "B N T"]:
