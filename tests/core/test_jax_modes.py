@@ -5,6 +5,7 @@ Modes are switched by context managers around a call, so that no other test sees
 
 import contextlib
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,21 @@ MASKS = {
     "traced": masks.Causal().at(query_positions=jnp.arange(LENGTH, dtype=jnp.int32)),
     "dense": masks.Dense(np.random.default_rng(1).random((1, 1, LENGTH, LENGTH)) < 0.5),
 }
-SMOKE = {("dot_product", "causal"), ("blockwise", "packed"), ("pallas_flash", "causal"), ("tokamax_splash", "dense")}
+SMOKE = {
+    ("dot_product", "causal", "strict"),
+    ("dot_product", "causal", "debug_nans"),
+    ("dot_product", "causal", "debug_infs"),
+    ("blockwise", "causal", "x64"),
+    ("blockwise", "packed", "debug_infs"),
+    ("pallas_flash", "causal", "x64"),
+    ("splash", "causal", "x64"),
+    ("tokamax_splash", "dense", "strict"),
+    ("paged", None, "strict"),
+    ("paged", None, "debug_nans"),
+    ("two_part", None, "x64"),
+    ("moba", None, "debug_infs"),
+}
+"""What `make test` runs; the rest is swept."""
 
 
 def normal(*shape, seed=0):
@@ -51,16 +66,20 @@ def place(kernel):
     return contextlib.nullcontext() if kernel in ("blockwise", "dot_product") else testing.interpret()
 
 
-def train_cases():
-    for kernel in TRAIN:
-        for mask in MASKS:
-            marks = [] if (kernel, mask) in SMOKE else [pytest.mark.sweep]
-            yield pytest.param(kernel, mask, marks=marks, id=f"{kernel}-{mask}")
+def cases(names, others):
+    """All of names × others × modes."""
+    for name, other, mode in itertools.product(names, others, MODES):
+        marks = [] if (name, other, mode) in SMOKE else [pytest.mark.sweep]
+        yield pytest.param(name, other, mode, marks=marks, id=f"{name}-{other}-{mode}")
+
+
+def compiled(function, mode):
+    """One program, where that is cheaper; JAX looks for NaN and inf after each operation outside of one."""
+    return function if mode.startswith("debug") else jax.jit(function)
 
 
 @pytest.mark.filterwarnings("ignore:adapters of")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kernel", "mask"), list(train_cases()))
+@pytest.mark.parametrize(("kernel", "mask", "mode"), list(cases(TRAIN, MASKS)))
 def test_training_is_the_same_in_a_mode_of_jax(kernel, mask, mode):
     qkv = arrays()
     bias = jnp.asarray(normal(1, 1, 1, LENGTH)) if kernel == "blockwise" else None
@@ -68,14 +87,17 @@ def test_training_is_the_same_in_a_mode_of_jax(kernel, mask, mode):
     def call(query, key, value):
         return kernelry.attention(query, key, value, mask=MASKS[mask], bias=bias, kernel=kernel, gradients=QKV)
 
+    def derived(*qkv):
+        out, pull = jax.vjp(call, *qkv)
+        return out, pull(jnp.ones_like(out))
+
     with place(kernel):
         try:
             kernelry.resolve(_request(kernel, mask), kernel=kernel)
         except kernelry.errors.NoKernelError:
             pytest.skip("refused in every mode")
         with MODES[mode]():
-            out, pull = jax.vjp(call, *qkv)
-            gradients = pull(jnp.ones_like(out))
+            out, gradients = compiled(derived, mode)(*qkv)
     more = {} if bias is None else {"bias": bias}
     expected = reference_attention(*qkv, mask=MASKS[mask], **more)
     cotangents = reference_gradients(*qkv, mask=MASKS[mask], d_out=np.ones(out.shape), **more)
@@ -136,36 +158,30 @@ def tokens(count):
     return [jnp.asarray(normal(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
 
 
-@pytest.mark.filterwarnings("ignore:adapters of")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("storage", [None, pytest.param("int8", marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("make", [two_part, rolling, paged, prefixed])
-def test_caches_are_the_same_in_a_mode_of_jax(make, storage, mode):
-    def steps():
-        cache, options = make(storage)
-        _, cache = cache.decode(*tokens(1), **options)
-        out, cache = cache.decode(*tokens(1), **options)
-        return np.asarray(out), np.asarray(cache.check().lengths)
-
-    expected, lengths = steps()
-    with MODES[mode]():
-        found, found_lengths = steps()
-    np.testing.assert_array_equal(found_lengths, lengths)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_moba_is_the_same_in_a_mode_of_jax(mode):
+def moba(storage):
     query, key, value = arrays()
+    positions = jnp.arange(LENGTH, dtype=jnp.int32)
+    chosen = select_blocks(query, key, chunk_size=16, top_k=3, query_positions=positions)
+    return kernelry.attention(query, key, value, mask=chosen & masks.Causal())
 
-    def call():
-        positions = jnp.arange(LENGTH, dtype=jnp.int32)
-        chosen = select_blocks(query, key, chunk_size=16, top_k=3, query_positions=positions)
-        return np.asarray(kernelry.attention(query, key, value, mask=chosen & masks.Causal()))
 
-    expected = call()
+def decoded(make, storage):
+    cache, options = make(storage)
+    _, cache = cache.decode(*tokens(1), **options)
+    return cache.decode(*tokens(1), **options)[0]
+
+
+CACHES = {each.__name__: functools.partial(decoded, each) for each in (two_part, rolling, paged, prefixed)}
+
+
+@pytest.mark.filterwarnings("ignore:adapters of")
+@pytest.mark.parametrize(("name", "storage", "mode"), [*cases(CACHES, [None, "int8"]), *cases(["moba"], [None])])
+def test_caches_and_moba_are_the_same_in_a_mode_of_jax(name, storage, mode):
+    run = functools.partial({**CACHES, "moba": moba}[name], storage)
+    expected = np.asarray(jax.jit(run)())
     with MODES[mode]():
-        found = call()
+        found = np.asarray(compiled(run, mode)())
+    assert np.isfinite(expected).all()
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -202,7 +218,9 @@ def test_float64_arrays_under_x64_keep_their_bits_and_others_their_meaning():
             assert (np.asarray(out)[0, 100:] == 0).all()
         wide = kernelry.attention(*(array.astype(jnp.float64) for array in (query, key, value)))
         assert wide.dtype == jnp.float64
-        np.testing.assert_allclose(np.asarray(wide), reference_attention(query, key, value).out, atol=1e-12)
+        np.testing.assert_allclose(
+            np.asarray(wide), reference_attention(query, key, value, mask=masks.Full()).out, atol=1e-12
+        )
 
 
 ACCELERATED = (
