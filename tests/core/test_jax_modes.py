@@ -216,7 +216,8 @@ def test_float64_arrays_under_x64_keep_their_bits_and_others_their_meaning():
             flat = np.asarray(value)[0, :50].mean(axis=0)
             np.testing.assert_allclose(np.asarray(out)[0, 0], flat, atol=1e-5)
             assert (np.asarray(out)[0, 100:] == 0).all()
-        wide = kernelry.attention(*(array.astype(jnp.float64) for array in (query, key, value)))
+        doubles = (array.astype(jnp.float64) for array in (query, key, value))
+        wide = kernelry.attention(*doubles, logits_dtype="float64")
         assert wide.dtype == jnp.float64
         np.testing.assert_allclose(
             np.asarray(wide), reference_attention(query, key, value, mask=masks.Full()).out, atol=1e-12
