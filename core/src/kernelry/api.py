@@ -26,10 +26,11 @@ from kernelry.masks.base import Extent, Mask
 from kernelry.masks.fit import as_mask, check_fits
 from kernelry.masks.form import MaskForm
 from kernelry.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of, unwrapped
-from kernelry.partial import Partial
+from kernelry.partial import Partial, checking_output
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Operand, Request, dtype_name, precision_name
 from kernelry.request_checks import size_of
+from kernelry.resolution import Plan
 from kernelry.resolver import resolve
 from kernelry.scope import current_scope
 from kernelry.storage import PagedArray, QuantizedArray
@@ -142,10 +143,7 @@ def attention(
     spec = resolution.plan.kernel
     if spec.capabilities.gradient is Gradient.BACKWARD:
         arrays = in_reverse_mode(arrays, request.gradients, spec)
-    partial = resolution.plan.run(arrays)
-    if scope.target is None:
-        partial = noticed_elsewhere(partial, request, spec.name)
-    return _result(partial, request)
+    return _run(resolution.plan, arrays, request, notice=scope.target is None)
 
 
 def _shared_out(context: ContextParallel | None) -> str | None:
@@ -211,7 +209,11 @@ def _check_given(request: Request, inputs: Inputs) -> None:
         raise ArgumentError(f"gradients names {', '.join(absent)}, which this call does not pass; leave it out.")
 
 
-def _result(partial: Partial, request: Request) -> Any:
+@checking_output
+def _run(plan: Plan, arrays: Inputs, request: Request, *, notice: bool) -> Any:
+    partial = plan.run(arrays)
+    if notice:
+        partial = noticed_elsewhere(partial, request, plan.kernel.name)
     result = partial if request.partial else _finalized(partial, request)
     return (result, partial.max_logits) if request.max_logits else result
 

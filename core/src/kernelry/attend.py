@@ -9,10 +9,11 @@ yields its exact share, and d_sink = −Σ exp(sink − lse) · delta.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, final
 
 import jax
@@ -24,8 +25,9 @@ from kernelry.adapters.base import Duty
 from kernelry.capabilities import Gradient
 from kernelry.errors import PluginError
 from kernelry.kernel import Gradients, Inputs, KernelSpec, Tiling
-from kernelry.normalization import merge, to_lse, with_sinks
-from kernelry.partial import Partial, heads_last
+from kernelry.normalization import lse_with_sinks, merge, to_lse, with_sinks
+from kernelry.operands import narrowed
+from kernelry.partial import Partial, checked, heads_last, unchecked
 from kernelry.request import Operand, Request
 
 
@@ -45,9 +47,33 @@ class Part:
         Raises:
           PluginError: what it returned is no Partial, or has a wrong shape or dtype, or lacks a statistic.
         """
-        partial = self.kernel.body().forward(inputs, self.request, self.tiling, statistics=statistics)
-        self._check("forward", partial, Partial, _faults_of_partial(partial, inputs, self.request, statistics))
+        if self.is_narrow and _has_backward(self) and not statistics:
+            partial = _narrow(self, inputs)
+        else:
+            partial = self.run(inputs, statistics=statistics)
         return _zero_in_empty_rows(partial) if Duty.EMPTY_ROWS in self.duties else partial
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether 64-bit types are on and nothing here has them: a kernel then runs as it would without them.
+
+        Vendors' index maps and block numbers are int32, and do not trace beside the int64 of Python's integers.
+        """
+        capabilities, dtypes = self.kernel.capabilities, (self.request.dtype, self.request.logits_dtype)
+        if capabilities.gradient is Gradient.NATIVE or "float64" in dtypes:
+            return False
+        return jax.dtypes.canonicalize_dtype("int64") == "int64"
+
+    def types(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what traces the kernel."""
+        return jax.enable_x64(False) if self.is_narrow else contextlib.nullcontext()
+
+    def run(self, inputs: Inputs, *, statistics: bool) -> Partial:
+        """Runs the kernel's forward alone, and checks what it returned."""
+        with self.types():
+            partial = self.kernel.body().forward(inputs, self.request, self.tiling, statistics=statistics)
+        self._check("forward", partial, Partial, _faults_of_partial(partial, inputs, self.request, statistics))
+        return partial
 
     def backward(
         self, inputs: Inputs, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array | None
@@ -63,7 +89,8 @@ class Part:
             out = out.at[..., -1].set(-1)
             d_out = d_out.at[..., -1].set(d_lse.swapaxes(1, 2).astype(d_out.dtype))
             d_lse = None
-        share = self.kernel.body().backward(inputs, self.request, self.tiling, out, lse, d_out, d_lse)
+        with self.types():
+            share = self.kernel.body().backward(inputs, self.request, self.tiling, out, lse, d_out, d_lse)
         self._check("backward", share, Gradients, _faults_of_gradients(share, inputs, self.request))
         return share
 
@@ -144,12 +171,35 @@ def attend(
     Returns:
       A Partial; with sinks it has no statistics.
     """
+    if any(part.is_narrow for part in parts):
+        inputs, sinks = jax.tree.map(narrowed, (inputs, sinks))
     inputs, sinks = varying_alike((inputs, sinks))
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not _needs_backward(parts[0]):
         return parts[0].forward(inputs[0], statistics=False)
     if any(part.request.gradients and _has_backward(part) for part in parts):
-        return _differentiated(parts, statistics, inputs, sinks)
-    return _whole(_run(parts, inputs), sinks)[0]
+        whole = _differentiated(parts, statistics, inputs, sinks)
+    else:
+        whole = _whole(_run(parts, inputs), sinks)[0]
+    return dataclasses.replace(whole, lse_rest=None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow(part: Part, inputs: Inputs) -> Partial:
+    """A kernel's own derivative, traced without 64-bit types as its forward is."""
+    return part.run(inputs, statistics=False)
+
+
+def _narrow_forward(part: Part, inputs: Inputs) -> tuple[Partial, Callable[[Partial], tuple[Inputs]]]:
+    with part.types():
+        return jax.vjp(functools.partial(part.run, statistics=False), inputs)
+
+
+def _narrow_backward(part: Part, pull: Callable[[Partial], tuple[Inputs]], d_partial: Partial) -> tuple[Inputs]:
+    with part.types():
+        return pull(d_partial)
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 def _has_backward(part: Part) -> bool:
@@ -171,16 +221,20 @@ def _run(parts: tuple[Part, ...], inputs: tuple[Inputs, ...]) -> list[Partial]:
     return [part.forward(arrays, statistics=True) for part, arrays in zip(parts, inputs, strict=True)]
 
 
-def _whole(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, jax.Array | None]:
+_Lse = tuple[jax.Array | None, jax.Array | None]
+"""lse, and what rounding took from it, as far as it is known."""
+
+
+def _whole(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, _Lse]:
     """Merges partials and applies sinks; returns the result and the lse that includes the sinks."""
     merged = partials[0] if len(partials) == 1 else merge(partials)
     if sinks is None:
-        return merged, merged.lse
+        return merged, (merged.lse, merged.lse_rest)
     merged = to_lse(merged)
     assert merged.lse is not None
-    out = with_sinks(merged.out, merged.lse, sinks).astype(merged.out.dtype)
-    lse = jnp.logaddexp(merged.lse, sinks.astype(jnp.float32)[None, :, None])
-    return dataclasses.replace(merged, out=out, lse=None), lse
+    out = with_sinks(merged.out, merged.lse, sinks, merged.lse_rest).astype(merged.out.dtype)
+    lse = lse_with_sinks(merged.lse, merged.lse_rest, sinks)
+    return dataclasses.replace(merged, out=out, lse=None, lse_rest=None), lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -190,7 +244,7 @@ def _differentiated(
     return _whole([to_lse(partial) for partial in _run(parts, inputs)], sinks)[0]
 
 
-_Residuals = tuple[tuple[Inputs, ...], jax.Array | None, jax.Array, jax.Array | None, list[jax.Array]]
+_Residuals = tuple[tuple[Inputs, ...], jax.Array | None, jax.Array, _Lse, list[jax.Array]]
 
 
 def _forward(
@@ -207,15 +261,25 @@ def _forward(
 def _backward(
     parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
 ) -> tuple[tuple[Inputs, ...], jax.Array | None]:
-    inputs, sinks, out, lse, empty = residuals
+    with unchecked():
+        found = _cotangents(parts, statistics, residuals, d_whole)
+    return checked(found)  # type: ignore[no-any-return]
+
+
+def _cotangents(
+    parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
+) -> tuple[tuple[Inputs, ...], jax.Array | None]:
+    inputs, sinks, out, (lse, rest), empty = residuals
     assert lse is not None
     nowhere = heads_last(functools.reduce(operator.and_, empty))
     d_out = jnp.where(nowhere, 0, d_whole.out.astype(out.dtype))  # so that a NaN in an empty row's cotangent stops here
     d_lse = d_whole.lse if statistics else None
+    # The kernels' probabilities are too large by exp(rest), and what they return is linear in d_out and d_lse.
+    part_d_out, d_lse = (d_out, d_lse) if rest is None else _shared_out(d_out, d_lse, rest)
     shares = []
     for part, arrays, none in zip(parts, inputs, empty, strict=True):
         d_statistic = None if d_lse is None else jnp.where(none, 0.0, d_lse)
-        shares.append(part.backward(arrays, out, jnp.where(none, jnp.inf, lse), d_out, d_statistic))
+        shares.append(part.backward(arrays, out, jnp.where(none, jnp.inf, lse), part_d_out, d_statistic))
     d_inputs = tuple(_cotangent(arrays, share) for arrays, share in zip(inputs, shares, strict=True))
     if sinks is None:
         return d_inputs, None
@@ -224,6 +288,13 @@ def _backward(
     exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, lse)
     probability = jnp.where(nothing, 0.0, jnp.exp(exponent))
     return d_inputs, -(probability * delta).sum(axis=(0, 2)).astype(sinks.dtype)
+
+
+def _shared_out(d_out: jax.Array, d_lse: jax.Array | None, rest: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The cotangents times exp(−rest): 1 up to rounding, but for logits beside which their number vanishes."""
+    factor = jnp.exp(-rest)
+    smaller = (d_out.astype(jnp.float32) * heads_last(factor)).astype(d_out.dtype)
+    return smaller, None if d_lse is None else d_lse * factor
 
 
 def _cotangent(inputs: Inputs, share: Gradients) -> Inputs:

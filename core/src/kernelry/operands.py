@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kernelry.errors import ShapeError
 from kernelry.storage import PagedArray, QuantizedArray
@@ -91,6 +92,33 @@ def known_length(name: str, array: Any) -> int:
             "symbolic; export the program for a number."
         )
     return length
+
+
+def cast_finite(array: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Casts floats; what is finite stays so: −1e300 becomes float32's least number, for −inf would hide."""
+    if jnp.finfo(array.dtype).max <= jnp.finfo(dtype).max:  # type: ignore[no-untyped-call]
+        return array.astype(dtype)
+    most = jnp.asarray(jnp.finfo(dtype).max, array.dtype)  # type: ignore[no-untyped-call]
+    return jnp.where(jnp.isfinite(array), jnp.clip(array, -most, most), array).astype(dtype)
+
+
+_NARROW = {"int64": jnp.int32, "uint64": jnp.uint32, "float64": jnp.float32}
+
+
+def narrowed(array: Any) -> Any:
+    """An array of 64-bit numbers in 32 bits; others as they are.
+
+    Integers are positions, lengths, ids or places of pages: a negative one stays negative, and of an id beyond 2³¹ the
+    low 31 bits are left.
+    """
+    if not hasattr(array, "dtype") or str(array.dtype) not in _NARROW:
+        return array
+    narrow = _NARROW[str(array.dtype)]
+    if narrow == jnp.float32:
+        return cast_finite(array, jnp.float32)
+    if narrow == jnp.uint32:
+        return array.astype(jnp.uint32)
+    return jnp.where(array < 0, jnp.maximum(array, -(2**31)), array & (2**31 - 1)).astype(jnp.int32)
 
 
 def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:

@@ -20,6 +20,7 @@ from kernelry.masks.base import At, children, is_mask
 from kernelry.masks.fit import not_a_mask
 from kernelry.normalization import finalize, merge
 from kernelry.operands import Keys, as_array
+from kernelry.partial import checking_output
 from kernelry.policy import AUTO
 from kernelry.request import Mode
 
@@ -167,6 +168,7 @@ class KVCache(Protocol):
         after = self.append(key, value, lengths=options.get("lengths"))
         return after.attend(query, **options), after
 
+    @checking_output
     def attend(
         self,
         query: Float[Array, "B T N H"],
