@@ -53,9 +53,9 @@ def pytree(*leaves: str) -> Callable[[type[_T]], type[_T]]:
 
 def _register_for_export(cls: type[Any]) -> None:
     own = cls.__module__.partition(".")[0] == "kernelry"
-    # Our modules may move; a class of others may be defined anew, as in a notebook: then the first keeps the name.
+    # Our modules may move. A class may be defined anew, as in a notebook: then the first keeps the name.
     name = f"{'kernelry' if own else cls.__module__}.{cls.__qualname__}"
-    with contextlib.nullcontext() if own else contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):
         jax.export.register_pytree_node_serialization(
             cls,
             serialized_name=name,
