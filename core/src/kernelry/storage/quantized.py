@@ -141,10 +141,15 @@ class QuantizedArray:
         return cls(found.qvalue, scale.astype(found.scale.dtype))
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows K H"]:
-        """Returns values · scale, multiplied in float32; what rounding takes beyond a dtype's range is its largest."""
-        product = self.values.astype(jnp.float32) * self.scale.astype(jnp.float32)
+        """Returns values · scale, multiplied in float32; what rounding takes beyond a dtype's range is its largest.
+
+        Where a scale is not finite the result is not, either.
+        """
+        scale = self.scale.astype(jnp.float32)
+        product = self.values.astype(jnp.float32) * scale
         most = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
-        return jnp.clip(product, -min(most, _LARGEST), min(most, _LARGEST)).astype(dtype)
+        within = jnp.clip(product, -min(most, _LARGEST), min(most, _LARGEST))
+        return jnp.where(jnp.isfinite(scale), within, product).astype(dtype)
 
     @property
     def quantization(self) -> Quantization:
