@@ -10,8 +10,8 @@ SERVE_ARGS ?=
 
 export JAX_PLATFORMS ?= cpu
 BIN := $(VENV)/bin
-DISTRIBUTIONS := -e ./core[all] -e ./plugins/dot_product -e './plugins/tpu_splash[tokamax]' -e './plugins/gpu_pallas[tokamax]' -e ./plugins/cudnn_te
-TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "pytest-randomly>=3.16" "hypothesis>=6.100" "optax>=0.2.4"
+DISTRIBUTIONS := -e './core[all,plot]' -e ./plugins/dot_product -e './plugins/tpu_splash[tokamax]' -e './plugins/gpu_pallas[tokamax]' -e ./plugins/cudnn_te
+TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "pytest-randomly>=3.16" "hypothesis>=6.100" "optax>=0.2.4" "flatbuffers>=24"
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
@@ -160,7 +160,7 @@ benchmark-peers:
 	.venv-peers/bin/python benchmarks/against_peers.py
 
 # For a machine that has jax and no network. There:
-# pip install --no-index --find-links wheelhouse "kernelry[cli,config,plot,testing]" kernelry-dot-product kernelry-gpu-pallas \
+# pip install --no-index --find-links wheelhouse "kernelry[plot]" pytest kernelry-dot-product kernelry-gpu-pallas \
 #   kernelry-cudnn-te
 # then python benchmarks/device.py. WHEELHOUSE_PLOT= leaves matplotlib out (60 MB for both Pythons): without it there is no
 # picture. WHEELHOUSE_PEERS=tokamax adds tokamax with all that it needs, jax included (250 MB a Python), to be timed too.

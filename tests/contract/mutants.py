@@ -5,16 +5,28 @@ Each is an honest kernel with one step overridden; `Mutant.case` is a case of th
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from honest_kernels import ALL, BACKWARD, HONEST, HONEST_BACKWARD, Honest, HonestBackward, spec_of
 
 import kernelry
-from kernelry.masks import Chunked, Lengths, Segments, SlidingWindow
+from kernelry.masks import (
+    BidirectionalSpans,
+    BlockCausal,
+    Chunked,
+    Dense,
+    Lengths,
+    PrefixLM,
+    Segments,
+    SlidingWindow,
+)
 from kernelry.masks.band import Band
-from kernelry.masks.base import At
-from kernelry.plugin import KernelSpec, QuantizedArray, Refusal, RefusalCode, Side
+from kernelry.masks.base import And, At, Or
+from kernelry.masks.positions import StaticOffset
+from kernelry.plugin import KernelSpec, QuantizedArray, Refusal, RefusalCode, Side, Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,6 +370,447 @@ class ReadsAbsentPages(Honest):
     def cleaned(self, inputs, visible, request):
         query, key, value = super().cleaned(inputs, visible, request)
         return query, key, value if request.page_size is None else inputs.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Instead:
+    """A mask that answers another question about its sides."""
+
+    answer: Callable[..., object]
+
+    def evaluate(self, query, kv):
+        return self.answer(query, kv)
+
+
+@lie("beyond its tiles")
+class NeverReadsTheLastKeysOfALongRow(Honest):
+    def visible(self, inputs, request):
+        whole = request.kv_len - request.kv_len % 128 or request.kv_len
+        return super().visible(inputs, request) & (jnp.arange(request.kv_len) < whole)
+
+
+@lie("beyond its tiles", tilings=lambda _: (Tiling.of(keys_at_once=192),))
+class ReadsWholeTilesOfItsOwnOnly(Honest):
+    def visible(self, inputs, request):
+        whole = request.kv_len - request.kv_len % 192 or request.kv_len
+        return super().visible(inputs, request) & (jnp.arange(request.kv_len) < whole)
+
+
+@lie("beyond its tiles")
+class ForgetsTheLastBlockOfQueries(Honest):
+    def output(self, probabilities, value, empty):
+        out = super().output(probabilities, value, empty)
+        whole = out.shape[1] - out.shape[1] % 128 or out.shape[1]
+        return jnp.where((jnp.arange(out.shape[1]) < whole)[:, None, None], out, 0)
+
+
+def maxima_by_block(masked, size=128):
+    """The running maximum as each block of keys knew it, for every key."""
+    running = jax.lax.cummax(jax.lax.stop_gradient(masked), axis=3)
+    last = jnp.minimum(jnp.arange(masked.shape[3]) // size * size + size, masked.shape[3]) - 1
+    return jnp.maximum(running[..., last], jnp.finfo(jnp.float32).min)
+
+
+@lie("beyond its tiles")
+class DoesNotRescaleWhenALaterBlockHasALargerMaximum(Honest):
+    def weights(self, masked, top):
+        return jnp.exp(masked - maxima_by_block(masked))
+
+
+@lie("beyond its tiles")
+class StartsEachBlockOfQueriesAtTheDiagonal(Honest):
+    def masks(self, inputs):
+        early = Instead(lambda query, kv: (query.slots // 128 == 0) | (kv.slots >= query.slots // 128 * 128))
+        return (*super().masks(inputs), early)
+
+
+@lie("bfloat16 sums")
+class SumsInBfloat16(Honest):
+    def output(self, probabilities, value, empty):
+        if value.dtype != jnp.bfloat16:
+            return super().output(probabilities, value, empty)
+        products = jnp.moveaxis(probabilities, 3, 0)[..., None], jnp.moveaxis(value, 1, 0)[:, :, :, None]
+        zero = jnp.zeros((*probabilities.shape[:3], value.shape[3]), jnp.bfloat16)
+        add = lambda total, each: (total + (each[0] * each[1]).astype(jnp.bfloat16), None)  # noqa: E731
+        out = jax.lax.scan(add, zero, products)[0].swapaxes(1, 2)
+        return jnp.where(empty.swapaxes(1, 2)[..., None], 0, out)
+
+
+@lie("logits of ±180")
+class DoesNotSubtractTheMaximum(Honest):
+    def top(self, masked):
+        return jnp.zeros(masked.shape[:3])
+
+
+@lie("logits of ±180")
+class SubtractsTheMeanInPlaceOfTheMaximum(Honest):
+    def top(self, masked):
+        seen = jnp.isfinite(masked)
+        return jnp.where(seen, masked, 0).sum(axis=3) / jnp.maximum(seen.sum(axis=3), 1)
+
+
+@lie("logits around −130")
+class StartsTheMaximumAtZero(Honest):
+    def top(self, masked):
+        return masked.max(axis=3, initial=0)
+
+
+@lie("logits around −130")
+class TakesLowRowsForEmptyOnes(Honest):
+    def weights(self, masked, top):
+        return jnp.where(top[..., None] < -100, 0, super().weights(masked, top))
+
+
+@lie("a negative scale")
+class PutsTheRootOfTheScaleIntoBothSides(Honest):
+    def scale(self, request):
+        return abs(request.scale)
+
+
+@lie("a negative scale")
+class TakesTheMaximumBeforeTheScale(Honest):
+    def top(self, masked):
+        finite = jnp.where(jnp.isfinite(masked), masked, jnp.inf)
+        lowest = finite.min(axis=3, initial=jnp.inf)
+        return jnp.where(self.negative, jnp.where(jnp.isinf(lowest), 0, lowest), super().top(masked))
+
+    def scale(self, request):
+        self.negative = request.scale < 0
+        return request.scale
+
+
+@lie("a scale of 0")
+class TakesAScaleOfZeroForNone(Honest):
+    def scale(self, request):
+        return request.scale or request.default_scale
+
+
+@lie("B = 3")
+class ReadsBatchRowsInPairs(Honest):
+    def output(self, probabilities, value, empty):
+        out = super().output(probabilities, value, empty)
+        return jnp.where((jnp.arange(out.shape[0]) < max(1, out.shape[0] // 2 * 2))[:, None, None, None], out, 0)
+
+
+def has_offsets(mask):
+    return isinstance(mask, At) and all(isinstance(where, StaticOffset | None) for where in (mask.query, mask.kv))
+
+
+def borders_by_slot(mask):
+    if isinstance(mask, BlockCausal):
+        return Instead(lambda query, kv: kv.slots // mask.size <= query.slots // mask.size)
+    if not isinstance(mask, Chunked):
+        return mask
+    same = Instead(lambda query, kv: kv.slots // mask.size == query.slots // mask.size)
+    return And((same, Band(None, 0)))
+
+
+@lie("block causal at the same offset")
+class BordersBySlotAtOffsets(Honest):
+    def masks(self, inputs):
+        return tuple(changed(mask, borders_by_slot) if has_offsets(mask) else mask for mask in inputs.mask)
+
+
+@lie("block causal at shifted positions")
+class BordersBySlotAtStaticPositions(Honest):
+    def masks(self, inputs):
+        moved = [isinstance(mask, At) and not has_offsets(mask) for mask in inputs.mask]
+        return tuple(changed(mask, borders_by_slot) if m else mask for mask, m in zip(inputs.mask, moved, strict=True))
+
+
+@lie("chunked at the same")
+class ChunkBordersFromTheFirstKey(OtherMasks):
+    def other(self, mask):
+        size = getattr(mask, "size", None)
+        if not isinstance(mask, Chunked):
+            return mask
+
+        def answer(query, kv):
+            first = kv.positions.min(axis=3, keepdims=True)
+            same = (query.positions - first) // size == (kv.positions - first) // size
+            return same & (kv.positions <= query.positions)
+
+        return Instead(answer)
+
+
+@lie("far out")
+class HoldsPositionsInFloat32(OtherMasks):
+    def other(self, mask):
+        def rounded(side):
+            return dataclasses.replace(side, positions=side.positions.astype(jnp.float32).astype(jnp.int32))
+
+        return Instead(lambda query, kv: mask.evaluate(rounded(query), rounded(kv)))
+
+
+@lie("a query offset")
+class AlignsCausalMasksAtTheEnd(Honest):
+    def masks(self, inputs):
+        more = inputs.key.shape[1] - inputs.query.shape[1]
+        return tuple(mask.mask.at(query_offset=more) if isinstance(mask, At) else mask for mask in inputs.mask)
+
+    def attend(self, inputs, request, statistics):
+        return super().attend(self.read(inputs), request, statistics)
+
+
+@lie("amid the keys")
+class TakesACausalStepForTheLast(OtherMasks):
+    def other(self, mask):
+        plain = isinstance(mask, Band) and (mask.left, mask.right) == (None, 0)
+        return Instead(lambda query, kv: (query.slots.size == 1) | mask.evaluate(query, kv)) if plain else mask
+
+
+@lie("traced offsets")
+class ReadsTheFirstRowsOffset(Honest):
+    def masks(self, inputs):
+        def first(where):
+            rows = where is not None and [leaf for leaf in jax.tree.leaves(where) if leaf.ndim == 1]
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), where) if rows else where
+
+        return tuple(
+            At(mask.mask, first(mask.query), first(mask.kv)) if isinstance(mask, At) else mask for mask in inputs.mask
+        )
+
+
+@lie("window at traced")
+class HasNoRightEdgeAtTracedPositions(Honest):
+    def masks(self, inputs):
+        def wide(mask):
+            return Band(mask.left, None) if isinstance(mask, Band) and mask.left is not None else mask
+
+        traced = [isinstance(mask, At) and bool(jax.tree.leaves((mask.query, mask.kv))) for mask in inputs.mask]
+        return tuple(changed(mask, wide) if t else mask for mask, t in zip(inputs.mask, traced, strict=True))
+
+
+@lie("prefix")
+class PrefixOneKeyLonger(OtherMasks):
+    def other(self, mask):
+        return PrefixLM(mask.prefix_lengths + 1) if isinstance(mask, PrefixLM) else mask
+
+
+@lie("prefix")
+class PrefixWithoutThePast(OtherMasks):
+    def other(self, mask):
+        if not isinstance(mask, PrefixLM):
+            return mask
+        prefix = mask.prefix_lengths.reshape(-1, 1, 1, 1)
+        return Instead(
+            lambda query, kv: jnp.where(
+                kv.positions < prefix, query.positions < prefix, kv.positions <= query.positions
+            )
+        )
+
+
+@lie("segments")
+class TakesSegmentZeroForPadding(OtherMasks):
+    def other(self, mask):
+        if not isinstance(mask, Segments):
+            return mask
+        given = [ids for ids in (mask.query_ids, mask.kv_ids) if ids is not None]
+        return Segments(*(jnp.where(jnp.asarray(ids) == 0, -1, ids) for ids in given))
+
+
+@lie("segments of two sides")
+class ReadsKeysSegmentsFromTheQueries(OtherMasks):
+    def other(self, mask):
+        return Segments(mask.query_ids) if isinstance(mask, Segments) else mask
+
+
+@lie("dense")
+class ReadsTheFirstRowsDenseMask(OtherMasks):
+    def other(self, mask):
+        return Dense(mask.array[:1]) if isinstance(mask, Dense) else mask
+
+
+@lie("or")
+class TakesOrForAnd(OtherMasks):
+    def other(self, mask):
+        return And(mask.parts) if isinstance(mask, Or) else mask
+
+
+@lie("spans")
+class SpansOfNegativeIds(OtherMasks):
+    def other(self, mask):
+        if not isinstance(mask, BidirectionalSpans):
+            return mask
+        kv = mask.query_spans if mask.kv_spans is None else mask.kv_spans
+        return BidirectionalSpans(jnp.abs(jnp.asarray(mask.query_spans)), jnp.abs(jnp.asarray(kv)))
+
+
+@lie("N = 6, K = 2")
+class GroupsHeadsByTheNearestPowerOfTwo(Honest):
+    def expanded(self, array, request):
+        size = 1 << round(math.log2(request.groups))
+        heads = jnp.minimum(jnp.arange(request.q_heads) // size, request.kv_heads - 1)
+        return array[:, :, heads]
+
+
+@lie("full attention")
+class TakesTheKeyGradientFromOneQueryHead(Honest):
+    def expanded(self, array, request):
+        first = jnp.arange(request.q_heads) % request.groups == 0
+        array = super().expanded(array, request)
+        return jnp.where(first[:, None], array, jax.lax.stop_gradient(array))
+
+
+@lie("H = 8, D = 16")
+class CutsValuesAtTheHeadDim(Honest):
+    def output(self, probabilities, value, empty):
+        out = super().output(probabilities, value, empty)
+        return jnp.where(jnp.arange(out.shape[3]) < self.head_dim, out, 0)
+
+    def logits(self, query, key, request):
+        self.head_dim = request.head_dim
+        return super().logits(query, key, request)
+
+
+@lie("soft cap")
+class DifferentiatesAsIfNothingWereCapped(Honest):
+    def capped(self, logits, inputs, visible, request):
+        capped = super().capped(logits, inputs, visible, request)
+        return logits + jax.lax.stop_gradient(jnp.where(visible, capped - logits, 0))
+
+
+@lie("slots biased by −1e9")
+class ClipsTheBias(Honest):
+    def biased(self, logits, inputs):
+        return logits if inputs.bias is None else logits + jnp.maximum(inputs.bias.astype(jnp.float32), -1e4)
+
+
+@lie("slots biased by −inf")
+class LosesRowsWithAnInfiniteBias(Honest):
+    def biased(self, logits, inputs):
+        if inputs.bias is None:
+            return logits
+        logits = super().biased(logits, inputs)
+        return logits - jnp.max(logits - logits, axis=3, keepdims=True)
+
+
+@lie("bias of shape (1,")
+class TakesTheGradientOfASharedBiasFromTheFirstRow(Honest):
+    def biased(self, logits, inputs):
+        if inputs.bias is None or inputs.bias.shape[0] == logits.shape[0]:
+            return super().biased(logits, inputs)
+        bias = jnp.broadcast_to(inputs.bias.astype(jnp.float32), logits.shape)
+        first = (jnp.arange(logits.shape[0]) == 0)[:, None, None, None]
+        return logits + jnp.where(first, bias, jax.lax.stop_gradient(bias))
+
+
+@lie("sinks")
+class ReadsTheSinkOfTheKeyHead(Honest):
+    def sinks(self, inputs):
+        groups = inputs.query.shape[2] // inputs.key.shape[2]
+        sinks = super().sinks(inputs)
+        return sinks[jnp.arange(sinks.shape[0]) // groups]
+
+
+@lie("empty rows with sinks")
+class SinksFillEmptyRows(Honest):
+    def with_sinks(self, out, lse, inputs):
+        mean = 0 if inputs.sinks is None else self.read(inputs).value.astype(jnp.float32).mean()
+        return jnp.where(jnp.isneginf(lse).swapaxes(1, 2)[..., None], mean, super().with_sinks(out, lse, inputs))
+
+
+@lie("every feature at once")
+class MaxLogitsBeforeTheCap(Honest):
+    def capped(self, logits, inputs, visible, request):
+        self.uncapped = jnp.where(visible, logits, -jnp.inf)
+        return super().capped(logits, inputs, visible, request)
+
+    def max_logits(self, masked, capped):
+        return self.uncapped.max(axis=(2, 3), initial=-jnp.inf)
+
+
+@lie("max logits")
+class MaxLogitsInBaseTwo(Honest):
+    def max_logits(self, masked, capped):
+        return super().max_logits(masked, capped) / jnp.log(2.0)
+
+
+@lie("lse under dropout")
+class LseOfTheDroppedProbabilities(Honest):
+    def lse(self, lse, empty, request):
+        return super().lse(lse + jnp.log1p(-request.dropout_rate), empty, request)
+
+
+@lie("dropout")
+class DropsTheSameKeysInEveryHead(Honest):
+    def dropped(self, probabilities, inputs, request):
+        if not request.dropout_rate:
+            return probabilities
+        one = jax.random.bernoulli(inputs.dropout_rng, 1 - request.dropout_rate, (2, 1, *probabilities.shape[2:]))
+        return jnp.where(one, probabilities / (1 - request.dropout_rate), 0)
+
+
+@lie("dropout")
+class DropsWholeQueries(Honest):
+    def dropped(self, probabilities, inputs, request):
+        if not request.dropout_rate:
+            return probabilities
+        shape = (*probabilities.shape[:3], 1)
+        kept = jax.random.bernoulli(inputs.dropout_rng, 1 - request.dropout_rate, shape)
+        return jnp.where(kept, probabilities / (1 - request.dropout_rate), 0)
+
+
+@lie("lse", backward=True)
+class ForgetsTheScaleInTheGradientOfKeys(HonestBackward):
+    def summed(self, by_query_head, request):
+        self.found = request.scale
+        return super().summed(by_query_head, request)
+
+    def d_key(self, d_key):
+        return d_key / self.found
+
+
+@lie("lse", backward=True)
+class SumsNoGroups(HonestBackward):
+    def summed(self, by_query_head, request):
+        shape = (*by_query_head.shape[:2], request.kv_heads, request.groups, by_query_head.shape[3])
+        return by_query_head.reshape(shape)[:, :, :, 0]
+
+
+@lie("lse", backward=True)
+class AddsTheCotangentOfLse(HonestBackward):
+    def delta(self, out, d_out, d_lse):
+        return super().delta(out, d_out, None if d_lse is None else -d_lse)
+
+
+@lie("lse", backward=True)
+class DifferentiatesHiddenPairs(HonestBackward):
+    def backward(self, inputs, request, tiling, out, lse, d_out, d_lse):
+        return super().backward(dataclasses.replace(inputs, mask=()), request, tiling, out, lse, d_out, d_lse)
+
+
+@lie("pages")
+class ReadsTheTableOffByOne(Honest):
+    def order(self, table):
+        return jnp.roll(super().order(table), 1, axis=1)
+
+
+@lie("quantised keys")
+class TakesTheScaleOfTheTokenBefore(Honest):
+    def scale_of(self, array):
+        return jnp.roll(array.scale, 1, axis=1)
+
+
+@lie("quantised keys: int4")
+class ReadsInt4Unsigned(Honest):
+    def scaled(self, array):
+        if isinstance(array, QuantizedArray) and array.values.dtype == jnp.int4:
+            array = QuantizedArray(array.values.astype(jnp.int32) % 16, array.scale)
+        return super().scaled(array)
+
+
+@lie("full attention")
+class ReturnsAnotherLayout(Honest):
+    def forward(self, inputs, request, tiling, *, statistics):
+        partial = super().forward(inputs, request, tiling, statistics=statistics)
+        return dataclasses.replace(partial, out=partial.out.reshape(partial.out.swapaxes(1, 2).shape))
+
+
+@lie("full attention")
+class ReturnsABareArray(Honest):
+    def forward(self, inputs, request, tiling, *, statistics):
+        return super().forward(inputs, request, tiling, statistics=statistics).out
 
 
 def _refuse_all(request, environment):

@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import kernelry
-from kernelry import masks
-from kernelry.errors import ArgumentError, ShapeError
+from kernelry import Request, masks
+from kernelry.cache import RollingCache
+from kernelry.config import AttentionConfig, load_config
+from kernelry.errors import ArgumentError, ConfigError, ShapeError
+from kernelry.plugin import KernelSpec
 
 Q = jnp.ones((2, 6, 4, 8))
 K = jnp.ones((2, 6, 2, 8))
@@ -31,8 +35,6 @@ K = jnp.ones((2, 6, 2, 8))
         ({"value": K[:, :4]}, ["value", "S=6", "(2, 4, 2, 8)"]),
         ({"value": K[:, :, :1]}, ["value", "K=2", "(2, 6, 1, 8)"]),
         ({"key": jnp.ones((2, 6, 3, 8)), "value": jnp.ones((2, 6, 3, 8))}, ["key", "K=3", "N=4"]),
-        ({"mask": jnp.ones((6, 6), bool)}, ["mask must be a kernelry mask", "(6, 6)", "masks.Dense"]),
-        ({"mask": None}, ["mask must be a kernelry mask", "NoneType"]),
         ({"mask": masks.Dense(np.ones((3, 1, 6, 6), bool))}, ["visible", "(2, 4, 6, 6)", "(3, 1, 6, 6)"]),
         ({"mask": masks.Segments(np.zeros((2, 5), int))}, ["query_ids", "[2, 6]", "(2, 5)"]),
         ({"mask": masks.Lengths(np.zeros(3, int))}, ["kv_lengths", "[2]", "(3,)"]),
@@ -91,9 +93,21 @@ def test_meaningless_values_raise_argument_errors(change, complaint):
         kernelry.attention(Q, K, K, **change)
 
 
-def test_traced_numbers_are_refused_before_jax_complains():
-    with pytest.raises(ArgumentError, match="scale must be a Python number"):
-        jax.jit(lambda scale: kernelry.attention(Q, K, K, scale=scale))(0.5)
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        (
+            "scale",
+            "multiply query by it and pass scale=1.0, or make it static, as in jax.jit(f, static_argnames='scale')",
+        ),
+        ("soft_cap", "make it static, as in jax.jit(f, static_argnames='soft_cap')"),
+        ("dropout_rate", "make it static, as in jax.jit(f, static_argnames='dropout_rate')"),
+    ],
+)
+def test_traced_numbers_are_refused_before_jax_complains(name, instead):
+    with pytest.raises(ArgumentError) as caught:
+        jax.jit(lambda number: kernelry.attention(Q, K, K, **{name: number}))(0.5)
+    assert str(caught.value) == f"{name} must be a Python number, got a traced array: {instead}."
 
 
 def test_numbers_may_be_arrays_of_rank_0():
@@ -102,3 +116,211 @@ def test_numbers_may_be_arrays_of_rank_0():
 
 def test_positional_masks_with_at_accept_unequal_lengths():
     assert kernelry.attention(Q[:, :3], K, K, mask=masks.Causal().at(query_offset=3)).shape == (2, 3, 4, 8)
+
+
+# What people write in their first minutes, and the words that say what to write instead.
+
+TRUE = np.ones((2, 6, 6), bool)
+ROWS = np.ones((2, 6), bool)
+MASK = "mask must be a kernelry mask, got "
+BOOLEANS = (
+    "mask as a boolean array must be [T, S] or broadcast to B N T S = (2, 4, 6, 6), got shape {}; for [B, S] write "
+    "mask[:, None, None], for [B, T, S] mask[:, None], for [T, S] mask[None, None]."
+)
+TRANSPOSED = "so arrays [B, heads, tokens, H], as in torch, go through .swapaxes(1, 2)."
+CACHE = RollingCache.create(batch=2, window=8, kv_heads=2, head_dim=8, dtype=jnp.float32)
+SPEC = KernelSpec(name="mine", capabilities=None, load="absent:Absent", signature=None)
+
+
+def attend(query=Q, key=K, value=K, **options):
+    return kernelry.attention(query, key, value, **options)
+
+
+def used(**options):
+    with kernelry.use(**options):
+        pass
+
+
+def at(**where):
+    return masks.Causal().at(**where)
+
+
+def heads_first(*arrays, **options):
+    return attend(*(np.ones(shape, np.float32) for shape in arrays), **options)
+
+
+MISTAKES = [
+    (
+        lambda: attend(Q[0], K[0], K[0]),
+        "got shape (6, 4, 8); without a batch write query[None], key[None], value[None]",
+    ),
+    (lambda: attend(key=K[:, :, 0]), "got shape (2, 6, 8); without a batch write query[None], key[None], value[None]"),
+    (lambda: attend(key=K[:, :, 0]), "one head without an axis is key[:, :, None]."),
+    (lambda: attend(Q.reshape(2, 6, 2, 2, 8)), "heads in groups [B, T, K, G, H] are query.reshape(B, T, K * G, H)."),
+    (lambda: heads_first((2, 4, 1, 8), (2, 2, 6, 8), (2, 2, 6, 8)), TRANSPOSED),
+    (lambda: heads_first((2, 6, 4, 8), (2, 2, 6, 8), (2, 2, 6, 8)), TRANSPOSED),
+    (
+        lambda: heads_first((2, 4, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8), mask=masks.Causal()),
+        "arrays [B, heads, tokens, H], as in torch, go through .swapaxes(1, 2).",
+    ),
+    (lambda: attend([[1.0]]), "query must be an array, got list; write jnp.asarray(query)."),
+    (lambda: attend(value=None), "value must be an array, got NoneType."),
+    (
+        lambda: attend(jax.ShapeDtypeStruct(Q.shape, Q.dtype)),
+        "go through jax.eval_shape(kernelry.attention, …), facts in",
+    ),
+    (
+        lambda: attend(key=CACHE),
+        "key must be an array, got RollingCache; a cache attends by itself: cache.attend(query",
+    ),
+    (lambda: attend(Q.astype(int)), "query must be floating, got int32; cast it, e.g. query.astype(jnp.bfloat16)."),
+    (
+        lambda: attend(key=K.astype(jnp.bfloat16)),
+        "must have query's dtype float32, got bfloat16; write key.astype(query.d",
+    ),
+    (lambda: attend(mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
+    (lambda: attend(mask=masks.Segments), MASK + "the class Segments; write masks.Segments(…)."),
+    (lambda: attend(mask="causal"), MASK + "'causal'; write masks.Causal()."),
+    (lambda: attend(mask="sliding_window"), MASK + "'sliding_window'; write masks.SlidingWindow(…)."),
+    (lambda: attend(mask="zzz"), MASK + "'zzz'; masks are in kernelry.masks."),
+    (lambda: attend(mask=True), MASK + "bool; masks are in kernelry.masks."),
+    (
+        lambda: attend(mask=jnp.ones((6, 6))),
+        MASK + "float32 of shape (6, 6); for 0 and 1 write masks.Dense(array > 0), n",
+    ),
+    (lambda: attend(mask=TRUE), BOOLEANS.format("(2, 6, 6)")),
+    (lambda: attend(mask=ROWS), BOOLEANS.format("(2, 6)")),
+    (
+        lambda: heads_first(*[(6, 6, 2, 8)] * 3, mask=TRUE[0]),
+        "must be [T, S] or broadcast to B N T S = (6, 2, 6, 6), got",
+    ),
+    (lambda: attend(mask=masks.Dense(TRUE)), "got shape (1, 2, 6, 6); for [B, T, S] write array[:, None]."),
+    (lambda: attend(mask=masks.Dense(ROWS)), "got shape (1, 1, 2, 6); for [B, S] write array[:, None, None]."),
+    (
+        lambda: masks.Causal & masks.Segments([0]),
+        "a mask composes with masks, got the class Causal; write masks.Causal()",
+    ),
+    (
+        lambda: masks.Causal() | ROWS,
+        "a mask composes with masks, got booleans of shape (2, 6); write masks.Dense(array).",
+    ),
+    (lambda: attend(bias=jnp.zeros((2, 6, 6))), "got shape (2, 6, 6); for [B, T, S] write bias[:, None]."),
+    (
+        lambda: attend(bias=[[0.0]]),
+        "bias must be an array that broadcasts to B N T S = (2, 4, 6, 6), got list; write jnp.",
+    ),
+    (lambda: attend(sinks=[0.0] * 4), "sinks must be an array, got list; write jnp.asarray(sinks)."),
+    (lambda: attend(mode="training"), "unknown mode 'training'; did you mean 'train'?"),
+    (
+        lambda: attend(kernel=SPEC),
+        "got KernelSpec 'mine'; write kernel='mine', inside kernelry.use(kernels=[spec]) where",
+    ),
+    (lambda: attend(kernel=kernelry.kernels()[0]), "InstalledKernel 'blockwise'; write kernel='blockwise'."),
+    (lambda: attend(dropout_rate=0.1, dropout_rng=nnx.Rngs(0)), "got Rngs; draw a key from it, e.g. rngs.dropout()."),
+    (lambda: attend(dropout_rate=0.1, dropout_rng=jnp.zeros(3)), "jax.random.key(0), got float32 of shape (3,)."),
+    (lambda: attend(soft_cap=0), "soft_cap must be positive, got 0.0; pass None for no cap."),
+    (
+        lambda: kernelry.merge(attend(return_partial=True)),
+        "merge takes a sequence of Partials, got one Partial; write mer",
+    ),
+    (lambda: used(kernel=SPEC), "got KernelSpec 'mine'; write kernel='mine', inside kernelry.use(kernels=[spec])"),
+    (lambda: used(kernels=SPEC), "use(kernels=…) takes a sequence; write kernels=[spec] for 'mine'."),
+    (
+        lambda: used(policy=AttentionConfig()),
+        "policy must be a Policy, got AttentionConfig; write policy=config.policy.",
+    ),
+    (lambda: used(policy="c.toml"), "got str; read one with kernelry.config.load_config(source).policy."),
+    (lambda: used(tiling=128), "use(tiling=…) takes tunables by name, e.g. {'block_q': 128}, got 128."),
+    (lambda: used(strict=True), "use(strict=…) takes a lock file, as `kernelry lock` writes it, got True."),
+    (lambda: used(target="h100"), "target 'h100': unknown platform 'h100'; write 'gpu:h100'"),
+    (
+        lambda: kernelry.explain("gpu"),
+        "request must be a kernelry.Request, e.g. Request(q_len=1024, target='gpu:h100'), ",
+    ),
+    (lambda: kernelry.resolve(Request(q_len=4), kernel=SPEC), "got KernelSpec 'mine'; write kernel='mine'"),
+    (
+        lambda: kernelry.explain(Request(q_len=4), policy={}),
+        "policy must be a Policy, got dict; read one with kernelry.c",
+    ),
+    (
+        lambda: kernelry.resolve_phases("c.toml", None),
+        "got str; a file or a mapping is read by kernelry.config.load_conf",
+    ),
+    (lambda: kernelry.resolve_phases(AttentionConfig(), {}), "shape must be a kernelry.ModelShape, got dict."),
+    (
+        lambda: kernelry.flax.AttentionOp("c.toml"),
+        "config must be a kernelry.config.AttentionConfig, got str; a file or a",
+    ),
+    (lambda: kernelry.flax.AttentionOp()(Q, K, K, mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
+    (lambda: kernelry.flax.attention_fn(Q, Q, Q, mask=masks.Causal), "got the class Causal; write masks.Causal()."),
+    (lambda: CACHE.attend(Q[:, :1], mask=None), MASK + "None; leave it out for Causal(), or write masks.Full()."),
+    (lambda: CACHE.attend(Q[:, :1], mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
+    (lambda: Request(q_len=8, mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
+    (lambda: Request(q_len=8, dtype=float), "dtype must be the name of a dtype, e.g. bfloat16, got <class 'float'>."),
+    (lambda: Request(q_len=6, bias=jnp.ones((6, 6))), "of B=1 N=1 T=6 S=6, got an array of shape (6, 6)."),
+    (lambda: Request(q_len=6, sinks=jnp.ones(1)), "sinks must be True or False, got an array of shape (1,)."),
+    (
+        lambda: Request(q_len=8, mask=at(query_positions=np.arange(6))),
+        "mask: query_positions are 6 numbers, and q_len=8: give one position for each of the T tokens, or pass q_len=",
+    ),
+    (
+        lambda: Request(q_len=8, mask=~at(kv_positions=range(6))),
+        "kv_positions are 6 numbers, and kv_len=8",
+    ),
+    (
+        lambda: Request(q_len=8, mask=at(query_offset=[1, 2])),
+        "differ between 2 rows, and batch=1: pass batch=2, or posit",
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_first_mistakes_are_told_what_to_write(number):
+    call, words = MISTAKES[number]
+    with pytest.raises((ArgumentError, ConfigError), match=re.escape(words)):
+        call()
+
+
+def test_none_and_booleans_are_the_masks_they_mean():
+    lower = np.tril(np.ones((6, 6), bool))
+    forms = {name: attend(mask=mask) for name, mask in {"none": None, "causal": masks.Causal(), "lower": lower}.items()}
+    np.testing.assert_array_equal(forms["none"], attend())
+    for visible in (lower, jnp.asarray(lower), lower[None, None], nnx.Variable(jnp.asarray(lower))):
+        np.testing.assert_allclose(attend(mask=visible), forms["causal"], atol=1e-6)
+    assert Request(q_len=6, mask=None) == Request(q_len=6)
+    assert Request(q_len=6, mask=lower) == Request(q_len=6, mask=masks.Dense(lower))
+
+
+def test_variables_of_flax_are_the_arrays_inside():
+    rng = np.random.default_rng(0)
+    arrays = {
+        "query": rng.standard_normal(Q.shape, np.float32),
+        "key": rng.standard_normal(K.shape, np.float32),
+        "value": rng.standard_normal(K.shape, np.float32),
+        "bias": rng.standard_normal((6, 6), np.float32),
+        "sinks": rng.standard_normal(4, np.float32),
+    }
+    ids, offset = jnp.arange(6) // 3, jnp.int32(1)
+
+    def out(wrap):
+        mask = masks.Segments(wrap(ids)) & masks.Causal().at(query_offset=wrap(offset))
+        return kernelry.attention(**{name: wrap(jnp.asarray(array)) for name, array in arrays.items()}, mask=mask)
+
+    out = jax.jit(out, static_argnums=0)
+    np.testing.assert_array_equal(out(nnx.Param), out(jnp.asarray))
+
+
+def test_a_variables_gradient_is_the_arrays():
+    sinks = jnp.arange(4.0)
+    through = jax.grad(lambda sinks: attend(sinks=nnx.Param(sinks)).sum())(sinks)
+    np.testing.assert_array_equal(through, jax.grad(lambda sinks: attend(sinks=sinks).sum())(sinks))
+    assert np.abs(through).min() > 0
+
+
+def test_dtypes_are_named_as_jax_has_them():
+    assert Request(q_len=8, dtype=jnp.bfloat16, logits_dtype=np.dtype("float32")) == Request(q_len=8, dtype="bfloat16")
+    assert Request(q_len=8, dtype=np.float16) == Request(q_len=8, dtype="float16")
+
+
+def test_a_mapping_that_holds_the_table_is_read():
+    assert load_config({"attention": {"kernel": "blockwise"}, "model": 3}).kernel == "blockwise"

@@ -8,8 +8,13 @@ from mask_strategies import STATIC_ATOMS, placed_masks
 
 from kernelry import masks
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.masks import BlockKind
+from kernelry.masks import BlockKind, blocks
+from kernelry.parallel import load_balanced_order
 from kernelry.testing import reference_mask
+
+
+def _odd_distance(query, kv):
+    return (query - kv) % 2 == 1
 
 
 def _expected(visible, block_q, block_kv):
@@ -45,6 +50,66 @@ def test_block_map_of_any_mask_is_never_empty_or_full_where_the_mask_is_not(draw
     assert not wrong.any()
 
 
+_SIZES = st.integers(1, 6)
+_OF_POSITIONS = st.one_of(
+    st.builds(masks.SlidingWindow, st.integers(0, 9), st.integers(0, 3)),
+    st.builds(masks.Chunked, _SIZES),
+    st.builds(masks.BlockCausal, _SIZES),
+    st.just(masks.Causal()),
+)
+_CONJUNCTIONS = st.builds(lambda one, other, some: one & other | ~some, *[_OF_POSITIONS] * 3) | _OF_POSITIONS
+
+
+@given(_CONJUNCTIONS, st.integers(0, 2**32 - 1), st.integers(1, 2), st.integers(1, 5), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_block_map_at_positions_in_any_order_is_exact(mask, seed, rows, block_q, block_kv):
+    rng = np.random.default_rng(seed)
+    query, kv = (np.stack([rng.permutation(length) for _ in range(rows)]) for length in (14, 17))
+    mask = mask.at(query_positions=query * 2, kv_positions=kv)
+    found = mask.block_map(14, 17, block_q, block_kv)
+    np.testing.assert_array_equal(found, _expected(reference_mask(mask, rows, 1, 14, 17), block_q, block_kv))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [masks.Causal(), masks.SlidingWindow(511), masks.SlidingWindow(511) & masks.Chunked(4096)],
+    ids=str,
+)
+@pytest.mark.parametrize("order", ["random", "reversed", "striped", "dual_chunk"])
+def test_block_map_of_131072_tokens_in_any_order_evaluates_no_element(mask, order, monkeypatch):
+    tokens = np.arange(2**17)
+    orders = {"random": np.random.default_rng(0).permutation(tokens), "reversed": tokens[::-1]}
+    places = orders[order] if order in orders else load_balanced_order(len(tokens), 8, order)
+    monkeypatch.setattr(blocks, "_evaluated", None)
+    kinds = mask.at(query_positions=places, kv_positions=places).block_map(len(tokens), len(tokens), 1024, 1024)
+    assert (kinds == BlockKind.PARTIAL).any()
+
+
+def test_block_map_finds_the_one_visible_element_of_a_block_among_many():
+    rng = np.random.default_rng(0)
+    query, kv = rng.permutation(2048), rng.permutation(2048)
+    mask = masks.SlidingWindow(9).at(query_positions=query, kv_positions=kv)
+    np.testing.assert_array_equal(mask.block_map(2048, 2048, 16, 16), _expected(mask.materialize(2048, 2048), 16, 16))
+
+
+@pytest.mark.parametrize("mask", [masks.Predicate(_odd_distance) & masks.SlidingWindow(300), ~masks.Chunked(64)])
+def test_block_map_of_many_elements_is_exact_and_evaluates_few_of_a_partial_block(mask, monkeypatch):
+    tokens = np.random.default_rng(0).permutation(512)
+    placed = mask.at(query_positions=tokens, kv_positions=tokens) | masks.SlidingWindow(2)
+    exact = placed.block_map(512, 512, 64, 32)
+    evaluated, whole = [], blocks._evaluated
+
+    def counted(static, row, columns, grid, every=1):
+        evaluated.append(len(columns) / every**2)
+        return whole(static, row, columns, grid, every)
+
+    monkeypatch.setattr(blocks, "_evaluated", counted)
+    monkeypatch.setattr(blocks, "_MANY_ELEMENTS", 1)
+    np.testing.assert_array_equal(placed.block_map(512, 512, 64, 32), exact)
+    np.testing.assert_array_equal(exact, _expected(placed.materialize(512, 512), 64, 32))
+    assert sum(evaluated) < exact.size / 2
+
+
 def test_block_map_of_a_dynamic_part_is_never_full():
     mask = masks.Causal() & masks.Segments(np.zeros((1, 8), np.int32))
     np.testing.assert_array_equal(
@@ -55,10 +120,6 @@ def test_block_map_of_a_dynamic_part_is_never_full():
 def test_block_map_tells_partial_blocks_that_have_nothing_in_common():
     mask = masks.SlidingWindow(0, 0) & masks.Predicate(_odd_distance)
     assert (mask.block_map(8, 8, 4, 4) == BlockKind.EMPTY).all()
-
-
-def _odd_distance(query, kv):
-    return (query - kv) % 2 == 1
 
 
 def test_block_map_of_a_long_band_looks_at_blocks_only():

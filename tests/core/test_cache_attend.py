@@ -13,7 +13,7 @@ from pairs import sweep_but
 
 import kernelry
 from kernelry import masks
-from kernelry.cache import KVCache, RollingCache, TwoPartCache
+from kernelry.cache import KVCache, PagedCache, RollingCache, SharedPrefix, TwoPartCache
 from kernelry.errors import ArgumentError, KernelRefusedError, ShapeError
 from kernelry.testing import reference_gradients
 
@@ -261,7 +261,7 @@ def test_differentiating_in_decode_mode_is_an_error():
         (masks.Segments(np.zeros(3, np.int32)), ArgumentError, "about the slots of an array"),
         (masks.Causal() | ~masks.Dense(np.ones((1, 3), bool)), ArgumentError, "about the slots of an array"),
         (masks.Causal().at(kv_offset=3), ArgumentError, "says where keys stand"),
-        (np.ones((1, 3), bool), ShapeError, "mask must be a kernelry mask, got ndarray"),
+        (np.ones((1, 3), bool), ShapeError, "got bool of shape .* slots of a cache move: use masks of positions"),
     ],
 )
 def test_masks_about_slots_are_refused(mask, error, message):
@@ -364,3 +364,41 @@ def test_lengths_that_are_known_may_be_closed_over_under_jit():
     more = lengths + 1
     with pytest.raises(ArgumentError, match=r"lengths must lie in \[0, 1\]"):
         jax.jit(lambda cache, query: cache.attend(query, lengths=more))(fed.cache, query)
+
+
+# What a cache looks like in a debugger
+
+
+def of_every_kind():
+    kinds = {"kv_heads": 2, "head_dim": 8, "storage": "int8"}
+    paged = PagedCache.create(rows=2, pages=9, page_size=4, max_length=32, layers=2, **kinds)
+    return (
+        paged,
+        paged.view(layer=1),
+        TwoPartCache.create(batch=2, prefill=64, decode=64, **kinds),
+        RollingCache.create(batch=2, window=64, **kinds),
+        SharedPrefix(jnp.zeros((64, 2, 8)), jnp.zeros((64, 2, 8))),
+        kernelry.Partial(jnp.zeros((2, 6, 4, 8)), jnp.zeros((2, 4, 6))),
+    )
+
+
+def test_caches_are_shown_by_shapes_and_counts():
+    held = "2 x QuantizedArray(int8:head_dim, shape=[9, 4, 2, 8], scale=bfloat16)"
+    assert repr(of_every_kind()[0]) == (
+        f"PagedCache(keys={held}, values={held}, table=[[-1, -1, -1, -1, -1, -1, -1, -1], [-1, -1, -1, -1, -1, -1, -1, "
+        "-1]], lengths=[0, 0], references=[0, 0, 0, 0, 0, 0, 0, 0, 0], overflowed=False, max_length=32)"
+    )
+    assert repr(of_every_kind()[-1]) == (
+        "Partial(out=float32[2, 6, 4, 8], lse=float32[2, 4, 6], max=None, sum=None, max_logits=None, dtype='float32', "
+        "lse_rest=None)"
+    )
+    assert [shown for shown in of_every_kind() if len(repr(shown)) > 600 or "Array([" in repr(shown)] == []
+
+
+def test_caches_are_shown_whatever_stands_in_their_fields():
+    shown = []
+    jax.eval_shape(lambda caches: shown.extend(map(repr, caches)), of_every_kind())
+    shown.extend(map(repr, jax.tree.map(lambda _: None, of_every_kind())))
+    assert [len(text) for text in shown if len(text) > 700] == []
+    assert "lengths=int32[2]" in shown[0]
+    assert "keys=2 x QuantizedArray(None, None)" in shown[6]

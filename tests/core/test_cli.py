@@ -1,5 +1,6 @@
 """The command: readable tables, JSON, exit statuses, one-line errors."""
 
+import importlib.util
 import io
 import json
 import os
@@ -9,8 +10,11 @@ import sys
 import pytest
 from rich.console import Console
 
-from kernelry import cli
-from kernelry.cli import app, report
+from kernelry import ModelShape, Request, Target, cli
+from kernelry.calls import calls
+from kernelry.cli import report
+from kernelry.config import load_config
+from kernelry.switches import Switches
 
 pytestmark = pytest.mark.versions
 
@@ -62,6 +66,33 @@ def test_doctor_reports_versions_and_no_faults(run):
     assert {"kernelry", "python", "jax", "contract"} <= set(data["versions"])
 
 
+@pytest.mark.parametrize(
+    ("switches", "variable", "words"),
+    [
+        (Switches(kernel="blokwise"), "KERNELRY_KERNEL", "did you mean 'blockwise'?"),
+        (Switches(unknown=("KERNELRY_KERNAL",)), "KERNELRY_KERNAL", "did you mean 'KERNELRY_KERNEL'?"),
+        (Switches(strict=True, lock="absent.json"), "KERNELRY_LOCK", "the lock file 'absent.json' is not there"),
+    ],
+)
+def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch, switches, variable, words):
+    monkeypatch.setattr(Switches, "of_process", lambda: switches)
+    status, out, _ = run("doctor")
+    [fault] = json.loads(run("doctor", "--json")[1])["faults"]
+    assert status == 1
+    assert "No faults." not in out
+    assert (fault["plugin"], fault["kind"]) == (variable, "wrong environment variable")
+    assert words in fault["detail"]
+    assert variable in fault["fix"] or "kernelry list" in fault["fix"]
+
+
+def test_doctor_says_nothing_of_variables_that_are_right(run, monkeypatch, tmp_path):
+    lock = tmp_path / "kernelry.lock.json"
+    lock.write_text("{}")
+    monkeypatch.setattr(Switches, "of_process", lambda: Switches(kernel="blockwise", strict=True, lock=str(lock)))
+    status, out, _ = run("doctor")
+    assert (status, "No faults." in out) == (0, True)
+
+
 def test_explain_answers_for_hardware_that_is_not_here(run):
     status, out, _ = run("explain", "--target", "gpu:h100", "--mode", "train", "--q-len", "8192", "--json")
     data = json.loads(out)
@@ -89,6 +120,92 @@ def test_explain_prints_the_choice_and_the_rule(run):
     assert status == 0
     assert "→" in out
     assert "shipped policy" in out
+
+
+CONFIG = """
+[attention]
+type = "local_sliding"
+window = 64
+soft_cap = 30.0
+scale = 0.5
+sinks = true
+record_max_logits = true
+dropout_rate = 0.25
+precision = "highest"
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def test_explain_asks_what_the_config_says(run, config):
+    data = json.loads(run("explain", "--target", "cpu", "--config", "c.toml", "--json")[1])
+    facts = {"soft_cap": 30.0, "scale": 0.5, "sinks": True, "max_logits": True, "dropout_rate": 0.25}
+    assert facts.items() <= data["request"].items()
+    assert data["config"]["fields"]["mask"] == "window(63, 0)"
+    assert data["config"]["fields"]["precision"] == data["request"]["precision"] == "highest"
+
+
+@pytest.mark.parametrize("mode", ["train", "prefill", "decode"])
+def test_explain_asks_what_is_locked(run, config, mode):
+    read = load_config("c.toml")
+    shape = ModelShape(q_len=64, max_len=96, batch=2, q_heads=4, head_dim=32)
+    [wanted] = [c.request for c in calls(read, shape, Target("cpu")) if c.request.mode.value == mode]
+    lengths = ("--q-len", "1", "--kv-len", "96") if mode == "decode" else ("--q-len", "64")
+    options = ("--target", "cpu", "--mode", mode, "--batch", "2", "--heads", "4", "--head-dim", "32")
+    out = run("explain", *options, *lengths, "--config", "c.toml", "--json")[1]
+    assert Request.from_json(json.loads(out)["request"]) == wanted
+
+
+def test_options_given_go_before_the_config(run, config):
+    options = ("--soft-cap", "20", "--no-sinks", "--mask", "config & segments")
+    _, out, _ = run("explain", "--target", "cpu", "--config", "c.toml", *options)
+    text = " ".join(out.split())
+    assert "mask=segments & window(63, 0) soft_cap=20.0" in text
+    assert "from c.toml: scale=0.5 dropout_rate=0.25 precision=highest max_logits=True" in text
+    assert "; not its mask=window(63, 0) soft_cap=30.0 sinks=True, as given here" in text
+
+
+def test_explain_reads_maxtext_files(run, config):
+    (config / "base.yml").write_text("attention: dot_product\nattn_logits_soft_cap: 0\n")
+    (config / "model.yml").write_text("attn_logits_soft_cap: 50.0\n")
+    files = ("--maxtext", "base.yml", "--maxtext", "model.yml")
+    data = json.loads(run("explain", "--target", "cpu", *files, "--json")[1])
+    assert (data["request"]["soft_cap"], data["request"]["scale"]) == (50.0, 1.0)
+    assert (data["plan"]["kernel"], data["config"]["source"]) == ("dot_product", "base.yml + model.yml")
+
+
+WRONG_FILES = {
+    "none.toml": ("[model]\nlayers = 2\n", "none.toml: there is no table [attention]; found instead: model. Write one"),
+    "misspelt.toml": ("[atention]\n", "unknown table 'atention'; did you mean 'attention'?"),
+    "name.toml": ('[attention]\nkernel = "blokwise"\n', "of that name; did you mean 'blockwise'?"),
+    "base.yml": ("attention: dot_product\n", "or by the command's option --maxtext"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+@pytest.mark.parametrize("verb", ["explain", "lock", "check"])
+def test_files_that_are_not_meant_are_one_message_and_status_2(run, config, verb, name):
+    text, words = WRONG_FILES[name]
+    (config / name).write_text(text)
+    target = () if verb == "lock" else ("--target", "gpu:h100" if verb == "check" else "cpu")
+    file = ("--config", name) if verb == "explain" else (name,)
+    status, out, err = run(verb, *file, *target)
+    assert status == 2
+    assert words in " ".join((out + err).split()) or (verb, name) == ("explain", "name.toml")
+    assert not (config / "kernelry.lock.json").exists()
+
+
+@pytest.mark.parametrize("verb", ["lock", "check"])
+@pytest.mark.parametrize("files", [(), ("c.toml", "--maxtext", "base.yml")])
+def test_a_config_and_maxtext_files_are_one_or_the_other(run, config, verb, files):
+    status, _, err = run(verb, *files, "--target", "gpu:h100")
+    assert status == 2
+    assert "name a config, or MaxText's files with --maxtext" in " ".join(err.split())
 
 
 def test_explain_of_a_refused_kernel_exits_2_with_the_reason(run):
@@ -202,9 +319,11 @@ for arguments in json.loads(sys.argv[1]):
 def test_outputs_that_know_ascii_alone_get_plainer_signs():
     shown = {
         ("mask", "causal", "--q-len", "128"): "# full   + partial   . empty",
-        ("explain", "--target", "cpu", "--q-len", "64"): ">",
+        ("explain", "--target", "cpu", "--q-len", "64", "--kv-quantization", "int8"): "| -> | dot_product",
+        ("explain", "--target", "cpu", "--q-len", "64"): "q_len and kv_len >= 768",
+        ("explain", "--target", "cpu", "--q-len", "8192"): "q_len and kv_len <= 767",
         ("list",): "dot_product",
-        ("mask", "causal.at(x=1)"): "unknown .at(x=.)",
+        ("mask", "causal.at(x=1)"): "unknown .at(x=...)",
     }
     environ = {**os.environ, "PYTHONIOENCODING": "ascii", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(list(shown))]
@@ -213,17 +332,49 @@ def test_outputs_that_know_ascii_alone_get_plainer_signs():
     outputs, errors = (text.split("END\n")[:-1] for text in (done.stdout, done.stderr))
     for expected, output, error in zip(shown.values(), outputs, errors, strict=True):
         assert expected in output + error
+        assert (
+            len({len(line) for line in output.splitlines() if line.startswith(("|", "+"))}) <= 1
+        )  # tables are aligned
+
+
+@pytest.fixture
+def without_compilers(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    absent = ("libtpu", "jax_plugins")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith(absent) else find(name))
+    path = tmp_path / "c.toml"
+    path.write_text('[attention]\ntype = "local_sliding"\nwindow = 64\nkernel = "dot_product"\n')
+    return str(path)
+
+
+def test_check_shows_in_its_rows_that_compilers_are_missing(run, without_compilers):
+    targets = ("--target", "tpu:v5e:9x8", "--target", "gpu:h100:63")
+    status, out, _ = run("check", without_compilers, *targets, "--q-len", "256")
+    text = " ".join(out.split())
+    assert status == 2
+    assert out.count("no compiler") == 6
+    assert (
+        "train, prefill, decode: compiling for TPUs needs libtpu, their compiler; pip install 'kernelry[aot-tpu]'."
+    ) in text
+    assert "compilers; pip install 'kernelry[aot-gpu]'." in text
+    assert "as if lengths hid nothing" in text
+
+
+def test_check_as_json_says_that_compilers_are_missing(run, without_compilers):
+    status, out, _ = run("check", without_compilers, "--target", "tpu:v5e:9x8", "--q-len", "256", "--json")
+    data = json.loads(out)
+    phases = data["targets"]["tpu:v5e:9x8"]
+    assert (status, data["ok"]) == (2, False)
+    assert {(phase["outcome"], phase["ok"]) for phase in phases} == {("no compiler", False)}
+    assert phases[2]["work"]["assumed"] == ["lengths"]
+    assert all("pip install 'kernelry[aot-tpu]'" in phase["verdict"] for phase in phases)
+
+
+def test_check_finds_a_wrong_target_before_it_compiles(run, without_compilers):
+    status, out, err = run("check", without_compilers, "--target", "tpu:v5e:9x8", "--target", "gpu:h10")
+    assert (status, out) == (2, "")
+    assert "did you mean 'h100'" in err
 
 
 def test_version(run):
     assert run("--version")[1].startswith("kernelry ")
-
-
-def test_without_the_extra_the_command_says_what_to_install(run, monkeypatch):
-    monkeypatch.delitem(sys.modules, "kernelry.cli.app", raising=False)
-    monkeypatch.delattr(cli, "app", raising=False)
-    monkeypatch.setitem(sys.modules, "typer", None)
-    status, _, err = run("list")
-    assert status == 2
-    assert "pip install 'kernelry[cli]'" in err
-    sys.modules["kernelry.cli.app"] = app

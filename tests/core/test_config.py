@@ -7,7 +7,7 @@ import pytest
 
 import kernelry
 from kernelry import Request
-from kernelry.config import AttentionConfig, load_config
+from kernelry.config import AttentionConfig, load_config, load_maxtext
 from kernelry.config_lines import toml_lines
 from kernelry.errors import ConfigError
 from kernelry.policy import Condition, Policy, Range, Rule
@@ -59,6 +59,46 @@ def test_a_file_is_named_as_the_rules_source(tmp_path):
 def test_an_absent_table_means_the_defaults(tmp_path):
     config = load_config(_file(tmp_path, "c.toml", "[model]\n"))
     assert (config.kernel, config.rules, config.thresholds) == ("auto", (), ())
+
+
+def test_an_absent_table_is_an_error_where_it_is_required(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[model]\nlayers = 2\n[model.attention]\nsinks = true\n")
+    with pytest.raises(
+        ConfigError, match=r"c\.toml: there is no table \[attention\]; found instead: model\. Write one"
+    ):
+        load_config(path, required=True)
+    assert load_config(path, table="model.attention", required=True).sinks
+    with pytest.raises(ConfigError, match=r"there is no table \[model\.decoder\]; found instead: layers, attention"):
+        load_config(path, table="model.decoder", required=True)
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"there is no table \[attention\]; found instead: nothing"):
+        load_config(path, required=True)
+
+
+def test_maxtext_files_are_read_one_over_the_other(tmp_path):
+    base, model = tmp_path / "base.yml", tmp_path / "model.yml"
+    base.write_text("attention_type: global\nattn_logits_soft_cap: 30.0\n")
+    model.write_text("attention_type: local_sliding\nsliding_window_size: 512\n")
+    both = load_maxtext(base, model)
+    assert (both.window, both.soft_cap, both.source) == (512, 30.0, f"{base} + {model}")
+    model.write_text("attn_logits_soft_cap: many\n")
+    with pytest.raises(ConfigError, match=r"base\.yml \+ .*model\.yml: MaxText option attn_logits_soft_cap must be"):
+        load_maxtext(base, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("base.toml", "", "MaxText's files are YAML"),
+        ("base.yml", "- attention", "must hold MaxText's option names and values"),
+        ("base.yml", "a: [", "is not valid YAML"),
+    ],
+)
+def test_files_that_are_not_maxtexts_say_so(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_maxtext(tmp_path / name)
 
 
 def test_a_kernel_in_the_config_is_absolute_but_yields_to_use():

@@ -17,6 +17,7 @@ from kernelry import cli
 from kernelry.cli import app as app_module
 from kernelry.cli.conformance import check
 from kernelry.errors import ArgumentError
+from kernelry.kernel import no_refusals
 from kernelry.plugin import (
     AtomKind,
     Capabilities,
@@ -28,6 +29,7 @@ from kernelry.plugin import (
     Refusal,
     RefusalCode,
     Side,
+    Tiling,
     Tolerance,
 )
 from kernelry.testing.conformance import CaseResult, Outcome, Report, assignments, cases_of, run, run_case
@@ -117,6 +119,66 @@ def test_report_without_a_served_case_is_not_ok():
     refusals = (CaseResult("refuses bias", "refusals", Outcome.REFUSED),)
     assert not Report("small", refusals).ok
     assert Report("small", refusals, runs_here=False).ok
+
+
+def tiled(size, load=Small, refusals=no_refusals):
+    """A kernel whose tiles have a size and a name of their own."""
+    tilings = lambda _: (Tiling.of(keys_at_once=size, stages=3),)  # noqa: E731
+    return dataclasses.replace(SMALL, load=load, tilings=tilings, refusals=refusals)
+
+
+def whole_tiles_only(request, environment):
+    whole = request.q_len % 256 == 0 or request.q_len <= 16
+    return () if whole else (Refusal(RefusalCode.SEQUENCE_LENGTH, "no whole tiles"),)
+
+
+@pytest.mark.parametrize(
+    ("spec", "length"),
+    [(SMALL, 197), (tiled(16), 197), (tiled(192), 293), (tiled(256, refusals=whole_tiles_only), 512)],
+    ids=["no tiles", "small tiles", "large tiles", "whole tiles only"],
+)
+def test_some_lengths_exceed_a_kernels_own_tiles(spec, length):
+    longest = [case.name for case in cases_of(spec) if "beyond its tiles" in case.name]
+    assert longest == [
+        f"beyond its tiles: T = {length}, S = {length}",
+        f"beyond its tiles, logits of ±180: T = {length}, S = {length}",
+    ]
+
+
+def test_kernel_that_reads_whole_tiles_only_fails_beyond_them():
+    class Whole(Small):
+        def forward(self, inputs, request, tiling, *, statistics):
+            whole = request.kv_len - request.kv_len % 192 or request.kv_len
+            key, value = (array.at[:, whole:].set(0) for array in (inputs.key, inputs.value))
+            read = dataclasses.replace(inputs, key=key, value=value)
+            return super().forward(read, request, tiling, statistics=statistics)
+
+    spec = tiled(192, Whole)
+    assert result(spec, "T = S = 72").outcome is Outcome.PASSED
+    assert result(spec, "beyond its tiles: T = 293, S = 293").outcome is Outcome.FAILED
+
+
+def test_kernel_that_does_not_subtract_the_maximum_fails():
+    class Overflowing(Small):
+        def forward(self, inputs, request, tiling, *, statistics):
+            with jax.named_scope("tests.small"):
+                weights = jnp.exp(jnp.einsum("BTNH,BSNH->BNTS", inputs.query, inputs.key) * request.scale)
+                out = jnp.einsum("BNTS,BSND->BTND", weights / weights.sum(axis=-1, keepdims=True), inputs.value)
+                return Partial(out, dtype=request.dtype)
+
+    spec = dataclasses.replace(SMALL, load=Overflowing)
+    assert result(spec, "full attention").outcome is Outcome.PASSED
+    assert result(spec, "logits of ±180").outcome is Outcome.FAILED
+
+
+def test_kernel_that_returns_a_bare_array_is_named():
+    class Bare(Small):
+        def forward(self, inputs, request, tiling, *, statistics):
+            return super().forward(inputs, request, tiling, statistics=statistics).out
+
+    case = result(dataclasses.replace(SMALL, load=Bare), "full attention")
+    assert case.outcome is Outcome.FAILED
+    assert "PluginError: kernel 'small'" in case.detail
 
 
 def test_another_kernels_program_fails():
@@ -341,3 +403,19 @@ def test_pytest_without_a_kernel_says_how_to_name_one(pytest_says):
 def test_pytest_plugin_imports_no_jax():
     code = "import sys, kernelry_pytest; assert not {'jax', 'numpy', 'kernelry'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Nominal(Small):
+    """Takes the batch from the request, where a symbolic one counts as 1."""
+
+    def forward(self, inputs, request, tiling, *, statistics):
+        partial = Small.forward(self, inputs, request, tiling, statistics=statistics)
+        rows = jnp.arange(inputs.query.shape[0]).reshape(-1, 1, 1, 1)
+        return Partial(jnp.where(rows < request.batch, partial.out, 0), dtype=request.dtype)
+
+
+@pytest.mark.parametrize(("body", "outcome"), [(Small, Outcome.PASSED), (Nominal, Outcome.FAILED)])
+def test_a_kernel_that_declares_symbolic_batches_is_exported_for_one(body, outcome):
+    capabilities = dataclasses.replace(CAPABILITIES, symbolic_sizes=frozenset({"batch"}))
+    spec = dataclasses.replace(SMALL, load=body, capabilities=capabilities)
+    assert result(spec, "symbolic batch").outcome is outcome

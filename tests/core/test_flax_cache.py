@@ -241,7 +241,7 @@ def test_a_mask_that_places_the_keys_is_refused():
 
 
 def test_an_array_is_no_mask_with_parts_either():
-    refused(ShapeError, "wrap an array in masks.Dense", mask=np.ones((1, 9), bool))
+    refused(ShapeError, "write masks.Dense", mask=np.ones((1, 9), bool))
 
 
 @pytest.mark.parametrize(

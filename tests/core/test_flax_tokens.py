@@ -116,6 +116,6 @@ def test_moba_with_keys_elsewhere_is_refused(tokens):
 
 def test_arrays_in_the_wrong_place_are_refused():
     refused(ArgumentError, r"tokens must be kernelry.flax.Tokens", tokens=IDS)
-    refused(ShapeError, r"wrap an array in masks.Dense", mask=jnp.ones((T, T), bool))
+    refused(ShapeError, r"booleans of shape .*; write masks.Dense", mask=jnp.ones((T, T), bool))
     with pytest.raises(ShapeError, match=r"query must be \[B, length, heads, depth\]"):
         AttentionOp()(jnp.zeros((B, T, N)), *qkv(B)[1:])

@@ -1,19 +1,27 @@
 """MaxText's options become an AttentionConfig; what has no meaning here, or is misspelt, says so."""
 
+import ast
+import dataclasses
+import enum
 import importlib.util
+import itertools
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 from kernelry import masks
+from kernelry._maxtext import reading
 from kernelry._maxtext.options import OPTIONS, Fate, Kind
 from kernelry._maxtext.reading import not_attention
 from kernelry.config import AttentionConfig, AttentionType, MoBA, from_maxtext
-from kernelry.errors import ConfigError
+from kernelry.errors import ConfigError, NoKernelError
 from kernelry.policy import Range
 from kernelry.request import Mode, Request
+from kernelry.resolver import resolve
 
 DEFAULT = AttentionConfig(source="MaxText", scale=1.0)
 FOREIGN = [option for option in OPTIONS if option.fate is Fate.FOREIGN]
@@ -95,9 +103,7 @@ def test_a_flag_is_no_number_and_no_text(option):
     [
         ("autoselected", "auto"),
         ("dot_product", "dot_product"),
-        ("cudnn_flash_jax", "cudnn_jax"),
         ("cudnn_flash_te", "cudnn_te"),
-        ("paged", "paged"),
     ],
 )
 def test_attention_names_a_kernel(given, kernel):
@@ -105,16 +111,114 @@ def test_attention_names_a_kernel(given, kernel):
     assert (config.kernel, config.rules) == (kernel, ())
 
 
-def test_flash_is_one_exhaustive_rule_per_platform():
-    config = from_maxtext({"attention": "flash"})
+@pytest.mark.parametrize(
+    ("attention", "rules"),
+    [
+        (
+            "flash",
+            [
+                ((), (Mode.DECODE,), ("dot_product",)),
+                (("tpu",), (), ("splash", "blockwise")),
+                (("gpu",), (), ("pallas_mha", "pallas_flash", "blockwise")),
+                (("cpu",), (), ("blockwise",)),
+            ],
+        ),
+        ("paged", [(("tpu",), (Mode.DECODE,), ("paged", "dot_product")), ((), (), ("dot_product",))]),
+        ("cudnn_flash_jax", [(("gpu",), (Mode.DECODE,), ("dot_product",)), ((), (), ("cudnn_jax",))]),
+    ],
+)
+def test_attention_that_is_several_kernels_is_exhaustive_rules(attention, rules):
+    config = from_maxtext({"attention": attention})
     assert config.kernel == "auto"
-    assert _rules(config) == [
-        (("gpu",), (Mode.DECODE,), ("dot_product",)),
-        (("tpu",), (), ("splash",)),
-        (("gpu",), (), ("pallas_mha",)),
-        (("cpu",), (), ("blockwise",)),
-    ]
+    assert _rules(config) == rules
     assert all(rule.is_exhaustive for rule in config.rules)
+
+
+ATTENTION = {
+    **{
+        name: {"attention": name}
+        for name in ("autoselected", "dot_product", "flash", "paged", "cudnn_flash_te", "cudnn_flash_jax")
+    },
+    "tokamax": {"attention": "flash", "use_tokamax_splash": True},
+    "jax_splash": {"use_jax_splash": True},
+    "ragged": {"attention": "flash", "use_ragged_attention": True},
+}
+LAYERS = {
+    "global": {},
+    "local": LOCAL,
+    "chunk": {"attention_type": "chunk", "chunk_attn_window_size": 64},
+    "full": {"attention_type": "full"},
+    "mla": {"attention_type": "mla"},
+    "blocks": {"attention_type": "block_diffusion"},
+    "cap": {"attn_logits_soft_cap": 50.0},
+    "sinks": {"attention_sink": True},
+    "clip": {"use_qk_clip": True},
+    "dropout": {"dropout_rate": 0.1},
+    "highest": {"matmul_precision": "highest"},
+    "packed": {},
+}
+DROPPED = {
+    "cudnn_flash_te": {"chunk", "blocks", "cap", "highest"},
+    "cudnn_flash_jax": {"chunk", "blocks", "cap", "highest", "clip", "dropout", "packed"},
+}
+"""What MaxText leaves out of a call, or refuses, where one kernel is named that cannot do it."""
+IDS = masks.Segments(jnp.zeros((2, 512), jnp.int32))
+OFFSET = jnp.array([5, 9])
+
+
+def _cell(options, layer, platform, mode):
+    config = from_maxtext(options)
+    mask = config.mask & IDS if layer == "packed" else config.mask
+    facts = {"q_len": 512}
+    if mode is Mode.DECODE:
+        mask = config.mask.at(query_offset=OFFSET) & masks.Lengths(OFFSET + 1)
+        facts = {"q_len": 1, "page_size": 16 if options.get("attention") == "paged" else None}
+    dropout = config.dropout_rate if mode is Mode.TRAIN else 0.0
+    dims = {"head_dim": 192, "value_dim": 128, "kv_heads": 8} if layer == "mla" else {"head_dim": 128, "kv_heads": 2}
+    fields = {"soft_cap": config.soft_cap, "sinks": config.sinks, "dropout_rate": dropout, "scale": config.scale}
+    fields |= {"precision": config.precision, "max_logits": config.record_max_logits, "mask": mask.form, **dims}
+    target = {"cpu": "cpu", "gpu": "gpu:h100", "tpu": "tpu:v5p"}[platform]
+    request = Request(batch=2, kv_len=512, q_heads=8, dtype="bfloat16", mode=mode, target=target, **facts, **fields)
+    try:
+        return resolve(request, policy=config.policy).kernel
+    except NoKernelError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """The kernel of every value of `attention`, kind of layer, platform and mode; None where none serves."""
+    everywhere = itertools.product(ATTENTION, LAYERS, ("cpu", "gpu", "tpu"), Mode)
+    return {cell: _cell({**LAYERS[cell[1]], **ATTENTION[cell[0]]}, *cell[1:]) for cell in everywhere}
+
+
+def test_what_maxtext_runs_is_served_and_a_kernel_named_refuses_what_it_drops(cells):
+    def refused(attention, layer, platform, mode):
+        if attention not in DROPPED:
+            return False
+        if platform != "gpu" or mode is Mode.DECODE:
+            return platform != "gpu" or attention == "cudnn_flash_te"
+        return layer in DROPPED[attention] and (layer, mode) != ("dropout", Mode.PREFILL)
+
+    assert {cell for cell, kernel in cells.items() if kernel is None} == {cell for cell in cells if refused(*cell)}
+
+
+def test_flash_on_gpus_takes_the_first_kernel_that_has_what_the_layer_wants(cells):
+    found = {layer: cells["flash", layer, "gpu", Mode.TRAIN] for layer in LAYERS}
+    assert {found[layer] for layer in ("global", "full", "packed", "sinks")} == {"pallas_mha"}
+    assert {found[layer] for layer in ("local", "chunk", "blocks", "cap", "clip", "highest")} == {"pallas_flash"}
+    assert found["dropout"] == "blockwise"
+
+
+def test_paged_is_the_kernel_for_pages_in_decode_on_tpus_alone(cells):
+    assert cells["paged", "global", "tpu", Mode.PREFILL] == "dot_product"
+    served = {platform: cells["paged", "local", platform, Mode.DECODE] for platform in ("cpu", "gpu", "tpu")}
+    assert served == dict.fromkeys(served, "dot_product")
+    request = Request(
+        q_len=1, kv_len=512, page_size=16, mode="decode", target="tpu:v5p", head_dim=128, dtype="bfloat16"
+    )
+    request = dataclasses.replace(request, mask=masks.Lengths(OFFSET).form, batch=2, scale=1.0)
+    assert resolve(request, policy=from_maxtext({"attention": "paged"}).policy).kernel == "paged"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +226,9 @@ def test_flash_is_one_exhaustive_rule_per_platform():
 )
 def test_a_variant_of_flash_replaces_it_on_tpu(option, kernel):
     config = from_maxtext({"attention": "flash", option: True})
-    assert [use for platform, _, use in _rules(config) if platform == ("tpu",)] == [(kernel,)]
+    assert [use for platform, _, use in _rules(config) if platform == ("tpu",)] == [
+        tuple(dict.fromkeys((kernel, "blockwise")))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +246,10 @@ def test_two_variants_of_flash_are_an_error():
 
 
 def test_ragged_attention_is_for_decode():
-    ragged = [(("tpu",), (Mode.DECODE,), ("ragged",)), (("gpu",), (Mode.DECODE,), ("pallas_decode",))]
+    ragged = [
+        (("tpu",), (Mode.DECODE,), ("ragged", "dot_product")),
+        (("gpu",), (Mode.DECODE,), ("pallas_decode", "dot_product")),
+    ]
     assert _rules(from_maxtext({"use_ragged_attention": True})) == ragged
     config = from_maxtext({"use_ragged_attention": True, "attention": "dot_product"})
     assert config.kernel == "auto"
@@ -192,17 +301,67 @@ def test_an_option_becomes_a_field(options, field, value):
     assert getattr(from_maxtext(options), field) == value
 
 
-def test_sizes_of_other_types_are_accepted_and_not_used():
-    sizes = {"sliding_window_size": 4096, "chunk_attn_window_size": 8192, "causal_block_size": 4}
-    assert from_maxtext(sizes) == DEFAULT
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"sliding_window_size": 4096},
+            "sliding_window_size = 4096 is not used: attention_type is 'global', so the mask is Causal(). "
+            "from_maxtext({**options, 'attention_type': 'local_sliding'}) builds the config of such a layer. "
+            "If Causal() is right for this layer, pass ignore=('sliding_window_size',).",
+        ),
+        ({"chunk_attn_window_size": 8192}, "chunk_attn_window_size = 8192 is not used: attention_type is 'global'"),
+        ({"causal_block_size": 4}, "causal_block_size = 4 is not used: attention_type is 'global'"),
+        (
+            {**LOCAL, "chunk_attn_window_size": 8},
+            "chunk_attn_window_size = 8 is not used: attention_type is 'local_sliding', so the mask is "
+            "SlidingWindow(63, 0)",
+        ),
+        (
+            {"attention_type": "full", "sliding_window_size": 8},
+            "attention_type is 'full', so the mask is Full(). "
+            "from_maxtext({**options, 'attention_type': 'local_sliding'})",
+        ),
+        (
+            {"decoder_block": "llama4", "chunk_attn_window_size": 8192},
+            "chunk_attn_window_size = 8192 and decoder_block = 'llama4' are not used: attention_type is 'global', so "
+            "the mask is Causal(). MaxText's layers of llama4 are chunk and global; from_maxtext({**options, "
+            "'attention_type': 'chunk'})",
+        ),
+        (
+            {"decoder_block": "gemma2", **LOCAL, "chunk_attn_window_size": 8},
+            "SlidingWindow(63, 0). from_maxtext({**options, 'attention_type': 'chunk'})",
+        ),
+        (
+            {"decoder_block": "gemma2", **LOCAL, "attention_type": "mla"},
+            "layers of gemma2 are local_sliding and global",
+        ),
+    ],
+)
+def test_a_size_that_is_set_and_not_used_warns_with_the_mask_that_was_made(options, words):
+    with pytest.warns(UserWarning, match=re.escape(words)) as caught:
+        config = from_maxtext(options)
+    assert caught[0].filename == __file__
+    assert repr(config.mask) in str(caught[0].message)
+    said = re.search(r"ignore=(\(.*\))\.$", str(caught[0].message)).group(1)
+    from_maxtext(options, ignore=ast.literal_eval(said))  # silent: warnings are errors here
+
+
+@pytest.mark.parametrize("block", ["gemma2", "gemma3", "gemma4", "gemma4_small", "gpt_oss", "olmo3"])
+def test_a_decoder_block_whose_layers_differ_warns_until_one_is_chosen(block):
+    with pytest.warns(UserWarning, match=f"decoder_block = '{block}' is not used: .* so the mask is Causal"):
+        assert from_maxtext({"decoder_block": block}) == DEFAULT
+    local = from_maxtext({"decoder_block": enum.Enum("Block", {"ONE": block}).ONE, **LOCAL})
+    assert local == from_maxtext(LOCAL)
 
 
 def test_local_layers_are_built_from_the_same_options():
     base = {"sliding_window_size": 4096, "attn_logits_soft_cap": 50.0}
     local = from_maxtext({**base, "attention_type": "local_sliding"})
+    others = from_maxtext(base, ignore=("sliding_window_size",))
     assert local.mask.form == masks.SlidingWindow(4095).form
-    assert from_maxtext(base).mask.form == masks.Causal().form
-    assert local.soft_cap == from_maxtext(base).soft_cap == 50.0
+    assert others.mask.form == masks.Causal().form
+    assert local.soft_cap == others.soft_cap == 50.0
 
 
 @pytest.mark.parametrize(
@@ -281,26 +440,53 @@ def test_what_belongs_to_a_call_is_accepted_at_any_value(name, value):
     ("name", "nearest"),
     [
         ("sliding_windw_size", "sliding_window_size"),
+        ("Sliding-Window-Size", "sliding_window_size"),
         ("attn_logit_softcap", "attn_logits_soft_cap"),
         ("sa_blok_q", "sa_block_q"),
-        ("learning_rat", "learning_rate"),
+        ("attention_sinks", "attention_sink"),
+        ("sliding_window", "sliding_window_size"),
+        ("soft_cap", "attn_logits_soft_cap"),
     ],
 )
-def test_a_misspelt_option_names_the_nearest(name, nearest):
+def test_a_misspelt_option_is_an_error_that_names_the_nearest(name, nearest):
     with pytest.raises(ConfigError) as caught:
         from_maxtext({name: 1})
     assert f"Unknown MaxText option {name!r}; did you mean {nearest!r}?" in str(caught.value)
     assert f"ignore=({name!r},)" in str(caught.value)
 
 
-def test_an_unknown_option_near_nothing_says_so():
-    with pytest.raises(ConfigError, match=r"'qqqqqq'; no known one is near it\."):
-        from_maxtext({"qqqqqq": 1})
+def test_every_option_with_one_letter_missing_is_an_error():
+    names = [option.name for option in OPTIONS if len(option.name) > 4]
+    misspelt = [name[: len(name) // 2] + name[len(name) // 2 + 1 :] for name in names]
+    for name in misspelt:
+        with pytest.raises(ConfigError, match=re.escape(f"Unknown MaxText option {name!r}")):
+            from_maxtext({name: 1})
 
 
-def test_all_unknown_options_are_named_at_once():
-    with pytest.raises(ConfigError, match=r"ignore=\('my_key', 'other_key'\)"):
-        from_maxtext({"my_key": 1, "other_key": 2})
+def test_all_misspelt_options_are_named_at_once():
+    with pytest.raises(ConfigError, match=r"ignore=\('atention', 'mob_topk'\)"):
+        from_maxtext({"atention": 1, "new_key": 1, "mob_topk": 2})
+
+
+def test_a_new_key_that_names_no_option_warns_and_the_rest_is_read():
+    words = (
+        "MaxText options that are not known and not read: 'qqqqqq', 'learning_rat' (MaxText 0.2.5 has 'learning_rate')"
+    )
+    with pytest.warns(UserWarning, match=re.escape(words)) as caught:
+        config = from_maxtext({"qqqqqq": 1, "learning_rat": 2, "attention_sink": True})
+    assert config.sinks
+    assert "ignore=('qqqqqq', 'learning_rat')" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.sweep
+def test_no_key_of_base_yml_would_be_taken_for_an_option_if_it_were_new(monkeypatch):
+    keys = not_attention()
+    taken = []
+    for key in sorted(keys):
+        monkeypatch.setattr(reading, "not_attention", lambda left=keys - {key}: left)
+        taken += [key] if reading._misspelt(key) else []
+    assert taken == []
 
 
 def test_ignore_lets_keys_pass():

@@ -18,6 +18,18 @@ out, loaded = sys.stdout, []
 import kernelry
 assert kernelry.kernels() and kernelry.plugins()
 loaded.append(list(sys.modules))
+submodules = ("aot", "cache", "config", "errors", "flax", "masks", "moba", "parallel", "plugin", "testing")
+assert set(submodules) <= set(dir(kernelry))
+sys.modules["flax"] = None
+try:
+    kernelry.flax
+except ImportError as error:
+    loaded.append(str(error))
+del sys.modules["flax"]
+for name in [name for name in sys.modules if name.startswith("kernelry.flax")]:
+    del sys.modules[name]
+assert all(getattr(kernelry, name).__name__ == f"kernelry.{name}" for name in submodules)
+loaded.append(list(sys.modules))
 from kernelry.cli import main
 sys.stdout, sys.argv = io.StringIO(), ["kernelry", "list", "--json"]
 assert main() == 0 and "dot_product" in sys.stdout.getvalue()
@@ -31,7 +43,7 @@ print(json.dumps(loaded), file=out)
 
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory):
-    """The modules loaded by listing, then by the command, then by importing every library watched: one process."""
+    """What one process has loaded step by step: by listing, without flax (a message), by submodules, by the command."""
     folder = tmp_path_factory.mktemp("vendors")
     for name in ("tokamax", "transformer_engine"):
         (folder / f"{name}.py").touch()
@@ -43,16 +55,24 @@ def modules(tmp_path_factory):
         command, env=environ, cwd=folder, input=watched, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    return [set(names) for names in json.loads(done.stdout)]
+    return json.loads(done.stdout)
 
 
-def test_listing_imports_no_vendor_and_no_extra(modules):
-    assert modules[0].isdisjoint((*VENDORS, *OPTIONAL))
+def test_listing_imports_no_vendor_and_nothing_of_the_command(modules):
+    assert set(modules[0]).isdisjoint((*VENDORS, *OPTIONAL))
+
+
+def test_flax_without_flax_says_what_to_install(modules):
+    assert modules[1] == "kernelry.flax needs flax 0.12 or newer: pip install 'kernelry[flax]'."
+
+
+def test_submodules_are_attributes_and_import_no_vendor(modules):
+    assert set(modules[2]).isdisjoint(VENDORS)
 
 
 def test_list_command_imports_no_vendor(modules):
-    assert modules[1].isdisjoint(VENDORS)
+    assert set(modules[3]).isdisjoint(VENDORS)
 
 
 def test_watched_libraries_would_be_seen(modules):
-    assert modules[2].issuperset((*VENDORS, *OPTIONAL))
+    assert set(modules[4]).issuperset((*VENDORS, *OPTIONAL))

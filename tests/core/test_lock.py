@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import kernelry
-from kernelry import Request
+from kernelry import Request, masks
 from kernelry.cli import lock as verb
 from kernelry.config import load_config
 from kernelry.errors import ConfigError
@@ -152,8 +155,8 @@ def test_a_strict_process_refuses_what_is_not_locked(shelf, tmp_path):
     ("text", "complaint"),
     [
         ("{", "not valid JSON"),
-        ("[]", "no lock file of format 1"),
-        ('{"format": 2}', "no lock file of format 1"),
+        ("[]", "not a lock file of format 1"),
+        ('{"format": 2}', "not a lock file of format 1"),
         ('{"format": 1}', "cannot be read: KeyError"),
         ('{"format": 1, "resolutions": [{"request": {"q_len": 1}}]}', "cannot be read: KeyError"),
         (
@@ -179,3 +182,144 @@ def test_a_locked_config_stands_in_strict_mode(config):
     lock = Lock.read(_write(config))
     with kernelry.use(strict=lock):
         assert [kernelry.resolve(entry.request, policy=policy).kernel for entry in lock.entries] == ["dot_product"] * 3
+
+
+LAYER = "[attention]\ntype = 'local_sliding'\nwindow = 8\nkernel = 'dot_product'\n"
+SMALL = ["--target", "cpu", "--q-len", "16", "--heads", "2", "--head-dim", "32", "--dtype", "float32"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "global.toml").write_text("[attention]\nkernel = 'dot_product'\n")
+    (tmp_path / "local.toml").write_text(LAYER)
+    return tmp_path
+
+
+def _entries():
+    return Lock.read("kernelry.lock.json").entries
+
+
+def _check(config):
+    done = _run(config, "--check")
+    return done.exit_code, done.output
+
+
+def test_a_second_config_is_added(folder):
+    assert _run("global.toml", *SMALL).exit_code == 0
+    done = _run("local.toml", *SMALL, "-o", "kernelry.lock.json")
+    assert done.exit_code == 0
+    assert "3 other resolutions of kernelry.lock.json were kept." in done.output
+    assert len(_entries()) == 6
+    assert _check("global.toml") == (
+        0,
+        "3 resolutions stand.\nnot checked: what local.toml asked for; pass it with --check.\n",
+    )
+
+
+def test_other_sizes_are_added(folder):
+    assert _run("global.toml", *SMALL, "--batch", "1", "--batch", "4").exit_code == 0
+    assert _run("global.toml", *SMALL, "--batch", "8", "--cache", "paged:4:int8").exit_code == 0
+    assert {entry.request.batch for entry in _entries()} == {1, 4, 8}
+    assert {entry.request.page_size for entry in _entries()} == {None, 4}
+    code, output = _check("global.toml")
+    assert (code, output) == (0, f"{len(_entries())} resolutions stand.\n")
+
+
+def test_what_a_config_no_longer_asks_is_stale_until_it_is_locked_again(folder):
+    for config in ("global.toml", "local.toml"):
+        _run(config, *SMALL)
+    (folder / "local.toml").write_text(LAYER.replace("8", "4") + "soft_cap = 30.0\n")
+    code, output = _check("local.toml")
+    assert code == 1
+    wanted = "local.toml no longer asks for this, but for mask=window(3, 0) instead of window(7, 0), soft_cap=30.0"
+    assert wanted in output
+    assert output.count("run kernelry lock again") == 3
+    assert "is not in" not in output
+    assert _run("local.toml", *SMALL).exit_code == 0
+    assert len(_entries()) == 6
+    assert _check("local.toml")[0] == 0
+
+
+def test_a_config_that_was_not_locked_does_not_pass(folder):
+    _run("global.toml", *SMALL)
+    code, output = _check("local.toml")
+    assert code == 1
+    assert "holds nothing that local.toml asked for; run kernelry lock local.toml" in output
+
+
+def test_configs_that_decide_differently_for_one_request_are_an_error(folder):
+    _run("global.toml", *SMALL)
+    (folder / "other.toml").write_text("[attention]\nkernel = 'blockwise'\n")
+    done = _run("other.toml", *SMALL)
+    assert isinstance(done.exception, ConfigError)
+    assert "global.toml got dot_product, and other.toml gets blockwise" in str(done.exception)
+    assert "Strict mode allows one of them" in str(done.exception)
+    assert {entry.kernel for entry in _entries()} == {"dot_product"}
+
+
+def test_packed_training_passes_in_strict_mode_once_it_is_locked(folder):
+    _run("global.toml", *SMALL)
+    query = jax.ShapeDtypeStruct((1, 16, 2, 32), jnp.float32)
+    mask = masks.Causal() & masks.Segments(np.zeros(16, np.int32))
+    policy = load_config("global.toml").policy
+
+    def loss(query):
+        return kernelry.attention(query, query, query, mask=mask).sum()
+
+    with (
+        kernelry.use(strict="kernelry.lock.json", policy=policy),
+        pytest.raises(ConfigError, match=r"the nearest one there has mask=causal instead of causal & segments\. Run"),
+    ):
+        jax.eval_shape(jax.grad(loss), query)
+    assert _run("global.toml", *SMALL, "--mask", "segments").exit_code == 0
+    with kernelry.use(strict="kernelry.lock.json", policy=policy):
+        jax.eval_shape(jax.grad(loss), query)
+
+
+def test_what_was_recorded_is_merged_into_a_lock_file(folder):
+    _run("global.toml", *SMALL)
+    with kernelry.record() as made:
+        kernelry.resolve(REQUEST)
+    written = Lock.of(made).write("kernelry.lock.json", merge=True)
+    assert Lock.read("kernelry.lock.json").to_json() == written.to_json()
+    assert len(written.entries) == 4
+    with kernelry.use(strict="kernelry.lock.json"):
+        kernelry.resolve(REQUEST)
+    assert Lock.of(made).write("kernelry.lock.json").entries == Lock.of(made).entries
+
+
+def test_locks_without_origins_are_read(folder):
+    _run("global.toml", *SMALL)
+    data = json.loads((folder / "kernelry.lock.json").read_text())
+    for entry in data["resolutions"]:
+        del entry["origins"]
+    (folder / "kernelry.lock.json").write_text(json.dumps(data))
+    assert _check("local.toml") == (0, "3 resolutions stand.\n")
+
+
+MAXTEXT = "attention: dot_product\nattention_type: global\nattn_logits_soft_cap: 0\n"
+
+
+def test_maxtext_files_are_locked_and_checked(folder):
+    (folder / "base.yml").write_text(MAXTEXT)
+    (folder / "model.yml").write_text("attention_type: local_sliding\nsliding_window_size: 8\n")
+    files = ["--maxtext", "base.yml", "--maxtext", "model.yml"]
+    assert _run(*files, *SMALL).exit_code == 0
+    assert {entry.origins[0].config for entry in _entries()} == {"base.yml + model.yml"}
+    assert all("window(7, 0)" in str(entry.request.mask) for entry in _entries())
+    assert _run(*files, "--check").exit_code == 0
+    (folder / "model.yml").write_text("sliding_window_size: 8\n")
+    assert _run(*files, "--check").exit_code == 1
+
+
+def test_json_says_what_was_not_checked(folder):
+    for config in ("global.toml", "local.toml"):
+        _run(config, *SMALL)
+    data = json.loads(_run("local.toml", "--check", "--json").output)
+    assert data == {"file": "kernelry.lock.json", "checked": 3, "differences": [], "not_checked": ["global.toml"]}
+
+
+def test_a_lock_that_cannot_be_written_says_why(folder):
+    with pytest.raises(ConfigError, match=r"cannot write the lock file absent/x\.json: No such file"):
+        Lock(()).write("absent/x.json")

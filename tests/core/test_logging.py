@@ -136,3 +136,34 @@ def test_record_sees_a_function_already_jitted():
     with kernelry.record() as seen:
         call(query, query, query)
     assert [resolution.kernel for resolution in seen] == ["dot_product"]
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize(("platforms", "named"), [(("tpu",), ["tpu"]), (("cuda", "cpu"), ["gpu"]), (("cpu",), [])])
+def test_lowering_for_another_platform_is_noticed_once_and_names_use_target(caplog, platforms, named):
+    q = jnp.ones((1, next(_lengths), 1, 8))
+    call = jax.jit(lambda q: kernelry.attention(q, q, q))
+    for _ in range(2):
+        call.trace(q).lower(lowering_platforms=platforms)
+    notices = [record.getMessage() for record in caplog.records if "the program is lowered for" in record.getMessage()]
+    assert len(notices) == len(named)
+    for notice, platform in zip(notices, named, strict=True):
+        assert f"was chosen for platform cpu (platform=cpu mode=train B=1 T={q.shape[1]}" in notice
+        assert notice.endswith(
+            f'lowered for {platform}: trace it within kernelry.use(target="{platform}") to get the kernel for that '
+            "platform"
+        )
+
+
+@pytest.mark.versions
+def test_lowering_for_another_platform_within_use_target_is_no_news_and_that_of_gradients_is(caplog):
+    q = jnp.ones((1, next(_lengths), 1, 8))
+
+    def loss(q):
+        return kernelry.attention(q, q, q, kernel="dot_product").sum()
+
+    with kernelry.use(target="tpu:v5e"):
+        jax.jit(loss).trace(q).lower(lowering_platforms=("tpu",))
+    assert "is lowered for" not in caplog.text
+    jax.jit(jax.grad(loss)).trace(q).lower(lowering_platforms=("tpu",))
+    assert caplog.text.count("is lowered for tpu") == 1

@@ -28,10 +28,14 @@ def _close(left, right, atol=2e-6):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=atol)
 
 
+def _alike(left, right):
+    _close((left.out, left.lse), (right.out, right.lse))
+
+
 @pytest.mark.parametrize("form", [to_lse, to_max_sum])
 def test_an_empty_part_is_the_identity(form):
     part, empty = form(_part(0)), form(_part(1, empty=(0, 1)))
-    _close(to_lse(kernelry.merge([part, empty])), to_lse(part))
+    _alike(to_lse(kernelry.merge([part, empty])), to_lse(part))
     nothing = to_lse(kernelry.merge([empty, empty]))
     assert (np.asarray(nothing.lse) == -np.inf).all()
     assert (np.asarray(nothing.out) == 0).all()
@@ -55,6 +59,21 @@ def test_merging_keeps_max_and_sum_only_where_every_part_has_them():
     assert mixed.lse is not None
 
 
+@pytest.mark.parametrize("top", [-3e38, -1e30, 1e30])
+def test_merging_by_maximum_and_sum_is_exact_beside_large_logits(top):
+    """There lse is the maximum alone: parts of 1 and of 3 keys weigh the same by it, which only their sums can mend."""
+    one, three = (
+        kernelry.Partial(
+            jnp.full((1, 1, 1, 1), total * value),
+            max=jnp.full((1, 1, 1), top, jnp.float32),
+            sum=jnp.full((1, 1, 1), total, jnp.float32),
+        )
+        for total, value in ((1.0, 4.0), (3.0, 0.0))
+    )
+    _close(kernelry.finalize(kernelry.merge([one, three])), np.ones((1, 1, 1, 1)))
+    _close(to_lse(kernelry.merge([to_lse(one), to_lse(three)])).out, np.ones((1, 1, 1, 1)))  # lse with its rest
+
+
 def test_statistics_of_empty_rows_in_both_forms():
     partial = _part(0, empty=(0,))
     other = to_max_sum(partial)
@@ -62,7 +81,7 @@ def test_statistics_of_empty_rows_in_both_forms():
     assert (np.asarray(other.max[0]) == -np.inf).all()
     assert (np.asarray(other.sum[0]) == 0).all()
     assert (np.asarray(other.sum[1]) == 1).all()
-    _close(to_lse(other), partial)
+    _alike(to_lse(other), partial)
 
 
 @pytest.mark.parametrize("normalization", [LogSumExp(), MaxSum()])

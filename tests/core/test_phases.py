@@ -1,14 +1,23 @@
 """Training, prefill and decode of one model, resolved together."""
 
 import dataclasses
+import functools
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import kernelry
-from kernelry import ModelShape, resolve_phases
+from kernelry import ModelShape, masks, resolve_phases
+from kernelry.cache import PagedCache, QuantizedArray, RollingCache, TwoPartCache
+from kernelry.calls import calls
 from kernelry.config import AttentionConfig, MoBA
 from kernelry.errors import ArgumentError, ConfigError
+from kernelry.flax import AttentionOp, Tokens
+from kernelry.lock import Lock
+from kernelry.model_shape import CacheShape
 from kernelry.plugin import (
     AtomKind,
     Capabilities,
@@ -22,6 +31,7 @@ from kernelry.plugin import (
     PositionKind,
     Statistic,
 )
+from kernelry.target import Target
 
 SHAPE = ModelShape(q_len=64, max_len=128, batch=2, q_heads=4, kv_heads=2, head_dim=32, dtype="float32")
 PLAIN = Capabilities(
@@ -97,7 +107,8 @@ def test_parts_of_a_cache_return_statistics_and_leave_sinks_to_the_end():
 
 
 def test_a_kernel_without_statistics_does_not_serve_parts():
-    phases = resolve_phases(AttentionConfig(), dataclasses.replace(SHAPE, two_part=True), kernels=(_spec("bare"),))
+    bare = _spec("bare", **STEP)
+    phases = resolve_phases(AttentionConfig(), dataclasses.replace(SHAPE, two_part=True), kernels=(bare,))
     assert any(text.startswith("prefill: no kernel serves it (bare: return_partial") for text in phases.disagreements)
 
 
@@ -125,9 +136,179 @@ def test_phases_are_text_and_json():
     phases = resolve_phases(AttentionConfig(type="full"), SHAPE)
     assert "disagreement: mask meaning" in str(phases)
     data = json.loads(json.dumps(phases.to_json()))
-    assert sorted(data) == ["decode", "disagreements", "prefill", "train"]
+    assert sorted(data) == ["decode", "disagreements", "more", "prefill", "train"]
 
 
 def test_a_prompt_must_fit_into_the_cache():
     with pytest.raises(ArgumentError, match="max_len=8 slots cannot hold the prompt of q_len=9"):
         ModelShape(q_len=9, max_len=8)
+
+
+TINY = ModelShape(q_len=6, max_len=10, batch=2, q_heads=4, kv_heads=2, head_dim=32, dtype="float32")
+HELD = (
+    "contiguous",
+    "contiguous:int8",
+    "two-part",
+    "two-part:int4",
+    "rolling",
+    "rolling:int8",
+    "paged:4",
+    "paged:4:int8",
+)
+
+
+def _requests(config, **changes):
+    return [call.request for call in calls(config, dataclasses.replace(TINY, **changes), Target("cpu"))]
+
+
+def _shapes(q_len):
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return array((2, q_len, 4, 32)), array((2, q_len, 2, 32)), array((2, q_len, 2, 32))
+
+
+def _cache_of(held, window):
+    kind, _, storage = held.replace("paged:4", "paged").partition(":")
+    facts = {"kv_heads": 2, "head_dim": 32, "dtype": jnp.float32, "storage": storage or None}
+    if kind == "two-part":
+        return TwoPartCache.create(batch=2, prefill=6, decode=4, **facts)
+    if kind == "rolling":
+        return RollingCache.create(batch=2, window=window, **facts)
+    return PagedCache.create(rows=2, pages=9, page_size=4, max_length=10, **facts)
+
+
+def _prompt(mask, options, query, key, value):
+    return kernelry.attention(query, key, value, mask=mask, mode="prefill", **options)
+
+
+def _served_by_a_cache(held, mask, options, prompt, token):
+    """A prompt that is written, and read where the cache keeps it all, and a decode step."""
+    _prompt(mask, options, *prompt)
+    cache = _cache_of(held, 4).prefill(*prompt[1:])
+    if "rolling" not in held:
+        cache.attend(prompt[0], mask=mask, mode="prefill", **options)
+    return cache.decode(*token, mask=mask, **options)
+
+
+def _served_by_arrays(held, mask, options, prompt, token):
+    _prompt(mask, options, *prompt)
+    keys = [jnp.zeros((2, 10, 2, 32), jnp.float32)] * 2
+    if held.endswith("int8"):
+        keys = [QuantizedArray.quantize(array) for array in keys]
+    lengths = jnp.full(2, 6)
+    step = mask.at(query_offset=lengths[0]) & masks.Lengths(lengths + 1)
+    return kernelry.attention(token[0], *keys, mask=step, mode="decode", **options)
+
+
+LAYERS = {
+    "window": {"type": "local_sliding", "window": 4, "soft_cap": 9.0},
+    "chunks": {"type": "chunk", "chunk_size": 4},
+    "causal": {"scale": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "held"),
+    [(layer, held) for layer in LAYERS for held in HELD if layer != "causal" or not held.startswith("rolling")],
+)
+def test_serving_from_a_cache_asks_what_is_locked(layer, held):
+    config = AttentionConfig(**LAYERS[layer])
+    requests = _requests(config, cache=held)
+    options = {"scale": config.scale, "soft_cap": config.soft_cap}
+    serve = _served_by_arrays if held.startswith("contiguous") else _served_by_a_cache
+    with kernelry.record() as made:
+        jax.eval_shape(functools.partial(serve, held, config.mask, options), _shapes(6), _shapes(1))
+    asked = {resolution.request for resolution in made}
+    assert asked == {request for request in requests if request.mode is not Mode.TRAIN}
+
+
+IDS = np.zeros((2, 6), np.int32)
+PACKED = {
+    "segments": masks.Causal() & masks.Segments(IDS),
+    "(config & segments) | spans": (masks.Causal() & masks.Segments(IDS)) | masks.BidirectionalSpans(IDS),
+    "config | prefix_lm(2)": masks.Causal() | masks.PrefixLM(2),
+    "dense": masks.Causal() & masks.Dense(np.ones((2, 1, 6, 6), bool)),
+}
+
+
+@pytest.mark.parametrize("text", PACKED)
+def test_training_with_more_masks_asks_what_is_locked(text):
+    lock = Lock.of(map(kernelry.resolve, _requests(AttentionConfig(sinks=True), mask=text)))
+
+    def loss(query, key, value):
+        return kernelry.attention(query, key, value, mask=PACKED[text], sinks=jnp.zeros(4)).sum()
+
+    with kernelry.use(strict=lock):
+        jax.eval_shape(jax.grad(loss), *_shapes(6))
+
+
+def test_a_mask_is_added_to_that_of_the_config():
+    config = AttentionConfig(type="local_sliding", window=3)
+    train, prefill, decode = _requests(config, mask=masks.Segments(IDS))
+    assert [str(request.mask) for request in (train, prefill)] == ["segments & window(2, 0)"] * 2
+    assert "segments" not in str(decode.mask)
+
+
+@pytest.mark.parametrize("text", [*HELD, "paged:16:int8:heads_and_head_dim"])
+def test_caches_are_written_as_they_are_read(text):
+    assert CacheShape.parse(str(CacheShape.parse(text))) == CacheShape.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"cache": "pagd:16"}, "unknown cache 'pagd:16'; did you mean 'paged'?"),
+        ({"cache": "paged"}, "a paged cache needs its page size, e.g. 'paged:16'"),
+        ({"cache": "paged:0"}, "a paged cache needs its page size, e.g. 'paged:16', got 0"),
+        ({"cache": "paged:x"}, "a paged cache needs its page size"),
+        (
+            {"cache": CacheShape(storage="int8"), "two_part": True, "max_len": 6},
+            "leaves no slot for that; raise max_len",
+        ),
+        ({"cache": "rolling:int9"}, "unknown dtype 'int9'; did you mean 'int8'?"),
+        ({"cache": "paged:4", "two_part": True}, "two_part=True and cache='paged:4' are two caches"),
+        ({"mask": "segmnts"}, "did you mean 'segments'?"),
+        ({"mask": np.ones(3)}, "mask must be a kernelry mask or an expression such as 'segments', got ndarray"),
+        ({"cache": "rolling"}, "type 'global' looks at all; use 'two-part' or 'paged:16'"),
+    ],
+)
+def test_caches_and_masks_that_mean_nothing_say_what_to_write(facts, words):
+    with pytest.raises(ArgumentError) as raised:
+        _requests(AttentionConfig(), **facts)
+    assert words in str(raised.value)
+
+
+def test_chosen_blocks_need_one_array_of_keys():
+    with pytest.raises(ArgumentError, match=r"cache 'paged:4' with moba: blocks are chosen .* use 'contiguous'"):
+        _requests(AttentionConfig(moba=MoBA(4, 2)), cache="paged:4")
+
+
+def test_a_shape_is_plain_data():
+    shape = dataclasses.replace(TINY, cache="paged:4:int8", mask="segments")
+    assert ModelShape(**json.loads(json.dumps(shape.to_json()))) == shape
+    with pytest.raises(ArgumentError, match=r"pass an expression, e.g. 'segments'"):
+        dataclasses.replace(TINY, mask=masks.Causal()).to_json()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "local_sliding", "window": 3, "soft_cap": 30.0},
+        {"sinks": True, "scale": 0.5},
+        {"record_max_logits": True, "precision": "highest"},
+        {"moba": MoBA(2, 2)},
+        {"type": "block_diffusion", "block_size": 2},
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("mode", ["train", "prefill"])
+def test_a_flax_layer_asks_what_is_locked(options, mode):
+    config = AttentionConfig(**options)
+
+    def called(*operands):
+        layer = AttentionOp(config, sink_heads=4 if config.sinks else None)
+        return layer(*operands, tokens=Tokens(segment_ids=IDS), mode=mode)
+
+    with kernelry.record() as made:
+        jax.eval_shape(called, *_shapes(6))
+    wanted = [request for request in _requests(config, mask="segments") if request.mode.value == mode]
+    assert [resolution.request for resolution in made] == wanted

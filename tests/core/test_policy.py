@@ -135,7 +135,7 @@ def test_an_unknown_variable_warns_with_the_nearest():
 @pytest.mark.parametrize(
     "data",
     [
-        {"q_len": "many"},
+        {"q_len": "8 8"},
         {"q_len": 8, "mode": "trian"},
         {"q_len": 8, "target": 3},
         {"q_len": 8, "bias": 3},

@@ -110,10 +110,17 @@ PLUGIN = {
     "Tolerance",
     "Vendor",
     "array_refusals",
+    "cast_finite",
+    "checked",
     "decided_at_run_time",
     "hookimpl",
+    "is_lasting",
+    "static_block_map",
     "load_balanced_order",
+    "log_sum",
+    "lse_with_sinks",
     "pytree",
+    "unchecked",
     "with_sinks",
 }
 ERRORS = {

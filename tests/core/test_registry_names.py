@@ -1,11 +1,16 @@
 """Names of plugins, kernels, masks and normalizations: claimed twice, allowed, in any order."""
 
+import dataclasses
+import re
+import sys
+
+import importlib_metadata
 import pytest
 
 import kernelry
-from kernelry import registry
+from kernelry import cli, installation, registry
 from kernelry.catalogue import FaultKind
-from kernelry.errors import PluginError
+from kernelry.errors import KernelRefusedError, NoKernelError, PluginError
 from kernelry.switches import Switches
 
 MASKS = """
@@ -172,3 +177,105 @@ def test_load_order_decides_nothing(shelf):
     turned = [points[first:] + points[:first] for first in range(len(points))]
     for order in turned + [order[::-1] for order in turned]:
         assert _facts(registry.build(order)) == expected
+
+
+# Kernels of this project that are missing.
+
+ACCELERATED = """
+    import dataclasses
+    from kernelry.plugin import hookimpl
+    from kernelry_dot_product.plugin import DOT_PRODUCT
+
+    contract = (1, 1)
+    facts = {"platforms": frozenset({"gpu", "tpu"}), "dtypes": frozenset({"bfloat16"})}
+    can = dataclasses.replace(DOT_PRODUCT.capabilities, **facts)
+
+    @hookimpl
+    def kernelry_kernels():
+        return [dataclasses.replace(DOT_PRODUCT, name=f"fast_{count}", capabilities=can) for count in range(20)]
+"""
+MISSING = "No plain kernel is available, which would serve every mask and option: "
+
+
+@pytest.fixture
+def accelerated(shelf, monkeypatch):
+    """Twenty kernels, none of them for CPUs, and no plain kernel."""
+    shelf.put("fast", ACCELERATED)
+    found = shelf.build(("fast",))
+    monkeypatch.setattr(installation, "installed", lambda: found)
+    return found
+
+
+def test_the_table_of_this_projects_kernels_is_what_its_plugins_bring():
+    for distribution, named in installation.KERNELS_OF.items():
+        brought = {kernel.name for kernel in kernelry.kernels() if kernel.distribution.split(" ")[0] == distribution}
+        assert brought == set(named)
+
+
+def test_twenty_kernels_of_other_platforms_are_one_line_and_the_last_says_what_to_install(accelerated, fresh_request):
+    with pytest.raises(NoKernelError) as caught:
+        kernelry.resolve(fresh_request)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert lines[1].startswith("  not for cpu: fast_0, fast_1, ")
+    assert lines[2].startswith("Considered: no kernels, by shipped policy")
+    assert lines[3] == f"{MISSING}pip install kernelry-dot-product."
+
+
+def test_kernels_of_the_platform_keep_their_reasons_and_others_are_named(accelerated, fresh_request):
+    request = dataclasses.replace(fresh_request, target="gpu:h100", dtype="float32")
+    with pytest.raises(NoKernelError) as caught:
+        kernelry.resolve(request)
+    lines = str(caught.value).splitlines()
+    assert "  fast_7: dtype=float32 is not bfloat16" in lines
+    made = "Kernels made for gpu: pip install kernelry-gpu-pallas kernelry-cudnn-te."
+    assert lines[-1] == f"{MISSING}pip install kernelry-dot-product. {made}"
+
+
+def test_explanations_name_it_as_text_and_data(accelerated, fresh_request):
+    resolution = kernelry.explain(fresh_request)
+    assert str(resolution).endswith(f"\n  {MISSING}pip install kernelry-dot-product.")
+    assert resolution.to_json()["advice"] == f"{MISSING}pip install kernelry-dot-product."
+    served = kernelry.explain(dataclasses.replace(fresh_request, target="tpu:v5e", dtype="bfloat16"))
+    assert (served.kernel, served.advice) == ("fast_0", None)
+
+
+def test_a_request_that_plain_kernels_would_refuse_names_none(accelerated, fresh_request):
+    resolution = kernelry.explain(dataclasses.replace(fresh_request, dtype="float8_e4m3fn"))
+    assert (resolution.kernel, resolution.advice) == (None, None)
+
+
+def test_a_kernel_of_this_project_asked_for_names_its_distribution(accelerated, fresh_request):
+    with pytest.raises(KernelRefusedError) as caught:
+        kernelry.resolve(fresh_request, kernel="splash")
+    assert "  splash: no installed plugin brings a kernel of that name; pip install kernelry-tpu-splash\n" in str(
+        caught.value
+    )
+    with pytest.raises(KernelRefusedError, match="fast_0.*\n.*\n" + re.escape(MISSING)):
+        kernelry.resolve(fresh_request, kernel="fast_0")
+
+
+@pytest.mark.parametrize("verb", ["list", "doctor", "explain"])
+def test_commands_name_it(accelerated, monkeypatch, capsys, verb):
+    monkeypatch.setattr(sys, "argv", ["kernelry", verb])
+    cli.main()
+    assert f"{MISSING}pip install kernelry-dot-product." in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plain_kernel_that_the_allow_list_leaves_out_is_named_with_the_variable(monkeypatch, fresh_request):
+    points = importlib_metadata.entry_points(group=registry.GROUP)
+    found = registry.build(points, ("tpu_splash",))
+    monkeypatch.setattr(installation, "installed", lambda: found)
+    assert kernelry.explain(fresh_request).advice == f"{MISSING}add dot_product to KERNELRY_PLUGINS, or unset it."
+
+
+def test_a_plain_kernel_that_is_installed_and_faulty_points_to_doctor(shelf, monkeypatch, fresh_request):
+    shelf.put("fast", ACCELERATED)
+    found = shelf.build(("fast",))
+    plugin = dataclasses.replace(
+        found.plugins[0], name="dot_product", distribution="kernelry-dot-product 1.0", enabled=True
+    )
+    faulty = dataclasses.replace(found, plugins=(*found.plugins, plugin))
+    monkeypatch.setattr(installation, "installed", lambda: faulty)
+    advice = kernelry.explain(fresh_request).advice
+    assert advice == f"{MISSING}kernelry-dot-product is installed and faulty; run kernelry doctor."

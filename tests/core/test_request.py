@@ -210,3 +210,11 @@ def test_a_plain_request_is_written_without_what_it_does_not_ask_for():
     assert str(Request(q_len=8, q_heads=2, head_dim=4, target="cpu")) == (
         "platform=cpu mode=train B=1 T=8 S=8 N=2 H=4 dtype=float32 mask=full"
     )
+
+
+@pytest.mark.parametrize("runs", [[3], [[3]], [["a", "b"]], [[[0, 5]]]])
+def test_json_with_static_positions_that_are_none_is_an_error(runs):
+    data = Request(q_len=8, mask=masks.Causal().at(query_positions=np.arange(8)[::-1])).to_json()
+    data["mask"][0]["query"]["value"] = runs
+    with pytest.raises(ConfigError, match="cannot be read from"):
+        Request.from_json(data)

@@ -259,8 +259,8 @@ def test_a_policy_can_forbid_adapters():
         kernelry.resolve(grouped, kernels=(A,), policy=forbidding)
 
 
-def test_no_kernel_at_all_says_what_to_install():
-    with pytest.raises(NoKernelError, match="pip install kernelry-dot-product"):
+def test_kernels_given_without_a_plain_one_say_that_it_is_left_out():
+    with pytest.raises(NoKernelError, match="kernelry-dot-product is installed, but kernels= leaves it out"):
         kernelry.resolve(REQUEST, kernels=(), policy=policy())
 
 

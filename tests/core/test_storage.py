@@ -275,3 +275,49 @@ def test_paged_arrays_are_gathered_under_jit_and_vmap():
     np.testing.assert_array_equal(jax.jit(PagedArray.gather)(PagedArray(PAGES, TABLE)), expected)
     pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PagedArray(PAGES, TABLE))
     np.testing.assert_array_equal(jax.vmap(PagedArray.gather)(pair), np.stack([expected, expected]))
+
+
+RELATIVE = {"int8": 0.01, "int4": 0.08, "float8_e4m3fn": 0.07}
+"""Of the largest magnitude of a channel, the scale's rounding to bfloat16 included."""
+LEAST = {"int8": 1.6e-36, "int4": 1.6e-36, "float8_e4m3fn": 5.4e-36}
+
+
+_restored = jax.jit(
+    lambda array, how, dtype: QuantizedArray.quantize(array, how).dequantize(dtype), static_argnums=(1, 2)
+)
+
+
+@pytest.mark.parametrize("how", RELATIVE)
+@given(
+    st.lists(st.floats(-37.5, 38.53), min_size=4, max_size=4),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+@settings(deadline=None, max_examples=30)
+def test_channels_of_every_magnitude_come_back_within_the_formats_error(how, exponents, seed, dtype):
+    """From the smallest to the largest number of the dtype; a channel with a scale below normal numbers is zeros."""
+    rng = np.random.default_rng(seed)
+    most = float(jnp.finfo(dtype).max)
+    tops = np.minimum(10.0 ** np.asarray(exponents), most)[None, :, None, None]
+    drawn = rng.uniform(-1, 1, (1, 4, 1, 16)) * tops
+    drawn[..., :1] = tops
+    drawn[0, 3] = 0
+    array = jnp.asarray(drawn, jnp.float32).astype(dtype)
+    wanted = np.asarray(array.astype(jnp.float32), np.float64)
+    found = np.asarray(_restored(array, how, dtype).astype(jnp.float32), np.float64)
+    assert np.isfinite(found).all()
+    largest = np.abs(wanted).max(axis=-1, keepdims=True)
+    # A float16 of 6e-8, a subnormal, has no neighbour nearer than itself.
+    rounding = float(jnp.finfo(dtype).smallest_subnormal) if dtype == "float16" else 0
+    error = np.abs(found - wanted)
+    assert (error <= RELATIVE[how] * largest + rounding)[np.broadcast_to(largest >= LEAST[how], error.shape)].all()
+    assert (error <= largest).all()
+    assert (found[0, 3] == 0).all()
+
+
+def test_the_largest_numbers_of_a_dtype_come_back_finite():
+    for dtype in ("float32", "bfloat16", "float16"):
+        largest = jnp.full((1, 1, 1, 8), jnp.finfo(dtype).max, dtype)
+        for how in RELATIVE:
+            found = np.asarray(_restored(largest, how, dtype).astype(jnp.float32), np.float64)
+            np.testing.assert_allclose(found, float(jnp.finfo(dtype).max), rtol=RELATIVE[how], err_msg=f"{dtype} {how}")

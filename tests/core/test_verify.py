@@ -113,3 +113,10 @@ def test_nothing_resolved_cannot_be_verified():
     resolution = kernelry.explain(kernelry.Request(q_len=8), kernel="splash")
     with pytest.raises(NoKernelError):
         resolution.verify(lowered(attend, "dot_product")[1])
+
+
+def test_a_signature_that_is_one_text_is_an_error_though_every_program_has_its_letters():
+    spelt = dataclasses.replace(DENSE, name="spelt", signature=lambda _: "scope")
+    resolution, program = lowered(attend, "spelt", (spelt,))
+    with pytest.raises(PluginError, match="signature must return a tuple of texts, got 'scope'"):
+        resolution.verify(program)

@@ -31,9 +31,9 @@ def _operations(lowered):
     return re.sub(r"\s+", " ", text)
 
 
-def _direct(mask, mode):
+def _direct(mask, mode, name="dot_product"):
     request = Request(batch=B, q_len=T, q_heads=N, kv_heads=K, head_dim=H, mask=mask, mode=mode)
-    spec = next(kernel.spec for kernel in kernelry.kernels() if kernel.name == "dot_product")
+    spec = next(kernel.spec for kernel in kernelry.kernels() if kernel.name == name)
 
     def call(q, k, v, mask):
         inputs = Inputs(q, k, v, mask.canonical())
@@ -42,8 +42,8 @@ def _direct(mask, mode):
     return call
 
 
-def _ours(mode):
-    return lambda q, k, v, mask: kernelry.attention(q, k, v, mask=mask, mode=mode, kernel="dot_product")
+def _ours(mode, kernel="dot_product"):
+    return lambda q, k, v, mask: kernelry.attention(q, k, v, mask=mask, mode=mode, kernel=kernel)
 
 
 @pytest.mark.parametrize("mode", ["train", "prefill"])
@@ -55,13 +55,15 @@ def test_lowered_program_equals_the_direct_call(name, mode):
     assert _operations(ours) == _operations(direct)
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_lowered_gradient_equals_that_of_the_direct_call(name):
+@pytest.mark.parametrize(("name", "kernel"), [*((name, "dot_product") for name in MASKS), ("packed", "blockwise")])
+def test_lowered_gradient_equals_that_of_the_direct_call(name, kernel):
     def gradient(call):
         return jax.jit(jax.grad(lambda q, k, v, mask: call(q, k, v, mask).sum(), argnums=(0, 1, 2)))
 
     arguments = (Q, KV, KV, MASKS[name])
-    ours, direct = (gradient(f).lower(*arguments) for f in (_ours("train"), _direct(MASKS[name], "train")))
+    ours, direct = (
+        gradient(f).lower(*arguments) for f in (_ours("train", kernel), _direct(MASKS[name], "train", kernel))
+    )
     assert _operations(ours) == _operations(direct)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -85,6 +87,15 @@ out = kernelry.attention(query, key, value, mask=Strided(2))
 np.testing.assert_allclose(out, dense, rtol=1e-5, atol=1e-6)
 print(json.dumps("ok"))
 """
+README = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PROGRAMS = [block for language, block in README if language == "python"]
+COMMANDS = [
+    line.removeprefix("$ ").partition("  #")[0].strip()
+    for language, block in README
+    if not language
+    for line in block.splitlines()
+    if line.removeprefix("$ ").startswith("kernelry ")
+]
 OURS = ["cudnn_te", "dot_product", "gpu_pallas", "tpu_splash"]
 
 
@@ -106,7 +117,7 @@ def complete(bare):
 
 @pytest.fixture(scope="module")
 def extended(complete):
-    complete.pip("install", "./core[config,cli]", "./third_party")
+    complete.pip("install", "./core[flax]", "./third_party")
     return complete
 
 
@@ -124,15 +135,30 @@ def test_core_and_one_plugin_attend(bare):
     assert bare.python(ATTEND + RUN) == "dot_product"
 
 
-def test_command_without_its_extra_says_what_to_install(bare):
-    done = bare.run("kernelry", "list")
-    assert done.returncode != 0
-    assert "pip install 'kernelry[cli]'" in done.stderr
+LOAD = """
+import json, kernelry
+config = kernelry.config.load_config("config.yaml")
+print(json.dumps([config.kernel, kernelry.config.load_config("config.toml").kernel]))
+"""
 
 
-def test_config_without_its_extra_says_what_to_install(bare):
-    done = bare.run("python", "-c", "import kernelry.config; kernelry.config.load_config({})")
-    assert "pip install 'kernelry[config]'" in done.stderr
+def test_configs_are_read_without_an_extra(bare):
+    (bare.sources / "config.yaml").write_text("attention: {kernel: blockwise}\n")
+    (bare.sources / "config.toml").write_text('[attention]\nkernel = "dot_product"\n')
+    assert bare.python(LOAD) == ["blockwise", "dot_product"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [
+        ("flax", "import kernelry; kernelry.flax.AttentionOp()"),
+        ("plot", "from kernelry import masks, pictures; pictures.image(masks.Causal(), q_len=4)"),
+        ("quant", "import kernelry, jax.numpy as jnp; kernelry.cache.QuantizedArray.quantize(jnp.ones((1, 8)))"),
+    ],
+)
+def test_what_needs_an_extra_says_what_to_install(bare, extra, code):
+    done = bare.run("python", "-c", code)
+    assert f"pip install 'kernelry[{extra}]'" in done.stderr.splitlines()[-1]
 
 
 def test_all_plugins_are_listed(complete):
@@ -141,6 +167,36 @@ def test_all_plugins_are_listed(complete):
 
 def test_all_plugins_leave_attention_working(complete):
     assert complete.python(ATTEND + RUN) == "dot_product"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_readme_runs(complete, command):
+    [config] = (block for language, block in README if language == "toml")
+    (complete.sources / "config.toml").write_text(config)
+    # The kit on every kernel takes minutes, and is a step of CI's own.
+    done = complete.run(*shlex.split(command.replace("conformance --all", "conformance dot_product")))
+    assert "Traceback" not in done.stderr
+    if command.startswith("kernelry check"):
+        assert "aot-tpu" in done.stdout + done.stderr  # what brings the compilers
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readmes_programs_run_as_they_are_printed(complete):
+    without_flax = [program for program in PROGRAMS if "kernelry.flax" not in program]
+    assert len(without_flax) == len(PROGRAMS) - 1
+    done = complete.run("python", "-W", "error", "-c", "\n".join(without_flax))
+    assert done.returncode == 0, done.stderr
+
+
+def test_readmes_program_for_flax_says_what_to_install(complete):
+    done = complete.run("python", "-c", "\n".join(program for program in PROGRAMS if "kernelry.flax" in program))
+    assert "pip install 'kernelry[flax]'" in done.stderr.splitlines()[-1]
+
+
+def test_all_of_readmes_programs_run_with_flax(extended):
+    done = extended.run("python", "-W", "error", "-c", "\n".join(PROGRAMS))
+    assert done.returncode == 0, done.stderr
 
 
 def test_third_partys_kernel_is_chosen_by_config_and_equals_dot_product(extended):

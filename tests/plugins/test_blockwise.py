@@ -250,7 +250,7 @@ def test_a_request_says_the_blocks_that_its_window_wants():
 
 
 def test_each_row_of_a_decoding_batch_visits_the_blocks_of_its_own_length():
-    grid = Grid.of(Request(q_len=1, kv_len=64, batch=3, q_heads=2, mode="decode"), 1, 16)
+    grid = Grid.of(Request(q_len=1, kv_len=64, batch=3, q_heads=2, mode="decode"), 3, 1, 16)
     visits = visits_of_queries(kinds_of(masks.Lengths(jnp.asarray([5, 64, 0])).canonical(), grid))
     assert np.asarray(visits.some).tolist() == [[1], [4], [0]]
 
@@ -259,9 +259,10 @@ def test_each_row_of_a_decoding_batch_visits_the_blocks_of_its_own_length():
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (12, 1)])
 def test_a_step_takes_as_much_of_batch_and_heads_as_fits_a_tile(batch, heads):
     q_heads, kv_heads = heads
-    grid = Grid.of(Request(q_len=64, batch=batch, q_heads=q_heads, kv_heads=kv_heads), 16, 16)
+    grid = Grid.of(Request(q_len=64, batch=batch, q_heads=q_heads, kv_heads=kv_heads), batch, 16, 16)
     assert (grid.step_batch, grid.step_heads) == (batch, kv_heads)
-    large = Grid.of(Request(q_len=4096, batch=batch, q_heads=q_heads, kv_heads=kv_heads), 512 // grid.groups, 512)
+    long = Request(q_len=4096, batch=batch, q_heads=q_heads, kv_heads=kv_heads)
+    large = Grid.of(long, batch, 512 // grid.groups, 512)
     assert (large.step_batch, large.step_heads) == (1, 1)
 
 
@@ -419,7 +420,7 @@ def test_what_is_kept_for_the_backward_pass_has_the_dtype_of_the_query():
 
 def test_a_block_of_pages_holds_one_at_least():
     request = Request(mode="decode", q_len=1, kv_len=64, page_size=16)
-    assert [Grid.of(request, 1, block).block_kv for block in (8, 16, 40, 64)] == [16, 16, 32, 64]
+    assert [Grid.of(request, 1, 1, block).block_kv for block in (8, 16, 40, 64)] == [16, 16, 32, 64]
 
 
 def test_a_call_of_one_tile_has_no_loop():

@@ -1,5 +1,8 @@
 """Predicates that hold arrays, or are constant, through the kernels that evaluate them in registers."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,3 +96,26 @@ def test_splash_which_takes_no_dense_mask_refuses_it(mask, make_arrays):
 def test_splash_evaluates_a_constant_one(make_arrays, check_against_dense):
     mask = masks.Causal() & masks.Predicate(everything)
     check_against_dense("splash", make_arrays(256, head_dim=128), mask=mask)
+
+
+class Table(np.ndarray):
+    """An array that can be asked whether it is still alive."""
+
+
+def test_no_kernel_keeps_what_a_function_holds(make_arrays):
+    query = make_arrays(128, head_dim=128)[0]
+    alive = {}
+    for kernel in ("splash", "tokamax_splash", "pallas_flash", "blockwise"):
+        table = np.arange(200).view(Table)
+        alive[kernel] = weakref.ref(table)
+        mask = masks.Predicate(lambda query, kv, table=table: kv - query <= len(table))
+
+        def call(query, kernel=kernel, mask=mask):
+            return kernelry.attention(query, query, query, mask=mask, kernel=kernel).sum()
+
+        with testing.interpret():
+            jax.eval_shape(jax.grad(call), query)
+        del table, mask, call
+    jax.clear_caches()  # JAX keeps what the vendors' kernels are made of
+    gc.collect()
+    assert {kernel for kernel, table in alive.items() if table() is not None} == set()

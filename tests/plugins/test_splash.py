@@ -355,8 +355,8 @@ def test_two_pairs_of_ids_are_refused():
     assert "has 2 pairs of ids" in str(kernelry.explain(request, kernel="splash"))
 
 
-def _why(mask):
-    request = Request(target="tpu:v5e", q_len=256, mask=mask)
+def _why(mask, batch=1):
+    request = Request(target="tpu:v5e", batch=batch, q_len=256, mask=mask)
     (refused,) = kernelry.explain(request, kernel="splash").refused
     return "; ".join(map(str, refused.refusals))
 
@@ -368,11 +368,12 @@ def test_disjunctions_over_arrays_are_refused():
 
 def test_positions_in_many_runs_are_refused():
     positions = np.arange(256).reshape(2, 128).T.reshape(-1)
-    assert "has positions by row or in many runs" in _why(masks.Causal().at(query_positions=positions))
+    why = _why(masks.Causal().at(query_positions=positions))
+    assert "in many runs; reorder the tokens so that all rows have the same few runs" in why
 
 
 def test_positions_of_each_row_are_refused():
-    assert "has positions by row or in many runs" in _why(masks.Causal().at(query_offset=np.asarray([0, 8])))
+    assert "has positions by row or in many runs" in _why(masks.Causal().at(query_offset=np.asarray([0, 8])), batch=2)
 
 
 def test_traced_positions_of_keys_are_refused():

@@ -50,8 +50,8 @@ class Honest(Kernel):
         logits = self.logits(query, key, request)
         capped = self.capped(self.biased(logits, inputs), inputs, visible, request)
         masked = jnp.where(visible, capped, -jnp.inf)
-        top = jax.lax.stop_gradient(jnp.max(masked, axis=-1, initial=jnp.finfo(jnp.float32).min))
-        weights = jnp.exp(masked - top[..., None])
+        top = jax.lax.stop_gradient(self.top(masked))
+        weights = self.weights(masked, top)
         total = weights.sum(axis=-1)
         empty = total == 0
         safe = jnp.where(empty, 1.0, total)
@@ -127,6 +127,12 @@ class Honest(Kernel):
         if request.soft_cap is None:
             return logits
         return request.soft_cap * jnp.tanh(jnp.where(visible, logits, 0) / request.soft_cap)
+
+    def top(self, masked):
+        return jnp.max(masked, axis=-1, initial=jnp.finfo(jnp.float32).min)
+
+    def weights(self, masked, top):
+        return jnp.exp(masked - top[..., None])
 
     def dropped(self, probabilities, inputs, request):
         if not request.dropout_rate:

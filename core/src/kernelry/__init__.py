@@ -5,15 +5,17 @@
 picks the best installed kernel that honours every argument, or says why none can.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from kernelry import errors, masks, moba, parallel
 from kernelry._version import __version__
 from kernelry.api import attention
 from kernelry.installation import kernels, plugins
+from kernelry.model_shape import ModelShape
 from kernelry.normalization import finalize, merge
 from kernelry.partial import Partial
-from kernelry.phases import ModelShape, resolve_phases
+from kernelry.phases import resolve_phases
 from kernelry.request import Mode, Request
 from kernelry.resolution import Plan, Resolution
 from kernelry.resolver import explain, resolve
@@ -21,7 +23,15 @@ from kernelry.scope import record, use
 from kernelry.target import Target
 
 if TYPE_CHECKING:
-    from kernelry import cache
+    from kernelry import aot as aot
+    from kernelry import cache as cache
+    from kernelry import config as config
+    from kernelry import flax as flax
+    from kernelry import plugin as plugin
+    from kernelry import testing as testing
+
+_LAZY = ("aot", "cache", "config", "flax", "plugin", "testing")
+"""Modules that are imported when they are first used: training needs none of them."""
 
 __all__ = [
     "Mode",
@@ -51,9 +61,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `kernelry.cache` when it is first used: training never is."""
-    if name != "cache":
+    if name not in _LAZY:
         raise AttributeError(f"module 'kernelry' has no attribute {name!r}")
-    import importlib
+    return importlib.import_module(f"kernelry.{name}")
 
-    return importlib.import_module("kernelry.cache")
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_LAZY})

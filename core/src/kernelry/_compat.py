@@ -19,6 +19,13 @@ def abstract_device() -> Any | None:
     return None if mesh.empty else getattr(mesh, "abstract_device", None)
 
 
+def platforms_of(context: Any) -> tuple[str, ...]:
+    """Returns the platforms that a primitive's lowering rule lowers for, by JAX's names: `cpu`, `cuda`, `tpu`."""
+    # 0.10 … 0.12: the context's own are those of a branch of lax.platform_dependent, else the module's count.
+    platforms: tuple[str, ...] = tuple(context.platforms or context.module_context.platforms)
+    return platforms
+
+
 def varying_alike(tree: Any) -> Any:
     """Makes the floating arrays of a tree vary over the same manual axes of a `shard_map`, those over which any does.
 

@@ -12,20 +12,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kernelry import installation
+from kernelry.capabilities import Gradient
 from kernelry.context_parallel import ContextParallel
-from kernelry.errors import ArgumentError, ShapeError, nearest
-from kernelry.guards import without_gradient
-from kernelry.kernel import Inputs
+from kernelry.errors import ArgumentError, PluginError, ShapeError, nearest
+from kernelry.guards import in_reverse_mode, noticed_elsewhere, without_gradient
+from kernelry.kernel import Inputs, check_kernel_name
+from kernelry.masks.arrays import missing_axes
 from kernelry.masks.band import Full
-from kernelry.masks.base import Extent, Mask, is_mask
-from kernelry.masks.fit import check_fits
-from kernelry.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of
-from kernelry.partial import Partial
+from kernelry.masks.base import Extent, Mask
+from kernelry.masks.fit import as_mask, check_fits
+from kernelry.masks.form import MaskForm
+from kernelry.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of, unwrapped
+from kernelry.partial import Partial, checking_output
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Operand, Request, dtype_name, precision_name
+from kernelry.request_checks import size_of
+from kernelry.resolution import Plan
 from kernelry.resolver import resolve
 from kernelry.scope import current_scope
 from kernelry.storage import PagedArray, QuantizedArray
@@ -39,7 +44,7 @@ def attention(
     key: Float[Array, "B S K H"] | QuantizedArray | PagedArray,
     value: Float[Array, "B S K D"] | QuantizedArray | PagedArray,
     *,
-    mask: Mask = _FULL,
+    mask: Mask | Bool[Array, ...] | None = _FULL,
     scale: float | None = None,
     bias: Float[Array, "#B #N #T #S"] | None = None,
     soft_cap: float | None = None,
@@ -65,7 +70,8 @@ def attention(
       query: [B, T, N, H], floating.
       key: [B, S, K, H], query's dtype; K divides N. Or a `kernelry.cache.QuantizedArray`.
       value: [B, S, K, D], query's dtype. Or quantised like key.
-      mask: which keys each query sees; see `kernelry.masks`.
+      mask: which keys each query sees; see `kernelry.masks`. None is all of them; booleans [T, S], or of rank 4 and
+        broadcastable to B N T S, are True where a key is seen.
       scale: a number; None is H ** -0.5.
       bias: floating, broadcastable to B N T S, added before the soft cap.
       soft_cap: a positive number; None is no cap.
@@ -92,9 +98,9 @@ def attention(
       NoKernelError: no installed kernel serves the call; the message says why for each.
       KernelRefusedError: the kernel named refuses it.
     """
-    arrays = _arrays(query, key, value, mask, bias, sinks)
-    _check_kernel(kernel)
-    _check_numbers(scale, soft_cap, dropout_rate, normalization)
+    arrays, form = _arrays(query, key, value, mask, bias, sinks)
+    check_kernel_name(kernel)
+    _check_numbers(normalization, scale=scale, soft_cap=soft_cap, dropout_rate=dropout_rate)
     if bias is not None and soft_cap is not None:
         warnings.warn("the soft cap caps bias too: a mask written as a bias comes back into sight", stacklevel=2)
     batch, q_len, q_heads, head_dim = arrays.query.shape
@@ -104,17 +110,17 @@ def attention(
     request = Request(
         target=target,
         mode=Mode.parse(mode),
-        batch=batch,
-        q_len=q_len,
-        kv_len=kv_len,
+        batch=size_of(batch),
+        q_len=size_of(q_len),
+        kv_len=size_of(kv_len),
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         value_dim=value_dim,
         dtype=dtype_name(arrays.query.dtype),
-        mask=mask.form,
+        mask=form,
         scale=None if scale is None else float(scale),  # type: ignore[arg-type]
-        bias=None if arrays.bias is None else arrays.bias.shape,
+        bias=None if arrays.bias is None else tuple(map(size_of, arrays.bias.shape)),
         soft_cap=None if soft_cap is None else float(soft_cap),
         sinks=sinks is not None,
         dropout_rate=float(dropout_rate),
@@ -129,12 +135,15 @@ def attention(
         page_size=page_size_of(arrays.key),
         context_parallel=_shared_out(scope.context_parallel),
     )
-    arrays = dataclasses.replace(arrays, dropout_rng=dropout_rng if dropout_rate else None)
+    arrays = dataclasses.replace(arrays, dropout_rng=unwrapped(dropout_rng) if dropout_rate else None)
     _check_given(request, arrays)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
-    partial = resolution.plan.run(without_gradient(arrays, request.gradients))
-    return _result(partial, request)
+    arrays = without_gradient(arrays, request.gradients)
+    spec = resolution.plan.kernel
+    if spec.capabilities.gradient is Gradient.BACKWARD:
+        arrays = in_reverse_mode(arrays, request.gradients, spec)
+    return _run(resolution.plan, arrays, request, notice=scope.target is None)
 
 
 def _shared_out(context: ContextParallel | None) -> str | None:
@@ -180,34 +189,54 @@ def _is_key(value: Any) -> bool:
     return value.dtype == np.uint32 and value.ndim == 1  # what jax.random.PRNGKey makes
 
 
-def _check_kernel(kernel: Any) -> None:
-    if not isinstance(kernel, str):
-        raise ArgumentError(f"kernel must be a name or 'auto', got {kernel!r}.")
+def _not_a_key(value: Any) -> str:
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype} of shape {value.shape}"
+    if callable(value):
+        return f"{type(value).__name__}; draw a key from it, e.g. rngs.dropout()"
+    return repr(value)
 
 
 def _check_given(request: Request, inputs: Inputs) -> None:
     if request.dropout_rate and inputs.dropout_rng is None:
         raise ArgumentError(f"dropout_rate={request.dropout_rate} needs dropout_rng=, a PRNG key.")
     if inputs.dropout_rng is not None and not _is_key(inputs.dropout_rng):
-        raise ArgumentError(f"dropout_rng must be one PRNG key, e.g. jax.random.key(0), got {inputs.dropout_rng!r}.")
+        raise ArgumentError(
+            f"dropout_rng must be one PRNG key, e.g. jax.random.key(0), got {_not_a_key(inputs.dropout_rng)}."
+        )
     absent = sorted(operand.value for operand in request.gradients if getattr(inputs, operand.value) is None)
     if absent:
         raise ArgumentError(f"gradients names {', '.join(absent)}, which this call does not pass; leave it out.")
 
 
-def _result(partial: Partial, request: Request) -> Any:
-    normalization = installation.installed().normalizations[request.normalization]
-    result = partial if request.partial else normalization.finalize(partial)
+@checking_output
+def _run(plan: Plan, arrays: Inputs, request: Request, *, notice: bool) -> Any:
+    partial = plan.run(arrays)
+    if notice:
+        partial = noticed_elsewhere(partial, request, plan.kernel.name)
+    result = partial if request.partial else _finalized(partial, request)
     return (result, partial.max_logits) if request.max_logits else result
 
 
-def _arrays(query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any) -> Inputs:
+def _finalized(partial: Partial, request: Request) -> jax.Array:
+    normalization = installation.installed().normalizations[request.normalization]
+    out = normalization.finalize(partial)
+    if isinstance(out, jax.Array) and out.shape == partial.out.shape and str(out.dtype) == request.dtype:
+        return out
+    found = f"{out.dtype} {list(out.shape)}" if isinstance(out, jax.Array) else f"a {type(out).__name__}"
+    kind = type(normalization)
+    raise PluginError(
+        f"normalization {request.normalization!r} ({kind.__module__}.{kind.__qualname__}) finalized {request} to "
+        f"{found}, expected {request.dtype} {list(partial.out.shape)} (B T N D). The fault is the normalization's: "
+        f"report it to its authors."
+    )
+
+
+def _arrays(query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any) -> tuple[Inputs, MaskForm]:
     q, k, v = as_array("query", query, 4), as_keys("key", key), as_keys("value", value)
     check_qkv(q, k, v)
-    if not is_mask(mask):
-        found = f"{type(mask).__name__}" + (f" of shape {mask.shape}" if hasattr(mask, "shape") else "")
-        raise ShapeError(f"mask must be a kernelry mask, got {found}; wrap a boolean array in masks.Dense.")
     extent = Extent(batch=q.shape[0], q_heads=q.shape[2], kv_heads=k.shape[2], q_len=q.shape[1], kv_len=k.shape[1])
+    mask = as_mask(mask, extent)
     check_fits(mask, extent)
     if bias is not None:
         bias = _bias(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
@@ -215,27 +244,35 @@ def _arrays(query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any) 
         sinks = as_array("sinks", sinks, 1)
         if sinks.shape != (q.shape[2],):
             raise ShapeError(f"sinks must be [N] = [{q.shape[2]}], one logit per query head, got shape {sinks.shape}.")
-    return Inputs(q, k, v, mask.canonical(), bias, sinks)
+    return Inputs(q, k, v, mask.canonical(), bias, sinks), mask.form
 
 
 def _bias(bias: Any, full: tuple[int, ...]) -> jax.Array:
-    if not isinstance(bias, jax.Array | np.ndarray) or bias.ndim > 4:
-        raise ShapeError(f"bias must be an array that broadcasts to B N T S = {full}, got {np.shape(bias)}.")
+    bias = unwrapped(bias)
+    if not isinstance(bias, jax.Array | np.ndarray):
+        hint = "; write jnp.asarray(bias)" if isinstance(bias, list | tuple | Real) else ""
+        raise ShapeError(f"bias must be an array that broadcasts to B N T S = {full}, got {type(bias).__name__}{hint}.")
+    if bias.ndim > 4:
+        raise ShapeError(f"bias must be an array that broadcasts to B N T S = {full}, got {bias.shape}.")
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ShapeError(f"bias must be floating, got {bias.dtype}; a boolean mask belongs in mask=masks.Dense(…).")
     array = jnp.asarray(bias).reshape((1,) * (4 - bias.ndim) + bias.shape)
     if any(have not in (1, want) for have, want in zip(array.shape, full, strict=True)):
-        raise ShapeError(f"bias must broadcast to B N T S = {full}, got shape {bias.shape}.")
+        hint = missing_axes("bias", bias.shape, full)
+        raise ShapeError(f"bias must broadcast to B N T S = {full}, got shape {bias.shape}{hint}.")
     return array
 
 
-def _check_numbers(scale: Any, soft_cap: Any, dropout_rate: Any, normalization: str) -> None:
-    for name, number in (("scale", scale), ("soft_cap", soft_cap), ("dropout_rate", dropout_rate)):
+def _check_numbers(normalization: str, **given: Any) -> None:
+    numbers = [(name, unwrapped(number)) for name, number in given.items()]
+    for name, number in numbers:
         if isinstance(number, jax.core.Tracer):
+            instead = "multiply query by it and pass scale=1.0, or " if name == "scale" else ""
             raise ArgumentError(
-                f"{name} must be a Python number, got a traced array; for scale, multiply query instead."
+                f"{name} must be a Python number, got a traced array: {instead}make it static, as in "
+                f"jax.jit(f, static_argnames={name!r})."
             )
-    for name, number in (("scale", scale), ("soft_cap", soft_cap), ("dropout_rate", dropout_rate)):
+    for name, number in numbers:
         if number is not None and not _is_finite(number):
             raise ArgumentError(f"{name} must be a finite number, got {number!r}.")
     known = installation.installed().normalizations

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import final
 
 from kernelry.context_parallel import ContextParallel
+from kernelry.masks.constants import holds_traced
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionKind
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import NEUTRAL, Mode, Operand, Request
@@ -105,6 +106,8 @@ class Capabilities:
       grouped_heads: whether K < N is served.
       unequal_lengths: whether T ≠ S is served.
       empty_arrays: whether a batch or length of 0 is served.
+      symbolic_sizes: which of `batch`, `q_len` and `kv_len` may be symbolic, as in an exported program: it reads them
+        from the arrays, not from the request.
       atoms: the mask atoms it understands.
       positions: the ways of giving positions it understands, besides the default.
       features: the optional request fields it honours.
@@ -114,6 +117,8 @@ class Capabilities:
       backward_only: whether `forward` has no derivative of its own, so that core differentiates every call by
         `backward`.
       gradients: the operands it has gradients of.
+      forward_over_reverse: of a kernel with `gradient=BACKWARD`, whether JAX can differentiate its forward and backward
+        passes in forward mode, as `jax.hessian` does; elsewhere second derivatives are an error.
       lse_cotangent: whether `backward` takes a cotangent of lse.
       empty_rows: whether fully masked rows come out as 0 with lse −inf and zero gradients.
       clean_hidden_slots: whether NaN or inf in a slot that no row may see stays out of results.
@@ -133,6 +138,7 @@ class Capabilities:
     grouped_heads: bool = False
     unequal_lengths: bool = False
     empty_arrays: bool = False
+    symbolic_sizes: frozenset[str] = frozenset()
     atoms: frozenset[AtomKind] = frozenset()
     positions: frozenset[PositionKind] = frozenset()
     features: frozenset[Feature] = frozenset()
@@ -141,6 +147,7 @@ class Capabilities:
     gradient: Gradient = Gradient.NONE
     backward_only: bool = False
     gradients: frozenset[Operand] = frozenset()
+    forward_over_reverse: bool = False
     lse_cotangent: bool = False
     empty_rows: bool = False
     clean_hidden_slots: bool = False
@@ -211,6 +218,10 @@ def _heads(can: Capabilities, request: Request) -> Iterator[Refusal]:
 
 
 def _lengths(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    for name in request.symbolic_sizes:
+        if name not in can.symbolic_sizes:
+            detail = f"{name}={getattr(request, name)} is symbolic"
+            yield Refusal(RefusalCode.SYMBOLIC_SIZE, detail, "export the program for a number")
     if request.q_len != request.kv_len and not can.unequal_lengths:
         yield Refusal(RefusalCode.UNEQUAL_LENGTHS, f"q_len={request.q_len} differs from kv_len={request.kv_len}")
     for name in ("batch", "q_len", "kv_len"):
@@ -222,6 +233,10 @@ def _mask(can: Capabilities, request: Request) -> Iterator[Refusal]:
     for atom in _all_atoms(request.mask):
         if atom.kind not in can.atoms:
             yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} is not {_either(a.value for a in can.atoms)}")
+        elif can.gradient is Gradient.BACKWARD and holds_traced(atom):
+            # Its passes are traced apart, some after the program that the array belongs to.
+            detail = f"mask atom {atom} holds an array that is being traced"
+            yield Refusal(RefusalCode.MASK_ATOM, detail, "pass it as an operand: Predicate(fn, array)")
     for kind in sorted(request.mask.position_kinds - {PositionKind.DEFAULT} - can.positions, key=lambda k: k.value):
         yield Refusal(RefusalCode.POSITIONS, f"mask={request.mask} has {kind.value} positions")
     if not can.empty_rows and request.mask.may_have_empty_rows(request.q_len, request.kv_len):

@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
-from kernelry.errors import PluginError
+from kernelry.errors import PluginError, nearest
 from kernelry.kernel import KernelSpec
 from kernelry.masks.base import Mask
 from kernelry.normalization import Normalization
+from kernelry.switches import KNOWN_SWITCHES, Switches
 
 
 @final
 class FaultKind(enum.Enum):
-    """What is wrong with a plugin."""
+    """What is wrong with a plugin or an environment variable."""
 
     IMPORT_ERROR = "import error"
+    ENTRY_POINT = "wrong entry point"
     CONTRACT = "unsupported contract"
     UNKNOWN_HOOK = "unknown hook"
     UNMARKED_HOOK = "unmarked hook"
     HOOK_SIGNATURE = "wrong hook signature"
     HOOK_RAISED = "exception in a hook"
     WRONG_RETURN = "wrong return type"
+    WRONG_SPEC = "kernel that cannot be used"
+    UNKNOWN_WORD = "unknown word in the declaration of a kernel"
     DUPLICATE_PLUGIN = "two plugins with one name"
     DUPLICATE_KERNEL = "kernel name claimed twice"
     DUPLICATE_NAME = "mask or normalization name claimed twice"
     UNKNOWN_IN_ALLOW_LIST = "unknown name in KERNELRY_PLUGINS"
+    SWITCH = "wrong environment variable"
+
+
+_ENVIRONMENT = "the environment"
+"""Stands for a distribution in the faults of environment variables."""
 
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
-    """Something wrong with a plugin, and what to do about it."""
+    """Something wrong with a plugin, or with the environment variable `plugin`, and what to do about it."""
 
     kind: FaultKind
     plugin: str
@@ -88,6 +98,7 @@ class Registry:
     Args:
       kernels: by name; names claimed twice are left out.
       contested: names claimed twice, with the distributions that claim them.
+      unusable: names of kernels that were left out, with the reason and the fix.
       plugins: every plugin found, enabled or not.
       faults: what is wrong.
       masks: mask classes of plugins, by name.
@@ -98,6 +109,7 @@ class Registry:
 
     kernels: Mapping[str, InstalledKernel]
     contested: Mapping[str, tuple[str, ...]]
+    unusable: Mapping[str, str]
     plugins: tuple[Plugin, ...]
     faults: tuple[Fault, ...]
     masks: Mapping[str, type[Mask]]
@@ -112,9 +124,11 @@ class Registry:
             raise PluginError("; ".join(f"{fault.detail}; {fault.fix}" for fault in unknown))
 
     def check_name(self, name: str) -> None:
-        """Raises PluginError for a contested kernel name."""
+        """Raises PluginError for the name of a kernel that is contested or was left out."""
         if name in self.contested:
             raise PluginError("; ".join(claim_of(name, self.contested[name])) + ".")
+        if name in self.unusable:
+            raise PluginError(f"{self.unusable[name]}.")
 
 
 def claim_of(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:
@@ -123,3 +137,34 @@ def claim_of(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:
     if len(who) == 1:
         return f"kernel {kernel!r} is claimed twice by {who[0]} and not used", f"upgrade {who[0]} or report it"
     return f"kernel {kernel!r} is claimed by {' and '.join(who)}; none of them is used", "uninstall one of them"
+
+
+def switch_faults(found: Registry, switches: Switches) -> tuple[Fault, ...]:
+    """Returns what is wrong with the environment variables that nothing raised or warned of yet; see `doctor`."""
+    return (*_unknown_variables(switches), *_unknown_kernel(found, switches), *_absent_lock(switches))
+
+
+def _unknown_variables(switches: Switches) -> Iterator[Fault]:
+    for name in switches.unknown:
+        detail = f"there is no such variable, so it is ignored{nearest(name, KNOWN_SWITCHES)}"
+        yield Fault(FaultKind.SWITCH, name, _ENVIRONMENT, detail, f"rename or unset {name}")
+
+
+def _unknown_kernel(found: Registry, switches: Switches) -> Iterator[Fault]:
+    name = switches.kernel
+    if name is None or name in found.kernels:
+        return
+    detail = f"KERNELRY_KERNEL={name} is not a kernel that an installed plugin brings{nearest(name, found.kernels)}"
+    try:
+        found.check_name(name)
+    except PluginError as error:
+        detail = f"KERNELRY_KERNEL={name}: {str(error).removesuffix('.')}"
+    fix = "calls that name no kernel are refused: set it to a name of `kernelry list`, or unset it"
+    yield Fault(FaultKind.SWITCH, "KERNELRY_KERNEL", _ENVIRONMENT, detail, fix)
+
+
+def _absent_lock(switches: Switches) -> Iterator[Fault]:
+    if switches.strict and not os.path.isfile(switches.lock):
+        detail = f"KERNELRY_STRICT is on, and the lock file {switches.lock!r} is not there"
+        fix = "write it with `kernelry lock CONFIG`, name it in KERNELRY_LOCK, or unset KERNELRY_STRICT"
+        yield Fault(FaultKind.SWITCH, "KERNELRY_LOCK", _ENVIRONMENT, detail, fix)

@@ -11,6 +11,7 @@ from typing import Any, final
 from kernelry.errors import ConfigError, nearest
 from kernelry.masks.form import AtomKind
 from kernelry.request import Mode, Request
+from kernelry.request_checks import SymbolicSize
 from kernelry.target import KINDS, PLATFORMS, Target
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -57,6 +58,8 @@ class Range:
         return tuple(number for number in (*low, *high) if number >= 0)
 
     def __contains__(self, value: int) -> bool:
+        if isinstance(value, SymbolicSize):  # whether it does, is not known
+            return False
         above = self.minimum is None or value >= self.minimum
         return above and (self.maximum is None or value <= self.maximum)
 
@@ -111,7 +114,7 @@ class Condition:
       kind: any of these device kinds, as kernelry or JAX names them; globs such as `v5*` are
         compared with kernelry's names.
       mode: any of these modes.
-      q_len, kv_len, batch, head_dim: in this range, or any of these.
+      q_len, kv_len, batch, head_dim: in this range, or any of these; a symbolic size is in none.
       dtype: any of these dtypes.
       mask: the mask has all of these atoms (`causal`, `window`, …); `full` means no atom at all.
 

@@ -21,6 +21,7 @@ tiling = { block_q = 64 }
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import tomllib
@@ -42,16 +43,20 @@ if TYPE_CHECKING:
 
     from kernelry._config_schema import AttentionTable, RuleTable
 
-__all__ = ["AttentionConfig", "AttentionType", "MoBA", "from_maxtext", "load_config"]
+__all__ = ["AttentionConfig", "AttentionType", "MoBA", "from_maxtext", "load_config", "load_maxtext"]
 
 
-def load_config(source: str | Path | Mapping[str, Any], *, table: str = "attention") -> AttentionConfig:
+def load_config(
+    source: str | Path | Mapping[str, Any], *, table: str = "attention", required: bool = False
+) -> AttentionConfig:
     """Reads a config from a TOML or YAML file, or from a mapping.
 
     Args:
-      source: a path ending in .toml, .yaml or .yml, or the content of the table itself.
+      source: a path ending in .toml, .yaml or .yml, or the content of the table itself,
+        or a mapping that holds the table.
       table: the table of the file that is about attention; other tables are not looked at. A
         dotted name reaches inside; an absent table means the defaults.
+      required: whether an absent table is an error instead.
 
     Returns:
       The validated config.
@@ -61,18 +66,59 @@ def load_config(source: str | Path | Mapping[str, Any], *, table: str = "attenti
         the line, the key, what was found and the nearest valid name; for a mapping, the key.
     """
     if isinstance(source, Mapping):
-        return _validated(source, Place("config"))
+        table_of_it = source.get(table)
+        return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, Place("config"))
     if not isinstance(source, str | Path) or not isinstance(table, str):
         raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     path = Path(source)
     content, lines = _read(path)
     place = Place(str(path), lines)
     for name in table.split("."):
+        if required and isinstance(content, Mapping):
+            _check_present(content, name, table, place)
         content = _inside(content, name, place)
         place = Place(place.name, lines, (*place.table, name))
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{place.at()}: [{table}] must be a table, got {content!r}.")
+        raise ConfigError(
+            f"{place.at()}: [{table}] must be a table, got {content!r}; MaxText's own files are read by load_maxtext, "
+            "or by the command's option --maxtext."
+        )
     return _validated(content, place)
+
+
+def load_maxtext(*paths: str | Path) -> AttentionConfig:
+    """Reads MaxText's YAML files, later ones over earlier ones, as `from_maxtext` reads their options.
+
+    Args:
+      *paths: e.g. base.yml and a model's file.
+
+    Raises:
+      ConfigError: a file cannot be read, or an option has no meaning here.
+    """
+    names = " + ".join(str(path) for path in paths)
+    options: dict[str, Any] = {}
+    for path in map(Path, paths):
+        if path.suffix not in (".yaml", ".yml"):
+            raise ConfigError(f"{path}: MaxText's files are YAML, .yml or .yaml; others are read by load_config.")
+        content, _ = _read(path)
+        if not isinstance(content, Mapping):
+            raise ConfigError(f"{path} must hold MaxText's option names and values, got {content!r}.")
+        options.update(content)
+    try:
+        return dataclasses.replace(from_maxtext(options), source=names)
+    except ConfigError as error:
+        raise ConfigError(f"{names}: {error}") from error
+
+
+def _check_present(content: Mapping[str, Any], name: str, table: str, place: Place) -> None:
+    """Raises where a table is absent; of a misspelt one `_inside` says what is meant."""
+    if name in content or difflib.get_close_matches(name, [str(key) for key in content], n=1, cutoff=0.8):
+        return
+    found = ", ".join(map(str, content)) or "nothing"
+    raise ConfigError(
+        f"{place.name}: there is no table [{table}]; found instead: {found}. Write one, if only the "
+        f"line [{table}], or name the file that has it."
+    )
 
 
 def _inside(content: Any, name: str, place: Place) -> Any:
@@ -103,22 +149,17 @@ def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
 
 
 def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
-    yaml = _need("yaml")
+    import yaml  # here, so that a TOML file needs no parser of YAML
+
     try:
         return yaml.safe_load(text) or {}, yaml_lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
-def _need(module: str) -> Any:
-    try:
-        return __import__(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"reading configs needs {error.name}; pip install 'kernelry[config]'.") from error
-
-
 def _validated(content: Mapping[str, Any], place: Place) -> AttentionConfig:
-    pydantic = _need("pydantic")
+    import pydantic  # here, so that a config made in Python waits for no schema
+
     from kernelry import _config_schema as schema
 
     try:

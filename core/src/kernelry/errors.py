@@ -58,10 +58,12 @@ class KernelRefusedError(NoKernelError):
     """The kernel that was asked for by name refuses the request."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a hint for a misspelt name: `; did you mean 'x'?` or the names there are."""
+def nearest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
+    """Returns a hint for a misspelt name: `; did you mean 'x'?` or, where `listed`, the names there are."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
+    if not listed:
+        return ""
     return f"; known: {', '.join(names) or 'none'}"

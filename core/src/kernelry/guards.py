@@ -1,21 +1,33 @@
-"""Makes differentiating what was not asked for an error instead of a silent zero."""
+"""What the arrays of a call pass through: errors about derivatives and a notice about platforms, and no operation.
+
+An array that is differentiated goes through a `custom_jvp` that is the identity; its tangent through a primitive that
+is the identity, too, and knows in which direction it is used: JAX evaluates or lowers a tangent only in forward mode,
+and transposes it only in reverse mode.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any, NoReturn
 
 import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
+from kernelry import installation
+from kernelry._compat import platforms_of
+from kernelry.capabilities import Gradient
 from kernelry.errors import ArgumentError
-from kernelry.kernel import Inputs
-from kernelry.request import Operand
+from kernelry.kernel import Inputs, KernelSpec
+from kernelry.notices import warn_of_lowering
+from kernelry.partial import Partial
+from kernelry.request import Operand, Request
 
 
 def without_gradient(inputs: Inputs, wanted: Set[Operand]) -> Inputs:
-    """Guards the operands that are not wanted; adds no operation to the program."""
+    """Makes differentiating the operands that are not wanted an error, instead of a silent zero."""
     guarded: dict[str, Any] = {
         operand.value: _guard(operand.value, array)
         for operand in Operand
@@ -35,3 +47,139 @@ def _refuse(name: str, primals: Any, tangents: Any) -> NoReturn:
         f"the gradient of {name} was not asked for: pass gradients=({name!r}, …), or mode='train' for all of them, "
         "or stop the gradient before the call."
     )
+
+
+def in_reverse_mode(inputs: Inputs, wanted: Set[Operand], kernel: KernelSpec) -> Inputs:
+    """Makes forward mode, and second derivatives in reverse mode or that the kernel does not declare, errors.
+
+    Args:
+      inputs: the arrays of a call.
+      wanted: the operands whose gradient is asked for.
+      kernel: what runs, which has a backward pass and no other derivative.
+    """
+    guard = functools.partial(_once, kernel.name, kernel.capabilities.forward_over_reverse)
+    guarded: dict[str, Any] = {operand.value: guard(getattr(inputs, operand.value)) for operand in wanted}
+    return dataclasses.replace(inputs, **guarded)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _once(kernel: str, forward_over_reverse: bool, array: jax.Array) -> jax.Array:
+    return array
+
+
+@_once.defjvp
+def _once_jvp(kernel: str, forward_over_reverse: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    primal = primals[0] if forward_over_reverse else _never_again(kernel, primals[0])
+    return primal, _bind(_reverse_only, tangents[0], kernel=kernel)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _never_again(kernel: str, array: jax.Array) -> jax.Array:
+    return array
+
+
+@_never_again.defjvp
+def _never_again_jvp(kernel: str, primals: Any, tangents: Any) -> NoReturn:
+    raise ArgumentError(
+        f"kernel {kernel!r} has gradients and no derivatives of its gradients (jax.hessian, jax.grad of jax.grad): "
+        f"pass {_native_kernels()}, which has them."
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _not_again(kernel: str, cotangent: jax.Array) -> jax.Array:
+    return cotangent
+
+
+@_not_again.defjvp
+def _not_again_jvp(kernel: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return primals[0], _bind(_forward_only, tangents[0], kernel=kernel)
+
+
+def _native_kernels() -> str:
+    kernels = installation.installed().kernels
+    names = sorted(name for name, k in kernels.items() if k.spec.capabilities.gradient is Gradient.NATIVE)
+    return " or ".join(f'kernel="{name}"' for name in names) or "a kernel that declares gradient=NATIVE"
+
+
+def _no_forward_mode(kernel: str) -> NoReturn:
+    raise ArgumentError(
+        f"kernel {kernel!r} has gradients in reverse mode (jax.grad, jax.vjp) and no derivative in forward mode "
+        f"(jax.jvp, jax.linearize, jax.jacfwd): pass {_native_kernels()}, which has both."
+    )
+
+
+def _no_second_reverse(kernel: str) -> NoReturn:
+    raise ArgumentError(
+        f"kernel {kernel!r} has gradients, and no gradient of its gradients in reverse mode (jax.grad of jax.grad): "
+        f"pass {_native_kernels()}, which has them, or differentiate jax.grad in forward mode, as jax.hessian does."
+    )
+
+
+def _identity(array: Any, **_params: Any) -> Any:
+    return array
+
+
+def _vectorised(primitive: Primitive, arrays: Any, dims: Any, **params: Any) -> tuple[Any, Any]:
+    return _bind(primitive, arrays[0], **params), dims[0]
+
+
+def _bind(primitive: Primitive, array: Any, **params: Any) -> Any:
+    return primitive.bind(array, **params)  # type: ignore[no-untyped-call]
+
+
+def _marker(name: str, lower: Callable[..., list[Any]], transpose: Callable[..., list[Any]]) -> Primitive:
+    """A linear primitive that is the identity, of which no operation is left in a program."""
+    primitive = Primitive(name)
+    primitive.def_impl(_identity)  # type: ignore[no-untyped-call]
+    primitive.def_abstract_eval(_identity)  # type: ignore[no-untyped-call]
+    batching.primitive_batchers[primitive] = functools.partial(_vectorised, primitive)
+    mlir.register_lowering(primitive, lower)
+    ad.deflinear2(primitive, transpose)  # type: ignore[no-untyped-call]
+    return primitive
+
+
+def _lower_tangent(_context: Any, _tangent: Any, *, kernel: str) -> NoReturn:
+    _no_forward_mode(kernel)
+
+
+def _lowered(_context: Any, array: Any, **_params: Any) -> list[Any]:
+    return [array]
+
+
+def _passed_once(cotangent: Any, _tangent: Any, *, kernel: str) -> list[Any]:
+    return [_not_again(kernel, cotangent)]
+
+
+def _passed_again(_cotangent: Any, _tangent: Any, *, kernel: str) -> NoReturn:
+    _no_second_reverse(kernel)
+
+
+_reverse_only = _marker("kernelry_reverse_only", _lower_tangent, _passed_once)
+_reverse_only.def_impl(lambda _tangent, *, kernel: _no_forward_mode(kernel))  # type: ignore[no-untyped-call]
+_forward_only = _marker("kernelry_forward_only", _lowered, _passed_again)
+
+
+def noticed_elsewhere(partial: Partial, request: Request, kernel: str) -> Partial:
+    """Notices when a program is lowered for another platform than its kernel was chosen for.
+
+    Args:
+      partial: the result of a call; where it is not of a program that is being traced nothing is done.
+      request: what the kernel was chosen for.
+      kernel: its name.
+    """
+    if not isinstance(partial.out, jax.core.Tracer):
+        return partial
+    return dataclasses.replace(partial, out=_bind(_placed, partial.out, request=request, kernel=kernel))
+
+
+def _lower_placed(context: Any, array: Any, *, request: Request, kernel: str) -> list[Any]:
+    warn_of_lowering(request, kernel, platforms_of(context))
+    return [array]
+
+
+def _passed(cotangent: Any, _array: Any, **params: Any) -> list[Any]:
+    return [_bind(_placed, cotangent, **params)]  # of a gradient alone, the forward pass may not be in the program
+
+
+_placed = _marker("kernelry_placed", _lower_placed, _passed)

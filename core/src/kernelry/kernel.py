@@ -12,10 +12,10 @@ from typing import Any, Protocol, final
 import jax
 from jaxtyping import Array, Float
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
 from kernelry.capabilities import Capabilities
 from kernelry.environment import Environment
-from kernelry.errors import ConfigError, PluginError, nearest
+from kernelry.errors import ArgumentError, ConfigError, PluginError, nearest
 from kernelry.masks.base import Mask
 from kernelry.partial import Partial
 from kernelry.refusal import Refusal
@@ -44,6 +44,7 @@ class Inputs:
     dropout_rng: jax.Array | None = None
 
     __hash__ = None  # type: ignore[assignment]
+    __repr__ = short_repr
 
 
 @final
@@ -188,3 +189,20 @@ def _loaded(spec: KernelSpec) -> Kernel:
     # A lazy import under a trace would leak tracers into the vendor's module constants.
     with jax.ensure_compile_time_eval():
         return spec._import()
+
+
+def check_kernel_name(kernel: Any) -> None:
+    """Checks what was given as `kernel=`.
+
+    Raises:
+      ArgumentError: it is not a name.
+    """
+    if isinstance(kernel, str):
+        return
+    name = getattr(kernel, "name", None)
+    if not isinstance(name, str):
+        raise ArgumentError(f"kernel must be a name or 'auto', got {kernel!r}.")
+    adding = ", inside kernelry.use(kernels=[spec]) where no plugin brings it" if isinstance(kernel, KernelSpec) else ""
+    raise ArgumentError(
+        f"kernel must be a name or 'auto', got {type(kernel).__name__} {name!r}; write kernel={name!r}{adding}."
+    )

@@ -245,3 +245,16 @@ def _tilings(tilings: Any) -> Tilings:
     for kernel, tiling in found.items():
         check_tiling(tiling, f"tilings: {kernel}")
     return tuple(sorted(found.items()))
+
+
+def check_config(config: Any) -> None:
+    """Checks what was given as a config.
+
+    Raises:
+      ArgumentError: it is not an AttentionConfig.
+    """
+    if not isinstance(config, AttentionConfig):
+        raise ArgumentError(
+            f"config must be a kernelry.config.AttentionConfig, got {type(config).__name__}; a file or a mapping is "
+            "read by kernelry.config.load_config(source)."
+        )

@@ -13,13 +13,36 @@ import jax
 
 from kernelry._version import __version__
 from kernelry.errors import ConfigError
-from kernelry.request import Request
+from kernelry.request import Mode, Request
 from kernelry.switches import Switches
 
 if TYPE_CHECKING:
     from kernelry.resolution import Resolution
 
 FORMAT = 1
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """What asked for a resolution: a config, with the shape of a model.
+
+    Args:
+      config: its file, relative to the lock file.
+      facts: (name, value) pairs of the target and the shape, sorted.
+    """
+
+    config: str
+    facts: tuple[tuple[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data; `from_json` reads it back."""
+        return {"config": self.config, "facts": dict(self.facts)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Origin:
+        """Reads what `to_json` wrote."""
+        return cls(str(data["config"]), tuple(sorted(data["facts"].items())))
 
 
 @final
@@ -34,6 +57,7 @@ class Entry:
       tiling: (tunable, value) pairs.
       rule: what decided, with its source; told, not compared.
       distribution: where the kernel comes from, `name version`; told, not compared.
+      origins: what asked for it, where `kernelry lock` wrote it; told, not compared.
     """
 
     request: Request
@@ -42,9 +66,10 @@ class Entry:
     tiling: tuple[tuple[str, int], ...]
     rule: str = dataclasses.field(default="", compare=False)
     distribution: str = dataclasses.field(default="", compare=False)
+    origins: tuple[Origin, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
-    def of(cls, resolution: Resolution) -> Entry:
+    def of(cls, resolution: Resolution, origins: tuple[Origin, ...] = ()) -> Entry:
         """Writes a resolution down."""
         plan, winner = resolution.plan, resolution.winner
         return cls(
@@ -54,6 +79,7 @@ class Entry:
             () if plan is None else tuple(sorted(plan.tiling.values)),
             resolution.rule,
             "" if winner is None else winner.distribution,
+            origins,
         )
 
     @property
@@ -72,6 +98,7 @@ class Entry:
             "tiling": dict(self.tiling),
             "rule": self.rule,
             "distribution": self.distribution,
+            "origins": [origin.to_json() for origin in self.origins],
         }
 
     @classmethod
@@ -84,7 +111,8 @@ class Entry:
         tiling = tuple(sorted((str(name), int(value)) for name, value in data["tiling"].items()))
         adapters = tuple(str(name) for name in data["adapters"])
         request = Request.from_json(data["request"])
-        return cls(request, data["kernel"], adapters, tiling, data["rule"], data["distribution"])
+        origins = tuple(Origin.from_json(origin) for origin in data.get("origins", ()))
+        return cls(request, data["kernel"], adapters, tiling, data["rule"], data["distribution"], origins)
 
 
 @final
@@ -101,9 +129,32 @@ class Lock:
     source: str = dataclasses.field(default="the lock", compare=False)
 
     @classmethod
-    def of(cls, resolutions: Iterable[Resolution]) -> Lock:
-        """Locks resolutions; the last of equal requests stays."""
-        return cls(tuple({resolution.request: Entry.of(resolution) for resolution in resolutions}.values()))
+    def of(cls, resolutions: Iterable[Resolution], origin: Origin | None = None) -> Lock:
+        """Locks resolutions; the last of equal requests stays.
+
+        Args:
+          resolutions: e.g. the list of `kernelry.record()`.
+          origin: what asked for them, so that it can be asked again.
+        """
+        origins = () if origin is None else (origin,)
+        entries = {resolution.request: Entry.of(resolution, origins) for resolution in resolutions}
+        return cls(tuple(entries.values()))
+
+    def merged(self, newer: Lock) -> Lock:
+        """Returns both together. What the newer lock's origins asked for before and ask no more is left out.
+
+        Raises:
+          ConfigError: configs that are not the same file decide differently for one request.
+        """
+        again = {origin for entry in newer.entries for origin in entry.origins}
+        kept: dict[Request, Entry] = {}
+        for entry in self.entries:
+            others = tuple(origin for origin in entry.origins if origin not in again)
+            if others or not entry.origins:
+                kept[entry.request] = dataclasses.replace(entry, origins=others)
+        for entry in newer.entries:
+            kept[entry.request] = _joined(kept.get(entry.request), entry)
+        return Lock(tuple(kept.values()), self.source)
 
     @classmethod
     def read(cls, path: str | Path) -> Lock:
@@ -117,15 +168,17 @@ class Lock:
         except OSError as error:
             raise ConfigError(f"cannot read the lock file {path}: {error.strerror}; run kernelry lock.") from error
         except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}; run kernelry lock again.") from error
+            raise ConfigError(f"{path} is not valid JSON: {error}; delete it and run kernelry lock again.") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ConfigError(f"{path} is no lock file of format {FORMAT}; run kernelry lock again.")
+            raise ConfigError(f"{path} is not a lock file of format {FORMAT}; delete it and run kernelry lock again.")
         try:
             return cls(tuple(Entry.from_json(entry) for entry in data["resolutions"]), str(path))
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}; run kernelry lock again.") from error
+            raise ConfigError(f"{path}: {error}; delete it and run kernelry lock again.") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{path}: a resolution cannot be read: {error!r}; run kernelry lock again.") from error
+            raise ConfigError(
+                f"{path}: a resolution cannot be read: {error!r}; delete it and run kernelry lock again."
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data in an order that depends on the requests only."""
@@ -136,17 +189,41 @@ class Lock:
             "resolutions": entries,
         }
 
-    def write(self, path: str | Path) -> None:
-        """Writes the lock file: indented, keys sorted, the same bytes for the same resolutions."""
-        text = json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+    def write(self, path: str | Path, *, merge: bool = False) -> Lock:
+        """Writes the lock file: indented, keys sorted, the same bytes for the same resolutions.
+
+            with kernelry.record() as resolutions:
+                train_step(...)
+            Lock.of(resolutions).write("kernelry.lock.json", merge=True)
+
+        Args:
+          path: the file.
+          merge: keep what the file, where there is one, holds of other requests.
+
+        Returns:
+          The lock as written.
+
+        Raises:
+          ConfigError: the file cannot be written; with `merge` also where it is not a lock file, or where configs
+            decide differently for one request.
+        """
+        lock = Lock.read(path).merged(self) if merge and Path(path).exists() else self
+        text = json.dumps(lock.to_json(), indent=2, sort_keys=True) + "\n"
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write the lock file {path}: {error.strerror}.") from error
+        return lock
 
     def difference(self, resolution: Resolution) -> str | None:
         """Says in what a resolution differs from the lock; None where it does not."""
         locked = next((entry for entry in self.entries if entry.request == resolution.request), None)
         found = Entry.of(resolution)
         if locked is None:
-            return f"{resolution.request} is not in {self.source}; it would get {found.choice} (by {found.rule})"
+            nearest = self._nearest(resolution.request)
+            return (
+                f"{resolution.request} is not in {self.source}; it would get {found.choice} (by {found.rule}){nearest}"
+            )
         if locked == found:
             return None
         return (
@@ -163,8 +240,47 @@ class Lock:
         difference = self.difference(resolution)
         if difference is not None:
             raise ConfigError(
-                f"strict mode: {difference}. Run kernelry lock to accept this, or restore what decided before."
+                f"strict mode: {difference}. Run kernelry lock to accept this (its --batch, --mask and --cache say "
+                "what a model asks for; in Python, kernelry.lock.Lock.of(resolutions of record()).write(path, "
+                "merge=True)), or restore what decided before."
             )
+
+    def _nearest(self, request: Request) -> str:
+        """Says how the locked request that is most like this one differs from it."""
+        alike = [changed_fields(entry.request, request) for entry in self.entries]
+        if not alike:
+            return ""
+        fields = min(alike, key=len)
+        return f"; the nearest one there has {', '.join(f'{name}={was} instead of {now}' for name, was, now in fields)}"
+
+
+def changed_fields(before: Request, now: Request) -> tuple[tuple[str, str, str], ...]:
+    """The fields in which two requests differ: name, value before, value now."""
+    names = [field.name for field in dataclasses.fields(Request) if field.compare and field.init]
+    pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
+    return tuple((name, _shown(one), _shown(other)) for name, one, other in pairs if one != other)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, frozenset):
+        return ",".join(sorted(operand.value for operand in value)) or "none"
+    return str(value.value) if isinstance(value, Mode) else str(value)
+
+
+def _joined(before: Entry | None, now: Entry) -> Entry:
+    """The newer entry, with the origins of both."""
+    if before is None:
+        return now
+    configs = {origin.config for origin in now.origins}
+    others = sorted({origin.config for origin in before.origins} - configs)
+    if before != now and others and configs:
+        raise ConfigError(
+            f"{now.request}: {', '.join(others)} got {before.choice}, and {', '.join(sorted(configs))} gets "
+            f"{now.choice}. Strict mode allows one of them: give both configs the same rules, or lock them in two "
+            "files."
+        )
+    origins = dict.fromkeys((*before.origins, *now.origins))
+    return dataclasses.replace(now, origins=tuple(origins))
 
 
 def _request_text(entry: Mapping[str, Any]) -> str:

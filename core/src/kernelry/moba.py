@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks import BlockSelection, Mask
+from kernelry.operands import known_length
+from kernelry.partial import unchecked
 
 
 def select_blocks(
@@ -51,13 +53,21 @@ def select_blocks(
     if positions.shape not in ((query.shape[1],), query.shape[:2]):
         raise ShapeError(f"query_positions must be [T] or [B, T] of {query.shape[:2]}, got shape {positions.shape}.")
     chunk_size, top_k = int(chunk_size), int(top_k)
+    with unchecked():
+        keep = _chosen(query, key, positions, chunk_size, top_k)
+    return BlockSelection(keep, chunk_size).at(query_positions=positions)
+
+
+def _chosen(
+    query: jax.Array, key: jax.Array, positions: jax.Array | np.ndarray, chunk_size: int, top_k: int
+) -> Bool[Array, "B N T blocks"]:
     gate = _gate(lax.stop_gradient(query), lax.stop_gradient(key), chunk_size)
     own = jnp.asarray(positions).reshape(-1, 1, query.shape[1], 1) // chunk_size
     block = jnp.arange(gate.shape[-1]).reshape(1, 1, 1, -1)
     gate = jnp.where(block == own, jnp.inf, jnp.where(block > own, -jnp.inf, gate))
     chosen = lax.top_k(gate, min(top_k, gate.shape[-1]))[1]
-    keep = (chosen[..., None] == block[..., None, :]).any(axis=-2) & (block <= own)
-    return BlockSelection(keep, chunk_size).at(query_positions=positions)
+    found: jax.Array = (chosen[..., None] == block[..., None, :]).any(axis=-2) & (block <= own)
+    return found
 
 
 def _gate(query: jax.Array, key: jax.Array, chunk_size: int) -> Float[Array, "B N T blocks"]:
@@ -79,6 +89,7 @@ def _check(query: Any, key: Any, chunk_size: Any, top_k: Any) -> None:
     for name, array, layout in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]")):
         if np.ndim(array) != 4:
             raise ShapeError(f"{name} must be {layout}, got shape {np.shape(array)}.")
+    known_length("key", key)
     (batch, _, q_heads, head_dim), (kv_batch, _, kv_heads, kv_dim) = query.shape, key.shape
     if (batch, head_dim) != (kv_batch, kv_dim) or not kv_heads or q_heads % kv_heads:
         raise ShapeError(f"key [B, S, K, H] must suit query of shape {query.shape}, got {key.shape}; K divides N.")

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.partial import Partial, heads_last
+from kernelry.partial import Partial, checking_output, heads_last
 
 
 class Normalization(Protocol):
@@ -41,19 +41,26 @@ class LogSumExp(Normalization):
         parts = [to_lse(partial) for partial in partials]
         lses = jnp.stack([_float32(part.lse) for part in parts])
         top = lax.stop_gradient(_finite(lses.max(axis=0)))
-        weights = jnp.exp(lses - top[None])
+        rests = jnp.stack([_rest(part) for part in parts])
+        weights = jnp.exp((lses - top[None]) + rests)
         total = weights.sum(axis=0)
         some = total > 0
         divisor = jnp.where(some, total, 1.0)
         outs = (heads_last(w / divisor) * part.out.astype(jnp.float32) for w, part in zip(weights, parts, strict=True))
-        lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)
-        return Partial(sum(outs), lse=lse, max_logits=_largest(parts), dtype=parts[0].dtype)  # type: ignore[arg-type]
+        lse, rest = log_sum(top, divisor)
+        return Partial(
+            sum(outs),  # type: ignore[arg-type]
+            lse=jnp.where(some, lse, -jnp.inf),
+            max_logits=_largest(parts),
+            dtype=parts[0].dtype,
+            lse_rest=rest if all(part.lse_rest is not None for part in parts) else None,
+        )
 
     def finalize(self, partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N D"]:
         if not partial.has_statistics and sinks is None:
             return partial.out.astype(partial.dtype)
         partial = to_lse(partial)
-        out = partial.out if sinks is None else with_sinks(partial.out, partial.lse, sinks)
+        out = partial.out if sinks is None else with_sinks(partial.out, partial.lse, sinks, partial.lse_rest)
         return out.astype(partial.dtype)
 
 
@@ -93,13 +100,13 @@ def to_lse(partial: Partial) -> Partial:
         raise ArgumentError("this Partial holds no statistics; ask for them with return_partial=True.")
     some = partial.sum > 0
     divisor = jnp.where(some, partial.sum, 1.0)
-    lse = jnp.where(some, lax.stop_gradient(_finite(partial.max)) + jnp.log(divisor), -jnp.inf)
+    lse, rest = log_sum(lax.stop_gradient(_finite(partial.max)), divisor)
     out = partial.out.astype(jnp.float32) / heads_last(divisor)
-    return dataclasses.replace(partial, out=out, lse=lse, max=None, sum=None)
+    return dataclasses.replace(partial, out=out, lse=jnp.where(some, lse, -jnp.inf), lse_rest=rest, max=None, sum=None)
 
 
 def to_max_sum(partial: Partial) -> Partial:
-    """Converts a Partial to the other form: max = lse, sum = 1, so out stays as it is.
+    """Converts a Partial to the other form: max = lse, sum = 1 up to the rounding of lse, so out stays as it is.
 
     Gradients through lse are carried by `sum`, for `max` has none.
     """
@@ -108,13 +115,39 @@ def to_max_sum(partial: Partial) -> Partial:
     lse = _float32(to_lse(partial).lse)
     top = lax.stop_gradient(lse)
     some = top > -jnp.inf
-    total = jnp.where(some, jnp.exp(jnp.where(some, lse, 0.0) - jnp.where(some, top, 0.0)), 0.0)
+    difference = jnp.where(some, lse, 0.0) - jnp.where(some, top, 0.0)
+    total = jnp.where(some, jnp.exp(difference + _rest(partial)), 0.0)
     out = partial.out.astype(jnp.float32) * heads_last(total)
-    return dataclasses.replace(partial, out=out, lse=None, max=top, sum=total)
+    return dataclasses.replace(partial, out=out, lse=None, lse_rest=None, max=top, sum=total)
+
+
+def log_sum(top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns top + log(total), and what rounding took from it, which has no gradient.
+
+    Beside a top of −3e38 the logarithm vanishes: the difference is that between a mean of the values and their sum.
+    """
+    log = jnp.log(total)
+    lse = top + log
+    return lse, lax.stop_gradient(log - (lse - top))
+
+
+def lse_with_sinks(
+    lse: Float[Array, "B N T"], rest: Float[Array, "B N T"] | None, sinks: Float[Array, " N"]
+) -> tuple[Float[Array, "B N T"], Float[Array, "B N T"]]:
+    """Returns the lse of keys and sinks, −inf where there is neither, and what rounding took from it."""
+    logits = sinks.astype(jnp.float32)[None, :, None]
+    top = _finite(jnp.maximum(lse, logits))
+    total = jnp.exp((lse - top) + (0.0 if rest is None else rest)) + jnp.exp(logits - top)
+    some = total > 0
+    whole, whole_rest = log_sum(top, jnp.where(some, total, 1.0))
+    return jnp.where(some, whole, -jnp.inf), whole_rest
 
 
 def with_sinks(
-    out: Float[Array, "B T N D"], lse: Float[Array, "B N T"] | None, sinks: Float[Array, " N"]
+    out: Float[Array, "B T N D"],
+    lse: Float[Array, "B N T"] | None,
+    sinks: Float[Array, " N"],
+    lse_rest: Float[Array, "B N T"] | None = None,
 ) -> Float[Array, "B T N D"]:
     """Lets one sink logit per head join the denominator: out · sigmoid(lse − sink), in float32 or wider."""
     if lse is None:
@@ -122,10 +155,12 @@ def with_sinks(
     wide = jnp.promote_types(lse.dtype, jnp.float32)
     empty = jnp.isneginf(lse)  # a sink of −inf must not meet the lse of an empty row
     difference = jnp.where(empty, 0.0, lse).astype(wide) - sinks.astype(wide)[None, :, None]
+    difference = difference if lse_rest is None else difference + lse_rest.astype(wide)
     share = jnp.where(empty, 0.0, jax.nn.sigmoid(difference))
     return out.astype(wide) * heads_last(share)
 
 
+@checking_output
 def merge(partials: Sequence[Partial]) -> Partial:
     """Merges attention over disjoint parts of the keys into attention over all of them, in float32.
 
@@ -148,6 +183,7 @@ def merge(partials: Sequence[Partial]) -> Partial:
     return form.merge(partials)
 
 
+@checking_output
 def finalize(partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N D"]:
     """Returns the output of a Partial in the query's dtype.
 
@@ -194,6 +230,13 @@ def _float32(statistic: jax.Array | None) -> jax.Array:
     if statistic is None:
         raise ArgumentError("this Partial lacks a statistic; ask for it with return_partial=True.")
     return statistic.astype(jnp.float32)
+
+
+def _rest(partial: Partial) -> jax.Array:
+    """What rounding took from a Partial's lse, as far as it is known."""
+    if partial.lse_rest is not None:
+        return lax.stop_gradient(_float32(partial.lse_rest))
+    return jnp.zeros_like(_float32(partial.lse))
 
 
 def _largest(parts: Sequence[Partial]) -> jax.Array | None:

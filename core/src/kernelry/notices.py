@@ -16,6 +16,8 @@ from kernelry.resolution import Candidate, Resolution
 
 _logger = logging.getLogger("kernelry")
 _ELSEWHERE = frozenset({RefusalCode.PLATFORM, RefusalCode.NOT_INSTALLED})
+_PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
+"""What JAX calls a platform when it lowers, and kernelry's name of it."""
 
 
 def log_resolution(resolution: Resolution, question: Question) -> None:
@@ -89,3 +91,19 @@ def _warn_of_tilings(names: tuple[str, ...], installed: tuple[str, ...]) -> None
     for name in names:
         if name not in installed:
             _logger.warning("tilings: no installed kernel is called %r%s", name, nearest(name, installed))
+
+
+@functools.lru_cache(maxsize=1024)
+def warn_of_lowering(request: Request, kernel: str, platforms: tuple[str, ...]) -> None:
+    """Notices a program that is lowered for another platform than its kernel was chosen for, once a request."""
+    others = sorted({_PLATFORMS.get(name, name) for name in platforms} - {request.target.platform})
+    for platform in others:
+        _logger.warning(
+            "kernel %s was chosen for platform %s (%s), and the program is lowered for %s: trace it within "
+            'kernelry.use(target="%s") to get the kernel for that platform',
+            kernel,
+            request.target.platform,
+            request,
+            platform,
+            platform,
+        )

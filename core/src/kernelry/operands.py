@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kernelry.errors import ShapeError
 from kernelry.storage import PagedArray, QuantizedArray
@@ -17,19 +18,52 @@ Keys: TypeAlias = "jax.Array | QuantizedArray | PagedArray"
 _LAYOUTS = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, D]"}
 
 
+def unwrapped(value: Any) -> Any:
+    """Returns the array inside a wrapper that JAX would unwrap, e.g. flax's `nnx.Param`; anything else as it is."""
+    wraps = hasattr(value, "__jax_array__") and not isinstance(value, jax.Array | type)
+    return value.__jax_array__() if wraps else value
+
+
 def as_array(name: str, array: Any, rank: int) -> jax.Array:
-    """Returns a floating array.
+    """Returns a floating array, unwrapped.
 
     Raises:
       ShapeError: it is none, or of another rank.
     """
+    array = unwrapped(array)
     if not isinstance(array, jax.Array | np.ndarray):
-        raise ShapeError(f"{name} must be an array, got {type(array).__name__}.")
+        raise ShapeError(f"{name} must be an array, got {type(array).__name__}{_instead(name, array)}.")
     if array.ndim != rank:
-        raise ShapeError(f"{name} must be {_LAYOUTS.get(name, '[N]')}, rank {rank}, got shape {array.shape}.")
+        layout = _LAYOUTS.get(name, "[N]")
+        raise ShapeError(f"{name} must be {layout}, rank {rank}, got shape {array.shape}{_reshaped(name, array)}.")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ShapeError(f"{name} must be floating, got {array.dtype}.")
+        raise ShapeError(f"{name} must be floating, got {array.dtype}; cast it, e.g. {name}.astype(jnp.bfloat16).")
     return jnp.asarray(array)
+
+
+def _instead(name: str, value: Any) -> str:
+    """What to write in place of a value that is not an array."""
+    if isinstance(value, list | tuple):
+        return f"; write jnp.asarray({name})"
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return "; shapes without values go through jax.eval_shape(kernelry.attention, …), facts into a kernelry.Request"
+    if hasattr(value, "attend"):
+        return "; a cache attends by itself: cache.attend(query, …)"
+    if hasattr(value, "__dlpack__"):
+        return f"; write jnp.from_dlpack({name})"
+    return ""
+
+
+def _reshaped(name: str, array: Any) -> str:
+    """How an array of another rank becomes one of four dimensions."""
+    if name not in _LAYOUTS:
+        return ""
+    if array.ndim == 3:
+        one_head = "" if name == "query" else f"; one head without an axis is {name}[:, :, None]"
+        return f"; without a batch write query[None], key[None], value[None], and take [0] of the result{one_head}"
+    if array.ndim == 5 and name == "query":
+        return "; heads in groups [B, T, K, G, H] are query.reshape(B, T, K * G, H)"
+    return ""
 
 
 def as_keys(name: str, keys: Any) -> Keys:
@@ -45,6 +79,48 @@ def as_keys(name: str, keys: Any) -> Keys:
     return keys
 
 
+def known_length(name: str, array: Any) -> int:
+    """Returns the length of an array [B, L, …] where it must be a number, as for the slots of a cache.
+
+    Raises:
+      ShapeError: it is symbolic.
+    """
+    length = array.shape[1]
+    if not isinstance(length, int):
+        raise ShapeError(
+            f"{name} must have a length that is a number, got shape {tuple(array.shape)}: only its batch may be "
+            "symbolic; export the program for a number."
+        )
+    return length
+
+
+def cast_finite(array: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Casts floats; what is finite stays so: −1e300 becomes float32's least number, for −inf would hide."""
+    if jnp.finfo(array.dtype).max <= jnp.finfo(dtype).max:  # type: ignore[no-untyped-call]
+        return array.astype(dtype)
+    most = jnp.asarray(jnp.finfo(dtype).max, array.dtype)  # type: ignore[no-untyped-call]
+    return jnp.where(jnp.isfinite(array), jnp.clip(array, -most, most), array).astype(dtype)
+
+
+_NARROW = {"int64": jnp.int32, "uint64": jnp.uint32, "float64": jnp.float32}
+
+
+def narrowed(array: Any) -> Any:
+    """An array of 64-bit numbers in 32 bits; others as they are.
+
+    Integers are positions, lengths, ids or places of pages: a negative one stays negative, and of an id beyond 2³¹ the
+    low 31 bits are left.
+    """
+    if not hasattr(array, "dtype") or str(array.dtype) not in _NARROW:
+        return array
+    narrow = _NARROW[str(array.dtype)]
+    if narrow == jnp.float32:
+        return cast_finite(array, jnp.float32)
+    if narrow == jnp.uint32:
+        return array.astype(jnp.uint32)
+    return jnp.where(array < 0, jnp.maximum(array, -(2**31)), array & (2**31 - 1)).astype(jnp.int32)
+
+
 def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
     """Checks that query, key and value go together.
 
@@ -52,10 +128,15 @@ def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
       ShapeError: they do not.
     """
     _check_alike(key, value)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if any(type(size) is not int for size in array.shape[2:]):
+            raise ShapeError(f"{name} may have a symbolic batch and length, not heads and head dim, got {array.shape}.")
     for name, array in (("key", key), ("value", value)):
         plain = array.pages if isinstance(array, PagedArray) else array
         if not isinstance(plain, QuantizedArray) and plain.dtype != query.dtype:
-            raise ShapeError(f"{name} must have query's dtype {query.dtype}, got {plain.dtype}.")
+            raise ShapeError(
+                f"{name} must have query's dtype {query.dtype}, got {plain.dtype}; write {name}.astype(query.dtype)."
+            )
         if array.shape[0] != query.shape[0]:
             raise ShapeError(f"{name} must have query's batch B={query.shape[0]}, got shape {array.shape}.")
     if key.shape[3] != query.shape[3]:
@@ -65,7 +146,20 @@ def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
     if value.shape[2] != key.shape[2]:
         raise ShapeError(f"value must have key's K={key.shape[2]} heads, got shape {value.shape}.")
     if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
-        raise ShapeError(f"key's heads K={key.shape[2]} must divide query's heads N={query.shape[2]}.")
+        raise ShapeError(
+            f"key's heads K={key.shape[2]} must divide query's heads N={query.shape[2]}{_transposed(query, key)}."
+        )
+
+
+def _transposed(query: jax.Array, key: Keys) -> str:
+    """A hint where the heads would fit if they stood before the tokens, in key or in both."""
+    heads = key.shape[1]
+    if heads == 0 or (query.shape[1] % heads and query.shape[2] % heads):
+        return ""
+    return (
+        f": query has shape {query.shape} and key {tuple(key.shape)}; the layout is [B, T, N, H] and [B, S, K, H], "
+        "so arrays [B, heads, tokens, H], as in torch, go through .swapaxes(1, 2)"
+    )
 
 
 def _check_alike(key: Keys, value: Keys) -> None:
@@ -87,7 +181,7 @@ def _described(keys: Keys) -> str:
 
 def quantization_of(keys: Keys) -> str | None:
     """How keys or values are quantised, e.g. `int8:head_dim`; None where they are not."""
-    found = None if isinstance(keys, jax.Array) else keys.quantization
+    found = getattr(keys, "quantization", None)
     return None if found is None else str(found)
 
 

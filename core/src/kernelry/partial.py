@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import final
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar, final
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @final
-@pytree("out", "lse", "max", "sum", "max_logits")
+@pytree("out", "lse", "max", "sum", "max_logits", "lse_rest")
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Partial:
     """Attention over a part of the keys with the statistics asked for.
@@ -24,6 +31,9 @@ class Partial:
         −inf and 0 for a row that sees nothing.
       max_logits: [B, N], the largest visible logit; −inf where nothing is visible. No gradient.
       dtype: the dtype that `finalize` returns, the query's.
+      lse_rest: [B, N, T], what rounding to float32 took from `lse`: log Σ exp(logits) = lse + lse_rest. It matters
+        where logits are so large that a logarithm vanishes beside them, beyond ±1e7. Kernels may return it with
+        `lse`, for the backward pass; the Partials that `attention` returns have None. No gradient.
     """
 
     out: Float[Array, "B T N D"]
@@ -32,13 +42,58 @@ class Partial:
     sum: Float[Array, "B N T"] | None = None
     max_logits: Float[Array, "B N"] | None = None
     dtype: str = "float32"
+    lse_rest: Float[Array, "B N T"] | None = None
 
     __hash__ = None  # type: ignore[assignment]
+    __repr__ = short_repr
 
     @property
     def has_statistics(self) -> bool:
         """True where this Partial can be merged with others."""
         return self.lse is not None or self.max is not None
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Where JAX looks for NaN or inf after every operation: not at what is on its way to a result.
+
+    A hidden key has a logit of −inf, a row that sees nothing has lse −inf, and a page that is not there holds NaN.
+    """
+    with contextlib.ExitStack() as stack:
+        for check in (jax.debug_nans, jax.debug_infs):
+            if check.value:  # left alone where it is off, for jitted functions are cached by it
+                stack.enter_context(check(False))
+        yield
+
+
+def checked(tree: Any) -> Any:
+    """Lets JAX look at these arrays, by copying them, where it looks for NaN or inf; else they are as they were."""
+    return jax.tree.map(jnp.copy, tree) if _is_checking() else tree
+
+
+def checking_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Lets JAX look at the output that a function returns, alone or first in a tuple, and at nothing before it."""
+
+    @functools.wraps(function)
+    def run(*arguments: _P.args, **options: _P.kwargs) -> _R:
+        with unchecked():
+            result = function(*arguments, **options)
+        checked_result: _R = _with_checked_output(result) if _is_checking() else result
+        return checked_result
+
+    return run
+
+
+def _is_checking() -> bool:
+    return bool(jax.debug_nans.value or jax.debug_infs.value)
+
+
+def _with_checked_output(result: Any) -> Any:
+    if isinstance(result, tuple):
+        return (_with_checked_output(result[0]), *result[1:])
+    if isinstance(result, Partial):
+        return dataclasses.replace(result, out=checked(result.out))
+    return checked(result)
 
 
 def heads_last(statistic: jax.Array) -> jax.Array:

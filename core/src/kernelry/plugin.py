@@ -11,9 +11,12 @@ from kernelry.environment import Environment, Knowledge, Vendor
 from kernelry.hookspecs import CONTRACT, hookimpl
 from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
+from kernelry.masks.blocks import static_block_map
+from kernelry.masks.predicate import is_lasting
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
-from kernelry.normalization import Normalization, with_sinks
-from kernelry.partial import Partial
+from kernelry.normalization import Normalization, log_sum, lse_with_sinks, with_sinks
+from kernelry.operands import cast_finite
+from kernelry.partial import Partial, checked, unchecked
 from kernelry.policy import Policy
 from kernelry.refusal import Refusal, RefusalCode, array_refusals
 from kernelry.request import Mode, Operand, Request
@@ -62,9 +65,16 @@ __all__ = [
     "Tolerance",
     "Vendor",
     "array_refusals",
+    "cast_finite",
+    "checked",
     "decided_at_run_time",
     "hookimpl",
+    "is_lasting",
     "load_balanced_order",
+    "log_sum",
+    "lse_with_sinks",
     "pytree",
+    "static_block_map",
+    "unchecked",
     "with_sinks",
 ]

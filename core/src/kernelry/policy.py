@@ -10,7 +10,7 @@ from typing import Any, final
 from kernelry.adapters import ADAPTERS
 from kernelry.conditions import Condition as Condition  # rules and their conditions are written together
 from kernelry.conditions import Range as Range
-from kernelry.errors import ConfigError, nearest
+from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.request import Mode
 from kernelry.switches import Switches
 
@@ -245,3 +245,19 @@ def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
 
 def _shipped(when: Condition, *use: str) -> Rule:
     return Rule(when, (*use, AUTO), source="shipped policy")
+
+
+def check_policy(policy: Any) -> None:
+    """Checks what was given as `policy=`.
+
+    Raises:
+      ArgumentError: it is not a Policy.
+    """
+    if policy is None or isinstance(policy, Policy):
+        return
+    instead = (
+        "write policy=config.policy"
+        if isinstance(getattr(policy, "policy", None), Policy)
+        else ("read one with kernelry.config.load_config(source).policy")
+    )
+    raise ArgumentError(f"policy must be a Policy, got {type(policy).__name__}; {instead}.")

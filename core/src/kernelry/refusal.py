@@ -25,6 +25,7 @@ class RefusalCode(enum.Enum):
     UNEQUAL_LENGTHS = "unequal_lengths"
     SEQUENCE_LENGTH = "sequence_length"
     EMPTY_ARRAY = "empty_array"
+    SYMBOLIC_SIZE = "symbolic_size"
     MASK_ATOM = "mask_atom"
     POSITIONS = "positions"
     EMPTY_ROWS = "empty_rows"
@@ -88,7 +89,12 @@ def array_refusals(atom: Atom) -> Iterator[Refusal]:
     """
     if atom.kind is AtomKind.PREDICATE and "operands" in atom.params:
         yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
-    for shape in arrays_held(atom)[:1]:
+    held = arrays_held(atom)
+    if held is None:
+        detail = f"mask atom {atom} is a function that is gone"
+        yield Refusal(RefusalCode.MASK_ATOM, detail, "keep the mask while its form is in use")
+        return
+    for shape in held[:1]:
         detail = f"mask atom {atom} holds an array of shape {shape}"
         remedy = "pass it as an operand of Predicate" if shape else "make it a Python number"
         yield Refusal(RefusalCode.MASK_ATOM, detail, remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from kernelry.hookspecs import CONTRACT, PROJECT
 from kernelry.kernel import KernelSpec
 from kernelry.masks.base import Mask
 from kernelry.normalization import LogSumExp, MaxSum, Normalization
+from kernelry.spec_checks import mistakes, short
 from kernelry.switches import Switches
 
 GROUP = "kernelry.plugins"
@@ -70,6 +72,7 @@ class _Builder:
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(hookspecs)
         self.distributions: dict[str, str] = {}
+        self.unusable: dict[str, str] = {}
 
     def build(self, points: Sequence[importlib_metadata.EntryPoint]) -> Registry:
         by_name: dict[str, list[importlib_metadata.EntryPoint]] = {}
@@ -92,6 +95,7 @@ class _Builder:
         return Registry(
             kernels=MappingProxyType(kernels),
             contested=MappingProxyType(contested),
+            unusable=MappingProxyType(self.unusable),
             plugins=plugins,
             masks=MappingProxyType(masks),
             normalizations=MappingProxyType({**normalizations, **_CORE_NORMALIZATIONS}),
@@ -120,14 +124,49 @@ class _Builder:
             self._fault(FaultKind.DUPLICATE_PLUGIN, name, detail, "uninstall one of them")
             return
         try:
-            plugin = points[0].load()
-            if self._honours_contract(name, plugin):
+            plugin = self._loaded(name, points[0])
+            if plugin is not None and self._honours_contract(name, plugin):
                 self._register(name, plugin)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and test outcomes are no Exceptions
             detail = f"importing {points[0].value} raised {error!r}"
             self._fault(FaultKind.IMPORT_ERROR, name, detail, f"reinstall or upgrade {self.distributions[name]}")
+
+    def _loaded(self, name: str, point: importlib_metadata.EntryPoint) -> Any:
+        """Imports what an entry point names; None, with a fault, where there is no such thing or it is no plugin."""
+        match = point.pattern.match(point.value)
+        if match is None:
+            self._wrong_entry_point(name, point, "is not of the form package.module or package.module:attribute")
+            return None
+        try:
+            found: Any = importlib.import_module(point.module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{point.module}.".startswith(f"{error.name}."):
+                raise  # the module is there, and imports another that is not
+            self._wrong_entry_point(name, point, f"names a module, and there is no {error.name!r}")
+            return None
+        for attribute in filter(None, (point.attr or "").split(".")):
+            if not hasattr(found, attribute):
+                known = [public for public in dir(found) if not public.startswith("_")]
+                detail = (
+                    f"names {attribute!r}, which {point.module} does not have{nearest(attribute, known, listed=False)}"
+                )
+                self._wrong_entry_point(name, point, detail)
+                return None
+            found = getattr(found, attribute)
+        if not hasattr(found, "contract") and not any(key.startswith("kernelry_") for key in dir(found)):
+            self._wrong_entry_point(name, point, f"names {short(found)}, which has neither a contract nor hooks")
+            return None
+        return found
+
+    def _wrong_entry_point(self, name: str, point: importlib_metadata.EntryPoint, detail: str) -> None:
+        distribution = self.distributions[name].split(" ")[0]
+        fix = (
+            f"under [project.entry-points.{GROUP!r}] of {distribution}, name the module with the hooks, e.g. "
+            f'{name} = "{distribution.replace("-", "_")}.plugin", and install it again'
+        )
+        self._fault(FaultKind.ENTRY_POINT, name, f"the entry point {name} = {point.value!r} {detail}", fix)
 
     def _honours_contract(self, name: str, plugin: Any) -> bool:
         stated = getattr(plugin, "contract", None)
@@ -191,17 +230,24 @@ class _Builder:
             yield plugin, result
 
     def _wrong_return(self, plugin: str, hook: str, wanted: str, got: Any) -> None:
-        detail = f"{hook} must return {wanted}, got {got!r}"
-        self._fault(FaultKind.WRONG_RETURN, plugin, detail, f"upgrade {self.distributions[plugin]} or report it")
+        detail = f"{hook} must return {wanted}, got {short(got)}"
+        fix = f"upgrade {self.distributions[plugin]} or report it"
+        if isinstance(got, KernelSpec):
+            fix = f"write return [spec] with the one spec in a list, or {fix}"
+        self._fault(FaultKind.WRONG_RETURN, plugin, detail, fix)
 
     def _kernels(self) -> list[InstalledKernel]:
         specs: list[InstalledKernel] = []
         for plugin, result in self._results("kernelry_kernels"):
-            sequence = isinstance(result, list | tuple)
-            if not sequence or not all(isinstance(spec, KernelSpec) for spec in result):
+            if not isinstance(result, list | tuple):
                 self._wrong_return(plugin, "kernelry_kernels", "a list of KernelSpec", result)
                 continue
-            usable = [spec for spec in result if self._is_hashable(plugin, spec)]
+            wrong = [(index, item) for index, item in enumerate(result) if not isinstance(item, KernelSpec)]
+            if wrong:
+                wanted = f"a list of KernelSpec, and item {wrong[0][0]} is not one"
+                self._wrong_return(plugin, "kernelry_kernels", wanted, wrong[0][1])
+                continue
+            usable = [spec for spec in result if self._is_hashable(plugin, spec) and self._is_usable(plugin, spec)]
             specs.extend(InstalledKernel(spec, plugin, self.distributions[plugin]) for spec in usable)
         return specs
 
@@ -213,6 +259,22 @@ class _Builder:
             self._wrong_return(plugin, "kernelry_kernels", wanted, f"{spec.name!r}: {error}")
             return False
         return True
+
+    def _is_usable(self, plugin: str, spec: KernelSpec) -> bool:
+        found = mistakes(spec)
+        for mistake in found:
+            kind = FaultKind.UNKNOWN_WORD if mistake.usable else FaultKind.WRONG_SPEC
+            detail = f"kernel {spec.name!r}: {mistake.detail}"
+            self._fault(
+                kind, plugin, detail, f"{mistake.fix}, or report it to the authors of {self.distributions[plugin]}"
+            )
+        fatal = [mistake for mistake in found if not mistake.usable]
+        if fatal:
+            self.unusable[spec.name] = (
+                f"kernel {spec.name!r} of {self.distributions[plugin]} was left out: "
+                + "; ".join(f"{mistake.detail}; {mistake.fix}" for mistake in fatal)
+            )
+        return not fatal
 
     def _uncontested(
         self, specs: list[InstalledKernel]

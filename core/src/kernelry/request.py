@@ -12,9 +12,11 @@ import numpy as np
 
 from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ConfigError, nearest
-from kernelry.masks.base import Mask, is_mask
+from kernelry.masks.base import Extent
+from kernelry.masks.constants import note_arrays
+from kernelry.masks.fit import as_mask
 from kernelry.masks.form import MaskForm
-from kernelry.request_checks import check_kinds, check_sizes, check_storage
+from kernelry.request_checks import SYMBOLIC, SymbolicSize, check_kinds, check_sizes, check_storage
 from kernelry.storage import Quantization
 from kernelry.target import Target
 
@@ -81,13 +83,14 @@ _STORED = frozenset({Operand.KEY, Operand.VALUE})
 class Request:
     """The static facts of one attention call: hashable, comparable, JSON-serialisable.
 
-    Strings are accepted where an enum or a Target is kept, a Mask where its form is kept, and None
-    where a value follows from the others.
+    Strings are accepted where an enum or a Target is kept, dtypes such as `jnp.bfloat16` where their name is
+    kept, a Mask where its form is kept, and None where a value follows from the others.
 
     Args:
       target: where it will run, e.g. `gpu:h100`.
       mode: train, prefill or decode.
-      batch, q_len, kv_len: B, T and S; `kv_len=None` is T.
+      batch, q_len, kv_len: B, T and S; `kv_len=None` is T. Of a program to be exported one may be symbolic, written as
+        in `jax.export.symbolic_shape`, e.g. `b`.
       q_heads, kv_heads: N and K; `kv_heads=None` is N.
       head_dim, value_dim: H and D; `value_dim=None` is H.
       dtype: of query, key and value, e.g. `bfloat16`.
@@ -140,6 +143,11 @@ class Request:
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in SYMBOLIC:
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, SymbolicSize.parse(getattr(self, name)))
+        if isinstance(self.bias, tuple):
+            object.__setattr__(self, "bias", tuple(map(_sized, self.bias)))
         self._fill("kv_len", self.q_len)
         self._fill("kv_heads", self.q_heads)
         self._fill("value_dim", self.head_dim)
@@ -150,7 +158,10 @@ class Request:
         if not isinstance(self.mode, Mode):
             object.__setattr__(self, "mode", Mode.parse(self.mode))
         if not isinstance(self.mask, MaskForm):
-            object.__setattr__(self, "mask", _form_of(self.mask))
+            object.__setattr__(self, "mask", self._form_of(self.mask))
+        self.mask.check_positions(self.batch, self.q_len, self.kv_len)
+        for name in ("dtype", "logits_dtype"):
+            object.__setattr__(self, name, _named_dtype(getattr(self, name)))
         check_kinds(self)
         if self.kv_quantization is not None:
             kind = Quantization.parse(self.kv_quantization).of_heads(self.kv_heads)
@@ -168,6 +179,18 @@ class Request:
     def _fill(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
+
+    def _form_of(self, mask: Any) -> MaskForm:
+        extent = Extent(
+            batch=self.batch,
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+        )
+        form = as_mask(mask, extent).form
+        note_arrays(form)  # the request may outlive the mask
+        return form
 
     def __hash__(self) -> int:
         return self._hash
@@ -195,6 +218,11 @@ class Request:
     def groups(self) -> int:
         """G, the query heads that share one key/value head."""
         return self.q_heads // self.kv_heads if self.kv_heads else 1
+
+    @property
+    def symbolic_sizes(self) -> tuple[str, ...]:
+        """Which of `batch`, `q_len` and `kv_len` are symbolic: a kernel reads them from the arrays."""
+        return tuple(name for name in SYMBOLIC if isinstance(getattr(self, name), SymbolicSize))
 
     @property
     def has_plain_kv(self) -> bool:
@@ -241,7 +269,8 @@ class Request:
             "target": str(self.target),
             "mode": self.mode.value,
             "mask": self.mask.to_json(),
-            "bias": None if self.bias is None else list(self.bias),
+            "bias": None if self.bias is None else [_plain(size) for size in self.bias],
+            **{name: _plain(getattr(self, name)) for name in SYMBOLIC},
             "gradients": sorted(operand.value for operand in self.gradients),
         }
 
@@ -284,14 +313,26 @@ NEUTRAL: Mapping[str, Any] = {
 """The value of each optional field that asks nothing of a kernel (softmax is declared all the same)."""
 
 
+def _plain(size: int) -> int | str:
+    return size.text if isinstance(size, SymbolicSize) else size
+
+
+def _sized(size: Any) -> Any:
+    return SymbolicSize.parse(size) if isinstance(size, str) else size
+
+
 def _rebuilt(facts: tuple[tuple[str, Any], ...]) -> Request:
     return Request(**dict(facts))
 
 
-def _form_of(mask: Any) -> MaskForm:
-    if is_mask(mask):
-        return cast(Mask, mask).form
-    raise ArgumentError(f"mask must be a kernelry mask or its form, got {type(mask).__name__}.")
+def _named_dtype(dtype: Any) -> Any:
+    """The name of a dtype that is given as NumPy or JAX have it, e.g. `jnp.bfloat16`; anything else as it is."""
+    if not isinstance(dtype, type | np.dtype) or getattr(dtype, "__module__", "") == "builtins":
+        return dtype  # Python's float and int say no width
+    try:
+        return dtype_name(dtype)
+    except TypeError:
+        return dtype
 
 
 def dtype_name(dtype: Any) -> str:

@@ -5,23 +5,81 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, final
 
+import jax
 import jax.numpy as jnp
 
 from kernelry.errors import ArgumentError
 
+SYMBOLIC = ("batch", "q_len", "kv_len")
+"""The sizes that may be symbolic."""
+
 _SIZES = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "value_dim")
-_NAMES = ("dtype", "normalization", "logits_dtype")
 _DTYPES = ("dtype", "logits_dtype")
 _FLAGS = ("sinks", "partial", "max_logits", "interpret")
+
+
+@final
+class SymbolicSize(int):
+    """A size that is known only when an exported program is called, e.g. `b` or `2*b`: at least 1.
+
+    It equals sizes of the same text and no number. Estimates count it as 1; what decides must ask for it first.
+    """
+
+    text: str
+
+    def __new__(cls, text: str) -> SymbolicSize:
+        size = super().__new__(cls, 1)
+        size.text = text
+        return size
+
+    @classmethod
+    def parse(cls, text: str) -> SymbolicSize:
+        """Reads an expression as `jax.export.symbolic_shape` does.
+
+        Raises:
+          ArgumentError: it is none.
+        """
+        return cls(_canonical(text))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SymbolicSize) and self.text == other.text
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]
+        return (self.text,)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+@functools.lru_cache(maxsize=256)
+def _canonical(text: str) -> str:
+    try:
+        [size] = jax.export.symbolic_shape(text)
+    except Exception:  # JAX's parser raises various types
+        size = 0
+    if not jax.export.is_symbolic_dim(size):
+        raise ArgumentError(f"a size must be an integer, or the text of a symbolic one, e.g. 'b', got {text!r}.")
+    return str(size)
+
+
+def size_of(dimension: Any) -> int:
+    """A dimension of an array as a Request keeps it."""
+    return SymbolicSize(str(dimension)) if jax.export.is_symbolic_dim(dimension) else dimension
 
 
 def check_sizes(request: Any) -> None:
     """Raises ArgumentError where a size is no integer, is negative, or the heads do not fit."""
     for name in _SIZES:
         size = getattr(request, name)
-        if type(size) is not int:
+        if type(size) is not int and not (name in SYMBOLIC and isinstance(size, SymbolicSize)):
             raise ArgumentError(f"{name} must be an integer, got {size!r}.")
     if min(request.batch, request.q_len, request.kv_len, request.head_dim, request.value_dim) < 0:
         raise ArgumentError(
@@ -34,15 +92,15 @@ def check_sizes(request: Any) -> None:
 
 def check_kinds(request: Any) -> None:
     """Raises ArgumentError where a name is no text, a flag no bool, or a number no number."""
-    for name in _NAMES:
-        if not isinstance(getattr(request, name), str):
-            raise ArgumentError(f"{name} must be a name, got {getattr(request, name)!r}.")
+    if not isinstance(request.normalization, str):
+        raise ArgumentError(f"normalization must be a name, got {request.normalization!r}.")
     for name in _DTYPES:
-        if not _is_dtype(getattr(request, name)):
-            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {getattr(request, name)!r}.")
+        dtype = getattr(request, name)
+        if not isinstance(dtype, str) or not is_dtype(dtype):
+            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}.")
     for name in _FLAGS:
         if type(getattr(request, name)) is not bool:
-            raise ArgumentError(f"{name} must be True or False, got {getattr(request, name)!r}.")
+            raise ArgumentError(f"{name} must be True or False, got {_shown(getattr(request, name))}.")
     if request.precision is not None and not isinstance(request.precision, str):
         raise ArgumentError(f"precision must be a name or None, got {request.precision!r}.")
     _check_numbers(request)
@@ -50,7 +108,7 @@ def check_kinds(request: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _is_dtype(name: str) -> bool:
+def is_dtype(name: str) -> bool:
     """True for the full names of dtypes: `float32`, not `f4`, by which no kernel would know it."""
     try:
         return bool(jnp.dtype(name).name == name)
@@ -75,25 +133,34 @@ def _check_numbers(request: Any) -> None:
         )
 
 
+def _shown(value: Any) -> str:
+    """A value as it is written; an array by its shape, since a Request holds none."""
+    return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)
+
+
 def _check_bias(request: Any) -> None:
     if request.bias is None:
         return
     full: Mapping[str, int] = {"B": request.batch, "N": request.q_heads, "T": request.q_len, "S": request.kv_len}
     shape = request.bias
     fits = isinstance(shape, tuple) and len(shape) == len(full)
-    if not fits or any(
-        type(have) is not int or have not in (1, want) for have, want in zip(shape, full.values(), strict=True)
+    if not fits or not all(
+        type(have) in (int, SymbolicSize) and have in (1, want) for have, want in zip(shape, full.values(), strict=True)
     ):
         sizes = " ".join(f"{name}={size}" for name, size in full.items())
-        raise ArgumentError(f"bias must be its shape, each dimension 1 or that of {sizes}, got {shape!r}.")
+        raise ArgumentError(f"bias must be its shape, each dimension 1 or that of {sizes}, got {_shown(shape)}.")
 
 
 def check_storage(request: Any, differentiated: Set[Any]) -> None:
     """Raises ArgumentError where pages do not make up S, or stored keys and values should have a gradient."""
     size = request.page_size
-    if size is not None and (type(size) is not int or size < 1 or request.kv_len % size):
+    if size is not None and (type(size) is not int or size < 1 or _leaves_a_rest(request.kv_len, size)):
         raise ArgumentError(f"page_size must be a positive integer that divides kv_len={request.kv_len}, got {size!r}.")
     if differentiated and not request.has_plain_kv:
         names = ", ".join(sorted(operand.value for operand in differentiated))
         how = "quantised" if request.kv_quantization else "in pages"
         raise ArgumentError(f"gradients names {names}, but keys and values are {how} and have none; pass plain arrays.")
+
+
+def _leaves_a_rest(length: int, size: int) -> bool:
+    return not isinstance(length, SymbolicSize) and length % size != 0

@@ -7,6 +7,7 @@ from typing import Any, final
 
 from jax.ad_checkpoint import checkpoint_name
 
+from kernelry import installation
 from kernelry.adapters import Adapter, Cost
 from kernelry.adapters.base import Duty
 from kernelry.attend import Part, attend
@@ -15,7 +16,7 @@ from kernelry.kernel import Inputs, KernelSpec, Tiling
 from kernelry.nearest_change import Change
 from kernelry.partial import Partial
 from kernelry.proof import missing
-from kernelry.refusal import Refusal
+from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
 
 SCHEMA = 1
@@ -173,6 +174,14 @@ class Resolution:
         return tuple(candidate for candidate in self.candidates if candidate.refusals)
 
     @property
+    def advice(self) -> str | None:
+        """What to install or allow where no kernel serves and a missing one would; None elsewhere."""
+        there = [c.name for c in self.candidates if all(r.code is not RefusalCode.NOT_INSTALLED for r in c.refusals)]
+        if self.plan is not None or (self.forced and not there):
+            return None
+        return installation.advice_on(self.request, (*there, *self.excluded))
+
+    @property
     def headline(self) -> str:
         """The decision in one line, as logged."""
         through = "".join(f" through {step.adapter.name}" for step in self.plan.steps) if self.plan else ""
@@ -191,6 +200,8 @@ class Resolution:
         if self.excluded:
             lines.append(f"  not considered under this rule: {', '.join(self.excluded)}")
         lines.extend(f"  would be {change}" for change in self.changes)
+        if self.advice is not None:
+            lines.append(f"  {self.advice}")
         return "\n".join(lines)
 
     def _lines(self, candidate: Candidate) -> list[str]:
@@ -218,6 +229,8 @@ class Resolution:
         if self.plan is None:
             raise NoKernelError(f"nothing was resolved for {self.request}", self)
         wanted = self.plan.kernel.signature(self.plan.inner_request)
+        if isinstance(wanted, str):  # each of its letters is in every program
+            raise PluginError(f"kernel {self.kernel!r}: signature must return a tuple of texts, got {wanted!r}.")
         if not wanted:
             raise PluginError(f"kernel {self.kernel!r} has an empty signature: nothing could prove that it ran.")
         lacking = missing(wanted, program)
@@ -238,4 +251,5 @@ class Resolution:
             "excluded": list(self.excluded),
             "forced": self.forced,
             "changes": [change.to_json() for change in self.changes],
+            "advice": self.advice,
         }

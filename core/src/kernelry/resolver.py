@@ -7,23 +7,22 @@ import functools
 import logging
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kernelry import installation
 from kernelry.candidates import consider
 from kernelry.environment import Environment, Knowledge
-from kernelry.errors import KernelRefusedError, NoKernelError, nearest
-from kernelry.kernel import KernelSpec
+from kernelry.errors import ArgumentError, KernelRefusedError, NoKernelError, nearest
+from kernelry.kernel import KernelSpec, check_kernel_name
 from kernelry.lock import lock_in_force
 from kernelry.nearest_change import nearest_changes
 from kernelry.notices import log_resolution
-from kernelry.policy import AUTO, Policy
+from kernelry.policy import AUTO, Policy, check_policy
 from kernelry.preference import Question
 from kernelry.refusal import Refusal, RefusalCode
 from kernelry.request import Request
 from kernelry.resolution import Candidate, Plan, Resolution
 from kernelry.scope import Scope, current_recorders, current_scope
-from kernelry.switches import Switches
 from kernelry.target import home_target
 
 if TYPE_CHECKING:
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     from kernelry.measurements import Measurements
 
 _logger = logging.getLogger("kernelry")
+
+_MOST_ELSEWHERE = 2
+"""Kernels of other platforms that an error describes one by one."""
 
 
 def resolve(
@@ -61,6 +63,7 @@ def resolve(
       PluginError: the kernel named is claimed by two plugins.
       ConfigError: strict mode is on, and this is not what the lock file says.
     """
+    _check(request, kernel, policy)
     resolution = _announced(request, kernel, current_scope(), kernels, policy, measurements, environment)
     if resolution.plan is None:
         raise _refusal_error(resolution)
@@ -80,13 +83,30 @@ def explain(
     policy: Policy | None = None,
     measurements: Measurements | None = None,
     environment: Environment | None = None,
+    changes: bool = True,
 ) -> Resolution:
     """Answers like `resolve`, but returns a Resolution without a plan where no kernel serves.
 
     `str(explain(request))` is the explanation as text. Its `changes` say what would have to be
     different for another kernel to be chosen; `resolve` leaves them out.
+
+    Args:
+      request, kernel, kernels, policy, measurements, environment: as for `resolve`.
+      changes: whether to look for them, which takes most of the time.
     """
-    return _explained(request, kernel, current_scope(), kernels, policy, measurements, environment)
+    _check(request, kernel, policy)
+    answer = _explained if changes else _resolution
+    return answer(request, kernel, current_scope(), kernels, policy, measurements, environment)
+
+
+def _check(request: Any, kernel: Any, policy: Any) -> None:
+    if not isinstance(request, Request):
+        raise ArgumentError(
+            f"request must be a kernelry.Request, e.g. Request(q_len=1024, target='gpu:h100'), got "
+            f"{type(request).__name__}."
+        )
+    check_kernel_name(kernel)
+    check_policy(policy)
 
 
 def clear_cache() -> None:
@@ -203,34 +223,41 @@ def _choose(question: Question, environment: Environment) -> Resolution:
 
 
 def _absent(name: str, pool: Mapping[str, InstalledKernel]) -> Candidate:
-    detail = f"no installed plugin brings a kernel of that name{nearest(name, pool)}"
-    return Candidate(name, "not installed", (Refusal(RefusalCode.NOT_INSTALLED, detail),))
+    remedy = installation.how_to_get(name)
+    hint = nearest(name, pool) if remedy is None else ""
+    detail = f"no installed plugin brings a kernel of that name{hint}"
+    return Candidate(name, "not installed", (Refusal(RefusalCode.NOT_INSTALLED, detail, remedy),))
 
 
 def _refusal_error(resolution: Resolution) -> NoKernelError:
-    reasons = [f"  {candidate.name}: {refusal}" for candidate in resolution.refused for refusal in candidate.refusals]
     others = ", ".join(resolution.excluded)
+    advice = [] if resolution.advice is None else [resolution.advice]
     if resolution.forced:
         [asked] = resolution.candidates
-        lines = [f"Kernel {asked.name!r} ({resolution.rule}) refuses {resolution.request}.", *reasons]
+        lines = [f"Kernel {asked.name!r} ({resolution.rule}) refuses {resolution.request}.", *_reasons(asked)]
         if others:
             lines.append(f'Other kernels here: {others}; kernel="auto" chooses among them.')
-        return KernelRefusedError("\n".join(lines), resolution)
-    lines = [f"No kernel for {resolution.request}.", *reasons]
-    considered = ", ".join(candidate.name for candidate in resolution.candidates)
-    lines.append(f"Considered: {considered or 'no kernels'}, by {resolution.rule}.")
+        return KernelRefusedError("\n".join([*lines, *advice]), resolution)
+    elsewhere = _of_other_platforms(resolution)
+    here = [candidate for candidate in resolution.candidates if candidate.name not in elsewhere]
+    lines = [f"No kernel for {resolution.request}.", *(line for candidate in here for line in _reasons(candidate))]
+    if elsewhere:
+        lines.append(f"  not for {resolution.request.target.platform}: {', '.join(elsewhere)}")
+    considered = ", ".join(candidate.name for candidate in here) or "no kernels"
+    lines.append(f"Considered: {considered}, by {resolution.rule}.")
     if others:
         lines.append(f"Not considered under this rule: {others}. Force one with kernel=…, or end the rule in 'auto'.")
-    if not resolution.candidates:
-        lines.append(_where_kernels_come_from())
-    return NoKernelError("\n".join(lines), resolution)
+    return NoKernelError("\n".join([*lines, *advice]), resolution)
 
 
-def _where_kernels_come_from() -> str:
-    allowed = Switches.of_process().plugins
-    if allowed is not None:
-        return f"KERNELRY_PLUGINS={','.join(allowed)!r} allows no plugin that brings a kernel; change or unset it."
-    return "kernelry-dot-product serves every platform: pip install kernelry-dot-product"
+def _reasons(candidate: Candidate) -> list[str]:
+    return [f"  {candidate.name}: {refusal}" for refusal in candidate.refusals]
+
+
+def _of_other_platforms(resolution: Resolution) -> tuple[str, ...]:
+    """The kernels whose platform is another, where they are so many that one line for all is better."""
+    names = tuple(c.name for c in resolution.refused if any(r.code is RefusalCode.PLATFORM for r in c.refusals))
+    return names if len(names) > _MOST_ELSEWHERE else ()
 
 
 def _observe(resolution: Resolution) -> None:

@@ -12,7 +12,7 @@ from typing import final
 from kernelry.errors import ConfigError, nearest
 
 _PREFIX = "KERNELRY_"
-_KNOWN = ("KERNELRY_KERNEL", "KERNELRY_LOCK", "KERNELRY_PLUGINS", "KERNELRY_STRICT")
+KNOWN_SWITCHES = ("KERNELRY_KERNEL", "KERNELRY_LOCK", "KERNELRY_PLUGINS", "KERNELRY_STRICT")
 _YES_NO = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 LOCK_FILE = "kernelry.lock.json"
 
@@ -28,12 +28,14 @@ class Switches:
       plugins: KERNELRY_PLUGINS, the entry-point names to load; None when unset.
       strict: KERNELRY_STRICT, whether resolutions must be those of the lock file.
       lock: KERNELRY_LOCK, the path of the lock file; looked at only when strict.
+      unknown: the variables named `KERNELRY_*` that mean nothing.
     """
 
     kernel: str | None = None
     plugins: tuple[str, ...] | None = None
     strict: bool = False
     lock: str = LOCK_FILE
+    unknown: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, environ: Mapping[str, str]) -> Switches:
@@ -42,14 +44,15 @@ class Switches:
         Raises:
           ConfigError: KERNELRY_STRICT is neither yes nor no.
         """
-        for name in environ:
-            if name.startswith(_PREFIX) and name not in _KNOWN:
-                warnings.warn(f"unknown environment variable {name} is ignored{nearest(name, _KNOWN)}", stacklevel=3)
+        unknown = tuple(sorted(name for name in environ if name.startswith(_PREFIX) and name not in KNOWN_SWITCHES))
+        for name in unknown:
+            hint = nearest(name, KNOWN_SWITCHES)
+            warnings.warn(f"unknown environment variable {name} is ignored{hint}", stacklevel=3)
         kernel = environ.get("KERNELRY_KERNEL", "").strip()
         listed = environ.get("KERNELRY_PLUGINS")
         names = None if listed is None else tuple(name.strip() for name in listed.split(",") if name.strip())
         lock = environ.get("KERNELRY_LOCK", "").strip() or LOCK_FILE
-        return cls(None if kernel in ("", "auto") else kernel, names, _strict(environ), lock)
+        return cls(None if kernel in ("", "auto") else kernel, names, _strict(environ), lock, unknown)
 
     @staticmethod
     def of_process() -> Switches:

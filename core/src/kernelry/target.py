@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from typing import Any, final
 
@@ -34,6 +35,18 @@ _KINDS: dict[str, tuple[str, int, str]] = {
     "tpu7x": ("tpu", 7, r"tpu ?(v?7x?)"),
 }
 KINDS = tuple(_KINDS)
+_VENDORS = {"nvidia": "gpu", "amd": "gpu"}
+
+
+def platform_meant(name: str) -> str | None:
+    """Returns the platform that a name stands for: another name of it, a kind of it, or a misspelling.
+
+    None says that this may be a platform of its own, which a JAX plugin brings.
+    """
+    name = name.lower()
+    meant = _PLATFORM_ALIASES.get(name) or _VENDORS.get(name) or (_KINDS[name][0] if name in _KINDS else None)
+    close = difflib.get_close_matches(name.partition(":")[0], PLATFORMS, n=1)
+    return meant or next(iter(close), None)
 
 
 @final
@@ -63,7 +76,9 @@ class Target:
         name, _, rest = text.strip().partition(":")
         platform = _PLATFORM_ALIASES.get(name.lower(), name.lower())
         if platform not in PLATFORMS:
-            raise ConfigError(f"target {text!r}: unknown platform {name!r}{nearest(name, PLATFORMS)}")
+            of = next((platform for platform in PLATFORMS if _kind_of(platform, text.strip()) in _KINDS), None)
+            hint = nearest(name, PLATFORMS) if of is None else f"; write '{of}:{text.strip()}'"
+            raise ConfigError(f"target {text!r}: unknown platform {name!r}{hint}")
         kind, _, topology = rest.partition(":")
         if not kind:
             return cls(platform)

@@ -17,9 +17,8 @@ _NAMED = {
     "dot_product": "dot_product",
     "cudnn_flash_jax": "cudnn_jax",
     "cudnn_flash_te": "cudnn_te",
-    "paged": "paged",
 }
-"""The values of `attention` that are one kernel, and its name here."""
+"""The values of `attention` that are one kernel, and its name here. What it cannot do is refused: MaxText drops it."""
 
 _UNREAD_BY_TOKAMAX = ("block_q_dq", "block_kv_dq")
 """Blocks that tokamax's splash is given and never reads: its backward pass is one kernel."""
@@ -33,30 +32,38 @@ _RAGGED = (("tpu", "ragged"), ("gpu", "pallas_decode"))
 def kernel_and_rules(options: Mapping[str, Any]) -> tuple[str, tuple[Rule, ...]]:
     """Returns the kernel, or `auto`, and the rules that the options ask for.
 
+    `flash` and `paged` are several kernels in MaxText, so their rules end in one that serves whatever the others
+    refuse: MaxText drops windows, soft caps or dropout there.
+
     Raises:
       ConfigError: `attention` names nothing known, or two options name different kernels.
     """
     attention = options["attention"]
+    source = f"MaxText: attention = {attention!r}"
     flash = _flash_on_tpu(options)
     rules = _ragged_rules(options)
     if attention == "autoselected":
         return AUTO, (*rules, *_variant_rules(options, flash))
     if attention == "flash":
-        return AUTO, (*rules, *_flash_rules(flash))
+        return AUTO, (*rules, *_flash_rules(flash, source))
+    if attention == "paged":
+        return AUTO, (*rules, *_paged_rules(source))
     kernel = _named(attention)
+    if attention == "cudnn_flash_jax":
+        rules = (*rules, Rule(Condition(platform=("gpu",), mode=_DECODE), ("dot_product",), source=source))
     if not rules:
         return kernel, ()
-    return AUTO, (*rules, Rule(Condition(), (kernel,), source=f"MaxText: attention = {attention!r}"))
+    return AUTO, (*rules, Rule(Condition(), (kernel,), source=source))
 
 
 def _named(attention: str) -> str:
     if attention in _OF_VLLM:
         raise ConfigError(
-            f"MaxText option attention = {attention!r} has no meaning here: it is vLLM's own kernel, called beside "
-            "attention. Use 'paged' or 'autoselected'."
+            f"MaxText option attention = {attention!r} has no meaning here: it is a kernel that vLLM calls itself. "
+            "Use 'paged' or 'autoselected'."
         )
     if attention not in _NAMED:
-        known = ("autoselected", "flash", *_NAMED)
+        known = ("autoselected", "flash", "paged", *_NAMED)
         raise ConfigError(f"MaxText option attention: unknown kernel {attention!r}{nearest(attention, known)}")
     return _NAMED[attention]
 
@@ -76,7 +83,8 @@ def _ragged_rules(options: Mapping[str, Any]) -> tuple[Rule, ...]:
         return ()
     source = "MaxText: use_ragged_attention = True"
     return tuple(
-        Rule(Condition(platform=(platform,), mode=_DECODE), (kernel,), source=source) for platform, kernel in _RAGGED
+        Rule(Condition(platform=(platform,), mode=_DECODE), (kernel, "dot_product"), source=source)
+        for platform, kernel in _RAGGED
     )
 
 
@@ -89,14 +97,22 @@ def _variant_rules(options: Mapping[str, Any], flash: str) -> tuple[Rule, ...]:
     return (Rule(when, (flash, AUTO), source=f"MaxText: {name} = True"),)
 
 
-def _flash_rules(flash: str) -> tuple[Rule, ...]:
-    """One rule per platform, exhaustive; as in MaxText, only GPUs decode under flash, by dot_product."""
-    source = "MaxText: attention = 'flash'"
+def _flash_rules(flash: str, source: str) -> tuple[Rule, ...]:
+    """One rule for decode, which MaxText leaves to dot_product, and one per platform for the rest."""
+    on_tpu = tuple(dict.fromkeys((flash, "blockwise")))
     return (
-        Rule(Condition(platform=("gpu",), mode=_DECODE), ("dot_product",), source=source),
-        Rule(Condition(platform=("tpu",)), (flash,), source=source),
-        Rule(Condition(platform=("gpu",)), ("pallas_mha",), source=source),
+        Rule(Condition(mode=_DECODE), ("dot_product",), source=source),
+        Rule(Condition(platform=("tpu",)), on_tpu, source=source),
+        Rule(Condition(platform=("gpu",)), ("pallas_mha", "pallas_flash", "blockwise"), source=source),
         Rule(Condition(platform=("cpu",)), ("blockwise",), source=source),
+    )
+
+
+def _paged_rules(source: str) -> tuple[Rule, ...]:
+    """The kernel for pages where there are any: decode on TPU; MaxText has dot_product for all else."""
+    return (
+        Rule(Condition(platform=("tpu",), mode=_DECODE), ("paged", "dot_product"), source=source),
+        Rule(Condition(), ("dot_product",), source=source),
     )
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import enum
 import functools
 import importlib.resources
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kernelry._maxtext import choice
-from kernelry._maxtext.options import OPTIONS, Fate, Option, is_none
+from kernelry._maxtext.options import LAYERS, OPTIONS, SIZES, Fate, Option, is_none
 from kernelry.errors import ConfigError
 from kernelry.layer import AttentionConfig, AttentionType, MoBA
 
 _BY_NAME = {option.name: option for option in OPTIONS}
+
+_MISSPELT = 0.85
+"""Likeness by difflib from which an unknown key counts as an option misspelt. One wrong letter leaves a name of five
+letters above it, and none of the 850 other keys of base.yml would be taken for an option if it were unknown."""
 
 
 def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> AttentionConfig:
@@ -24,8 +30,13 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
     become an option here, or are accepted at their default only, with an error that says why.
 
     The config is that of one layer. A model with several kinds of layers builds one for each:
-    `from_maxtext({**base, "attention_type": "local_sliding"})`. So sizes of other types than
-    `attention_type`'s may be set, and are not used.
+    `from_maxtext({**base, "attention_type": "local_sliding"})`. A warning says where a size belongs to
+    another type than `attention_type`, and where MaxText takes the types of the layers from
+    `decoder_block`: in both cases MaxText's layers may see other keys than this config's.
+
+    An unknown key that is like an option about attention, or is a part of its name, is an error: it
+    is taken for a misspelling. Any other unknown key is a warning, since new releases of MaxText
+    bring new keys.
 
     MaxText scales queries before attention, so `scale` is 1.0. float32_qk_product and float32_logits
     change nothing: logits and softmax are float32 here. matmul_precision and dropout_rate, which
@@ -39,7 +50,8 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
       The config; its `source` is "MaxText".
 
     Raises:
-      ConfigError: a key is unknown, a value is of the wrong kind, or an option has no meaning here.
+      ConfigError: a key is an option about attention misspelt, a value is of the wrong kind, or an
+        option has no meaning here.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(
@@ -50,11 +62,15 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
         raise ConfigError(f"ignore must be names in a tuple, got {ignore!r}; write ignore=({str(ignore)!r},).")
     dropped = frozenset(ignore)
     given = {name: value for name, value in mapping.items() if name not in dropped}
-    _check_known(given)
-    about = {name: value for name, value in given.items() if name in _BY_NAME}
+    unread = _unknown(given)
+    about = {name: _plain(value) for name, value in given.items() if name in _BY_NAME}
     for name, value in about.items():
         _check_value(_BY_NAME[name], value)
-    return _built({option.name: about.get(option.name, option.default) for option in OPTIONS})
+    options = {option.name: about.get(option.name, option.default) for option in OPTIONS}
+    config = _built(options)
+    for notice in (*unread, *_unused(options, config)):
+        warnings.warn(notice, stacklevel=2)
+    return config
 
 
 def _built(options: Mapping[str, Any]) -> AttentionConfig:
@@ -66,9 +82,9 @@ def _built(options: Mapping[str, Any]) -> AttentionConfig:
         rules=rules,
         source="MaxText",
         type=type_,
-        window=_size(options, "sliding_window_size", type_, AttentionType.LOCAL_SLIDING),
-        chunk_size=_size(options, "chunk_attn_window_size", type_, AttentionType.CHUNK),
-        block_size=_size(options, "causal_block_size", type_, AttentionType.BLOCK_DIFFUSION),
+        window=_size(options, type_, AttentionType.LOCAL_SLIDING),
+        chunk_size=_size(options, type_, AttentionType.CHUNK),
+        block_size=_size(options, type_, AttentionType.BLOCK_DIFFUSION),
         soft_cap=None if is_none(soft_cap) or soft_cap == 0 else _in_range("attn_logits_soft_cap", soft_cap, None),
         scale=1.0,
         sinks=options["attention_sink"],
@@ -80,6 +96,34 @@ def _built(options: Mapping[str, Any]) -> AttentionConfig:
     )
 
 
+def _plain(value: Any) -> Any:
+    """Returns the value of an enum's member: `config.get_keys()` has members where base.yml has texts."""
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _unused(options: Mapping[str, Any], config: AttentionConfig) -> Iterator[str]:
+    """Says which sizes, and which layers of the decoder block, the config leaves out."""
+    type_, block = options["attention_type"], options["decoder_block"]
+    left_out = [
+        name for owner, name in SIZES.items() if owner != type_ and options[name] not in (0, _BY_NAME[name].default)
+    ]
+    layers = LAYERS.get(block, ())
+    if type_ in layers and type_ != _BY_NAME["attention_type"].default:
+        layers = ()  # one of its kinds was chosen
+    if layers:
+        left_out.append("decoder_block")
+    if not left_out:
+        return
+    said = " and ".join(f"{name} = {options[name]!r}" for name in left_out)
+    others = [owner for owner, name in SIZES.items() if name in left_out]
+    kinds = f"MaxText's layers of {block} are {' and '.join(layers)}; " if layers else ""
+    yield (
+        f"MaxText: {said} {'is' if len(left_out) == 1 else 'are'} not used: attention_type is {type_!r}, so the mask "
+        f"is {config.mask!r}. {kinds}from_maxtext({{**options, 'attention_type': {(*layers, *others)[0]!r}}}) builds "
+        f"the config of such a layer. If {config.mask!r} is right for this layer, pass ignore={tuple(left_out)!r}."
+    )
+
+
 def _type(name: str) -> AttentionType:
     try:
         return AttentionType.parse(name)
@@ -87,10 +131,11 @@ def _type(name: str) -> AttentionType:
         raise ConfigError(f"MaxText option attention_type: {error}") from error
 
 
-def _size(options: Mapping[str, Any], name: str, type_: AttentionType, owner: AttentionType) -> int | None:
-    size: int = options[name]
+def _size(options: Mapping[str, Any], type_: AttentionType, owner: AttentionType) -> int | None:
     if type_ is not owner:
         return None
+    name = SIZES[owner.value]
+    size: int = options[name]
     if size == 0:
         raise ConfigError(f"MaxText option attention_type = {type_.value!r} needs {name}, a positive integer; it is 0.")
     return size
@@ -119,22 +164,41 @@ def _check_value(option: Option, value: Any) -> None:
         )
 
 
-def _check_known(given: Mapping[str, Any]) -> None:
+def _unknown(given: Mapping[str, Any]) -> list[str]:
+    """Returns a notice of the unknown keys.
+
+    Raises:
+      ConfigError: one of them is an option about attention misspelt.
+    """
     unknown = [name for name in given if name not in _BY_NAME and name not in not_attention()]
+    meant = {name: option for name in unknown if (option := _misspelt(str(name))) is not None}
+    if meant:
+        described = " ".join(
+            f"Unknown MaxText option {name!r}; did you mean {option!r}?" for name, option in meant.items()
+        )
+        raise ConfigError(f"{described} What is not about attention passes with ignore={tuple(meant)!r}.")
     if not unknown:
-        return
-    described = " ".join(f"Unknown MaxText option {name!r}; {_nearest(name)}" for name in unknown)
-    raise ConfigError(f"{described} What is not about attention passes with ignore={tuple(unknown)!r}.")
+        return []
+    described = ", ".join(f"{name!r}{_like(str(name))}" for name in unknown)
+    return [
+        f"MaxText options that are not known and not read: {described}. None is like an option about attention; "
+        f"pass ignore={tuple(unknown)!r} if that is right."
+    ]
 
 
-def _nearest(name: object) -> str:
-    """The nearest option about attention; another key where that is much nearer, or the only near one."""
-    for likeness in (0.9, 0.6):
-        for names in (_BY_NAME, not_attention()):
-            close = difflib.get_close_matches(str(name), sorted(names), n=1, cutoff=likeness)
-            if close:
-                return f"did you mean {close[0]!r}?"
-    return "no known one is near it."
+def _misspelt(name: str) -> str | None:
+    """Returns the option about attention that a key is like or whose name it is a part of."""
+    name = name.lower().replace("-", "_")
+    close = difflib.get_close_matches(name, [*_BY_NAME, *not_attention()], n=1, cutoff=_MISSPELT)
+    if close and close[0] in _BY_NAME:
+        return close[0]
+    parts = [option for option in sorted(_BY_NAME) if "_" in name and f"_{name}_" in f"_{option}_"]
+    return min(parts, key=len, default=None)
+
+
+def _like(name: str) -> str:
+    close = difflib.get_close_matches(name, sorted(not_attention()), n=1, cutoff=0.8)
+    return f" (MaxText 0.2.5 has {close[0]!r})" if close else ""
 
 
 @functools.cache

@@ -51,7 +51,9 @@ class PadSequence(Adapter):
         q_len, kv_len = _lengths(request, capabilities, refusals)
         if (q_len, kv_len) == (request.q_len, request.kv_len):
             return None
-        longer = dataclasses.replace(request, q_len=q_len, kv_len=kv_len, bias=_grown_bias(request, q_len, kv_len))
+        bias = _grown_bias(request, q_len, kv_len)
+        # The mask's static positions belong to the old lengths; it grows below.
+        longer = dataclasses.replace(request, q_len=q_len, kv_len=kv_len, bias=bias, mask=MaskForm())
         growth = Growth.between(request, longer)
         atoms = _grown_atoms(request, growth)
         if atoms is None:

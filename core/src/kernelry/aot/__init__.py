@@ -6,8 +6,17 @@ times beside a compilation are computed from the request and published figures o
 
 from kernelry.aot.compilation import Compilation, compile_for
 from kernelry.aot.layers import LayerReport, check_layers
-from kernelry.aot.outcome import Outcome
+from kernelry.aot.outcome import NoCompilerError, Outcome
 from kernelry.aot.topology import topology_of
 from kernelry.aot.work import Work
 
-__all__ = ["Compilation", "LayerReport", "Outcome", "Work", "check_layers", "compile_for", "topology_of"]
+__all__ = [
+    "Compilation",
+    "LayerReport",
+    "NoCompilerError",
+    "Outcome",
+    "Work",
+    "check_layers",
+    "compile_for",
+    "topology_of",
+]

@@ -89,7 +89,8 @@ def compile_for(
       and one that calls cuDNN says that it was not checked.
 
     Raises:
-      ConfigError: no such target, its compiler is not installed, or it has fewer devices than the mesh.
+      NoCompilerError: the target's compiler is not installed.
+      ConfigError: no such target, or it has fewer devices than the mesh.
       KernelryError: the function asked for attention that no kernel serves there.
     """
     where = Target.parse(target) if isinstance(target, str) else target

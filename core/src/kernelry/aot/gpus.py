@@ -8,6 +8,7 @@ import importlib.util
 from typing import Any, final
 
 from kernelry.aot.devices import FIGURES
+from kernelry.aot.outcome import NoCompilerError
 from kernelry.errors import ConfigError
 from kernelry.target import Target
 
@@ -111,7 +112,8 @@ def gpus_of(target: Target) -> tuple[Any, ...]:
       target: `gpu:kind` or `gpu:kind:number`, of a kind in `GPUS`.
 
     Raises:
-      ConfigError: the compilers are not installed or did not load, or the topology is no number.
+      NoCompilerError: the compilers are not installed or did not load.
+      ConfigError: the topology is no number.
     """
     number = target.topology or "1"
     if not number.isdecimal() or int(number) < 1:
@@ -123,9 +125,9 @@ def gpus_of(target: Target) -> tuple[Any, ...]:
 
 
 def check_assembler(error: Exception) -> None:
-    """Raises a ConfigError where a compiler's error is that CUDA's assembler is missing: no program's fault."""
+    """Raises NoCompilerError where a compiler's error is that CUDA's assembler is missing: no program's fault."""
     if _ASSEMBLER_MISSING in str(error):
-        raise ConfigError(
+        raise NoCompilerError(
             "compiling for NVIDIA GPUs needs ptxas, CUDA's assembler, and none was found; "
             "pip install 'kernelry[aot-gpu]', or put a CUDA toolkit's into PATH."
         ) from error
@@ -134,7 +136,7 @@ def check_assembler(error: Exception) -> None:
 @functools.lru_cache(maxsize=16)
 def _described(kind: str, number: int) -> tuple[Any, ...]:
     if not any(_is_installed(module) for module in _COMPILERS):
-        raise ConfigError(
+        raise NoCompilerError(
             "compiling for NVIDIA GPUs needs JAX's CUDA plugin, which holds XLA's and Triton's compilers; "
             "pip install 'kernelry[aot-gpu]'."
         )
@@ -148,7 +150,7 @@ def _described(kind: str, number: int) -> tuple[Any, ...]:
             topology=f"1x1x{number}",
         )
     except NotImplementedError as error:  # JAX logged why its plugin did not load
-        raise ConfigError(
+        raise NoCompilerError(
             "compiling for NVIDIA GPUs needs JAX's CUDA plugin, which is installed but did not load: unless "
             "JAX_PLATFORMS names other platforms, it wants all of CUDA's libraries; set JAX_PLATFORMS=cpu."
         ) from error

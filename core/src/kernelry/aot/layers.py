@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 
 from kernelry.aot.compilation import Compilation, compile_for
-from kernelry.aot.outcome import Outcome
+from kernelry.aot.outcome import NoCompilerError, Outcome
 from kernelry.aot.work import Work
 from kernelry.api import attention
-from kernelry.errors import KernelryError
+from kernelry.calls import Call, calls
+from kernelry.errors import KernelryError, PluginError
 from kernelry.layer import AttentionConfig
-from kernelry.phases import Call, ModelShape, calls
-from kernelry.request import Mode
+from kernelry.model_shape import ModelShape
+from kernelry.request import Mode, Request
 from kernelry.resolution import Resolution
 from kernelry.resolver import explain
 from kernelry.scope import use
+from kernelry.storage import PagedArray
 from kernelry.target import Target
 
 
@@ -29,20 +31,26 @@ class LayerReport:
     """One phase of a config on one target.
 
     Args:
+      name: which call of the model it is.
       resolution: the kernel, or why there is none.
-      compilation: None where there is no kernel.
+      compilation: None where there is no kernel, or the kernel or its compiler is missing.
       work: what the call takes at least.
-      missing: why the compiled program does not prove that the kernel runs; empty where it does.
+      missing: why it was not compiled, or the compiled program does not prove that the kernel runs; else empty.
+      has_compiler: whether the target's compiler is installed.
     """
 
+    name: str
     resolution: Resolution
     compilation: Compilation | None
     work: Work
     missing: str = ""
+    has_compiler: bool = True
 
     @property
     def outcome(self) -> Outcome:
         """Whether the phase has a kernel that compiles and is in the program."""
+        if self.resolution.plan is not None and not self.has_compiler:
+            return Outcome.NO_COMPILER
         if self.compilation is None or self.missing:
             return Outcome.FAILED
         return self.compilation.outcome
@@ -55,6 +63,8 @@ class LayerReport:
     @property
     def verdict(self) -> str:
         """`ok`, or why not on one line."""
+        if self.compilation is None and self.missing:
+            return self.missing
         if self.compilation is None:
             reasons = (f"{c.name}: {c.refusals[0]}" for c in self.resolution.refused)
             return f"no kernel serves it ({'; '.join(reasons) or 'none is installed'})"
@@ -67,6 +77,7 @@ class LayerReport:
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
         return {
+            "name": self.name,
             "mode": self.resolution.request.mode.value,
             "ok": self.ok,
             "outcome": str(self.outcome),
@@ -79,7 +90,7 @@ class LayerReport:
 
 def check_layers(
     config: AttentionConfig,
-    shape: ModelShape,
+    shape: ModelShape | Sequence[ModelShape],
     target: Target | str,
     *,
     tell: Callable[[str], object] | None = None,
@@ -87,36 +98,58 @@ def check_layers(
     """Compiles training (forward and backward), prefill and a decode step of a config for a target.
 
     Args:
-      config, shape: as for `resolve_phases`.
+      config: as for `resolve_phases`.
+      shape: as for `resolve_phases`, or several; what more than one of them asks is compiled once.
       target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices.
       tell: told the name of each phase before it is compiled.
 
+    Returns:
+      A report for each call; where the target's compiler or the kernel's package is missing it says so.
+
     Raises:
-      ConfigError: no such target, or its compiler is not installed.
+      ConfigError: no such target.
     """
     where = Target.parse(target) if isinstance(target, str) else target
+    shapes = (shape,) if isinstance(shape, ModelShape) else tuple(shape)
+    asked: dict[Request, Call] = {}
+    for sizes in shapes:
+        for call in calls(config, sizes, where):
+            name = f"{call.name}{_distinguished(sizes, shapes)}"
+            asked.setdefault(call.request, dataclasses.replace(call, name=name))
     reports = []
-    for call in calls(config, shape, where):
+    for call in asked.values():
         if tell is not None:
-            tell(call.request.mode.value)
+            tell(call.name)
         reports.append(_report(config, call))
     return tuple(reports)
 
 
+def _distinguished(shape: ModelShape, shapes: Sequence[ModelShape]) -> str:
+    """What tells a shape from the others, e.g. ` (batch=8)`."""
+    names = [field.name for field in dataclasses.fields(ModelShape) if field.name != "two_part"]
+    varied = [name for name in names if len({str(getattr(other, name)) for other in shapes}) > 1]
+    return f" ({', '.join(f'{name}={getattr(shape, name)}' for name in varied)})" if varied else ""
+
+
 def _report(config: AttentionConfig, call: Call) -> LayerReport:
-    work = Work.of(call.request, call.mask)
+    work = Work.of(call.request, call.mask, config.moba)
     resolution = explain(call.request, policy=config.policy)
     if resolution.plan is None:
-        return LayerReport(resolution, None, work)
-    with use(policy=config.policy):
-        compilation = compile_for(call.request.target, _program(call), *_arguments(call))
+        return LayerReport(call.name, resolution, None, work)
+    try:
+        with use(policy=config.policy):
+            compilation = compile_for(call.request.target, _program(call), *_arguments(call))
+    except NoCompilerError as error:
+        return LayerReport(call.name, resolution, None, work, str(error), has_compiler=False)
+    except PluginError as error:
+        return LayerReport(call.name, resolution, None, work, str(error))
     missing = ""
     if compilation.compiled is not None:
         try:
             resolution.verify(compilation.compiled)
         except KernelryError as error:
             missing = str(error)
-    return LayerReport(resolution, compilation, work, missing)
+    return LayerReport(call.name, resolution, compilation, work, missing)
 
 
 def _program(call: Call) -> Callable[..., Any]:
@@ -125,6 +158,8 @@ def _program(call: Call) -> Callable[..., Any]:
     structure = jax.tree.structure(call.mask)
 
     def attend(query: Any, key: Any, value: Any, sinks: Any, leaves: Any) -> Any:
+        if isinstance(key, PagedArray):
+            value = PagedArray(value.pages, key.table)  # one table, which arguments of a jitted function are not
         return attention(
             query,
             key,
@@ -160,7 +195,5 @@ def _arguments(call: Call) -> tuple[Any, ...]:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))  # type: ignore[no-untyped-call]
 
     query = array(request.batch, request.q_len, request.q_heads, request.head_dim)
-    key = array(request.batch, request.kv_len, request.kv_heads, request.head_dim)
-    value = array(request.batch, request.kv_len, request.kv_heads, request.value_dim)
     sinks = array(request.q_heads, dtype="float32") if request.sinks else None
-    return query, key, value, sinks, jax.tree.leaves(call.mask)
+    return query, call.key, call.value, sinks, jax.tree.leaves(call.mask)

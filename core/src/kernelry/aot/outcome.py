@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any, final
 
+from kernelry.errors import ConfigError
 from kernelry.proof import custom_calls
 
 
@@ -15,9 +16,15 @@ class Outcome(enum.Enum):
     OK = "ok"
     FAILED = "no"
     UNCHECKED = "unchecked"
+    NO_COMPILER = "no compiler"
 
     def __str__(self) -> str:
         return self.value
+
+
+@final
+class NoCompilerError(ConfigError):
+    """The compiler of a target is not installed, or cannot be loaded; the message says what to do."""
 
 
 _CUDNN_CALL = "__cudnn$"

@@ -24,7 +24,8 @@ def topology_of(target: Target | str) -> tuple[Any, ...]:
         `gpu:h100:4`, without a number one GPU.
 
     Raises:
-      ConfigError: the target names no device to compile for, or the vendor's compiler is not installed.
+      NoCompilerError: the vendor's compiler is not installed.
+      ConfigError: the target names no device to compile for.
     """
     where = Target.parse(target) if isinstance(target, str) else target
     if where.platform not in _DESCRIBED:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kernelry.aot.outcome import NoCompilerError
 from kernelry.errors import ConfigError
 from kernelry.target import Target
 
@@ -37,7 +38,8 @@ def tpus_of(target: Target) -> tuple[Any, ...]:
       target: `tpu:kind` or `tpu:kind:topology`, of a kind in `SLICES`.
 
     Raises:
-      ConfigError: libtpu is not installed, or knows no such slice.
+      NoCompilerError: libtpu is not installed.
+      ConfigError: libtpu knows no such slice.
     """
     return _described(f"{target.kind}:{target.topology}" if target.topology else SLICES[str(target.kind)])
 
@@ -45,7 +47,7 @@ def tpus_of(target: Target) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=16)
 def _described(name: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("compiling for TPUs needs libtpu, their compiler; pip install 'kernelry[aot-tpu]'.")
+        raise NoCompilerError("compiling for TPUs needs libtpu, their compiler; pip install 'kernelry[aot-tpu]'.")
     if not _has_tpus():
         for variable, value in _SETTINGS.items():
             os.environ.setdefault(variable, value)

@@ -6,15 +6,13 @@ import dataclasses
 from typing import Any, final
 
 import jax.numpy as jnp
-import numpy as np
 
 from kernelry.aot.devices import FIGURES
-from kernelry.masks import BlockKind
+from kernelry.aot.pairs import Seen, seen_of
+from kernelry.layer import MoBA
 from kernelry.masks.base import Mask
 from kernelry.request import Mode, Request
-
-_BLOCKS = 128
-"""Blocks along each side of the grid on which visible pairs are counted."""
+from kernelry.storage import Quantization
 
 _BACKWARD = 2.5
 """The products of the backward pass, five, by those of the forward pass, two."""
@@ -26,29 +24,35 @@ class Work:
     """What one call takes at least.
 
     Args:
-      flops: of the products over visible pairs; blocks of which the mask hides a part count half.
-      bytes: of operands and results, each read or written once.
+      flops: of the products over visible pairs.
+      bytes: of operands and results, each read or written once; keys that no query sees are not read.
       seconds: the longer of the two at the device's published rates; None where they are not known.
+      assumed: the parts of the mask that were taken to hide nothing, as they depend on arrays.
     """
 
     flops: float
     bytes: float
     seconds: float | None
+    assumed: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, request: Request, mask: Mask) -> Work:
+    def of(cls, request: Request, mask: Mask, moba: MoBA | None = None) -> Work:
         """Counts for one device that does it all.
 
         Args:
-          request: the call. mask: what it says without arrays counts; what depends on them is taken to hide nothing.
+          request: the call.
+          mask: what it shows is counted by `kernelry.aot.pairs.seen_of`, which says what is assumed of its arrays.
+          moba: how many blocks are chosen for a query, its own among them, of which it sees one key at least.
         """
         backward = request.mode is Mode.TRAIN and bool(request.gradients)
-        pairs = request.batch * request.q_heads * _visible(request, mask)
-        flops = 2.0 * pairs * (request.head_dim + request.value_dim) * (1 + _BACKWARD * backward)
-        moved = _bytes(request, backward)
+        fewest = None if moba is None else (moba.top_k - 1) * moba.chunk_size + 1
+        seen = seen_of(mask, request.batch, request.q_len, request.kv_len, fewest=fewest)
+        products = 2.0 * request.q_heads * seen.pairs * (request.head_dim + request.value_dim)
+        flops = products * (1 + _BACKWARD * backward)
+        moved = _bytes(request, seen, backward)
         figures = FIGURES.get(request.target.kind or "")
         seconds = None if figures is None else max(flops / figures.flops, moved / figures.bandwidth)
-        return cls(flops, moved, seconds)
+        return cls(flops, moved, seconds, seen.assumed)
 
     @property
     def intensity(self) -> float:
@@ -57,32 +61,35 @@ class Work:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
-        return {"flops": self.flops, "bytes": self.bytes, "intensity": self.intensity, "roofline_seconds": self.seconds}
+        return {
+            "flops": self.flops,
+            "bytes": self.bytes,
+            "intensity": self.intensity,
+            "roofline_seconds": self.seconds,
+            "assumed": list(self.assumed),
+        }
 
 
-def _visible(request: Request, mask: Mask) -> float:
-    """Pairs of a query and a key that the static part of the mask shows, for one head of one row."""
-    sizes = tuple(max(1, -(-length // _BLOCKS)) for length in (request.q_len, request.kv_len))
-    static = [part for part in mask.canonical() if part.form.atoms[0].is_static]
-    if not static:
-        return float(request.q_len * request.kv_len)
-    whole = static[0]
-    for part in static[1:]:
-        whole = whole & part
-    kinds = whole.block_map(request.q_len, request.kv_len, *sizes)
-    rows, columns = (
-        np.minimum(size, length - np.arange(0, length, size))
-        for size, length in zip(sizes, (request.q_len, request.kv_len), strict=True)
-    )
-    share = np.select([kinds == BlockKind.FULL, kinds == BlockKind.PARTIAL], [1.0, 0.5], 0.0)
-    return float(rows @ share @ columns)
-
-
-def _bytes(request: Request, backward: bool) -> float:
+def _bytes(request: Request, seen: Seen, backward: bool) -> float:
     size = jnp.dtype(request.dtype).itemsize
-    query = request.q_len * request.q_heads * request.head_dim
-    out = request.q_len * request.q_heads * request.value_dim
-    stored = request.kv_len * request.kv_heads * (request.head_dim + request.value_dim)
-    forward = query + out + stored
-    again = 2 * query + 2 * out + 2 * stored  # read with out and its cotangent; three gradients written
-    return float(size * request.batch * (forward + again * backward))
+    widths = request.head_dim + request.value_dim
+    rows = request.batch * request.q_len * request.q_heads
+    read = size * seen.queries * request.q_heads * request.head_dim + seen.keys * _key_bytes(request)
+    forward = read + size * rows * request.value_dim
+    if not backward:
+        return forward
+    # Read again with out and its cotangent; three gradients are written, also of what is not seen.
+    results = 2 * seen.queries * request.q_heads * request.value_dim
+    gradients = rows * request.head_dim + request.batch * request.kv_len * request.kv_heads * widths
+    return forward + read + size * (results + gradients)
+
+
+def _key_bytes(request: Request) -> float:
+    """Bytes of the key and the value of one token, as they are stored."""
+    numbers = request.kv_heads * (request.head_dim + request.value_dim)
+    if request.kv_quantization is None:
+        return float(jnp.dtype(request.dtype).itemsize * numbers)
+    quantization = Quantization.parse(request.kv_quantization)
+    scales = 2 * (request.kv_heads if quantization.axis == "head_dim" else 1)
+    values = numbers * (0.5 if quantization.dtype == "int4" else 1.0)
+    return float(values + scales * jnp.dtype(jnp.bfloat16).itemsize)

@@ -17,8 +17,10 @@ from kernelry.cache.slots import bytes_of, token_counts
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.masks import Causal, Full, Lengths, Mask
 from kernelry.masks.base import At, children, is_mask
+from kernelry.masks.fit import not_a_mask
 from kernelry.normalization import finalize, merge
 from kernelry.operands import Keys, as_array
+from kernelry.partial import checking_output
 from kernelry.policy import AUTO
 from kernelry.request import Mode
 
@@ -166,6 +168,7 @@ class KVCache(Protocol):
         after = self.append(key, value, lengths=options.get("lengths"))
         return after.attend(query, **options), after
 
+    @checking_output
     def attend(
         self,
         query: Float[Array, "B T N H"],
@@ -231,22 +234,35 @@ class KVCache(Protocol):
         )
         start = 0 if prefix is None else prefix.length
         offset = self.lengths - counts + start
-        # One token sees all before it: the lengths say so, and kernels that know nothing else can serve.
-        base = Full() if q_len == 1 and isinstance(mask, Causal) else mask
-        parts = self.parts(mask, q_len)
-        masks = [part.mask(base, start, offset, own) for part in parts]
+        parts = self.masked_parts(mask, q_len, offset, own, start)
         if len(parts) == 1 and prefix is None and not return_partial:
-            result = call(query, parts[0].key, parts[0].value, mask=masks[0], sinks=sinks)
+            [(part, placed)] = parts
+            result = call(query, part.key, part.value, mask=placed, sinks=sinks)
             return self._poisoned(result)
-        found = [
-            call(query, part.key, part.value, mask=placed, return_partial=True)
-            for part, placed in zip(parts, masks, strict=True)
-        ]
+        found = [call(query, part.key, part.value, mask=placed, return_partial=True) for part, placed in parts]
         if prefix is not None:
-            found.append(prefix.attend(call, query, offset, base, own, return_max_logits))
+            found.append(prefix.attend(call, query, offset, _base(mask, q_len), own, return_max_logits))
         merged = merge([partial[0] if return_max_logits else partial for partial in found])
         result = merged if return_partial else finalize(merged, sinks)
         return self._poisoned((result, merged.max_logits) if return_max_logits else result)
+
+    def masked_parts(
+        self, mask: Mask, q_len: int, offset: jax.Array, lengths: jax.Array | None = None, start: int = 0
+    ) -> tuple[tuple[Part, Mask], ...]:
+        """The disjoint parts of the keys, each with what the last tokens see of it.
+
+        Args:
+          mask: of positions.
+          q_len: T, the tokens that attend.
+          offset: [B], where the first of them stands.
+          lengths: [B], how many of them are tokens; None is all.
+          start: where the first token of every row stands.
+
+        Raises:
+          ArgumentError: the mask or the number of queries asks for keys that are not kept.
+        """
+        base = _base(mask, q_len)
+        return tuple((part, part.mask(base, start, offset, lengths)) for part in self.parts(mask, q_len))
 
     def _poisoned(self, result: Any) -> Any:
         """NaN everywhere where something did not fit: an answer without the tokens lost would be a wrong one."""
@@ -254,7 +270,12 @@ class KVCache(Protocol):
         return jax.tree.map(lambda array: jnp.where(bad, jnp.asarray(jnp.nan, array.dtype), array), result)
 
 
-def check_mask(mask: Mask) -> None:
+def _base(mask: Mask, q_len: int) -> Mask:
+    """One token sees all before it: the lengths say so, and kernels that know nothing else can serve."""
+    return Full() if q_len == 1 and isinstance(mask, Causal) else mask
+
+
+def check_mask(mask: Any) -> None:
     """Refuses masks about slots, and masks that say where the keys stand.
 
     Raises:
@@ -262,7 +283,13 @@ def check_mask(mask: Mask) -> None:
       ShapeError: it is no mask.
     """
     if not is_mask(mask):
-        raise ShapeError(f"mask must be a kernelry mask, got {type(mask).__name__}; see kernelry.masks.")
+        instead = "None; leave it out for Causal(), or write masks.Full()" if mask is None else not_a_mask(mask)
+        if hasattr(mask, "shape"):
+            instead = (
+                f"{mask.dtype} of shape {mask.shape}; slots of a cache move: use masks of positions, and lengths= for "
+                "rows of different length"
+            )
+        raise ShapeError(f"mask must be a kernelry mask, got {instead}.")
     if isinstance(mask, At) and mask.kv is not None:
         raise ArgumentError(f"mask={mask!r} says where keys stand, which the cache knows: leave kv_… out.")
     inside = children(mask)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
 from kernelry.cache.base import KVCache, Part
 from kernelry.cache.paged_table import Growth, PageTable, as_rows, first_of_each, grow, is_known, release, share
 from kernelry.cache.paged_view import PagedView
@@ -53,6 +53,7 @@ class PagedCache(KVCache):
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+    __repr__ = short_repr
 
     keys: tuple[Stored, ...]
     values: tuple[Stored, ...]

@@ -67,7 +67,7 @@ def grow(table: PageTable, counts: Int[Array, " R"], page_size: int, max_length:
 
     last = entry(entries, held - 1)
     copies = _copies(last, (after > before) & (before % page_size != 0), references)
-    first = held - copies  # the first entry that is new
+    first = held - copies.astype(jnp.int32)  # the first entry that is new
     taken = wanted - first
     needed = taken.sum(dtype=jnp.int32)
 

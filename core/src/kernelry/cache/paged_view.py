@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
 from kernelry.cache.base import KVCache, Options, Part
 from kernelry.cache.paged_table import is_known, rows_of
 from kernelry.cache.prefix import SharedPrefix
@@ -40,6 +40,7 @@ class PagedView(KVCache):
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+    __repr__ = short_repr
 
     cache: PagedCache
     rows: Int[Array, " B"] | None

@@ -9,7 +9,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks import Causal, Full, Mask
 from kernelry.masks.base import At, children
@@ -35,6 +35,7 @@ class SharedPrefix:
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+    __repr__ = short_repr
 
     key: Stored
     value: Stored

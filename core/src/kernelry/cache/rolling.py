@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
 from kernelry.cache.base import KVCache, Part
 from kernelry.cache.prefix import is_placed
 from kernelry.cache.slots import check_sizes, check_tokens, empty, stored_like, token_counts, write
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks import Atom, AtomKind, Mask, MaskForm
+from kernelry.operands import known_length
 from kernelry.storage import Quantization
 from kernelry.storage.quantized import Stored
 
@@ -43,6 +44,7 @@ class RollingCache(KVCache):
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+    __repr__ = short_repr
 
     key: Stored
     value: Stored
@@ -103,7 +105,7 @@ class RollingCache(KVCache):
     @property
     def capacity(self) -> int:
         """S, its slots."""
-        return int(self.key.shape[1])
+        return known_length("RollingCache: key", self.key)
 
     @property
     def max_append(self) -> int:
@@ -204,7 +206,7 @@ class RollingCache(KVCache):
         """Checks tokens, and counts them."""
         batch = self.lengths.shape[0]
         check_tokens(key, value, None, (self.key, self.value), batch)
-        return token_counts(lengths, batch, key.shape[1])
+        return token_counts(lengths, batch, known_length("key", key))
 
 
 def _within(form: MaskForm, window: int) -> bool:

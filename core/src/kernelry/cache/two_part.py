@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from kernelry._pytree import pytree
+from kernelry._pytree import pytree, short_repr
 from kernelry.cache.base import KVCache, Part
 from kernelry.cache.slots import (
     check_sizes,
@@ -24,6 +24,7 @@ from kernelry.cache.slots import (
 )
 from kernelry.errors import ArgumentError, CacheFullError
 from kernelry.masks import Mask
+from kernelry.operands import known_length
 from kernelry.storage import Quantization
 from kernelry.storage.quantized import Stored
 
@@ -57,6 +58,7 @@ class TwoPartCache(KVCache):
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+    __repr__ = short_repr
 
     prefill_key: Stored
     prefill_value: Stored
@@ -225,22 +227,23 @@ class TwoPartCache(KVCache):
 
     @property
     def _prefill_slots(self) -> int:
-        return int(self.prefill_key.shape[1])
+        return known_length("TwoPartCache: prefill_key", self.prefill_key)
 
     @property
     def _decode_slots(self) -> int:
-        return int(self.decode_key.shape[1])
+        return known_length("TwoPartCache: decode_key", self.decode_key)
 
     def _counts(self, key: Any, value: Any, lengths: Any, slots: int, part: str) -> jax.Array:
         """Checks tokens for one part, and counts them."""
         batch = self.prefill_lengths.shape[0]
         check_tokens(key, value, None, (self.prefill_key, self.prefill_value), batch)
-        if lengths is None and key.shape[1] > slots:  # known under jit, too
+        tokens = known_length("key", key)
+        if lengths is None and tokens > slots:  # known under jit, too
             raise CacheFullError(
-                f"TwoPartCache: {key.shape[1]} tokens a row do not fit into the {slots} slots of the {part} part; "
+                f"TwoPartCache: {tokens} tokens a row do not fit into the {slots} slots of the {part} part; "
                 f"nothing was written. Create it with a larger {part}=."
             )
-        return token_counts(lengths, batch, key.shape[1])
+        return token_counts(lengths, batch, tokens)
 
     def _fits(self, before: jax.Array, counts: jax.Array, slots: int, part: str) -> jax.Array:
         after = before + counts

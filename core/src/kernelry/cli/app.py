@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from kernelry import _version, installation
-from kernelry.cli import check, conformance, lock, mask, report
-from kernelry.cli.output import Json, print_json, survive_narrow_encodings
-from kernelry.config import load_config
+from kernelry.calls import mask_of, options_of
+from kernelry.cli import check, conformance, lock, mask, report, shape
+from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
 from kernelry.errors import KernelryError
+from kernelry.masks import Causal, Mask
+from kernelry.masks.base import Extent
 from kernelry.masks.parse import parse_form
 from kernelry.policy import AUTO
-from kernelry.request import Request, dtype_name
+from kernelry.request import Mode, Request, dtype_name
 from kernelry.resolver import explain as explain_request
 from kernelry.switches import Switches
 from kernelry.target import Target, home_target
@@ -71,6 +74,9 @@ def list_kernels(as_json: Json = False) -> None:
         print_json(report.kernels_json(found))
         return
     _console.print(report.kernels_table(found))
+    advice = report.without_plain_kernel(found)
+    if advice is not None:
+        _console.print(Text(advice))
     if found.faults:
         _console.print(f"{len(found.faults)} plugin fault(s): run kernelry doctor")
 
@@ -84,7 +90,7 @@ def doctor(as_json: Json = False) -> None:
     else:
         for part in report.doctor_parts(found, switches):
             _console.print(part)
-    raise typer.Exit(1 if found.faults else 0)
+    raise typer.Exit(1 if report.all_faults(found, switches) else 0)
 
 
 def _usable_cap(soft_cap: float | None) -> float | None:
@@ -105,21 +111,56 @@ def explain(
     head_dim: Annotated[int, typer.Option(min=1, help="H.")] = 128,
     value_dim: Annotated[int | None, typer.Option(min=1, help="D; default H.")] = None,
     dtype: Annotated[str, typer.Option(help="of query, key and value.")] = "bfloat16",
-    mask: Annotated[str, typer.Option(help="e.g. 'causal & segments', 'window(511)', 'full'.")] = "causal",
-    soft_cap: Annotated[float | None, typer.Option(help="cap of the logits.", callback=_usable_cap)] = None,
-    sinks: Annotated[bool, typer.Option("--sinks", help="one sink logit per head.")] = False,
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            help="e.g. 'causal & segments', 'window(511)', 'full', or with the word config for the config's own mask: "
+            "'config & segments'; default: the config's, without one causal."
+        ),
+    ] = None,
+    soft_cap: Annotated[
+        float | None, typer.Option(help="cap of the logits; default: the config's.", callback=_usable_cap)
+    ] = None,
+    sinks: Annotated[
+        bool | None, typer.Option("--sinks/--no-sinks", help="one sink logit per head; default: the config's.")
+    ] = None,
     kv_quantization: Annotated[str | None, typer.Option(help="of keys and values, e.g. int8, int4:head_dim.")] = None,
     page_size: Annotated[int | None, typer.Option(min=1, help="slots of a page, where keys stand in pages.")] = None,
     context_parallel: Annotated[str | None, typer.Option(help="sharded sequences, e.g. ring:context:4.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="statistics are wanted.")] = False,
     kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
-    config: Annotated[Path | None, typer.Option(help="a config whose [attention] table decides.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="a config whose [attention] table decides, and whose mask, scale, soft cap, sinks, MoBA, dropout, "
+            "logits_dtype, precision and largest logits are asked for; options given here go before them."
+        ),
+    ] = None,
+    maxtext: shape.MaxText = None,
     as_json: Json = False,
 ) -> None:
     """Which kernel a request gets and why, on hardware that need not be here. Status 2: none."""
+    read = shape.read_config(config, maxtext) if config is not None or maxtext else None
+    phase = Mode.parse(mode)
+    extent = Extent(
+        batch=batch,
+        q_heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        q_len=q_len,
+        kv_len=q_len if kv_len is None else kv_len,
+    )
+    paged = page_size is not None
+    names: dict[str, Callable[..., Mask]] = {**installation.installed().masks}
+    said: dict[str, Any] = {"mask": Causal().form}
+    if read is not None:
+        own = mask_of(read, phase, extent, paged=paged)
+        names["config"] = lambda: own
+        said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=paged)}
+    options = {"mask": mask and parse_form(mask, names), "soft_cap": soft_cap, "sinks": sinks}
+    given = {name: value for name, value in options.items() if value is not None}
     request = Request(
         target=Target.parse(target) if target else home_target(),
-        mode=mode,  # type: ignore[arg-type]
+        mode=phase,
         batch=batch,
         q_len=q_len,
         kv_len=q_len if kv_len is None else kv_len,
@@ -128,22 +169,20 @@ def explain(
         head_dim=head_dim,
         value_dim=head_dim if value_dim is None else value_dim,
         dtype=_dtype(dtype),
-        mask=parse_form(mask, installation.installed().masks),
-        soft_cap=soft_cap,
-        sinks=sinks,
         partial=partial,
         kv_quantization=kv_quantization,
         page_size=page_size,
         context_parallel=context_parallel,
+        **{**said, **given},
     )
     if request.q_heads % request.kv_heads:
         raise typer.BadParameter(f"--kv-heads {request.kv_heads} must divide --heads {request.q_heads}")
-    policy = load_config(config).policy if config else None
-    resolution = explain_request(request, kernel=kernel, policy=policy)
+    resolution = explain_request(request, kernel=kernel, policy=None if read is None else read.policy)
+    asked = None if read is None else report.Asked.of(shape.source_of(config, maxtext), request, said, given)
     if as_json:
-        print_json(resolution.to_json())
+        print_json({**resolution.to_json(), **({} if asked is None else {"config": asked.to_json()})})
     else:
-        for part in report.resolution_parts(resolution):
+        for part in report.resolution_parts(resolution, asked):
             _console.print(part)
     raise typer.Exit(0 if resolution.plan else 2)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -12,38 +12,49 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
-from kernelry.aot import LayerReport, Outcome, check_layers
+from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
 from kernelry.cli import shape
-from kernelry.cli.output import Json, print_json
-from kernelry.config import load_config
+from kernelry.cli.output import Json, Text, print_json
+from kernelry.phases import resolve_phases
 
 _console = Console(highlight=False, soft_wrap=False)
 _MIB = 2**20
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="a config whose [attention] table decides.")],
+    *,
+    config: shape.Config = None,
+    maxtext: shape.MaxText = None,
     target: Annotated[list[str], typer.Option(help="e.g. tpu:v5e:2x2 or gpu:h100; may be repeated.")],
     q_len: shape.QueryLength = 1024,
     max_len: shape.MaxLength = None,
-    batch: shape.Batch = 1,
+    batch: shape.Batch = None,
     heads: shape.Heads = 8,
     kv_heads: shape.KVHeads = None,
     head_dim: shape.HeadDim = 128,
     value_dim: shape.ValueDim = None,
     dtype: shape.DType = "bfloat16",
     two_part: shape.TwoPart = False,
+    cache: shape.Cache = None,
+    mask: shape.Masks = None,
     as_json: Json = False,
 ) -> None:
     """Whether train, prefill and decode compile for a TPU or GPU, with its real compiler and without it.
 
-    Status 1: not all do. What calls cuDNN is not checked, which is no failure.
+    Status 1: not all do; 2: all that could be compiled do, and a compiler is not installed. What calls cuDNN is not
+    checked, which is no failure.
     """
     _run_nothing()
-    read = load_config(config)
-    sizes = shape.model_shape(q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part)
+    read = shape.read_config(config, maxtext)
+    sizes = shape.model_shapes(
+        q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part, cache, mask
+    )
+    for name in target:  # wrong names are found before anything is compiled
+        with contextlib.suppress(NoCompilerError):  # its rows will say so
+            topology_of(name)
+        for each in sizes:
+            shape.check_names(resolve_phases(read, each, target=name, changes=False).all)
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     reports: dict[str, tuple[LayerReport, ...]] = {}
@@ -55,14 +66,15 @@ def check(
                 progress.update(task, description=f"{target}: {phase}")
 
             reports[name] = check_layers(read, sizes, name, tell=tell)
-    ok = all(report.outcome is not Outcome.FAILED for found in reports.values() for report in found)
+    outcomes = {report.outcome for found in reports.values() for report in found}
+    ok = not outcomes & {Outcome.FAILED, Outcome.NO_COMPILER}
     if as_json:
         plain = {name: [report.to_json() for report in found] for name, found in reports.items()}
         print_json({"ok": ok, "targets": plain})
     else:
         for part in _parts(reports):
             _console.print(part)
-    raise typer.Exit(0 if ok else 1)
+    raise typer.Exit(0 if ok else 1 if Outcome.FAILED in outcomes else 2)
 
 
 def _run_nothing() -> None:
@@ -72,27 +84,33 @@ def _run_nothing() -> None:
 
 
 def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableType]:
+    assumed: set[str] = set()
     for name, found in reports.items():
         yield _table(name, found)
+        verdicts: dict[str, list[str]] = {}
         for report in found:
+            assumed.update(report.work.assumed)
             if not report.ok:
-                yield Text(f"  {report.resolution.request.mode.value}: {report.verdict}")
+                verdicts.setdefault(report.verdict, []).append(report.name)
+        yield from (Text(f"  {', '.join(phases)}: {verdict}") for verdict, phases in verdicts.items())
+    hidden = f", as if {', '.join(sorted(assumed))} hid nothing" if assumed else ""
     yield Text(
-        "MiB: arguments, outputs and temporaries of one device. Compiled, not run: this proves no numbers and no speed."
+        "MiB: arguments, outputs and temporaries of one device. FLOPs, bytes and roofline: at least; a decode step "
+        f"reads a full cache{hidden}. Compiled, not run: this proves no numbers and no speed."
     )
 
 
 def _table(name: str, reports: tuple[LayerReport, ...]) -> Table:
     table = Table(title=name, title_justify="left")
     for column in ("phase", "kernel", "compiles"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("seconds", "MiB", "FLOPs/byte", "roofline ms"):
         table.add_column(column, justify="right")
     for report in reports:
         compilation, work = report.compilation, report.work
         memory = {} if compilation is None else compilation.memory
         table.add_row(
-            report.resolution.request.mode.value,
+            report.name,
             report.resolution.kernel or "–",
             str(report.outcome),
             "–" if compilation is None else f"{compilation.seconds:.1f}",

@@ -12,10 +12,9 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
 
 from kernelry import installation
-from kernelry.cli.output import Json, print_json
+from kernelry.cli.output import Json, Text, print_json
 from kernelry.errors import ConfigError
 from kernelry.kernel import KernelSpec
 from kernelry.testing.conformance import Outcome, Report, installed_spec, run

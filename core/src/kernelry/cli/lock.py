@@ -3,61 +3,146 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kernelry.calls import calls
 from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
-from kernelry.config import load_config
-from kernelry.lock import Lock
+from kernelry.config import AttentionConfig
+from kernelry.errors import ConfigError
+from kernelry.lock import Entry, Lock, Origin, changed_fields
+from kernelry.model_shape import ModelShape
 from kernelry.phases import resolve_phases
-from kernelry.policy import Policy
+from kernelry.request import Request
 from kernelry.resolver import explain
 from kernelry.switches import LOCK_FILE
+from kernelry.target import Target, current_target
+
+_TARGET = "target"
+"""The fact of an origin that is not of the shape."""
 
 
 def lock(
-    config: Annotated[Path, typer.Argument(help="a config whose [attention] table decides.")],
-    target: Annotated[str, typer.Option(help="platform[:kind[:topology]]; default: this machine.")] = "",
+    config: shape.Config = None,
+    maxtext: shape.MaxText = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="platform[:kind[:topology]]; default: this machine; may be repeated.")
+    ] = None,
     q_len: shape.QueryLength = 1024,
     max_len: shape.MaxLength = None,
-    batch: shape.Batch = 1,
+    batch: shape.Batch = None,
     heads: shape.Heads = 8,
     kv_heads: shape.KVHeads = None,
     head_dim: shape.HeadDim = 128,
     value_dim: shape.ValueDim = None,
     dtype: shape.DType = "bfloat16",
     two_part: shape.TwoPart = False,
-    file: Annotated[Path, typer.Option(help="the lock file.")] = Path(LOCK_FILE),
+    cache: shape.Cache = None,
+    mask: shape.Masks = None,
+    file: Annotated[Path, typer.Option("--file", "-o", help="the lock file.")] = Path(LOCK_FILE),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; status 1 when a resolution changed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The kernels of train, prefill and decode, written down for strict mode; --check compares."""
-    read = load_config(config)
+    """The kernels of train, prefill and decode, written down for strict mode; --check compares.
+
+    What the file holds of other configs, sizes, caches and masks is kept, so a model with several kinds of layers is
+    locked by one call for each.
+    """
+    read = shape.read_config(config, maxtext)
+    name = shape.source_of(config, maxtext, start=file.parent)
     if check:
-        _check(Lock.read(file), read.policy, as_json)
+        _check(Lock.read(file), read, name, as_json)
         return
-    sizes = shape.model_shape(q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part)
-    phases = resolve_phases(read, sizes, target=target or None)
-    locked = Lock.of(phases.all)
-    locked.write(file)
+    shapes = shape.model_shapes(
+        q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part, cache, mask
+    )
+    targets = [Target.parse(text) for text in target or ()] or [current_target()]
+    locked, disagreements = Lock(()), {}
+    for where in targets:
+        for sizes in shapes:
+            phases = resolve_phases(read, sizes, target=where, changes=False)
+            shape.check_names(phases.all)
+            locked = locked.merged(Lock.of(phases.all, _origin(name, where, sizes)))
+            disagreements.update(dict.fromkeys(phases.disagreements))
+    written = locked.write(file, merge=True)
+    _tell(file, locked, written, list(disagreements), as_json)
+
+
+def _tell(file: Path, locked: Lock, written: Lock, disagreements: list[str], as_json: bool) -> None:
     if as_json:
-        print_json({"file": str(file), **locked.to_json(), "disagreements": list(phases.disagreements)})
+        print_json({"file": str(file), **written.to_json(), "disagreements": disagreements})
         return
     for entry in locked.entries:
-        sys.stdout.write(f"{entry.request.mode.value}: {entry.choice}\n")
-    for text in phases.disagreements:
+        sys.stdout.write(f"{_shown(entry.request)}: {entry.choice}\n")
+    kept = len(written.entries) - len(locked.entries)
+    if kept:
+        sys.stdout.write(f"{kept} other resolutions of {file} were kept.\n")
+    for text in disagreements:
         sys.stdout.write(f"disagreement: {text}\n")
 
 
-def _check(locked: Lock, policy: Policy, as_json: bool) -> None:
-    """Asks every locked request again, so that no option needs repeating."""
-    found = [locked.difference(explain(entry.request, policy=policy)) for entry in locked.entries]
-    differences = [text for text in found if text is not None]
+def _shown(request: Request) -> str:
+    sizes = f"B={request.batch} T={request.q_len} S={request.kv_len}"
+    held = [f"{name}={value}" for name in ("kv_quantization", "page_size") if (value := getattr(request, name))]
+    return " ".join([request.mode.value, str(request.target), sizes, f"mask={request.mask}", *held])
+
+
+def _origin(name: str, target: Target, sizes: ModelShape) -> Origin:
+    return Origin(name, tuple(sorted({_TARGET: str(target), **sizes.to_json()}.items())))
+
+
+def _asked_again(origin: Origin, config: AttentionConfig) -> tuple[Request, ...]:
+    facts = dict(origin.facts)
+    try:
+        target, sizes = Target.parse(facts.pop(_TARGET)), ModelShape(**facts)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"the lock file's sizes {facts} cannot be read: {error}; run kernelry lock again.") from error
+    return tuple(call.request for call in calls(config, sizes, target))
+
+
+def _check(locked: Lock, config: AttentionConfig, name: str, as_json: bool) -> None:
+    """Asks again what the config asked, so that no option needs repeating, and compares."""
+    mine = [entry for entry in locked.entries if not entry.origins or any(o.config == name for o in entry.origins)]
+    origins = dict.fromkeys(o for entry in mine for o in entry.origins if o.config == name)
+    asked = dict.fromkeys(request for origin in origins for request in _asked_again(origin, config))
+    differences = list(_differences(locked, mine, asked, config, name))
+    others = sorted({o.config for entry in locked.entries for o in entry.origins} - {name})
     if as_json:
-        print_json({"file": locked.source, "checked": len(found), "differences": differences})
+        print_json({"file": locked.source, "checked": len(mine), "differences": differences, "not_checked": others})
     else:
-        sys.stdout.write("".join(f"{text}\n" for text in differences) or f"{len(found)} resolutions stand.\n")
+        sys.stdout.write("".join(f"{text}\n" for text in differences) or f"{len(mine)} resolutions stand.\n")
+        if others:
+            sys.stdout.write(f"not checked: what {', '.join(others)} asked for; pass it with --check.\n")
     raise typer.Exit(1 if differences else 0)
+
+
+def _differences(
+    locked: Lock, mine: list[Entry], asked: dict[Request, Any], config: AttentionConfig, name: str
+) -> Iterator[str]:
+    if not mine:
+        yield f"{locked.source} holds nothing that {name} asked for; run kernelry lock {name}"
+    new = [request for request in asked if all(entry.request != request for entry in mine)]
+    for entry in mine:
+        if entry.origins and entry.request not in asked:
+            yield _stale(entry, new, name)
+            continue
+        text = locked.difference(explain(entry.request, policy=config.policy, changes=False))
+        if text is not None:
+            yield text
+    for request in new:
+        yield str(locked.difference(explain(request, policy=config.policy, changes=False)))
+
+
+def _stale(entry: Entry, new: list[Request], name: str) -> str:
+    """Says that a config asks for something else now, which is taken out of `new`."""
+    alike = [request for request in new if request.mode is entry.request.mode]
+    if not alike:
+        return f"{entry.request}: {name} no longer asks for this; run kernelry lock again"
+    instead = min(alike, key=lambda request: len(changed_fields(entry.request, request)))
+    new.remove(instead)
+    fields = ", ".join(f"{field}={now} instead of {was}" for field, was, now in changed_fields(entry.request, instead))
+    return f"{entry.request}: {name} no longer asks for this, but for {fields}; run kernelry lock again"

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, final
 
 import importlib_metadata
 import jax
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
+from kernelry import installation
 from kernelry._version import __version__
-from kernelry.catalogue import InstalledKernel, Registry
+from kernelry.catalogue import Fault, InstalledKernel, Registry, switch_faults
+from kernelry.cli.output import Text
 from kernelry.hookspecs import CONTRACT
+from kernelry.request import NEUTRAL, Request
 from kernelry.resolution import Candidate, Resolution
 from kernelry.switches import Switches
 from kernelry.target import home_target
@@ -49,7 +51,7 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
 def kernels_table(installed: Registry) -> RenderableType:
     """The installed kernels as a table."""
     if not installed.kernels:
-        return Text("No kernels are installed; pip install kernelry-dot-product serves every platform.")
+        return Text("No kernels are installed.")
     table = Table(show_lines=True)
     table.add_column("kernel", no_wrap=True)
     table.add_column("serves")
@@ -81,8 +83,8 @@ def _serves(row: dict[str, Any]) -> RenderableType:
     return Group(Text(row["summary"]), facts)
 
 
-def _words(names: Iterable[str]) -> str:
-    return escape(" ".join(names)) or "–"
+def _words(names: Iterable[str]) -> Text:
+    return Text(" ".join(names) or "–")
 
 
 def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
@@ -92,8 +94,20 @@ def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
         "target": _home(),
         "switches": _switches(switches),
         "plugins": [plugin.to_json() for plugin in installed.plugins],
-        "faults": [fault.to_json() for fault in installed.faults],
+        "faults": [fault.to_json() for fault in all_faults(installed, switches)],
     }
+
+
+def without_plain_kernel(installed: Registry) -> str | None:
+    """What to do where no plain kernel is installed, with the kernels made for this machine."""
+    if installation.has_plain_kernel(installed.kernels):
+        return None
+    return installation.without_plain_kernel(_home().partition(":")[0], installed.kernels)
+
+
+def all_faults(installed: Registry, switches: Switches) -> tuple[Fault, ...]:
+    """The faults of the plugins and of the environment variables."""
+    return (*installed.faults, *switch_faults(installed, switches))
 
 
 def _switches(switches: Switches) -> dict[str, Any]:
@@ -134,35 +148,78 @@ def doctor_parts(installed: Registry, switches: Switches) -> Iterator[Renderable
     for column in ("plugin", "distribution", "module", "kernels"):
         plugins.add_column(column, overflow="fold")
     for plugin in installed.plugins:
-        kernels = _words(plugin.kernels) if plugin.enabled else "not in KERNELRY_PLUGINS"
+        kernels = _words(plugin.kernels) if plugin.enabled else Text("not in KERNELRY_PLUGINS")
         plugins.add_row(plugin.name, plugin.distribution, plugin.module, kernels)
     yield plugins
-    if not installed.faults:
+    advice = without_plain_kernel(installed)
+    if advice is not None:
+        yield Text(advice)
+    found = all_faults(installed, switches)
+    if not found:
         yield "No faults."
         return
     faults = Table(title="Faults", title_justify="left", show_lines=True)
-    for column in ("plugin", "distribution", "fault", "what happened", "fix"):
+    for column in ("plugin or variable", "from", "fault", "what happened", "fix"):
         faults.add_column(column, overflow="fold")
-    for fault in installed.faults:
-        faults.add_row(fault.plugin, fault.distribution, fault.kind.value, escape(fault.detail), escape(fault.fix))
+    for fault in found:
+        faults.add_row(fault.plugin, fault.distribution, fault.kind.value, Text(fault.detail), Text(fault.fix))
     yield faults
 
 
-def resolution_parts(resolution: Resolution) -> Iterator[RenderableType]:
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asked:
+    """What of a request comes from a config.
+
+    Args:
+      source: the config.
+      fields: those of the request that it gave, as text, where they ask for something.
+      overridden: what it says of fields that were given on the command line.
+    """
+
+    source: str
+    fields: dict[str, str]
+    overridden: dict[str, str]
+
+    @classmethod
+    def of(cls, source: str, request: Request, said: Mapping[str, Any], given: Mapping[str, Any]) -> Asked:
+        """Compares what a config says and what was given."""
+        neutral = {**NEUTRAL, "scale": None}
+        asked = {name: value for name, value in said.items() if value != neutral[name] and name not in given}
+        overridden = {name: str(said[name]) for name in given if said[name] != getattr(request, name)}
+        return cls(source, {name: str(value) for name, value in asked.items()}, overridden)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        fields = " ".join(f"{name}={value}" for name, value in self.fields.items()) or "nothing but its rules"
+        instead = " ".join(f"{name}={value}" for name, value in self.overridden.items())
+        return f"from {self.source}: {fields}" + (f"; not its {instead}, as given here" if instead else "")
+
+
+def resolution_parts(resolution: Resolution, asked: Asked | None = None) -> Iterator[RenderableType]:
     """A resolution for people: what was asked, what decided, and each candidate's answer."""
     yield Text(str(resolution.request))
+    if asked is not None:
+        yield Text(str(asked))
     yield Text(f"decided by {resolution.rule}")
     table = Table(show_lines=True)
     for column in ("", "kernel", "from", "answer"):
         table.add_column(column, overflow="fold")
     for candidate in resolution.candidates:
         chosen = candidate.name == resolution.kernel
-        table.add_row("→" if chosen else "", candidate.name, candidate.distribution, _answer(resolution, candidate))
+        table.add_row(
+            Text("→" if chosen else ""), candidate.name, candidate.distribution, _answer(resolution, candidate)
+        )
     for name in resolution.excluded:
         table.add_row("", name, "", "not considered under this rule")
     yield table
     if resolution.plan is None:
         yield Text("No kernel serves this request.")
+        if resolution.advice is not None:
+            yield Text(resolution.advice)
     elif len(resolution.plan.steps) > 1:
         yield Text(f"adapters together: {resolution.plan.cost}")
     for change in resolution.changes:

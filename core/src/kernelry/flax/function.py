@@ -14,8 +14,10 @@ from kernelry.api import attention
 from kernelry.config import AttentionConfig
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax.operation import policy_of
+from kernelry.layer import check_config
 from kernelry.masks import Causal, Dense, Full, Mask
 from kernelry.masks.base import is_mask
+from kernelry.masks.fit import not_a_mask
 from kernelry.policy import AUTO
 from kernelry.request import Mode
 
@@ -148,6 +150,7 @@ _OF_THE_CHOICE = frozenset({"kernel", "rules", "thresholds", "forbid_adapters", 
 
 def _check_config(config: AttentionConfig) -> None:
     """An option that only AttentionOp reads must not be lost here."""
+    check_config(config)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in given.items():
         if name not in _OF_THE_CHOICE and value != getattr(_SHIPPED, name):
@@ -195,6 +198,8 @@ def _mask(mask: Any, is_causal: bool, batch: tuple[int, ...], q_len: int, kv_len
     if is_mask(mask):
         given = mask
     elif mask is not None:
+        if not hasattr(mask, "ndim"):
+            raise ShapeError(f"mask must be an array or a kernelry mask, got {not_a_mask(mask)}.")
         visible = _on_logits("mask", mask, batch)
         # Flax's mask makers give 0 and 1 in float32 unless told otherwise.
         given = Dense(visible if visible.dtype == jnp.bool_ else visible > 0)

@@ -13,6 +13,7 @@ from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax.tokens import Tokens
 from kernelry.masks import BidirectionalSpans, Dense, Mask, Segments
 from kernelry.masks.base import is_mask
+from kernelry.masks.fit import not_a_mask
 from kernelry.moba import select_blocks
 
 
@@ -46,7 +47,7 @@ def mask_of(base: Mask, tokens: Tokens, query: jax.Array, key: jax.Array, moba: 
 def check_mask(mask: Any) -> None:
     """Raises ShapeError for anything but a mask, e.g. an array."""
     if not is_mask(mask):
-        raise ShapeError(f"mask must be a kernelry mask, got {type(mask).__name__}; wrap an array in masks.Dense.")
+        raise ShapeError(f"mask must be a kernelry mask, got {not_a_mask(mask)}.")
 
 
 def placed(base: Mask, tokens: Tokens, q_len: int, kv_len: int) -> Mask:

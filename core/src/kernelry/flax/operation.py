@@ -17,6 +17,7 @@ from kernelry.config import AttentionConfig
 from kernelry.errors import ArgumentError
 from kernelry.flax.call import Call
 from kernelry.flax.tokens import CachedPart, Tokens
+from kernelry.layer import check_config
 from kernelry.masks import Mask
 from kernelry.partial import Partial
 from kernelry.request import Mode, Operand
@@ -62,6 +63,7 @@ class AttentionOp(nnx.Module):
         deterministic: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        check_config(config)
         self.config = config
         self.mask = nnx.data(config.mask if mask is None else mask)  # it may carry arrays
         self.sinks = nnx.data(None if sink_heads is None else nnx.Param(jnp.zeros(sink_heads)))

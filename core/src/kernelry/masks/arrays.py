@@ -11,6 +11,7 @@ import numpy as np
 
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.side import ArrayLike
+from kernelry.operands import unwrapped
 
 _SHOWN = 64
 """Elements; larger arrays are shown by dtype and shape, for nobody pastes them."""
@@ -19,7 +20,8 @@ _INT32 = np.iinfo(np.int32)
 
 
 def as_array(value: Any) -> ArrayLike:
-    """NumPy unless it is JAX's already."""
+    """NumPy unless it is JAX's already; unwrapped."""
+    value = unwrapped(value)
     return value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
 
 
@@ -79,6 +81,18 @@ def with_rank_4(array: ArrayLike) -> ArrayLike:
 def module_of(*arrays: ArrayLike) -> ModuleType:
     """Numpy where all arrays are NumPy's, else jax.numpy."""
     return np if all(isinstance(array, np.ndarray | np.generic) for array in arrays) else jnp
+
+
+def missing_axes(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> str:
+    """A hint where an array that should broadcast to B N T S has the batch first and no axis of heads."""
+    batch, _, q_len, kv_len = full
+    while shape[:1] == (1,):
+        shape = shape[1:]
+    if shape == (batch, q_len, kv_len):
+        return f"; for [B, T, S] write {name}[:, None]"
+    if shape == (batch, kv_len):
+        return f"; for [B, S] write {name}[:, None, None]"
+    return ""
 
 
 def check_rows(name: str, array: ArrayLike, batch: int, length: int) -> None:

@@ -33,7 +33,7 @@ class Full(Mask):
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         xp = np if isinstance(kv.slots, np.ndarray) else jnp
-        return xp.ones(np.broadcast_shapes(query.slots.shape, kv.slots.shape), bool)
+        return xp.ones(jnp.broadcast_shapes(query.slots.shape, kv.slots.shape), bool)
 
 
 @final

@@ -141,6 +141,7 @@ class Mask(Protocol):
             raise ShapeError(
                 f"the parts of mask={self!r} do not fit each other ({error}); where heads differ, pass q_heads=, N."
             ) from error
+        xp = jnp if isinstance(visible, jax.core.Tracer) else xp  # of an array that a predicate's function holds
         return xp.broadcast_to(visible, (*visible.shape[:2], q_len, kv_len))
 
     def block_map(self, q_len: int, kv_len: int, block_q: int, block_kv: int) -> np.ndarray:
@@ -288,7 +289,10 @@ def _parts(mask: Mask, of: type[And] | type[Or]) -> tuple[Mask, ...]:
 def _mask(value: Any) -> Mask:
     if is_mask(value):
         return value  # type: ignore[no-any-return]
-    raise ArgumentError(f"a mask composes with masks, got {type(value).__name__}; wrap an array in masks.Dense.")
+    # Imported here because it knows this module.
+    from kernelry.masks.fit import not_a_mask
+
+    raise ArgumentError(f"a mask composes with masks, got {not_a_mask(value)}.")
 
 
 def is_mask(value: Any) -> bool:

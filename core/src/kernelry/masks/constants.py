@@ -11,36 +11,62 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.form import Atom, AtomKind, FunctionRef, Held, MaskForm
 
 
-def arrays_held(atom: Atom) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the arrays that the function of a PREDICATE without operands holds; none of other atoms."""
+def arrays_held(atom: Atom) -> tuple[tuple[int, ...], ...] | None:
+    """Shapes of the arrays that the function of a PREDICATE without operands holds; none of other atoms.
+
+    None where the function is gone and was not asked in time.
+    """
+    held = _held(atom)
+    return None if held is None else held[0]
+
+
+def holds_traced(atom: Atom) -> bool:
+    """Whether the function of a PREDICATE without operands holds an array of a program that is being traced."""
+    held = _held(atom)
+    return held is not None and held[1]
+
+
+def _held(atom: Atom) -> Held | None:
     if atom.kind is not AtomKind.PREDICATE or "operands" in atom.params:
-        return ()
-    return _held_by(_function(atom.params[0]))
+        return (), False
+    named = atom.params[0]
+    if not isinstance(named, FunctionRef):
+        function = _imported(named)
+        return ((), False) if function is None else _held_by(FunctionRef(function))
+    if named.held is None and named.function is not None:
+        named.held = _held_by(named)
+    return named.held
 
 
-def _function(named: Any) -> Callable[..., Any] | None:
+def note_arrays(form: MaskForm) -> None:
+    """Asks the functions in a form that may outlive them."""
+    for atom in form.atoms:
+        arrays_held(atom)
+        for inside in atom.params:
+            if isinstance(inside, MaskForm):
+                note_arrays(inside)
+
+
+def _imported(named: str) -> Callable[..., Any] | None:
     """The function that an atom names; None where its module is not imported, as of a request out of a file."""
-    if not isinstance(named, str):
-        function: Callable[..., Any] = named
-        return function
     module, _, name = named.partition(":")
     return getattr(sys.modules.get(module), name, None)
 
 
 @functools.lru_cache(maxsize=256)
-def _held_by(function: Callable[..., Any] | None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the arrays that tracing a function of positions finds."""
-    if function is None:
-        return ()
+def _held_by(held: FunctionRef) -> Held:
+    """What tracing a function of positions finds."""
+    function = held.function
+    assert function is not None
     position = jax.ShapeDtypeStruct((1, 1, 1, 1), np.int32)  # type: ignore[no-untyped-call]
     try:
         traced = jax.make_jaxpr(function)(position, position)
     except Exception:  # the user's own, which the call shows with its positions: no kernel's fault
-        return ()
-    return tuple(_shapes(traced))
+        return (), False
+    return tuple(_shapes(traced)), any(isinstance(array, jax.core.Tracer) for array in traced.consts)
 
 
 def _shapes(part: Any) -> Iterator[tuple[int, ...]]:

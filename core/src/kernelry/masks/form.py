@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
-from kernelry.errors import ArgumentError, ConfigError
+from kernelry.errors import ArgumentError, ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from kernelry.masks.visibility import Visibility
@@ -53,6 +56,57 @@ class AtomKind(enum.Enum):
     ANY_OF = "any_of"
     NOT = "not"
     CUSTOM = "custom"
+
+
+Held: TypeAlias = tuple[tuple[tuple[int, ...], ...], bool]
+"""Shapes of the arrays that a function holds, and whether any of them is being traced."""
+
+
+@final
+class FunctionRef:
+    """A predicate's function in a form, which caches keep: it is held weakly, with what it closes over.
+
+    Equal to another while both functions live and are equal; once its function is gone, it equals only itself.
+    """
+
+    __slots__ = ("_ref", "held", "title")
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.held: Held | None = None
+        """The arrays that it holds, once `arrays_held` was asked."""
+        self.title = str(getattr(function, "__qualname__", function))
+        self._ref: Callable[[], Callable[..., Any] | None]
+        try:
+            bound = isinstance(function, types.MethodType)
+            self._ref = weakref.WeakMethod(function) if bound else weakref.ref(function)
+            hash(self._ref)  # it is kept, and not to be had any more when the function is gone
+        except TypeError:  # of a class with __slots__
+            self._ref = _Held(function)
+
+    @property
+    def function(self) -> Callable[..., Any] | None:
+        """The function; None when it is gone."""
+        return self._ref()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionRef) and self._ref == other._ref
+
+    def __hash__(self) -> int:
+        return hash(self._ref)
+
+    def __repr__(self) -> str:
+        return f"<function {self.title}>"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Held:
+    """Like a weak reference, for what allows none."""
+
+    function: Callable[..., Any]
+
+    def __call__(self) -> Callable[..., Any]:
+        return self.function
 
 
 @final
@@ -102,8 +156,10 @@ class PositionForm:
 
 
 def _expand(row: tuple[tuple[int, int], ...], length: int) -> np.ndarray:
-    counted = ((first, length if count == OPEN_RUN else count) for first, count in row)
-    return np.concatenate([np.arange(0), *(np.arange(first, first + count) for first, count in counted)])
+    firsts, counts = np.fromiter(itertools.chain.from_iterable(row), np.int64, 2 * len(row)).reshape(-1, 2).T
+    counts = np.where(counts == OPEN_RUN, length, counts)
+    starts = np.cumsum(counts) - counts
+    return np.repeat(firsts - starts, counts) + np.arange(counts.sum())
 
 
 _DEFAULT = PositionForm()
@@ -118,7 +174,7 @@ class Atom:
       kind: what it is.
       params: its static parameters; for CAUSAL and WINDOW the band `(left, right)`, None meaning
         unbounded; for CHUNKED, BLOCK_CAUSAL and BLOCK_SELECTION the size; for PREDICATE the
-        function, by name where it has one, and the word `operands` where it takes arrays; for
+        function, by name where it has one, else a FunctionRef, and the word `operands` where it takes arrays; for
         ANY_OF and NOT the MaskForms inside; for CUSTOM the name first.
       query, kv: how the positions of each side are given.
     """
@@ -187,7 +243,7 @@ class Atom:
 def _plain(param: Any) -> Any:
     if isinstance(param, MaskForm):
         return param.to_json()
-    if callable(param):
+    if isinstance(param, FunctionRef):
         raise ArgumentError(
             f"Predicate: {param!r} cannot be written down, for it stands in no module; "
             "define it with def at module level."
@@ -205,7 +261,7 @@ def _describe(kind: AtomKind, params: tuple[Any, ...]) -> str:
         return "(" + " | ".join(str(p) for p in params) + ")"
     if kind is AtomKind.NOT:
         return f"~({params[0]})"
-    named = (getattr(param, "__qualname__", str(param)) for param in params)
+    named = (param.title if isinstance(param, FunctionRef) else str(param) for param in params)
     return f"{kind.value}({', '.join(named)})" if params else kind.value
 
 
@@ -215,14 +271,50 @@ def _frozen(value: Any) -> Any:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Placed:
+    """How many rows of static positions one side has, and how long they are."""
+
+    side: str
+    rows: int
+    lengths: frozenset[int]
+
+    def check(self, batch: int, length: int) -> None:
+        name, letter = ("q_len", "T") if self.side == "query" else ("kv_len", "S")
+        for given in sorted(self.lengths - {length}):
+            raise ShapeError(
+                f"mask: {self.side}_positions are {given} numbers, and {name}={length}: give one position for each of "
+                f"the {letter} tokens, or pass {name}={given}."
+            )
+        if self.rows not in (1, batch):
+            raise ShapeError(
+                f"mask: {self.side} positions differ between {self.rows} rows, and batch={batch}: pass "
+                f"batch={self.rows}, or positions that all rows share."
+            )
+
+
+def _placed(atoms: Iterable[Atom]) -> Iterator[_Placed]:
+    for atom in atoms:
+        for side, form in (("query", atom.query), ("kv", atom.kv)):
+            if isinstance(form.value, tuple):
+                counts = ([count for _, count in row] for row in form.value)
+                yield _Placed(side, len(form.value), frozenset(sum(row) for row in counts if OPEN_RUN not in row))
+        for param in atom.params:
+            if isinstance(param, MaskForm):
+                yield from param._placed
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
 class MaskForm:
     """A conjunction of atoms, sorted; no atoms means every key is visible."""
 
     atoms: tuple[Atom, ...] = ()
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+    _placed: tuple[_Placed, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash(self.atoms))
+        object.__setattr__(self, "_placed", tuple(_placed(self.atoms)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -252,6 +344,15 @@ class MaskForm:
         """False only where every key is certainly seen by some query row."""
         return self._visibility(q_len, kv_len).hidden_slots
 
+    def check_positions(self, batch: int, q_len: int, kv_len: int) -> None:
+        """Checks that static positions are as many as the tokens.
+
+        Raises:
+          ShapeError: they are of another length, or of another batch.
+        """
+        for placed in self._placed:
+            placed.check(batch, q_len if placed.side == "query" else kv_len)
+
     def _visibility(self, q_len: int, kv_len: int) -> Visibility:
         # Imported here because it takes forms apart.
         from kernelry.masks.visibility import visibility_of
@@ -273,10 +374,8 @@ class MaskForm:
           ConfigError: it is nothing that `to_json` writes.
         """
         try:
-            atoms = tuple(Atom.from_json(atom) for atom in data)
-            hash(atoms)
+            return cls(tuple(Atom.from_json(atom) for atom in data))
         except KeyError as error:
             raise ConfigError(f"mask: cannot be read from {data!r}: it lacks {error}.") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"mask: cannot be read from {data!r}: {error}") from error
-        return cls(atoms)

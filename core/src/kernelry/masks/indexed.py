@@ -16,6 +16,7 @@ from kernelry.masks.arrays import (
     as_limits,
     check_rows,
     described,
+    missing_axes,
     module_of,
     with_rank_4,
 )
@@ -235,7 +236,8 @@ class Dense(Mask):
         full = (extent.batch, extent.q_heads, extent.q_len, extent.kv_len)
         shape = with_rank_4(self.visible).shape
         if any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
-            raise ShapeError(f"Dense: visible must broadcast to B N T S = {full}, got shape {self.visible.shape}.")
+            found = f"{self.visible.shape}{missing_axes('array', self.visible.shape, full)}"
+            raise ShapeError(f"Dense: visible must broadcast to B N T S = {full}, got shape {found}.")
 
     def __repr__(self) -> str:
         return f"Dense({described(self.visible)})"

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernelry.errors import ArgumentError, KernelryError, nearest
-from kernelry.masks.base import Mask
+from kernelry.masks.base import Extent, Mask
 from kernelry.masks.form import MaskForm
 from kernelry.masks.words import CLASSES, STAND_INS, WORDS
 
@@ -29,9 +29,10 @@ _SHOWN = 100
 """Characters of the expression that messages repeat."""
 _PLACES = ("query_offset", "kv_offset", "query_positions", "kv_positions")
 _TRUTH = {"true": True, "false": False}
+_LEAST = Extent(batch=1, q_heads=1, kv_heads=1, q_len=1, kv_len=1)
 
 
-def parse_mask(text: str, classes: Mapping[str, type[Mask]] | None = None) -> Mask:
+def parse_mask(text: str, classes: Mapping[str, Callable[..., Mask]] | None = None) -> Mask:
     """Reads a mask with its arrays, e.g. `causal & segments(0, 0, 1, 1)`.
 
     Args:
@@ -41,10 +42,10 @@ def parse_mask(text: str, classes: Mapping[str, type[Mask]] | None = None) -> Ma
     Raises:
       ArgumentError: it is no mask expression, a name is unknown, or an array is missing.
     """
-    return _parse(text, classes, form_only=False)
+    return _parse(text, classes, None)
 
 
-def parse_form(text: str, classes: Mapping[str, type[Mask]] | None = None) -> MaskForm:
+def parse_form(text: str, classes: Mapping[str, Callable[..., Mask]] | None = None) -> MaskForm:
     """Reads a mask's form, in which arrays may be left out.
 
     Args:
@@ -56,14 +57,28 @@ def parse_form(text: str, classes: Mapping[str, type[Mask]] | None = None) -> Ma
     Raises:
       ArgumentError: it is no mask expression, or a name is unknown.
     """
-    return _parse(text, classes, form_only=True).form
+    return _parse(text, classes, _LEAST).form
 
 
-def _parse(text: str, classes: Mapping[str, type[Mask]] | None, *, form_only: bool) -> Mask:
+def parse_shaped(text: str, extent: Extent, names: Mapping[str, Callable[..., Mask]] | None = None) -> Mask:
+    """Reads a mask for sizes alone: arrays that are left out have the shapes that fit, and no meaning.
+
+    Args:
+      text: an expression as for `parse_form`.
+      extent: the sizes that it is to fit.
+      names: more names, such as masks of plugins; core's own come first.
+
+    Raises:
+      ArgumentError: it is no mask expression, or a name is unknown.
+    """
+    return _parse(text, names, extent)
+
+
+def _parse(text: str, classes: Mapping[str, Callable[..., Mask]] | None, extent: Extent | None) -> Mask:
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        return _Reader(shown, {**(classes or {}), **CLASSES, **WORDS}, form_only=form_only).read(tree)
+        return _Reader(shown, {**(classes or {}), **CLASSES, **WORDS}, extent).read(tree)
     except (SyntaxError, UnicodeError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise ArgumentError(f"mask {shown!r} is not an expression: {reason}.") from error
@@ -78,10 +93,10 @@ def _too_deep(shown: str) -> ArgumentError:
 class _Reader:
     """Walks the syntax tree; knows names, calls, operators and lists, and nothing else."""
 
-    def __init__(self, shown: str, names: Mapping[str, Callable[..., Mask]], *, form_only: bool) -> None:
+    def __init__(self, shown: str, names: Mapping[str, Callable[..., Mask]], extent: Extent | None) -> None:
         self.shown = shown
         self.names = names
-        self.form_only = form_only
+        self.extent = extent  # of the arrays that are left out; None where none may be
 
     def read(self, node: ast.expr, depth: int = 0) -> Mask:
         if depth > _DEEPEST:
@@ -115,9 +130,12 @@ class _Reader:
     def place(self, keyword: ast.keyword) -> Any:
         if not (isinstance(keyword.value, ast.Name) and keyword.value.id == "traced"):
             return self.value(keyword.value)
-        if not self.form_only:
+        if self.extent is None:
             raise self.wrong(f"a picture needs the numbers of {keyword.arg}; `traced` is known only at run time")
-        return jnp.zeros((1,) if str(keyword.arg).endswith("positions") else (), jnp.int32)
+        if str(keyword.arg).endswith("offset"):
+            return jnp.zeros((), jnp.int32)
+        length = self.extent.q_len if str(keyword.arg).startswith("query") else self.extent.kv_len
+        return jnp.zeros((length,), jnp.int32)
 
     def make(self, name: str, values: list[Any], named: Mapping[str, Any]) -> Mask:
         if name not in self.names and name not in STAND_INS:
@@ -125,8 +143,8 @@ class _Reader:
             raise self.wrong(f"unknown name {name!r}{nearest(name, known)}")
         stand_in = STAND_INS.get(name)
         if stand_in is not None and len(values) == stand_in.numbers and not named:
-            if self.form_only:
-                return stand_in.make(*values)
+            if self.extent is not None:
+                return stand_in.make(self.extent, *values)
             raise self.wrong(f"a picture needs the array of {name!r}: write {stand_in.instead}")
         if name not in self.names:
             assert stand_in is not None

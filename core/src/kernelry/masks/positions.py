@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Protocol, final
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 
 from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.masks.arrays import as_integers, described
+from kernelry.masks.arrays import as_array, as_integers, described
 from kernelry.masks.form import OPEN_RUN, PositionForm, PositionKind, Runs
 from kernelry.masks.side import ArrayLike, Side
+from kernelry.operands import unwrapped
 
 
 class Positions(Protocol):
@@ -138,9 +140,7 @@ class StaticPositions(Positions):
     @property
     def array(self) -> np.ndarray:
         """Positions as int32 [rows, L]."""
-        positions = self.form.positions(0)
-        assert positions is not None
-        return positions.astype(np.int32)
+        return _expanded(self.form)
 
     def of(self, side: Side) -> ArrayLike:
         if isinstance(side.slots, np.ndarray):
@@ -183,6 +183,16 @@ class TracedPositions(Positions):
         return described(self.value)
 
 
+@functools.lru_cache(maxsize=16)
+def _expanded(form: PositionForm) -> np.ndarray:
+    """A block map asks for every row of blocks."""
+    positions = form.positions(0)
+    assert positions is not None
+    positions = positions.astype(np.int32)
+    positions.flags.writeable = False
+    return positions
+
+
 def _along(row: tuple[tuple[int, int], ...], slots: jax.Array) -> jax.Array:
     """Adds to each slot what its run is shifted by: no array is gathered from, nor held by an accelerator's kernel."""
     starts = np.cumsum([0, *(count for _, count in row)])
@@ -213,12 +223,25 @@ def _check_offsets(name: str, rows: int, batch: int) -> None:
         raise ShapeError(f"{name}_offset must be a scalar or [B] = [{batch}], got shape ({rows},).")
 
 
+class _Row(tuple[tuple[int, int], ...]):
+    """The runs of one row; the hash of many takes long, and is asked for whenever JAX looks for a program."""
+
+    def __hash__(self) -> int:
+        found: int | None = self.__dict__.get("hash")
+        if found is None:
+            found = self.__dict__["hash"] = super().__hash__()
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Row, (tuple(self),)
+
+
 def _compress(row: np.ndarray) -> tuple[tuple[int, int], ...]:
     if row.size == 0:
         return ()
     starts = np.flatnonzero(np.diff(row, prepend=row[0] - 2) != 1)
     counts = np.diff(starts, append=row.size)
-    return tuple((int(row[start]), int(count)) for start, count in zip(starts, counts, strict=True))
+    return _Row(zip(row[starts].tolist(), counts.tolist(), strict=True))
 
 
 def from_arguments(name: str, offset: Any, positions: Any) -> Positions | None:
@@ -239,6 +262,7 @@ def from_arguments(name: str, offset: Any, positions: Any) -> Positions | None:
 
 
 def _offset(name: str, offset: Any) -> Positions:
+    offset = unwrapped(offset)
     if isinstance(offset, bool):
         raise ShapeError(f"{name} must be integers, got {offset}.")
     if isinstance(offset, int | np.integer):
@@ -259,7 +283,7 @@ def _positions(name: str, positions: Any) -> Positions:
 
 
 def _integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    array = as_array(value)
     if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
         _in_range(name, array)
     return as_integers(name, value, ranks)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, final
 
 import jax
 import numpy as np
 
-from kernelry._pytree import pytree
+from kernelry._pytree import importable_name, pytree
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.arrays import as_array, described, module_of
-from kernelry.masks.base import Extent, Mask
-from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.base import Extent, Mask, children
+from kernelry.masks.form import Atom, AtomKind, FunctionRef
 from kernelry.masks.side import ArrayLike, Side
 
 
@@ -25,7 +24,8 @@ class Predicate(Mask):
     """A query sees the keys for which a function of the positions says so.
 
     Define the function with `def` at module level: a fresh lambda is another function in every
-    call, so that everything is traced again, and an anonymous one cannot be written down.
+    call, so that everything is traced again, and an anonymous one cannot be written down. A form holds
+    an anonymous one weakly, so that no cache keeps what it closes over.
 
     Args:
       fn: `fn(query_positions, kv_positions, *operands)` returns booleans. The positions are
@@ -61,7 +61,7 @@ class Predicate(Mask):
 
     @property
     def atom(self) -> Atom:
-        named = _name(self.fn) or self.fn
+        named = importable_name(self.fn) or FunctionRef(self.fn)
         return Atom(AtomKind.PREDICATE, (named, "operands") if self.operands else (named,))
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
@@ -71,7 +71,7 @@ class Predicate(Mask):
                 f"Predicate: {_title(self.fn)} must return booleans that broadcast to B N T S, "
                 f"got {visible.dtype} of shape {visible.shape}."
             )
-        whole = np.broadcast_shapes(visible.shape, query.slots.shape, kv.slots.shape)
+        whole = jax.numpy.broadcast_shapes(visible.shape, query.slots.shape, kv.slots.shape)
         return module_of(visible, query.positions, kv.positions).broadcast_to(visible, whole)
 
     def check(self, extent: Extent) -> None:
@@ -89,12 +89,17 @@ class Predicate(Mask):
         return f"Predicate({', '.join([_title(self.fn), *map(described, self.operands)])})"
 
 
-def _name(fn: Callable[..., Any]) -> str | None:
-    """`module:name`, where the function is found under it; else None."""
-    module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
-    if module is None or name is None or getattr(sys.modules.get(module), name, None) is not fn:
-        return None
-    return f"{module}:{name}"
+def functions_in(mask: Mask) -> Iterator[Callable[..., Any]]:
+    """The functions of the predicates in a mask."""
+    if isinstance(mask, Predicate):
+        yield mask.fn
+    for inside in children(mask):
+        yield from functions_in(inside)
+
+
+def is_lasting(mask: Mask) -> bool:
+    """Whether a cache may hold the mask: its predicates' functions are found by name, and so live on anyhow."""
+    return all(importable_name(function) is not None for function in functions_in(mask))
 
 
 def _title(fn: Callable[..., Any]) -> str:

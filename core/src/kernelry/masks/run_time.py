@@ -145,7 +145,7 @@ def _of_array(mask: Dense, grid: BlockGrid) -> Decided:
     visible = jnp.asarray(mask.visible)
     visible = visible.reshape((1,) * (4 - visible.ndim) + visible.shape)
     for axis, (block, blocks) in ((2, (grid.block_q, grid.rows)), (3, (grid.block_kv, grid.columns))):
-        if visible.shape[axis] > 1:
+        if visible.shape[axis] != 1:
             more = [(0, 0)] * 4
             more[axis] = (0, blocks * block - visible.shape[axis])
             visible = jnp.pad(visible, more, mode="edge")

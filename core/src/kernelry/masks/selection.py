@@ -56,9 +56,9 @@ class BlockSelection(Mask):
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         keep = with_rank_4(self.keep)
         xp = module_of(keep, query.slots, kv.positions)
-        if not query.whole and keep.shape[2] > 1:
+        if not query.whole and keep.shape[2] != 1:
             keep = xp.take(keep, query.slots.reshape(-1), axis=2)
-        if query.q_heads is not None and keep.shape[1] > 1:
+        if query.q_heads is not None and keep.shape[1] != 1:
             keep = _for_query_heads(keep, query.q_heads, xp)
         return _at_blocks(keep, kv.positions // self.block_size, xp)
 

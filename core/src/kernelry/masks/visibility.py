@@ -9,6 +9,7 @@ from typing import final
 import numpy as np
 
 from kernelry.masks.form import Atom, AtomKind, MaskForm
+from kernelry.request_checks import SymbolicSize
 
 _REFLEXIVE = frozenset({AtomKind.CHUNKED, AtomKind.BLOCK_CAUSAL, AtomKind.PREFIX_LM})
 
@@ -27,6 +28,10 @@ def visibility_of(form: MaskForm, q_len: int, kv_len: int) -> Visibility:
     if not form.atoms:
         return Visibility(empty_rows=kv_len == 0, hidden_slots=q_len == 0)
     first = form.atoms[0]
+    if isinstance(q_len, SymbolicSize) or isinstance(kv_len, SymbolicSize):
+        aligned = q_len == kv_len and first.query.start == first.kv.start and first.kv.start is not None
+        certain = aligned and all(_sees_its_own_position(atom) and _same_places(atom, first) for atom in form.atoms)
+        return Visibility(empty_rows=not certain, hidden_slots=not certain)
     if len(form.atoms) == 1 and first.is_band and first.is_static:
         return _of_band(first, q_len, kv_len)
     if all(_sees_its_own_position(atom) and _same_places(atom, first) for atom in form.atoms):

@@ -11,8 +11,8 @@ import numpy as np
 
 from kernelry.errors import ArgumentError
 from kernelry.masks.band import Causal, Full, SlidingWindow
-from kernelry.masks.base import Mask
-from kernelry.masks.chunked import BlockCausal, Chunked
+from kernelry.masks.base import Extent, Mask
+from kernelry.masks.chunked import BlockCausal, Chunked, whole_size
 from kernelry.masks.indexed import BidirectionalSpans, Dense, Lengths, Segments
 from kernelry.masks.prefix import PrefixLM
 from kernelry.masks.selection import BlockSelection
@@ -90,10 +90,10 @@ CLASSES: Mapping[str, Callable[..., Mask]] = MappingProxyType(
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class StandIn:
-    """A mask without its arrays, of which only the form matters.
+    """A mask whose arrays have the right shapes and no meaning: only its form matters.
 
     Args:
-      make: the mask, with arrays of one element.
+      make: the mask of an extent.
       instead: what to write where arrays are needed.
       numbers: how many numbers it takes.
     """
@@ -103,21 +103,34 @@ class StandIn:
     numbers: int = 0
 
 
-_IDS = np.zeros((1,), np.int32)
-_KEEP = np.ones((1, 1, 1, 1), bool)
+def _queries(extent: Extent) -> np.ndarray:
+    return np.zeros((extent.batch, extent.q_len), np.int32)
+
+
+def _keys(extent: Extent) -> np.ndarray:
+    return np.zeros((extent.batch, extent.kv_len), np.int32)
+
+
+def _all_visible(extent: Extent) -> Mask:
+    shape = extent.batch, 1, extent.q_len, extent.kv_len
+    return Dense(np.broadcast_to(np.ones((1, 1, 1, 1), bool), shape))
+
+
+def _all_kept(extent: Extent, size: int) -> Mask:
+    shape = extent.batch, extent.kv_heads, extent.q_len, -(-extent.kv_len // whole_size("block_selection: size", size))
+    return BlockSelection(np.broadcast_to(np.ones((1, 1, 1, 1), bool), shape), size)
+
 
 STAND_INS: Mapping[str, StandIn] = MappingProxyType(
     {
-        "segments": StandIn(lambda: Segments(_IDS), "segments(0, 0, 1, 1)"),
-        "segments_separate": StandIn(lambda: Segments(_IDS, _IDS), "segments([0, 0], [0, 1])"),
-        "spans": StandIn(lambda: BidirectionalSpans(_IDS), "spans(-1, 0, 0, -1)"),
-        "spans_separate": StandIn(lambda: BidirectionalSpans(_IDS, _IDS), "spans([0, 0], [0, 1])"),
-        "lengths": StandIn(lambda: Lengths(_IDS), "lengths(2)"),
-        "prefix_lm": StandIn(lambda: PrefixLM(_IDS[0]), "prefix_lm(2)"),
-        "dense": StandIn(lambda: Dense(_KEEP), "dense([[1, 0], [1, 1]])"),
-        "block_selection": StandIn(
-            lambda size: BlockSelection(_KEEP, size), "block_selection([[1, 0], [1, 1]], 2)", numbers=1
-        ),
+        "segments": StandIn(lambda at: Segments(_queries(at)), "segments(0, 0, 1, 1)"),
+        "segments_separate": StandIn(lambda at: Segments(_queries(at), _keys(at)), "segments([0, 0], [0, 1])"),
+        "spans": StandIn(lambda at: BidirectionalSpans(_queries(at)), "spans(-1, 0, 0, -1)"),
+        "spans_separate": StandIn(lambda at: BidirectionalSpans(_queries(at), _keys(at)), "spans([0, 0], [0, 1])"),
+        "lengths": StandIn(lambda at: Lengths(np.full(at.batch, at.kv_len, np.int32)), "lengths(2)"),
+        "prefix_lm": StandIn(lambda at: PrefixLM(np.zeros(at.batch, np.int32)), "prefix_lm(2)"),
+        "dense": StandIn(_all_visible, "dense([[1, 0], [1, 1]])"),
+        "block_selection": StandIn(_all_kept, "block_selection([[1, 0], [1, 1]], 2)", numbers=1),
     }
 )
 """What forms may leave out."""

@@ -73,6 +73,8 @@ class PagedArray:
         return _beside(self.pages, self.table)
 
     def __repr__(self) -> str:
+        if not hasattr(self.pages, "shape") or not hasattr(self.table, "shape"):  # what jax.tree.map put there
+            return f"PagedArray({self.pages!r}, {self.table!r})"
         return f"PagedArray(pages={list(self.pages.shape)}, table={list(self.table.shape)})"
 
 

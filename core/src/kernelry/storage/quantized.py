@@ -7,8 +7,9 @@ from typing import Any, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, ConfigError, ShapeError, nearest
@@ -76,6 +77,11 @@ class QuantizedArray:
     value of the dtype (127.5 for int8, 7.5 for int4, 448 for float8_e4m3fn), as in MaxText's caches, and the scale is
     rounded to `scale_dtype`. NaN and inf come back as NaN.
 
+    Limits: a channel, which is what one scale reaches, comes back with the format's relative error of its largest
+    magnitude (1 % for int8, 8 % for int4, 7 % for float8_e4m3fn) wherever its scale is a normal number: from
+    1.5e-36 on (5.3e-36 for float8_e4m3fn), up to the largest float32. Below, it comes back as zeros,
+    as channels of zeros do. A `scale_dtype` of float16 narrows that to what float16 holds.
+
     Args:
       values: [..., K, H] of int8, int4 or float8_e4m3fn.
       scale: [..., K, 1] or [..., 1, 1], floating.
@@ -124,17 +130,26 @@ class QuantizedArray:
         if not _is_floating(array) or array.ndim < 2 or 0 in array.shape[-2:]:
             raise ShapeError(f"quantize takes a floating array [..., K, H], K and H not 0, got {described(array)}.")
         shared = {axis % array.ndim for axis in _AXES[kind.axis]}
+        near_one, exponent = _near_one(array.astype(jnp.float32), _AXES[kind.axis], kind.dtype, jnp.dtype(scale_dtype))
         found = _qwix().quantize(
-            array.astype(jnp.float32),
+            near_one,
             jnp.dtype(kind.dtype),
             channelwise_axes=tuple(axis for axis in range(array.ndim) if axis not in shared),
             scale_dtype=jnp.dtype(scale_dtype),
         )
-        return cls(found.qvalue, found.scale)
+        scale = _times_power(found.scale.astype(jnp.float32), exponent)
+        return cls(found.qvalue, scale.astype(found.scale.dtype))
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows K H"]:
-        """Returns values · scale, multiplied in float32."""
-        return (self.values.astype(jnp.float32) * self.scale.astype(jnp.float32)).astype(dtype)
+        """Returns values · scale, multiplied in float32; what rounding takes beyond a dtype's range is its largest.
+
+        Where a scale is not finite the result is not, either.
+        """
+        scale = self.scale.astype(jnp.float32)
+        product = self.values.astype(jnp.float32) * scale
+        most = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
+        within = jnp.clip(product, -min(most, _LARGEST), min(most, _LARGEST))
+        return jnp.where(jnp.isfinite(scale), within, product).astype(dtype)
 
     @property
     def quantization(self) -> Quantization:
@@ -153,7 +168,34 @@ class QuantizedArray:
         return len(self.values.shape)
 
     def __repr__(self) -> str:
+        if not is_array(self.values) or not is_array(self.scale):  # what jax.tree.map put there
+            return f"QuantizedArray({self.values!r}, {self.scale!r})"
         return f"QuantizedArray({self.quantization}, shape={list(self.shape)}, scale={self.scale.dtype})"
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST_VALUE = {"int8": 127.5, "int4": 7.5, "float8_e4m3fn": 448.0}
+
+
+def _near_one(
+    array: jax.Array, shared: tuple[int, ...], dtype: str, scale_dtype: np.dtype
+) -> tuple[Float[Array, "*rows K H"], Int[Array, "*rows heads 1"]]:
+    """Multiplies each channel by a power of two that brings its largest magnitude near 1; returns the exponent left.
+
+    qwix keeps a scale away from zero by adding to it, and divides by it; both are sound near 1 alone.
+    """
+    top = jnp.abs(array).max(axis=shared, keepdims=True)
+    limits = jnp.finfo(scale_dtype)  # type: ignore[no-untyped-call]
+    least = limits.smallest_subnormal if scale_dtype == jnp.float16 else limits.tiny
+    is_zero = top < max(_LARGEST_VALUE[dtype], 127.5) * float(least)
+    exponent = jnp.where(is_zero | ~jnp.isfinite(top), 0, jnp.frexp(top)[1]).astype(jnp.int32)
+    return _times_power(jnp.where(is_zero, 0.0, array), -exponent), exponent
+
+
+def _times_power(array: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Returns array · 2 ** exponent, in two steps, for neither half is beyond float32."""
+    half = exponent // 2
+    return array * jnp.ldexp(jnp.float32(1.0), half) * jnp.ldexp(jnp.float32(1.0), exponent - half)
 
 
 Stored: TypeAlias = "jax.Array | QuantizedArray"

@@ -18,6 +18,6 @@ class DotProductKernel(Kernel):
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope("kernelry.dot_product"):
-            query = Side.query(request.q_len, q_heads=request.q_heads)
-            visible = visible_of(inputs.mask, query, Side.kv(request.kv_len))
+            query = Side.query(inputs.query.shape[1], q_heads=request.q_heads)
+            visible = visible_of(inputs.mask, query, Side.kv(inputs.key.shape[1]))
             return attend_dense(inputs, request, visible, statistics=statistics)

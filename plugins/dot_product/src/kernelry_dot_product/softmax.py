@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from kernelry.plugin import Inputs, Mask, Mode, Partial, Request, Side, with_sinks
+from kernelry.plugin import Inputs, Mask, Mode, Partial, Request, Side, cast_finite, log_sum, with_sinks
 
 _FEW_QUERIES = 64
 """N · T up to which a decode step on CPU multiplies all heads at once: benchmarks/decode.py."""
@@ -61,17 +61,18 @@ def attend_dense(
         out = jnp.where(empty[..., None], 0, out)  # so that a NaN in the cotangent of such a row stops here
     out = jnp.moveaxis(out, 3, 1)
     out = out.reshape(*query.shape[:2], request.q_heads, value.shape[-1])
-    lse = None
+    lse = rest = None
     if statistics or inputs.sinks is not None:
-        lse = _ungrouped(jnp.where(empty, -jnp.inf, top + jnp.log(divisor)))
+        lse, rest = log_sum(top, divisor)
+        lse, rest = _ungrouped(jnp.where(empty, -jnp.inf, lse)), _ungrouped(rest)
     if inputs.sinks is not None:
-        out, lse = with_sinks(out, lse, inputs.sinks), None
+        out, lse, rest = with_sinks(out, lse, inputs.sinks, rest), None, None
     max_logits = None
     if request.max_logits:
         max_logits = _ungrouped(jnp.where(empty, -jnp.inf, top)).max(axis=-1, initial=-jnp.inf)
     if not statistics:
         out = out.astype(request.dtype)
-    return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype)
+    return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype, lse_rest=rest)
 
 
 def _logits(
@@ -84,7 +85,7 @@ def _logits(
     logits = logits.astype(request.logits_dtype)
     logits = logits * jnp.asarray(request.scale, logits.dtype)
     if bias is not None:
-        logits = logits + _grouped(bias, request).astype(logits.dtype)
+        logits = logits + _grouped(cast_finite(bias, logits.dtype), request)
     if bias is not None and visible is not None and request.soft_cap is not None:
         # The derivative of tanh at a hidden NaN is NaN, which no zero from behind can mend.
         logits = jnp.where(visible, logits, 0)
@@ -118,6 +119,8 @@ def _product(equation: str, rows: jax.Array, columns: jax.Array, request: Reques
 def _few_queries(request: Request) -> bool:
     """Whether turning the keys around, head by head, would take longer than the products."""
     rows = request.q_heads * request.q_len
+    if "q_len" in request.symbolic_sizes:
+        return False
     on_cpu = request.target.platform == "cpu"
     return on_cpu and request.mode is Mode.DECODE and request.kv_heads > 1 and rows <= _FEW_QUERIES
 

@@ -1,4 +1,4 @@
-"""The logits of one tile: a block of queries against a block of keys, in base 2."""
+"""The logits of one tile: a block of queries against a block of keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float
 from kernelry.plugin import Request
 
 LOG2_E = math.log2(math.e)
-LN_2 = math.log(2.0)
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
 """Where a running maximum begins: finite, so that the difference to the −inf of a hidden key is −inf, not NaN."""
@@ -23,22 +22,35 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Logits:
-    """Scale · ⟨query, key⟩, with the bias, under the soft cap; in base 2, for exp2 is what the device has.
+    """Scale · ⟨query, key⟩, with the bias, under the soft cap.
+
+    The device has exp2; the factor log2(e) is applied to differences of logits, for a logit of −3e38, which an additive
+    mask makes, would overflow in base 2. Where the scale is all there is between a product and its logit, it joins that
+    factor.
 
     Args:
       scale, soft_cap: of the request.
+      unit: how many times the logits are what a call returns.
       precision: of products of float32. Triton's default rounds the factors to 10 bits of mantissa; in three parts they
         keep 21.
     """
 
     scale: float
     soft_cap: float | None
+    unit: float
     precision: Any
 
     @classmethod
-    def of(cls, request: Request) -> Logits:
-        """Those of a request."""
-        return cls(request.scale, request.soft_cap, _precision(request) if request.dtype == "float32" else None)
+    def of(cls, request: Request, *, scaled: bool = False) -> Logits:
+        """Those of a request; `scaled` where the logits themselves are needed, not only their differences."""
+        plain = request.bias is None and request.soft_cap is None and request.scale > 0
+        unit = 1.0 if scaled or not plain else request.scale
+        precision = _precision(request) if request.dtype == "float32" else None
+        return cls(request.scale, request.soft_cap, unit, precision)
+
+    def power(self, difference: jax.Array) -> jax.Array:
+        """Returns exp(difference) of two logits in this unit."""
+        return jnp.exp2(difference * (self.unit * LOG2_E))
 
     def product(self, one: jax.Array, other: jax.Array, *, turn_one: bool = False, turn_other: bool = False) -> Any:
         """Returns one · other, summed in float32; either may be turned around."""
@@ -47,7 +59,7 @@ class Logits:
     def __call__(
         self, query: jax.Array, key: jax.Array, bias: jax.Array | None, key_scale: jax.Array | None = None
     ) -> tuple[Float[Array, "block_q block_kv"], Float[Array, "block_q block_kv"] | None]:
-        """Returns the logits before the mask, times log2(e), and the slope of the soft cap.
+        """Returns the logits before the mask, in this unit, and the slope of the soft cap.
 
         Args:
           query, key: tiles. bias: [block_q or 1, block_kv or 1]. key_scale: [block_kv], of quantised keys.
@@ -55,15 +67,15 @@ class Logits:
         found = self.product(query, key, turn_other=True)
         if key_scale is not None:
             found = found * key_scale[None, :]
-        if self.soft_cap is None and bias is None:
-            return found * (self.scale * LOG2_E), None
+        if self.unit == self.scale and self.soft_cap is None and bias is None:
+            return found, None
         found = found * self.scale
         if bias is not None:
             found = found + bias.astype(jnp.float32)
         if self.soft_cap is None:
-            return found * LOG2_E, None
+            return found, None
         share = jnp.tanh(found * (1.0 / self.soft_cap))
-        return share * (self.soft_cap * LOG2_E), 1.0 - share * share
+        return share * self.soft_cap, 1.0 - share * share
 
 
 def _precision(request: Request) -> Any:

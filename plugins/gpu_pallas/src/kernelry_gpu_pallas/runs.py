@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from kernelry.masks import BlockKind
-from kernelry.plugin import BlockGrid, Mask, decided_at_run_time
+from kernelry.plugin import BlockGrid, Mask, decided_at_run_time, static_block_map
 
 
 @final
@@ -53,13 +53,11 @@ def _with_arrays(masks: tuple[Mask, ...]) -> tuple[Mask, ...]:
     return tuple(mask for mask in masks if not mask.form.atoms[0].is_static)
 
 
-@functools.lru_cache(maxsize=64)
 def _static_kinds(masks: tuple[Mask, ...], grid: BlockGrid) -> np.ndarray:
     """[rows, columns] of BlockKind; the last column is PARTIAL where it goes beyond S."""
     kinds = np.full((grid.rows, grid.columns), BlockKind.FULL, np.int8)
     if masks:
-        whole = functools.reduce(operator.and_, masks)
-        kinds = whole.block_map(grid.q_len, grid.kv_len, grid.block_q, grid.block_kv).copy()
+        kinds = static_block_map(masks, grid.q_len, grid.kv_len, grid.block_q, grid.block_kv).copy()
     if grid.kv_len % grid.block_kv:
         kinds[:, -1] = np.minimum(kinds[:, -1], BlockKind.PARTIAL)
     return kinds

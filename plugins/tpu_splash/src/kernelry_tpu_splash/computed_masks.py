@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import operator
-from collections.abc import Iterator
-from typing import final
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, final
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,11 @@ from kernelry.plugin import (
     Request,
     Side,
     array_refusals,
+    is_lasting,
+    static_block_map,
 )
+
+_T = TypeVar("_T")
 
 SEGMENTS = frozenset({AtomKind.SEGMENTS, AtomKind.SEGMENTS_SEPARATE})
 """Atoms of which a kernel compares the ids."""
@@ -63,7 +68,8 @@ def _atom_refusals(atom: Atom, *, alone: bool) -> Iterator[Refusal]:
             yield from array_refusals(inside)
     for form in _positions_in(atom):
         if form.kind is PositionKind.STATIC and not form.is_arithmetic:
-            yield Refusal(RefusalCode.POSITIONS, f"mask atom {atom} has positions by row or in many runs")
+            detail = f"mask atom {atom} has positions by row or in many runs"
+            yield Refusal(RefusalCode.POSITIONS, detail, "reorder the tokens so that all rows have the same few runs")
 
 
 def _positions_in(atom: Atom) -> Iterator[PositionForm]:
@@ -99,7 +105,12 @@ class SlotMask:
 
     def kinds(self, q_len: int, kv_len: int, block_q: int, block_kv: int) -> np.ndarray:
         """Classifies blocks, [T / block_q, S / block_kv] of BlockKind."""
-        return functools.reduce(operator.and_, self.parts).block_map(q_len, kv_len, block_q, block_kv)
+        return static_block_map(self.parts, q_len, kv_len, block_q, block_kv)
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether a cache may hold it, with the functions of its predicates."""
+        return all(is_lasting(part) for part in self.parts)
 
 
 @final
@@ -128,6 +139,13 @@ class ComputedMask:
     def asked(self) -> int | None:
         """T where the kernel evaluates a mask; None where every block is full."""
         return None if self.function is None else self.lengths[0]
+
+    def build(self, kept: Callable[..., _T], *facts: Any) -> _T:
+        """Calls a function that has a cache with the mask and more, around the cache where it would hold too much."""
+        if self.function is None or self.function.is_lasting:
+            return kept(self, *facts)
+        plain: Callable[..., _T] = inspect.unwrap(kept)
+        return plain(self, *facts)
 
     def kinds(self, block_q: int, block_kv: int) -> np.ndarray:
         """Classifies blocks, [T / block_q, S / block_kv] of BlockKind."""

@@ -29,6 +29,10 @@ class Call:
       poison: whether NaN and inf stand in slots that no row may see, and NaN in rows that see nothing.
       kv_quantization: how keys and values are quantised.
       page_size: of the pages in which keys and values stand.
+      magnitude: a factor of the queries, so of the logits.
+      level: added to queries and subtracted from keys, so that every logit is near −level² · scale · H.
+      value_mean: added to the values.
+      biased_out: the bias of slots that hardly count, e.g. −1e9; see `_biased_out`.
     """
 
     batch: int = 2
@@ -55,6 +59,10 @@ class Call:
     poison: bool = False
     kv_quantization: str | None = None
     page_size: int | None = None
+    magnitude: float = 1.0
+    level: float = 0.0
+    value_mean: float = 0.0
+    biased_out: float | None = None
 
     @property
     def wanted(self) -> frozenset[Operand]:
@@ -132,6 +140,11 @@ class Call:
         shapes |= {} if self.bias is None else {"bias": self.bias}
         shapes |= {"sinks": (self.q_heads,)} if self.sinks else {}
         drawn = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        drawn["query"] = self.magnitude * drawn["query"] + self.level
+        drawn["key"] = drawn["key"] - self.level
+        drawn["value"] = drawn["value"] + self.value_mean
+        if self.biased_out is not None:
+            drawn["bias"] = _biased_out(drawn["bias"], self.biased_out)
         return {name: self._held(name, array) for name, array in drawn.items()}
 
     def _held(self, name: str, array: np.ndarray) -> Any:
@@ -156,3 +169,19 @@ class Call:
         if self.partial:
             drawn["lse"] = jnp.asarray(rng.standard_normal((self.batch, self.q_heads, self.q_len)), jnp.float32)
         return drawn
+
+
+_LOW = -2e4
+
+
+def _biased_out(bias: np.ndarray, lowest: float) -> np.ndarray:
+    """Lowers slot 1 for every row, and for odd rows all but the row's own slot, which is at −2e4.
+
+    So an odd row is its own value, if −2e4 is above `lowest` by as much as the numbers say. Queries and keys leave no
+    trace there: their logits are rounded away, or their probabilities are 0 and 1.
+    """
+    rows, slots = np.arange(bias.shape[2])[:, None], np.arange(bias.shape[3])
+    own = slots == rows % bias.shape[3]
+    odd = rows % 2 == 1
+    lowered = np.where((slots == 1) | odd, lowest, bias)
+    return np.where(own & odd, _LOW, lowered)

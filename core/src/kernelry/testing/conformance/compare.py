@@ -26,6 +26,9 @@ _DEFAULT = {
     "float64": Tolerance("float64", 2e-6, 2e-5, "float32 statistics"),
 }
 
+_BIASED_OUT = 1e-2
+"""What rounding does to a logit of −2e4: float32 has steps of 2e-3 there, and kernels in base 2 round it again."""
+
 
 @final
 class MismatchError(AssertionError):
@@ -33,13 +36,18 @@ class MismatchError(AssertionError):
 
 
 def tolerance_for(can: Capabilities, call: Call) -> Tolerance:
-    """The kernel's own tolerance, capped at a sane one; a rounding of the logits has its own."""
+    """The kernel's own tolerance, capped at a sane one; a rounding of the logits has its own.
+
+    Logits are rounded relative to their size, and what is rounded there the softmax keeps: large ones widen it.
+    """
     declared = {tolerance.dtype: tolerance for tolerance in can.tolerances}
     narrow = min((call.dtype, call.logits_dtype), key=lambda dtype: np.dtype(_numpy(dtype)).itemsize)
     if narrow != call.dtype:
         return SANE[narrow]
     mine, sane = declared.get(call.dtype, _DEFAULT[call.dtype]), SANE[call.dtype]
-    return Tolerance(call.dtype, min(mine.forward, sane.forward), min(mine.gradient, sane.gradient), mine.reason)
+    size, more = max(1.0, call.magnitude, call.level**2), _BIASED_OUT if call.biased_out is not None else 0.0
+    forward, gradient = min(mine.forward, sane.forward), min(mine.gradient, sane.gradient)
+    return Tolerance(call.dtype, size * forward + more, size * gradient + more, mine.reason)
 
 
 def _numpy(dtype: str) -> str:

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernelry.capabilities import Feature
+from kernelry.normalization import to_lse
 from kernelry.request import Operand
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.cases import Case, Verdict
+from kernelry.testing.conformance.compare import close, oracle, tolerance_for
 from kernelry.testing.conformance.positive import but
 from kernelry.testing.conformance.report import Outcome
 from kernelry.testing.conformance.subject import Subject
@@ -38,6 +40,9 @@ def dropout_cases(subject: Subject, base: Call) -> Iterator[Case]:
     compiled = functools.cache(functools.partial(_compiled, bench, forward))
     yield Case("dropout keeps the mean, at its rate", "dropout", _rate(compiled, forward))
     yield Case("dropout follows its key", "dropout", _keys(compiled, forward))
+    partial = but(forward, partial=True)
+    if subject.serves(partial):
+        yield Case("lse under dropout", "dropout", _lse(bench, partial))
     if Operand.VALUE in call.wanted:
         yield Case("dropout drops alike forward and backward", "dropout", _gradient(bench, call))
 
@@ -70,6 +75,17 @@ def _rate(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
         for axis, name in ((1, "batch rows"), (2, "query rows"), (3, "heads")):
             if kept.shape[axis] > 1:
                 assert np.ptp(kept, axis=axis).max() > 0, f"all {name} drop the same keys"
+        return Outcome.PASSED, ""
+
+    return check
+
+
+def _lse(bench: Bench, call: Call) -> Callable[[], Verdict]:
+    """Dropout acts on probabilities, after the softmax: statistics know nothing of it."""
+
+    def check() -> Verdict:
+        partial = to_lse(_compiled(bench, call)(call.arrays(), call.mask, jax.random.key(5)))
+        close("lse", partial.lse, oracle(call).lse, tolerance_for(bench.spec.capabilities, call).forward)
         return Outcome.PASSED, ""
 
     return check

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from kernelry.capabilities import Dims, Feature
-from kernelry.masks import AtomKind, Causal, Mask, PositionKind
+from kernelry.masks import AtomKind, Causal, Full, Mask, PositionKind
 from kernelry.request import Mode, Operand
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.calls import Call
@@ -23,6 +23,16 @@ Named: TypeAlias = tuple[str, str, tuple[Call, ...]]
 
 _VARIED_LENGTHS = (5, 1, 40, 72, 128, 200, 256)
 _LARGEST_DIM = 256
+_MAGNITUDE, _LEVEL = 40.0, 6.0
+"""Logits up to ±180, and around −130: beyond ±88.7 exp overflows in float32, below −104 it is 0."""
+
+_SMALLEST_TILE = 8
+_MOST_PAIRS = 2**22
+"""Pairs of queries and keys that the reference holds in float64."""
+
+_LANES = 128
+_MORE = 5
+"""Tokens beyond a tile and a half: no block size of a kernel divides such a length."""
 
 
 def named_calls(subject: Subject, base: Call) -> Iterator[Named]:
@@ -44,8 +54,14 @@ def masked(subject: Subject, base: Call) -> Call:
 
 def _sizes(subject: Subject, base: Call) -> Iterator[Named]:
     yield "output", "full attention", (base,)
+    yield "output", "logits of ±180", (but(base, magnitude=_MAGNITUDE),)
+    yield "output", "logits around −130", (but(base, level=_LEVEL),)
+    for batch in (1, 3):
+        yield "output", f"B = {batch}", (but(masked(subject, base), batch=batch),)
     if base.scale is not None:
         yield "scale", "the default scale", (but(base, scale=None),)
+        yield "scale", "a negative scale", (but(base, scale=-base.scale, magnitude=_MAGNITUDE),)
+        yield "scale", "a scale of 0", (but(base, scale=0.0),)
     yield from _heads(subject, base)
     yield from _head_dims(subject, base)
     square = [but(masked(subject, base), q_len=n, kv_len=n) for n in _VARIED_LENGTHS if n != base.q_len]
@@ -54,10 +70,43 @@ def _sizes(subject: Subject, base: Call) -> Iterator[Named]:
         yield "lengths", f"T = S = {call.q_len}", (call,)
     if subject.can.unequal_lengths:
         yield from _unequal(base)
+    if not subject.quick:
+        yield from _beyond_tiles(subject, masked(subject, base))
+
+
+def _tiles(subject: Subject, call: Call) -> tuple[int, ...]:
+    """The sizes in the tiling that the kernel would use, whatever it calls them."""
+    tiling = subject.spec.tilings(call.request(subject.place))[0]
+    return tuple(value for _, value in tiling.values if value >= _SMALLEST_TILE)
+
+
+def _beyond_tiles(subject: Subject, base: Call) -> Iterator[Named]:
+    """Sequences longer than the kernel's own tiles and than 128 tokens, of no whole number of either where it can."""
+    fewer = but(base, batch=1, q_heads=2, kv_heads=1 if subject.can.grouped_heads else 2)
+    small = subject.first((fewer,)) or base
+    tile = max((_LANES, *_tiles(subject, small)))
+    lengths = (tile + tile // 2 + _MORE, *(count * tile for count in (2, 3, 5, 7, 11)))
+    resized = [call for length in lengths for call in _resized(small, length) if subject.serves(call)]
+    longer = [call for call in resized if max((0, *_tiles(subject, call))) < call.kv_len]
+    for call in longer[:1]:
+        size = f"T = {call.q_len}, S = {call.kv_len}"
+        yield "lengths", f"beyond its tiles: {size}", (call,)
+        yield "lengths", f"beyond its tiles, logits of ±180: {size}", (but(call, magnitude=_MAGNITUDE),)
+        for dtype in sorted(subject.can.dtypes & {"bfloat16", "float16"}):
+            uniform = but(call, dtype=dtype, magnitude=0.0, value_mean=1.0)
+            yield "lengths", f"beyond its tiles, {dtype} sums: {size}", (uniform,)
+
+
+def _resized(call: Call, length: int) -> Iterator[Call]:
+    """The call with as many queries as keys, or with the queries that it has, at the end of the keys."""
+    if length**2 <= _MOST_PAIRS:
+        yield but(call, q_len=length, kv_len=length)
+    last = call.mask if call.mask.form == Full().form else call.mask.at(query_offset=length - call.q_len)
+    yield but(call, kv_len=length, mask=last)
 
 
 def _heads(subject: Subject, base: Call) -> Iterator[Named]:
-    counts = [(4, 4), (1, 1)] + ([(4, 2), (4, 1)] if subject.can.grouped_heads else [])
+    counts = [(4, 4), (1, 1)] + ([(4, 2), (6, 2), (4, 1)] if subject.can.grouped_heads else [(3, 3)])
     for q_heads, kv_heads in counts:
         if (q_heads, kv_heads) != (base.q_heads, base.kv_heads):
             yield "heads", f"N = {q_heads}, K = {kv_heads}", (but(base, q_heads=q_heads, kv_heads=kv_heads),)
@@ -82,6 +131,8 @@ def _unequal(base: Call) -> Iterator[Named]:
         sized = but(base, q_len=q_len, kv_len=kv_len)
         yield "lengths", name, (sized,)
         yield "lengths", f"{name}, causal", (but(sized, mask=Causal().at(query_offset=max(kv_len - q_len, 0))),)
+    step = but(base, q_len=1, mask=Causal().at(query_offset=base.kv_len // 2))
+    yield "lengths", "T = 1, causal amid the keys", (step,)
 
 
 def _dtypes(subject: Subject, base: Call) -> Iterator[Named]:
@@ -111,7 +162,7 @@ def _positions(subject: Subject, base: Call) -> Iterator[Named]:
             for where, alternatives in samples.placed(kind, plain, base)
         ]
         kept = [(name, calls) for name, calls in served if subject.first(calls)] or served[:1]
-        for name, calls in kept[: 2 if subject.quick else 9]:
+        for name, calls in kept[: 2 if subject.quick else None]:
             yield "positions", name, calls
 
 
@@ -119,9 +170,12 @@ def _features(subject: Subject, base: Call) -> Iterator[Named]:
     can, causal = subject.can.features, masked(subject, base)
     batch, heads, q_len, kv_len = base.batch, base.q_heads, base.q_len, base.kv_len
     if Feature.BIAS in can:
-        yield "bias", "bias for every pair", (but(causal, bias=(batch, heads, q_len, kv_len)),)
+        pairs = (batch, heads, q_len, kv_len)
+        yield "bias", "bias for every pair", (but(causal, bias=pairs),)
+        yield "bias", "slots biased by −1e9", (but(base, bias=pairs, biased_out=-1e9),)
         for shape in ((1, heads, q_len, kv_len), (batch, 1, 1, kv_len), (1, 1, q_len, 1)):
             yield "bias", f"bias of shape {shape}", (but(causal, bias=shape),)
+        yield "bias", "slots biased by −inf", (but(base, bias=pairs, biased_out=-np.inf),)
     if Feature.SOFT_CAP in can:
         yield "soft cap", "soft cap", (but(causal, soft_cap=1.2),)
     if Feature.SINKS in can:

@@ -19,6 +19,8 @@ Alternatives: TypeAlias = tuple[Mask, ...]
 """The first that a kernel takes stands for all."""
 
 _RNG_SEED = 5
+_FAR = 2**24 + 1
+"""A position that float32 rounds."""
 
 
 def samples(kind: AtomKind, call: Call) -> Mapping[str, Alternatives]:
@@ -154,13 +156,18 @@ def placed(kind: PositionKind, mask: Mask, call: Call) -> Iterator[tuple[str, Al
             yield "offsets", (mask.at(query_offset=4, kv_offset=1), mask.at(query_offset=3))
             yield "a query offset", (mask.at(query_offset=3), mask.at(query_offset=-3))
             yield "queries behind", (mask.at(query_offset=1, kv_offset=4),)
+            yield "the same offset", (mask.at(query_offset=3, kv_offset=3),)
+            yield "offsets far out", (mask.at(query_offset=_FAR + 3, kv_offset=_FAR),)
         case PositionKind.STATIC:
             yield "offsets by row", (mask.at(query_offset=np.array([3, 1])),)
             yield "static positions", (mask.at(query_positions=rows, kv_positions=of_keys),)
+            shifted = (np.arange(call.q_len) + 3, np.arange(call.kv_len) + 3)
+            yield "shifted positions", (mask.at(query_positions=shifted[0], kv_positions=shifted[1]),)
         case PositionKind.TRACED:
             yield "traced offsets", (mask.at(query_offset=jnp.array([3, -2]), kv_offset=jnp.int32(1)),)
             traced = {"query_positions": jnp.asarray(rows), "kv_positions": jnp.asarray(rows_of_keys[::-1].copy())}
             yield "traced positions", (mask.at(**traced),)
+            yield "the same traced offset", (mask.at(query_offset=jnp.int32(3), kv_offset=jnp.int32(3)),)
 
 
 def emptying(call: Call) -> Mapping[str, Alternatives]:

@@ -33,6 +33,8 @@ def transform_cases(subject: Subject, call: Call) -> Iterator[Case]:
         "donation": _donation,
         "sharded inputs": _sharded,
     }
+    if "batch" in subject.can.symbolic_sizes:
+        checks["symbolic batch"] = _exported
     for name, check in checks.items():
         if not (subject.quick and subject.is_slow) or name == "determinism":
             yield Case(name, "transforms", _verdict(check, subject.bench, call))
@@ -121,6 +123,20 @@ def _donation(bench: Bench, call: Call) -> None:
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         found = bench.compiled(flat(bench.program(call)), *given, donate_argnums=(0,))(*given)
     _hold(bench, call, found)
+
+
+def _exported(bench: Bench, call: Call) -> None:
+    """A program exported for any batch gives what one for this batch does."""
+    given = _given(call)
+    [batch] = jax.export.symbolic_shape("b")
+
+    def shape_of(leaf: Any) -> Any:
+        rows = leaf.ndim > 1 and leaf.shape[0] == call.batch
+        return jax.ShapeDtypeStruct((batch, *leaf.shape[1:]) if rows else leaf.shape, leaf.dtype)  # type: ignore[no-untyped-call]
+
+    with bench.place.entered(bench.spec):
+        program = jax.export.export(jax.jit(flat(bench.program(call))))(*jax.tree.map(shape_of, given))
+    _hold(bench, call, program.call(*given))  # type: ignore[no-untyped-call]
 
 
 def _sharded(bench: Bench, call: Call) -> None:

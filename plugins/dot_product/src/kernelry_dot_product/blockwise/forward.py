@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernelry.plugin import Inputs, Request
+from kernelry.plugin import Inputs, Request, log_sum
 from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.blockwise.keys import reader_of
 from kernelry_dot_product.blockwise.loops import scanned, visited
@@ -30,6 +30,7 @@ class Result:
 
     out: Float[Array, "B T N D"]
     lse: Float[Array, "B N T"]
+    lse_rest: Float[Array, "B N T"]
     max_logits: Float[Array, "B N"] | None
 
 
@@ -41,11 +42,11 @@ def forward(inputs: Inputs, request: Request, grid: Grid) -> Result:
     zero = zero_of(inputs)
     rows = jnp.arange(grid.rows, dtype=jnp.int32)
 
-    def of_step(_: None, blocks: tuple[jax.Array, ...]) -> tuple[None, _Running]:
+    def of_step(_: None, blocks: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
         step, queries, held = blocks
         own = visits.of_step(step, grid)
 
-        def of_row(_: None, blocks: tuple[jax.Array, ...]) -> tuple[None, _Running]:
+        def of_row(_: None, blocks: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
             row, query, order, full, some = blocks
 
             def visit(masked: bool, at: jax.Array, running: _Running) -> _Running:
@@ -60,11 +61,12 @@ def forward(inputs: Inputs, request: Request, grid: Grid) -> Result:
 
     steps = jnp.arange(grid.steps, dtype=jnp.int32)
     query = grid.split_queries(tiles.scale(inputs.query))
-    _, (out, top, lse) = scanned(of_step, None, (steps, query, reader.held), grid.steps)
+    _, (out, top, lse, rest) = scanned(of_step, None, (steps, query, reader.held), grid.steps)
     max_logits = None
     if request.max_logits:
         max_logits = grid.join_queries(top).max(axis=1, initial=-jnp.inf)
-    return Result(grid.join_queries(out), grid.join_queries(lse).swapaxes(1, 2), max_logits)
+    lse, rest = (grid.join_queries(each).swapaxes(1, 2) for each in (lse, rest))
+    return Result(grid.join_queries(out), lse, rest, max_logits)
 
 
 def _nothing(query: jax.Array, value_dim: int, zero: jax.Array) -> _Running:
@@ -89,10 +91,11 @@ def _add(
     return total * before[..., None] + more, highest, weight
 
 
-def _finished(running: _Running) -> _Running:
-    """Output, maximum and lse of a block of queries."""
+def _finished(running: _Running) -> tuple[jax.Array, ...]:
+    """Output, maximum, lse and what rounding took from it, of a block of queries."""
     total, top, weight = running
     empty = weight == 0
     divisor = jnp.where(empty, 1.0, weight)
     out = jnp.where(empty[..., None], 0.0, total / divisor[..., None])
-    return out, jnp.where(empty, -jnp.inf, top), jnp.where(empty, -jnp.inf, top + jnp.log(divisor))
+    lse, rest = log_sum(top, divisor)
+    return out, jnp.where(empty, -jnp.inf, top), jnp.where(empty, -jnp.inf, lse), rest

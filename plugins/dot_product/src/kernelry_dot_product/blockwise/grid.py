@@ -45,24 +45,30 @@ class Grid:
     step_heads: int = 1
 
     @classmethod
-    def of(cls, request: Request, block_q: int, block_kv: int) -> Self:
-        """Blocks of at most the sizes asked, of equal length, so that little lies beyond the end."""
+    def of(cls, request: Request, batch: int, block_q: int, block_kv: int) -> Self:
+        """Blocks of at most the sizes asked, of equal length, so that little lies beyond the end.
+
+        Args:
+          request: what the call wants. batch: B, of the arrays, where it may be symbolic.
+          block_q, block_kv: the sizes asked.
+        """
         block_q, block_kv = _even(request.q_len, block_q), _even(request.kv_len, block_kv)
         if request.page_size is not None:
             block_kv = max(1, block_kv // request.page_size) * request.page_size
         room = max(1, _TILE_BYTES // max(1, 4 * request.groups * block_q * block_kv))
         heads = _divisor(request.kv_heads, room)
         # Rows of a decoding batch are of all lengths: each goes through its own blocks.
-        together = heads == request.kv_heads and request.mode is not Mode.DECODE
+        by_row = request.mode is Mode.DECODE or "batch" in request.symbolic_sizes
+        together = heads == request.kv_heads and not by_row
         return cls(
             q_len=request.q_len,
             kv_len=request.kv_len,
             block_q=block_q,
             block_kv=block_kv,
-            batch=request.batch,
+            batch=batch,
             kv_heads=request.kv_heads,
             groups=request.groups,
-            step_batch=_divisor(request.batch, room // heads) if together else 1,
+            step_batch=_divisor(batch, room // heads) if together else 1,
             step_heads=heads,
         )
 

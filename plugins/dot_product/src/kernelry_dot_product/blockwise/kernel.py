@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling, with_sinks
+from kernelry.plugin import (
+    Gradients,
+    Inputs,
+    Kernel,
+    Partial,
+    Request,
+    Tiling,
+    checked,
+    lse_with_sinks,
+    unchecked,
+    with_sinks,
+)
 from kernelry_dot_product.blockwise.backward import backward
 from kernelry_dot_product.blockwise.forward import forward
 from kernelry_dot_product.blockwise.grid import Grid
@@ -24,12 +35,18 @@ class BlockwiseKernel(Kernel):
     """Attention with memory O(T·block): tiles are computed where the mask holds anything, and never kept."""
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
-        grid = _grid(request, tiling)
+        grid = _grid(inputs, request, tiling)
         if not statistics:
             return _attend(request, grid, inputs)
         with jax.named_scope(_SCOPE):
             result = forward(inputs, request, grid)
-        return Partial(result.out, lse=result.lse, max_logits=result.max_logits, dtype=request.dtype)
+        return Partial(
+            result.out,
+            lse=result.lse,
+            max_logits=result.max_logits,
+            dtype=request.dtype,
+            lse_rest=result.lse_rest,
+        )
 
     def backward(
         self,
@@ -44,11 +61,11 @@ class BlockwiseKernel(Kernel):
         with jax.named_scope(_SCOPE):
             delta = _delta(out, d_out)
             delta = delta if d_lse is None else delta - d_lse
-            return backward(inputs, request, _grid(request, tiling), lse, delta, d_out)
+            return backward(inputs, request, _grid(inputs, request, tiling), lse, delta, d_out)
 
 
-def _grid(request: Request, tiling: Tiling) -> Grid:
-    return Grid.of(request, tiling["block_q"], tiling["block_kv"])
+def _grid(inputs: Inputs, request: Request, tiling: Tiling) -> Grid:
+    return Grid.of(request, inputs.query.shape[0], tiling["block_q"], tiling["block_kv"])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -56,19 +73,26 @@ def _attend(request: Request, grid: Grid, inputs: Inputs) -> Partial:
     return _attend_forward(request, grid, inputs)[0]
 
 
-_Residuals = tuple[Inputs, jax.Array, jax.Array]
+_Residuals = tuple[Inputs, jax.Array, jax.Array, jax.Array]
 
 
 def _attend_forward(request: Request, grid: Grid, inputs: Inputs) -> tuple[Partial, _Residuals]:
     with jax.named_scope(_SCOPE):
         result = forward(inputs, request, grid)
-        out = result.out if inputs.sinks is None else with_sinks(result.out, result.lse, inputs.sinks)
+        out = result.out if inputs.sinks is None else with_sinks(result.out, result.lse, inputs.sinks, result.lse_rest)
         out = out.astype(request.dtype)
-    return Partial(out, max_logits=result.max_logits, dtype=request.dtype), (inputs, out, result.lse)
+    residuals = inputs, out, result.lse, result.lse_rest
+    return Partial(out, max_logits=result.max_logits, dtype=request.dtype), residuals
 
 
 def _attend_backward(request: Request, grid: Grid, residuals: _Residuals, d_partial: Partial) -> tuple[Inputs]:
-    inputs, out, lse = residuals
+    with unchecked():
+        found = _cotangents(request, grid, residuals, d_partial)
+    return (checked(found),)
+
+
+def _cotangents(request: Request, grid: Grid, residuals: _Residuals, d_partial: Partial) -> Inputs:
+    inputs, out, lse, rest = residuals
     with jax.named_scope(_SCOPE):
         empty = jnp.isneginf(lse)
         d_out = jnp.where(empty.swapaxes(1, 2)[..., None], 0, d_partial.out)
@@ -76,10 +100,13 @@ def _attend_backward(request: Request, grid: Grid, residuals: _Residuals, d_part
         whole, d_sinks = lse, None
         if inputs.sinks is not None:
             sinks = inputs.sinks.astype(jnp.float32)[None, :, None]
-            whole = jnp.logaddexp(jnp.where(empty, 0.0, lse), sinks)
+            whole, rest = lse_with_sinks(jnp.where(empty, 0.0, lse), rest, inputs.sinks)
             d_sinks = -jnp.where(empty, 0.0, jnp.exp(sinks - whole) * delta).sum(axis=(0, 2)).astype(inputs.sinks.dtype)
-        share = backward(inputs, request, grid, jnp.where(empty, jnp.inf, whole), delta, d_out)
-    return (_cotangent(inputs, share, d_sinks),)
+        # Probabilities of exp(logits − lse) are too large by exp(rest); the gradients are linear in delta and d_out.
+        factor = jnp.exp(-rest)
+        d_out = d_out.astype(jnp.float32) * factor.swapaxes(1, 2)[..., None]
+        share = backward(inputs, request, grid, jnp.where(empty, jnp.inf, whole), delta * factor, d_out)
+    return _cotangent(inputs, share, d_sinks)
 
 
 def _delta(out: jax.Array, d_out: jax.Array) -> Float[Array, "B N T"]:

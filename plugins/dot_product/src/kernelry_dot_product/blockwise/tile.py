@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from kernelry.plugin import Inputs, Request
+from kernelry.plugin import Inputs, Request, cast_finite
 from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.softmax import visible_of
 
@@ -116,7 +116,7 @@ class Tiles:
         bias = self.inputs.bias
         assert bias is not None
         starts, sizes = bias_window(bias.shape, self.grid, place)
-        return by_group(lax.dynamic_slice(bias, starts, sizes).astype(jnp.float32), self.grid)
+        return by_group(cast_finite(lax.dynamic_slice(bias, starts, sizes), jnp.float32), self.grid)
 
 
 def zero_of(*arrays: Any) -> Float[Array, ""]:
@@ -142,8 +142,8 @@ def padded_bias(bias: jax.Array | None, grid: Grid) -> jax.Array | None:
     """Lays zeros beyond T and S where the bias differs along them."""
     if bias is None:
         return None
-    more_q = grid.q_padding if bias.shape[2] > 1 else 0
-    more_kv = grid.kv_padding if bias.shape[3] > 1 else 0
+    more_q = grid.q_padding if bias.shape[2] != 1 else 0
+    more_kv = grid.kv_padding if bias.shape[3] != 1 else 0
     return jnp.pad(bias, ((0, 0), (0, 0), (0, more_q), (0, more_kv)))
 
 
@@ -155,8 +155,8 @@ def bias_window(shape: tuple[int, ...], grid: Grid, place: Place) -> tuple[tuple
         (place.row * grid.block_q, grid.block_q),
         (place.column * grid.block_kv, grid.block_kv),
     )
-    found = tuple(part if size > 1 else (0, 1) for size, part in zip(shape, parts, strict=True))
-    return tuple(start for start, _ in found), tuple(size for _, size in found)
+    found = tuple(part if size != 1 else (0, 1) for size, part in zip(shape, parts, strict=True))
+    return tuple(jnp.asarray(start, jnp.int32) for start, _ in found), tuple(size for _, size in found)
 
 
 def product(equation: str, one: jax.Array, other: jax.Array, request: Request) -> jax.Array:

@@ -7,7 +7,6 @@ traced positions) is decided when the program runs, from the least and the great
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import TypeAlias, final
 
@@ -18,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from kernelry.masks import BlockKind
-from kernelry.plugin import Mask, decided_at_run_time
+from kernelry.plugin import Mask, decided_at_run_time, static_block_map
 from kernelry_dot_product.blockwise.grid import Grid
 
 Kinds: TypeAlias = "np.ndarray | jax.Array"
@@ -48,7 +47,7 @@ class Visits:
         """Those of the batch rows of one step."""
 
         def own(array: jax.Array) -> jax.Array:
-            place = step // grid.head_steps if array.shape[0] > 1 else 0
+            place = step // grid.head_steps if array.shape[0] != 1 else 0
             found: jax.Array = lax.dynamic_index_in_dim(array, place, keepdims=False)
             return found
 
@@ -108,9 +107,7 @@ def _by_step(decided: jax.Array, grid: Grid, reduce: Callable[..., jax.Array]) -
     return reduce(decided.reshape(grid.batch_steps, grid.step_batch, grid.rows, grid.columns), axis=1)
 
 
-@functools.lru_cache(maxsize=64)
 def _static_kinds(masks: tuple[Mask, ...], grid: Grid) -> np.ndarray:
     if not masks:
         return np.full((1, grid.rows, grid.columns), BlockKind.FULL, np.int8)
-    whole = functools.reduce(lambda one, other: one & other, masks)
-    return whole.block_map(grid.q_len, grid.kv_len, grid.block_q, grid.block_kv)[None]
+    return static_block_map(masks, grid.q_len, grid.kv_len, grid.block_q, grid.block_kv)[None]

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from kernelry.plugin import Inputs, Kernel, Partial, Request, Tiling
-from kernelry_gpu_pallas.logits import LN_2
 from kernelry_gpu_pallas.pallas_decode.operands import Rows
 from kernelry_gpu_pallas.pallas_decode.splits import Parts, attend
 from kernelry_gpu_pallas.pallas_decode.tilings import check
@@ -44,7 +43,7 @@ class PallasDecodeKernel(Kernel):
 def _merged(parts: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Σ p·v [B, K, R, D], the maximum logit [B, K, R] (−inf where nothing is seen), and Σ p [B, K, R]."""
     top = parts.top.max(axis=2, keepdims=True)
-    share = jnp.exp2(parts.top - top)
+    share = parts.logits.power(parts.top - top)
     total = (parts.total * share[..., None]).sum(axis=2)
     weight = (parts.weight * share).sum(axis=2)
-    return total, jnp.where(weight == 0, -jnp.inf, top[:, :, 0] * LN_2), weight
+    return total, jnp.where(weight == 0, -jnp.inf, top[:, :, 0] * parts.logits.unit), weight

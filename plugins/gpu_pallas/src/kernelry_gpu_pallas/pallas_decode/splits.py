@@ -24,8 +24,9 @@ from kernelry_gpu_pallas.tile_masks import TileMask
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """Of each part of the keys: Σ p·v, the maximum logit in base 2, and Σ p, of R = T·G rows per key/value head."""
+    """Of each part of the keys: Σ p·v, the maximum logit in the unit of `logits`, and Σ p, of R = T·G rows."""
 
+    logits: Logits
     total: Float[Array, "B K parts R D"]
     top: Float[Array, "B K parts R"]
     weight: Float[Array, "B K parts R"]
@@ -77,7 +78,7 @@ def attend(inputs: Inputs, request: Request, tiling: Tiling) -> Parts:
         name="pallas_decode",
     )(*(array for array, _ in operands))
     count = rows.count
-    return Parts(total[..., :count, : request.value_dim], top[..., :count], weight[..., :count])
+    return Parts(facts.logits, total[..., :count, : request.value_dim], top[..., :count], weight[..., :count])
 
 
 def _facts(inputs: Inputs, request: Request, tiling: Tiling) -> _Facts:
@@ -150,8 +151,8 @@ def _part(*refs: Any, facts: _Facts) -> None:
                 seen = visible.astype(jnp.int32).max(axis=0) > 0
                 scale = None if scale is None else jnp.where(seen, scale, 0.0)
         highest = jnp.maximum(top, logits.max(axis=1))
-        probability = jnp.exp2(logits - highest[:, None])
-        before = jnp.exp2(top - highest)
+        probability = facts.logits.power(logits - highest[:, None])
+        before = facts.logits.power(top - highest)
         weighted = probability if scale is None else probability * scale[None, :]
         more = facts.logits.product(weighted.astype(held.dtype), held)
         return total * before[:, None] + more, highest, weight * before + probability.sum(axis=1)

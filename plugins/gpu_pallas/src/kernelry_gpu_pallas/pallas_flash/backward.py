@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from kernelry.plugin import Gradients, Inputs, Request, Tiling
 from kernelry_gpu_pallas.blocks import power_of_two
-from kernelry_gpu_pallas.logits import LOG2_E, cleaned
+from kernelry_gpu_pallas.logits import cleaned
 from kernelry_gpu_pallas.pallas_flash.operands import At, Operands, Sizes
 from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
 from kernelry_gpu_pallas.runs import Runs
@@ -48,7 +48,7 @@ def backward(
     delta = jnp.einsum("BTND,BTND->BNT", out.astype(jnp.float32), d_out.astype(jnp.float32))
     if d_lse is not None:
         delta = delta - d_lse
-    whole = _Whole(d_out.astype(inputs.query.dtype), lse * LOG2_E, delta)
+    whole = _Whole(d_out.astype(inputs.query.dtype), lse, delta)
     d_query = _of_queries(inputs, request, tiling, whole)
     d_key, d_value = _of_keys(inputs, request, tiling, whole)
     return Gradients(d_query, d_key, d_value)
@@ -102,7 +102,7 @@ def _operands(inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes
     operands.add_rows("lse", whole.lse)
     operands.add_rows("delta", whole.delta)
     outputs = ("d_key", "d_value") if sizes.by_keys else ("d_query",)
-    return operands, Facts.of(request, operands, mask, outputs)
+    return operands, Facts.of(request, operands, mask, outputs, scaled=True)
 
 
 def _compiler_params(tiling: Tiling) -> plgpu.CompilerParams:
@@ -161,7 +161,7 @@ def _key_block(*all_refs: Any, facts: Facts) -> None:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """What the backward pass reads of a block of queries; lse in base 2, +inf beyond T, so that nothing comes of it."""
+    """What the backward pass reads of a block of queries; lse is +inf beyond T, so that nothing comes of it."""
 
     query: Float[Array, "block_q H"]
     d_out: Float[Array, "block_q D"]
@@ -206,7 +206,8 @@ def _tile(
     visible = visible_in(facts.mask, refs, head, *slots) if masked else None
     if visible is not None:
         logits = jnp.where(visible, logits, -jnp.inf)
-    probability = jnp.exp2(logits - rows.lse[:, None])
+    # At most 1, though a logit as large as 1e9 may round to more than it did in the forward pass.
+    probability = facts.logits.power(jnp.minimum(logits - rows.lse[:, None], 0.0))
     d_logits = probability * (facts.logits.product(rows.d_out, value, turn_other=True) - rows.delta[:, None])
     if slope is not None:
         d_logits = d_logits * slope

@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from kernelry.plugin import Inputs, Request, Tiling
+from kernelry.plugin import Inputs, Request, Tiling, log_sum
 from kernelry_gpu_pallas.blocks import power_of_two
-from kernelry_gpu_pallas.logits import LN_2, LOWEST, cleaned
+from kernelry_gpu_pallas.logits import LOWEST, cleaned
 from kernelry_gpu_pallas.pallas_flash.operands import At, Operands, Sizes
 from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
 from kernelry_gpu_pallas.runs import Runs
@@ -29,6 +29,7 @@ class Result:
 
     out: Float[Array, "B T N D"]
     lse: Float[Array, "B N T"] | None
+    lse_rest: Float[Array, "B N T"] | None
     top: Float[Array, "B N T"] | None
 
 
@@ -42,16 +43,16 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
     out = jax.ShapeDtypeStruct((*inputs.query.shape[:3], request.value_dim), inputs.query.dtype)  # type: ignore[no-untyped-call]
     wanted = {"out": out}
     if statistics:
-        wanted["lse"] = rows
+        wanted["lse"] = wanted["lse_rest"] = rows
     if request.max_logits:
         wanted["top"] = rows
     facts = Facts.of(request, operands, mask, tuple(wanted))
     width = power_of_two(request.value_dim)
     specs = {
         "out": operands.spec((None, sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST)),
-        "lse": operands.spec((None, None, sizes.block_q), (At.ROW, At.HEAD, At.BLOCK)),
-        "top": operands.spec((None, None, sizes.block_q), (At.ROW, At.HEAD, At.BLOCK)),
     }
+    for name in ("lse", "lse_rest", "top"):
+        specs[name] = operands.spec((None, None, sizes.block_q), (At.ROW, At.HEAD, At.BLOCK))
     found = pl.pallas_call(
         functools.partial(_block, facts=facts),
         grid=(sizes.grid.rows, request.q_heads, request.batch),
@@ -63,7 +64,7 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
         name="pallas_flash_forward",
     )(*operands.arrays)
     by_name = dict(zip(wanted, found, strict=True))
-    return Result(by_name["out"], by_name.get("lse"), by_name.get("top"))
+    return Result(by_name["out"], by_name.get("lse"), by_name.get("lse_rest"), by_name.get("top"))
 
 
 def _block(*all_refs: Any, facts: Facts) -> None:
@@ -85,8 +86,8 @@ def _block(*all_refs: Any, facts: Facts) -> None:
             if facts.hides:
                 value = cleaned(value, visible)
         highest = jnp.maximum(top, logits.max(axis=1))
-        probability = jnp.exp2(logits - highest[:, None])
-        before = jnp.exp2(top - highest)
+        probability = facts.logits.power(logits - highest[:, None])
+        before = facts.logits.power(top - highest)
         more = facts.logits.product(probability.astype(value.dtype), value)
         return total * before[:, None] + more, highest, weight * before + probability.sum(axis=1)
 
@@ -98,8 +99,11 @@ def _block(*all_refs: Any, facts: Facts) -> None:
     total, top, weight = over_runs(refs, visit, start)
     empty = weight == 0
     divisor = jnp.where(empty, 1.0, weight)
+    largest = jnp.where(empty, 0.0, top * facts.logits.unit)
     store(refs["out"], total / divisor[:, None], query_slots, sizes.value_dim)
     if "lse" in refs:
-        store(refs["lse"], jnp.where(empty, -jnp.inf, (top + jnp.log2(divisor)) * LN_2), query_slots)
+        lse, rest = log_sum(largest, divisor)
+        store(refs["lse"], jnp.where(empty, -jnp.inf, lse), query_slots)
+        store(refs["lse_rest"], rest, query_slots)
     if "top" in refs:
-        store(refs["top"], jnp.where(empty, -jnp.inf, top * LN_2), query_slots)
+        store(refs["top"], jnp.where(empty, -jnp.inf, largest), query_slots)

@@ -26,7 +26,13 @@ class PallasFlashKernel(Kernel):
             check(request, tiling)
             result = forward(inputs, request, tiling, statistics=statistics)
             max_logits = None if result.top is None else result.top.max(axis=2)
-            return Partial(result.out, lse=result.lse, max_logits=max_logits, dtype=request.dtype)
+            return Partial(
+                result.out,
+                lse=result.lse,
+                max_logits=max_logits,
+                dtype=request.dtype,
+                lse_rest=result.lse_rest,
+            )
 
     def backward(
         self,

@@ -40,12 +40,14 @@ class Facts:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, request: Request, operands: Operands, mask: TileMask, outputs: tuple[str, ...]) -> Facts:
-        """Those of a kernel with these operands and outputs."""
+    def of(
+        cls, request: Request, operands: Operands, mask: TileMask, outputs: tuple[str, ...], *, scaled: bool = False
+    ) -> Facts:
+        """Those of a kernel with these operands and outputs; see `Logits.of` for `scaled`."""
         lengths = request.q_len, request.kv_len
         return cls(
             operands.sizes,
-            Logits.of(request),
+            Logits.of(request, scaled=scaled),
             mask,
             request.mask.may_hide_slots(*lengths),
             request.mask.may_have_empty_rows(*lengths),

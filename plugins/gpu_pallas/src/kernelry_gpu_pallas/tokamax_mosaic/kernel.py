@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernelry.errors import PluginError
-from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
+from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling, log_sum
 from kernelry_gpu_pallas.tokamax_mosaic import _vendor
 from kernelry_gpu_pallas.tokamax_mosaic.blocks import BLACKWELL, NAME, check
 from kernelry_gpu_pallas.tokamax_mosaic.visibility import Visible, is_plainly_causal
@@ -41,8 +41,9 @@ class TokamaxMosaicKernel(Kernel):
         if not statistics:
             out, top = _attended(request, tiling, arrays, visible)
             return Partial(out, max_logits=top, dtype=request.dtype)
-        out, lse, top = _forward(request, tiling, arrays, visible)
-        return Partial(out, lse=lse, max_logits=top if request.max_logits else None, dtype=request.dtype)
+        out, lse, rest, top = _forward(request, tiling, arrays, visible)
+        max_logits = top if request.max_logits else None
+        return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype, lse_rest=rest)
 
     def backward(
         self,
@@ -63,19 +64,21 @@ def _attended(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The output and, where it is asked for, the largest logit of each head."""
     if request.max_logits:
-        out, _, top = _forward(request, tiling, arrays, visible)
+        out, _, _, top = _forward(request, tiling, arrays, visible)
         return out, top
     return _called(request, tiling, arrays, visible, statistics=False)[0], None
 
 
 def _attended_forward(request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible) -> Any:
-    out, lse, top = _forward(request, tiling, arrays, visible)
-    return (out, top if request.max_logits else None), (arrays, visible, out, lse)
+    out, lse, rest, top = _forward(request, tiling, arrays, visible)
+    return (out, top if request.max_logits else None), (arrays, visible, out, lse, rest)
 
 
 def _attended_backward(request: Request, tiling: Tiling, residuals: Any, cotangents: Any) -> Any:
-    arrays, visible, out, lse = residuals
-    return _backward(request, tiling, arrays, visible, out, lse, cotangents[0]), None
+    arrays, visible, out, lse, rest = residuals
+    # Probabilities of exp(logits − lse) are too large by exp(rest); the gradients are linear in d_out.
+    d_out = cotangents[0].astype(jnp.float32) * jnp.exp(-rest).swapaxes(1, 2)[..., None]
+    return _backward(request, tiling, arrays, visible, out, lse, d_out), None
 
 
 _attended.defvjp(_attended_forward, _attended_backward)
@@ -87,12 +90,12 @@ def _arrays(inputs: Inputs) -> _Arrays:
 
 def _forward(
     request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"], Float[Array, "B N"]]:
-    """The output, the logsumexp, and the largest logit of each head."""
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"], Float[Array, "B N T"], Float[Array, "B N"]]:
+    """The output, the logsumexp, what rounding took from it, and the largest logit of each head."""
     out, (tops, sums) = _called(request, tiling, arrays, visible, statistics=True)
     sees = (tops > _NOTHING_SEEN) & (sums > 0)
-    lse = jnp.where(sees, tops + jnp.log(jnp.where(sees, sums, 1.0)), -jnp.inf)
-    return out, lse, jnp.where(sees, tops, -jnp.inf).max(axis=2)
+    lse, rest = log_sum(jnp.where(sees, tops, 0.0), jnp.where(sees, sums, 1.0))
+    return out, jnp.where(sees, lse, -jnp.inf), rest, jnp.where(sees, tops, -jnp.inf).max(axis=2)
 
 
 def _called(request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible, *, statistics: bool) -> Any:

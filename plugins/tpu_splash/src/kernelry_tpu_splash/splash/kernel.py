@@ -84,7 +84,7 @@ def _segments(inputs: Inputs) -> _vendor.SegmentIds | None:
 def _kernel_for(inputs: Inputs, request: Request, tiling: Tiling, statistics: bool) -> _vendor.SplashAttentionKernel:
     """The vendor's kernel for everything but the arrays; where queries stand may still be missing."""
     mask = ComputedMask.of(inputs, request)
-    return _built(mask, request.soft_cap, tiling, statistics, request.is_interpreted)
+    return mask.build(_built, request.soft_cap, tiling, statistics, request.is_interpreted)
 
 
 @functools.lru_cache(maxsize=256)

@@ -93,7 +93,7 @@ def _run(one_row: Any, inputs: Inputs, request: Request, tiling: Tiling, statist
         return _run_dense(
             one_row, facts, visible(inputs, request, q_len=request.q_len), request, (query, key, value), more
         )
-    kernel, positions = _built(ComputedMask.of(inputs, request), facts), query_positions(inputs, request)
+    kernel, positions = ComputedMask.of(inputs, request).build(_built, facts), query_positions(inputs, request)
     rows = segment_rows(inputs)
 
     def placed(q: Any, k: Any, v: Any, ids: Any, where: Any, own: Any) -> Any:

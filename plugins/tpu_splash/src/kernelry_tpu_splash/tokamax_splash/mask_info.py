@@ -60,7 +60,7 @@ def of_booleans(
     blocks = visible.reshape(rows, block_q, columns, block_kv).swapaxes(1, 2)
     if of_keys:
         blocks = blocks.transpose(1, 0, 3, 2)
-    kinds = (blocks.any(axis=(2, 3)).astype(jnp.int32) + blocks.all(axis=(2, 3))).reshape(-1)
+    kinds = (blocks.any(axis=(2, 3)).astype(jnp.int32) + blocks.all(axis=(2, 3)).astype(jnp.int32)).reshape(-1)
     masks = blocks.reshape(rows * columns, *blocks.shape[2:]).astype(jnp.int8)
     if not of_keys:
         kinds = jnp.maximum(kinds, BlockKind.PARTIAL)

@@ -1,0 +1,128 @@
+"""Rows of which every logit is very negative, or very large: logits like others, for they are finite.
+
+An additive padding mask makes them: of a padded row the whole bias is the least float32. Added to it, products of
+queries and keys vanish, in float64 as in float32, so that the output is the mean of the visible values.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernelry
+from kernelry import masks, testing
+from kernelry.testing import reference_attention, reference_gradients
+
+LENGTH, DIM = 48, 16
+LEAST = float(np.finfo(np.float32).min)
+KERNELS = ("dot_product", "blockwise", "pallas_flash")
+TILES = {
+    "dot_product": {},
+    "blockwise": {"block_q": 16, "block_kv": 16},
+    "pallas_flash": dict.fromkeys(
+        ("block_q", "block_kv", "block_q_dq", "block_kv_dq", "block_q_dkv", "block_kv_dkv"), 16
+    ),
+}
+FILLS = (LEAST, -3e38, -1e30, 1e30)
+SHAPES = {"of_pairs": (1, 1, LENGTH, LENGTH), "of_keys": (1, 1, 1, LENGTH), "of_rows": (1, 2, LENGTH, 1)}
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+QUERY, KEY, VALUE = draw(0, 1, LENGTH, 2, DIM), draw(1, 1, LENGTH, 1, DIM), draw(2, 1, LENGTH, 1, DIM)
+D_OUT = draw(3, 1, LENGTH, 2, DIM)
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "partial"))
+def answered(query, key, value, bias, mask, sinks, d_out, *, kernel, partial):
+    names = ("query", "key", "value") + (() if kernel == "pallas_flash" else ("bias",))
+
+    def call(query, key, value, bias):
+        bias = jax.lax.stop_gradient(bias) if kernel == "pallas_flash" else bias
+        result = kernelry.attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            sinks=None if partial else sinks,
+            kernel=kernel,
+            return_partial=partial,
+            gradients=names if sinks is None or partial else (*names, "sinks"),
+        )
+        return kernelry.finalize(result, sinks) if partial else result
+
+    out, pull = jax.vjp(call, query, key, value, bias)
+    return out, pull(d_out)[: len(names)]
+
+
+def check(kernel, bias, mask, *, sinks=None, partial=False):
+    place = testing.interpret() if kernel == "pallas_flash" else contextlib.nullcontext()
+    with place, kernelry.use(tiling=TILES[kernel] or None):
+        out, gradients = answered(QUERY, KEY, VALUE, bias, mask, sinks, D_OUT, kernel=kernel, partial=partial)
+    named = {"bias": np.asarray(bias)} | ({} if sinks is None else {"sinks": np.asarray(sinks)})
+    expected = reference_attention(QUERY, KEY, VALUE, mask=mask, **named)
+    wanted = reference_gradients(QUERY, KEY, VALUE, mask=mask, d_out=D_OUT, **named)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected.out, atol=2e-6)
+    for name, found in zip(("query", "key", "value", "bias"), gradients, strict=False):
+        theirs = getattr(wanted, name)
+        np.testing.assert_allclose(np.asarray(found, np.float64), theirs, atol=2e-5, err_msg=name)
+
+
+def biases(shape, fill):
+    """All of the bias, and that of some rows or keys alone."""
+    whole = jnp.full(SHAPES[shape], fill, jnp.float32)
+    some = np.zeros(SHAPES[shape], np.float32)
+    some[:, :, 5:9] = fill
+    return whole, jnp.asarray(some)
+
+
+def cases():
+    for kernel in KERNELS:
+        for fill in FILLS:
+            for shape in SHAPES:
+                smoke = (fill, shape) in ((LEAST, "of_pairs"), (-1e30, "of_keys"))
+                yield pytest.param(kernel, fill, shape, marks=[] if smoke else [pytest.mark.sweep])
+
+
+@pytest.mark.filterwarnings("ignore:adapters of")
+@pytest.mark.parametrize(("kernel", "fill", "shape"), list(cases()))
+def test_rows_of_large_logits_are_those_of_the_oracle(kernel, fill, shape):
+    for bias in biases(shape, fill) if shape != "of_keys" else biases(shape, fill)[:1]:
+        check(kernel, bias, masks.Causal())
+        check(kernel, bias, masks.Full())
+
+
+@pytest.mark.filterwarnings("ignore:adapters of")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_of_a_partial_of_large_logits_are_those_of_the_oracle(kernel):
+    """Its lse is the largest logit, beside which the logarithm of the sum vanishes; core knows what is missing."""
+    check(kernel, biases("of_pairs", LEAST)[1], masks.Causal(), partial=True)
+
+
+@pytest.mark.filterwarnings("ignore:adapters of")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fill", [LEAST, pytest.param(1e30, marks=pytest.mark.sweep)])
+def test_sinks_with_large_logits_are_those_of_the_oracle(kernel, fill):
+    check(kernel, biases("of_pairs", fill)[1], masks.Causal(), sinks=jnp.asarray([0.5, -1.0], jnp.float32))
+
+
+@pytest.mark.filterwarnings("ignore:adapters of")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_largest_of_very_negative_logits_is_all_that_is_seen(kernel):
+    bias = np.full(SHAPES["of_keys"], -3e38, np.float32)
+    bias[..., 7] = -2.5e38
+    check(kernel, jnp.asarray(bias), masks.Full())
+
+
+@pytest.mark.parametrize("logits_dtype", ["bfloat16", "float16"])
+def test_a_bias_beyond_the_range_of_the_logits_dtype_hides_nothing(logits_dtype):
+    bias = jnp.full(SHAPES["of_pairs"], LEAST)
+    out = kernelry.attention(QUERY, KEY, VALUE, bias=bias, kernel="dot_product", logits_dtype=logits_dtype)
+    mean = np.broadcast_to(np.asarray(VALUE, np.float64).mean(axis=1, keepdims=True), out.shape)
+    np.testing.assert_allclose(np.asarray(out, np.float64), mean, atol=2e-2)
