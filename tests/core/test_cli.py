@@ -357,7 +357,7 @@ def test_check_shows_in_its_rows_that_compilers_are_missing(run, without_compile
         "train, prefill, decode: compiling for TPUs needs libtpu, their compiler; pip install 'kernelry[aot-tpu]'."
     ) in text
     assert "compilers; pip install 'kernelry[aot-gpu]'." in text
-    assert "as if lengths hid nothing" in text
+    assert "roofline: at least, but without the lengths of the mask in decode; a decode step reads a full" in text
 
 
 def test_check_as_json_says_that_compilers_are_missing(run, without_compilers):
