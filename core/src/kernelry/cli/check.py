@@ -26,6 +26,7 @@ def check(
     *,
     config: shape.Config = None,
     maxtext: shape.MaxText = None,
+    ignore: shape.Ignored = None,
     target: Annotated[list[str], typer.Option(help="e.g. tpu:v5e:2x2 or gpu:h100; may be repeated.")],
     q_len: shape.QueryLength = 1024,
     max_len: shape.MaxLength = None,
@@ -46,7 +47,7 @@ def check(
     checked, which is no failure.
     """
     _run_nothing()
-    read = shape.read_config(config, maxtext)
+    read = shape.read_config(config, maxtext, ignore)
     sizes = shape.model_shapes(
         q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part, cache, mask
     )
