@@ -23,7 +23,7 @@ MaxText = Annotated[
 ]
 Ignored = Annotated[
     list[str] | None,
-    typer.Option("--ignore", help="an option to leave out of MaxText's files, as ignore=(NAME,) does; may be repeated."),
+    typer.Option("--ignore", help="an option to leave out of MaxText's files (ignore= in messages); may be repeated."),
 ]
 QueryLength = Annotated[int, typer.Option("--q-len", min=1, help="T, tokens of a training sequence and of a prompt.")]
 MaxLength = Annotated[
