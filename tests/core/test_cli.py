@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from rich.console import Console
@@ -177,6 +178,29 @@ def test_explain_reads_maxtext_files(run, config):
     data = json.loads(run("explain", "--target", "cpu", *files, "--json")[1])
     assert (data["request"]["soft_cap"], data["request"]["scale"]) == (50.0, 1.0)
     assert (data["plan"]["kernel"], data["config"]["source"]) == ("dot_product", "base.yml + model.yml")
+
+
+@pytest.mark.parametrize("verb", ["explain", "lock", "check"])
+def test_options_of_maxtext_are_ignored_by_name(run, config, without_compilers, verb):
+    (config / "base.yml").write_text("attention: dot_product\nquantize_kvcache: true\nmy_attention_sink: 1\n")
+    target = "tpu:v5e:9x8" if verb == "check" else "cpu"
+    question = (verb, "--maxtext", "base.yml", "--target", target, "--q-len", "64")
+    status, _, err = run(*question, "--ignore", "my_attention_sink")
+    assert (status, "quantize_kvcache = True has no meaning here" in err) == (2, True)
+    _, out, err = run(*question, "--ignore", "my_attention_sink", "--ignore", "quantize_kvcache")
+    assert "dot_prod" in out  # the table may fold the rest
+    assert err == ""
+    status, _, err = run(verb, *(("--config",) if verb == "explain" else ()), "c.toml", *question[3:], "--ignore", "a")
+    assert (status, "--ignore is for MaxText's files" in " ".join(err.split())) == (2, True)
+
+
+def test_a_warning_is_one_line(run, config):
+    (config / "base.yml").write_text("attention: dot_product\nreshape_q: true\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, _, err = run("explain", "--maxtext", "base.yml", "--target", "cpu")
+    assert (status, err.count("\n")) == (0, 1)
+    assert err.startswith("warning: base.yml: MaxText options that are not read, as they do not change what attention")
 
 
 WRONG_FILES = {
@@ -357,7 +381,7 @@ def test_check_shows_in_its_rows_that_compilers_are_missing(run, without_compile
         "train, prefill, decode: compiling for TPUs needs libtpu, their compiler; pip install 'kernelry[aot-tpu]'."
     ) in text
     assert "compilers; pip install 'kernelry[aot-gpu]'." in text
-    assert "as if lengths hid nothing" in text
+    assert "roofline: at least, but without the lengths of the mask in decode; a decode step reads a full" in text
 
 
 def test_check_as_json_says_that_compilers_are_missing(run, without_compilers):

@@ -25,11 +25,12 @@ import dataclasses
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernelry._maxtext import from_maxtext
+from kernelry._maxtext import from_maxtext, read_options
 from kernelry.adapters import ADAPTERS
 from kernelry.conditions import RANGES, AnyRange, Condition
 from kernelry.config_lines import Keys, Place, toml_lines, yaml_lines
@@ -86,15 +87,19 @@ def load_config(
     return _validated(content, place)
 
 
-def load_maxtext(*paths: str | Path) -> AttentionConfig:
+def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionConfig:
     """Reads MaxText's YAML files, later ones over earlier ones, as `from_maxtext` reads their options.
 
     Args:
-      *paths: e.g. base.yml and a model's file.
+      *paths: one or more, e.g. base.yml and a model's file.
+      ignore: names of options to leave out, as if no file had them.
 
     Raises:
       ConfigError: a file cannot be read, or an option has no meaning here.
     """
+    if not paths or not all(isinstance(path, str | Path) for path in paths):
+        said = ", ".join(map(repr, paths)) or "nothing"
+        raise ConfigError(f"load_maxtext takes the paths of MaxText's files, got {said}; a mapping: from_maxtext.")
     names = " + ".join(str(path) for path in paths)
     options: dict[str, Any] = {}
     for path in map(Path, paths):
@@ -105,9 +110,12 @@ def load_maxtext(*paths: str | Path) -> AttentionConfig:
             raise ConfigError(f"{path} must hold MaxText's option names and values, got {content!r}.")
         options.update(content)
     try:
-        return dataclasses.replace(from_maxtext(options), source=names)
+        config, notices = read_options(options, ignore)
     except ConfigError as error:
         raise ConfigError(f"{names}: {error}") from error
+    for notice in notices:
+        warnings.warn(f"{names}: {notice}", stacklevel=2)
+    return dataclasses.replace(config, source=names)
 
 
 def _check_present(content: Mapping[str, Any], name: str, table: str, place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
@@ -37,11 +38,12 @@ _console = Console(highlight=False, soft_wrap=False)
 
 
 def run() -> int:
-    """Runs the command and returns its exit status; errors of kernelry are one message, status 2."""
+    """Runs the command and returns its exit status; errors of kernelry are one message, status 2, warnings one line."""
     survive_narrow_encodings()
     with warnings.catch_warnings():
         # Faults are what `doctor` prints; the other verbs point there.
         warnings.filterwarnings("ignore", message="kernelry plugin ")
+        warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         try:
             result = app(standalone_mode=False)
         except KernelryError as error:
@@ -57,6 +59,16 @@ def run() -> int:
             error.show()  # a usage error of the command line
             return int(error.exit_code)
     return result if isinstance(result, int) else 0
+
+
+def _show_warning(
+    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any, **more: Any
+) -> None:
+    """Writes what is for the user as one line; what is for programmers is shown with its place in the source."""
+    if category is UserWarning:
+        sys.stderr.write(f"warning: {message}\n")
+    else:
+        otherwise(message, category, *where, **more)
 
 
 @app.callback(invoke_without_command=True)
@@ -137,10 +149,11 @@ def explain(
         ),
     ] = None,
     maxtext: shape.MaxText = None,
+    ignore: shape.Ignored = None,
     as_json: Json = False,
 ) -> None:
     """Which kernel a request gets and why, on hardware that need not be here. Status 2: none."""
-    read = shape.read_config(config, maxtext) if config is not None or maxtext else None
+    read = shape.read_config(config, maxtext, ignore) if config is not None or maxtext or ignore else None
     phase = Mode.parse(mode)
     extent = Extent(
         batch=batch,

@@ -29,6 +29,7 @@ _TARGET = "target"
 def lock(
     config: shape.Config = None,
     maxtext: shape.MaxText = None,
+    ignore: shape.Ignored = None,
     target: Annotated[
         list[str] | None, typer.Option(help="platform[:kind[:topology]]; default: this machine; may be repeated.")
     ] = None,
@@ -52,7 +53,7 @@ def lock(
     What the file holds of other configs, sizes, caches and masks is kept, so a model with several kinds of layers is
     locked by one call for each.
     """
-    read = shape.read_config(config, maxtext)
+    read = shape.read_config(config, maxtext, ignore)
     name = shape.source_of(config, maxtext, start=file.parent)
     if check:
         _check(Lock.read(file), read, name, as_json)

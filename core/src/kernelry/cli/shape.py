@@ -21,6 +21,10 @@ MaxText = Annotated[
     list[Path] | None,
     typer.Option("--maxtext", help="a YAML file of MaxText's options in place of a config; later ones over earlier."),
 ]
+Ignored = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", help="an option to leave out of MaxText's files (ignore= in messages); may be repeated."),
+]
 QueryLength = Annotated[int, typer.Option("--q-len", min=1, help="T, tokens of a training sequence and of a prompt.")]
 MaxLength = Annotated[
     int | None, typer.Option("--max-len", min=1, help="slots of the cache; default T, and 2 T with --cache two-part.")
@@ -50,16 +54,22 @@ Masks = Annotated[
 ]
 
 
-def read_config(config: Path | None, maxtext: Sequence[Path] | None) -> AttentionConfig:
-    """Reads the config, or MaxText's files, that a command was given.
+def read_config(
+    config: Path | None, maxtext: Sequence[Path] | None, ignore: Sequence[str] | None = None
+) -> AttentionConfig:
+    """Reads the config, or MaxText's files without the options to ignore, that a command was given.
 
     Raises:
-      BadParameter: both or neither were given.
+      BadParameter: both or neither were given, or options to ignore without MaxText's files.
       ConfigError: a file cannot be read, has no [attention] table, or holds a wrong key or value.
     """
     if (config is None) == (not maxtext):
         raise typer.BadParameter("name a config, or MaxText's files with --maxtext")
-    return load_config(config, required=True) if config is not None else load_maxtext(*(maxtext or ()))
+    if config is None:
+        return load_maxtext(*(maxtext or ()), ignore=ignore or ())
+    if ignore:
+        raise typer.BadParameter("--ignore is for MaxText's files, named with --maxtext")
+    return load_config(config, required=True)
 
 
 def source_of(config: Path | None, maxtext: Sequence[Path] | None, *, start: Path | None = None) -> str:
