@@ -203,11 +203,15 @@ def test_wrong_entry_point_says_what_to_change(shelf, value, detail):
 
 SPEC = """
     import dataclasses
-    from kernelry.plugin import AtomKind, Feature, hookimpl
+    from kernelry.plugin import AtomKind, Dims, Feature, Tolerance, hookimpl
     from kernelry_dot_product.plugin import DOT_PRODUCT
 
     contract = (1, 1)
     can = DOT_PRODUCT.capabilities
+
+    class Odd:
+        def __repr__(self):
+            1 / 0
 
     def declares(**changed):
         return {{"capabilities": dataclasses.replace(can, **changed)}}
@@ -248,6 +252,27 @@ UNUSABLE = {
         "gradient must be a Gradient, got 'native'",
         "write Gradient.NONE, Gradient.NATIVE",
     ),
+    "declares(tolerances=(1,))": ("tolerances must be a tuple of Tolerances, ", "write tolerances=(Tolerance("),
+    "declares(tolerances=(Tolerance(32, 1e-6, 1e-5, ''),))": (
+        "each a dtype's name and two numbers, got (Tolerance(dtype=32, ",
+        "write tolerances=(Tolerance('float32', forward, gradient, reason),)",
+    ),
+    "declares(minimum_generation='gpu')": (
+        "minimum_generation must be a tuple of (platform, generation) pairs, got 'gpu'",
+        "write minimum_generation=(('gpu', 80),)",
+    ),
+    "declares(minimum_generation=('gpu', 80))": ("minimum_generation must be a tuple of (platform, ", "write minimum"),
+    "declares(minimum_generation=(('gpu', 'a100'),))": ("minimum_generation must be a tuple of (platf", "write min"),
+    "declares(head_dims='64')": ("head_dims must be Dims of integers from 1 on, got '64'", "write head_dims=Dims("),
+    "declares(head_dims=Dims(multiple_of=0))": ("head_dims must be Dims of integers from 1 on, got Dims(", "write"),
+    "declares(symbolic_sizes='batch')": ("symbolic_sizes must be a frozenset of texts, got 'batch'", "write symbolic"),
+    "declares(grouped_heads='no')": ("grouped_heads must be True or False, got 'no'", "write grouped_heads=True"),
+    "dict(summary=3)": ("summary must be a text, got 3", "write one line of text as summary="),
+    "dict(known_failures=('case',))": (
+        "known_failures must be a tuple of (case, reason) pairs, got ('case',)",
+        "write known_failures=((case, reason),)",
+    ),
+    "declares(dtypes=Odd())": ("checking it raised ZeroDivisionError", "write it with the types that KernelSpec names"),
 }
 
 
@@ -296,6 +321,7 @@ UNKNOWN_WORDS = {
         "kv_quantizations: 'int8' is unknown",
         "write one of float8_e4m3fn:head_dim, ",
     ),
+    "declares(symbolic_sizes=frozenset({'q_length'}))": ("symbolic_sizes: 'q_length' is unknown", "write 'q_len'"),
     "declares(context_parallel=frozenset({'rings'}))": ("context_parallel: 'rings' is unknown", "write 'ring'"),
 }
 
