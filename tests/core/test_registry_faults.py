@@ -332,11 +332,34 @@ UNKNOWN_WORDS = {
 def test_word_that_no_request_has_is_reported_and_the_kernel_stays(faulty, change, detail, fix):
     found = faulty(change)
     (fault,) = found.faults
-    assert fault.kind is FaultKind.UNKNOWN_WORD
+    assert fault.kind is FaultKind.DECLARATION
     assert fault.detail == f"kernel 'faulty': {detail}, so no request has it"
     assert fault.fix.startswith(fix)
     assert fault.fix.endswith("or report it to the authors of broken 1.0")
     assert list(found.kernels) == ["faulty", "healthy_kernel"]
+
+
+UNDECLARED = {
+    "platforms=frozenset(), interpret=False": ("platforms", "write platforms=frozenset({'gpu'})"),
+    "modes=frozenset()": ("modes", "write modes=frozenset(Mode)"),
+    "dtypes=()": ("dtypes", "write dtypes=frozenset({'bfloat16', 'float32'})"),
+    "head_dims=None": ("head_dims", "write head_dims=Dims()"),
+    "normalizations=frozenset()": ("normalizations", "write normalizations=frozenset({'softmax'})"),
+}
+
+
+@pytest.mark.parametrize(("change", "name", "fix"), [(key, *said) for key, said in UNDECLARED.items()], ids=UNDECLARED)
+def test_kernel_that_no_request_reaches_is_reported_and_stays(faulty, change, name, fix):
+    found = faulty(f"declares({change})")
+    (fault,) = found.faults
+    assert fault.kind is FaultKind.DECLARATION
+    assert fault.detail == f"kernel 'faulty': it declares no {name}, so no request reaches it"
+    assert fault.fix.startswith(fix)
+    assert list(found.kernels) == ["faulty", "healthy_kernel"]
+
+
+def test_kernel_for_interpret_mode_alone_needs_no_platform(faulty):
+    assert faulty("declares(platforms=frozenset(), interpret=True)").faults == ()
 
 
 def test_platform_of_another_jax_plugin_and_body_in_a_package_not_imported_are_no_faults(faulty):

@@ -28,7 +28,7 @@ class FaultKind(enum.Enum):
     HOOK_RAISED = "exception in a hook"
     WRONG_RETURN = "wrong return type"
     WRONG_SPEC = "kernel that cannot be used"
-    UNKNOWN_WORD = "unknown word in the declaration of a kernel"
+    DECLARATION = "declaration that no request meets"
     DUPLICATE_PLUGIN = "two plugins with one name"
     DUPLICATE_KERNEL = "kernel name claimed twice"
     DUPLICATE_NAME = "mask or normalization name claimed twice"

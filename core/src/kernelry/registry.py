@@ -263,7 +263,7 @@ class _Builder:
     def _is_usable(self, plugin: str, spec: KernelSpec) -> bool:
         found = mistakes(spec)
         for mistake in found:
-            kind = FaultKind.UNKNOWN_WORD if mistake.usable else FaultKind.WRONG_SPEC
+            kind = FaultKind.DECLARATION if mistake.usable else FaultKind.WRONG_SPEC
             detail = f"kernel {spec.name!r}: {mistake.detail}"
             self._fault(
                 kind, plugin, detail, f"{mistake.fix}, or report it to the authors of {self.distributions[plugin]}"

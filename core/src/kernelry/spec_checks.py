@@ -42,6 +42,15 @@ _SETS: dict[str, type | tuple[type, ...]] = {
 _FLAGS = tuple(field.name for field in dataclasses.fields(Capabilities) if isinstance(field.default, bool))
 _SIZES = ("batch", "q_len", "kv_len")
 
+_NEEDED = {
+    "platforms": "frozenset({'gpu'})",
+    "modes": "frozenset(Mode)",
+    "dtypes": "frozenset({'bfloat16', 'float32'})",
+    "head_dims": "Dims()",
+    "normalizations": "frozenset({'softmax'})",
+}
+"""What every request asks for, with an example of what to declare."""
+
 _SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
@@ -65,7 +74,7 @@ def mistakes(spec: KernelSpec) -> tuple[Mistake, ...]:
     """Returns what is wrong with a KernelSpec; imports nothing, not even the packages around its body."""
     try:
         malformed = tuple(_malformed(spec))
-        return malformed or (*_body(spec.load), *_unknown_words(spec.capabilities))
+        return malformed or (*_body(spec.load), *_undeclared(spec.capabilities), *_unknown_words(spec.capabilities))
     except Exception as error:  # of the objects in it, and of finders on sys.meta_path
         return (Mistake(f"checking it raised {error!r}", "write it with the types that KernelSpec names"),)
 
@@ -195,6 +204,12 @@ def _find(name: str, path: Any) -> ModuleSpec | None:
             return None
     found = (finder.find_spec(name, path, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
     return next((spec for spec in found if spec is not None), None)
+
+
+def _undeclared(can: Capabilities) -> Iterator[Mistake]:
+    for name, example in _NEEDED.items():
+        if not getattr(can, name) and not (name == "platforms" and can.interpret):
+            yield Mistake(f"it declares no {name}, so no request reaches it", f"write {name}={example}", usable=True)
 
 
 def _unknown_words(can: Capabilities) -> Iterator[Mistake]:
