@@ -1,5 +1,7 @@
 """A broken plugin behind a real entry point is reported with its fix, and everything else works."""
 
+import textwrap
+
 import jax
 import pytest
 
@@ -190,10 +192,11 @@ def test_wrong_signature_excludes_the_whole_plugin(shelf):
         ("broken.plugin", "names a module, and there is no 'broken.plugin'"),
         ("broken:plugn", "names 'plugn', which broken does not have; did you mean 'plugin'?"),
         ("broken:plugin", "names 7, which has neither a contract nor hooks"),
+        ("broken:kernelry_kernels", "names a function; name its module, 'broken'"),
     ],
 )
 def test_wrong_entry_point_says_what_to_change(shelf, value, detail):
-    info = shelf.put("broken", "plugin = 7")
+    info = shelf.put("broken", f"plugin = 7\n{textwrap.dedent(_hook('return []'))}")
     (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\nbroken = {value}\n")
     (fault,) = shelf.build().faults
     assert fault.kind is FaultKind.ENTRY_POINT
@@ -233,6 +236,11 @@ UNUSABLE = {
     "dict(load='json')": (
         "load must be 'module:attribute' or a function, got 'json'",
         "write load='package.module:attribute'",
+    ),
+    "dict(load='json:a:b')": ("load must be 'module:attribute' or a function, got 'json:a:b'", "write load='package."),
+    "dict(load='json:decoder.JSONDecoder')": (
+        "load must be 'module:attribute' or a function, got 'json:d",
+        "write load",
     ),
     "dict(name='auto')": ("name must be a text other than 'auto', got 'auto'", "give the kernel another name"),
     "dict(signature='scope')": ("signature must be a function, got 'scope'", "pass a function as signature="),

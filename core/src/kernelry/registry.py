@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,6 +156,9 @@ class _Builder:
                 self._wrong_entry_point(name, point, detail)
                 return None
             found = getattr(found, attribute)
+        if inspect.isroutine(found):  # a hook has the mark of pluggy, which looks like a hook of its own
+            self._wrong_entry_point(name, point, f"names a function; name its module, {point.module!r}")
+            return None
         if not hasattr(found, "contract") and not any(key.startswith("kernelry_") for key in dir(found)):
             self._wrong_entry_point(name, point, f"names {short(found)}, which has neither a contract nor hooks")
             return None

@@ -86,7 +86,7 @@ def _malformed(spec: KernelSpec) -> Iterator[Mistake]:
         value = getattr(spec, name)
         if not callable(value):
             yield Mistake(f"{name} must be a function, got {short(value)}", f"pass a function as {name}=")
-    if not callable(spec.load) and not (isinstance(spec.load, str) and all(_parts(spec.load))):
+    if not callable(spec.load) and not _names_body(spec.load):
         detail = f"load must be 'module:attribute' or a function, got {short(spec.load)}"
         yield Mistake(detail, "write load='package.module:attribute'")
     if not isinstance(spec.summary, str):
@@ -160,15 +160,16 @@ def _wrong_members(name: str, values: Any, kind: Any) -> Iterator[Mistake]:
             yield Mistake(f"{name} must hold {of}, got {short(value)}", f"write {of} in {name}=")
 
 
-def _parts(load: str) -> tuple[str, str]:
-    module, _, attribute = load.partition(":")
-    return module, attribute
+def _names_body(load: Any) -> bool:
+    """Says whether it is 'module:attribute', of one attribute, as `KernelSpec.body` looks it up."""
+    module, _, attribute = load.partition(":") if isinstance(load, str) else ("", "", "")
+    return all(name.isidentifier() for name in (*module.split("."), attribute))
 
 
 def _body(load: Any) -> Iterator[Mistake]:
     if not isinstance(load, str):
         return
-    module, _ = _parts(load)
+    module, _, _ = load.partition(":")
     absent = _first_absent(module)
     if absent is not None:
         fix = "reinstall the distribution; its author: correct load="
