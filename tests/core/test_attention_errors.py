@@ -224,6 +224,11 @@ MISTAKES = [
         "merge takes a sequence of Partials, got one Partial; write mer",
     ),
     (lambda: used(kernel=SPEC), "got KernelSpec 'mine'; write kernel='mine', inside kernelry.use(kernels=[spec])"),
+    (
+        lambda: used(kernels=[SPEC]),
+        "kernel 'mine' cannot be used: signature must be a function, got None; pass a function as signature=; "
+        "capabilities must be Capabilities, got None; pass a Capabilities.",
+    ),
     (lambda: used(kernels=SPEC), "use(kernels=…) takes a sequence; write kernels=[spec] for 'mine'."),
     (
         lambda: used(policy=AttentionConfig()),

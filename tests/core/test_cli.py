@@ -11,10 +11,11 @@ import warnings
 import pytest
 from rich.console import Console
 
-from kernelry import ModelShape, Request, Target, cli
+from kernelry import ModelShape, Request, Target, cli, installation, registry
 from kernelry.calls import calls
 from kernelry.cli import report
 from kernelry.config import load_config
+from kernelry.lock import Lock
 from kernelry.switches import Switches
 
 pytestmark = pytest.mark.versions
@@ -72,11 +73,12 @@ def test_doctor_reports_versions_and_no_faults(run):
     [
         (Switches(kernel="blokwise"), "KERNELRY_KERNEL", "did you mean 'blockwise'?"),
         (Switches(unknown=("KERNELRY_KERNAL",)), "KERNELRY_KERNAL", "did you mean 'KERNELRY_KERNEL'?"),
-        (Switches(strict=True, lock="absent.json"), "KERNELRY_LOCK", "the lock file 'absent.json' is not there"),
+        (Switches(strict=True, lock="absent.json"), "KERNELRY_LOCK", "cannot read the lock file absent.json: No such"),
+        (Switches(strict=True, lock=__file__), "KERNELRY_LOCK", "test_cli.py is not valid JSON: "),
     ],
 )
 def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch, switches, variable, words):
-    monkeypatch.setattr(Switches, "of_process", lambda: switches)
+    monkeypatch.setattr(Switches, "unchecked", lambda: switches)
     status, out, _ = run("doctor")
     [fault] = json.loads(run("doctor", "--json")[1])["faults"]
     assert status == 1
@@ -86,10 +88,23 @@ def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch
     assert variable in fault["fix"] or "kernelry list" in fault["fix"]
 
 
+def test_doctor_and_list_answer_where_a_variable_is_wrong(run, monkeypatch):
+    monkeypatch.setattr("kernelry.switches._of_process", lambda: Switches._read({"KERNELRY_STRICT": "maybe"}))
+    status, out, _ = run("doctor")
+    [fault] = json.loads(run("doctor", "--json")[1])["faults"]
+    assert status == 1
+    assert "Plugins" in out
+    assert fault["detail"] == "KERNELRY_STRICT='maybe' is neither yes nor no"
+    assert fault["fix"].startswith("write one of 1, true, ")
+    assert run("explain")[0] == 2
+    monkeypatch.setattr(installation, "installed", registry.find)
+    assert run("list")[0] == 0
+
+
 def test_doctor_says_nothing_of_variables_that_are_right(run, monkeypatch, tmp_path):
     lock = tmp_path / "kernelry.lock.json"
-    lock.write_text("{}")
-    monkeypatch.setattr(Switches, "of_process", lambda: Switches(kernel="blockwise", strict=True, lock=str(lock)))
+    Lock(()).write(lock)
+    monkeypatch.setattr(Switches, "unchecked", lambda: Switches(kernel="blockwise", strict=True, lock=str(lock)))
     status, out, _ = run("doctor")
     assert (status, "No faults." in out) == (0, True)
 

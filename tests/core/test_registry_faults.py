@@ -1,5 +1,7 @@
 """A broken plugin behind a real entry point is reported with its fix, and everything else works."""
 
+import textwrap
+
 import jax
 import pytest
 
@@ -190,10 +192,11 @@ def test_wrong_signature_excludes_the_whole_plugin(shelf):
         ("broken.plugin", "names a module, and there is no 'broken.plugin'"),
         ("broken:plugn", "names 'plugn', which broken does not have; did you mean 'plugin'?"),
         ("broken:plugin", "names 7, which has neither a contract nor hooks"),
+        ("broken:kernelry_kernels", "names a function; name its module, 'broken'"),
     ],
 )
 def test_wrong_entry_point_says_what_to_change(shelf, value, detail):
-    info = shelf.put("broken", "plugin = 7")
+    info = shelf.put("broken", f"plugin = 7\n{textwrap.dedent(_hook('return []'))}")
     (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\nbroken = {value}\n")
     (fault,) = shelf.build().faults
     assert fault.kind is FaultKind.ENTRY_POINT
@@ -203,11 +206,15 @@ def test_wrong_entry_point_says_what_to_change(shelf, value, detail):
 
 SPEC = """
     import dataclasses
-    from kernelry.plugin import AtomKind, Feature, hookimpl
+    from kernelry.plugin import AtomKind, Dims, Feature, Tolerance, hookimpl
     from kernelry_dot_product.plugin import DOT_PRODUCT
 
     contract = (1, 1)
     can = DOT_PRODUCT.capabilities
+
+    class Odd:
+        def __repr__(self):
+            1 / 0
 
     def declares(**changed):
         return {{"capabilities": dataclasses.replace(can, **changed)}}
@@ -230,6 +237,11 @@ UNUSABLE = {
         "load must be 'module:attribute' or a function, got 'json'",
         "write load='package.module:attribute'",
     ),
+    "dict(load='json:a:b')": ("load must be 'module:attribute' or a function, got 'json:a:b'", "write load='package."),
+    "dict(load='json:decoder.JSONDecoder')": (
+        "load must be 'module:attribute' or a function, got 'json:d",
+        "write load",
+    ),
     "dict(name='auto')": ("name must be a text other than 'auto', got 'auto'", "give the kernel another name"),
     "dict(signature='scope')": ("signature must be a function, got 'scope'", "pass a function as signature="),
     "dict(tilings=())": ("tilings must be a function, got ()", "pass a function as tilings="),
@@ -248,6 +260,27 @@ UNUSABLE = {
         "gradient must be a Gradient, got 'native'",
         "write Gradient.NONE, Gradient.NATIVE",
     ),
+    "declares(tolerances=(1,))": ("tolerances must be a tuple of Tolerances, ", "write tolerances=(Tolerance("),
+    "declares(tolerances=(Tolerance(32, 1e-6, 1e-5, ''),))": (
+        "each a dtype's name and two numbers, got (Tolerance(dtype=32, ",
+        "write tolerances=(Tolerance('float32', forward, gradient, reason),)",
+    ),
+    "declares(minimum_generation='gpu')": (
+        "minimum_generation must be a tuple of (platform, generation) pairs, got 'gpu'",
+        "write minimum_generation=(('gpu', 80),)",
+    ),
+    "declares(minimum_generation=('gpu', 80))": ("minimum_generation must be a tuple of (platform, ", "write minimum"),
+    "declares(minimum_generation=(('gpu', 'a100'),))": ("minimum_generation must be a tuple of (platf", "write min"),
+    "declares(head_dims='64')": ("head_dims must be Dims of integers from 1 on, got '64'", "write head_dims=Dims("),
+    "declares(head_dims=Dims(multiple_of=0))": ("head_dims must be Dims of integers from 1 on, got Dims(", "write"),
+    "declares(symbolic_sizes='batch')": ("symbolic_sizes must be a frozenset of texts, got 'batch'", "write symbolic"),
+    "declares(grouped_heads='no')": ("grouped_heads must be True or False, got 'no'", "write grouped_heads=True"),
+    "dict(summary=3)": ("summary must be a text, got 3", "write one line of text as summary="),
+    "dict(known_failures=('case',))": (
+        "known_failures must be a tuple of (case, reason) pairs, got ('case',)",
+        "write known_failures=((case, reason),)",
+    ),
+    "declares(dtypes=Odd())": ("checking it raised ZeroDivisionError", "write it with the types that KernelSpec names"),
 }
 
 
@@ -296,6 +329,7 @@ UNKNOWN_WORDS = {
         "kv_quantizations: 'int8' is unknown",
         "write one of float8_e4m3fn:head_dim, ",
     ),
+    "declares(symbolic_sizes=frozenset({'q_length'}))": ("symbolic_sizes: 'q_length' is unknown", "write 'q_len'"),
     "declares(context_parallel=frozenset({'rings'}))": ("context_parallel: 'rings' is unknown", "write 'ring'"),
 }
 
@@ -306,11 +340,34 @@ UNKNOWN_WORDS = {
 def test_word_that_no_request_has_is_reported_and_the_kernel_stays(faulty, change, detail, fix):
     found = faulty(change)
     (fault,) = found.faults
-    assert fault.kind is FaultKind.UNKNOWN_WORD
+    assert fault.kind is FaultKind.DECLARATION
     assert fault.detail == f"kernel 'faulty': {detail}, so no request has it"
     assert fault.fix.startswith(fix)
     assert fault.fix.endswith("or report it to the authors of broken 1.0")
     assert list(found.kernels) == ["faulty", "healthy_kernel"]
+
+
+UNDECLARED = {
+    "platforms=frozenset(), interpret=False": ("platforms", "write platforms=frozenset({'gpu'})"),
+    "modes=frozenset()": ("modes", "write modes=frozenset(Mode)"),
+    "dtypes=()": ("dtypes", "write dtypes=frozenset({'bfloat16', 'float32'})"),
+    "head_dims=None": ("head_dims", "write head_dims=Dims()"),
+    "normalizations=frozenset()": ("normalizations", "write normalizations=frozenset({'softmax'})"),
+}
+
+
+@pytest.mark.parametrize(("change", "name", "fix"), [(key, *said) for key, said in UNDECLARED.items()], ids=UNDECLARED)
+def test_kernel_that_no_request_reaches_is_reported_and_stays(faulty, change, name, fix):
+    found = faulty(f"declares({change})")
+    (fault,) = found.faults
+    assert fault.kind is FaultKind.DECLARATION
+    assert fault.detail == f"kernel 'faulty': it declares no {name}, so no request reaches it"
+    assert fault.fix.startswith(fix)
+    assert list(found.kernels) == ["faulty", "healthy_kernel"]
+
+
+def test_kernel_for_interpret_mode_alone_needs_no_platform(faulty):
+    assert faulty("declares(platforms=frozenset(), interpret=True)").faults == ()
 
 
 def test_platform_of_another_jax_plugin_and_body_in_a_package_not_imported_are_no_faults(faulty):

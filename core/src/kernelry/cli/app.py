@@ -96,7 +96,7 @@ def list_kernels(as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, plugins, environment switches, and what is wrong with a fix for each."""
-    found, switches = installation.installed(), Switches.of_process()
+    found, switches = installation.installed(), Switches.unchecked()
     if as_json:
         print_json(report.doctor_json(found, switches))
     else:
