@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernelry import installation
 from kernelry.errors import ArgumentError
 from kernelry.layer import AttentionConfig
 from kernelry.masks import BlockSelection, Causal, Full, Lengths
 from kernelry.masks.base import Extent, Mask
+from kernelry.masks.fit import check_fits
 from kernelry.masks.parse import parse_shaped
+from kernelry.masks.words import filled
 from kernelry.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.operands import page_size_of, quantization_of
 from kernelry.request import Mode, Request
@@ -52,7 +53,7 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[C
     Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step stands
     anywhere in a cache filled in part.
     """
-    extent = _extent(shape, shape.q_len, shape.q_len)
+    extent = shape.prompt
     prompt = _with_blocks(config, _prompt_mask(config, shape.mask, extent), extent)
     key, value = _plain(shape, shape.q_len, None)
     make = functools.partial(_call, config, shape, target)
@@ -71,11 +72,6 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[C
     return train, *prefill, *_from_cache(config, shape, make, Mode.DECODE, "decode")
 
 
-def _extent(shape: ModelShape, q_len: int, kv_len: int) -> Extent:
-    q_heads, kv_heads, _, _ = _heads(shape)
-    return Extent(batch=shape.batch, q_heads=q_heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len)
-
-
 def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> Mask:
     if not isinstance(more, str):
         return config.mask & more
@@ -86,6 +82,7 @@ def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> M
         return config.mask
 
     read = parse_shaped(more, extent, {**installation.installed().masks, "config": own})
+    check_fits(read, extent)
     return read if asked else config.mask & read
 
 
@@ -101,11 +98,11 @@ def mask_of(config: AttentionConfig, mode: Mode, extent: Extent, *, paged: bool 
         return _with_blocks(config, mask, extent)
     if paged and extent.q_len == 1 and isinstance(config.mask, Causal):
         mask = Full()  # as a cache asks for one token, which sees all before it
-    return _with_blocks(config, mask, extent) & Lengths(np.full(extent.batch, extent.kv_len, np.int32))
+    return _with_blocks(config, mask, extent) & Lengths(filled(extent.kv_len, (extent.batch,)))
 
 
 def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[..., Call]) -> Call:
-    mask = mask_of(config, Mode.DECODE, _extent(shape, 1, shape.max_len))
+    mask = mask_of(config, Mode.DECODE, dataclasses.replace(shape.prompt, q_len=1, kv_len=shape.max_len))
     storage = CacheShape.parse(shape.cache).storage
     return make("decode", Mode.DECODE, mask, *_plain(shape, shape.max_len, storage))
 
@@ -191,7 +188,7 @@ def _with_blocks(config: AttentionConfig, mask: Mask, extent: Extent) -> Mask:
     if config.moba is None:
         return mask
     blocks = -(-extent.kv_len // config.moba.chunk_size)
-    selected = np.zeros((extent.batch, extent.kv_heads, extent.q_len, blocks), bool)
+    selected = filled(False, (extent.batch, extent.kv_heads, extent.q_len, blocks))
     return mask & BlockSelection(selected, config.moba.chunk_size).at(query_offset=_anywhere())
 
 

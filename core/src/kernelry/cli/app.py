@@ -20,8 +20,10 @@ from kernelry.errors import KernelryError
 from kernelry.masks import Causal, Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import parse_form
+from kernelry.model_shape import LARGEST_SIZE
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Request, dtype_name
+from kernelry.request_checks import spelled
 from kernelry.resolver import explain as explain_request
 from kernelry.switches import Switches
 from kernelry.target import Target, home_target
@@ -103,13 +105,15 @@ def _usable_cap(soft_cap: float | None) -> float | None:
 def explain(
     target: Annotated[str, typer.Option(help="platform[:kind[:topology]], e.g. gpu:h100; default: this machine.")] = "",
     mode: Annotated[str, typer.Option(help="train, prefill or decode.")] = "train",
-    q_len: Annotated[int, typer.Option(min=0, help="T, query tokens.")] = 1024,
-    kv_len: Annotated[int | None, typer.Option(min=0, help="S, key tokens; default T.")] = None,
-    batch: Annotated[int, typer.Option(min=0, help="B.")] = 1,
-    heads: Annotated[int, typer.Option(min=1, help="N, query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="K, key/value heads; default N.")] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="H.")] = 128,
-    value_dim: Annotated[int | None, typer.Option(min=1, help="D; default H.")] = None,
+    q_len: Annotated[int, typer.Option(min=0, max=LARGEST_SIZE, help="T, query tokens.")] = 1024,
+    kv_len: Annotated[int | None, typer.Option(min=0, max=LARGEST_SIZE, help="S, key tokens; default T.")] = None,
+    batch: Annotated[int, typer.Option(min=0, max=LARGEST_SIZE, help="B.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, max=LARGEST_SIZE, help="N, query heads.")] = 8,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_SIZE, help="K, key/value heads; default N.")
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, max=LARGEST_SIZE, help="H.")] = 128,
+    value_dim: Annotated[int | None, typer.Option(min=1, max=LARGEST_SIZE, help="D; default H.")] = None,
     dtype: Annotated[str, typer.Option(help="of query, key and value.")] = "bfloat16",
     mask: Annotated[
         str | None,
@@ -125,7 +129,9 @@ def explain(
         bool | None, typer.Option("--sinks/--no-sinks", help="one sink logit per head; default: the config's.")
     ] = None,
     kv_quantization: Annotated[str | None, typer.Option(help="of keys and values, e.g. int8, int4:head_dim.")] = None,
-    page_size: Annotated[int | None, typer.Option(min=1, help="slots of a page, where keys stand in pages.")] = None,
+    page_size: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_SIZE, help="slots of a page, where keys stand in pages.")
+    ] = None,
     context_parallel: Annotated[str | None, typer.Option(help="sharded sequences, e.g. ring:context:4.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="statistics are wanted.")] = False,
     kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
@@ -199,4 +205,5 @@ def _dtype(name: str) -> str:
     try:
         return dtype_name(jnp.dtype(name))
     except TypeError:
-        raise typer.BadParameter(f"--dtype {name!r} is no dtype; e.g. bfloat16, float32") from None
+        instead = spelled(name) or "; write e.g. 'bfloat16' or 'float32'"
+        raise typer.BadParameter(f"--dtype {name!r} is unknown{instead}") from None
