@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kernelry import installation
 from kernelry.errors import ArgumentError
 from kernelry.layer import AttentionConfig
-from kernelry.masks import BlockSelection, Causal, Full, Lengths
+from kernelry.masks import BlockSelection, Lengths
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.fit import check_fits
 from kernelry.masks.parse import parse_shaped
@@ -62,10 +62,6 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[C
     kind = CacheShape.parse(shape.cache).kind
     if kind is CacheKind.CONTIGUOUS:
         return train, itself, _contiguous_step(config, shape, make)
-    if config.moba is not None:
-        raise ArgumentError(
-            f"cache {str(shape.cache)!r} with moba: blocks are chosen among the keys of one array; use 'contiguous'."
-        )
     # A rolling cache holds the end of a prompt only.
     read = () if kind is CacheKind.ROLLING else _from_cache(config, shape, make, Mode.PREFILL, "prefill from the cache")
     prefill = (*read, itself) if kind is CacheKind.TWO_PART else (itself, *read)
@@ -86,8 +82,8 @@ def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> M
     return read if asked else config.mask & read
 
 
-def mask_of(config: AttentionConfig, mode: Mode, extent: Extent, *, paged: bool = False) -> Mask:
-    """What a layer sees of keys that are passed as one array, or found in pages; only the form of its arrays matters.
+def mask_of(config: AttentionConfig, mode: Mode, extent: Extent) -> Mask:
+    """What a layer sees of keys that are passed as one array; only the form of its arrays matters.
 
     A decode step, and a prompt with more keys than queries, stands anywhere in them.
     """
@@ -96,8 +92,6 @@ def mask_of(config: AttentionConfig, mode: Mode, extent: Extent, *, paged: bool 
         mask = mask.at(query_offset=_anywhere())
     if mode is not Mode.DECODE:
         return _with_blocks(config, mask, extent)
-    if paged and extent.q_len == 1 and isinstance(config.mask, Causal):
-        mask = Full()  # as a cache asks for one token, which sees all before it
     return _with_blocks(config, mask, extent) & Lengths(filled(extent.kv_len, (extent.batch,)))
 
 
@@ -141,15 +135,30 @@ def _from_cache(
     """What `attend` of a cache asks, a call for each of its parts."""
     q_len = 1 if mode is Mode.DECODE else shape.q_len
 
+    found = cached(config, shape, q_len)
+    numbered = [name] if len(found) == 1 else [f"{name} part {number + 1}" for number in range(len(found))]
+    ask = functools.partial(make, partial=len(found) > 1, from_cache=True)
+    return tuple(ask(label, mode, *part) for label, part in zip(numbered, found, strict=True))
+
+
+def cached(config: AttentionConfig, shape: ModelShape, q_len: int) -> list[tuple[Mask, Any, Any]]:
+    """What T tokens see of each part of a cache, with the part's keys and values.
+
+    Raises:
+      ArgumentError: the config asks for what the cache does not keep.
+    """
+    if config.moba is not None:
+        raise ArgumentError(
+            f"cache {str(shape.cache)!r} with moba: blocks are chosen among the keys of one array; use 'contiguous'."
+        )
+
     def parts() -> list[tuple[Mask, Any, Any]]:
         cache = _cache(config, shape)
         masked = cache.masked_parts(config.mask, q_len, cache.lengths)
         return [(mask, part.key, part.value) for part, mask in masked]
 
-    found = jax.eval_shape(parts)
-    numbered = [name] if len(found) == 1 else [f"{name} part {number + 1}" for number in range(len(found))]
-    ask = functools.partial(make, partial=len(found) > 1, from_cache=True)
-    return tuple(ask(label, mode, *part) for label, part in zip(numbered, found, strict=True))
+    found: list[tuple[Mask, Any, Any]] = jax.eval_shape(parts)
+    return found
 
 
 def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:

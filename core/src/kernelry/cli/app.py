@@ -13,14 +13,15 @@ import typer
 from rich.console import Console
 
 from kernelry import _version, installation
-from kernelry.calls import mask_of, options_of
+from kernelry.calls import cached, mask_of, options_of
 from kernelry.cli import check, conformance, lock, mask, report, shape
 from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
+from kernelry.config import AttentionConfig
 from kernelry.errors import KernelryError
 from kernelry.masks import Causal, Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import parse_form
-from kernelry.model_shape import LARGEST_SIZE
+from kernelry.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Request, dtype_name
 from kernelry.request_checks import spelled
@@ -155,13 +156,12 @@ def explain(
         q_len=q_len,
         kv_len=q_len if kv_len is None else kv_len,
     )
-    paged = page_size is not None
     names: dict[str, Callable[..., Mask]] = {**installation.installed().masks}
     said: dict[str, Any] = {"mask": Causal().form}
     if read is not None:
-        own = mask_of(read, phase, extent, paged=paged)
+        own = mask_of(read, phase, extent) if page_size is None else _mask_of_pages(read, extent, page_size)
         names["config"] = lambda: own
-        said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=paged)}
+        said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=page_size is not None)}
     options = {"mask": mask and parse_form(mask, names), "soft_cap": soft_cap, "sinks": sinks}
     given = {name: value for name, value in options.items() if value is not None}
     request = Request(
@@ -191,6 +191,20 @@ def explain(
         for part in report.resolution_parts(resolution, asked):
             _console.print(part)
     raise typer.Exit(0 if resolution.plan else 2)
+
+
+def _mask_of_pages(config: AttentionConfig, extent: Extent, page_size: int) -> Mask:
+    """What a paged cache asks for, as `lock` and `check` have it."""
+    shape = ModelShape(
+        q_len=extent.q_len,
+        max_len=extent.kv_len,
+        batch=extent.batch,
+        q_heads=extent.q_heads,
+        kv_heads=extent.kv_heads,
+        cache=CacheShape(CacheKind.PAGED, page_size),
+    )
+    [(mask, _, _)] = cached(config, shape, extent.q_len)
+    return mask
 
 
 app.command("mask")(mask.draw)
