@@ -177,6 +177,36 @@ def test_explain_asks_what_is_locked(run, config, mode):
     assert Request.from_json(json.loads(out)["request"]) == wanted
 
 
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize("layer", ["type = 'global'", "type = 'local_sliding'\nwindow = 8", "type = 'full'"])
+def test_explain_of_pages_asks_what_is_locked(run, config, mode, layer):
+    (config / "c.toml").write_text(f"[attention]\n{layer}\nrecord_max_logits = true\n")
+    shape = ModelShape(q_len=1 if mode == "decode" else 64, max_len=96, q_heads=4, head_dim=32, cache="paged:16:int8")
+    wanted = [call.request for call in calls(load_config("c.toml"), shape, Target("cpu"))]
+    sizes = ("--q-len", str(shape.q_len), "--kv-len", "96", "--heads", "4", "--head-dim", "32")
+    options = (
+        "--target",
+        "cpu",
+        "--mode",
+        mode,
+        "--page-size",
+        "16",
+        "--kv-quantization",
+        "int8",
+        "--config",
+        "c.toml",
+    )
+    found = Request.from_json(json.loads(run("explain", *options, *sizes, "--json")[1])["request"])
+    assert found in wanted
+    assert found.page_size == 16
+
+
+def test_explain_of_pages_refuses_what_lock_refuses(run, config):
+    (config / "c.toml").write_text("[attention]\nmoba = {chunk_size = 4, top_k = 2}\n")
+    status, _, err = run("explain", "--target", "cpu", "--page-size", "16", "--config", "c.toml")
+    assert (status, "cache 'paged:16' with moba: blocks are chosen among the keys of one array" in err) == (2, True)
+
+
 def test_options_given_go_before_the_config(run, config):
     options = ("--soft-cap", "20", "--no-sinks", "--mask", "config & segments")
     _, out, _ = run("explain", "--target", "cpu", "--config", "c.toml", *options)
@@ -269,7 +299,9 @@ def test_explain_follows_a_config(run, tmp_path):
         (["explain", "--target", "gpu:h10"], "did you mean 'h100'"),
         (["explain", "--mode", "trian"], "did you mean 'train'"),
         (["explain", "--mask", "causl"], "did you mean 'causal'"),
-        (["explain", "--dtype", "float99"], "is no dtype"),
+        (["explain", "--dtype", "float99"], "--dtype 'float99' is unknown; write e.g. 'bfloat16' or 'float32'"),
+        (["explain", "--dtype", "fp32"], "--dtype 'fp32' is unknown; write 'float32'"),
+        (["explain", "--batch", "99999999999999"], "2147483647"),
         (["explain", "--soft-cap", "nan"], "no finite number above 0"),
         (["explain", "--soft-cap", "inf", "--json"], "no finite number above 0"),
         (["explain", "--soft-cap", "0"], "no finite number above 0"),

@@ -14,7 +14,7 @@ import kernelry
 from kernelry import Request, masks
 from kernelry.cli import lock as verb
 from kernelry.config import load_config
-from kernelry.errors import ConfigError
+from kernelry.errors import ArgumentError, ConfigError
 from kernelry.lock import Lock, lock_in_force
 from kernelry.switches import Switches
 
@@ -323,3 +323,31 @@ def test_json_says_what_was_not_checked(folder):
 def test_a_lock_that_cannot_be_written_says_why(folder):
     with pytest.raises(ConfigError, match=r"cannot write the lock file absent/x\.json: No such file"):
         Lock(()).write("absent/x.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("batch", "8", "batch must be an integer from 1 to 2147483647, got '8'; run kernelry lock again."),
+        ("q_len", None, "q_len must be an integer from 1 to 2147483647, got None; run kernelry lock again."),
+        ("batch", [1], "facts must be numbers and names"),
+        ("target", 3, "a target is a name such as 'gpu:h100', got 3; run kernelry lock again."),
+        ("depth", 3, "unexpected keyword argument 'depth'; run kernelry lock again."),
+    ],
+)
+def test_facts_of_a_lock_file_that_mean_nothing_say_so(config, name, value, words):
+    file = _write(config)
+    data = json.loads(file.read_text())
+    for entry in data["resolutions"]:
+        entry["origins"][0]["facts"][name] = value
+    file.write_text(json.dumps(data))
+    done = _run(config, "--check", "--file", file)
+    assert isinstance(done.exception, ConfigError)
+    assert words in str(done.exception)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--q-len", 10**10), ("--batch", 10**20 - 1)])
+def test_sizes_that_nothing_has_are_refused(config, option, value):
+    done = _run(config, "--file", config.parent / "x.json", option, value)
+    assert isinstance(done.exception, ArgumentError)
+    assert f"got {value}." in str(done.exception)

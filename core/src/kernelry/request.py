@@ -161,7 +161,7 @@ class Request:
             object.__setattr__(self, "mask", self._form_of(self.mask))
         self.mask.check_positions(self.batch, self.q_len, self.kv_len)
         for name in ("dtype", "logits_dtype"):
-            object.__setattr__(self, name, _named_dtype(getattr(self, name)))
+            object.__setattr__(self, name, named_dtype(getattr(self, name)))
         check_kinds(self)
         if self.kv_quantization is not None:
             kind = Quantization.parse(self.kv_quantization).of_heads(self.kv_heads)
@@ -325,7 +325,7 @@ def _rebuilt(facts: tuple[tuple[str, Any], ...]) -> Request:
     return Request(**dict(facts))
 
 
-def _named_dtype(dtype: Any) -> Any:
+def named_dtype(dtype: Any) -> Any:
     """The name of a dtype that is given as NumPy or JAX have it, e.g. `jnp.bfloat16`; anything else as it is."""
     if not isinstance(dtype, type | np.dtype) or getattr(dtype, "__module__", "") == "builtins":
         return dtype  # Python's float and int say no width

@@ -97,7 +97,7 @@ def check_kinds(request: Any) -> None:
     for name in _DTYPES:
         dtype = getattr(request, name)
         if not isinstance(dtype, str) or not is_dtype(dtype):
-            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}.")
+            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}{spelled(dtype)}.")
     for name in _FLAGS:
         if type(getattr(request, name)) is not bool:
             raise ArgumentError(f"{name} must be True or False, got {_shown(getattr(request, name))}.")
@@ -114,6 +114,24 @@ def is_dtype(name: str) -> bool:
         return bool(jnp.dtype(name).name == name)
     except (TypeError, ValueError):
         return False
+
+
+_SPELLINGS = {"fp": "float", "bf": "bfloat", "f": "float"}
+_WIDTHS = ("16", "32", "64")
+
+
+def spelled(dtype: Any) -> str:
+    """What to write instead of another name of a dtype: `; write 'float32'` for `fp32`; empty where it is none."""
+    if not isinstance(dtype, str):
+        return ""
+    word = dtype.strip().lower()
+    short = word.rstrip("0123456789")
+    full = _SPELLINGS.get(short, short) + word[len(short) :]
+    try:
+        name = full if word.endswith(_WIDTHS) and is_dtype(full) else str(jnp.dtype(dtype).name)
+    except (TypeError, ValueError):
+        return ""
+    return "" if name == dtype else f"; write {name!r}"
 
 
 def _check_numbers(request: Any) -> None:

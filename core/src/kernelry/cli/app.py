@@ -14,15 +14,18 @@ import typer
 from rich.console import Console
 
 from kernelry import _version, installation
-from kernelry.calls import mask_of, options_of
+from kernelry.calls import cached, mask_of, options_of
 from kernelry.cli import check, conformance, lock, mask, report, shape
 from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
+from kernelry.config import AttentionConfig
 from kernelry.errors import KernelryError
 from kernelry.masks import Causal, Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import parse_form
+from kernelry.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Request, dtype_name
+from kernelry.request_checks import spelled
 from kernelry.resolver import explain as explain_request
 from kernelry.switches import Switches
 from kernelry.target import Target, home_target
@@ -115,13 +118,15 @@ def _usable_cap(soft_cap: float | None) -> float | None:
 def explain(
     target: Annotated[str, typer.Option(help="platform[:kind[:topology]], e.g. gpu:h100; default: this machine.")] = "",
     mode: Annotated[str, typer.Option(help="train, prefill or decode.")] = "train",
-    q_len: Annotated[int, typer.Option(min=0, help="T, query tokens.")] = 1024,
-    kv_len: Annotated[int | None, typer.Option(min=0, help="S, key tokens; default T.")] = None,
-    batch: Annotated[int, typer.Option(min=0, help="B.")] = 1,
-    heads: Annotated[int, typer.Option(min=1, help="N, query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="K, key/value heads; default N.")] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="H.")] = 128,
-    value_dim: Annotated[int | None, typer.Option(min=1, help="D; default H.")] = None,
+    q_len: Annotated[int, typer.Option(min=0, max=LARGEST_SIZE, help="T, query tokens.")] = 1024,
+    kv_len: Annotated[int | None, typer.Option(min=0, max=LARGEST_SIZE, help="S, key tokens; default T.")] = None,
+    batch: Annotated[int, typer.Option(min=0, max=LARGEST_SIZE, help="B.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, max=LARGEST_SIZE, help="N, query heads.")] = 8,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_SIZE, help="K, key/value heads; default N.")
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, max=LARGEST_SIZE, help="H.")] = 128,
+    value_dim: Annotated[int | None, typer.Option(min=1, max=LARGEST_SIZE, help="D; default H.")] = None,
     dtype: Annotated[str, typer.Option(help="of query, key and value.")] = "bfloat16",
     mask: Annotated[
         str | None,
@@ -137,7 +142,9 @@ def explain(
         bool | None, typer.Option("--sinks/--no-sinks", help="one sink logit per head; default: the config's.")
     ] = None,
     kv_quantization: Annotated[str | None, typer.Option(help="of keys and values, e.g. int8, int4:head_dim.")] = None,
-    page_size: Annotated[int | None, typer.Option(min=1, help="slots of a page, where keys stand in pages.")] = None,
+    page_size: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_SIZE, help="slots of a page, where keys stand in pages.")
+    ] = None,
     context_parallel: Annotated[str | None, typer.Option(help="sharded sequences, e.g. ring:context:4.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="statistics are wanted.")] = False,
     kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
@@ -162,13 +169,12 @@ def explain(
         q_len=q_len,
         kv_len=q_len if kv_len is None else kv_len,
     )
-    paged = page_size is not None
     names: dict[str, Callable[..., Mask]] = {**installation.installed().masks}
     said: dict[str, Any] = {"mask": Causal().form}
     if read is not None:
-        own = mask_of(read, phase, extent, paged=paged)
+        own = mask_of(read, phase, extent) if page_size is None else _mask_of_pages(read, extent, page_size)
         names["config"] = lambda: own
-        said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=paged)}
+        said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=page_size is not None)}
     options = {"mask": mask and parse_form(mask, names), "soft_cap": soft_cap, "sinks": sinks}
     given = {name: value for name, value in options.items() if value is not None}
     request = Request(
@@ -200,6 +206,20 @@ def explain(
     raise typer.Exit(0 if resolution.plan else 2)
 
 
+def _mask_of_pages(config: AttentionConfig, extent: Extent, page_size: int) -> Mask:
+    """What a paged cache asks for, as `lock` and `check` have it."""
+    shape = ModelShape(
+        q_len=extent.q_len,
+        max_len=extent.kv_len,
+        batch=extent.batch,
+        q_heads=extent.q_heads,
+        kv_heads=extent.kv_heads,
+        cache=CacheShape(CacheKind.PAGED, page_size),
+    )
+    [(mask, _, _)] = cached(config, shape, extent.q_len)
+    return mask
+
+
 app.command("mask")(mask.draw)
 app.command("lock")(lock.lock)
 app.command("check")(check.check)
@@ -212,4 +232,5 @@ def _dtype(name: str) -> str:
     try:
         return dtype_name(jnp.dtype(name))
     except TypeError:
-        raise typer.BadParameter(f"--dtype {name!r} is no dtype; e.g. bfloat16, float32") from None
+        instead = spelled(name) or "; write e.g. 'bfloat16' or 'float32'"
+        raise typer.BadParameter(f"--dtype {name!r} is unknown{instead}") from None

@@ -13,7 +13,7 @@ from kernelry.calls import calls
 from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
 from kernelry.config import AttentionConfig
-from kernelry.errors import ConfigError
+from kernelry.errors import ConfigError, KernelryError
 from kernelry.lock import Entry, Lock, Origin, changed_fields
 from kernelry.model_shape import ModelShape
 from kernelry.phases import resolve_phases
@@ -100,8 +100,11 @@ def _asked_again(origin: Origin, config: AttentionConfig) -> tuple[Request, ...]
     facts = dict(origin.facts)
     try:
         target, sizes = Target.parse(facts.pop(_TARGET)), ModelShape(**facts)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"the lock file's sizes {facts} cannot be read: {error}; run kernelry lock again.") from error
+    except (KeyError, TypeError, KernelryError) as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error).removesuffix(".")
+        raise ConfigError(
+            f"the lock file's facts {dict(origin.facts)} cannot be read: {reason}; run kernelry lock again."
+        ) from error
     return tuple(call.request for call in calls(config, sizes, target))
 
 

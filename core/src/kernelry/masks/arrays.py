@@ -54,7 +54,7 @@ def as_limits(name: str, value: Any) -> ArrayLike:
       ShapeError: not integers, or the wrong rank.
     """
     array = as_array(value)
-    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.dtype != np.int32:
         array = np.clip(array, _INT32.min, _INT32.max).astype(np.int32)  # no slot and no position is beyond
     elif str(array.dtype) in ("int64", "uint32", "uint64"):
         # Compared with int32, JAX would wrap uint32, and an int64 made of a Python number, which is weakly typed.
