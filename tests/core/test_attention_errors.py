@@ -256,6 +256,10 @@ MISTAKES = [
     (lambda: CACHE.attend(Q[:, :1], mask=None), MASK + "None; leave it out for Causal(), or write masks.Full()."),
     (lambda: CACHE.attend(Q[:, :1], mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
     (lambda: Request(q_len=8, mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
+    (
+        lambda: Request(q_len=1, kv_len=100, mask=masks.Causal(), mode="decode"),
+        "key has S=100: say where the queries stand, e.g. mask.at(query_offset=99).",
+    ),
     (lambda: Request(q_len=8, dtype=float), "dtype must be the name of a dtype, e.g. bfloat16, got <class 'float'>."),
     (lambda: Request(q_len=6, bias=jnp.ones((6, 6))), "of B=1 N=1 T=6 S=6, got an array of shape (6, 6)."),
     (lambda: Request(q_len=6, sinks=jnp.ones(1)), "sinks must be True or False, got an array of shape (1,)."),

@@ -14,7 +14,7 @@ from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Extent
 from kernelry.masks.constants import note_arrays
-from kernelry.masks.fit import as_mask
+from kernelry.masks.fit import as_mask, check_located
 from kernelry.masks.form import MaskForm
 from kernelry.request_checks import SYMBOLIC, SymbolicSize, check_kinds, check_sizes, check_storage
 from kernelry.storage import Quantization
@@ -94,7 +94,8 @@ class Request:
       q_heads, kv_heads: N and K; `kv_heads=None` is N.
       head_dim, value_dim: H and D; `value_dim=None` is H.
       dtype: of query, key and value, e.g. `bfloat16`.
-      mask: the static side of the mask.
+      mask: the static side of the mask; of a Mask only the form is kept, so its arrays may be of other sizes. Where
+        T ≠ S it must say where the queries stand, as in a call.
       scale: the factor on the logits; None is H ** -0.5.
       bias: the bias's shape, each of its four dimensions 1 or that of B N T S; None without bias.
       soft_cap: the logits' cap; None without.
@@ -188,7 +189,9 @@ class Request:
             q_len=self.q_len,
             kv_len=self.kv_len,
         )
-        form = as_mask(mask, extent).form
+        meant = as_mask(mask, extent)
+        check_located(meant, self.q_len, self.kv_len)  # its arrays may be of other sizes: only their form is kept
+        form = meant.form
         note_arrays(form)  # the request may outlive the mask
         return form
 
