@@ -38,11 +38,9 @@ class Mode(enum.Enum):
         """
         if isinstance(value, Mode):
             return value
-        if value == "autoregressive":
-            return cls.DECODE
         try:
-            return cls(value)
-        except ValueError:
+            return cls.DECODE if value == "autoregressive" else cls(value)
+        except (ValueError, TypeError):  # arrays are neither equal nor unequal
             known = [mode.value for mode in cls]
             raise ArgumentError(f"unknown mode {value!r}{nearest(str(value), known)}") from None
 
@@ -66,9 +64,22 @@ class Operand(enum.Enum):
         """
         try:
             return cls(value)
-        except ValueError:
+        except (ValueError, TypeError):
             known = [operand.value for operand in cls]
             raise ArgumentError(f"gradients: unknown operand {value!r}{nearest(str(value), known)}") from None
+
+
+def operands_of(gradients: Any) -> frozenset[Operand]:
+    """Reads the names of the operands whose gradient is needed.
+
+    Raises:
+      ArgumentError: it is no sequence of names, or there is no such operand.
+    """
+    if isinstance(gradients, str) or not isinstance(gradients, Iterable) or getattr(gradients, "ndim", 1) == 0:
+        raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {gradients!r}.")
+    if isinstance(gradients, frozenset) and all(type(name) is Operand for name in gradients):
+        return gradients
+    return frozenset(Operand.parse(name) for name in gradients)
 
 
 _CPU = Target("cpu")
@@ -170,10 +181,7 @@ class Request:
         if self.context_parallel is not None:
             object.__setattr__(self, "context_parallel", str(ContextParallel.parse(self.context_parallel)))
         self._fill("gradients", self._default_gradients)
-        if isinstance(self.gradients, str) or not isinstance(self.gradients, Iterable):
-            raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {self.gradients!r}.")
-        if not isinstance(self.gradients, frozenset):
-            object.__setattr__(self, "gradients", frozenset(Operand.parse(name) for name in self.gradients))
+        object.__setattr__(self, "gradients", operands_of(self.gradients))
         check_storage(self, _STORED & self.gradients)
         object.__setattr__(self, "_hash", hash(self._key()))
 
