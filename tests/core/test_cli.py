@@ -125,6 +125,20 @@ def test_explain_takes_how_keys_are_held(run):
     assert (status, request["kv_quantization"], request["page_size"]) == (0, "int4:head_dim", 16)
 
 
+@pytest.mark.parametrize(
+    ("options", "mask"),
+    [
+        ((), "causal at query=traced"),
+        (("--mask", "window(3) & segments"), "segments & window(3, 0) at query=traced"),
+        (("--mask", "causal.at(query_offset=63)"), "causal at query=63"),
+        (("--mask", "lengths"), "lengths"),
+    ],
+)
+def test_explain_puts_a_mask_anywhere_in_more_keys(run, options, mask):
+    out = run("explain", "--target", "cpu", "--mode", "decode", "--q-len", "1", "--kv-len", "64", "--json", *options)[1]
+    assert str(Request.from_json(json.loads(out)["request"]).mask) == mask
+
+
 def test_explain_of_pages_that_do_not_make_up_the_keys_says_so(run):
     status, _, error = run("explain", "--kv-len", "40", "--page-size", "16")
     assert status == 2

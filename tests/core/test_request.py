@@ -15,8 +15,8 @@ from kernelry.request import Operand
 MASKS = [
     masks.Full(),
     masks.Causal().at(query_offset=3),
-    masks.SlidingWindow(2) & masks.Lengths(np.array([1])),
-    ~masks.Causal() | masks.Full(),
+    masks.SlidingWindow(2).at(query_offset=3) & masks.Lengths(np.array([1])),
+    ~masks.Causal().at(query_offset=1) | masks.Full(),
 ]
 requests = st.builds(
     Request,

@@ -66,11 +66,11 @@ def load_config(
       ConfigError: the file cannot be read, or a key or value is wrong; the message names the file,
         the line, the key, what was found and the nearest valid name; for a mapping, the key.
     """
+    if not isinstance(source, str | Path | Mapping) or not isinstance(table, str):
+        raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     if isinstance(source, Mapping):
         table_of_it = source.get(table)
         return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, Place("config"))
-    if not isinstance(source, str | Path) or not isinstance(table, str):
-        raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     path = Path(source)
     content, lines = _read(path)
     place = Place(str(path), lines)
@@ -146,6 +146,8 @@ def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8.") from error
+    except ValueError as error:  # a character that no file's name has
+        raise ConfigError(f"cannot read the config {str(path)!r}: {error}.") from error
     if path.suffix == ".toml":
         try:
             return tomllib.loads(text), toml_lines(text)

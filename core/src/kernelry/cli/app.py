@@ -19,7 +19,7 @@ from kernelry.cli import check, conformance, lock, mask, report, shape
 from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
 from kernelry.config import AttentionConfig
 from kernelry.errors import KernelryError
-from kernelry.masks import Causal, Mask
+from kernelry.masks import Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import parse_form
 from kernelry.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
@@ -132,7 +132,8 @@ def explain(
         str | None,
         typer.Option(
             help="e.g. 'causal & segments', 'window(511)', 'full', or with the word config for the config's own mask: "
-            "'config & segments'; default: the config's, without one causal."
+            "'config & segments'; default: the config's, without one causal. Where T and S differ and it does not say "
+            "where the queries stand, as in 'causal.at(query_offset=7)', they stand anywhere."
         ),
     ] = None,
     soft_cap: Annotated[
@@ -170,12 +171,13 @@ def explain(
         kv_len=q_len if kv_len is None else kv_len,
     )
     names: dict[str, Callable[..., Mask]] = {**installation.installed().masks}
-    said: dict[str, Any] = {"mask": Causal().form}
+    anywhere = extent.q_len != extent.kv_len
+    said: dict[str, Any] = {"mask": parse_form("causal", anywhere=anywhere)}
     if read is not None:
         own = mask_of(read, phase, extent) if page_size is None else _mask_of_pages(read, extent, page_size)
         names["config"] = lambda: own
         said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=page_size is not None)}
-    options = {"mask": mask and parse_form(mask, names), "soft_cap": soft_cap, "sinks": sinks}
+    options = {"mask": mask and parse_form(mask, names, anywhere=anywhere), "soft_cap": soft_cap, "sinks": sinks}
     given = {name: value for name, value in options.items() if value is not None}
     request = Request(
         target=Target.parse(target) if target else home_target(),

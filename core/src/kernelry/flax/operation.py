@@ -20,7 +20,7 @@ from kernelry.flax.tokens import CachedPart, Tokens
 from kernelry.layer import check_config
 from kernelry.masks import Mask
 from kernelry.partial import Partial
-from kernelry.request import Mode, Operand
+from kernelry.request import Mode, Operand, operands_of
 from kernelry.scope import current_scope, use
 
 try:
@@ -123,7 +123,7 @@ class AttentionOp(nnx.Module):
             sinks=self._sinks(sinks, return_partial),
             dropout_rate=rate,
             dropout_rng=dropout_rng,
-            gradients=None if gradients is None else frozenset(Operand.parse(name) for name in gradients),
+            gradients=None if gradients is None else operands_of(gradients),
             return_partial=return_partial,
             max_logits=return_max_logits or self.config.record_max_logits,
         )
