@@ -183,7 +183,24 @@ MISTAKES = [
     (lambda: attend(mask="causal"), MASK + "'causal'; write masks.Causal()."),
     (lambda: attend(mask="sliding_window"), MASK + "'sliding_window'; write masks.SlidingWindow(…)."),
     (lambda: attend(mask="zzz"), MASK + "'zzz'; masks are in kernelry.masks."),
-    (lambda: attend(mask=True), MASK + "bool; masks are in kernelry.masks."),
+    (lambda: attend(mask=True), MASK + "True; without a mask every key is seen, and masks.Causal() hides those after"),
+    (lambda: attend(mask=lambda q, k: q >= k), MASK + "function; write masks.Predicate(fn)."),
+    (lambda: attend(mask=np.tril(np.ones((6, 6), bool)).tolist()), MASK + "list; write jnp.asarray(mask)."),
+    (
+        lambda: attend(mask=(masks.Causal(), masks.Lengths(3))),
+        MASK + "a tuple of masks; compose them with &, e.g. Causal() & Lengths(3).",
+    ),
+    (
+        lambda: attend(mask=np.ones((2, 6), np.int32)),
+        MASK + "int32 of shape (2, 6); for segment ids write masks.Segments(ids), for padding of 0 and 1 [B, S] array[",
+    ),
+    (lambda: attend(mask=at(query_positions=np.arange(16))), "query_positions must be [6] or [2, 6], got shape (16,)."),
+    (lambda: kernelry.flax.AttentionOp()(Q[0], K, K), "query must be [B, T, N, H], rank 4, got shape (6, 4, 8); "),
+    (lambda: kernelry.flax.AttentionOp()(Q, K, K, mask=ROWS), BOOLEANS.format("(2, 6)")),
+    (
+        lambda: kernelry.flax.AttentionOp(mask=lambda q, k: q >= k)(Q, K, K),
+        MASK + "function; write masks.Predicate(fn)",
+    ),
     (
         lambda: attend(mask=jnp.ones((6, 6))),
         MASK + "float32 of shape (6, 6); for 0 and 1 write masks.Dense(array > 0), n",
@@ -312,6 +329,7 @@ def test_none_and_booleans_are_the_masks_they_mean():
     np.testing.assert_array_equal(forms["none"], attend())
     for visible in (lower, jnp.asarray(lower), lower[None, None], nnx.Variable(jnp.asarray(lower))):
         np.testing.assert_allclose(attend(mask=visible), forms["causal"], atol=1e-6)
+        np.testing.assert_allclose(kernelry.flax.AttentionOp()(Q, K, K, mask=visible), forms["causal"], atol=1e-6)
     assert Request(q_len=6, mask=None) == Request(q_len=6)
     assert Request(q_len=6, mask=lower) == Request(q_len=6, mask=masks.Dense(lower))
 
