@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -81,6 +82,13 @@ def source_of(config: Path | None, maxtext: Sequence[Path] | None, *, start: Pat
     """
     paths = [config] if config is not None else list(maxtext or ())
     return " + ".join(str(path) if start is None else Path(os.path.relpath(path, start)).as_posix() for path in paths)
+
+
+def arguments_of(config: Path | None, maxtext: Sequence[Path] | None) -> str:
+    """The files that a command was given, as they are written on a command line."""
+    return shlex.join(
+        [str(config)] if config is not None else [w for file in maxtext or () for w in ("--maxtext", str(file))]
+    )
 
 
 def model_shapes(
