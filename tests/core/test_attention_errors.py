@@ -297,7 +297,10 @@ MISTAKES = [
         lambda: kernelry.config.load_config({}, table=[]),
         "load_config takes a path or a mapping, and a table's name, got",
     ),
-    (lambda: kernelry.config.load_maxtext(3), "load_maxtext takes paths, got 3."),
+    (
+        lambda: kernelry.config.load_maxtext(3),
+        "load_maxtext takes the paths of MaxText's files, got 3; a mapping: from_maxtext.",
+    ),
     (lambda: Request(q_len=8, dtype=float), "dtype must be the name of a dtype, e.g. bfloat16, got <class 'float'>."),
     (lambda: Request(q_len=6, bias=jnp.ones((6, 6))), "of B=1 N=1 T=6 S=6, got an array of shape (6, 6)."),
     (lambda: Request(q_len=6, sinks=jnp.ones(1)), "sinks must be True or False, got an array of shape (1,)."),
