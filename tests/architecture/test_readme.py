@@ -29,9 +29,28 @@ CHECKS = {
 assert packed.form.atoms and out.shape == (2, 1024, 8, 64), out.shape
 assert step.shape == (2, 1, 8, 64) and int(cache.lengths[0]) == 1025
 assert kernelry_kernels() == [MINE]
+import sys, types
+import numpy as np
+from kernelry.plugin import Partial, Side
+from kernelry.testing import reference_attention
+
+class MyKernel:
+    def forward(self, inputs, request, tiling, *, statistics):
+        logits = jnp.einsum("bthd,bshd->bhts", inputs.query, inputs.key) * request.scale
+        for mask in inputs.mask:
+            logits = jnp.where(mask.evaluate(Side.query(request.q_len), Side.kv(request.kv_len)), logits, -jnp.inf)
+        out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits), inputs.value)
+        return Partial(out, dtype=request.dtype)
+
+sys.modules["my_package"] = sys.modules["my_package.kernel"] = types.SimpleNamespace(MyKernel=MyKernel, __path__=[])
+asked = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
 with kernelry.use("mine", kernels=[MINE]):
-    refused = kernelry.explain(kernelry.Request(q_len=8))
-assert "mode=train is not prefill" in str(refused), refused
+    assert "mode=train is not prefill" in str(kernelry.explain(kernelry.Request(q_len=8))), "mine serves no training"
+    with kernelry.record() as resolutions:
+        served = kernelry.attention(asked, asked, asked, mask=kernelry.masks.Causal(), mode="prefill")
+assert [resolution.kernel for resolution in resolutions] == ["mine"], resolutions
+expected = reference_attention(*[np.asarray(asked)] * 3, mask=kernelry.masks.Causal()).out
+np.testing.assert_allclose(served, expected, atol=1e-5)
 """,
     "caches.md": """
 import numpy as np

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kernelry
 from kernelry import ModelShape, Request, aot, masks
 from kernelry.aot import layers
 from kernelry.aot.compilation import Compilation
@@ -134,9 +135,18 @@ def test_arrays_of_a_disjunction_are_taken_to_show_nothing():
     assert seen_of(spans | ARRAYS["segments"], 1, SMALL, SMALL).pairs == SMALL**2
 
 
-def test_traced_prefixes_are_taken_to_be_empty():
-    mask = masks.PrefixLM(jnp.asarray(5))
-    assert seen_of(mask, 1, SMALL, SMALL) == seen_of(masks.Causal(), 1, SMALL, SMALL)
+@pytest.mark.parametrize("length", [0, 5, SMALL])
+def test_traced_prefixes_are_taken_to_be_empty_and_under_not_are_left_out(length):
+    prefix = masks.PrefixLM(jnp.asarray([length]))
+    for mask in (prefix, prefix | masks.Chunked(5), ~(~prefix & masks.SlidingWindow(7))):
+        found = seen_of(mask, 1, SMALL, SMALL)
+        assert found.assumed == ()
+        assert found.pairs <= _exactly(mask, SMALL, SMALL, batch=1)[0]
+    for mask, rest in ((~prefix, masks.Full()), (~(prefix | masks.Chunked(5)), ~masks.Chunked(5))):
+        alone = seen_of(rest, 1, SMALL, SMALL)
+        assert seen_of(mask, 1, SMALL, SMALL) == dataclasses.replace(alone, assumed=("prefix_lm",))
+        assert alone.pairs >= _exactly(mask, SMALL, SMALL, batch=1)[0]
+    assert seen_of(prefix, 1, SMALL, SMALL) == seen_of(masks.Causal(), 1, SMALL, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +189,39 @@ def test_quantised_keys_are_read_as_they_are_stored(storage, bits):
     assert work.bytes == 2 * 2 * (64 + 64) + 512 * 2 * bits / 8
 
 
-def test_work_of_training_counts_seven_products():
+def test_work_of_training_counts_six_products_and_every_array_once():
     forward, whole = (aot.Work.of(_request(masks.Full(), mode=mode), masks.Full()) for mode in ("prefill", "train"))
-    assert whole.flops == 3.5 * forward.flops
+    assert whole.flops == 3 * forward.flops
     operand = 256 * 64 * 2
-    assert (forward.bytes, whole.bytes) == (4 * operand, 12 * operand)
+    assert (forward.bytes, whole.bytes) == (4 * operand, 8 * operand)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "head_dims", "value_dims", "arrays"),
+    [(["query"], 2, 2, 6), (["key"], 2, 2, 6), (["value"], 1, 2, 6), (["query", "value"], 2, 3, 7), ([], 1, 1, 4)],
+)
+def test_work_of_training_counts_the_gradients_that_are_wanted(wanted, head_dims, value_dims, arrays):
+    work = aot.Work.of(_request(masks.Full(), mode="train", gradients=wanted), masks.Full())
+    assert work.flops == 2 * 256**2 * 64 * (head_dims + value_dims)
+    assert work.bytes == arrays * 256 * 64 * 2
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim", "q_heads"), [(64, 64, 1), (16, 64, 2), (64, 16, 2)])
+@pytest.mark.parametrize("mode", ["prefill", "train"])
+def test_no_more_is_counted_than_the_compiler_counts(head_dim, value_dim, q_heads, mode):
+    length = 128
+
+    def loss(query, key, value):
+        return (kernelry.attention(query, key, value, mask=masks.Full(), kernel="dot_product", mode=mode) ** 2).sum()
+
+    dims = [(q_heads, head_dim), (1, head_dim), (1, value_dim)]
+    operands = [jax.ShapeDtypeStruct((1, length, *dim), jnp.float32) for dim in dims]
+    function = jax.value_and_grad(loss, argnums=(0, 1, 2)) if mode == "train" else loss
+    cost = jax.jit(function).lower(*operands).compile().cost_analysis()
+    facts = {"head_dim": head_dim, "value_dim": value_dim, "q_heads": q_heads, "kv_heads": 1, "dtype": "float32"}
+    work = aot.Work.of(_request(masks.Full(), mode=mode, q_len=length, **facts), masks.Full())
+    assert 0.5 * cost["flops"] < work.flops <= cost["flops"]
+    assert work.bytes <= cost["bytes accessed"]
 
 
 def test_the_roofline_is_the_longer_of_the_two():

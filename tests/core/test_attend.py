@@ -186,6 +186,11 @@ WRONG_RESULTS = {
         {"return_partial": True},
         "its statistics are lse and max and sum,",
     ),
+    "a rest of another shape": (
+        dataclasses.replace(PARTIAL, lse=LSE, lse_rest=LSE[0]),
+        {"return_partial": True},
+        "lse_rest is an array float32 [4, 6], expected float32 [2, 4, 6] (B N T)",
+    ),
     "lse by query": (
         dataclasses.replace(PARTIAL, lse=LSE.swapaxes(1, 2)),
         {"return_partial": True},

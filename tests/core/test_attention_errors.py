@@ -183,7 +183,24 @@ MISTAKES = [
     (lambda: attend(mask="causal"), MASK + "'causal'; write masks.Causal()."),
     (lambda: attend(mask="sliding_window"), MASK + "'sliding_window'; write masks.SlidingWindow(…)."),
     (lambda: attend(mask="zzz"), MASK + "'zzz'; masks are in kernelry.masks."),
-    (lambda: attend(mask=True), MASK + "bool; masks are in kernelry.masks."),
+    (lambda: attend(mask=True), MASK + "True; without a mask every key is seen, and masks.Causal() hides those after"),
+    (lambda: attend(mask=lambda q, k: q >= k), MASK + "function; write masks.Predicate(fn)."),
+    (lambda: attend(mask=np.tril(np.ones((6, 6), bool)).tolist()), MASK + "list; write jnp.asarray(mask)."),
+    (
+        lambda: attend(mask=(masks.Causal(), masks.Lengths(3))),
+        MASK + "a tuple of masks; compose them with &, e.g. Causal() & Lengths(3).",
+    ),
+    (
+        lambda: attend(mask=np.ones((2, 6), np.int32)),
+        MASK + "int32 of shape (2, 6); for segment ids write masks.Segments(ids), for padding of 0 and 1 [B, S] array[",
+    ),
+    (lambda: attend(mask=at(query_positions=np.arange(16))), "query_positions must be [6] or [2, 6], got shape (16,)."),
+    (lambda: kernelry.flax.AttentionOp()(Q[0], K, K), "query must be [B, T, N, H], rank 4, got shape (6, 4, 8); "),
+    (lambda: kernelry.flax.AttentionOp()(Q, K, K, mask=ROWS), BOOLEANS.format("(2, 6)")),
+    (
+        lambda: kernelry.flax.AttentionOp(mask=lambda q, k: q >= k)(Q, K, K),
+        MASK + "function; write masks.Predicate(fn)",
+    ),
     (
         lambda: attend(mask=jnp.ones((6, 6))),
         MASK + "float32 of shape (6, 6); for 0 and 1 write masks.Dense(array > 0), n",
@@ -224,6 +241,11 @@ MISTAKES = [
         "merge takes a sequence of Partials, got one Partial; write mer",
     ),
     (lambda: used(kernel=SPEC), "got KernelSpec 'mine'; write kernel='mine', inside kernelry.use(kernels=[spec])"),
+    (
+        lambda: used(kernels=[SPEC]),
+        "kernel 'mine' cannot be used: signature must be a function, got None; pass a function as signature=; "
+        "capabilities must be Capabilities, got None; pass a Capabilities.",
+    ),
     (lambda: used(kernels=SPEC), "use(kernels=…) takes a sequence; write kernels=[spec] for 'mine'."),
     (
         lambda: used(policy=AttentionConfig()),
@@ -256,6 +278,29 @@ MISTAKES = [
     (lambda: CACHE.attend(Q[:, :1], mask=None), MASK + "None; leave it out for Causal(), or write masks.Full()."),
     (lambda: CACHE.attend(Q[:, :1], mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
     (lambda: Request(q_len=8, mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
+    (
+        lambda: Request(q_len=1, kv_len=100, mask=masks.Causal(), mode="decode"),
+        "key has S=100: say where the queries stand, e.g. mask.at(query_offset=99).",
+    ),
+    (lambda: Request(q_len=8, mode=np.arange(3)), "unknown mode array([0, 1, 2])"),
+    (
+        lambda: Request(q_len=8, gradients=jnp.int32(4)),
+        "gradients must be names of operands, e.g. ('query', 'bias'), got",
+    ),
+    (lambda: kernelry.flax.AttentionOp()(Q, K, K, gradients="query"), "gradients must be names of operands, e.g. ("),
+    (lambda: Request(q_len=10**400), "q_len must be below 2**63"),
+    (lambda: AttentionConfig(source=[]), "source must be text, e.g. a file's name, got []."),
+    (lambda: AttentionConfig(scale=10**400), "scale must be a finite number or none, got 1"),
+    (lambda: AttentionConfig(thresholds={1: 2}), "thresholds must be numbers by name, got {1: 2}."),
+    (lambda: kernelry.config.load_config("\0.toml"), "cannot read the config '\\x00.toml': embedded null byte."),
+    (
+        lambda: kernelry.config.load_config({}, table=[]),
+        "load_config takes a path or a mapping, and a table's name, got",
+    ),
+    (
+        lambda: kernelry.config.load_maxtext(3),
+        "load_maxtext takes the paths of MaxText's files, got 3; a mapping: from_maxtext.",
+    ),
     (lambda: Request(q_len=8, dtype=float), "dtype must be the name of a dtype, e.g. bfloat16, got <class 'float'>."),
     (lambda: Request(q_len=6, bias=jnp.ones((6, 6))), "of B=1 N=1 T=6 S=6, got an array of shape (6, 6)."),
     (lambda: Request(q_len=6, sinks=jnp.ones(1)), "sinks must be True or False, got an array of shape (1,)."),
@@ -287,6 +332,7 @@ def test_none_and_booleans_are_the_masks_they_mean():
     np.testing.assert_array_equal(forms["none"], attend())
     for visible in (lower, jnp.asarray(lower), lower[None, None], nnx.Variable(jnp.asarray(lower))):
         np.testing.assert_allclose(attend(mask=visible), forms["causal"], atol=1e-6)
+        np.testing.assert_allclose(kernelry.flax.AttentionOp()(Q, K, K, mask=visible), forms["causal"], atol=1e-6)
     assert Request(q_len=6, mask=None) == Request(q_len=6)
     assert Request(q_len=6, mask=lower) == Request(q_len=6, mask=masks.Dense(lower))
 

@@ -367,6 +367,12 @@ def test_a_row_freed_twice_at_once_is_freed_once():
     assert after.references.sum() == 4
 
 
+def test_a_shared_page_that_was_copied_is_given_back():
+    cache = fork(appended(cache_of(), [9, 0, 0, 0]), 0, 1)
+    cache = appended(cache, [1, 1, 0, 0])  # the first row to write copies the page that both share
+    assert free(cache, np.arange(R)).free_pages == PAGES
+
+
 # Pages of others
 
 

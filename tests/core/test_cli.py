@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from rich.console import Console
 
-from kernelry import ModelShape, Request, Target, cli
+from kernelry import ModelShape, Request, Target, cli, installation, registry
 from kernelry.calls import calls
 from kernelry.cli import report
 from kernelry.config import load_config
+from kernelry.lock import Lock
 from kernelry.switches import Switches
 
 pytestmark = pytest.mark.versions
@@ -71,11 +73,12 @@ def test_doctor_reports_versions_and_no_faults(run):
     [
         (Switches(kernel="blokwise"), "KERNELRY_KERNEL", "did you mean 'blockwise'?"),
         (Switches(unknown=("KERNELRY_KERNAL",)), "KERNELRY_KERNAL", "did you mean 'KERNELRY_KERNEL'?"),
-        (Switches(strict=True, lock="absent.json"), "KERNELRY_LOCK", "the lock file 'absent.json' is not there"),
+        (Switches(strict=True, lock="absent.json"), "KERNELRY_LOCK", "cannot read the lock file absent.json: No such"),
+        (Switches(strict=True, lock=__file__), "KERNELRY_LOCK", "test_cli.py is not valid JSON: "),
     ],
 )
 def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch, switches, variable, words):
-    monkeypatch.setattr(Switches, "of_process", lambda: switches)
+    monkeypatch.setattr(Switches, "unchecked", lambda: switches)
     status, out, _ = run("doctor")
     [fault] = json.loads(run("doctor", "--json")[1])["faults"]
     assert status == 1
@@ -85,10 +88,23 @@ def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch
     assert variable in fault["fix"] or "kernelry list" in fault["fix"]
 
 
+def test_doctor_and_list_answer_where_a_variable_is_wrong(run, monkeypatch):
+    monkeypatch.setattr("kernelry.switches._of_process", lambda: Switches._read({"KERNELRY_STRICT": "maybe"}))
+    status, out, _ = run("doctor")
+    [fault] = json.loads(run("doctor", "--json")[1])["faults"]
+    assert status == 1
+    assert "Plugins" in out
+    assert fault["detail"] == "KERNELRY_STRICT='maybe' is neither yes nor no"
+    assert fault["fix"].startswith("write one of 1, true, ")
+    assert run("explain")[0] == 2
+    monkeypatch.setattr(installation, "installed", registry.find)
+    assert run("list")[0] == 0
+
+
 def test_doctor_says_nothing_of_variables_that_are_right(run, monkeypatch, tmp_path):
     lock = tmp_path / "kernelry.lock.json"
-    lock.write_text("{}")
-    monkeypatch.setattr(Switches, "of_process", lambda: Switches(kernel="blockwise", strict=True, lock=str(lock)))
+    Lock(()).write(lock)
+    monkeypatch.setattr(Switches, "unchecked", lambda: Switches(kernel="blockwise", strict=True, lock=str(lock)))
     status, out, _ = run("doctor")
     assert (status, "No faults." in out) == (0, True)
 
@@ -107,6 +123,20 @@ def test_explain_takes_how_keys_are_held(run):
     status, out, _ = run("explain", *options, "--kv-quantization", "int4", "--page-size", "16", "--json")
     request = json.loads(out)["request"]
     assert (status, request["kv_quantization"], request["page_size"]) == (0, "int4:head_dim", 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "mask"),
+    [
+        ((), "causal at query=traced"),
+        (("--mask", "window(3) & segments"), "segments & window(3, 0) at query=traced"),
+        (("--mask", "causal.at(query_offset=63)"), "causal at query=63"),
+        (("--mask", "lengths"), "lengths"),
+    ],
+)
+def test_explain_puts_a_mask_anywhere_in_more_keys(run, options, mask):
+    out = run("explain", "--target", "cpu", "--mode", "decode", "--q-len", "1", "--kv-len", "64", "--json", *options)[1]
+    assert str(Request.from_json(json.loads(out)["request"]).mask) == mask
 
 
 def test_explain_of_pages_that_do_not_make_up_the_keys_says_so(run):
@@ -161,6 +191,36 @@ def test_explain_asks_what_is_locked(run, config, mode):
     assert Request.from_json(json.loads(out)["request"]) == wanted
 
 
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize("layer", ["type = 'global'", "type = 'local_sliding'\nwindow = 8", "type = 'full'"])
+def test_explain_of_pages_asks_what_is_locked(run, config, mode, layer):
+    (config / "c.toml").write_text(f"[attention]\n{layer}\nrecord_max_logits = true\n")
+    shape = ModelShape(q_len=1 if mode == "decode" else 64, max_len=96, q_heads=4, head_dim=32, cache="paged:16:int8")
+    wanted = [call.request for call in calls(load_config("c.toml"), shape, Target("cpu"))]
+    sizes = ("--q-len", str(shape.q_len), "--kv-len", "96", "--heads", "4", "--head-dim", "32")
+    options = (
+        "--target",
+        "cpu",
+        "--mode",
+        mode,
+        "--page-size",
+        "16",
+        "--kv-quantization",
+        "int8",
+        "--config",
+        "c.toml",
+    )
+    found = Request.from_json(json.loads(run("explain", *options, *sizes, "--json")[1])["request"])
+    assert found in wanted
+    assert found.page_size == 16
+
+
+def test_explain_of_pages_refuses_what_lock_refuses(run, config):
+    (config / "c.toml").write_text("[attention]\nmoba = {chunk_size = 4, top_k = 2}\n")
+    status, _, err = run("explain", "--target", "cpu", "--page-size", "16", "--config", "c.toml")
+    assert (status, "cache 'paged:16' with moba: blocks are chosen among the keys of one array" in err) == (2, True)
+
+
 def test_options_given_go_before_the_config(run, config):
     options = ("--soft-cap", "20", "--no-sinks", "--mask", "config & segments")
     _, out, _ = run("explain", "--target", "cpu", "--config", "c.toml", *options)
@@ -177,6 +237,29 @@ def test_explain_reads_maxtext_files(run, config):
     data = json.loads(run("explain", "--target", "cpu", *files, "--json")[1])
     assert (data["request"]["soft_cap"], data["request"]["scale"]) == (50.0, 1.0)
     assert (data["plan"]["kernel"], data["config"]["source"]) == ("dot_product", "base.yml + model.yml")
+
+
+@pytest.mark.parametrize("verb", ["explain", "lock", "check"])
+def test_options_of_maxtext_are_ignored_by_name(run, config, without_compilers, verb):
+    (config / "base.yml").write_text("attention: dot_product\nquantize_kvcache: true\nmy_attention_sink: 1\n")
+    target = "tpu:v5e:9x8" if verb == "check" else "cpu"
+    question = (verb, "--maxtext", "base.yml", "--target", target, "--q-len", "64")
+    status, _, err = run(*question, "--ignore", "my_attention_sink")
+    assert (status, "quantize_kvcache = True has no meaning here" in err) == (2, True)
+    _, out, err = run(*question, "--ignore", "my_attention_sink", "--ignore", "quantize_kvcache")
+    assert "dot_prod" in out  # the table may fold the rest
+    assert err == ""
+    status, _, err = run(verb, *(("--config",) if verb == "explain" else ()), "c.toml", *question[3:], "--ignore", "a")
+    assert (status, "--ignore is for MaxText's files" in " ".join(err.split())) == (2, True)
+
+
+def test_a_warning_is_one_line(run, config):
+    (config / "base.yml").write_text("attention: dot_product\nreshape_q: true\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, _, err = run("explain", "--maxtext", "base.yml", "--target", "cpu")
+    assert (status, err.count("\n")) == (0, 1)
+    assert err.startswith("warning: base.yml: MaxText options that are not read, as they do not change what attention")
 
 
 WRONG_FILES = {
@@ -230,7 +313,9 @@ def test_explain_follows_a_config(run, tmp_path):
         (["explain", "--target", "gpu:h10"], "did you mean 'h100'"),
         (["explain", "--mode", "trian"], "did you mean 'train'"),
         (["explain", "--mask", "causl"], "did you mean 'causal'"),
-        (["explain", "--dtype", "float99"], "is no dtype"),
+        (["explain", "--dtype", "float99"], "--dtype 'float99' is unknown; write e.g. 'bfloat16' or 'float32'"),
+        (["explain", "--dtype", "fp32"], "--dtype 'fp32' is unknown; write 'float32'"),
+        (["explain", "--batch", "99999999999999"], "2147483647"),
         (["explain", "--soft-cap", "nan"], "no finite number above 0"),
         (["explain", "--soft-cap", "inf", "--json"], "no finite number above 0"),
         (["explain", "--soft-cap", "0"], "no finite number above 0"),
@@ -357,7 +442,7 @@ def test_check_shows_in_its_rows_that_compilers_are_missing(run, without_compile
         "train, prefill, decode: compiling for TPUs needs libtpu, their compiler; pip install 'kernelry[aot-tpu]'."
     ) in text
     assert "compilers; pip install 'kernelry[aot-gpu]'." in text
-    assert "as if lengths hid nothing" in text
+    assert "roofline: at least, but without the lengths of the mask in decode; a decode step reads a full" in text
 
 
 def test_check_as_json_says_that_compilers_are_missing(run, without_compilers):

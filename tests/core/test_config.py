@@ -87,6 +87,23 @@ def test_maxtext_files_are_read_one_over_the_other(tmp_path):
         load_maxtext(base, model)
 
 
+def test_maxtext_files_warn_where_they_are_read_until_ignored(tmp_path):
+    path = tmp_path / "base.yml"
+    path.write_text("sliding_window_size: 512\nreshape_q: true\n")
+    with pytest.warns(UserWarning, match=r"base\.yml: MaxText") as caught:
+        config = load_maxtext(path)
+    assert [warning.filename for warning in caught] == [__file__] * 2
+    assert load_maxtext(path, ignore=("sliding_window_size", "reshape_q")) == config
+    with pytest.raises(ConfigError, match=r"base\.yml: ignore must be names in a tuple"):
+        load_maxtext(path, ignore="reshape_q")
+
+
+@pytest.mark.parametrize("paths", [(), (None,), (3,), ({"attention": "flash"},), ("base.yml", None)])
+def test_what_is_no_path_of_maxtexts_says_what_is_taken(paths):
+    with pytest.raises(ConfigError, match=r"load_maxtext takes the paths of MaxText's files, got .*from_maxtext"):
+        load_maxtext(*paths)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

@@ -10,7 +10,7 @@ import kernelry
 from kernelry import masks
 from kernelry.config import AttentionConfig, MoBA
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.flax import AttentionOp, Tokens
+from kernelry.flax import AttentionOp, CachedPart, Tokens
 
 pytestmark = [pytest.mark.versions, pytest.mark.xdist_group("flax")]
 
@@ -116,6 +116,7 @@ def test_moba_with_keys_elsewhere_is_refused(tokens):
 
 def test_arrays_in_the_wrong_place_are_refused():
     refused(ArgumentError, r"tokens must be kernelry.flax.Tokens", tokens=IDS)
-    refused(ShapeError, r"booleans of shape .*; write masks.Dense", mask=jnp.ones((T, T), bool))
-    with pytest.raises(ShapeError, match=r"query must be \[B, length, heads, depth\]"):
+    cached = CachedPart(*qkv(B)[1:])
+    refused(ShapeError, r"booleans of shape .*; write masks.Dense", mask=jnp.ones((T, T), bool), cached=cached)
+    with pytest.raises(ShapeError, match=r"query must be \[B, T, N, H\], rank 4"):
         AttentionOp()(jnp.zeros((B, T, N)), *qkv(B)[1:])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kernelry import masks
@@ -25,6 +26,7 @@ from kernelry.resolver import resolve
 
 DEFAULT = AttentionConfig(source="MaxText", scale=1.0)
 FOREIGN = [option for option in OPTIONS if option.fate is Fate.FOREIGN]
+UNREAD = [option for option in OPTIONS if option.fate is Fate.UNREAD]
 LOCAL = {"attention_type": "local_sliding", "sliding_window_size": 64}
 CHANGED = {Kind.SIZE: 256, Kind.INTEGER: 3, Kind.NUMBER: 3.5, Kind.TEXT: "other"}
 
@@ -72,15 +74,50 @@ def test_every_default_is_accepted_alone(option):
     assert from_maxtext({option.name: option.default}) == DEFAULT
 
 
+def _changed(option):
+    default = option.neutral[-1] if option.neutral else option.default
+    return not default if option.kind is Kind.FLAG else CHANGED[option.kind]
+
+
 @pytest.mark.parametrize("option", FOREIGN, ids=lambda option: option.name)
 def test_an_option_without_meaning_says_why_where_it_is_changed(option):
-    default = option.neutral[-1] if option.neutral else option.default
-    changed = not default if option.kind is Kind.FLAG else CHANGED[option.kind]
+    changed = _changed(option)
     with pytest.raises(ConfigError) as caught:
         from_maxtext({option.name: changed})
     assert f"{option.name} = {changed!r} has no meaning here: {option.meaning}" in str(caught.value)
     assert f"ignore=({option.name!r},)" in str(caught.value)
     assert from_maxtext({option.name: changed}, ignore=(option.name,)) == DEFAULT
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["quantize_kvcache", "ici_context_parallelism", "experimental_sa_quant_k_fp8", "enable_padding_causal_mask"],
+)
+def test_what_changes_the_numbers_or_the_program_is_never_left_out_in_silence(name):
+    assert name in {option.name for option in FOREIGN}
+
+
+def test_options_that_change_nothing_are_accepted_with_one_warning_that_names_them():
+    options = {option.name: _changed(option) for option in UNREAD}
+    with pytest.warns(UserWarning, match="not read, as they do not change what attention means") as caught:
+        config = from_maxtext({**options, "attention_sink": True})
+    assert config == dataclasses.replace(DEFAULT, sinks=True)
+    (warning,) = caught
+    for option in UNREAD:
+        assert f"{option.name} = {options[option.name]!r}" in str(warning.message)
+        assert option.meaning in str(warning.message)
+    assert warning.filename == __file__
+    assert from_maxtext(options, ignore=tuple(options)) == DEFAULT
+
+
+def test_options_of_one_reason_are_named_together():
+    options = {"sa_use_fused_bwd_kernel": True, "reshape_q": True, "use_splash_scheduler": True}
+    words = (
+        "sa_use_fused_bwd_kernel = True, use_splash_scheduler = True (kernels here have no such tunable); "
+        "reshape_q = True (a kernel's layout"
+    )
+    with pytest.warns(UserWarning, match=re.escape(words)):
+        from_maxtext(options)
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
@@ -89,6 +126,8 @@ def test_a_value_of_the_wrong_kind_names_key_value_and_what_was_expected(option)
     with pytest.raises(ConfigError) as caught:
         from_maxtext({option.name: wrong})
     assert f"{option.name} must be {option.expected}, got {wrong!r}" in str(caught.value)
+    with pytest.raises(ConfigError, match=f"{option.name} must be"):
+        from_maxtext({option.name: np.arange(3)})
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
@@ -475,7 +514,7 @@ def test_a_new_key_that_names_no_option_warns_and_the_rest_is_read():
     with pytest.warns(UserWarning, match=re.escape(words)) as caught:
         config = from_maxtext({"qqqqqq": 1, "learning_rat": 2, "attention_sink": True})
     assert config.sinks
-    assert "ignore=('qqqqqq', 'learning_rat')" in str(caught[0].message)
+    assert "Pass ignore=('qqqqqq', 'learning_rat') if they are not about attention." in str(caught[0].message)
     assert caught[0].filename == __file__
 
 
@@ -497,6 +536,8 @@ def test_ignore_lets_keys_pass():
 def test_ignore_as_a_text_is_an_error():
     with pytest.raises(ConfigError, match=r"write ignore=\('moba',\)"):
         from_maxtext({}, ignore="moba")
+    with pytest.raises(ConfigError, match=r"ignore must be names in a tuple, got \(\['moba'\],\)"):
+        from_maxtext({}, ignore=(["moba"],))
 
 
 def test_what_is_no_mapping_is_named():

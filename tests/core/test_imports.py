@@ -13,7 +13,7 @@ VENDORS = ("jax.experimental.pallas", "tokamax", "transformer_engine")
 OPTIONAL = ("flax", "typer", "rich", "pydantic")
 
 ONE_AFTER_ANOTHER = """
-import importlib, io, json, sys
+import importlib, inspect, io, json, sys
 out, loaded = sys.stdout, []
 import kernelry
 assert kernelry.kernels() and kernelry.plugins()
@@ -21,6 +21,7 @@ loaded.append(list(sys.modules))
 submodules = ("aot", "cache", "config", "errors", "flax", "masks", "moba", "parallel", "plugin", "testing")
 assert set(submodules) <= set(dir(kernelry))
 sys.modules["flax"] = None
+assert set(submodules) - set(dir(kernelry)) == {"flax"} and dict(inspect.getmembers(kernelry))
 try:
     kernelry.flax
 except ImportError as error:

@@ -224,6 +224,21 @@ def test_float64_arrays_under_x64_keep_their_bits_and_others_their_meaning():
         )
 
 
+def test_lengths_and_ids_of_64_bits_mean_the_same_to_kernels_of_32_bits():
+    query, key, value = arrays()
+    with jax.enable_x64(True):
+        far = 2**40
+        ids = jnp.asarray(np.repeat([1, 1 + far, 2 * far, 1 + 3 * far], LENGTH // 4))
+        for mask in (masks.Lengths(jnp.asarray(far)), masks.PrefixLM(jnp.asarray(far)), masks.Segments(ids)):
+            found, expected = (
+                jax.jit(lambda *qkv, mask, kernel=kernel: kernelry.attention(*qkv, mask=mask, kernel=kernel))(
+                    query, key, value, mask=mask
+                )
+                for kernel in ("blockwise", "dot_product")
+            )
+            np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5, err_msg=str(mask))
+
+
 ACCELERATED = (
     ("tpu:v5e", "splash", "train"),
     ("tpu:v5e", "tokamax_splash", "train"),

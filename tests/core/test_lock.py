@@ -14,7 +14,7 @@ import kernelry
 from kernelry import Request, masks
 from kernelry.cli import lock as verb
 from kernelry.config import load_config
-from kernelry.errors import ConfigError
+from kernelry.errors import ArgumentError, ConfigError
 from kernelry.lock import Lock, lock_in_force
 from kernelry.switches import Switches
 
@@ -295,7 +295,28 @@ def test_locks_without_origins_are_read(folder):
     for entry in data["resolutions"]:
         del entry["origins"]
     (folder / "kernelry.lock.json").write_text(json.dumps(data))
-    assert _check("local.toml") == (0, "3 resolutions stand.\n")
+    code, output = _check("local.toml")
+    assert code == 1
+    assert "holds nothing that local.toml asked for; run kernelry lock local.toml" in output
+    assert "not checked: what a program recorded, without a config (3).\n" in output
+
+
+def test_what_was_recorded_under_other_rules_is_not_compared(folder):
+    _run("global.toml", *SMALL)
+    with kernelry.record() as made, kernelry.use(kernel="blockwise"):
+        kernelry.resolve(REQUEST)
+    Lock.of(made).write("kernelry.lock.json", merge=True)
+    assert _check("global.toml") == (
+        0,
+        "3 resolutions stand.\nnot checked: what a program recorded, without a config (1).\n",
+    )
+
+
+def test_check_refuses_the_options_that_it_does_not_read(folder):
+    _run("global.toml", *SMALL)
+    done = _run("global.toml", "--check", "--batch", "16", "--cache", "rolling")
+    assert done.exit_code == 2
+    assert "does not read --batch, --cache: leave it out" in " ".join(done.output.replace("│", " ").split())
 
 
 MAXTEXT = "attention: dot_product\nattention_type: global\nattn_logits_soft_cap: 0\n"
@@ -311,15 +332,46 @@ def test_maxtext_files_are_locked_and_checked(folder):
     assert _run(*files, "--check").exit_code == 0
     (folder / "model.yml").write_text("sliding_window_size: 8\n")
     assert _run(*files, "--check").exit_code == 1
+    done = _run("--maxtext", "base.yml", "--check")
+    assert "holds nothing that base.yml asked for; run kernelry lock --maxtext base.yml\n" in done.output
 
 
 def test_json_says_what_was_not_checked(folder):
     for config in ("global.toml", "local.toml"):
         _run(config, *SMALL)
     data = json.loads(_run("local.toml", "--check", "--json").output)
-    assert data == {"file": "kernelry.lock.json", "checked": 3, "differences": [], "not_checked": ["global.toml"]}
+    left = {"not_checked": ["global.toml"], "not_checked_recorded": 0}
+    assert data == {"file": "kernelry.lock.json", "checked": 3, "differences": [], **left}
 
 
 def test_a_lock_that_cannot_be_written_says_why(folder):
     with pytest.raises(ConfigError, match=r"cannot write the lock file absent/x\.json: No such file"):
         Lock(()).write("absent/x.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("batch", "8", "batch must be an integer from 1 to 2147483647, got '8'; run kernelry lock again."),
+        ("q_len", None, "q_len must be an integer from 1 to 2147483647, got None; run kernelry lock again."),
+        ("batch", [1], "facts must be numbers and names"),
+        ("target", 3, "a target is a name such as 'gpu:h100', got 3; run kernelry lock again."),
+        ("depth", 3, "unexpected keyword argument 'depth'; run kernelry lock again."),
+    ],
+)
+def test_facts_of_a_lock_file_that_mean_nothing_say_so(config, name, value, words):
+    file = _write(config)
+    data = json.loads(file.read_text())
+    for entry in data["resolutions"]:
+        entry["origins"][0]["facts"][name] = value
+    file.write_text(json.dumps(data))
+    done = _run(config, "--check", "--file", file)
+    assert isinstance(done.exception, ConfigError)
+    assert words in str(done.exception)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--q-len", 10**10), ("--batch", 10**20 - 1)])
+def test_sizes_that_nothing_has_are_refused(config, option, value):
+    done = _run(config, "--file", config.parent / "x.json", option, value)
+    assert isinstance(done.exception, ArgumentError)
+    assert f"got {value}." in str(done.exception)

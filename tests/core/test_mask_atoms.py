@@ -319,3 +319,21 @@ def test_materialize_asks_for_the_heads_where_parts_differ_in_theirs():
     with pytest.raises(ShapeError, match="pass q_heads=, N"):
         mask.materialize(4, 4)
     assert mask.materialize(4, 4, q_heads=4).shape == (1, 4, 4, 4)
+
+
+@pytest.mark.parametrize("make", [masks.Lengths, masks.PrefixLM])
+def test_unsigned_limits_beyond_int32_hide_nothing(make):
+    assert np.asarray(make(jnp.uint32(3_000_000_000)).materialize(3, 3)).all()
+
+
+def test_predicates_are_equal_where_function_and_operands_are_the_same():
+    reach, shift = np.int32(3), np.int32(1)
+    one = masks.Predicate(near, reach)
+    assert one == masks.Predicate(near, reach)
+    for other in (
+        masks.Full(),
+        masks.Predicate(near),
+        masks.Predicate(near, reach, shift),
+        masks.Predicate(near, shift),
+    ):
+        assert one != other

@@ -101,6 +101,11 @@ def test_merge_without_statistics_is_an_error():
         kernelry.merge([kernelry.Partial(jnp.zeros((1, 1, 1, 1)))])
 
 
+def test_a_maximum_without_its_sum_is_no_statistic():
+    with pytest.raises(ArgumentError, match="return_partial=True"):
+        to_lse(kernelry.Partial(jnp.zeros((1, 1, 1, 1)), max=jnp.zeros((1, 1, 1))))
+
+
 @pytest.mark.parametrize("form", [to_lse, to_max_sum])
 def test_max_logits_of_parts_merge_to_the_largest(form):
     one, other = np.random.default_rng(2).standard_normal((2, B, N)).astype(np.float32)

@@ -1,5 +1,6 @@
 """Training, prefill and decode of one model, resolved together."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,7 +15,7 @@ from kernelry import ModelShape, masks, resolve_phases
 from kernelry.cache import PagedCache, QuantizedArray, RollingCache, TwoPartCache
 from kernelry.calls import calls
 from kernelry.config import AttentionConfig, MoBA
-from kernelry.errors import ArgumentError, ConfigError
+from kernelry.errors import ArgumentError, ConfigError, KernelryError
 from kernelry.flax import AttentionOp, Tokens
 from kernelry.lock import Lock
 from kernelry.model_shape import CacheShape
@@ -275,6 +276,60 @@ def test_caches_and_masks_that_mean_nothing_say_what_to_write(facts, words):
     with pytest.raises(ArgumentError) as raised:
         _requests(AttentionConfig(), **facts)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"q_len": None}, "q_len must be an integer from 1 to 2147483647, got None."),
+        ({"batch": -1}, "batch must be an integer from 1 to 2147483647, got -1."),
+        ({"batch": "8"}, "batch must be an integer from 1 to 2147483647, got '8'."),
+        ({"head_dim": 2.5}, "head_dim must be an integer"),
+        ({"kv_heads": 0}, "kv_heads must be an integer"),
+        ({"max_len": 10**30}, "max_len must be an integer"),
+        ({"batch": np.ones(3)}, "got an array of shape (3,)."),
+        ({"q_heads": 4, "kv_heads": 3}, "kv_heads=3 must divide q_heads=4."),
+        ({"batch": 2**31 - 1, "max_len": 2**31 - 1}, "which no machine can hold; ask for smaller sizes."),
+        ({"dtype": "fp32"}, "dtype must be the name of a dtype, e.g. bfloat16, got 'fp32'; write 'float32'."),
+        ({"dtype": float}, "got <class 'float'>."),
+        ({"two_part": 1}, "two_part must be True or False, got 1."),
+        ({"mask": masks.Segments(np.zeros((3, 7), np.int32))}, "Segments"),
+        ({"mask": "segments(0, 0, 1)"}, "Segments"),
+    ],
+)
+def test_facts_that_mean_nothing_say_what_to_write(facts, words):
+    with pytest.raises(ArgumentError) as raised:
+        _requests(AttentionConfig(), **facts)
+    assert words in str(raised.value)
+
+
+def test_a_dtype_of_jax_is_kept_by_its_name():
+    assert dataclasses.replace(TINY, dtype=jnp.bfloat16).to_json()["dtype"] == "bfloat16"
+
+
+def test_large_batches_take_no_memory():
+    shape = dataclasses.replace(TINY, batch=2**31 - 1)
+    for config in (AttentionConfig(), AttentionConfig(moba=MoBA(4, 2))):
+        assert {call.request.batch for call in calls(config, shape, Target("cpu"))} == {2**31 - 1}
+
+
+def test_absurd_shapes_are_refused_or_answered():
+    rng = np.random.default_rng(0)
+    absurd = [None, 0, -1, 1, 2, 3, 2.5, "8", True, 10**30, 2**31 - 1, 2**31, float("nan"), [], np.ones(2), jnp.ones(1)]
+    kinds = {
+        "cache": ["paged:2147483647", "paged:99999999999", "rolling", "two-part:int8", 3, None, "paged:²"],
+        "mask": ["segments", "dense", "segments(0)", "lengths", 5, None, masks.Dense(np.ones((9, 9), bool)), "("],
+        "dtype": [jnp.float32, "f4", "int32", None, 7, np.ones(2), "bfloat16", object()],
+        "two_part": [True, False, None, np.ones(2)],
+    }
+    names = [field.name for field in dataclasses.fields(ModelShape)]
+    configs = [AttentionConfig(), AttentionConfig(type="local_sliding", window=3), AttentionConfig(moba=MoBA(4, 2))]
+    for _ in range(300):
+        changed = rng.choice(names, size=rng.integers(1, 4), replace=False)
+        facts = {name: (given := kinds.get(name, absurd))[rng.integers(len(given))] for name in changed}
+        # Anything else than an error of kernelry fails here.
+        with contextlib.suppress(KernelryError):
+            calls(configs[rng.integers(len(configs))], dataclasses.replace(TINY, **facts), Target("cpu"))
 
 
 def test_chosen_blocks_need_one_array_of_keys():

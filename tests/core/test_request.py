@@ -15,8 +15,8 @@ from kernelry.request import Operand
 MASKS = [
     masks.Full(),
     masks.Causal().at(query_offset=3),
-    masks.SlidingWindow(2) & masks.Lengths(np.array([1])),
-    ~masks.Causal() | masks.Full(),
+    masks.SlidingWindow(2).at(query_offset=3) & masks.Lengths(np.array([1])),
+    ~masks.Causal().at(query_offset=1) | masks.Full(),
 ]
 requests = st.builds(
     Request,
@@ -201,9 +201,10 @@ def test_a_quantization_is_kept_in_full_and_with_one_head_under_one_name():
 @pytest.mark.parametrize("name", ["dtype", "logits_dtype"])
 @pytest.mark.parametrize("text", ["many", "f4", "", "("])
 def test_what_is_no_name_of_a_dtype_is_an_error(name, text):
+    instead = "; write 'float32'" if text == "f4" else ""
     with pytest.raises(ArgumentError) as caught:
         Request(q_len=8, **{name: text})
-    assert str(caught.value) == f"{name} must be the name of a dtype, e.g. bfloat16, got {text!r}."
+    assert str(caught.value) == f"{name} must be the name of a dtype, e.g. bfloat16, got {text!r}{instead}."
 
 
 def test_a_plain_request_is_written_without_what_it_does_not_ask_for():

@@ -80,7 +80,10 @@ def test_sizes_and_dtypes_beyond_the_limits(options, reason):
             "causal at query=5: cuDNN's diagonal starts at the first query and the first key; its lower-right form",
         ),
         ({"mask": masks.Causal().at(query_offset=np.int32([5, 7])), "batch": 2}, "has static positions"),
-        ({"mask": masks.SlidingWindow(3), "q_len": 256, "kv_len": 128}, "q_len=256 > kv_len=128 under window(3, 0)"),
+        (
+            {"mask": masks.SlidingWindow(3).at(query_offset=0), "q_len": 256, "kv_len": 128},
+            "q_len=256 > kv_len=128 under window(3, 0)",
+        ),
         (
             {"mask": masks.Causal() & masks.SlidingWindow(4).at(query_offset=2, kv_offset=1)},
             "is more than one band",
@@ -149,8 +152,8 @@ def test_what_is_not_declared(options, reason):
         {"target": "gpu"},
         {"q_len": 127, "mode": "prefill"},
         {"kv_len": 256},
-        {"kv_len": 256, "mask": masks.Causal()},
-        {"kv_len": 256, "mask": masks.SlidingWindow(3), "mode": "prefill"},
+        {"kv_len": 256, "mask": masks.Causal().at(query_offset=0)},
+        {"kv_len": 256, "mask": masks.SlidingWindow(3).at(query_offset=0), "mode": "prefill"},
         {"mask": masks.Causal().at(query_offset=7, kv_offset=7)},
         {"bias": (1, 1, 128, 128), "mask": masks.Causal()},
         {"q_heads": 8, "kv_heads": 2},

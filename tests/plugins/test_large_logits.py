@@ -126,3 +126,21 @@ def test_a_bias_beyond_the_range_of_the_logits_dtype_hides_nothing(logits_dtype)
     out = kernelry.attention(QUERY, KEY, VALUE, bias=bias, kernel="dot_product", logits_dtype=logits_dtype)
     mean = np.broadcast_to(np.asarray(VALUE, np.float64).mean(axis=1, keepdims=True), out.shape)
     np.testing.assert_allclose(np.asarray(out, np.float64), mean, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:adapters of")
+@pytest.mark.parametrize("level", [-1e9, LEAST])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_sink_as_low_as_its_row_is_one_key_more(kernel, level):
+    sinks, bias = jnp.full((2,), level, jnp.float32), jnp.full((1, 1, LENGTH, 1), level, jnp.float32)
+    place = testing.interpret() if kernel == "pallas_flash" else contextlib.nullcontext()
+
+    def total(sinks):
+        options = {"bias": bias, "sinks": sinks, "kernel": kernel, "gradients": ["sinks"]}
+        return jnp.sum(D_OUT * kernelry.attention(QUERY, KEY * 0, VALUE, **options))
+
+    with place, kernelry.use(tiling=TILES[kernel] or None):
+        found = jax.grad(total)(sinks)
+    out = np.asarray(VALUE, np.float64)[0, :, 0].sum(axis=0) / (LENGTH + 1)
+    wanted = -np.einsum("tnd,d->n", np.asarray(D_OUT, np.float64)[0], out) / (LENGTH + 1)
+    np.testing.assert_allclose(np.asarray(found), wanted, atol=2e-5)

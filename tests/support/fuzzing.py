@@ -1,16 +1,25 @@
-"""Random requests, valid and absurd, for the resolver."""
+"""Random requests and configs, valid and absurd."""
 
+import collections
 import math
 import random
 
+import jax.numpy as jnp
+import numpy as np
+
 import kernelry
 from kernelry import masks
+from kernelry.config import AttentionConfig, load_config
 from kernelry.errors import KernelryError
 
 SPECS = tuple(kernel.spec for kernel in kernelry.kernels())
 
 _SIZES = (0, 1, 2, 3, 7, 16, 64, 80, 127, 128, 200, 256, 1000, 1024, 4096, 2**20, 2**40)
-_ABSURD = (-1, -(2**40), 1.5, math.nan, math.inf, "many", None, True, (), b"x", [3], {"a": 1})
+_ABSURD = (
+    *(-1, -(2**40), 10**400, 1.5, math.nan, math.inf, "many", "", "\0", None, True, b"x", object()),
+    *((), [3], [[]], {"a": 1}, {1: 2}, {"a": {"b": "c"}}, {"a": {"b": 1, 3: 4}}, {1, 2}),
+    *(np.arange(3), jnp.arange(3), jnp.int32(4), np.float32(2)),
+)
 _TARGETS = ("cpu", "gpu", "gpu:h100", "gpu:a100", "gpu:v100", "tpu", "tpu:v5e", "tpu:v5e:2x2", "tpu:v4")
 _MASKS = (
     masks.Full(),
@@ -117,4 +126,75 @@ def fuzz(count, seed):
     for _ in range(count):
         kernel = rng.choice(("auto", "auto", "splash", "pallas_mha", "dot_product", "nothing"))
         outcomes[check(random_facts(rng), kernel, rng)] += 1
+    return outcomes
+
+
+_OPTIONS = {
+    "kernel": ("auto", "splash", "nothing"),
+    "type": ("global", "local_sliding", "chunk", "full", "mla", "block_diffusion", "compressed", "globl"),
+    "window": (None, 1, 512),
+    "chunk_size": (None, 64),
+    "block_size": (None, 8),
+    "soft_cap": (None, 50.0),
+    "scale": (None, 0.5, -1),
+    "sinks": (False, True),
+    "record_max_logits": (False, True),
+    "dropout_rate": (0.0, 0.1, 1),
+    "logits_dtype": ("float32", "bfloat16", "int8"),
+    "precision": (None, "highest", "hi"),
+    "thresholds": ({}, {"flash_min_q_len": 64}, {"flash": 3}),
+    "forbid_adapters": ((), ["mask_to_bias"], ("expand_kv", "repeat")),
+    "tilings": ({}, {"splash": {"block_q": 256}}, {"splash": {"block_q": 0}}),
+}
+_WHEN = {
+    "platform": ("gpu", ["tpu", "cpu"], "gpuu"),
+    "kind": ("h100", ["v5*"]),
+    "mode": ("train", ["train", "prefill"]),
+    "q_len": (128, ">=128", "128..1024", [1, "<4"], "9..1"),
+    "dtype": ("bfloat16", "bf16"),
+    "mask": ("causal", ["window", "segments"], "full"),
+}
+_RULE = {"use": ("auto", ["splash", "auto"], ["auto", "splash"]), "tiling": ({}, {"block_q": 64}, {"block_q": -1})}
+
+
+def _drawn(choices, rng, absurd):
+    names = rng.sample(sorted(choices), rng.randint(0, min(3, len(choices))))
+    drawn = {name: rng.choice(choices[name]) for name in names}
+    if rng.random() < absurd:
+        drawn[rng.choice(sorted(choices))] = rng.choice(_ABSURD)
+    return drawn
+
+
+def _table(rng):
+    table = _drawn(_OPTIONS, rng, absurd=0.3)
+    if rng.random() < 0.5:
+        rule = {"use": "auto", **_drawn(_RULE, rng, absurd=0.1), "when": _drawn(_WHEN, rng, absurd=0.2)}
+        table["rules"] = [rule, rng.choice(_ABSURD)] if rng.random() < 0.1 else [rule]
+    if rng.random() < 0.2:
+        table["moba"] = {"chunk_size": rng.choice((4, *_ABSURD)), "top_k": rng.choice((2, *_ABSURD))}
+    return table
+
+
+def _outcome(make, given):
+    try:
+        config, again = make(given), make(given)
+        assert hash(config) == hash(again), "two readings of one config differ"
+        assert config.policy == again.policy
+        assert config.mask.form == again.mask.form
+        return "read"
+    except KernelryError as error:
+        words = str(error)
+    except Exception as error:
+        raise AssertionError(f"{given} raised {error!r}") from error
+    assert words, f"an error without a word for {given}"
+    return "refused"
+
+
+def fuzz_configs(count, seed):
+    """Makes `count` random configs in Python, and reads as many from mappings; returns how many were what."""
+    rng = random.Random(seed)
+    outcomes = collections.Counter()
+    for _ in range(count):
+        outcomes["made", _outcome(lambda given: AttentionConfig(**given), _drawn(_OPTIONS, rng, absurd=0.3))] += 1
+        outcomes["mapping", _outcome(load_config, {"attention": _table(rng)})] += 1
     return outcomes

@@ -6,6 +6,8 @@ picks the best installed kernel that honours every argument, or says why none ca
 """
 
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from kernelry import errors, masks, moba, parallel
@@ -67,4 +69,11 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_LAZY})
+    missing = set() if _has_flax() else {"flax"}  # what is listed can be had: inspect.getmembers asks for all of it
+    return sorted({*__all__, *_LAZY} - missing)
+
+
+def _has_flax() -> bool:
+    if "flax" in sys.modules:
+        return sys.modules["flax"] is not None
+    return importlib.util.find_spec("flax") is not None

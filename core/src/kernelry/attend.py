@@ -118,6 +118,8 @@ def _faults_of_partial(found: Partial, inputs: Inputs, request: Request, statist
     given = {name: array for name in ("lse", "max", "sum") if (array := getattr(found, name)) is not None}
     for name, array in given.items():
         yield from _fault(name, array, "B N T", (batch, heads, q_len), wide)
+    if found.lse_rest is not None:
+        yield from _fault("lse_rest", found.lse_rest, "B N T", (batch, heads, q_len), wide)
     if (given or statistics) and set(given) not in ({"lse"}, {"max", "sum"}):
         yield f"its statistics are {' and '.join(given) or 'missing'}, expected lse alone, or max and sum"
     if found.max_logits is not None or request.max_logits:
@@ -172,7 +174,7 @@ def attend(
       A Partial; with sinks it has no statistics.
     """
     if any(part.is_narrow for part in parts):
-        inputs, sinks = jax.tree.map(narrowed, (inputs, sinks))
+        inputs, sinks = narrowed((inputs, sinks))
     inputs, sinks = varying_alike((inputs, sinks))
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not _needs_backward(parts[0]):
         return parts[0].forward(inputs[0], statistics=False)
@@ -286,6 +288,7 @@ def _cotangents(
     delta = jnp.einsum("BTND,BTND->BNT", out.astype(jnp.float32), d_out.astype(jnp.float32))
     nothing = jnp.isneginf(lse)  # no key and no sink
     exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, lse)
+    exponent = exponent if rest is None else exponent - rest
     probability = jnp.where(nothing, 0.0, jnp.exp(exponent))
     return d_inputs, -(probability * delta).sum(axis=(0, 2)).astype(sinks.dtype)
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernelry import installation
 from kernelry.errors import ArgumentError
 from kernelry.layer import AttentionConfig
-from kernelry.masks import BlockSelection, Causal, Full, Lengths
+from kernelry.masks import BlockSelection, Lengths
 from kernelry.masks.base import Extent, Mask
+from kernelry.masks.fit import check_fits
 from kernelry.masks.parse import parse_shaped
+from kernelry.masks.words import filled
 from kernelry.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.operands import page_size_of, quantization_of
 from kernelry.request import Mode, Request
@@ -52,7 +53,7 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[C
     Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step stands
     anywhere in a cache filled in part.
     """
-    extent = _extent(shape, shape.q_len, shape.q_len)
+    extent = shape.prompt
     prompt = _with_blocks(config, _prompt_mask(config, shape.mask, extent), extent)
     key, value = _plain(shape, shape.q_len, None)
     make = functools.partial(_call, config, shape, target)
@@ -61,19 +62,10 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[C
     kind = CacheShape.parse(shape.cache).kind
     if kind is CacheKind.CONTIGUOUS:
         return train, itself, _contiguous_step(config, shape, make)
-    if config.moba is not None:
-        raise ArgumentError(
-            f"cache {str(shape.cache)!r} with moba: blocks are chosen among the keys of one array; use 'contiguous'."
-        )
     # A rolling cache holds the end of a prompt only.
     read = () if kind is CacheKind.ROLLING else _from_cache(config, shape, make, Mode.PREFILL, "prefill from the cache")
     prefill = (*read, itself) if kind is CacheKind.TWO_PART else (itself, *read)
     return train, *prefill, *_from_cache(config, shape, make, Mode.DECODE, "decode")
-
-
-def _extent(shape: ModelShape, q_len: int, kv_len: int) -> Extent:
-    q_heads, kv_heads, _, _ = _heads(shape)
-    return Extent(batch=shape.batch, q_heads=q_heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len)
 
 
 def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> Mask:
@@ -86,11 +78,12 @@ def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> M
         return config.mask
 
     read = parse_shaped(more, extent, {**installation.installed().masks, "config": own})
+    check_fits(read, extent)
     return read if asked else config.mask & read
 
 
-def mask_of(config: AttentionConfig, mode: Mode, extent: Extent, *, paged: bool = False) -> Mask:
-    """What a layer sees of keys that are passed as one array, or found in pages; only the form of its arrays matters.
+def mask_of(config: AttentionConfig, mode: Mode, extent: Extent) -> Mask:
+    """What a layer sees of keys that are passed as one array; only the form of its arrays matters.
 
     A decode step, and a prompt with more keys than queries, stands anywhere in them.
     """
@@ -99,13 +92,11 @@ def mask_of(config: AttentionConfig, mode: Mode, extent: Extent, *, paged: bool 
         mask = mask.at(query_offset=_anywhere())
     if mode is not Mode.DECODE:
         return _with_blocks(config, mask, extent)
-    if paged and extent.q_len == 1 and isinstance(config.mask, Causal):
-        mask = Full()  # as a cache asks for one token, which sees all before it
-    return _with_blocks(config, mask, extent) & Lengths(np.full(extent.batch, extent.kv_len, np.int32))
+    return _with_blocks(config, mask, extent) & Lengths(filled(extent.kv_len, (extent.batch,)))
 
 
 def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[..., Call]) -> Call:
-    mask = mask_of(config, Mode.DECODE, _extent(shape, 1, shape.max_len))
+    mask = mask_of(config, Mode.DECODE, dataclasses.replace(shape.prompt, q_len=1, kv_len=shape.max_len))
     storage = CacheShape.parse(shape.cache).storage
     return make("decode", Mode.DECODE, mask, *_plain(shape, shape.max_len, storage))
 
@@ -144,15 +135,30 @@ def _from_cache(
     """What `attend` of a cache asks, a call for each of its parts."""
     q_len = 1 if mode is Mode.DECODE else shape.q_len
 
+    found = cached(config, shape, q_len)
+    numbered = [name] if len(found) == 1 else [f"{name} part {number + 1}" for number in range(len(found))]
+    ask = functools.partial(make, partial=len(found) > 1, from_cache=True)
+    return tuple(ask(label, mode, *part) for label, part in zip(numbered, found, strict=True))
+
+
+def cached(config: AttentionConfig, shape: ModelShape, q_len: int) -> list[tuple[Mask, Any, Any]]:
+    """What T tokens see of each part of a cache, with the part's keys and values.
+
+    Raises:
+      ArgumentError: the config asks for what the cache does not keep.
+    """
+    if config.moba is not None:
+        raise ArgumentError(
+            f"cache {str(shape.cache)!r} with moba: blocks are chosen among the keys of one array; use 'contiguous'."
+        )
+
     def parts() -> list[tuple[Mask, Any, Any]]:
         cache = _cache(config, shape)
         masked = cache.masked_parts(config.mask, q_len, cache.lengths)
         return [(mask, part.key, part.value) for part, mask in masked]
 
-    found = jax.eval_shape(parts)
-    numbered = [name] if len(found) == 1 else [f"{name} part {number + 1}" for number in range(len(found))]
-    ask = functools.partial(make, partial=len(found) > 1, from_cache=True)
-    return tuple(ask(label, mode, *part) for label, part in zip(numbered, found, strict=True))
+    found: list[tuple[Mask, Any, Any]] = jax.eval_shape(parts)
+    return found
 
 
 def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
@@ -191,7 +197,7 @@ def _with_blocks(config: AttentionConfig, mask: Mask, extent: Extent) -> Mask:
     if config.moba is None:
         return mask
     blocks = -(-extent.kv_len // config.moba.chunk_size)
-    selected = np.zeros((extent.batch, extent.kv_heads, extent.q_len, blocks), bool)
+    selected = filled(False, (extent.batch, extent.kv_heads, extent.q_len, blocks))
     return mask & BlockSelection(selected, config.moba.chunk_size).at(query_offset=_anywhere())
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
-from kernelry.errors import PluginError, nearest
+from kernelry.errors import ConfigError, PluginError, nearest
 from kernelry.kernel import KernelSpec
+from kernelry.lock import Lock
 from kernelry.masks.base import Mask
 from kernelry.normalization import Normalization
 from kernelry.switches import KNOWN_SWITCHES, Switches
@@ -28,7 +28,7 @@ class FaultKind(enum.Enum):
     HOOK_RAISED = "exception in a hook"
     WRONG_RETURN = "wrong return type"
     WRONG_SPEC = "kernel that cannot be used"
-    UNKNOWN_WORD = "unknown word in the declaration of a kernel"
+    DECLARATION = "declaration that no request meets"
     DUPLICATE_PLUGIN = "two plugins with one name"
     DUPLICATE_KERNEL = "kernel name claimed twice"
     DUPLICATE_NAME = "mask or normalization name claimed twice"
@@ -141,10 +141,13 @@ def claim_of(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:
 
 def switch_faults(found: Registry, switches: Switches) -> tuple[Fault, ...]:
     """Returns what is wrong with the environment variables that nothing raised or warned of yet; see `doctor`."""
-    return (*_unknown_variables(switches), *_unknown_kernel(found, switches), *_absent_lock(switches))
+    return (*_variables(switches), *_unknown_kernel(found, switches), *_lock(switches))
 
 
-def _unknown_variables(switches: Switches) -> Iterator[Fault]:
+def _variables(switches: Switches) -> Iterator[Fault]:
+    if switches.wrong is not None:
+        detail, _, fix = switches.wrong.partition("; ")
+        yield Fault(FaultKind.SWITCH, "KERNELRY_STRICT", _ENVIRONMENT, detail, f"{fix}, or unset KERNELRY_STRICT")
     for name in switches.unknown:
         detail = f"there is no such variable, so it is ignored{nearest(name, KNOWN_SWITCHES)}"
         yield Fault(FaultKind.SWITCH, name, _ENVIRONMENT, detail, f"rename or unset {name}")
@@ -163,8 +166,12 @@ def _unknown_kernel(found: Registry, switches: Switches) -> Iterator[Fault]:
     yield Fault(FaultKind.SWITCH, "KERNELRY_KERNEL", _ENVIRONMENT, detail, fix)
 
 
-def _absent_lock(switches: Switches) -> Iterator[Fault]:
-    if switches.strict and not os.path.isfile(switches.lock):
-        detail = f"KERNELRY_STRICT is on, and the lock file {switches.lock!r} is not there"
-        fix = "write it with `kernelry lock CONFIG`, name it in KERNELRY_LOCK, or unset KERNELRY_STRICT"
+def _lock(switches: Switches) -> Iterator[Fault]:
+    if not switches.strict:
+        return
+    try:
+        Lock.read(switches.lock)
+    except ConfigError as error:
+        detail = f"KERNELRY_STRICT is on, and every call is refused: {str(error).removesuffix('.')}"
+        fix = "write the file with `kernelry lock CONFIG`, name it in KERNELRY_LOCK, or unset KERNELRY_STRICT"
         yield Fault(FaultKind.SWITCH, "KERNELRY_LOCK", _ENVIRONMENT, detail, fix)

@@ -25,11 +25,12 @@ import dataclasses
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernelry._maxtext import from_maxtext
+from kernelry._maxtext import from_maxtext, read_options
 from kernelry.adapters import ADAPTERS
 from kernelry.conditions import RANGES, AnyRange, Condition
 from kernelry.config_lines import Keys, Place, toml_lines, yaml_lines
@@ -65,11 +66,11 @@ def load_config(
       ConfigError: the file cannot be read, or a key or value is wrong; the message names the file,
         the line, the key, what was found and the nearest valid name; for a mapping, the key.
     """
+    if not isinstance(source, str | Path | Mapping) or not isinstance(table, str):
+        raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     if isinstance(source, Mapping):
         table_of_it = source.get(table)
         return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, Place("config"))
-    if not isinstance(source, str | Path) or not isinstance(table, str):
-        raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     path = Path(source)
     content, lines = _read(path)
     place = Place(str(path), lines)
@@ -86,15 +87,19 @@ def load_config(
     return _validated(content, place)
 
 
-def load_maxtext(*paths: str | Path) -> AttentionConfig:
+def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionConfig:
     """Reads MaxText's YAML files, later ones over earlier ones, as `from_maxtext` reads their options.
 
     Args:
-      *paths: e.g. base.yml and a model's file.
+      *paths: one or more, e.g. base.yml and a model's file.
+      ignore: names of options to leave out, as if no file had them.
 
     Raises:
       ConfigError: a file cannot be read, or an option has no meaning here.
     """
+    if not paths or not all(isinstance(path, str | Path) for path in paths):
+        said = ", ".join(map(repr, paths)) or "nothing"
+        raise ConfigError(f"load_maxtext takes the paths of MaxText's files, got {said}; a mapping: from_maxtext.")
     names = " + ".join(str(path) for path in paths)
     options: dict[str, Any] = {}
     for path in map(Path, paths):
@@ -105,9 +110,12 @@ def load_maxtext(*paths: str | Path) -> AttentionConfig:
             raise ConfigError(f"{path} must hold MaxText's option names and values, got {content!r}.")
         options.update(content)
     try:
-        return dataclasses.replace(from_maxtext(options), source=names)
+        config, notices = read_options(options, ignore)
     except ConfigError as error:
         raise ConfigError(f"{names}: {error}") from error
+    for notice in notices:
+        warnings.warn(f"{names}: {notice}", stacklevel=2)
+    return dataclasses.replace(config, source=names)
 
 
 def _check_present(content: Mapping[str, Any], name: str, table: str, place: Place) -> None:
@@ -138,6 +146,8 @@ def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8.") from error
+    except ValueError as error:  # a character that no file's name has
+        raise ConfigError(f"cannot read the config {str(path)!r}: {error}.") from error
     if path.suffix == ".toml":
         try:
             return tomllib.loads(text), toml_lines(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import math
 from typing import Any, final
 
 from kernelry.conditions import DTYPES, Condition
@@ -13,6 +12,7 @@ from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Mask
 from kernelry.policy import AUTO, Policy, Rule, Tilings, check_tiling
 from kernelry.request import precision_name
+from kernelry.request_checks import is_finite
 
 
 @final
@@ -35,14 +35,14 @@ class AttentionType(enum.Enum):
         """
         if isinstance(value, AttentionType):
             return value
-        if value == "compressed":
+        if isinstance(value, str) and value == "compressed":
             raise ConfigError(
                 "attention type 'compressed' has no meaning here: it compresses the keys and values before attention. "
                 "Compress them outside and pass what each query sees as a mask, e.g. with type 'full'."
             )
         try:
             return cls(value)
-        except ValueError:
+        except (ValueError, TypeError):  # arrays are neither equal nor unequal
             known = [member.value for member in cls]
             raise ConfigError(f"unknown attention type {value!r}{nearest(str(value), known)}") from None
 
@@ -126,6 +126,8 @@ class AttentionConfig:
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         if not isinstance(self.kernel, str) or not self.kernel:
             raise ConfigError(f"kernel must be a name or 'auto', got {self.kernel!r}.")
+        if not isinstance(self.source, str):
+            raise ConfigError(f"source must be text, e.g. a file's name, got {self.source!r}.")
         if self.moba is not None and not isinstance(self.moba, MoBA):
             raise ConfigError(f"moba must be a MoBA(chunk_size, top_k) or None, got {self.moba!r}.")
         for name in ("sinks", "record_max_logits"):
@@ -152,14 +154,14 @@ class AttentionConfig:
         for name in ("soft_cap", "scale", "dropout_rate"):
             number = getattr(self, name)
             optional = name != "dropout_rate"
-            if not (optional and number is None) and not _is_number(number):
+            if not (optional and number is None) and not is_finite(number):
                 kind = "a finite number or none" if optional else "a number in [0, 1)"
                 raise ConfigError(f"{name} must be {kind}, got {number!r}.")
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ConfigError(f"soft_cap must be positive, got {self.soft_cap}; leave it out for no cap.")
         if not 0 <= self.dropout_rate < 1:
             raise ConfigError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
-        if self.logits_dtype not in DTYPES:
+        if not isinstance(self.logits_dtype, str) or self.logits_dtype not in DTYPES:
             raise ConfigError(f"unknown logits_dtype {self.logits_dtype!r}{nearest(str(self.logits_dtype), DTYPES)}")
 
     @property
@@ -211,10 +213,6 @@ def _check_whole(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _precision(value: Any) -> str | None:
     try:
         return precision_name(value)
@@ -224,9 +222,12 @@ def _precision(value: Any) -> str | None:
 
 def _pairs(thresholds: Any) -> tuple[tuple[str, int], ...]:
     try:
-        return tuple(sorted(dict(thresholds).items()))
+        found = dict(thresholds)
+        if all(isinstance(name, str) and type(value) is int for name, value in found.items()):
+            return tuple(sorted(found.items()))
     except (TypeError, ValueError):
-        raise ConfigError(f"thresholds must be numbers by name, got {thresholds!r}.") from None
+        pass
+    raise ConfigError(f"thresholds must be numbers by name, got {thresholds!r}.")
 
 
 def _listed(name: str, values: Any, kind: type) -> tuple[Any, ...]:

@@ -41,8 +41,15 @@ class Origin:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Origin:
-        """Reads what `to_json` wrote."""
-        return cls(str(data["config"]), tuple(sorted(data["facts"].items())))
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ConfigError: a fact is no number and no name.
+        """
+        facts = data["facts"]
+        if any(isinstance(value, list | dict) for value in facts.values()):
+            raise ConfigError(f"origin: facts must be numbers and names, got {facts!r}")
+        return cls(str(data["config"]), tuple(sorted(facts.items())))
 
 
 @final

@@ -7,8 +7,16 @@ import enum
 from typing import Any, final
 
 from kernelry.errors import ArgumentError, nearest
-from kernelry.masks.base import Mask, is_mask
+from kernelry.masks.base import Extent, Mask, is_mask
+from kernelry.masks.fit import check_fits
+from kernelry.request import named_dtype
+from kernelry.request_checks import is_dtype, spelled
 from kernelry.storage import Quantization
+
+LARGEST_SIZE = 2**31 - 1
+"""Of a dimension, so that positions fit int32."""
+_LARGEST_ARRAY = 2**60
+"""Elements, below what JAX and NumPy can count in bytes."""
 
 
 @final
@@ -43,7 +51,7 @@ class CacheShape:
     def __post_init__(self) -> None:
         paged = self.kind is CacheKind.PAGED
         size = self.page_size
-        if paged and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        if paged and (type(size) is not int or not 1 <= size <= LARGEST_SIZE):
             raise ArgumentError(f"cache: a paged cache needs its page size, e.g. 'paged:16', got {size!r}.")
         if not paged and size is not None:
             raise ArgumentError(f"cache: page_size={size} goes with 'paged' only, got {self.kind.value!r}.")
@@ -66,7 +74,7 @@ class CacheShape:
         kind, size = CacheKind(word), None
         if kind is CacheKind.PAGED:
             number, _, rest = rest.partition(":")
-            size = int(number) if number.isdecimal() else None
+            size = int(number) if number.isdecimal() and len(number) <= len(str(LARGEST_SIZE)) else None
             if size is None:
                 raise ArgumentError(f"cache {text!r}: a paged cache needs its page size, e.g. 'paged:16'.")
         return cls(kind, size, rest or None)
@@ -95,7 +103,8 @@ class ModelShape:
         without the word it is added by `&`.
 
     Raises:
-      ArgumentError: the prompt does not fit into the cache, or the cache or the mask means nothing.
+      ArgumentError: a size is no integer from 1 to 2**31 - 1, the heads, the prompt and its cache, or the mask do not
+        fit, or the dtype, the cache or the mask means nothing.
     """
 
     q_len: int
@@ -111,6 +120,10 @@ class ModelShape:
     mask: Mask | str = "config"
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
+        object.__setattr__(self, "dtype", _dtype(self.dtype))
+        if type(self.two_part) is not bool:
+            raise ArgumentError(f"two_part must be True or False, got {_shown(self.two_part)}.")
         if self.max_len < self.q_len:
             raise ArgumentError(
                 f"max_len={self.max_len} slots cannot hold the prompt of q_len={self.q_len} tokens; raise max_len."
@@ -132,6 +145,15 @@ class ModelShape:
             )
         object.__setattr__(self, "cache", cache)
         object.__setattr__(self, "two_part", two_part)
+        if not isinstance(self.mask, str):
+            check_fits(self.mask, self.prompt)
+        _check_arrays(self, cache)
+
+    @property
+    def prompt(self) -> Extent:
+        """What the mask of training and of a prompt fits: B, N, K, and T twice."""
+        heads = {"q_heads": self.q_heads, "kv_heads": self.kv_heads or self.q_heads}
+        return Extent(batch=self.batch, q_len=self.q_len, kv_len=self.q_len, **heads)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data; `ModelShape(**data)` is this shape again.
@@ -143,3 +165,41 @@ class ModelShape:
             raise ArgumentError(f"mask={self.mask!r} cannot be written as JSON; pass an expression, e.g. 'segments'.")
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**data, "cache": str(self.cache)}
+
+
+def _check_sizes(shape: ModelShape) -> None:
+    for name in ("q_len", "max_len", "batch", "q_heads", "kv_heads", "head_dim", "value_dim"):
+        size = getattr(shape, name)
+        if size is None and name in ("kv_heads", "value_dim"):
+            continue
+        if type(size) is not int or not 1 <= size <= LARGEST_SIZE:
+            raise ArgumentError(f"{name} must be an integer from 1 to {LARGEST_SIZE}, got {_shown(size)}.")
+    if shape.kv_heads is not None and shape.q_heads % shape.kv_heads:
+        raise ArgumentError(f"kv_heads={shape.kv_heads} must divide q_heads={shape.q_heads}.")
+
+
+def _check_arrays(shape: ModelShape, cache: CacheShape) -> None:
+    """Refuses sizes of which each is possible, and the arrays that they make together are not."""
+    page = cache.page_size or 1
+    slots = -(-shape.max_len // page) * page
+    kv_width = (shape.kv_heads or shape.q_heads) * max(shape.head_dim, shape.value_dim or 1)
+    query = shape.q_len * shape.q_heads * max(shape.head_dim, shape.value_dim or 1)
+    largest = shape.batch * max(slots * kv_width, query)
+    if largest > _LARGEST_ARRAY:
+        raise ArgumentError(
+            f"batch={shape.batch}, q_len={shape.q_len}, max_len={shape.max_len} and the heads make arrays of {largest} "
+            "elements, which no machine can hold; ask for smaller sizes."
+        )
+
+
+def _dtype(dtype: Any) -> str:
+    """The full name of a dtype."""
+    name = named_dtype(dtype)
+    if not isinstance(name, str) or not is_dtype(name):
+        raise ArgumentError(f"dtype must be the name of a dtype, e.g. bfloat16, got {_shown(dtype)}{spelled(dtype)}.")
+    return name
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written; an array by its shape, since a ModelShape holds none."""
+    return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)

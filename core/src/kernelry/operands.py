@@ -105,20 +105,30 @@ def cast_finite(array: jax.Array, dtype: DTypeLike) -> jax.Array:
 _NARROW = {"int64": jnp.int32, "uint64": jnp.uint32, "float64": jnp.float32}
 
 
-def narrowed(array: Any) -> Any:
-    """An array of 64-bit numbers in 32 bits; others as they are.
+_IDS = ("query_ids", "kv_ids", "query_spans", "kv_spans")
+"""The fields of masks that are compared for equality alone."""
 
-    Integers are positions, lengths, ids or places of pages: a negative one stays negative, and of an id beyond 2³¹ the
-    low 31 bits are left.
+
+def narrowed(tree: Any) -> Any:
+    """Arrays of 64-bit numbers in 32 bits; others as they are.
+
+    Lengths, positions and places of pages beyond 32 bits become the largest or the least number. An id beyond them is
+    mixed from its bits: ids that differ stay apart, but for one pair in 2³¹, and a negative one stays negative.
     """
+    return jax.tree_util.tree_map_with_path(_narrowed, tree)
+
+
+def _narrowed(path: tuple[Any, ...], array: Any) -> Any:
     if not hasattr(array, "dtype") or str(array.dtype) not in _NARROW:
         return array
     narrow = _NARROW[str(array.dtype)]
     if narrow == jnp.float32:
         return cast_finite(array, jnp.float32)
-    if narrow == jnp.uint32:
-        return array.astype(jnp.uint32)
-    return jnp.where(array < 0, jnp.maximum(array, -(2**31)), array & (2**31 - 1)).astype(jnp.int32)
+    if getattr(path[-1], "name", None) in _IDS:
+        mixed = (array ^ (array >> 31) * 0x9E3779B1) & (2**31 - 1)
+        return jnp.where(array < 0, -1, mixed).astype(jnp.int32)
+    ends = jnp.iinfo(narrow)  # type: ignore[no-untyped-call]
+    return jnp.clip(array, ends.min, ends.max).astype(narrow)
 
 
 def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:

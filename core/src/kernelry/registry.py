@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ def find() -> Registry:
     points = importlib_metadata.entry_points(group=GROUP)
     # The first call may stand under a trace, which would leak tracers into constants of plugin modules.
     with jax.ensure_compile_time_eval():
-        registry = build(points, Switches.of_process().plugins)
+        registry = build(points, Switches.unchecked().plugins)
     for fault in registry.faults:
         warnings.warn(f"kernelry plugin {fault}", stacklevel=3)
     return registry
@@ -155,6 +156,9 @@ class _Builder:
                 self._wrong_entry_point(name, point, detail)
                 return None
             found = getattr(found, attribute)
+        if inspect.isroutine(found):  # a hook has the mark of pluggy, which looks like a hook of its own
+            self._wrong_entry_point(name, point, f"names a function; name its module, {point.module!r}")
+            return None
         if not hasattr(found, "contract") and not any(key.startswith("kernelry_") for key in dir(found)):
             self._wrong_entry_point(name, point, f"names {short(found)}, which has neither a contract nor hooks")
             return None
@@ -263,7 +267,7 @@ class _Builder:
     def _is_usable(self, plugin: str, spec: KernelSpec) -> bool:
         found = mistakes(spec)
         for mistake in found:
-            kind = FaultKind.UNKNOWN_WORD if mistake.usable else FaultKind.WRONG_SPEC
+            kind = FaultKind.DECLARATION if mistake.usable else FaultKind.WRONG_SPEC
             detail = f"kernel {spec.name!r}: {mistake.detail}"
             self._fault(
                 kind, plugin, detail, f"{mistake.fix}, or report it to the authors of {self.distributions[plugin]}"

@@ -14,7 +14,7 @@ from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Extent
 from kernelry.masks.constants import note_arrays
-from kernelry.masks.fit import as_mask
+from kernelry.masks.fit import as_mask, check_located
 from kernelry.masks.form import MaskForm
 from kernelry.request_checks import SYMBOLIC, SymbolicSize, check_kinds, check_sizes, check_storage
 from kernelry.storage import Quantization
@@ -38,11 +38,9 @@ class Mode(enum.Enum):
         """
         if isinstance(value, Mode):
             return value
-        if value == "autoregressive":
-            return cls.DECODE
         try:
-            return cls(value)
-        except ValueError:
+            return cls.DECODE if value == "autoregressive" else cls(value)
+        except (ValueError, TypeError):  # arrays are neither equal nor unequal
             known = [mode.value for mode in cls]
             raise ArgumentError(f"unknown mode {value!r}{nearest(str(value), known)}") from None
 
@@ -66,9 +64,22 @@ class Operand(enum.Enum):
         """
         try:
             return cls(value)
-        except ValueError:
+        except (ValueError, TypeError):
             known = [operand.value for operand in cls]
             raise ArgumentError(f"gradients: unknown operand {value!r}{nearest(str(value), known)}") from None
+
+
+def operands_of(gradients: Any) -> frozenset[Operand]:
+    """Reads the names of the operands whose gradient is needed.
+
+    Raises:
+      ArgumentError: it is no sequence of names, or there is no such operand.
+    """
+    if isinstance(gradients, str) or not isinstance(gradients, Iterable) or getattr(gradients, "ndim", 1) == 0:
+        raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {gradients!r}.")
+    if isinstance(gradients, frozenset) and all(type(name) is Operand for name in gradients):
+        return gradients
+    return frozenset(Operand.parse(name) for name in gradients)
 
 
 _CPU = Target("cpu")
@@ -94,7 +105,8 @@ class Request:
       q_heads, kv_heads: N and K; `kv_heads=None` is N.
       head_dim, value_dim: H and D; `value_dim=None` is H.
       dtype: of query, key and value, e.g. `bfloat16`.
-      mask: the static side of the mask.
+      mask: the static side of the mask; of a Mask only the form is kept, so its arrays may be of other sizes. Where
+        T ≠ S it must say where the queries stand, as in a call.
       scale: the factor on the logits; None is H ** -0.5.
       bias: the bias's shape, each of its four dimensions 1 or that of B N T S; None without bias.
       soft_cap: the logits' cap; None without.
@@ -161,7 +173,7 @@ class Request:
             object.__setattr__(self, "mask", self._form_of(self.mask))
         self.mask.check_positions(self.batch, self.q_len, self.kv_len)
         for name in ("dtype", "logits_dtype"):
-            object.__setattr__(self, name, _named_dtype(getattr(self, name)))
+            object.__setattr__(self, name, named_dtype(getattr(self, name)))
         check_kinds(self)
         if self.kv_quantization is not None:
             kind = Quantization.parse(self.kv_quantization).of_heads(self.kv_heads)
@@ -169,10 +181,7 @@ class Request:
         if self.context_parallel is not None:
             object.__setattr__(self, "context_parallel", str(ContextParallel.parse(self.context_parallel)))
         self._fill("gradients", self._default_gradients)
-        if isinstance(self.gradients, str) or not isinstance(self.gradients, Iterable):
-            raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {self.gradients!r}.")
-        if not isinstance(self.gradients, frozenset):
-            object.__setattr__(self, "gradients", frozenset(Operand.parse(name) for name in self.gradients))
+        object.__setattr__(self, "gradients", operands_of(self.gradients))
         check_storage(self, _STORED & self.gradients)
         object.__setattr__(self, "_hash", hash(self._key()))
 
@@ -188,7 +197,9 @@ class Request:
             q_len=self.q_len,
             kv_len=self.kv_len,
         )
-        form = as_mask(mask, extent).form
+        meant = as_mask(mask, extent)
+        check_located(meant, self.q_len, self.kv_len)  # its arrays may be of other sizes: only their form is kept
+        form = meant.form
         note_arrays(form)  # the request may outlive the mask
         return form
 
@@ -325,7 +336,7 @@ def _rebuilt(facts: tuple[tuple[str, Any], ...]) -> Request:
     return Request(**dict(facts))
 
 
-def _named_dtype(dtype: Any) -> Any:
+def named_dtype(dtype: Any) -> Any:
     """The name of a dtype that is given as NumPy or JAX have it, e.g. `jnp.bfloat16`; anything else as it is."""
     if not isinstance(dtype, type | np.dtype) or getattr(dtype, "__module__", "") == "builtins":
         return dtype  # Python's float and int say no width

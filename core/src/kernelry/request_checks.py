@@ -16,6 +16,7 @@ SYMBOLIC = ("batch", "q_len", "kv_len")
 """The sizes that may be symbolic."""
 
 _SIZES = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "value_dim")
+_BEYOND = 2**63
 _DTYPES = ("dtype", "logits_dtype")
 _FLAGS = ("sinks", "partial", "max_logits", "interpret")
 
@@ -86,6 +87,9 @@ def check_sizes(request: Any) -> None:
             f"batch={request.batch}, q_len={request.q_len}, kv_len={request.kv_len}, head_dim={request.head_dim} and "
             f"value_dim={request.value_dim} must not be negative."
         )
+    for name in _SIZES:
+        if getattr(request, name) >= _BEYOND:
+            raise ArgumentError(f"{name} must be below 2**63, as the dimensions of arrays are.")
     if request.kv_heads < 1 or request.q_heads < 1 or request.q_heads % request.kv_heads:
         raise ArgumentError(f"kv_heads={request.kv_heads} must divide q_heads={request.q_heads}.")
 
@@ -97,7 +101,7 @@ def check_kinds(request: Any) -> None:
     for name in _DTYPES:
         dtype = getattr(request, name)
         if not isinstance(dtype, str) or not is_dtype(dtype):
-            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}.")
+            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}{spelled(dtype)}.")
     for name in _FLAGS:
         if type(getattr(request, name)) is not bool:
             raise ArgumentError(f"{name} must be True or False, got {_shown(getattr(request, name))}.")
@@ -116,12 +120,38 @@ def is_dtype(name: str) -> bool:
         return False
 
 
+_SPELLINGS = {"fp": "float", "bf": "bfloat", "f": "float"}
+_WIDTHS = ("16", "32", "64")
+
+
+def spelled(dtype: Any) -> str:
+    """What to write instead of another name of a dtype: `; write 'float32'` for `fp32`; empty where it is none."""
+    if not isinstance(dtype, str):
+        return ""
+    word = dtype.strip().lower()
+    short = word.rstrip("0123456789")
+    full = _SPELLINGS.get(short, short) + word[len(short) :]
+    try:
+        name = full if word.endswith(_WIDTHS) and is_dtype(full) else str(jnp.dtype(dtype).name)
+    except (TypeError, ValueError):
+        return ""
+    return "" if name == dtype else f"; write {name!r}"
+
+
+def is_finite(value: Any) -> bool:
+    """True for Python's finite numbers, of a size that a float has."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _check_numbers(request: Any) -> None:
     for name in ("scale", "dropout_rate", "soft_cap"):
         number = getattr(request, name)
         if name == "soft_cap" and number is None:
             continue
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        if not is_finite(number):
             raise ArgumentError(f"{name} must be a finite number, got {number!r}.")
     if not 0 <= request.dropout_rate < 1:
         raise ArgumentError(f"dropout_rate must be in [0, 1), got {request.dropout_rate}.")

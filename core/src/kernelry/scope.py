@@ -24,6 +24,7 @@ from kernelry.errors import ArgumentError
 from kernelry.kernel import KernelSpec, check_kernel_name
 from kernelry.lock import Lock
 from kernelry.policy import AUTO, Policy, check_policy
+from kernelry.spec_checks import mistakes
 from kernelry.target import Target
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def use(
         a size of 1 takes it back.
 
     Raises:
-      ArgumentError: an argument is of another kind, or a KernelSpec cannot be hashed.
+      ArgumentError: an argument is of another kind, or a KernelSpec cannot be hashed or used.
       ConfigError: the target is unknown, or the lock file cannot be read.
     """
     if kernel is not None:
@@ -325,6 +326,16 @@ def _check_spec(spec: object) -> None:
             f"use(kernels=…): kernel {spec.name!r} cannot be hashed ({error}); write its capabilities with frozenset "
             "and tuple."
         ) from error
+    _check_usable(spec)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_usable(spec: KernelSpec) -> None:
+    """Looks at a spec once, where it passes: a scope may be entered in every step."""
+    fatal = [mistake for mistake in mistakes(spec) if not mistake.usable]
+    if fatal:
+        said = "; ".join(f"{mistake.detail}; {mistake.fix}" for mistake in fatal)
+        raise ArgumentError(f"use(kernels=…): kernel {spec.name!r} cannot be used: {said}.")
 
 
 def interpret() -> Opener[None]:

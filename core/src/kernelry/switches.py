@@ -29,6 +29,7 @@ class Switches:
       strict: KERNELRY_STRICT, whether resolutions must be those of the lock file.
       lock: KERNELRY_LOCK, the path of the lock file; looked at only when strict.
       unknown: the variables named `KERNELRY_*` that mean nothing.
+      wrong: of KERNELRY_STRICT, where it is neither yes nor no: what to write.
     """
 
     kernel: str | None = None
@@ -36,6 +37,7 @@ class Switches:
     strict: bool = False
     lock: str = LOCK_FILE
     unknown: tuple[str, ...] = ()
+    wrong: str | None = None
 
     @classmethod
     def parse(cls, environ: Mapping[str, str]) -> Switches:
@@ -44,6 +46,29 @@ class Switches:
         Raises:
           ConfigError: KERNELRY_STRICT is neither yes nor no.
         """
+        return cls._read(environ)._checked()
+
+    @staticmethod
+    def of_process() -> Switches:
+        """Returns the switches of this process, read once.
+
+        Raises:
+          ConfigError: KERNELRY_STRICT is neither yes nor no.
+        """
+        return _of_process()._checked()
+
+    @staticmethod
+    def unchecked() -> Switches:
+        """Returns the switches of this process for those who list things, and say what is wrong."""
+        return _of_process()
+
+    def _checked(self) -> Switches:
+        if self.wrong is not None:
+            raise ConfigError(f"{self.wrong}.")
+        return self
+
+    @classmethod
+    def _read(cls, environ: Mapping[str, str]) -> Switches:
         unknown = tuple(sorted(name for name in environ if name.startswith(_PREFIX) and name not in KNOWN_SWITCHES))
         for name in unknown:
             hint = nearest(name, KNOWN_SWITCHES)
@@ -52,23 +77,14 @@ class Switches:
         listed = environ.get("KERNELRY_PLUGINS")
         names = None if listed is None else tuple(name.strip() for name in listed.split(",") if name.strip())
         lock = environ.get("KERNELRY_LOCK", "").strip() or LOCK_FILE
-        return cls(None if kernel in ("", "auto") else kernel, names, _strict(environ), lock, unknown)
-
-    @staticmethod
-    def of_process() -> Switches:
-        """Returns the switches of this process, read once."""
-        return _of_process()
-
-
-def _strict(environ: Mapping[str, str]) -> bool:
-    text = environ.get("KERNELRY_STRICT", "").strip()
-    if not text:
-        return False
-    if text.lower() not in _YES_NO:
-        raise ConfigError(f"KERNELRY_STRICT={text!r} is neither yes nor no; write one of {', '.join(_YES_NO)}.")
-    return _YES_NO[text.lower()]
+        text = environ.get("KERNELRY_STRICT", "").strip()
+        strict = _YES_NO.get(text.lower(), False)
+        wrong = None
+        if text and text.lower() not in _YES_NO:
+            wrong = f"KERNELRY_STRICT={text!r} is neither yes nor no; write one of {', '.join(_YES_NO)}"
+        return cls(None if kernel in ("", "auto") else kernel, names, strict, lock, unknown, wrong)
 
 
 @functools.lru_cache(maxsize=1)
 def _of_process() -> Switches:
-    return Switches.parse(os.environ)
+    return Switches._read(os.environ)

@@ -35,6 +35,7 @@ class Fate(enum.Enum):
 
     MAPPED = "goes into the AttentionConfig"
     PER_CALL = "belongs to the arrays of a call: accepted, nothing to configure"
+    UNREAD = "changes how MaxText runs and not what attention means: accepted, with a warning where it is changed"
     FOREIGN = "has no meaning here: accepted at its default only"
 
 
@@ -47,8 +48,8 @@ class Option:
       name: in base.yml.
       default: in base.yml, as YAML reads it (an unquoted None is the text "None").
       kind: what a value may be; None and "None" are, where `optional`.
-      meaning: what it becomes; for a foreign one why it becomes nothing, and what to do instead.
-      neutral: values of a foreign option that say the same as its default.
+      meaning: what it becomes; for one that is unread or foreign why it becomes nothing, and what to do instead.
+      neutral: values of an unread option that say the same as its default.
     """
 
     name: str
@@ -63,6 +64,10 @@ class Option:
         """Says whether a value is of the right kind."""
         return (self.optional and is_none(value)) or self.kind.accepts(value)
 
+    def says(self, value: Any) -> bool:
+        """Says whether a value of the right kind asks for something else than the default does."""
+        return value not in (self.default, *self.neutral)
+
     @property
     def expected(self) -> str:
         """What a value may be, in words."""
@@ -71,7 +76,7 @@ class Option:
 
 def is_none(value: Any) -> bool:
     """Says whether base.yml means none: null, or None, which YAML reads as a text."""
-    return value is None or value == "None"
+    return value is None or (isinstance(value, str) and value == "None")
 
 
 _LOCAL_AND_GLOBAL = ("local_sliding", "global")
@@ -105,9 +110,13 @@ def _foreign(name: str, default: Any, kind: Kind, why: str) -> Option:
     return Option(name, default, kind, Fate.FOREIGN, why)
 
 
-def _foreign_local(name: str, default: Any, kind: Kind, why: str) -> Option:
+def _unread(name: str, default: Any, kind: Kind, why: str) -> Option:
+    return Option(name, default, kind, Fate.UNREAD, why)
+
+
+def _unread_local(name: str, default: Any, kind: Kind, why: str) -> Option:
     """An option of local layers; none means that the global one applies, whose default says nothing."""
-    return Option(name, "None", kind, Fate.FOREIGN, why, optional=True, neutral=(None, default))
+    return Option(name, "None", kind, Fate.UNREAD, why, optional=True, neutral=(None, default))
 
 
 _LAYER = (
@@ -155,7 +164,7 @@ _CACHE = "a cache is quantised where it is made: kernelry.cache.TwoPartCache.cre
 _SHARDING = "attention is sharded by a wrapper around it: see kernelry.parallel"
 _EVAL = "there is one tiling per config: build a second config for evaluation, with these values as sa_* and local_sa_*"
 _LAYOUT = "a kernel's layout is its own affair, and arrays are [batch, length, heads, dim] everywhere else"
-_TUNING = "kernels here have no such tunable, and it does not change what attention means"
+_TUNING = "kernels here have no such tunable"
 _QUANTISED = "a kernel never quantises its inputs unasked: quantise query and key before the call"
 _MINOR = "HEAD_DIM_MINOR"
 
@@ -176,34 +185,34 @@ _STORED = (
     _foreign("quantize_kvcache", False, Kind.FLAG, _CACHE),
     _foreign("kv_quant_axis", "heads_and_dkv", Kind.TEXT, _CACHE),
     _foreign("kv_quant_dtype", "int8", Kind.TEXT, _CACHE),
-    _foreign("prefill_cache_axis_order", "1,2,0,3", Kind.TEXT, _LAYOUT),
-    _foreign("ar_cache_axis_order", "1,2,0,3", Kind.TEXT, _LAYOUT),
-    _foreign("compute_axis_order", "0,1,2,3", Kind.TEXT, _LAYOUT),
-    _foreign("reshape_q", False, Kind.FLAG, _LAYOUT),
-    _foreign("force_q_layout", False, Kind.FLAG, _LAYOUT),
-    *(_foreign(f"{phase}sa_{array}_layout", _MINOR, Kind.TEXT, _LAYOUT) for phase in ("", "eval_") for array in "qkv"),
+    _unread("prefill_cache_axis_order", "1,2,0,3", Kind.TEXT, _LAYOUT),
+    _unread("ar_cache_axis_order", "1,2,0,3", Kind.TEXT, _LAYOUT),
+    _unread("compute_axis_order", "0,1,2,3", Kind.TEXT, _LAYOUT),
+    _unread("reshape_q", False, Kind.FLAG, _LAYOUT),
+    _unread("force_q_layout", False, Kind.FLAG, _LAYOUT),
+    *(_unread(f"{phase}sa_{array}_layout", _MINOR, Kind.TEXT, _LAYOUT) for phase in ("", "eval_") for array in "qkv"),
     *(
-        _foreign_local(f"{phase}local_sa_{array}_layout", _MINOR, Kind.TEXT, _LAYOUT)
+        _unread_local(f"{phase}local_sa_{array}_layout", _MINOR, Kind.TEXT, _LAYOUT)
         for phase in ("", "eval_")
         for array in "qkv"
     ),
 )
 _TUNED = (
-    *(_foreign(f"eval_sa_block_{name}", SHIPPED_BLOCK, Kind.SIZE, _EVAL) for name in BLOCKS[:3]),
-    *(_foreign_local(f"eval_local_sa_block_{name}", SHIPPED_BLOCK, Kind.SIZE, _EVAL) for name in BLOCKS[:3]),
-    _foreign("sa_use_fused_bwd_kernel", False, Kind.FLAG, _TUNING),
-    _foreign_local("local_sa_use_fused_bwd_kernel", False, Kind.FLAG, _TUNING),
-    _foreign("sa_bwd_dkv_megacore", False, Kind.FLAG, _TUNING),
-    _foreign("use_splash_scheduler", False, Kind.FLAG, _TUNING),
-    _foreign_local("local_use_splash_scheduler", False, Kind.FLAG, _TUNING),
-    _foreign("sa_fuse_reciprocal", True, Kind.FLAG, _TUNING),
-    _foreign_local("local_sa_fuse_reciprocal", True, Kind.FLAG, _TUNING),
-    _foreign("sa_use_base2_exp", True, Kind.FLAG, _TUNING),
-    _foreign_local("local_sa_use_base2_exp", True, Kind.FLAG, _TUNING),
-    _foreign("dq_reduction_steps", 0, Kind.INTEGER, _TUNING),
-    _foreign("cost_estimate_flops_fwd", -1, Kind.INTEGER, _TUNING),
-    _foreign("cost_estimate_flops_bwd", -1, Kind.INTEGER, _TUNING),
-    _foreign("use_max_logit_estimate", -1, Kind.NUMBER, "the largest logit is computed here, never assumed"),
+    *(_unread(f"eval_sa_block_{name}", SHIPPED_BLOCK, Kind.SIZE, _EVAL) for name in BLOCKS[:3]),
+    *(_unread_local(f"eval_local_sa_block_{name}", SHIPPED_BLOCK, Kind.SIZE, _EVAL) for name in BLOCKS[:3]),
+    _unread("sa_use_fused_bwd_kernel", False, Kind.FLAG, _TUNING),
+    _unread_local("local_sa_use_fused_bwd_kernel", False, Kind.FLAG, _TUNING),
+    _unread("sa_bwd_dkv_megacore", False, Kind.FLAG, _TUNING),
+    _unread("use_splash_scheduler", False, Kind.FLAG, _TUNING),
+    _unread_local("local_use_splash_scheduler", False, Kind.FLAG, _TUNING),
+    _unread("sa_fuse_reciprocal", True, Kind.FLAG, _TUNING),
+    _unread_local("local_sa_fuse_reciprocal", True, Kind.FLAG, _TUNING),
+    _unread("sa_use_base2_exp", True, Kind.FLAG, _TUNING),
+    _unread_local("local_sa_use_base2_exp", True, Kind.FLAG, _TUNING),
+    _unread("dq_reduction_steps", 0, Kind.INTEGER, _TUNING),
+    _unread("cost_estimate_flops_fwd", -1, Kind.INTEGER, _TUNING),
+    _unread("cost_estimate_flops_bwd", -1, Kind.INTEGER, _TUNING),
+    _unread("use_max_logit_estimate", -1, Kind.NUMBER, "the largest logit is computed here, never assumed"),
     _foreign("experimental_sa_quant_q_fp8", False, Kind.FLAG, _QUANTISED),
     _foreign("experimental_sa_quant_k_fp8", False, Kind.FLAG, _QUANTISED),
     _foreign("enable_padding_causal_mask", True, Kind.FLAG, "padding is always masked: see kernelry.masks.Segments"),

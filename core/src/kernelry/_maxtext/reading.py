@@ -27,7 +27,9 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
 
     A whole base.yml is accepted, as YAML reads it, and so is a part of one: what is absent is at
     base.yml's default. Keys that are not about attention are not looked at. Options about attention
-    become an option here, or are accepted at their default only, with an error that says why.
+    become an option here; one that changes how MaxText runs and not what attention means (a layout, a
+    tunable that kernels here do not have) is not read, which one warning says of all of them; others
+    are accepted at their default only, with an error that says why.
 
     The config is that of one layer. A model with several kinds of layers builds one for each:
     `from_maxtext({**base, "attention_type": "local_sliding"})`. A warning says where a size belongs to
@@ -53,6 +55,18 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
       ConfigError: a key is an option about attention misspelt, a value is of the wrong kind, or an
         option has no meaning here.
     """
+    config, notices = read_options(mapping, ignore)
+    for notice in notices:
+        warnings.warn(notice, stacklevel=2)
+    return config
+
+
+def read_options(mapping: Mapping[str, Any], ignore: Iterable[str]) -> tuple[AttentionConfig, tuple[str, ...]]:
+    """Reads what `from_maxtext` reads, and returns its warnings with the config.
+
+    Raises:
+      ConfigError: as there.
+    """
     if not isinstance(mapping, Mapping):
         raise ConfigError(
             f"from_maxtext takes a mapping of option names to values, got {type(mapping).__name__}; "
@@ -60,7 +74,10 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
         )
     if isinstance(ignore, str) or not isinstance(ignore, Iterable):
         raise ConfigError(f"ignore must be names in a tuple, got {ignore!r}; write ignore=({str(ignore)!r},).")
-    dropped = frozenset(ignore)
+    names = tuple(ignore)
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"ignore must be names in a tuple, got {names!r}.")
+    dropped = frozenset(names)
     given = {name: value for name, value in mapping.items() if name not in dropped}
     unread = _unknown(given)
     about = {name: _plain(value) for name, value in given.items() if name in _BY_NAME}
@@ -68,9 +85,7 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
         _check_value(_BY_NAME[name], value)
     options = {option.name: about.get(option.name, option.default) for option in OPTIONS}
     config = _built(options)
-    for notice in (*unread, *_unused(options, config)):
-        warnings.warn(notice, stacklevel=2)
-    return config
+    return config, (*unread, *_without_effect(about), *_unused(options, config))
 
 
 def _built(options: Mapping[str, Any]) -> AttentionConfig:
@@ -99,6 +114,21 @@ def _built(options: Mapping[str, Any]) -> AttentionConfig:
 def _plain(value: Any) -> Any:
     """Returns the value of an enum's member: `config.get_keys()` has members where base.yml has texts."""
     return value.value if isinstance(value, enum.Enum) else value
+
+
+def _without_effect(about: Mapping[str, Any]) -> Iterator[str]:
+    """Says in one notice which options change nothing here, those of one reason together."""
+    unread = [name for name in about if _BY_NAME[name].fate is Fate.UNREAD]
+    changed = [name for name in unread if _BY_NAME[name].says(about[name])]
+    reasons: dict[str, list[str]] = {}
+    for name in changed:
+        reasons.setdefault(_BY_NAME[name].meaning, []).append(f"{name} = {about[name]!r}")
+    if changed:
+        said = "; ".join(f"{', '.join(values)} ({reason})" for reason, values in reasons.items())
+        yield (
+            f"MaxText options that are not read, as they do not change what attention means: {said}. "
+            f"Pass ignore={tuple(changed)!r} to leave them out."
+        )
 
 
 def _unused(options: Mapping[str, Any], config: AttentionConfig) -> Iterator[str]:
@@ -157,7 +187,7 @@ def _precision(name: str) -> str | None:
 def _check_value(option: Option, value: Any) -> None:
     if not option.accepts(value):
         raise ConfigError(f"MaxText option {option.name} must be {option.expected}, got {value!r}.")
-    if option.fate is Fate.FOREIGN and value not in (option.default, *option.neutral):
+    if option.fate is Fate.FOREIGN and option.says(value):
         raise ConfigError(
             f"MaxText option {option.name} = {value!r} has no meaning here: {option.meaning}. "
             f"Leave it at {option.default!r}, or drop it with ignore=({option.name!r},)."
@@ -181,8 +211,8 @@ def _unknown(given: Mapping[str, Any]) -> list[str]:
         return []
     described = ", ".join(f"{name!r}{_like(str(name))}" for name in unknown)
     return [
-        f"MaxText options that are not known and not read: {described}. None is like an option about attention; "
-        f"pass ignore={tuple(unknown)!r} if that is right."
+        f"MaxText options that are not known and not read: {described}. "
+        f"Pass ignore={tuple(unknown)!r} if they are not about attention."
     ]
 
 

@@ -122,10 +122,10 @@ def grown_mask(mask: Mask, growth: Growth) -> Mask:
         case BidirectionalSpans(query_spans=ids, kv_spans=kv_ids):
             return BidirectionalSpans(*_grown_ids(ids, kv_ids, growth))
         case Dense(visible=visible):
-            rows = padded(with_rank_4(visible), 2, growth.more_queries, False)
-            return Dense(padded(rows, 3, growth.more_keys, False))
+            rows = padded(with_rank_4(visible), 2, growth.more_queries)
+            return Dense(padded(rows, 3, growth.more_keys))
         case BlockSelection(keep=keep, block_size=size):
-            return BlockSelection(padded(with_rank_4(keep), 2, growth.more_queries, False), size)
+            return BlockSelection(padded(with_rank_4(keep), 2, growth.more_queries), size)
     _check_known(mask)
     return mask
 
@@ -169,9 +169,9 @@ def signed(ids: ArrayLike) -> ArrayLike:
     return ids.astype(jax.dtypes.canonicalize_dtype(jnp.promote_types(ids.dtype, jnp.int32)))
 
 
-def padded(array: ArrayLike, axis: int, more: int, constant: float | bool) -> ArrayLike:
-    """Puts `more` constants behind an axis, unless it is 1 and holds for every slot."""
+def padded(array: ArrayLike, axis: int, more: int) -> ArrayLike:
+    """Puts `more` zeros behind an axis, unless it is 1 and holds for every slot."""
     if not more or array.shape[axis] == 1:
         return array
     widths = [(0, more if place == axis else 0) for place in range(array.ndim)]
-    return module_of(array).pad(array, widths, constant_values=constant)
+    return module_of(array).pad(array, widths)

@@ -72,7 +72,7 @@ class PadSequence(Adapter):
         pairs += [(atom, _hiding_mask(atom, before, growth)) for atom in added]
         bias = inputs.bias
         if bias is not None:
-            bias = padded(padded(bias, 2, growth.more_queries, 0), 3, growth.more_keys, 0)
+            bias = padded(padded(bias, 2, growth.more_queries), 3, growth.more_keys)
         return dataclasses.replace(
             inputs,
             query=_longer(inputs.query, growth.more_queries),

@@ -34,7 +34,7 @@ class LayerReport:
       name: which call of the model it is.
       resolution: the kernel, or why there is none.
       compilation: None where there is no kernel, or the kernel or its compiler is missing.
-      work: what the call takes at least.
+      work: what the call takes.
       missing: why it was not compiled, or the compiled program does not prove that the kernel runs; else empty.
       has_compiler: whether the target's compiler is installed.
     """

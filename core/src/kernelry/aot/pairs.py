@@ -65,8 +65,10 @@ def seen_of(mask: Mask, batch: int, q_len: int, kv_len: int, *, fewest: int | No
 
     Bands, chunks, blocks, prefixes whose lengths are numbers, and what `&`, `|` and `~` make of them are counted
     exactly; other functions of positions, and positions of more than 32 runs, up to 2**26 pairs. What depends on arrays
-    is left out of the mask, as if it hid nothing, and of a disjunction as if it showed nothing. Positions known only at
-    run time are taken to be those of the last queries of consecutive keys, as in a decode step from a full cache.
+    is counted as if the mask did not have it, and named in `assumed`: without a part of a conjunction the count is too
+    high, without one of a disjunction too low. A prefix whose lengths are arrays is counted as causal, the least that
+    it shows; under `~` it is left out like the others. Positions known only at run time are taken to be those of the
+    last queries of consecutive keys, as in a decode step from a full cache.
 
     Args:
       mask: which keys each query sees.
@@ -79,7 +81,7 @@ def seen_of(mask: Mask, batch: int, q_len: int, kv_len: int, *, fewest: int | No
     """
     check_located(mask, q_len, kv_len)
     left_out: list[str] = []
-    static = _known(mask.conjuncts(), q_len, kv_len, left_out)
+    static = _known(mask.conjuncts(), q_len, kv_len, left_out, negated=False)
     conjuncts = static.conjuncts()
     rows = max([1, *map(_rows, conjuncts)])
     if not all(_has_intervals(conjunct) for conjunct in conjuncts) and q_len * kv_len > _MOST_EVALUATED:
@@ -93,31 +95,38 @@ def seen_of(mask: Mask, batch: int, q_len: int, kv_len: int, *, fewest: int | No
     return Seen(pairs, queries, keys, tuple(sorted(assumed)))
 
 
-def _known(conjuncts: Iterable[Conjunct], q_len: int, kv_len: int, left_out: list[str]) -> Mask:
-    parts = [_known_part(conjunct, q_len, kv_len, left_out) for conjunct in conjuncts]
+def _known(conjuncts: Iterable[Conjunct], q_len: int, kv_len: int, left_out: list[str], *, negated: bool) -> Mask:
+    parts = [_known_part(conjunct, q_len, kv_len, left_out, negated=negated) for conjunct in conjuncts]
     return functools.reduce(operator.and_, [part for part in parts if part is not None], Full())
 
 
-def _known_part(conjunct: Conjunct, q_len: int, kv_len: int, left_out: list[str]) -> Mask | None:
+def _known_part(conjunct: Conjunct, q_len: int, kv_len: int, left_out: list[str], *, negated: bool) -> Mask | None:
     """The part without what depends on arrays; None where nothing is left of it."""
     kind = conjunct.atom.kind
     if kind is AtomKind.ANY_OF:
-        branches = [_known(branch, q_len, kv_len, left_out) for branch in conjunct.branches]
+        branches = [_known(branch, q_len, kv_len, left_out, negated=negated) for branch in conjunct.branches]
         known = [branch for branch in branches if branch.conjuncts()]
         return functools.reduce(operator.or_, known) if known else None
     if kind is AtomKind.NOT:
         (form,) = conjunct.atom.params
-        inside = _known(conjunct.mask.mask.conjuncts(), q_len, kv_len, left_out)  # type: ignore[attr-defined]
+        inside = _known(_negated(conjunct), q_len, kv_len, left_out, negated=not negated)
         return ~inside if inside.conjuncts() or not form.atoms else None
     mask = conjunct.mask
-    if kind is AtomKind.PREFIX_LM and not isinstance(mask.prefix_lengths, np.ndarray):  # type: ignore[attr-defined]
+    if not _is_known(conjunct):
+        if kind is not AtomKind.PREFIX_LM or negated:
+            left_out.append(kind.value)
+            return None
         mask = Causal()  # which every prefix shows
-    elif kind is not AtomKind.PREFIX_LM and not dataclasses.replace(conjunct.atom, query=_HERE, kv=_HERE).is_static:
-        left_out.append(kind.value)
-        return None
     if PositionKind.TRACED in (conjunct.atom.query.kind, conjunct.atom.kv.kind):
         return mask.at(query_offset=kv_len - q_len, kv_offset=0)
     return At(mask, conjunct.query, conjunct.kv)
+
+
+def _is_known(conjunct: Conjunct) -> bool:
+    """Says whether a part depends on no array but its positions."""
+    if conjunct.atom.kind is AtomKind.PREFIX_LM:
+        return isinstance(conjunct.mask.prefix_lengths, np.ndarray)  # type: ignore[attr-defined]
+    return dataclasses.replace(conjunct.atom, query=_HERE, kv=_HERE).is_static
 
 
 _HERE = PositionForm()

@@ -11,23 +11,20 @@ from kernelry.aot.devices import FIGURES
 from kernelry.aot.pairs import Seen, seen_of
 from kernelry.layer import MoBA
 from kernelry.masks.base import Mask
-from kernelry.request import Mode, Request
+from kernelry.request import Mode, Operand, Request
 from kernelry.storage import Quantization
-
-_BACKWARD = 2.5
-"""The products of the backward pass, five, by those of the forward pass, two."""
 
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
-    """What one call takes at least.
+    """What one call takes at least, where `assumed` is empty.
 
     Args:
-      flops: of the products over visible pairs.
+      flops: of the products over visible pairs; a backward pass computes none of the forward pass's again.
       bytes: of operands and results, each read or written once; keys that no query sees are not read.
       seconds: the longer of the two at the device's published rates; None where they are not known.
-      assumed: the parts of the mask that were taken to hide nothing, as they depend on arrays.
+      assumed: the parts that were left out of the mask, as they depend on arrays: the call may take less, or more.
     """
 
     flops: float
@@ -44,12 +41,11 @@ class Work:
           mask: what it shows is counted by `kernelry.aot.pairs.seen_of`, which says what is assumed of its arrays.
           moba: how many blocks are chosen for a query, its own among them, of which it sees one key at least.
         """
-        backward = request.mode is Mode.TRAIN and bool(request.gradients)
+        gradients = request.gradients if request.mode is Mode.TRAIN else frozenset()
         fewest = None if moba is None else (moba.top_k - 1) * moba.chunk_size + 1
         seen = seen_of(mask, request.batch, request.q_len, request.kv_len, fewest=fewest)
-        products = 2.0 * request.q_heads * seen.pairs * (request.head_dim + request.value_dim)
-        flops = products * (1 + _BACKWARD * backward)
-        moved = _bytes(request, seen, backward)
+        flops = 2.0 * request.q_heads * seen.pairs * _dims(request, gradients)
+        moved = _bytes(request, seen, gradients)
         figures = FIGURES.get(request.target.kind or "")
         seconds = None if figures is None else max(flops / figures.flops, moved / figures.bandwidth)
         return cls(flops, moved, seconds, seen.assumed)
@@ -70,18 +66,30 @@ class Work:
         }
 
 
-def _bytes(request: Request, seen: Seen, backward: bool) -> float:
+def _dims(request: Request, gradients: frozenset[Operand]) -> int:
+    """The multiplications of one pair: the lengths of the rows in its products."""
+    forward = request.head_dim + request.value_dim  # the logit, and the weighted value
+    of_logits = {Operand.QUERY, Operand.KEY} & gradients
+    of_weights = request.value_dim if of_logits or Operand.BIAS in gradients else 0
+    of_value = request.value_dim if Operand.VALUE in gradients else 0
+    return forward + of_weights + of_value + request.head_dim * len(of_logits)
+
+
+def _bytes(request: Request, seen: Seen, gradients: frozenset[Operand]) -> float:
+    """The gradients are written also of what is not seen."""
     size = jnp.dtype(request.dtype).itemsize
-    widths = request.head_dim + request.value_dim
     rows = request.batch * request.q_len * request.q_heads
-    read = size * seen.queries * request.q_heads * request.head_dim + seen.keys * _key_bytes(request)
-    forward = read + size * rows * request.value_dim
-    if not backward:
-        return forward
-    # Read again with out and its cotangent; three gradients are written, also of what is not seen.
-    results = 2 * seen.queries * request.q_heads * request.value_dim
-    gradients = rows * request.head_dim + request.batch * request.kv_len * request.kv_heads * widths
-    return forward + read + size * (results + gradients)
+    columns = request.batch * request.kv_len * request.kv_heads
+    written = {
+        Operand.QUERY: rows * request.head_dim,
+        Operand.KEY: columns * request.head_dim,
+        Operand.VALUE: columns * request.value_dim,
+    }
+    numbers = seen.queries * request.q_heads * request.head_dim + rows * request.value_dim
+    numbers += sum(count for operand, count in written.items() if operand in gradients)
+    if gradients:
+        numbers += seen.queries * request.q_heads * request.value_dim  # the cotangent of out
+    return size * numbers + seen.keys * _key_bytes(request)
 
 
 def _key_bytes(request: Request) -> float:

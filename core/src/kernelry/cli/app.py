@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
@@ -13,15 +14,18 @@ import typer
 from rich.console import Console
 
 from kernelry import _version, installation
-from kernelry.calls import mask_of, options_of
+from kernelry.calls import cached, mask_of, options_of
 from kernelry.cli import check, conformance, lock, mask, report, shape
 from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
+from kernelry.config import AttentionConfig
 from kernelry.errors import KernelryError
-from kernelry.masks import Causal, Mask
+from kernelry.masks import Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import parse_form
+from kernelry.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Request, dtype_name
+from kernelry.request_checks import spelled
 from kernelry.resolver import explain as explain_request
 from kernelry.switches import Switches
 from kernelry.target import Target, home_target
@@ -37,11 +41,12 @@ _console = Console(highlight=False, soft_wrap=False)
 
 
 def run() -> int:
-    """Runs the command and returns its exit status; errors of kernelry are one message, status 2."""
+    """Runs the command and returns its exit status; errors of kernelry are one message, status 2, warnings one line."""
     survive_narrow_encodings()
     with warnings.catch_warnings():
         # Faults are what `doctor` prints; the other verbs point there.
         warnings.filterwarnings("ignore", message="kernelry plugin ")
+        warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         try:
             result = app(standalone_mode=False)
         except KernelryError as error:
@@ -57,6 +62,16 @@ def run() -> int:
             error.show()  # a usage error of the command line
             return int(error.exit_code)
     return result if isinstance(result, int) else 0
+
+
+def _show_warning(
+    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any, **more: Any
+) -> None:
+    """Writes what is for the user as one line; what is for programmers is shown with its place in the source."""
+    if category is UserWarning:
+        sys.stderr.write(f"warning: {message}\n")
+    else:
+        otherwise(message, category, *where, **more)
 
 
 @app.callback(invoke_without_command=True)
@@ -84,7 +99,7 @@ def list_kernels(as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, plugins, environment switches, and what is wrong with a fix for each."""
-    found, switches = installation.installed(), Switches.of_process()
+    found, switches = installation.installed(), Switches.unchecked()
     if as_json:
         print_json(report.doctor_json(found, switches))
     else:
@@ -103,19 +118,22 @@ def _usable_cap(soft_cap: float | None) -> float | None:
 def explain(
     target: Annotated[str, typer.Option(help="platform[:kind[:topology]], e.g. gpu:h100; default: this machine.")] = "",
     mode: Annotated[str, typer.Option(help="train, prefill or decode.")] = "train",
-    q_len: Annotated[int, typer.Option(min=0, help="T, query tokens.")] = 1024,
-    kv_len: Annotated[int | None, typer.Option(min=0, help="S, key tokens; default T.")] = None,
-    batch: Annotated[int, typer.Option(min=0, help="B.")] = 1,
-    heads: Annotated[int, typer.Option(min=1, help="N, query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="K, key/value heads; default N.")] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="H.")] = 128,
-    value_dim: Annotated[int | None, typer.Option(min=1, help="D; default H.")] = None,
+    q_len: Annotated[int, typer.Option(min=0, max=LARGEST_SIZE, help="T, query tokens.")] = 1024,
+    kv_len: Annotated[int | None, typer.Option(min=0, max=LARGEST_SIZE, help="S, key tokens; default T.")] = None,
+    batch: Annotated[int, typer.Option(min=0, max=LARGEST_SIZE, help="B.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, max=LARGEST_SIZE, help="N, query heads.")] = 8,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_SIZE, help="K, key/value heads; default N.")
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, max=LARGEST_SIZE, help="H.")] = 128,
+    value_dim: Annotated[int | None, typer.Option(min=1, max=LARGEST_SIZE, help="D; default H.")] = None,
     dtype: Annotated[str, typer.Option(help="of query, key and value.")] = "bfloat16",
     mask: Annotated[
         str | None,
         typer.Option(
             help="e.g. 'causal & segments', 'window(511)', 'full', or with the word config for the config's own mask: "
-            "'config & segments'; default: the config's, without one causal."
+            "'config & segments'; default: the config's, without one causal. Where T and S differ and it does not say "
+            "where the queries stand, as in 'causal.at(query_offset=7)', they stand anywhere."
         ),
     ] = None,
     soft_cap: Annotated[
@@ -125,7 +143,9 @@ def explain(
         bool | None, typer.Option("--sinks/--no-sinks", help="one sink logit per head; default: the config's.")
     ] = None,
     kv_quantization: Annotated[str | None, typer.Option(help="of keys and values, e.g. int8, int4:head_dim.")] = None,
-    page_size: Annotated[int | None, typer.Option(min=1, help="slots of a page, where keys stand in pages.")] = None,
+    page_size: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_SIZE, help="slots of a page, where keys stand in pages.")
+    ] = None,
     context_parallel: Annotated[str | None, typer.Option(help="sharded sequences, e.g. ring:context:4.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="statistics are wanted.")] = False,
     kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
@@ -137,10 +157,11 @@ def explain(
         ),
     ] = None,
     maxtext: shape.MaxText = None,
+    ignore: shape.Ignored = None,
     as_json: Json = False,
 ) -> None:
     """Which kernel a request gets and why, on hardware that need not be here. Status 2: none."""
-    read = shape.read_config(config, maxtext) if config is not None or maxtext else None
+    read = shape.read_config(config, maxtext, ignore) if config is not None or maxtext or ignore else None
     phase = Mode.parse(mode)
     extent = Extent(
         batch=batch,
@@ -149,14 +170,14 @@ def explain(
         q_len=q_len,
         kv_len=q_len if kv_len is None else kv_len,
     )
-    paged = page_size is not None
     names: dict[str, Callable[..., Mask]] = {**installation.installed().masks}
-    said: dict[str, Any] = {"mask": Causal().form}
+    anywhere = extent.q_len != extent.kv_len
+    said: dict[str, Any] = {"mask": parse_form("causal", anywhere=anywhere)}
     if read is not None:
-        own = mask_of(read, phase, extent, paged=paged)
+        own = mask_of(read, phase, extent) if page_size is None else _mask_of_pages(read, extent, page_size)
         names["config"] = lambda: own
-        said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=paged)}
-    options = {"mask": mask and parse_form(mask, names), "soft_cap": soft_cap, "sinks": sinks}
+        said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=page_size is not None)}
+    options = {"mask": mask and parse_form(mask, names, anywhere=anywhere), "soft_cap": soft_cap, "sinks": sinks}
     given = {name: value for name, value in options.items() if value is not None}
     request = Request(
         target=Target.parse(target) if target else home_target(),
@@ -187,6 +208,20 @@ def explain(
     raise typer.Exit(0 if resolution.plan else 2)
 
 
+def _mask_of_pages(config: AttentionConfig, extent: Extent, page_size: int) -> Mask:
+    """What a paged cache asks for, as `lock` and `check` have it."""
+    shape = ModelShape(
+        q_len=extent.q_len,
+        max_len=extent.kv_len,
+        batch=extent.batch,
+        q_heads=extent.q_heads,
+        kv_heads=extent.kv_heads,
+        cache=CacheShape(CacheKind.PAGED, page_size),
+    )
+    [(mask, _, _)] = cached(config, shape, extent.q_len)
+    return mask
+
+
 app.command("mask")(mask.draw)
 app.command("lock")(lock.lock)
 app.command("check")(check.check)
@@ -199,4 +234,5 @@ def _dtype(name: str) -> str:
     try:
         return dtype_name(jnp.dtype(name))
     except TypeError:
-        raise typer.BadParameter(f"--dtype {name!r} is no dtype; e.g. bfloat16, float32") from None
+        instead = spelled(name) or "; write e.g. 'bfloat16' or 'float32'"
+        raise typer.BadParameter(f"--dtype {name!r} is unknown{instead}") from None

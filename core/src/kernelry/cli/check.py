@@ -26,6 +26,7 @@ def check(
     *,
     config: shape.Config = None,
     maxtext: shape.MaxText = None,
+    ignore: shape.Ignored = None,
     target: Annotated[list[str], typer.Option(help="e.g. tpu:v5e:2x2 or gpu:h100; may be repeated.")],
     q_len: shape.QueryLength = 1024,
     max_len: shape.MaxLength = None,
@@ -46,7 +47,7 @@ def check(
     checked, which is no failure.
     """
     _run_nothing()
-    read = shape.read_config(config, maxtext)
+    read = shape.read_config(config, maxtext, ignore)
     sizes = shape.model_shapes(
         q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part, cache, mask
     )
@@ -84,20 +85,29 @@ def _run_nothing() -> None:
 
 
 def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableType]:
-    assumed: set[str] = set()
+    assumed: dict[str, set[str]] = {}
     for name, found in reports.items():
         yield _table(name, found)
         verdicts: dict[str, list[str]] = {}
         for report in found:
-            assumed.update(report.work.assumed)
+            if report.work.assumed:
+                assumed.setdefault(report.name, set()).update(report.work.assumed)
             if not report.ok:
                 verdicts.setdefault(report.verdict, []).append(report.name)
         yield from (Text(f"  {', '.join(phases)}: {verdict}") for verdict, phases in verdicts.items())
-    hidden = f", as if {', '.join(sorted(assumed))} hid nothing" if assumed else ""
     yield Text(
-        "MiB: arguments, outputs and temporaries of one device. FLOPs, bytes and roofline: at least; a decode step "
-        f"reads a full cache{hidden}. Compiled, not run: this proves no numbers and no speed."
+        f"MiB: arguments, outputs and temporaries of one device. FLOPs, bytes and roofline: {_bound(assumed)}; a "
+        "decode step reads a full cache. Compiled, not run: this proves no numbers and no speed."
     )
+
+
+def _bound(assumed: dict[str, set[str]]) -> str:
+    """Says what is a lower bound, and of which rows a part of the mask was left out: they may take less, or more."""
+    rows: dict[str, list[str]] = {}
+    for name, parts in assumed.items():
+        rows.setdefault(" and ".join(sorted(parts)), []).append(name)
+    without = [f"without the {parts} of the mask in {', '.join(names)}" for parts, names in rows.items()]
+    return ", but ".join(["at least", "; ".join(without)] if without else ["at least"])
 
 
 def _table(name: str, reports: tuple[LayerReport, ...]) -> Table:

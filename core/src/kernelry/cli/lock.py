@@ -13,7 +13,7 @@ from kernelry.calls import calls
 from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
 from kernelry.config import AttentionConfig
-from kernelry.errors import ConfigError
+from kernelry.errors import ConfigError, KernelryError
 from kernelry.lock import Entry, Lock, Origin, changed_fields
 from kernelry.model_shape import ModelShape
 from kernelry.phases import resolve_phases
@@ -26,9 +26,15 @@ _TARGET = "target"
 """The fact of an origin that is not of the shape."""
 
 
+_WITH_CHECK = {"config", "maxtext", "file", "check", "as_json"}
+"""The options that --check reads; the others the file remembers."""
+
+
 def lock(
+    context: typer.Context,
     config: shape.Config = None,
     maxtext: shape.MaxText = None,
+    ignore: shape.Ignored = None,
     target: Annotated[
         list[str] | None, typer.Option(help="platform[:kind[:topology]]; default: this machine; may be repeated.")
     ] = None,
@@ -52,10 +58,11 @@ def lock(
     What the file holds of other configs, sizes, caches and masks is kept, so a model with several kinds of layers is
     locked by one call for each.
     """
-    read = shape.read_config(config, maxtext)
+    read = shape.read_config(config, maxtext, ignore)
     name = shape.source_of(config, maxtext, start=file.parent)
     if check:
-        _check(Lock.read(file), read, name, as_json)
+        _refuse_sizes(context)
+        _check(Lock.read(file), read, name, shape.arguments_of(config, maxtext), as_json)
         return
     shapes = shape.model_shapes(
         q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part, cache, mask
@@ -70,6 +77,25 @@ def lock(
             disagreements.update(dict.fromkeys(phases.disagreements))
     written = locked.write(file, merge=True)
     _tell(file, locked, written, list(disagreements), as_json)
+
+
+def _refuse_sizes(context: typer.Context) -> None:
+    """Refuses what --check would not read, which would then seem to be checked.
+
+    Raises:
+      BadParameter: an option of the sizes or the target was given.
+    """
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in _WITH_CHECK
+        and getattr(context.get_parameter_source(str(option.name)), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise typer.BadParameter(
+            f"--check asks again for what the file remembers, and does not read {', '.join(given)}: leave it out, or "
+            "lock that first, without --check"
+        )
 
 
 def _tell(file: Path, locked: Lock, written: Lock, disagreements: list[str], as_json: bool) -> None:
@@ -99,42 +125,56 @@ def _asked_again(origin: Origin, config: AttentionConfig) -> tuple[Request, ...]
     facts = dict(origin.facts)
     try:
         target, sizes = Target.parse(facts.pop(_TARGET)), ModelShape(**facts)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"the lock file's sizes {facts} cannot be read: {error}; run kernelry lock again.") from error
+    except (KeyError, TypeError, KernelryError) as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error).removesuffix(".")
+        raise ConfigError(
+            f"the lock file's facts {dict(origin.facts)} cannot be read: {reason}; run kernelry lock again."
+        ) from error
     return tuple(call.request for call in calls(config, sizes, target))
 
 
-def _check(locked: Lock, config: AttentionConfig, name: str, as_json: bool) -> None:
-    """Asks again what the config asked, so that no option needs repeating, and compares."""
-    mine = [entry for entry in locked.entries if not entry.origins or any(o.config == name for o in entry.origins)]
+def _check(locked: Lock, config: AttentionConfig, name: str, arguments: str, as_json: bool) -> None:
+    """Asks again what the config asked, so that no option needs repeating, and compares.
+
+    What a program recorded was asked for under rules that the file does not hold, so it is not compared.
+    """
+    mine = [entry for entry in locked.entries if any(o.config == name for o in entry.origins)]
+    recorded = sum(not entry.origins for entry in locked.entries)
     origins = dict.fromkeys(o for entry in mine for o in entry.origins if o.config == name)
     asked = dict.fromkeys(request for origin in origins for request in _asked_again(origin, config))
-    differences = list(_differences(locked, mine, asked, config, name))
+    differences = list(_differences(locked, mine, asked, config, name, arguments))
     others = sorted({o.config for entry in locked.entries for o in entry.origins} - {name})
     if as_json:
-        print_json({"file": locked.source, "checked": len(mine), "differences": differences, "not_checked": others})
+        facts = {"file": locked.source, "checked": len(mine), "differences": differences}
+        print_json({**facts, "not_checked": others, "not_checked_recorded": recorded})
     else:
         sys.stdout.write("".join(f"{text}\n" for text in differences) or f"{len(mine)} resolutions stand.\n")
         if others:
             sys.stdout.write(f"not checked: what {', '.join(others)} asked for; pass it with --check.\n")
+        if recorded:
+            sys.stdout.write(f"not checked: what a program recorded, without a config ({recorded}).\n")
     raise typer.Exit(1 if differences else 0)
 
 
 def _differences(
-    locked: Lock, mine: list[Entry], asked: dict[Request, Any], config: AttentionConfig, name: str
+    locked: Lock, mine: list[Entry], asked: dict[Request, Any], config: AttentionConfig, name: str, arguments: str
 ) -> Iterator[str]:
     if not mine:
-        yield f"{locked.source} holds nothing that {name} asked for; run kernelry lock {name}"
+        yield f"{locked.source} holds nothing that {name} asked for; run kernelry lock {arguments}"
     new = [request for request in asked if all(entry.request != request for entry in mine)]
     for entry in mine:
-        if entry.origins and entry.request not in asked:
+        if entry.request not in asked:
             yield _stale(entry, new, name)
             continue
-        text = locked.difference(explain(entry.request, policy=config.policy, changes=False))
-        if text is not None:
-            yield text
+        yield from _difference(locked, entry.request, config)
     for request in new:
-        yield str(locked.difference(explain(request, policy=config.policy, changes=False)))
+        yield from _difference(locked, request, config)
+
+
+def _difference(locked: Lock, request: Request, config: AttentionConfig) -> Iterator[str]:
+    text = locked.difference(explain(request, policy=config.policy, changes=False))
+    if text is not None:
+        yield text
 
 
 def _stale(entry: Entry, new: list[Request], name: str) -> str:

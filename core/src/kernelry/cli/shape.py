@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,10 @@ Config = Annotated[Path | None, typer.Argument(help="a config whose [attention] 
 MaxText = Annotated[
     list[Path] | None,
     typer.Option("--maxtext", help="a YAML file of MaxText's options in place of a config; later ones over earlier."),
+]
+Ignored = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", help="an option to leave out of MaxText's files (ignore= in messages); may be repeated."),
 ]
 QueryLength = Annotated[int, typer.Option("--q-len", min=1, help="T, tokens of a training sequence and of a prompt.")]
 MaxLength = Annotated[
@@ -50,16 +55,22 @@ Masks = Annotated[
 ]
 
 
-def read_config(config: Path | None, maxtext: Sequence[Path] | None) -> AttentionConfig:
-    """Reads the config, or MaxText's files, that a command was given.
+def read_config(
+    config: Path | None, maxtext: Sequence[Path] | None, ignore: Sequence[str] | None = None
+) -> AttentionConfig:
+    """Reads the config, or MaxText's files without the options to ignore, that a command was given.
 
     Raises:
-      BadParameter: both or neither were given.
+      BadParameter: both or neither were given, or options to ignore without MaxText's files.
       ConfigError: a file cannot be read, has no [attention] table, or holds a wrong key or value.
     """
     if (config is None) == (not maxtext):
         raise typer.BadParameter("name a config, or MaxText's files with --maxtext")
-    return load_config(config, required=True) if config is not None else load_maxtext(*(maxtext or ()))
+    if config is None:
+        return load_maxtext(*(maxtext or ()), ignore=ignore or ())
+    if ignore:
+        raise typer.BadParameter("--ignore is for MaxText's files, named with --maxtext")
+    return load_config(config, required=True)
 
 
 def source_of(config: Path | None, maxtext: Sequence[Path] | None, *, start: Path | None = None) -> str:
@@ -71,6 +82,13 @@ def source_of(config: Path | None, maxtext: Sequence[Path] | None, *, start: Pat
     """
     paths = [config] if config is not None else list(maxtext or ())
     return " + ".join(str(path) if start is None else Path(os.path.relpath(path, start)).as_posix() for path in paths)
+
+
+def arguments_of(config: Path | None, maxtext: Sequence[Path] | None) -> str:
+    """The files that a command was given, as they are written on a command line."""
+    return shlex.join(
+        [str(config)] if config is not None else [w for file in maxtext or () for w in ("--maxtext", str(file))]
+    )
 
 
 def model_shapes(

@@ -15,6 +15,7 @@ from kernelry.flax.tokens import CachedPart, Tokens
 from kernelry.masks import Causal, Full, Mask, Segments
 from kernelry.masks.base import At, children, is_positional
 from kernelry.normalization import merge
+from kernelry.operands import as_array
 from kernelry.partial import Partial
 
 _ACTIVE = 1
@@ -65,7 +66,7 @@ def attend_to_cache(
     check_mask(base)
     _check_tokens(tokens, cache)
     _check_base(base)
-    q_len, lengths = length_of("query", query), cache.lengths
+    q_len, lengths = as_array("query", query, 4).shape[1], cache.lengths
     if cache.own is not None and lengths[-1] != q_len:
         raise ShapeError(
             f"beside cached= key and value are those of the query's own tokens, T={q_len} of them, got {lengths[-1]}: "

@@ -27,7 +27,7 @@ class Call:
 
     Args:
       config: the options of the layer.
-      mask: its mask, or the call's own.
+      mask: its mask, or the call's own; perhaps booleans.
       tokens: what is known of the tokens.
       cached: parts of a key/value cache; empty for none.
       mode, bias, sinks, dropout_rate, dropout_rng, gradients, return_partial: as in
@@ -36,7 +36,7 @@ class Call:
     """
 
     config: AttentionConfig
-    mask: Mask
+    mask: Any
     tokens: Tokens
     cached: tuple[CachedPart, ...]
     mode: str | Mode

@@ -12,17 +12,18 @@ from kernelry.config import MoBA
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax.tokens import Tokens
 from kernelry.masks import BidirectionalSpans, Dense, Mask, Segments
-from kernelry.masks.base import is_mask
-from kernelry.masks.fit import not_a_mask
+from kernelry.masks.base import Extent, is_mask
+from kernelry.masks.fit import as_mask, not_a_mask
 from kernelry.moba import select_blocks
+from kernelry.operands import as_array, as_keys
 
 
-def mask_of(base: Mask, tokens: Tokens, query: jax.Array, key: jax.Array, moba: MoBA | None) -> Mask:
+def mask_of(base: Any, tokens: Tokens, query: jax.Array, key: jax.Array, moba: MoBA | None) -> Mask:
     """Composes ((base & segments) | bidirectional spans) & indexer & MoBA's blocks.
 
     Args:
-      base: the mask of the layer or of the call; it is placed where the tokens stand, as far as it
-        does not say so itself.
+      base: the mask of the layer or of the call, or booleans as `kernelry.attention` takes them; it is
+        placed where the tokens stand, as far as it does not say so itself.
       tokens: what the call knows of its tokens.
       query: [B, T, N, H].
       key: [B, S, K, H].
@@ -32,9 +33,10 @@ def mask_of(base: Mask, tokens: Tokens, query: jax.Array, key: jax.Array, moba: 
       ArgumentError: MoBA with keys that do not stand in their slots.
       ShapeError: something does not fit, or T ≠ S without `query_offset`.
     """
-    check_mask(base)
-    q_len, kv_len = length_of("query", query), length_of("key", key)
-    mask = placed(base, tokens, q_len, kv_len)
+    batch, q_len, q_heads, _ = as_array("query", query, 4).shape
+    _, kv_len, kv_heads, _ = as_keys("key", key).shape
+    extent = Extent(batch=batch, q_heads=q_heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len)
+    mask = placed(as_mask(base, extent), tokens, q_len, kv_len)
     if tokens.segment_ids is not None:
         mask = mask & _segments(tokens, q_len, kv_len)
     if tokens.bidirectional is not None:

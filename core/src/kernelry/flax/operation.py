@@ -11,7 +11,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kernelry.config import AttentionConfig
 from kernelry.errors import ArgumentError
@@ -20,7 +20,7 @@ from kernelry.flax.tokens import CachedPart, Tokens
 from kernelry.layer import check_config
 from kernelry.masks import Mask
 from kernelry.partial import Partial
-from kernelry.request import Mode, Operand
+from kernelry.request import Mode, Operand, operands_of
 from kernelry.scope import current_scope, use
 
 try:
@@ -58,7 +58,7 @@ class AttentionOp(nnx.Module):
         self,
         config: AttentionConfig = AttentionConfig(),  # noqa: B008  # frozen
         *,
-        mask: Mask | None = None,
+        mask: Mask | Bool[Array, ...] | None = None,
         sink_heads: int | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs | None = None,
@@ -78,7 +78,7 @@ class AttentionOp(nnx.Module):
         *,
         tokens: Tokens = _NO_TOKENS,
         cached: Sequence[CachedPart] = (),
-        mask: Mask | None = None,
+        mask: Mask | Bool[Array, ...] | None = None,
         mode: str | Mode = Mode.TRAIN,
         bias: Float[Array, "#B #N #T #S"] | None = None,
         sinks: Float[Array, " N"] | None = None,
@@ -97,8 +97,8 @@ class AttentionOp(nnx.Module):
             are those of the query's own tokens, or None where these are cached already.
           tokens: segments, positions and what else is known of the tokens.
           cached: parts of a key/value cache; the query sees those slots of each that hold tokens.
-          mask: takes the place of the module's own. The tokens say where it stands, as far as it
-            does not.
+          mask: takes the place of the module's own; without `cached` also booleans, as in `kernelry.attention`. The
+            tokens say where it stands, as far as it does not.
           mode: `train`, `prefill` or `decode` (alias `autoregressive`).
           bias: broadcastable to B N T S; with `cached`, S counts the slots of all parts, key's last.
           sinks: [N], where the module has none of its own.
@@ -123,7 +123,7 @@ class AttentionOp(nnx.Module):
             sinks=self._sinks(sinks, return_partial),
             dropout_rate=rate,
             dropout_rng=dropout_rng,
-            gradients=None if gradients is None else frozenset(Operand.parse(name) for name in gradients),
+            gradients=None if gradients is None else operands_of(gradients),
             return_partial=return_partial,
             max_logits=return_max_logits or self.config.record_max_logits,
         )

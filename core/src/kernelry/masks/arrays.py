@@ -48,14 +48,18 @@ def as_integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
 
 
 def as_limits(name: str, value: Any) -> ArrayLike:
-    """Checks an integer or integers [B] that positions are compared with; a NumPy one is clipped to int32.
+    """Checks an integer or integers [B] that positions are compared with, and clips them to int32.
 
     Raises:
       ShapeError: not integers, or the wrong rank.
     """
     array = as_array(value)
-    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.dtype != np.int32:
         array = np.clip(array, _INT32.min, _INT32.max).astype(np.int32)  # no slot and no position is beyond
+    elif str(array.dtype) in ("int64", "uint32", "uint64"):
+        # Compared with int32, JAX would wrap uint32, and an int64 made of a Python number, which is weakly typed.
+        least = 0 if str(array.dtype).startswith("u") else _INT32.min
+        array = jnp.clip(array, least, _INT32.max).astype(jnp.int32)
     return as_integers(name, array, (0, 1))
 
 

@@ -54,13 +54,29 @@ def not_a_mask(value: Any) -> str:
         return f"{value!r}{_by_name(value)}"
     array = unwrapped(value)
     if not is_array(array):
-        return f"{type(value).__name__}; masks are in kernelry.masks"
+        return _no_array(array)
     if array.dtype == np.bool_:
         return f"booleans of shape {array.shape}; write masks.Dense(array)"
+    if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
+        return (
+            f"{array.dtype} of shape {array.shape}; for segment ids write masks.Segments(ids), for padding of 0 and 1 "
+            "[B, S] array[:, None, None] > 0, for 0 and 1 [T, S] masks.Dense(array > 0)"
+        )
     return (
         f"{array.dtype} of shape {array.shape}; for 0 and 1 write masks.Dense(array > 0), numbers to add to the "
         "logits are bias="
     )
+
+
+def _no_array(value: Any) -> str:
+    if isinstance(value, bool):
+        return f"{value}; without a mask every key is seen, and masks.Causal() hides those after the query"
+    if isinstance(value, list | tuple) and value and all(is_mask(part) for part in value):
+        return f"a {type(value).__name__} of masks; compose them with &, e.g. {' & '.join(map(repr, value[:2]))}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}; write jnp.asarray(mask)"
+    name = type(value).__name__
+    return f"{name}; write masks.Predicate(fn)" if callable(value) else f"{name}; masks are in kernelry.masks"
 
 
 def _constructed(mask: type) -> str:

@@ -45,7 +45,9 @@ def parse_mask(text: str, classes: Mapping[str, Callable[..., Mask]] | None = No
     return _parse(text, classes, None)
 
 
-def parse_form(text: str, classes: Mapping[str, Callable[..., Mask]] | None = None) -> MaskForm:
+def parse_form(
+    text: str, classes: Mapping[str, Callable[..., Mask]] | None = None, *, anywhere: bool = False
+) -> MaskForm:
     """Reads a mask's form, in which arrays may be left out.
 
     Args:
@@ -53,11 +55,13 @@ def parse_form(text: str, classes: Mapping[str, Callable[..., Mask]] | None = No
         `prefix_lm`, `dense` and `block_selection(size)` need no arrays, and the word `traced` stands for an
         offset or positions known only at run time.
       classes: masks of plugins, by name; core's own names come first.
+      anywhere: whether queries that the mask does not place stand at an offset known only at run time.
 
     Raises:
       ArgumentError: it is no mask expression, or a name is unknown.
     """
-    return _parse(text, classes, _LEAST).form
+    mask = _parse(text, classes, _LEAST)
+    return mask.at(query_offset=jnp.zeros((), jnp.int32)).form if anywhere else mask.form
 
 
 def parse_shaped(text: str, extent: Extent, names: Mapping[str, Callable[..., Mask]] | None = None) -> Mask:

@@ -150,7 +150,8 @@ class StaticPositions(Positions):
         return side.take(jnp.asarray(self.array))
 
     def check(self, name: str, batch: int, length: int) -> None:
-        _check_positions(name, self.array.shape, batch, length)
+        shape = self.array.shape
+        _check_positions(name, shape if shape[0] > 1 else shape[1:], batch, length)
 
     def __str__(self) -> str:
         rows = [_run_text(row) for row in self.runs]

@@ -103,22 +103,34 @@ class StandIn:
     numbers: int = 0
 
 
+def filled(value: int, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of booleans or int32 that holds one value everywhere, and takes the memory of that one.
+
+    Raises:
+      ArgumentError: no array can have this shape.
+    """
+    one = np.asarray(value, bool if isinstance(value, bool) else np.int32)
+    try:
+        return np.broadcast_to(one, shape)
+    except (ValueError, OverflowError) as error:
+        raise ArgumentError(f"no array of a mask can have the shape {shape}; ask for smaller sizes.") from error
+
+
 def _queries(extent: Extent) -> np.ndarray:
-    return np.zeros((extent.batch, extent.q_len), np.int32)
+    return filled(0, (extent.batch, extent.q_len))
 
 
 def _keys(extent: Extent) -> np.ndarray:
-    return np.zeros((extent.batch, extent.kv_len), np.int32)
+    return filled(0, (extent.batch, extent.kv_len))
 
 
 def _all_visible(extent: Extent) -> Mask:
-    shape = extent.batch, 1, extent.q_len, extent.kv_len
-    return Dense(np.broadcast_to(np.ones((1, 1, 1, 1), bool), shape))
+    return Dense(filled(True, (extent.batch, 1, extent.q_len, extent.kv_len)))
 
 
 def _all_kept(extent: Extent, size: int) -> Mask:
     shape = extent.batch, extent.kv_heads, extent.q_len, -(-extent.kv_len // whole_size("block_selection: size", size))
-    return BlockSelection(np.broadcast_to(np.ones((1, 1, 1, 1), bool), shape), size)
+    return BlockSelection(filled(True, shape), size)
 
 
 STAND_INS: Mapping[str, StandIn] = MappingProxyType(
@@ -127,8 +139,8 @@ STAND_INS: Mapping[str, StandIn] = MappingProxyType(
         "segments_separate": StandIn(lambda at: Segments(_queries(at), _keys(at)), "segments([0, 0], [0, 1])"),
         "spans": StandIn(lambda at: BidirectionalSpans(_queries(at)), "spans(-1, 0, 0, -1)"),
         "spans_separate": StandIn(lambda at: BidirectionalSpans(_queries(at), _keys(at)), "spans([0, 0], [0, 1])"),
-        "lengths": StandIn(lambda at: Lengths(np.full(at.batch, at.kv_len, np.int32)), "lengths(2)"),
-        "prefix_lm": StandIn(lambda at: PrefixLM(np.zeros(at.batch, np.int32)), "prefix_lm(2)"),
+        "lengths": StandIn(lambda at: Lengths(filled(at.kv_len, (at.batch,))), "lengths(2)"),
+        "prefix_lm": StandIn(lambda at: PrefixLM(filled(0, (at.batch,))), "prefix_lm(2)"),
         "dense": StandIn(_all_visible, "dense([[1, 0], [1, 1]])"),
         "block_selection": StandIn(_all_kept, "block_selection([[1, 0], [1, 1]], 2)", numbers=1),
     }

@@ -101,7 +101,8 @@ def _cotangents(request: Request, grid: Grid, residuals: _Residuals, d_partial: 
         if inputs.sinks is not None:
             sinks = inputs.sinks.astype(jnp.float32)[None, :, None]
             whole, rest = lse_with_sinks(jnp.where(empty, 0.0, lse), rest, inputs.sinks)
-            d_sinks = -jnp.where(empty, 0.0, jnp.exp(sinks - whole) * delta).sum(axis=(0, 2)).astype(inputs.sinks.dtype)
+            share_of_sink = jnp.where(empty, 0.0, jnp.exp(sinks - whole - rest) * delta)
+            d_sinks = -share_of_sink.sum(axis=(0, 2)).astype(inputs.sinks.dtype)
         # Probabilities of exp(logits − lse) are too large by exp(rest); the gradients are linear in delta and d_out.
         factor = jnp.exp(-rest)
         d_out = d_out.astype(jnp.float32) * factor.swapaxes(1, 2)[..., None]
