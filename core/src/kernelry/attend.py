@@ -57,7 +57,7 @@ class Part:
     def is_narrow(self) -> bool:
         """Whether 64-bit types are on and nothing here has them: a kernel then runs as it would without them.
 
-        Vendors' index maps and block numbers are int32, and do not trace beside the int64 of Python's integers.
+        Vendors' index maps and block numbers are int32, and do not trace together with the int64 of Python's integers.
         """
         capabilities, dtypes = self.kernel.capabilities, (self.request.dtype, self.request.logits_dtype)
         if capabilities.gradient is Gradient.NATIVE or "float64" in dtypes:
@@ -294,7 +294,7 @@ def _cotangents(
 
 
 def _shared_out(d_out: jax.Array, d_lse: jax.Array | None, rest: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The cotangents times exp(−rest): 1 up to rounding, but for logits beside which their number vanishes."""
+    """The cotangents times exp(−rest): 1 up to rounding, but for logits so large that their number vanishes."""
     factor = jnp.exp(-rest)
     smaller = (d_out.astype(jnp.float32) * heads_last(factor)).astype(d_out.dtype)
     return smaller, None if d_lse is None else d_lse * factor

@@ -44,7 +44,7 @@ class Origin:
         """Reads what `to_json` wrote.
 
         Raises:
-          ConfigError: a fact is no number and no name.
+          ConfigError: a fact is neither a number nor a name.
         """
         facts = data["facts"]
         if any(isinstance(value, list | dict) for value in facts.values()):

@@ -113,7 +113,7 @@ def gpus_of(target: Target) -> tuple[Any, ...]:
 
     Raises:
       NoCompilerError: the compilers are not installed or did not load.
-      ConfigError: the topology is no number.
+      ConfigError: the topology is not a number.
     """
     number = target.topology or "1"
     if not number.isdecimal() or int(number) < 1:

@@ -280,7 +280,7 @@ def check_mask(mask: Any) -> None:
 
     Raises:
       ArgumentError: it is one.
-      ShapeError: it is no mask.
+      ShapeError: it is not a mask.
     """
     if not is_mask(mask):
         instead = "None; leave it out for Causal(), or write masks.Full()" if mask is None else not_a_mask(mask)

@@ -40,7 +40,7 @@ def parse_mask(text: str, classes: Mapping[str, Callable[..., Mask]] | None = No
       classes: masks of plugins, by name; core's own names come first.
 
     Raises:
-      ArgumentError: it is no mask expression, a name is unknown, or an array is missing.
+      ArgumentError: it is not a mask expression, a name is unknown, or an array is missing.
     """
     return _parse(text, classes, None)
 
@@ -58,7 +58,7 @@ def parse_form(
       anywhere: whether queries that the mask does not place stand at an offset known only at run time.
 
     Raises:
-      ArgumentError: it is no mask expression, or a name is unknown.
+      ArgumentError: it is not a mask expression, or a name is unknown.
     """
     mask = _parse(text, classes, _LEAST)
     return mask.at(query_offset=jnp.zeros((), jnp.int32)).form if anywhere else mask.form
@@ -73,7 +73,7 @@ def parse_shaped(text: str, extent: Extent, names: Mapping[str, Callable[..., Ma
       names: more names, such as masks of plugins; core's own come first.
 
     Raises:
-      ArgumentError: it is no mask expression, or a name is unknown.
+      ArgumentError: it is not a mask expression, or a name is unknown.
     """
     return _parse(text, names, extent)
 
