@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import kernelry
-from kernelry import Request, masks, resolver
+from kernelry import Request, masks
+from kernelry.resolution import resolver
 
 REPEATS = 9
 

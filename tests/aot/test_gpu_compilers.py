@@ -16,7 +16,7 @@ from kernelry import aot, cli, masks
 from kernelry.aot.gpus import GPUS
 from kernelry.config import AttentionConfig
 from kernelry.errors import ConfigError
-from kernelry.model_shape import ModelShape
+from kernelry.phases.model_shape import ModelShape
 
 pytestmark = pytest.mark.aot
 

@@ -6,9 +6,9 @@ import pytest
 
 import kernelry
 from kernelry import masks
-from kernelry.kernel import Inputs
+from kernelry.kernel.spec import Inputs
 from kernelry.plugin import PagedArray, Tiling
-from kernelry.request import Request
+from kernelry.request.request import Request
 from kernelry_tpu_splash.plugin import PAGED
 
 pytestmark = pytest.mark.aot

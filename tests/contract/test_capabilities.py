@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kernelry import Request, Target, masks
-from kernelry.capabilities import CHECKS
+from kernelry.kernel.capabilities import CHECKS
 from kernelry.plugin import (
     AtomKind,
     Capabilities,
@@ -20,7 +20,7 @@ from kernelry.plugin import (
     RefusalCode,
     Statistic,
 )
-from kernelry.request import NEUTRAL
+from kernelry.request.request import NEUTRAL
 
 LEAST = Capabilities(
     platforms=frozenset({"cpu"}),

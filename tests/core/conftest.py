@@ -10,7 +10,7 @@ import importlib_metadata
 import pytest
 
 import kernelry
-from kernelry import installation, registry
+from kernelry.registry import discovery, installed
 
 _HEALTHY = """
     import dataclasses
@@ -38,7 +38,7 @@ class Shelf:
         info.mkdir()
         (self.folder / f"{project}.py").write_text(textwrap.dedent(source))
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\n{name or project} = {project}\n")
+        (info / "entry_points.txt").write_text(f"[{discovery.GROUP}]\n{name or project} = {project}\n")
         self.projects.add(project)
         return info
 
@@ -52,11 +52,11 @@ class Shelf:
         return self.put(project, f"{head}def {hook}:\n    {body}\n")
 
     def points(self):
-        found = importlib_metadata.entry_points(group=registry.GROUP)
+        found = importlib_metadata.entry_points(group=discovery.GROUP)
         return [point for point in found if point.dist.name in self.projects]
 
     def build(self, allowed=None):
-        return registry.build(self.points(), allowed)
+        return discovery.build(self.points(), allowed)
 
     def run(self, code, **variables):
         """Runs code in a fresh process that has this folder on its path."""
@@ -96,15 +96,15 @@ _lengths = itertools.count(1001)
 
 
 @pytest.fixture
-def installed(shelf, monkeypatch):
+def install(shelf, monkeypatch):
     """Puts what is on the shelf in place of what is installed."""
 
-    def install(allowed=None):
+    def put(allowed=None):
         found = shelf.build(allowed)
-        monkeypatch.setattr(installation, "installed", lambda: found)
+        monkeypatch.setattr(installed, "registry", lambda: found)
         return found
 
-    return install
+    return put
 
 
 @pytest.fixture

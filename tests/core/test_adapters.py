@@ -22,7 +22,7 @@ from pairs import sweep_but
 
 import kernelry
 from kernelry import masks
-from kernelry.adapters import (
+from kernelry.execution.adapters import (
     CastInputs,
     CleanHiddenSlots,
     DenseMask,
@@ -34,10 +34,10 @@ from kernelry.adapters import (
     RepeatKVHeads,
     SinksFromLse,
 )
-from kernelry.adapters.base import Cost
+from kernelry.execution.adapters.base import Cost
+from kernelry.execution.plan import Plan, Step
 from kernelry.masks.form import AtomKind
 from kernelry.plugin import Capabilities, Dims, Feature, Inputs, Kernel, Refusal, RefusalCode, Request, Side, Tiling
-from kernelry.resolution import Plan, Step
 from kernelry.testing import reference_mask
 
 pytestmark = pytest.mark.versions

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mask_strategies import BATCH, KV_HEADS, Q_HEADS, near, placed_masks
 
 from kernelry import masks
-from kernelry.adapters import CleanHiddenSlots, DenseMask, LengthsAsSegments, PadSequence
 from kernelry.errors import PluginError
+from kernelry.execution.adapters import CleanHiddenSlots, DenseMask, LengthsAsSegments, PadSequence
 from kernelry.masks.form import AtomKind
 from kernelry.plugin import Atom, Capabilities, Inputs, Mask, Refusal, RefusalCode, Request, Side, pytree
 from kernelry.testing import reference_mask

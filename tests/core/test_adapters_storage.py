@@ -12,9 +12,9 @@ from policies import NO_ADAPTERS
 
 import kernelry
 from kernelry import masks
-from kernelry.adapters import ADAPTERS, Cost, DequantizeKV, GatherPages
-from kernelry.adapters.base import CURED_ON_KEYS
 from kernelry.errors import KernelRefusedError
+from kernelry.execution.adapters import ADAPTERS, Cost, DequantizeKV, GatherPages
+from kernelry.execution.adapters.base import CURED_ON_KEYS
 from kernelry.plugin import Capabilities, Dims, Feature, Policy, Refusal, RefusalCode, Request
 from kernelry.storage import QUANTIZATIONS, PagedArray, QuantizedArray
 

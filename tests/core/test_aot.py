@@ -16,8 +16,8 @@ from kernelry.aot import layers
 from kernelry.aot.compilation import Compilation
 from kernelry.aot.pairs import seen_of
 from kernelry.aot.reasons import Reason
+from kernelry.config.layer import AttentionConfig, MoBA
 from kernelry.errors import ConfigError, PluginError
-from kernelry.layer import AttentionConfig, MoBA
 from kernelry.parallel import load_balanced_order
 
 pytestmark = pytest.mark.versions

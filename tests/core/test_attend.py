@@ -13,9 +13,10 @@ import pytest
 from careless_kernel import CARELESS
 
 import kernelry
-from kernelry import installation, masks
+from kernelry import masks
 from kernelry.errors import ArgumentError, PluginError
 from kernelry.plugin import Feature, Gradients, Operand
+from kernelry.registry import installed
 
 pytestmark = pytest.mark.versions
 
@@ -281,8 +282,8 @@ class Unfinished:
 
 
 def test_a_wrong_result_of_a_normalization_is_an_error_that_names_it(monkeypatch):
-    known = installation.installed()
+    known = installed.registry()
     ours = dataclasses.replace(known, normalizations={**known.normalizations, "softmax": Unfinished()})
-    monkeypatch.setattr(installation, "installed", lambda: ours)
+    monkeypatch.setattr(installed, "registry", lambda: ours)
     with pytest.raises(PluginError, match=r"normalization 'softmax' \(.*Unfinished\) finalized .* to a tuple"):
         traced(PARTIAL)

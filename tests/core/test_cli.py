@@ -11,12 +11,13 @@ import warnings
 import pytest
 from rich.console import Console
 
-from kernelry import ModelShape, Request, Target, cli, installation, registry
-from kernelry.calls import calls
+from kernelry import ModelShape, Request, Target, cli
 from kernelry.cli import report
 from kernelry.config import load_config
-from kernelry.lock import Lock
-from kernelry.switches import Switches
+from kernelry.phases.calls import calls
+from kernelry.policy.lock import Lock
+from kernelry.policy.switches import Switches
+from kernelry.registry import discovery, installed
 
 pytestmark = pytest.mark.versions
 
@@ -89,7 +90,7 @@ def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch
 
 
 def test_doctor_and_list_answer_where_a_variable_is_wrong(run, monkeypatch):
-    monkeypatch.setattr("kernelry.switches._of_process", lambda: Switches._read({"KERNELRY_STRICT": "maybe"}))
+    monkeypatch.setattr("kernelry.policy.switches._of_process", lambda: Switches._read({"KERNELRY_STRICT": "maybe"}))
     status, out, _ = run("doctor")
     [fault] = json.loads(run("doctor", "--json")[1])["faults"]
     assert status == 1
@@ -97,7 +98,7 @@ def test_doctor_and_list_answer_where_a_variable_is_wrong(run, monkeypatch):
     assert fault["detail"] == "KERNELRY_STRICT='maybe' is neither yes nor no"
     assert fault["fix"].startswith("write one of 1, true, ")
     assert run("explain")[0] == 2
-    monkeypatch.setattr(installation, "installed", registry.find)
+    monkeypatch.setattr(installed, "registry", discovery.find)
     assert run("list")[0] == 0
 
 

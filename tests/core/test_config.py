@@ -8,9 +8,9 @@ import pytest
 import kernelry
 from kernelry import Request
 from kernelry.config import AttentionConfig, load_config, load_maxtext
-from kernelry.config_lines import toml_lines
+from kernelry.config.lines import toml_lines
 from kernelry.errors import ConfigError
-from kernelry.policy import Condition, Policy, Range, Rule
+from kernelry.policy.rules import Condition, Policy, Range, Rule
 
 TOML = """
 [model]

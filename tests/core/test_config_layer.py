@@ -12,7 +12,7 @@ import kernelry
 from kernelry import Request, masks
 from kernelry.config import AttentionConfig, AttentionType, MoBA, load_config
 from kernelry.errors import ConfigError
-from kernelry.policy import Condition, Policy, Rule
+from kernelry.policy.rules import Condition, Policy, Rule
 
 LENGTH = 9
 OPTIONS = {

@@ -17,7 +17,7 @@ from kernelry import cli
 from kernelry.cli import app as app_module
 from kernelry.cli.conformance import check
 from kernelry.errors import ArgumentError
-from kernelry.kernel import no_refusals
+from kernelry.kernel.spec import no_refusals
 from kernelry.plugin import (
     AtomKind,
     Capabilities,

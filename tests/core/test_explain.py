@@ -10,8 +10,8 @@ import pytest
 import kernelry
 from kernelry import masks
 from kernelry.config import load_config
-from kernelry.nearest_change import nearest_changes
-from kernelry.request import Request
+from kernelry.request.request import Request
+from kernelry.resolution.nearest_change import nearest_changes
 
 DOCS = (Path(__file__).parents[2] / "docs" / "explanations.md").read_text(encoding="utf-8")
 WINDOW = Request(q_len=256, mask=masks.SlidingWindow(63))

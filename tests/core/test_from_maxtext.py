@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from kernelry import masks
-from kernelry._maxtext import reading
-from kernelry._maxtext.options import OPTIONS, Fate, Kind
-from kernelry._maxtext.reading import not_attention
 from kernelry.config import AttentionConfig, AttentionType, MoBA, from_maxtext
+from kernelry.config.maxtext import reading
+from kernelry.config.maxtext.options import OPTIONS, Fate, Kind
+from kernelry.config.maxtext.reading import not_attention
 from kernelry.errors import ConfigError, NoKernelError
-from kernelry.policy import Range
-from kernelry.request import Mode, Request
-from kernelry.resolver import resolve
+from kernelry.policy.rules import Range
+from kernelry.request.request import Mode, Request
+from kernelry.resolution.resolver import resolve
 
 DEFAULT = AttentionConfig(source="MaxText", scale=1.0)
 FOREIGN = [option for option in OPTIONS if option.fate is Fate.FOREIGN]

@@ -31,7 +31,7 @@ from mask_strategies import BATCH, Q_HEADS, atomic_masks, masks_of
 
 import kernelry
 from kernelry import masks
-from kernelry.normalization import to_lse, to_max_sum
+from kernelry.execution.normalization import to_lse, to_max_sum
 from kernelry.testing import reference_mask
 
 T, S = 5, 7

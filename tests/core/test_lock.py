@@ -15,8 +15,8 @@ from kernelry import Request, masks
 from kernelry.cli import lock as verb
 from kernelry.config import load_config
 from kernelry.errors import ArgumentError, ConfigError
-from kernelry.lock import Lock, lock_in_force
-from kernelry.switches import Switches
+from kernelry.policy.lock import Lock, lock_in_force
+from kernelry.policy.switches import Switches
 
 app = typer.Typer()
 app.command()(verb.lock)
@@ -57,7 +57,7 @@ def test_the_verb_writes_the_three_phases(config):
 
 def test_the_same_config_writes_the_same_bytes(config):
     first = _write(config).read_bytes()
-    kernelry.resolver.clear_cache()
+    kernelry.resolution.resolver.clear_cache()
     assert _write(config).read_bytes() == first
 
 

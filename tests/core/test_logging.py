@@ -10,10 +10,10 @@ import pytest
 
 import kernelry
 from kernelry import Request
-from kernelry.notices import array_bytes
 from kernelry.plugin import Capabilities, Dims, Feature, Gradient, Kernel, KernelSpec, Mode, Operand
-from kernelry.policy import Condition, Policy, Rule
-from kernelry.switches import Switches
+from kernelry.policy.rules import Condition, Policy, Rule
+from kernelry.policy.switches import Switches
+from kernelry.resolution.notices import array_bytes
 
 PLAIN = Capabilities(
     platforms=frozenset({"cpu"}),

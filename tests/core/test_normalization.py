@@ -10,7 +10,7 @@ import pytest
 
 import kernelry
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.normalization import LogSumExp, MaxSum, to_lse, to_max_sum
+from kernelry.execution.normalization import LogSumExp, MaxSum, to_lse, to_max_sum
 
 B, T, N, D = 2, 5, 4, 8
 

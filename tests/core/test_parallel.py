@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import kernelry
 from kernelry.errors import ArgumentError, KernelRefusedError
 from kernelry.parallel import ContextParallel, load_balanced_order, reorder_for_load_balance, undo_reorder
-from kernelry.request import Request
+from kernelry.request.request import Request
 
 ORDERS = ("dual_chunk", "striped")
 

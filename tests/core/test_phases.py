@@ -13,12 +13,11 @@ import pytest
 import kernelry
 from kernelry import ModelShape, masks, resolve_phases
 from kernelry.cache import PagedCache, QuantizedArray, RollingCache, TwoPartCache
-from kernelry.calls import calls
 from kernelry.config import AttentionConfig, MoBA
 from kernelry.errors import ArgumentError, ConfigError, KernelryError
 from kernelry.flax import AttentionOp, Tokens
-from kernelry.lock import Lock
-from kernelry.model_shape import CacheShape
+from kernelry.phases.calls import calls
+from kernelry.phases.model_shape import CacheShape
 from kernelry.plugin import (
     AtomKind,
     Capabilities,
@@ -32,7 +31,8 @@ from kernelry.plugin import (
     PositionKind,
     Statistic,
 )
-from kernelry.target import Target
+from kernelry.policy.lock import Lock
+from kernelry.request.target import Target
 
 SHAPE = ModelShape(q_len=64, max_len=128, batch=2, q_heads=4, kv_heads=2, head_dim=32, dtype="float32")
 PLAIN = Capabilities(

@@ -7,13 +7,13 @@ import pytest
 
 import kernelry
 from kernelry import Request
-from kernelry.conditions import AnyRange, Range
 from kernelry.config import load_config
 from kernelry.errors import ConfigError
 from kernelry.masks import MaskForm
-from kernelry.measurements import Measurement, Measurements
-from kernelry.policy import Condition, Policy, Rule
-from kernelry.switches import Switches
+from kernelry.policy.conditions import AnyRange, Range
+from kernelry.policy.measurements import Measurement, Measurements
+from kernelry.policy.rules import Condition, Policy, Rule
+from kernelry.policy.switches import Switches
 from kernelry_dot_product.plugin import DOT_PRODUCT
 
 REQUEST = Request(q_len=8)
@@ -52,9 +52,9 @@ def test_without_any_authority_the_shipped_policy_decides():
     assert _resolve(()) == "dot_product"
 
 
-def test_measurements_outrank_votes_and_votes_the_shipped_policy(shelf, installed):
+def test_measurements_outrank_votes_and_votes_the_shipped_policy(shelf, install):
     shelf.put_hook("voter", "kernelry_rank(request, candidates)", "return ['voted']")
-    installed()
+    install()
     kernels = (spec("dot_product"), spec("measured"), spec("voted"))
     policy = Policy.shipped(switches=Switches())
     request = Request(q_len=23)

@@ -6,9 +6,9 @@ import jax
 import pytest
 
 import kernelry
-from kernelry import registry
-from kernelry.catalogue import FaultKind
 from kernelry.errors import KernelRefusedError, PluginError
+from kernelry.registry import discovery
+from kernelry.registry.contents import FaultKind
 
 pytestmark = pytest.mark.versions
 
@@ -134,7 +134,7 @@ BROKEN = {
         _hook("return []", parameters="device"),
         FaultKind.HOOK_SIGNATURE,
         "'device'",
-        "make the hook's parameters those of kernelry.hookspecs",
+        "make the hook's parameters those of kernelry.registry.hooks",
     ),
     "hook_wrapper": (
         _hook("return (yield)").replace("@hookimpl", "@hookimpl(wrapper=True)"),
@@ -197,7 +197,7 @@ def test_wrong_signature_excludes_the_whole_plugin(shelf):
 )
 def test_wrong_entry_point_says_what_to_change(shelf, value, detail):
     info = shelf.put("broken", f"plugin = 7\n{textwrap.dedent(_hook('return []'))}")
-    (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\nbroken = {value}\n")
+    (info / "entry_points.txt").write_text(f"[{discovery.GROUP}]\nbroken = {value}\n")
     (fault,) = shelf.build().faults
     assert fault.kind is FaultKind.ENTRY_POINT
     assert fault.detail == f"the entry point broken = {value!r} {detail}"
@@ -208,7 +208,7 @@ def test_distribution_without_metadata_is_loaded_as_unknown(shelf):
     info = shelf.put_kernel("orphan", "orphan_kernel")
     points = shelf.points()
     (info / "METADATA").unlink()
-    found = registry.build(points)
+    found = discovery.build(points)
     assert found.kernels["orphan_kernel"].distribution == "unknown distribution"
 
 
@@ -238,10 +238,10 @@ VENDOR = """
 
 
 @pytest.fixture
-def vendored(shelf, installed):
+def vendored(shelf, install):
     shelf.put("vendored", VENDOR)
     (shelf.folder / "vendored_body.py").write_text("import no_such_vendor")
-    return installed()
+    return install()
 
 
 def test_missing_vendor_does_not_keep_a_kernel_from_the_list(vendored):

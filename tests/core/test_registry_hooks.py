@@ -7,49 +7,49 @@ import pytest
 import kernelry
 
 
-def test_vote_orders_the_candidates(shelf, installed, fresh_request):
+def test_vote_orders_the_candidates(shelf, install, fresh_request):
     shelf.put_kernel("second", "another_kernel")
     shelf.put_hook("voter", "kernelry_rank(request, candidates)", "return ['healthy_kernel']")
-    installed()
+    install()
     resolution = kernelry.resolve(fresh_request)
     assert (resolution.kernel, resolution.rule) == ("healthy_kernel", "votes of plugins")
 
 
-def test_without_votes_the_name_decides(shelf, installed, fresh_request):
+def test_without_votes_the_name_decides(shelf, install, fresh_request):
     shelf.put_kernel("second", "another_kernel")
-    installed()
+    install()
     assert kernelry.resolve(fresh_request).kernel == "another_kernel"
 
 
-def test_abstaining_leaves_the_order_alone(shelf, installed, fresh_request):
+def test_abstaining_leaves_the_order_alone(shelf, install, fresh_request):
     shelf.put_kernel("second", "another_kernel")
     shelf.put_hook("voter", "kernelry_rank(request, candidates)", "return None")
-    installed()
+    install()
     assert kernelry.resolve(fresh_request).kernel == "another_kernel"
 
 
-def test_vote_that_raises_is_lost_and_the_others_count(shelf, installed, fresh_request):
+def test_vote_that_raises_is_lost_and_the_others_count(shelf, install, fresh_request):
     shelf.put_kernel("second", "another_kernel")
     shelf.put_hook("broken", "kernelry_rank(request, candidates)", "1 / 0")
     shelf.put_hook("voter", "kernelry_rank(request, candidates)", "return ['healthy_kernel']")
-    installed()
+    install()
     with pytest.warns(UserWarning, match="plugin broken: kernelry_rank raised ZeroDivisionError"):
         assert kernelry.resolve(fresh_request).kernel == "healthy_kernel"
 
 
 @pytest.mark.parametrize("vote", ["7", "'healthy_kernel'", "[7]"])
-def test_vote_of_the_wrong_type_is_lost(shelf, installed, fresh_request, vote):
+def test_vote_of_the_wrong_type_is_lost(shelf, install, fresh_request, vote):
     shelf.put_kernel("second", "another_kernel")
     shelf.put_hook("broken", "kernelry_rank(request, candidates)", f"return {vote}")
-    installed()
+    install()
     with pytest.warns(UserWarning, match="plugin broken: kernelry_rank raised .* must return a list of kernel names"):
         assert kernelry.resolve(fresh_request).kernel == "another_kernel"
 
 
-def test_ranker_may_leave_parameters_out(shelf, installed, fresh_request):
+def test_ranker_may_leave_parameters_out(shelf, install, fresh_request):
     shelf.put_kernel("second", "another_kernel")
     shelf.put_hook("voter", "kernelry_rank(candidates)", "return candidates[-1:]")
-    installed()
+    install()
     assert kernelry.resolve(fresh_request).kernel == "healthy_kernel"
 
 
@@ -64,17 +64,17 @@ OBSERVER = """
 """
 
 
-def test_observer_sees_the_resolution(shelf, installed, fresh_request):
+def test_observer_sees_the_resolution(shelf, install, fresh_request):
     shelf.put("observer", OBSERVER)
-    installed()
+    install()
     resolution = kernelry.resolve(fresh_request)
     assert sys.modules["observer"].seen == [resolution]
 
 
-def test_observer_that_raises_is_reported_and_the_others_are_called(shelf, installed, fresh_request):
+def test_observer_that_raises_is_reported_and_the_others_are_called(shelf, install, fresh_request):
     shelf.put_hook("broken", "kernelry_resolved(resolution)", "1 / 0")
     shelf.put("observer", OBSERVER)
-    installed()
+    install()
     with pytest.warns(UserWarning, match="plugin broken: kernelry_resolved raised ZeroDivisionError"):
         resolution = kernelry.resolve(fresh_request)
     assert sys.modules["observer"].seen == [resolution]

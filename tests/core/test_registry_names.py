@@ -8,10 +8,11 @@ import importlib_metadata
 import pytest
 
 import kernelry
-from kernelry import cli, installation, registry
-from kernelry.catalogue import FaultKind
+from kernelry import cli
 from kernelry.errors import KernelRefusedError, NoKernelError, PluginError
-from kernelry.switches import Switches
+from kernelry.policy.switches import Switches
+from kernelry.registry import discovery, installed
+from kernelry.registry.contents import FaultKind
 
 MASKS = """
     from kernelry.masks import Causal
@@ -23,7 +24,7 @@ MASKS = """
         return {"mine": Causal}
 """
 NORMALIZATIONS = """
-    from kernelry.normalization import LogSumExp
+    from kernelry.execution.normalization import LogSumExp
     from kernelry.plugin import hookimpl
     contract = (1, 1)
 
@@ -45,7 +46,7 @@ def test_two_plugins_with_one_name_are_both_excluded(shelf):
 
 def test_one_plugin_under_two_names_is_used_once(shelf):
     info = shelf.put_kernel("double", "double_kernel")
-    (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\none = double\ntwo = double\n")
+    (info / "entry_points.txt").write_text(f"[{discovery.GROUP}]\none = double\ntwo = double\n")
     found = shelf.build()
     (fault,) = found.faults
     assert (fault.kind, fault.plugin) == (FaultKind.DUPLICATE_PLUGIN, "two")
@@ -54,10 +55,10 @@ def test_one_plugin_under_two_names_is_used_once(shelf):
 
 
 @pytest.fixture
-def contested(shelf, installed):
+def contested(shelf, install):
     for project in ("first", "second"):
         shelf.put_kernel(project, "same_kernel")
-    return installed()
+    return install()
 
 
 def test_contested_kernel_is_reported_for_both_distributions(contested):
@@ -109,7 +110,7 @@ def test_name_claimed_twice_is_nobodys(shelf, source, table):
 def test_normalization_of_core_cannot_be_replaced(shelf):
     shelf.put("broken", NORMALIZATIONS.replace("mine", "softmax"))
     found = shelf.build()
-    assert found.normalizations["softmax"] is registry._CORE_NORMALIZATIONS["softmax"]
+    assert found.normalizations["softmax"] is discovery._CORE_NORMALIZATIONS["softmax"]
     assert [fault.kind for fault in found.faults] == [FaultKind.DUPLICATE_NAME]
 
 
@@ -134,8 +135,8 @@ def test_unknown_name_in_allow_list_is_reported_with_the_nearest(shelf):
     assert fault.fix == "correct or unset KERNELRY_PLUGINS"
 
 
-def test_unknown_name_in_allow_list_raises_when_plugins_are_needed(installed, fresh_request):
-    installed(("healthy", "healty"))
+def test_unknown_name_in_allow_list_raises_when_plugins_are_needed(install, fresh_request):
+    install(("healthy", "healty"))
     with pytest.raises(PluginError, match=r"did you mean 'healthy'.*correct or unset KERNELRY_PLUGINS"):
         kernelry.resolve(fresh_request)
 
@@ -171,12 +172,12 @@ def test_load_order_decides_nothing(shelf):
     shelf.put_kernel("second", "same_kernel")
     shelf.put("third", MASKS)
     info = shelf.put("fourth", "1 / 0")
-    (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\none = fourth\none = third\n")
+    (info / "entry_points.txt").write_text(f"[{discovery.GROUP}]\none = fourth\none = third\n")
     points = shelf.points()
-    expected = _facts(registry.build(points))
+    expected = _facts(discovery.build(points))
     turned = [points[first:] + points[:first] for first in range(len(points))]
     for order in turned + [order[::-1] for order in turned]:
-        assert _facts(registry.build(order)) == expected
+        assert _facts(discovery.build(order)) == expected
 
 
 # Kernels of this project that are missing.
@@ -202,12 +203,12 @@ def accelerated(shelf, monkeypatch):
     """Twenty kernels, none of them for CPUs, and no plain kernel."""
     shelf.put("fast", ACCELERATED)
     found = shelf.build(("fast",))
-    monkeypatch.setattr(installation, "installed", lambda: found)
+    monkeypatch.setattr(installed, "registry", lambda: found)
     return found
 
 
 def test_the_table_of_this_projects_kernels_is_what_its_plugins_bring():
-    for distribution, named in installation.KERNELS_OF.items():
+    for distribution, named in installed.KERNELS_OF.items():
         brought = {kernel.name for kernel in kernelry.kernels() if kernel.distribution.split(" ")[0] == distribution}
         assert brought == set(named)
 
@@ -263,9 +264,9 @@ def test_commands_name_it(accelerated, monkeypatch, capsys, verb):
 
 
 def test_a_plain_kernel_that_the_allow_list_leaves_out_is_named_with_the_variable(monkeypatch, fresh_request):
-    points = importlib_metadata.entry_points(group=registry.GROUP)
-    found = registry.build(points, ("tpu_splash",))
-    monkeypatch.setattr(installation, "installed", lambda: found)
+    points = importlib_metadata.entry_points(group=discovery.GROUP)
+    found = discovery.build(points, ("tpu_splash",))
+    monkeypatch.setattr(installed, "registry", lambda: found)
     assert kernelry.explain(fresh_request).advice == f"{MISSING}add dot_product to KERNELRY_PLUGINS, or unset it."
 
 
@@ -276,6 +277,6 @@ def test_a_plain_kernel_that_is_installed_and_faulty_points_to_doctor(shelf, mon
         found.plugins[0], name="dot_product", distribution="kernelry-dot-product 1.0", enabled=True
     )
     faulty = dataclasses.replace(found, plugins=(*found.plugins, plugin))
-    monkeypatch.setattr(installation, "installed", lambda: faulty)
+    monkeypatch.setattr(installed, "registry", lambda: faulty)
     advice = kernelry.explain(fresh_request).advice
     assert advice == f"{MISSING}kernelry-dot-product is installed and faulty; run kernelry doctor."

@@ -3,8 +3,8 @@
 import pytest
 
 import kernelry
-from kernelry.catalogue import FaultKind
 from kernelry.errors import PluginError
+from kernelry.registry.contents import FaultKind
 
 pytestmark = pytest.mark.versions
 
@@ -89,7 +89,7 @@ UNUSABLE = {
 
 
 @pytest.fixture
-def faulty(shelf, installed):
+def faulty(shelf, install):
     """Puts a kernel on the shelf whose body, never imported, is in a package that must not be imported."""
     package = shelf.folder / "faulty_package"
     package.mkdir()
@@ -98,7 +98,7 @@ def faulty(shelf, installed):
 
     def put(change):
         shelf.put("broken", SPEC.format(change=change))
-        return installed()
+        return install()
 
     return put
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernelry import Mode, Request, Target, masks
 from kernelry.errors import ArgumentError, ConfigError
-from kernelry.request import Operand
+from kernelry.request.request import Operand
 
 MASKS = [
     masks.Full(),

@@ -14,9 +14,8 @@ import pytest
 
 import kernelry
 from kernelry import Request, masks
-from kernelry.environment import Environment, Knowledge
 from kernelry.errors import ConfigError, KernelRefusedError, NoKernelError, PluginError
-from kernelry.measurements import Measurement, Measurements
+from kernelry.kernel.environment import Environment, Knowledge
 from kernelry.plugin import (
     AtomKind,
     Capabilities,
@@ -32,8 +31,9 @@ from kernelry.plugin import (
     Statistic,
     Tiling,
 )
-from kernelry.policy import Condition, Policy, Range, Rule
-from kernelry.switches import Switches
+from kernelry.policy.measurements import Measurement, Measurements
+from kernelry.policy.rules import Condition, Policy, Range, Rule
+from kernelry.policy.switches import Switches
 
 PLAIN = Capabilities(
     platforms=frozenset({"cpu"}),

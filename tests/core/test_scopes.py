@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import kernelry
 from kernelry.errors import ArgumentError
-from kernelry.scope import current_recorders, current_scope
+from kernelry.policy.scope import current_recorders, current_scope
 from kernelry.testing import interpret
 
 CODES = {None: 0, "a": 1, "b": 2, "c": 3}
@@ -52,9 +52,9 @@ def seen():
 
 @pytest.fixture(autouse=True)
 def no_scope_outlives_a_test():
-    assert (seen(), current_scope(), current_recorders()) == (None, kernelry.scope.Scope(), ())
+    assert (seen(), current_scope(), current_recorders()) == (None, kernelry.policy.scope.Scope(), ())
     yield
-    assert (seen(), current_scope(), current_recorders()) == (None, kernelry.scope.Scope(), ())
+    assert (seen(), current_scope(), current_recorders()) == (None, kernelry.policy.scope.Scope(), ())
 
 
 class Task:
@@ -176,7 +176,7 @@ def test_a_task_made_inside_a_scope_is_in_it_until_it_ends():
         second.set()
         return await task
 
-    assert asyncio.run(main()) == ("a", None, (("block_q", 16),), kernelry.scope.Scope())
+    assert asyncio.run(main()) == ("a", None, (("block_q", 16),), kernelry.policy.scope.Scope())
 
 
 def test_a_cancelled_task_and_one_that_fails_end_their_scopes():
@@ -210,7 +210,7 @@ def test_worker_threads_inherit_nothing():
         assert pool.submit(seen).result() is None
         assert pool.submit(contextvars.copy_context().run, seen).result() is None
         assert seen() == "b"
-    assert asyncio.run(main()) == (None, kernelry.scope.Scope(), ())
+    assert asyncio.run(main()) == (None, kernelry.policy.scope.Scope(), ())
 
 
 def test_threads_at_the_same_time_see_their_own_scopes():

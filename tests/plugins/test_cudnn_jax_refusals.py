@@ -11,9 +11,9 @@ from policies import NO_ADAPTERS
 
 import kernelry
 from kernelry import masks
-from kernelry.environment import Environment, Knowledge, _answer
+from kernelry.kernel.environment import Environment, Knowledge, _answer
 from kernelry.plugin import RefusalCode
-from kernelry.request import Request
+from kernelry.request.request import Request
 from kernelry_cudnn_te.cudnn_jax import probes
 from kernelry_cudnn_te.plugin import CUDNN_JAX
 

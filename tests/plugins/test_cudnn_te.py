@@ -13,9 +13,9 @@ from policies import NO_ADAPTERS
 
 import kernelry
 from kernelry import masks
-from kernelry.environment import Environment
+from kernelry.kernel.environment import Environment
 from kernelry.parallel import load_balanced_order
-from kernelry.request import Request
+from kernelry.request.request import Request
 from kernelry_cudnn_te.cudnn_te.facts import Facts
 
 SEGMENTS = masks.Segments(jnp.asarray([0, 0, 1, 1]))
@@ -209,7 +209,7 @@ def test_a_missing_device_is_found_at_home():
 
 def test_listing_and_refusing_imports_no_transformer_engine():
     program = (
-        "import sys, kernelry; from kernelry.request import Request; kernelry.kernels();"
+        "import sys, kernelry; from kernelry.request.request import Request; kernelry.kernels();"
         "print(kernelry.explain(Request(target='gpu:h100', q_len=128, dtype='bfloat16'), kernel='cudnn_te'));"
         "assert not any(name.startswith('transformer_engine') for name in sys.modules)"
     )

@@ -16,9 +16,9 @@ from policies import NO_ADAPTERS
 import kernelry
 from kernelry import masks, testing
 from kernelry.errors import ConfigError
-from kernelry.kernel import Inputs
+from kernelry.kernel.spec import Inputs
 from kernelry.plugin import PagedArray, Tiling
-from kernelry.request import Request
+from kernelry.request.request import Request
 from kernelry_tpu_splash.plugin import PAGED
 
 B, N, K, H, PAGE, PAGES = 3, 8, 2, 128, 16, 8

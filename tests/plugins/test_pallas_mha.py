@@ -18,7 +18,7 @@ from policies import NO_ADAPTERS
 import kernelry
 from kernelry import masks, testing
 from kernelry.errors import ConfigError, KernelRefusedError
-from kernelry.request import Request
+from kernelry.request.request import Request
 from kernelry_gpu_pallas.plugin import PALLAS_MHA
 
 # Since jax 0.12 Pallas for Triton asks the abstract mesh for the device that it compiles for.

@@ -17,9 +17,9 @@ import kernelry
 from kernelry import masks, testing
 from kernelry.cache import PagedCache, QuantizedArray, RollingCache, TwoPartCache
 from kernelry.errors import ConfigError, KernelRefusedError
-from kernelry.kernel import Inputs
+from kernelry.kernel.spec import Inputs
 from kernelry.plugin import PagedArray, Tiling
-from kernelry.request import Request
+from kernelry.request.request import Request
 from kernelry_tpu_splash.plugin import RAGGED
 from kernelry_tpu_splash.ragged.kernel import _operands
 from kernelry_tpu_splash.ragged.layout import Blocks, Order

@@ -25,10 +25,10 @@ from policies import NO_ADAPTERS
 
 import kernelry
 from kernelry import masks, testing
-from kernelry.attend import Part, attend
 from kernelry.errors import ConfigError, KernelRefusedError
-from kernelry.kernel import Inputs
-from kernelry.request import Request
+from kernelry.execution.attend import Part, attend
+from kernelry.kernel.spec import Inputs
+from kernelry.request.request import Request
 from kernelry_tpu_splash.computed_masks import ComputedMask, SlotMask, query_positions
 from kernelry_tpu_splash.plugin import SPLASH
 from kernelry_tpu_splash.splash.mask_info import of_columns, of_rows

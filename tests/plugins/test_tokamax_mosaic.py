@@ -22,11 +22,11 @@ from pairs import covering
 
 import kernelry
 from kernelry import masks, testing
-from kernelry.environment import Environment
 from kernelry.errors import ConfigError, PluginError
-from kernelry.kernel import Inputs
+from kernelry.kernel.environment import Environment
+from kernelry.kernel.spec import Inputs
 from kernelry.plugin import Operand, Tiling
-from kernelry.request import Request
+from kernelry.request.request import Request
 from kernelry_gpu_pallas.plugin import TOKAMAX_MOSAIC
 from kernelry_gpu_pallas.tokamax_mosaic.visibility import Visible, is_plainly_causal
 

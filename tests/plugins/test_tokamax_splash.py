@@ -18,11 +18,11 @@ from pairs import covering, sweep_but
 
 import kernelry
 from kernelry import masks, testing
-from kernelry.environment import Environment
 from kernelry.errors import ConfigError
-from kernelry.kernel import Inputs
+from kernelry.kernel.environment import Environment
+from kernelry.kernel.spec import Inputs
 from kernelry.plugin import Tiling
-from kernelry.request import Request
+from kernelry.request.request import Request
 from kernelry_tpu_splash.plugin import TOKAMAX_SPLASH
 
 pytest.importorskip("tokamax")

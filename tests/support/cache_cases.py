@@ -13,8 +13,8 @@ import numpy as np
 
 import kernelry
 from kernelry.cache import QuantizedArray, RollingCache, SharedPrefix, TwoPartCache
+from kernelry.execution.normalization import to_lse
 from kernelry.masks import Lengths
-from kernelry.normalization import to_lse
 from kernelry.testing import reference_attention
 
 B, K, N, H, D = 3, 2, 4, 8, 6

@@ -11,7 +11,7 @@ from flax import nnx
 import kernelry
 from kernelry import masks
 from kernelry.flax import AttentionOp
-from kernelry.policy import Condition, Rule
+from kernelry.policy.rules import Condition, Rule
 from kernelry.testing import reference_attention
 
 B, T, F, N = 2, 12, 32, 4

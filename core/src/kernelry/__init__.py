@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 from kernelry import errors, masks, moba, parallel
 from kernelry._version import __version__
 from kernelry.api import attention
-from kernelry.installation import kernels, plugins
-from kernelry.model_shape import ModelShape
-from kernelry.normalization import finalize, merge
-from kernelry.partial import Partial
-from kernelry.phases import resolve_phases
-from kernelry.request import Mode, Request
-from kernelry.resolution import Plan, Resolution
-from kernelry.resolver import explain, resolve
-from kernelry.scope import record, use
-from kernelry.target import Target
+from kernelry.execution.normalization import finalize, merge
+from kernelry.execution.plan import Plan
+from kernelry.kernel.partial import Partial
+from kernelry.phases.model_shape import ModelShape
+from kernelry.phases.resolving import resolve_phases
+from kernelry.policy.scope import record, use
+from kernelry.registry.installed import kernels, plugins
+from kernelry.request.request import Mode, Request
+from kernelry.request.target import Target
+from kernelry.resolution.explanation import Resolution
+from kernelry.resolution.resolver import explain, resolve
 
 if TYPE_CHECKING:
     from kernelry import aot as aot

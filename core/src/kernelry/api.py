@@ -14,27 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from kernelry import installation
-from kernelry.capabilities import Gradient
-from kernelry.context_parallel import ContextParallel
+from kernelry._values import size_of, unwrapped
 from kernelry.errors import ArgumentError, PluginError, ShapeError, nearest
-from kernelry.guards import in_reverse_mode, noticed_elsewhere, without_gradient
-from kernelry.kernel import Inputs, check_kernel_name
+from kernelry.execution.guards import in_reverse_mode, noticed_elsewhere, without_gradient
+from kernelry.execution.plan import Plan
+from kernelry.kernel.capabilities import Gradient
+from kernelry.kernel.partial import Partial, checking_output
+from kernelry.kernel.spec import AUTO, Inputs, check_kernel_name
 from kernelry.masks.arrays import missing_axes
 from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.fit import as_mask, check_fits
 from kernelry.masks.form import MaskForm
-from kernelry.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of, unwrapped
-from kernelry.partial import Partial, checking_output
-from kernelry.policy import AUTO
-from kernelry.request import Mode, Operand, Request, dtype_name, precision_name
-from kernelry.request_checks import size_of
-from kernelry.resolution import Plan
-from kernelry.resolver import resolve
-from kernelry.scope import current_scope
+from kernelry.policy.scope import current_scope
+from kernelry.registry import installed
+from kernelry.request.context_parallel import ContextParallel
+from kernelry.request.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of
+from kernelry.request.request import Mode, Operand, Request, dtype_name, precision_name
+from kernelry.request.target import current_target
+from kernelry.resolution.resolver import resolve
 from kernelry.storage import PagedArray, QuantizedArray
-from kernelry.target import current_target
 
 _FULL = Full()
 
@@ -142,7 +141,7 @@ def attention(
     arrays = without_gradient(arrays, request.gradients)
     spec = resolution.plan.kernel
     if spec.capabilities.gradient is Gradient.BACKWARD:
-        arrays = in_reverse_mode(arrays, request.gradients, spec)
+        arrays = in_reverse_mode(arrays, request.gradients, spec, installed.native_kernels)
     return _run(resolution.plan, arrays, request, notice=scope.target is None)
 
 
@@ -219,7 +218,7 @@ def _run(plan: Plan, arrays: Inputs, request: Request, *, notice: bool) -> Any:
 
 
 def _finalized(partial: Partial, request: Request) -> jax.Array:
-    normalization = installation.installed().normalizations[request.normalization]
+    normalization = installed.registry().normalizations[request.normalization]
     out = normalization.finalize(partial)
     if isinstance(out, jax.Array) and out.shape == partial.out.shape and str(out.dtype) == request.dtype:
         return out
@@ -275,6 +274,6 @@ def _check_numbers(normalization: str, **given: Any) -> None:
     for name, number in numbers:
         if number is not None and not _is_finite(number):
             raise ArgumentError(f"{name} must be a finite number, got {number!r}.")
-    known = installation.installed().normalizations
+    known = installed.registry().normalizations
     if not isinstance(normalization, str) or normalization not in known:
         raise ArgumentError(f"unknown normalization {normalization!r}{nearest(str(normalization), known)}")

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kernelry.resolution import Resolution
+    from kernelry.resolution.explanation import Resolution
 
 
 class KernelryError(Exception):

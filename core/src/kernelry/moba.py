@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kernelry.errors import ArgumentError, ShapeError
+from kernelry.kernel.partial import unchecked
 from kernelry.masks import BlockSelection, Mask
-from kernelry.operands import known_length
-from kernelry.partial import unchecked
+from kernelry.request.operands import known_length
 
 
 def select_blocks(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.context_parallel import ContextParallel, load_balanced_order
+from kernelry.request.context_parallel import ContextParallel, load_balanced_order
 
 __all__ = ["ContextParallel", "load_balanced_order", "reorder_for_load_balance", "undo_reorder"]
 

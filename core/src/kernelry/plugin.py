@@ -1,27 +1,27 @@
 """Everything a plugin author imports.
 
 A plugin is a module named by an entry point in group `kernelry.plugins`. It states the contract it
-was written for, `contract = (1, 1)`, and implements hooks of `kernelry.hookspecs` with `@hookimpl`.
+was written for, `contract = (1, 1)`, and implements hooks of `kernelry.registry.hooks` with `@hookimpl`.
 """
 
 from kernelry._pytree import pytree
-from kernelry.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
-from kernelry.context_parallel import ContextParallel, load_balanced_order
-from kernelry.environment import Environment, Knowledge, Vendor
-from kernelry.hookspecs import CONTRACT, hookimpl
-from kernelry.kernel import Gradients, Inputs, Kernel, KernelSpec, Tiling
+from kernelry.execution.normalization import Normalization, log_sum, lse_with_sinks, with_sinks
+from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
+from kernelry.kernel.environment import Environment, Knowledge, Vendor
+from kernelry.kernel.partial import Partial, checked, unchecked
+from kernelry.kernel.refusal import Refusal, RefusalCode, array_refusals
+from kernelry.kernel.spec import Gradients, Inputs, Kernel, KernelSpec, Tiling
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.masks.blocks import static_block_map
 from kernelry.masks.predicate import is_lasting
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
-from kernelry.normalization import Normalization, log_sum, lse_with_sinks, with_sinks
-from kernelry.operands import cast_finite
-from kernelry.partial import Partial, checked, unchecked
-from kernelry.policy import Policy
-from kernelry.refusal import Refusal, RefusalCode, array_refusals
-from kernelry.request import Mode, Operand, Request
+from kernelry.policy.rules import Policy
+from kernelry.registry.hooks import CONTRACT, hookimpl
+from kernelry.request.context_parallel import ContextParallel, load_balanced_order
+from kernelry.request.operands import cast_finite
+from kernelry.request.request import Mode, Operand, Request
+from kernelry.request.target import Target
 from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedArray
-from kernelry.target import Target
 
 __all__ = [
     "CONTRACT",

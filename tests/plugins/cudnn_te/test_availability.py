@@ -8,9 +8,10 @@ import pytest
 import transformer_engine_stand_in as stand_in
 
 import kernelry
-from kernelry import environment, masks
-from kernelry.environment import Environment, Knowledge
-from kernelry.request import Request
+from kernelry import masks
+from kernelry.kernel import environment
+from kernelry.kernel.environment import Environment, Knowledge
+from kernelry.request.request import Request
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
 
 VERSION = ".".join(map(str, stand_in.version()))

@@ -17,8 +17,8 @@ from kernelry.aot.outcome import Outcome, asked_of_device, left_to_device
 from kernelry.aot.reasons import Reason
 from kernelry.aot.topology import topology_of
 from kernelry.errors import ConfigError, KernelryError
-from kernelry.scope import use
-from kernelry.target import Target
+from kernelry.policy.scope import use
+from kernelry.request.target import Target
 
 
 @final

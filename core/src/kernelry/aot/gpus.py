@@ -10,7 +10,7 @@ from typing import Any, final
 from kernelry.aot.devices import FIGURES
 from kernelry.aot.outcome import NoCompilerError
 from kernelry.errors import ConfigError
-from kernelry.target import Target
+from kernelry.request.target import Target
 
 
 @final

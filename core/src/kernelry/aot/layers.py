@@ -13,16 +13,16 @@ from kernelry.aot.compilation import Compilation, compile_for
 from kernelry.aot.outcome import NoCompilerError, Outcome
 from kernelry.aot.work import Work
 from kernelry.api import attention
-from kernelry.calls import Call, calls
+from kernelry.config.layer import AttentionConfig
 from kernelry.errors import KernelryError, PluginError
-from kernelry.layer import AttentionConfig
-from kernelry.model_shape import ModelShape
-from kernelry.request import Mode, Request
-from kernelry.resolution import Resolution
-from kernelry.resolver import explain
-from kernelry.scope import use
+from kernelry.phases.calls import Call, calls
+from kernelry.phases.model_shape import ModelShape
+from kernelry.policy.scope import use
+from kernelry.request.request import Mode, Request
+from kernelry.request.target import Target
+from kernelry.resolution.explanation import Resolution
+from kernelry.resolution.resolver import explain
 from kernelry.storage import PagedArray
-from kernelry.target import Target
 
 
 @final

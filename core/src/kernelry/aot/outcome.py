@@ -6,7 +6,7 @@ import enum
 from typing import Any, final
 
 from kernelry.errors import ConfigError
-from kernelry.proof import custom_calls
+from kernelry.kernel.proof import custom_calls
 
 
 @final

@@ -8,7 +8,7 @@ from typing import Any
 from kernelry.aot.gpus import GPUS, gpus_of
 from kernelry.aot.tpus import SLICES, tpus_of
 from kernelry.errors import ConfigError, nearest
-from kernelry.target import Target
+from kernelry.request.target import Target
 
 _DESCRIBED: dict[str, tuple[Collection[str], Callable[[Target], tuple[Any, ...]]]] = {
     "tpu": (SLICES, tpus_of),

@@ -10,7 +10,7 @@ from typing import Any
 
 from kernelry.aot.outcome import NoCompilerError
 from kernelry.errors import ConfigError
-from kernelry.target import Target
+from kernelry.request.target import Target
 
 SLICES: dict[str, str] = {
     "v4": "v4:2x2x1",

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from kernelry.aot.devices import FIGURES
 from kernelry.aot.pairs import Seen, seen_of
-from kernelry.layer import MoBA
+from kernelry.config.layer import MoBA
 from kernelry.masks.base import Mask
-from kernelry.request import Mode, Operand, Request
+from kernelry.request.request import Mode, Operand, Request
 from kernelry.storage import Quantization
 
 

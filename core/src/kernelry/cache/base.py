@@ -15,14 +15,14 @@ from kernelry.api import attention
 from kernelry.cache.prefix import SharedPrefix
 from kernelry.cache.slots import bytes_of, token_counts
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
+from kernelry.execution.normalization import finalize, merge
+from kernelry.kernel.partial import checking_output
+from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Full, Lengths, Mask
 from kernelry.masks.base import At, children, is_mask
 from kernelry.masks.fit import not_a_mask
-from kernelry.normalization import finalize, merge
-from kernelry.operands import Keys, as_array
-from kernelry.partial import checking_output
-from kernelry.policy import AUTO
-from kernelry.request import Mode
+from kernelry.request.operands import Keys, as_array
+from kernelry.request.request import Mode
 
 _CAUSAL = Causal()
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from kernelry._pytree import pytree, short_repr
 from kernelry.errors import ArgumentError, ShapeError
+from kernelry.kernel.partial import Partial
 from kernelry.masks import Causal, Full, Mask
 from kernelry.masks.base import At, children
-from kernelry.partial import Partial
 from kernelry.storage import QuantizedArray
 from kernelry.storage.quantized import Stored
 

@@ -13,22 +13,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from kernelry import _version, installation
-from kernelry.calls import cached, mask_of, options_of
+from kernelry import _version
 from kernelry.cli import check, conformance, lock, mask, report, shape
 from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
-from kernelry.config import AttentionConfig
+from kernelry.config.loading import AttentionConfig
 from kernelry.errors import KernelryError
+from kernelry.kernel.spec import AUTO
 from kernelry.masks import Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import parse_form
-from kernelry.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
-from kernelry.policy import AUTO
-from kernelry.request import Mode, Request, dtype_name
-from kernelry.request_checks import spelled
-from kernelry.resolver import explain as explain_request
-from kernelry.switches import Switches
-from kernelry.target import Target, home_target
+from kernelry.phases.calls import cached, mask_of, options_of
+from kernelry.phases.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
+from kernelry.policy.switches import Switches
+from kernelry.registry import installed
+from kernelry.request.checks import spelled
+from kernelry.request.request import Mode, Request, dtype_name
+from kernelry.request.target import Target, home_target
+from kernelry.resolution.resolver import explain as explain_request
 
 app = typer.Typer(
     help="Which attention kernels are installed, what is wrong with them, which one a request gets.",
@@ -84,7 +85,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command("list")
 def list_kernels(as_json: Json = False) -> None:
     """The installed kernels and what they declare."""
-    found = installation.installed()
+    found = installed.registry()
     if as_json:
         print_json(report.kernels_json(found))
         return
@@ -99,7 +100,7 @@ def list_kernels(as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, plugins, environment switches, and what is wrong with a fix for each."""
-    found, switches = installation.installed(), Switches.unchecked()
+    found, switches = installed.registry(), Switches.unchecked()
     if as_json:
         print_json(report.doctor_json(found, switches))
     else:
@@ -170,7 +171,7 @@ def explain(
         q_len=q_len,
         kv_len=q_len if kv_len is None else kv_len,
     )
-    names: dict[str, Callable[..., Mask]] = {**installation.installed().masks}
+    names: dict[str, Callable[..., Mask]] = {**installed.registry().masks}
     anywhere = extent.q_len != extent.kv_len
     said: dict[str, Any] = {"mask": parse_form("causal", anywhere=anywhere)}
     if read is not None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
 from kernelry.cli import shape
 from kernelry.cli.output import Json, Text, print_json
-from kernelry.phases import resolve_phases
+from kernelry.phases.resolving import resolve_phases
 
 _console = Console(highlight=False, soft_wrap=False)
 _MIB = 2**20

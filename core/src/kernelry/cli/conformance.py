@@ -13,10 +13,10 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
-from kernelry import installation
 from kernelry.cli.output import Json, Text, print_json
 from kernelry.errors import ConfigError
-from kernelry.kernel import KernelSpec
+from kernelry.kernel.spec import KernelSpec
+from kernelry.registry import installed
 from kernelry.testing.conformance import Outcome, Report, installed_spec, run
 
 _console = Console(highlight=False, soft_wrap=False)
@@ -58,7 +58,7 @@ def check(
 def _specs(names: list[str], every: bool) -> list[KernelSpec]:
     if bool(names) == every:
         raise typer.BadParameter("name kernels, or pass --all")
-    return [installed_spec(name) for name in (sorted(installation.installed().kernels) if every else names)]
+    return [installed_spec(name) for name in (sorted(installed.registry().kernels) if every else names)]
 
 
 def _run(specs: list[KernelSpec], quick: bool, known: Mapping[str, Mapping[str, str]]) -> list[Report]:

@@ -9,18 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from kernelry.calls import calls
 from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
-from kernelry.config import AttentionConfig
+from kernelry.config.loading import AttentionConfig
 from kernelry.errors import ConfigError, KernelryError
-from kernelry.lock import Entry, Lock, Origin, changed_fields
-from kernelry.model_shape import ModelShape
-from kernelry.phases import resolve_phases
-from kernelry.request import Request
-from kernelry.resolver import explain
-from kernelry.switches import LOCK_FILE
-from kernelry.target import Target, current_target
+from kernelry.phases.calls import calls
+from kernelry.phases.model_shape import ModelShape
+from kernelry.phases.resolving import resolve_phases
+from kernelry.policy.lock import Entry, Lock, Origin, changed_fields
+from kernelry.policy.switches import LOCK_FILE
+from kernelry.request.request import Request
+from kernelry.request.target import Target, current_target
+from kernelry.resolution.resolver import explain
 
 _TARGET = "target"
 """The fact of an origin that is not of the shape."""

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from kernelry import installation
 from kernelry.cli.output import Json, print_json
 from kernelry.errors import ArgumentError
 from kernelry.masks.base import Mask
 from kernelry.masks.parse import parse_mask
 from kernelry.pictures import grid, image
 from kernelry.pictures.sight import Sight
+from kernelry.registry import installed
 
 _MOST_VISIBLE = 2**18
 """Elements of B N T S that JSON lists; more is megabytes."""
@@ -34,7 +34,7 @@ def draw(
     as_json: Json = False,
 ) -> None:
     """Draws a mask: as text, as JSON or as an image. Large masks are drawn in blocks."""
-    mask = parse_mask(expression, installation.installed().masks)
+    mask = parse_mask(expression, installed.registry().masks)
     if png is not None:
         _save(mask, png, q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv)
     if as_json:

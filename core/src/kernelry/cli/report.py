@@ -12,20 +12,20 @@ import jax
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from kernelry import installation
 from kernelry._version import __version__
-from kernelry.catalogue import Fault, InstalledKernel, Registry, switch_faults
 from kernelry.cli.output import Text
-from kernelry.hookspecs import CONTRACT
-from kernelry.request import NEUTRAL, Request
-from kernelry.resolution import Candidate, Resolution
-from kernelry.switches import Switches
-from kernelry.target import home_target
+from kernelry.policy.switches import Switches
+from kernelry.registry import installed
+from kernelry.registry.contents import Fault, InstalledKernel, Registry, switch_faults
+from kernelry.registry.hooks import CONTRACT
+from kernelry.request.request import NEUTRAL, Request
+from kernelry.request.target import home_target
+from kernelry.resolution.explanation import Candidate, Resolution
 
 
-def kernels_json(installed: Registry) -> dict[str, Any]:
+def kernels_json(registry: Registry) -> dict[str, Any]:
     """The installed kernels as plain data."""
-    return {"kernels": [_kernel_json(kernel) for kernel in installed.kernels.values()]}
+    return {"kernels": [_kernel_json(kernel) for kernel in registry.kernels.values()]}
 
 
 def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
@@ -48,14 +48,14 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
     }
 
 
-def kernels_table(installed: Registry) -> RenderableType:
+def kernels_table(registry: Registry) -> RenderableType:
     """The installed kernels as a table."""
-    if not installed.kernels:
+    if not registry.kernels:
         return Text("No kernels are installed.")
     table = Table(show_lines=True)
     table.add_column("kernel", no_wrap=True)
     table.add_column("serves")
-    for row in kernels_json(installed)["kernels"]:
+    for row in kernels_json(registry)["kernels"]:
         name = Text(row["name"] + "\n", style="bold").append(row["distribution"].replace(" ", "\n"), style="dim")
         table.add_row(name, _serves(row))
     return table
@@ -87,27 +87,27 @@ def _words(names: Iterable[str]) -> Text:
     return Text(" ".join(names) or "–")
 
 
-def doctor_json(installed: Registry, switches: Switches) -> dict[str, Any]:
+def doctor_json(registry: Registry, switches: Switches) -> dict[str, Any]:
     """Versions, plugins, switches and faults as plain data."""
     return {
         "versions": _versions(),
         "target": _home(),
         "switches": _switches(switches),
-        "plugins": [plugin.to_json() for plugin in installed.plugins],
-        "faults": [fault.to_json() for fault in all_faults(installed, switches)],
+        "plugins": [plugin.to_json() for plugin in registry.plugins],
+        "faults": [fault.to_json() for fault in all_faults(registry, switches)],
     }
 
 
-def without_plain_kernel(installed: Registry) -> str | None:
+def without_plain_kernel(registry: Registry) -> str | None:
     """What to do where no plain kernel is installed, with the kernels made for this machine."""
-    if installation.has_plain_kernel(installed.kernels):
+    if installed.has_plain_kernel(registry.kernels):
         return None
-    return installation.without_plain_kernel(_home().partition(":")[0], installed.kernels)
+    return installed.without_plain_kernel(_home().partition(":")[0], registry.kernels)
 
 
-def all_faults(installed: Registry, switches: Switches) -> tuple[Fault, ...]:
+def all_faults(registry: Registry, switches: Switches) -> tuple[Fault, ...]:
     """The faults of the plugins and of the environment variables."""
-    return (*installed.faults, *switch_faults(installed, switches))
+    return (*registry.faults, *switch_faults(registry, switches))
 
 
 def _switches(switches: Switches) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def doctor_parts(installed: Registry, switches: Switches) -> Iterator[RenderableType]:
+def doctor_parts(registry: Registry, switches: Switches) -> Iterator[RenderableType]:
     """Versions, plugins, switches and faults for people."""
     yield "  ".join(f"{name} {version}" for name, version in _versions().items())
     yield Text(f"this machine is {_home()}")
@@ -147,14 +147,14 @@ def doctor_parts(installed: Registry, switches: Switches) -> Iterator[Renderable
     plugins = Table(title="Plugins", title_justify="left")
     for column in ("plugin", "distribution", "module", "kernels"):
         plugins.add_column(column, overflow="fold")
-    for plugin in installed.plugins:
+    for plugin in registry.plugins:
         kernels = _words(plugin.kernels) if plugin.enabled else Text("not in KERNELRY_PLUGINS")
         plugins.add_row(plugin.name, plugin.distribution, plugin.module, kernels)
     yield plugins
-    advice = without_plain_kernel(installed)
+    advice = without_plain_kernel(registry)
     if advice is not None:
         yield Text(advice)
-    found = all_faults(installed, switches)
+    found = all_faults(registry, switches)
     if not found:
         yield "No faults."
         return

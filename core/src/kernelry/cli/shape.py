@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from kernelry.config import AttentionConfig, load_config, load_maxtext
+from kernelry.config.loading import AttentionConfig, load_config, load_maxtext
 from kernelry.errors import ConfigError
-from kernelry.model_shape import CacheKind, CacheShape, ModelShape
-from kernelry.refusal import RefusalCode
-from kernelry.resolution import Resolution
+from kernelry.kernel.refusal import RefusalCode
+from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
+from kernelry.resolution.explanation import Resolution
 
 Config = Annotated[Path | None, typer.Argument(help="a config whose [attention] table decides.")]
 MaxText = Annotated[

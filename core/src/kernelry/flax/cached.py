@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from kernelry.errors import ArgumentError, ShapeError
+from kernelry.execution.normalization import merge
 from kernelry.flax.layout import check_mask, chosen, length_of, placed
 from kernelry.flax.tokens import CachedPart, Tokens
+from kernelry.kernel.partial import Partial
 from kernelry.masks import Causal, Full, Mask, Segments
 from kernelry.masks.base import At, children, is_positional
-from kernelry.normalization import merge
-from kernelry.operands import as_array
-from kernelry.partial import Partial
+from kernelry.request.operands import as_array
 
 _ACTIVE = 1
 """The segment id of a query that names none, as in MaxText's decoding."""

@@ -9,15 +9,15 @@ import jax
 import numpy as np
 
 from kernelry.api import attention
-from kernelry.config import AttentionConfig
+from kernelry.config.loading import AttentionConfig
 from kernelry.errors import ArgumentError, ShapeError
+from kernelry.execution.normalization import finalize
 from kernelry.flax.cached import Cache, attend_to_cache
 from kernelry.flax.layout import mask_of
 from kernelry.flax.tokens import CachedPart, Tokens
+from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
-from kernelry.normalization import finalize
-from kernelry.partial import Partial
-from kernelry.request import Mode, Operand
+from kernelry.request.request import Mode, Operand
 
 
 @final

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernelry.api import attention
-from kernelry.config import AttentionConfig
+from kernelry.config.layer import check_config
+from kernelry.config.loading import AttentionConfig
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax.operation import policy_of
-from kernelry.layer import check_config
+from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Dense, Full, Mask
 from kernelry.masks.base import is_mask
 from kernelry.masks.fit import not_a_mask
-from kernelry.policy import AUTO
-from kernelry.request import Mode
+from kernelry.request.request import Mode
 
 _FULL = Full()
 _SHIPPED = AttentionConfig()

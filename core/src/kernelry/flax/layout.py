@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.config import MoBA
+from kernelry.config.loading import MoBA
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax.tokens import Tokens
 from kernelry.masks import BidirectionalSpans, Dense, Mask, Segments
 from kernelry.masks.base import Extent, is_mask
 from kernelry.masks.fit import as_mask, not_a_mask
 from kernelry.moba import select_blocks
-from kernelry.operands import as_array, as_keys
+from kernelry.request.operands import as_array, as_keys
 
 
 def mask_of(base: Any, tokens: Tokens, query: jax.Array, key: jax.Array, moba: MoBA | None) -> Mask:

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from kernelry.config import AttentionConfig
+from kernelry.config.layer import check_config
+from kernelry.config.loading import AttentionConfig
 from kernelry.errors import ArgumentError
 from kernelry.flax.call import Call
 from kernelry.flax.tokens import CachedPart, Tokens
-from kernelry.layer import check_config
+from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
-from kernelry.partial import Partial
-from kernelry.request import Mode, Operand, operands_of
-from kernelry.scope import current_scope, use
+from kernelry.policy.scope import current_scope, use
+from kernelry.request.request import Mode, Operand, operands_of
 
 try:
     from flax import nnx

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernelry._values import unwrapped
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.side import ArrayLike
-from kernelry.operands import unwrapped
 
 _SHOWN = 64
 """Elements; larger arrays are shown by dtype and shape, for nobody pastes them."""

@@ -9,9 +9,9 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from kernelry._values import unwrapped
 from kernelry.errors import ShapeError
 from kernelry.masks.base import At, Extent, Mask, children, is_mask
-from kernelry.operands import unwrapped
 
 
 def as_mask(mask: Any, extent: Extent) -> Mask:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernelry._pytree import pytree
+from kernelry._values import unwrapped
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.arrays import as_array, as_integers, described
 from kernelry.masks.form import OPEN_RUN, PositionForm, PositionKind, Runs
 from kernelry.masks.side import ArrayLike, Side
-from kernelry.operands import unwrapped
 
 
 class Positions(Protocol):

@@ -8,8 +8,8 @@ from typing import final
 
 import numpy as np
 
+from kernelry._values import SymbolicSize
 from kernelry.masks.form import Atom, AtomKind, MaskForm
-from kernelry.request_checks import SymbolicSize
 
 _REFLEXIVE = frozenset({AtomKind.CHUNKED, AtomKind.BLOCK_CAUSAL, AtomKind.PREFIX_LM})
 

@@ -1,6 +1,6 @@
 """Tools for testing kernels: interpret mode on CPU, the float64 reference, and the conformance kit."""
 
-from kernelry.scope import interpret
+from kernelry.policy.scope import interpret
 from kernelry.testing import conformance
 from kernelry.testing.reference import (
     Reference,

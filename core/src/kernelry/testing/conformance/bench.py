@@ -11,11 +11,11 @@ import jax
 
 from kernelry.api import attention
 from kernelry.errors import PluginError
-from kernelry.kernel import KernelSpec
-from kernelry.normalization import finalize, to_lse
-from kernelry.partial import Partial
-from kernelry.resolution import Resolution
-from kernelry.scope import record
+from kernelry.execution.normalization import finalize, to_lse
+from kernelry.kernel.partial import Partial
+from kernelry.kernel.spec import KernelSpec
+from kernelry.policy.scope import record
+from kernelry.resolution.explanation import Resolution
 from kernelry.testing.conformance.calls import QKV, Call
 from kernelry.testing.conformance.cases import Skip
 from kernelry.testing.conformance.held import TABLE, as_given

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernelry.masks import Full, Mask
-from kernelry.request import Mode, Operand, Request
+from kernelry.request.request import Mode, Operand, Request
 from kernelry.testing.conformance import held
 from kernelry.testing.conformance.place import Place
 

@@ -6,7 +6,7 @@ from typing import Any, final
 
 import numpy as np
 
-from kernelry.capabilities import Capabilities, Tolerance
+from kernelry.kernel.capabilities import Capabilities, Tolerance
 from kernelry.testing.conformance.bench import Answer
 from kernelry.testing.conformance.calls import QKV, Call
 from kernelry.testing.reference import reference_attention, reference_gradients

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.capabilities import Feature
-from kernelry.normalization import to_lse
-from kernelry.request import Operand
+from kernelry.execution.normalization import to_lse
+from kernelry.kernel.capabilities import Feature
+from kernelry.request.request import Operand
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.cases import Case, Verdict

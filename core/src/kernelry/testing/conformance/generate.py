@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kernelry.kernel import KernelSpec
+from kernelry.kernel.spec import KernelSpec
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.cases import Case, Skip, Verdict
 from kernelry.testing.conformance.compare import SANE, hold, oracle, tolerance_for

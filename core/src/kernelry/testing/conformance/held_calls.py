@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.capabilities import Feature
+from kernelry.kernel.capabilities import Feature
 from kernelry.masks import AtomKind, Dense, Lengths, Mask, PositionKind, SlidingWindow
-from kernelry.request import Mode
+from kernelry.request.request import Mode
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.positive import Named, but, masked
 from kernelry.testing.conformance.subject import Subject

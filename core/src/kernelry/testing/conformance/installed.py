@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import final
 
-from kernelry import installation
 from kernelry.errors import ArgumentError, nearest
-from kernelry.kernel import KernelSpec
+from kernelry.kernel.spec import KernelSpec
+from kernelry.registry import installed
 from kernelry.testing.conformance.cases import Case
 from kernelry.testing.conformance.generate import cases_of
 from kernelry.testing.conformance.report import CaseResult
@@ -37,7 +37,7 @@ def installed_spec(name: str) -> KernelSpec:
     Raises:
       ArgumentError: none has that name.
     """
-    found = installation.installed().kernels
+    found = installed.registry().kernels
     if name not in found:
         raise ArgumentError(f"no installed kernel is named {name!r}{nearest(name, found)}")
     return found[name].spec

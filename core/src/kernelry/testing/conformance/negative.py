@@ -7,11 +7,11 @@ from typing import Any, TypeAlias
 
 import jax
 
-from kernelry.capabilities import Capabilities, Feature, Gradient
 from kernelry.errors import KernelRefusedError
+from kernelry.kernel.capabilities import Capabilities, Feature, Gradient
+from kernelry.kernel.refusal import RefusalCode
 from kernelry.masks import AtomKind, Causal, PositionKind
-from kernelry.refusal import RefusalCode
-from kernelry.request import Mode, Operand
+from kernelry.request.request import Mode, Operand
 from kernelry.storage import QUANTIZATIONS
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Bench

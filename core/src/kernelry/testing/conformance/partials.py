@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.capabilities import Feature, Statistic
+from kernelry.execution.normalization import finalize, merge, to_lse
+from kernelry.kernel.capabilities import Feature, Statistic
+from kernelry.kernel.partial import Partial
 from kernelry.masks import Causal, Mask
-from kernelry.normalization import finalize, merge, to_lse
-from kernelry.partial import Partial
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Answer, Bench
 from kernelry.testing.conformance.calls import Call

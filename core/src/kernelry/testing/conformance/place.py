@@ -8,14 +8,14 @@ import logging
 from collections.abc import Iterator
 from typing import final
 
-from kernelry.adapters import ADAPTERS
-from kernelry.environment import Environment, Knowledge
-from kernelry.kernel import KernelSpec
-from kernelry.policy import Policy
-from kernelry.refusal import Refusal
-from kernelry.request import Request
-from kernelry.scope import interpret, use
-from kernelry.target import Target, current_target, oldest
+from kernelry.execution.adapters import ADAPTERS
+from kernelry.kernel.environment import Environment, Knowledge
+from kernelry.kernel.refusal import Refusal
+from kernelry.kernel.spec import KernelSpec
+from kernelry.policy.rules import Policy
+from kernelry.policy.scope import interpret, use
+from kernelry.request.request import Request
+from kernelry.request.target import Target, current_target, oldest
 
 _BARE = Policy(forbidden_adapters=frozenset(adapter.name for adapter in ADAPTERS))
 """No adapter may stand between the kit and a kernel's own claims."""

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from kernelry.capabilities import Dims, Feature
+from kernelry.kernel.capabilities import Dims, Feature
 from kernelry.masks import AtomKind, Causal, Full, Mask, PositionKind
-from kernelry.request import Mode, Operand
+from kernelry.request.request import Mode, Operand
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.subject import Subject

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from kernelry.errors import ArgumentError, nearest
-from kernelry.kernel import KernelSpec
+from kernelry.kernel.spec import KernelSpec
 from kernelry.testing.conformance.cases import Case, Skip, Verdict
 from kernelry.testing.conformance.generate import cases_of
 from kernelry.testing.conformance.place import Place

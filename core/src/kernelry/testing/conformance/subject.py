@@ -7,12 +7,12 @@ import functools
 from collections.abc import Iterable
 from typing import final
 
-from kernelry.capabilities import Capabilities, Dims, Gradient
 from kernelry.errors import KernelryError
-from kernelry.kernel import KernelSpec
-from kernelry.refusal import Refusal, RefusalCode
-from kernelry.request import Mode, Operand
-from kernelry.resolver import explain
+from kernelry.kernel.capabilities import Capabilities, Dims, Gradient
+from kernelry.kernel.refusal import Refusal, RefusalCode
+from kernelry.kernel.spec import KernelSpec
+from kernelry.request.request import Mode, Operand
+from kernelry.resolution.resolver import explain
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.place import Place

@@ -1,0 +1,11 @@
+"""Configs: the options of an attention layer, read from TOML, YAML, mappings and MaxText's options.
+
+May import everything but the commands, `aot`, `phases`, `flax`, `cache` and `testing`.
+"""
+
+from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
+from kernelry.config.loading import load_config, load_maxtext
+from kernelry.config.maxtext import from_maxtext
+from kernelry.policy.lock import Lock
+
+__all__ = ["AttentionConfig", "AttentionType", "Lock", "MoBA", "from_maxtext", "load_config", "load_maxtext"]

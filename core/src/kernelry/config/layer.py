@@ -1,0 +1,262 @@
+"""The options of an attention layer, and how its kernels are chosen, as one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from typing import Any, final
+
+from kernelry.errors import ArgumentError, ConfigError, nearest
+from kernelry.kernel.spec import AUTO
+from kernelry.masks.base import Mask
+from kernelry.policy.conditions import Condition
+from kernelry.policy.rules import Policy, Rule, Tilings, check_tiling
+from kernelry.request.checks import DTYPES, is_finite
+from kernelry.request.request import precision_name
+
+
+@final
+class AttentionType(enum.Enum):
+    """Which keys the queries of a layer see, by their positions."""
+
+    GLOBAL = "global"
+    LOCAL_SLIDING = "local_sliding"
+    CHUNK = "chunk"
+    FULL = "full"
+    MLA = "mla"
+    BLOCK_DIFFUSION = "block_diffusion"
+
+    @classmethod
+    def parse(cls, value: str | AttentionType) -> AttentionType:
+        """Reads an attention type.
+
+        Raises:
+          ConfigError: it is unknown, or `compressed`, which has no meaning here.
+        """
+        if isinstance(value, AttentionType):
+            return value
+        if isinstance(value, str) and value == "compressed":
+            raise ConfigError(
+                "attention type 'compressed' has no meaning here: it compresses the keys and values before attention. "
+                "Compress them outside and pass what each query sees as a mask, e.g. with type 'full'."
+            )
+        try:
+            return cls(value)
+        except (ValueError, TypeError):  # arrays are neither equal nor unequal
+            known = [member.value for member in cls]
+            raise ConfigError(f"unknown attention type {value!r}{nearest(str(value), known)}") from None
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class MoBA:
+    """Mixture of block attention: each query sees its own block of keys and the best earlier ones.
+
+    Args:
+      chunk_size: keys of one block.
+      top_k: blocks that a query sees, its own included.
+
+    Source: Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs".
+    """
+
+    chunk_size: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        _check_whole("moba.chunk_size", self.chunk_size)
+        _check_whole("moba.top_k", self.top_k)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """The options of an attention layer, and how its kernels are chosen.
+
+    Args:
+      kernel: a kernel's name, absolutely, or `auto`.
+      rules: the first that applies decides.
+      thresholds: (name, value) pairs that replace shipped thresholds. A mapping is accepted.
+      forbid_adapters: adapters that must not be used.
+      source: where this was read, for explanations.
+      type: which keys a query sees, by position; a name or an AttentionType.
+      window: keys that a query sees, its own included; with `local_sliding`, and only there.
+      chunk_size: keys of one chunk; with `chunk`, and only there.
+      block_size: tokens of one block; with `block_diffusion`, and only there.
+      soft_cap: logits are capped to soft_cap · tanh(logits / soft_cap); None is no cap.
+      scale: of the logits; None is H ** -0.5.
+      sinks: whether the layer has one sink logit per query head.
+      moba: the blocks that a query sees are chosen by their keys; None is no such choice.
+      record_max_logits: whether the largest visible logits are kept, for QK-clip.
+      dropout_rate: on the probabilities, in [0, 1).
+      logits_dtype: of logits, softmax and statistics.
+      precision: of the products: `high`, `highest` or another name of `jax.lax.Precision`; None and
+        `default` are JAX's default.
+      tilings: overrides of a kernel's tunables where that kernel is chosen, by kernel name; a rule's
+        own tiling goes before them. Mappings are accepted.
+
+    Raises:
+      ConfigError: an option has a value that means nothing, or does not go with the type.
+    """
+
+    kernel: str = AUTO
+    rules: tuple[Rule, ...] = ()
+    thresholds: tuple[tuple[str, int], ...] = ()
+    forbid_adapters: tuple[str, ...] = ()
+    source: str = "config"
+    type: AttentionType = AttentionType.GLOBAL
+    window: int | None = None
+    chunk_size: int | None = None
+    block_size: int | None = None
+    soft_cap: float | None = None
+    scale: float | None = None
+    sinks: bool = False
+    moba: MoBA | None = None
+    record_max_logits: bool = False
+    dropout_rate: float = 0.0
+    logits_dtype: str = "float32"
+    precision: str | None = None
+    tilings: Tilings = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "type", AttentionType.parse(self.type))
+        object.__setattr__(self, "precision", _precision(self.precision))
+        object.__setattr__(self, "tilings", _tilings(self.tilings))
+        object.__setattr__(self, "thresholds", _pairs(self.thresholds))
+        for name, kind in (("rules", Rule), ("forbid_adapters", str)):
+            object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
+        if not isinstance(self.kernel, str) or not self.kernel:
+            raise ConfigError(f"kernel must be a name or 'auto', got {self.kernel!r}.")
+        if not isinstance(self.source, str):
+            raise ConfigError(f"source must be text, e.g. a file's name, got {self.source!r}.")
+        if self.moba is not None and not isinstance(self.moba, MoBA):
+            raise ConfigError(f"moba must be a MoBA(chunk_size, top_k) or None, got {self.moba!r}.")
+        for name in ("sinks", "record_max_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        self._check_sizes()
+        self._check_numbers()
+
+    def _check_sizes(self) -> None:
+        for name, owner in _SIZES.items():
+            size = getattr(self, name)
+            if size is None and self.type is owner:
+                raise ConfigError(f"type {owner.value!r} needs {name}, a positive integer.")
+            if size is None:
+                continue
+            _check_whole(name, size)
+            if self.type is not owner:
+                raise ConfigError(
+                    f"{name}={size} goes with type {owner.value!r} only, and the type is {self.type.value!r}; "
+                    f"leave {name} out or set the type."
+                )
+
+    def _check_numbers(self) -> None:
+        for name in ("soft_cap", "scale", "dropout_rate"):
+            number = getattr(self, name)
+            optional = name != "dropout_rate"
+            if not (optional and number is None) and not is_finite(number):
+                kind = "a finite number or none" if optional else "a number in [0, 1)"
+                raise ConfigError(f"{name} must be {kind}, got {number!r}.")
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise ConfigError(f"soft_cap must be positive, got {self.soft_cap}; leave it out for no cap.")
+        if not 0 <= self.dropout_rate < 1:
+            raise ConfigError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
+        if not isinstance(self.logits_dtype, str) or self.logits_dtype not in DTYPES:
+            raise ConfigError(f"unknown logits_dtype {self.logits_dtype!r}{nearest(str(self.logits_dtype), DTYPES)}")
+
+    @property
+    def mask(self) -> Mask:
+        """The positional mask of the type, at the default positions; `.at` moves it."""
+        return _mask(self.type, self.window, self.chunk_size, self.block_size)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy this config asks for, environment variables included."""
+        return _policy(self)
+
+
+_SIZES = {
+    "window": AttentionType.LOCAL_SLIDING,
+    "chunk_size": AttentionType.CHUNK,
+    "block_size": AttentionType.BLOCK_DIFFUSION,
+}
+"""Which type each size belongs to; it needs it, and no other type takes it."""
+
+
+def _mask(type_: AttentionType, window: int | None, chunk_size: int | None, block_size: int | None) -> Mask:
+    from kernelry import masks
+
+    if window is not None:
+        return masks.SlidingWindow(window - 1)
+    if chunk_size is not None:
+        return masks.Chunked(chunk_size)
+    if block_size is not None:
+        return masks.BlockCausal(block_size)
+    return masks.Full() if type_ is AttentionType.FULL else masks.Causal()
+
+
+@functools.lru_cache(maxsize=64)
+def _policy(config: AttentionConfig) -> Policy:
+    rules = config.rules
+    if config.kernel != AUTO:
+        rules = (Rule(Condition(), (config.kernel,), source=f"{config.source}: kernel = {config.kernel!r}"), *rules)
+    return Policy.shipped(
+        rules=rules,
+        thresholds=dict(config.thresholds),
+        forbidden_adapters=config.forbid_adapters,
+        tilings=config.tilings,
+    )
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def _precision(value: Any) -> str | None:
+    try:
+        return precision_name(value)
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _pairs(thresholds: Any) -> tuple[tuple[str, int], ...]:
+    try:
+        found = dict(thresholds)
+        if all(isinstance(name, str) and type(value) is int for name, value in found.items()):
+            return tuple(sorted(found.items()))
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"thresholds must be numbers by name, got {thresholds!r}.")
+
+
+def _listed(name: str, values: Any, kind: type) -> tuple[Any, ...]:
+    if isinstance(values, list | tuple) and all(isinstance(value, kind) for value in values):
+        return tuple(values)
+    raise ConfigError(f"{name} must be a tuple of {kind.__name__}, got {values!r}.")
+
+
+def _tilings(tilings: Any) -> Tilings:
+    try:
+        found = {name: tuple(sorted(dict(values).items())) for name, values in dict(tilings).items()}
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"tilings must be numbers by tunable by kernel, e.g. {{'splash': {{'block_q': 1024}}}}, got {tilings!r}."
+        ) from None
+    for kernel, tiling in found.items():
+        check_tiling(tiling, f"tilings: {kernel}")
+    return tuple(sorted(found.items()))
+
+
+def check_config(config: Any) -> None:
+    """Checks what was given as a config.
+
+    Raises:
+      ArgumentError: it is not an AttentionConfig.
+    """
+    if not isinstance(config, AttentionConfig):
+        raise ArgumentError(
+            f"config must be a kernelry.config.AttentionConfig, got {type(config).__name__}; a file or a mapping is "
+            "read by kernelry.config.load_config(source)."
+        )

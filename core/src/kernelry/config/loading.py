@@ -1,0 +1,242 @@
+"""The attention part of a training script's config: read, validated, turned into a Policy.
+
+[attention]
+type = "local_sliding"                # what a layer is: see AttentionConfig
+window = 512
+soft_cap = 50.0
+kernel = "auto"                       # or a kernel's name, absolutely
+forbid_adapters = []
+
+[attention.thresholds]
+flash_min_q_len = 128
+
+[attention.tilings]
+splash = { block_q = 1024 }           # where that kernel is chosen; a rule's own tiling goes before it
+
+[[attention.rules]]                   # the first rule that applies decides
+when = { platform = "gpu", mode = ["train", "prefill"], q_len = ">=128", mask = ["window"] }
+use = ["pallas_mha", "auto"]          # exhaustive unless it ends in "auto"
+tiling = { block_q = 64 }
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
+from kernelry.config.lines import Keys, Place, toml_lines, yaml_lines
+from kernelry.config.maxtext import from_maxtext, read_options
+from kernelry.errors import ConfigError, nearest
+from kernelry.execution.adapters import ADAPTERS
+from kernelry.policy.conditions import RANGES, AnyRange, Condition
+from kernelry.policy.rules import SHIPPED_THRESHOLDS, Rule
+from kernelry.request.request import Mode
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+    from kernelry.config.schema import AttentionTable, RuleTable
+
+__all__ = ["AttentionConfig", "AttentionType", "MoBA", "from_maxtext", "load_config", "load_maxtext"]
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any], *, table: str = "attention", required: bool = False
+) -> AttentionConfig:
+    """Reads a config from a TOML or YAML file, or from a mapping.
+
+    Args:
+      source: a path ending in .toml, .yaml or .yml, or the content of the table itself,
+        or a mapping that holds the table.
+      table: the table of the file that is about attention; other tables are not looked at. A
+        dotted name reaches inside; an absent table means the defaults.
+      required: whether an absent table is an error instead.
+
+    Returns:
+      The validated config.
+
+    Raises:
+      ConfigError: the file cannot be read, or a key or value is wrong; the message names the file,
+        the line, the key, what was found and the nearest valid name; for a mapping, the key.
+    """
+    if not isinstance(source, str | Path | Mapping) or not isinstance(table, str):
+        raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
+    if isinstance(source, Mapping):
+        table_of_it = source.get(table)
+        return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, Place("config"))
+    path = Path(source)
+    content, lines = _read(path)
+    place = Place(str(path), lines)
+    for name in table.split("."):
+        if required and isinstance(content, Mapping):
+            _check_present(content, name, table, place)
+        content = _inside(content, name, place)
+        place = Place(place.name, lines, (*place.table, name))
+    if not isinstance(content, Mapping):
+        raise ConfigError(
+            f"{place.at()}: [{table}] must be a table, got {content!r}; MaxText's own files are read by load_maxtext, "
+            "or by the command's option --maxtext."
+        )
+    return _validated(content, place)
+
+
+def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionConfig:
+    """Reads MaxText's YAML files, later ones over earlier ones, as `from_maxtext` reads their options.
+
+    Args:
+      *paths: one or more, e.g. base.yml and a model's file.
+      ignore: names of options to leave out, as if no file had them.
+
+    Raises:
+      ConfigError: a file cannot be read, or an option has no meaning here.
+    """
+    if not paths or not all(isinstance(path, str | Path) for path in paths):
+        said = ", ".join(map(repr, paths)) or "nothing"
+        raise ConfigError(f"load_maxtext takes the paths of MaxText's files, got {said}; a mapping: from_maxtext.")
+    names = " + ".join(str(path) for path in paths)
+    options: dict[str, Any] = {}
+    for path in map(Path, paths):
+        if path.suffix not in (".yaml", ".yml"):
+            raise ConfigError(f"{path}: MaxText's files are YAML, .yml or .yaml; others are read by load_config.")
+        content, _ = _read(path)
+        if not isinstance(content, Mapping):
+            raise ConfigError(f"{path} must hold MaxText's option names and values, got {content!r}.")
+        options.update(content)
+    try:
+        config, notices = read_options(options, ignore)
+    except ConfigError as error:
+        raise ConfigError(f"{names}: {error}") from error
+    for notice in notices:
+        warnings.warn(f"{names}: {notice}", stacklevel=2)
+    return dataclasses.replace(config, source=names)
+
+
+def _check_present(content: Mapping[str, Any], name: str, table: str, place: Place) -> None:
+    """Raises where a table is absent; of a misspelt one `_inside` says what is meant."""
+    if name in content or difflib.get_close_matches(name, [str(key) for key in content], n=1, cutoff=0.8):
+        return
+    found = ", ".join(map(str, content)) or "nothing"
+    raise ConfigError(
+        f"{place.name}: there is no table [{table}]; found instead: {found}. Write one, if only the "
+        f"line [{table}], or name the file that has it."
+    )
+
+
+def _inside(content: Any, name: str, place: Place) -> Any:
+    """Returns the table of that name, nothing where it is absent; a misspelt one is an error."""
+    if not isinstance(content, Mapping) or name in content:
+        return content[name] if isinstance(content, Mapping) else content
+    for found in difflib.get_close_matches(name, [key for key in content if isinstance(key, str)], n=1, cutoff=0.8):
+        raise ConfigError(f"{place.at(found)}: unknown table {found!r}; did you mean {name!r}?")
+    return {}
+
+
+def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
+    """Reads a file, and the lines of its keys."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8.") from error
+    except ValueError as error:  # a character that no file's name has
+        raise ConfigError(f"cannot read the config {str(path)!r}: {error}.") from error
+    if path.suffix == ".toml":
+        try:
+            return tomllib.loads(text), toml_lines(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    if path.suffix in (".yaml", ".yml"):
+        return _read_yaml(path, text)
+    raise ConfigError(f"{path}: unknown kind of config {path.suffix!r}; use .toml, .yaml or .yml.")
+
+
+def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
+    import yaml  # here, so that a TOML file needs no parser of YAML
+
+    try:
+        return yaml.safe_load(text) or {}, yaml_lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+def _validated(content: Mapping[str, Any], place: Place) -> AttentionConfig:
+    import pydantic  # here, so that a config made in Python waits for no schema
+
+    from kernelry.config import schema
+
+    try:
+        table = schema.AttentionTable.model_validate(dict(content))
+    except pydantic.ValidationError as error:
+        problems = "; ".join(_problem(detail, schema.KEYS, place) for detail in error.errors())
+        raise ConfigError(f"{problems}.") from error
+    _check_names("thresholds", table.thresholds, {threshold.name for threshold in SHIPPED_THRESHOLDS}, place)
+    _check_names("forbid_adapters", table.forbid_adapters, {adapter.name for adapter in ADAPTERS}, place)
+    rules = tuple(_rule(rule, index, place) for index, rule in enumerate(table.rules))
+    return _config(table, rules, place)
+
+
+def _config(table: AttentionTable, rules: tuple[Rule, ...], place: Place) -> AttentionConfig:
+    given = {name: getattr(table, name) for name in table.model_fields_set}
+    moba = None if table.moba is None else MoBA(table.moba.chunk_size, table.moba.top_k)
+    lists = {
+        "rules": rules,
+        "thresholds": tuple(sorted(table.thresholds.items())),
+        "forbid_adapters": tuple(sorted(table.forbid_adapters)),
+    }
+    source = place.at("kernel") if "kernel" in given else place.name
+    try:
+        return AttentionConfig(**{**given, **lists, "moba": moba, "source": source})
+    except ConfigError as error:
+        # The message names the option first; where it is not in the table, the type that needs it is.
+        named = next((word for word in re.findall(r"\w+", str(error)) if word in given), None)
+        raise ConfigError(f"{place.at() if named is None else place.at(named)}: {error}") from error
+
+
+def _check_names(key: str, names: Any, known: set[str], place: Place) -> None:
+    for index, name in enumerate(names):
+        if name not in known:
+            where = place.at(key, name if isinstance(names, Mapping) else index)
+            raise ConfigError(f"{where}: {key}: unknown name {name!r}{nearest(name, known)}")
+
+
+def _rule(rule: RuleTable, index: int, place: Place) -> Rule:
+    source = f"{place.at('rules', index)}: rule {index + 1}"
+    facts: dict[str, Any] = {}
+    for name in sorted(rule.when.model_fields_set):
+        where = f"{place.at('rules', index, 'when', name)}: rule {index + 1}"
+        facts[name] = _fact(name, getattr(rule.when, name), where)
+    try:
+        return Rule(Condition(**facts), rule.use, tuple(sorted(rule.tiling.items())), source)
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(source) else f"{source}: {message}") from error
+
+
+def _fact(name: str, value: Any, where: str) -> Any:
+    """Reads one condition, and checks it alone, so that an error can name its line."""
+    try:
+        if name in RANGES:
+            return None if value is None else AnyRange.parse(value)
+        read: Any = tuple(Mode.parse(mode) for mode in value) if name == "mode" else value
+        Condition(**{name: read})
+    except ValueError as error:
+        message = str(error).removeprefix(f"when.{name}: ")
+        raise ConfigError(f"{where}: when.{name}: {message}") from error
+    return read
+
+
+def _problem(detail: ErrorDetails, keys: Mapping[str, tuple[str, ...]], place: Place) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    line = place.at(*detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        table = next((str(part) for part in reversed(detail["loc"][:-1]) if not isinstance(part, int)), "attention")
+        return f"{line}: unknown key {where!r}{nearest(str(detail['loc'][-1]), keys[table])}"
+    return f"{line}: {where}: {detail['msg'].lower()}, got {detail['input']!r}"

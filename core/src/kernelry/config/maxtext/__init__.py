@@ -1,0 +1,10 @@
+"""MaxText's option names, read into an AttentionConfig.
+
+`options` holds the table of the options about attention, `choice` says which kernels they name,
+`not_attention.txt` lists the other keys of base.yml. Source: MaxText 0.2.5, configs/base.yml and
+configs/types.py.
+"""
+
+from kernelry.config.maxtext.reading import from_maxtext, read_options
+
+__all__ = ["from_maxtext", "read_options"]

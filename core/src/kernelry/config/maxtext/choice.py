@@ -1,0 +1,144 @@
+"""Which kernels MaxText's options name: a kernel, or rules, and tilings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kernelry.config.maxtext.options import BLOCKS, SHIPPED_BLOCK, is_none
+from kernelry.errors import ConfigError, nearest
+from kernelry.kernel.spec import AUTO
+from kernelry.policy.rules import FLASH_MIN_Q_LEN, Condition, Range, Rule, Tilings
+from kernelry.request.request import Mode
+
+SHIPPED_RAGGED_BLOCK = 256
+"""Keys; the default of ragged_block_size in base.yml."""
+
+_NAMED = {
+    "dot_product": "dot_product",
+    "cudnn_flash_jax": "cudnn_jax",
+    "cudnn_flash_te": "cudnn_te",
+}
+"""The values of `attention` that are one kernel, and its name here. What it cannot do is refused: MaxText drops it."""
+
+_UNREAD_BY_TOKAMAX = ("block_q_dq", "block_kv_dq")
+"""Blocks that tokamax's splash is given and never reads: its backward pass is one kernel."""
+
+_OF_VLLM = ("vllm_rpa", "vllm_batched_rpa")
+_FORWARD = (Mode.TRAIN, Mode.PREFILL)
+_DECODE = (Mode.DECODE,)
+_RAGGED = (("tpu", "ragged"), ("gpu", "pallas_decode"))
+
+
+def kernel_and_rules(options: Mapping[str, Any]) -> tuple[str, tuple[Rule, ...]]:
+    """Returns the kernel, or `auto`, and the rules that the options ask for.
+
+    `flash` and `paged` are several kernels in MaxText, so their rules end in one that serves whatever the others
+    refuse: MaxText drops windows, soft caps or dropout there.
+
+    Raises:
+      ConfigError: `attention` names nothing known, or two options name different kernels.
+    """
+    attention = options["attention"]
+    source = f"MaxText: attention = {attention!r}"
+    flash = _flash_on_tpu(options)
+    rules = _ragged_rules(options)
+    if attention == "autoselected":
+        return AUTO, (*rules, *_variant_rules(options, flash))
+    if attention == "flash":
+        return AUTO, (*rules, *_flash_rules(flash, source))
+    if attention == "paged":
+        return AUTO, (*rules, *_paged_rules(source))
+    kernel = _named(attention)
+    if attention == "cudnn_flash_jax":
+        rules = (*rules, Rule(Condition(platform=("gpu",), mode=_DECODE), ("dot_product",), source=source))
+    if not rules:
+        return kernel, ()
+    return AUTO, (*rules, Rule(Condition(), (kernel,), source=source))
+
+
+def _named(attention: str) -> str:
+    if attention in _OF_VLLM:
+        raise ConfigError(
+            f"MaxText option attention = {attention!r} has no meaning here: it is a kernel that vLLM calls itself. "
+            "Use 'paged' or 'autoselected'."
+        )
+    if attention not in _NAMED:
+        known = ("autoselected", "flash", "paged", *_NAMED)
+        raise ConfigError(f"MaxText option attention: unknown kernel {attention!r}{nearest(attention, known)}")
+    return _NAMED[attention]
+
+
+def _flash_on_tpu(options: Mapping[str, Any]) -> str:
+    if options["use_tokamax_splash"] and options["use_jax_splash"]:
+        raise ConfigError(
+            "MaxText options use_tokamax_splash and use_jax_splash name two kernels for the same calls; set one false."
+        )
+    if options["use_tokamax_splash"]:
+        return "tokamax_splash"
+    return "blockwise" if options["use_jax_splash"] else "splash"
+
+
+def _ragged_rules(options: Mapping[str, Any]) -> tuple[Rule, ...]:
+    if not options["use_ragged_attention"]:
+        return ()
+    source = "MaxText: use_ragged_attention = True"
+    return tuple(
+        Rule(Condition(platform=(platform,), mode=_DECODE), (kernel, "dot_product"), source=source)
+        for platform, kernel in _RAGGED
+    )
+
+
+def _variant_rules(options: Mapping[str, Any], flash: str) -> tuple[Rule, ...]:
+    """With `autoselected`, MaxText takes flash on TPU from FLASH_MIN_Q_LEN on; a variant replaces it."""
+    if flash == "splash":
+        return ()
+    name = "use_tokamax_splash" if options["use_tokamax_splash"] else "use_jax_splash"
+    when = Condition(platform=("tpu",), mode=_FORWARD, q_len=Range(minimum=FLASH_MIN_Q_LEN.value))
+    return (Rule(when, (flash, AUTO), source=f"MaxText: {name} = True"),)
+
+
+def _flash_rules(flash: str, source: str) -> tuple[Rule, ...]:
+    """One rule for decode, which MaxText leaves to dot_product, and one per platform for the rest."""
+    on_tpu = tuple(dict.fromkeys((flash, "blockwise")))
+    return (
+        Rule(Condition(mode=_DECODE), ("dot_product",), source=source),
+        Rule(Condition(platform=("tpu",)), on_tpu, source=source),
+        Rule(Condition(platform=("gpu",)), ("pallas_mha", "pallas_flash", "blockwise"), source=source),
+        Rule(Condition(platform=("cpu",)), ("blockwise",), source=source),
+    )
+
+
+def _paged_rules(source: str) -> tuple[Rule, ...]:
+    """The kernel for pages where there are any: decode on TPU; MaxText has dot_product for all else."""
+    return (
+        Rule(Condition(platform=("tpu",), mode=_DECODE), ("paged", "dot_product"), source=source),
+        Rule(Condition(), ("dot_product",), source=source),
+    )
+
+
+def tilings(options: Mapping[str, Any], *, local: bool) -> Tilings:
+    """Returns the block sizes that differ from base.yml's, by kernel.
+
+    Args:
+      options: the values.
+      local: whether the layer is local_sliding, whose local_sa_* go before sa_*.
+    """
+    blocks = {f"block_{name}": _block(options, name, local) for name in BLOCKS}
+    changed = {name: block for name, block in blocks.items() if block != SHIPPED_BLOCK}
+    found: dict[str, dict[str, int]] = {}
+    if changed:
+        if options["use_tokamax_splash"]:
+            found["tokamax_splash"] = {name: block for name, block in changed.items() if name not in _UNREAD_BY_TOKAMAX}
+        else:
+            found["splash"] = changed
+    if options["use_jax_splash"] and "block_q" in changed:
+        found["blockwise"] = {"block_q": changed["block_q"]}
+    if options["use_ragged_attention"] and options["ragged_block_size"] != SHIPPED_RAGGED_BLOCK:
+        found |= {kernel: {"block_kv": options["ragged_block_size"]} for _, kernel in _RAGGED}
+    return tuple((kernel, tuple(sorted(tiling.items()))) for kernel, tiling in sorted(found.items()) if tiling)
+
+
+def _block(options: Mapping[str, Any], name: str, local: bool) -> int:
+    own = options[f"local_sa_block_{name}"] if local else None
+    return int(options[f"sa_block_{name}"] if own is None or is_none(own) else own)

@@ -1,0 +1,238 @@
+"""Reads a mapping of MaxText's options: checks every key and value, then builds the AttentionConfig."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import functools
+import importlib.resources
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
+from kernelry.config.maxtext import choice
+from kernelry.config.maxtext.options import LAYERS, OPTIONS, SIZES, Fate, Option, is_none
+from kernelry.errors import ConfigError
+
+_BY_NAME = {option.name: option for option in OPTIONS}
+
+_MISSPELT = 0.85
+"""Likeness by difflib from which an unknown key counts as an option misspelt. One wrong letter leaves a name of five
+letters above it, and none of the 850 other keys of base.yml would be taken for an option if it were unknown."""
+
+
+def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> AttentionConfig:
+    """Builds an AttentionConfig from MaxText's options, by their names in base.yml.
+
+    A whole base.yml is accepted, as YAML reads it, and so is a part of one: what is absent is at
+    base.yml's default. Keys that are not about attention are not looked at. Options about attention
+    become an option here; one that changes how MaxText runs and not what attention means (a layout, a
+    tunable that kernels here do not have) is not read, which one warning says of all of them; others
+    are accepted at their default only, with an error that says why.
+
+    The config is that of one layer. A model with several kinds of layers builds one for each:
+    `from_maxtext({**base, "attention_type": "local_sliding"})`. A warning says where a size belongs to
+    another type than `attention_type`, and where MaxText takes the types of the layers from
+    `decoder_block`: in both cases MaxText's layers may see other keys than this config's.
+
+    An unknown key that is like an option about attention, or is a part of its name, is an error: it
+    is taken for a misspelling. Any other unknown key is a warning, since new releases of MaxText
+    bring new keys.
+
+    MaxText scales queries before attention, so `scale` is 1.0. float32_qk_product and float32_logits
+    change nothing: logits and softmax are float32 here. matmul_precision and dropout_rate, which
+    some of MaxText's kernels leave out, are asked of every kernel here; `ignore` drops them.
+
+    Args:
+      mapping: option names to values.
+      ignore: names of options to leave out, as if the mapping did not have them.
+
+    Returns:
+      The config; its `source` is "MaxText".
+
+    Raises:
+      ConfigError: a key is an option about attention misspelt, a value is of the wrong kind, or an
+        option has no meaning here.
+    """
+    config, notices = read_options(mapping, ignore)
+    for notice in notices:
+        warnings.warn(notice, stacklevel=2)
+    return config
+
+
+def read_options(mapping: Mapping[str, Any], ignore: Iterable[str]) -> tuple[AttentionConfig, tuple[str, ...]]:
+    """Reads what `from_maxtext` reads, and returns its warnings with the config.
+
+    Raises:
+      ConfigError: as there.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(
+            f"from_maxtext takes a mapping of option names to values, got {type(mapping).__name__}; "
+            "of a config of MaxText, pass config.get_keys()."
+        )
+    if isinstance(ignore, str) or not isinstance(ignore, Iterable):
+        raise ConfigError(f"ignore must be names in a tuple, got {ignore!r}; write ignore=({str(ignore)!r},).")
+    names = tuple(ignore)
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"ignore must be names in a tuple, got {names!r}.")
+    dropped = frozenset(names)
+    given = {name: value for name, value in mapping.items() if name not in dropped}
+    unread = _unknown(given)
+    about = {name: _plain(value) for name, value in given.items() if name in _BY_NAME}
+    for name, value in about.items():
+        _check_value(_BY_NAME[name], value)
+    options = {option.name: about.get(option.name, option.default) for option in OPTIONS}
+    config = _built(options)
+    return config, (*unread, *_without_effect(about), *_unused(options, config))
+
+
+def _built(options: Mapping[str, Any]) -> AttentionConfig:
+    kernel, rules = choice.kernel_and_rules(options)
+    type_ = _type(options["attention_type"])
+    soft_cap = options["attn_logits_soft_cap"]
+    return AttentionConfig(
+        kernel=kernel,
+        rules=rules,
+        source="MaxText",
+        type=type_,
+        window=_size(options, type_, AttentionType.LOCAL_SLIDING),
+        chunk_size=_size(options, type_, AttentionType.CHUNK),
+        block_size=_size(options, type_, AttentionType.BLOCK_DIFFUSION),
+        soft_cap=None if is_none(soft_cap) or soft_cap == 0 else _in_range("attn_logits_soft_cap", soft_cap, None),
+        scale=1.0,
+        sinks=options["attention_sink"],
+        moba=MoBA(options["moba_chunk_size"], options["moba_topk"]) if options["moba"] else None,
+        record_max_logits=options["use_qk_clip"],
+        dropout_rate=_in_range("dropout_rate", options["dropout_rate"], 1.0) if options["enable_dropout"] else 0.0,
+        precision=_precision(options["matmul_precision"]),
+        tilings=choice.tilings(options, local=type_ is AttentionType.LOCAL_SLIDING),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value of an enum's member: `config.get_keys()` has members where base.yml has texts."""
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _without_effect(about: Mapping[str, Any]) -> Iterator[str]:
+    """Says in one notice which options change nothing here, those of one reason together."""
+    unread = [name for name in about if _BY_NAME[name].fate is Fate.UNREAD]
+    changed = [name for name in unread if _BY_NAME[name].says(about[name])]
+    reasons: dict[str, list[str]] = {}
+    for name in changed:
+        reasons.setdefault(_BY_NAME[name].meaning, []).append(f"{name} = {about[name]!r}")
+    if changed:
+        said = "; ".join(f"{', '.join(values)} ({reason})" for reason, values in reasons.items())
+        yield (
+            f"MaxText options that are not read, as they do not change what attention means: {said}. "
+            f"Pass ignore={tuple(changed)!r} to leave them out."
+        )
+
+
+def _unused(options: Mapping[str, Any], config: AttentionConfig) -> Iterator[str]:
+    """Says which sizes, and which layers of the decoder block, the config leaves out."""
+    type_, block = options["attention_type"], options["decoder_block"]
+    left_out = [
+        name for owner, name in SIZES.items() if owner != type_ and options[name] not in (0, _BY_NAME[name].default)
+    ]
+    layers = LAYERS.get(block, ())
+    if type_ in layers and type_ != _BY_NAME["attention_type"].default:
+        layers = ()  # one of its kinds was chosen
+    if layers:
+        left_out.append("decoder_block")
+    if not left_out:
+        return
+    said = " and ".join(f"{name} = {options[name]!r}" for name in left_out)
+    others = [owner for owner, name in SIZES.items() if name in left_out]
+    kinds = f"MaxText's layers of {block} are {' and '.join(layers)}; " if layers else ""
+    yield (
+        f"MaxText: {said} {'is' if len(left_out) == 1 else 'are'} not used: attention_type is {type_!r}, so the mask "
+        f"is {config.mask!r}. {kinds}from_maxtext({{**options, 'attention_type': {(*layers, *others)[0]!r}}}) builds "
+        f"the config of such a layer. If {config.mask!r} is right for this layer, pass ignore={tuple(left_out)!r}."
+    )
+
+
+def _type(name: str) -> AttentionType:
+    try:
+        return AttentionType.parse(name)
+    except ConfigError as error:
+        raise ConfigError(f"MaxText option attention_type: {error}") from error
+
+
+def _size(options: Mapping[str, Any], type_: AttentionType, owner: AttentionType) -> int | None:
+    if type_ is not owner:
+        return None
+    name = SIZES[owner.value]
+    size: int = options[name]
+    if size == 0:
+        raise ConfigError(f"MaxText option attention_type = {type_.value!r} needs {name}, a positive integer; it is 0.")
+    return size
+
+
+def _in_range(name: str, number: float, end: float | None) -> float:
+    if number < 0 or (end is not None and number >= end):
+        expected = "0 or more" if end is None else f"in [0, {end:g})"
+        raise ConfigError(f"MaxText option {name} must be {expected}, got {number!r}.")
+    return float(number)
+
+
+def _precision(name: str) -> str | None:
+    if name not in ("default", "high", "highest"):
+        raise ConfigError(f"MaxText option matmul_precision must be default, high or highest, got {name!r}.")
+    return None if name == "default" else name
+
+
+def _check_value(option: Option, value: Any) -> None:
+    if not option.accepts(value):
+        raise ConfigError(f"MaxText option {option.name} must be {option.expected}, got {value!r}.")
+    if option.fate is Fate.FOREIGN and option.says(value):
+        raise ConfigError(
+            f"MaxText option {option.name} = {value!r} has no meaning here: {option.meaning}. "
+            f"Leave it at {option.default!r}, or drop it with ignore=({option.name!r},)."
+        )
+
+
+def _unknown(given: Mapping[str, Any]) -> list[str]:
+    """Returns a notice of the unknown keys.
+
+    Raises:
+      ConfigError: one of them is an option about attention misspelt.
+    """
+    unknown = [name for name in given if name not in _BY_NAME and name not in not_attention()]
+    meant = {name: option for name in unknown if (option := _misspelt(str(name))) is not None}
+    if meant:
+        described = " ".join(
+            f"Unknown MaxText option {name!r}; did you mean {option!r}?" for name, option in meant.items()
+        )
+        raise ConfigError(f"{described} What is not about attention passes with ignore={tuple(meant)!r}.")
+    if not unknown:
+        return []
+    described = ", ".join(f"{name!r}{_like(str(name))}" for name in unknown)
+    return [
+        f"MaxText options that are not known and not read: {described}. "
+        f"Pass ignore={tuple(unknown)!r} if they are not about attention."
+    ]
+
+
+def _misspelt(name: str) -> str | None:
+    """Returns the option about attention that a key is like or whose name it is a part of."""
+    name = name.lower().replace("-", "_")
+    close = difflib.get_close_matches(name, [*_BY_NAME, *not_attention()], n=1, cutoff=_MISSPELT)
+    if close and close[0] in _BY_NAME:
+        return close[0]
+    parts = [option for option in sorted(_BY_NAME) if "_" in name and f"_{name}_" in f"_{option}_"]
+    return min(parts, key=len, default=None)
+
+
+def _like(name: str) -> str:
+    close = difflib.get_close_matches(name, sorted(not_attention()), n=1, cutoff=0.8)
+    return f" (MaxText 0.2.5 has {close[0]!r})" if close else ""
+
+
+@functools.cache
+def not_attention() -> frozenset[str]:
+    """The keys of MaxText that are not about attention, from the shipped list."""
+    text = importlib.resources.files("kernelry._maxtext").joinpath("not_attention.txt").read_text(encoding="utf-8")
+    return frozenset(line for line in text.splitlines() if line and not line.startswith("#"))

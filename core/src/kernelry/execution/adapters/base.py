@@ -1,0 +1,109 @@
+"""The Adapter protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from abc import abstractmethod
+from typing import ClassVar, Protocol, final
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernelry.kernel.capabilities import Capabilities
+from kernelry.kernel.partial import Partial
+from kernelry.kernel.refusal import Refusal, RefusalCode
+from kernelry.kernel.spec import Inputs
+from kernelry.request.request import Request
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class Cost:
+    """What an adapter adds to a call: bytes of the arrays it makes, and floating-point operations."""
+
+    extra_bytes: int = 0
+    extra_flops: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.extra_bytes + other.extra_bytes, self.extra_flops + other.extra_flops)
+
+    def __str__(self) -> str:
+        return f"+{self.extra_bytes / 2**20:.1f} MiB, +{self.extra_flops / 1e6:.1f} MFLOP"
+
+
+@final
+class Duty(enum.Enum):
+    """What core does for an adapter with a kernel's statistics, inside its one custom_vjp."""
+
+    SINKS = "sinks"
+    """Sinks join the denominator after the kernel."""
+    EMPTY_ROWS = "empty_rows"
+    """Rows whose lse is −inf become 0, with zero gradients."""
+    LSE_GRADIENT = "lse_gradient"
+    """The cotangent of lse goes through the last column of the values, which is 0."""
+
+
+class Adapter(Protocol):
+    """Rewrites a request that a kernel refuses into one that it may serve.
+
+    The array part (`prepare`, `restore`) changes inputs and outputs as ordinary JAX; the resolved
+    program contains exactly these operations besides the kernel's. A statistics adapter has a
+    `duty`: core works on the kernel's statistics, inside its one custom_vjp.
+
+    Args:
+      name: how policies forbid it and explanations show it.
+      cures: the refusals for which it is tried.
+      settles: refusals that no longer count inside, though the request still shows their cause.
+      duty: what core does on its behalf; None where `prepare` and `restore` are all.
+      on_keys: whether it rewrites keys and values, which must then be plain arrays.
+    """
+
+    name: ClassVar[str]
+    cures: ClassVar[frozenset[RefusalCode]]
+    settles: ClassVar[frozenset[RefusalCode]] = frozenset()
+    duty: ClassVar[Duty | None] = None
+    on_keys: ClassVar[bool] = False
+
+    @abstractmethod
+    def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
+        """Returns the request for the kernel inside, or None where this adapter cannot help.
+
+        Args:
+          request: what the kernel refuses.
+          capabilities: the kernel's.
+          refusals: all its reasons, of which at least one has a code in `cures`.
+        """
+
+    def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
+        """Rewrites the arrays of `before` for `after`."""
+        return inputs
+
+    def restore(self, partial: Partial, before: Request, after: Request) -> Partial:
+        """Rewrites the result for `after` into that for `before`."""
+        return partial
+
+    @abstractmethod
+    def cost(self, before: Request, after: Request) -> Cost:
+        """What it adds."""
+
+
+CURED_ON_KEYS = frozenset(
+    {
+        RefusalCode.DTYPE,
+        RefusalCode.HEAD_DIM,
+        RefusalCode.SPLIT_HEAD_DIM,
+        RefusalCode.HEAD_GROUPS,
+        RefusalCode.UNEQUAL_LENGTHS,
+        RefusalCode.SEQUENCE_LENGTH,
+        RefusalCode.EMPTY_ARRAY,
+        RefusalCode.HIDDEN_SLOTS,
+        RefusalCode.STATISTICS_GRADIENT,
+    }
+)
+"""What the adapters that rewrite keys and values cure: for them, quantised or paged ones are made plain first."""
+
+
+def itemsize(dtype: str) -> int:
+    """The bytes of one element."""
+    return int(np.dtype(jnp.dtype(dtype)).itemsize)

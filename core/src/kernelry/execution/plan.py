@@ -1,0 +1,97 @@
+"""A plan: a kernel, the adapters around it, and how they run on the arrays of a call."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, final
+
+from jax.ad_checkpoint import checkpoint_name
+
+from kernelry.execution.adapters import Adapter, Cost
+from kernelry.execution.adapters.base import Duty
+from kernelry.execution.attend import Part, attend
+from kernelry.kernel.partial import Partial
+from kernelry.kernel.spec import Inputs, KernelSpec, Tiling
+from kernelry.request.request import Request
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One adapter of a plan, with the request outside and inside it."""
+
+    adapter: Adapter
+    before: Request
+    after: Request
+
+    @property
+    def cost(self) -> Cost:
+        """What the adapter adds."""
+        return self.adapter.cost(self.before, self.after)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """A kernel, the adapters around it (outermost first) and its tiling.
+
+    Args:
+      kernel: what runs.
+      steps: the adapters.
+      request: what the caller asked.
+      tiling: the kernel's tunables.
+    """
+
+    kernel: KernelSpec
+    steps: tuple[Step, ...]
+    request: Request
+    tiling: Tiling
+
+    @property
+    def inner_request(self) -> Request:
+        """What the kernel itself is asked, inside all adapters."""
+        return self.steps[-1].after if self.steps else self.request
+
+    @property
+    def cost(self) -> Cost:
+        """What the adapters add together."""
+        return sum((step.cost for step in self.steps), Cost())
+
+    @property
+    def extra_work(self) -> float:
+        """The FLOPs that the adapters add, as a multiple of the call's own."""
+        asked = self.request
+        pairs = asked.batch * asked.q_heads * asked.q_len * asked.kv_len
+        own = 2 * pairs * (asked.head_dim + asked.value_dim)
+        return self.cost.extra_flops / own if own else 0.0
+
+    def run(self, inputs: Inputs) -> Partial:
+        """Runs the plan on the arrays of the call."""
+        for step in self.steps:
+            inputs = step.adapter.prepare(inputs, step.before, step.after)
+        duties = frozenset(step.adapter.duty for step in self.steps if step.adapter.duty is not None)
+        sinks = inputs.sinks if Duty.SINKS in duties else None
+        if sinks is not None:
+            inputs = dataclasses.replace(inputs, sinks=None)
+        part = Part(self.kernel, self.inner_request, self.tiling, duties - {Duty.SINKS})
+        partial = attend((part,), (inputs,), sinks=sinks, statistics=self.request.partial)
+        for step in reversed(self.steps):
+            partial = step.adapter.restore(partial, step.before, step.after)
+        return _named(partial)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        adapters = [{"name": step.adapter.name, **dataclasses.asdict(step.cost)} for step in self.steps]
+        return {
+            "kernel": self.kernel.name,
+            "adapters": adapters,
+            "cost": dataclasses.asdict(self.cost),
+            "tiling": dict(self.tiling.values),
+        }
+
+
+def _named(partial: Partial) -> Partial:
+    """Names out and lse for rematerialisation policies; adds no operation."""
+    out = checkpoint_name(partial.out, "kernelry_out")  # type: ignore[no-untyped-call]
+    lse = None if partial.lse is None else checkpoint_name(partial.lse, "kernelry_lse")  # type: ignore[no-untyped-call]
+    return dataclasses.replace(partial, out=out, lse=lse)

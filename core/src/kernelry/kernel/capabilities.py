@@ -1,0 +1,332 @@
+"""What a kernel declares, and core's check of a request against it.
+
+Every field of a Request is decided by exactly one check below; a kernel that declares nothing
+refuses everything, so forgetting to declare is safe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator
+from typing import final
+
+from kernelry.kernel.refusal import Refusal, RefusalCode
+from kernelry.masks.constants import holds_traced
+from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionKind
+from kernelry.request.context_parallel import ContextParallel
+from kernelry.request.request import NEUTRAL, Mode, Operand, Request
+
+
+@final
+class Feature(enum.Enum):
+    """Optional request fields that a kernel honours."""
+
+    SCALE = "scale"
+    BIAS = "bias"
+    SOFT_CAP = "soft_cap"
+    SINKS = "sinks"
+    DROPOUT = "dropout_rate"
+    LOGITS_DTYPE = "logits_dtype"
+    PRECISION = "precision"
+    MAX_LOGITS = "max_logits"
+
+
+@final
+class Statistic(enum.Enum):
+    """The forms of statistics a kernel can return in a Partial."""
+
+    LSE = "lse"
+    MAX_SUM = "max_sum"
+
+
+@final
+class Gradient(enum.Enum):
+    """How a kernel is differentiated.
+
+    NONE: not at all. NATIVE: JAX differentiates `forward`, statistics included. BACKWARD: JAX
+    differentiates `forward` without statistics; with them, core calls `backward`.
+    """
+
+    NONE = "none"
+    NATIVE = "native"
+    BACKWARD = "backward"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dims:
+    """Head dims a kernel takes: minimum ≤ dim ≤ maximum, a multiple of `multiple_of`."""
+
+    minimum: int = 1
+    maximum: int | None = None
+    multiple_of: int = 1
+
+    def why_not(self, name: str, value: int) -> str | None:
+        """Returns the comparison that fails, with its values."""
+        if value < self.minimum:
+            return f"{name}={value} < {self.minimum}"
+        if self.maximum is not None and value > self.maximum:
+            return f"{name}={value} > {self.maximum}"
+        if value % self.multiple_of:
+            return f"{name}={value} is not a multiple of {self.multiple_of}"
+        return None
+
+    def padded(self, value: int) -> int | None:
+        """Returns the smallest dim taken that is at least `value`; None where there is none."""
+        least = max(value, self.minimum)
+        dim = -(-least // self.multiple_of) * self.multiple_of
+        return None if self.maximum is not None and dim > self.maximum else dim
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a kernel may be from the float64 result for one dtype, and why that far."""
+
+    dtype: str
+    forward: float
+    gradient: float
+    reason: str
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a kernel declares. The defaults declare nothing.
+
+    Args:
+      platforms: where it runs compiled, e.g. `gpu`.
+      interpret: whether it also runs on CPU in interpret mode.
+      minimum_generation: (platform, generation) pairs; see `Target.generation`.
+      modes: the modes it serves.
+      dtypes: of query, key and value.
+      head_dims: of query and key, and of value.
+      split_head_dim: whether H ≠ D is served.
+      grouped_heads: whether K < N is served.
+      unequal_lengths: whether T ≠ S is served.
+      empty_arrays: whether a batch or length of 0 is served.
+      symbolic_sizes: which of `batch`, `q_len` and `kv_len` may be symbolic, as in an exported program: it reads them
+        from the arrays, not from the request.
+      atoms: the mask atoms it understands.
+      positions: the ways of giving positions it understands, besides the default.
+      features: the optional request fields it honours.
+      statistics: what it can return in a Partial.
+      normalizations: e.g. `softmax`.
+      gradient: how it is differentiated.
+      backward_only: whether `forward` has no derivative of its own, so that core differentiates every call by
+        `backward`.
+      gradients: the operands it has gradients of.
+      forward_over_reverse: of a kernel with `gradient=BACKWARD`, whether JAX can differentiate its forward and backward
+        passes in forward mode, as `jax.hessian` does; elsewhere second derivatives are an error.
+      lse_cotangent: whether `backward` takes a cotangent of lse.
+      empty_rows: whether fully masked rows come out as 0 with lse −inf and zero gradients.
+      clean_hidden_slots: whether NaN or inf in a slot that no row may see stays out of results.
+      kv_quantizations: the quantised keys and values it reads as they are, e.g. `int8:head_dim`.
+      pages: whether it reads keys and values through a table of pages.
+      context_parallel: the strategies by which it attends across devices itself, e.g. `ring`.
+      tolerances: per dtype.
+    """
+
+    platforms: frozenset[str] = frozenset()
+    interpret: bool = False
+    minimum_generation: tuple[tuple[str, int], ...] = ()
+    modes: frozenset[Mode] = frozenset()
+    dtypes: frozenset[str] = frozenset()
+    head_dims: Dims | None = None
+    split_head_dim: bool = False
+    grouped_heads: bool = False
+    unequal_lengths: bool = False
+    empty_arrays: bool = False
+    symbolic_sizes: frozenset[str] = frozenset()
+    atoms: frozenset[AtomKind] = frozenset()
+    positions: frozenset[PositionKind] = frozenset()
+    features: frozenset[Feature] = frozenset()
+    statistics: frozenset[Statistic] = frozenset()
+    normalizations: frozenset[str] = frozenset()
+    gradient: Gradient = Gradient.NONE
+    backward_only: bool = False
+    gradients: frozenset[Operand] = frozenset()
+    forward_over_reverse: bool = False
+    lse_cotangent: bool = False
+    empty_rows: bool = False
+    clean_hidden_slots: bool = False
+    kv_quantizations: frozenset[str] = frozenset()
+    pages: bool = False
+    context_parallel: frozenset[str] = frozenset()
+    tolerances: tuple[Tolerance, ...] = ()
+
+    def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        """Returns every reason why a kernel with these capabilities cannot serve the request."""
+        return tuple(refusal for check in CHECKS for refusal in check.run(self, request))
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Check:
+    """Decides some fields of a Request against the Capabilities."""
+
+    fields: tuple[str, ...]
+    run: Callable[[Capabilities, Request], Iterator[Refusal]]
+
+
+def _platform(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    target = request.target
+    if request.is_interpreted and can.interpret:
+        return
+    if target.platform not in can.platforms:
+        yield Refusal(RefusalCode.PLATFORM, f"platform={target.platform} is not {_either(can.platforms)}", _remedy(can))
+        return
+    needed = dict(can.minimum_generation).get(target.platform)
+    if needed is not None and target.generation is not None and target.generation < needed:
+        yield Refusal(RefusalCode.GENERATION, f"{target} is generation {target.generation} < {needed}")
+
+
+def _remedy(can: Capabilities) -> str | None:
+    if not can.platforms:
+        return None
+    remedy = f"run on {_either(can.platforms)} or choose another kernel"
+    if can.interpret:
+        remedy += "; to try it out on CPU, enter kernelry.testing.interpret()"
+    return remedy
+
+
+def _mode(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    if request.mode not in can.modes:
+        yield Refusal(RefusalCode.MODE, f"mode={request.mode.value} is not {_either(m.value for m in can.modes)}")
+
+
+def _dtype(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    if request.dtype not in can.dtypes:
+        yield Refusal(RefusalCode.DTYPE, f"dtype={request.dtype} is not {_either(can.dtypes)}")
+
+
+def _head_dims(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    for name in ("head_dim", "value_dim"):
+        value = getattr(request, name)
+        why = "no head_dim is declared" if can.head_dims is None else can.head_dims.why_not(name, value)
+        if why and (name == "head_dim" or request.value_dim != request.head_dim):
+            yield Refusal(RefusalCode.HEAD_DIM, why)
+    if request.head_dim != request.value_dim and not can.split_head_dim:
+        detail = f"value_dim={request.value_dim} differs from head_dim={request.head_dim}"
+        yield Refusal(RefusalCode.SPLIT_HEAD_DIM, detail)
+
+
+def _heads(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    if request.q_heads != request.kv_heads and not can.grouped_heads:
+        yield Refusal(RefusalCode.HEAD_GROUPS, f"q_heads={request.q_heads} share kv_heads={request.kv_heads}")
+
+
+def _lengths(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    for name in request.symbolic_sizes:
+        if name not in can.symbolic_sizes:
+            detail = f"{name}={getattr(request, name)} is symbolic"
+            yield Refusal(RefusalCode.SYMBOLIC_SIZE, detail, "export the program for a number")
+    if request.q_len != request.kv_len and not can.unequal_lengths:
+        yield Refusal(RefusalCode.UNEQUAL_LENGTHS, f"q_len={request.q_len} differs from kv_len={request.kv_len}")
+    for name in ("batch", "q_len", "kv_len"):
+        if getattr(request, name) == 0 and not can.empty_arrays:
+            yield Refusal(RefusalCode.EMPTY_ARRAY, f"{name}=0")
+
+
+def _mask(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    for atom in _all_atoms(request.mask):
+        if atom.kind not in can.atoms:
+            yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} is not {_either(a.value for a in can.atoms)}")
+        elif can.gradient is Gradient.BACKWARD and holds_traced(atom):
+            # Its passes are traced apart, some after the program that the array belongs to.
+            detail = f"mask atom {atom} holds an array that is being traced"
+            yield Refusal(RefusalCode.MASK_ATOM, detail, "pass it as an operand: Predicate(fn, array)")
+    for kind in sorted(request.mask.position_kinds - {PositionKind.DEFAULT} - can.positions, key=lambda k: k.value):
+        yield Refusal(RefusalCode.POSITIONS, f"mask={request.mask} has {kind.value} positions")
+    if not can.empty_rows and request.mask.may_have_empty_rows(request.q_len, request.kv_len):
+        yield Refusal(RefusalCode.EMPTY_ROWS, f"mask={request.mask} may leave rows that see no key")
+    if not can.clean_hidden_slots and request.mask.may_hide_slots(request.q_len, request.kv_len):
+        yield Refusal(RefusalCode.HIDDEN_SLOTS, f"mask={request.mask} may hide slots that hold NaN or inf")
+
+
+def _all_atoms(form: MaskForm) -> Iterator[Atom]:
+    for atom in form.atoms:
+        yield atom
+        for inside in atom.params:
+            if isinstance(inside, MaskForm):
+                yield from _all_atoms(inside)
+
+
+def _normalization(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    if request.normalization not in can.normalizations:
+        detail = f"normalization={request.normalization} is not {_either(can.normalizations)}"
+        yield Refusal(RefusalCode.NORMALIZATION, detail)
+
+
+def _gradients(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    missing = request.gradients - can.gradients if can.gradient is not Gradient.NONE else request.gradients
+    if missing:
+        names = ", ".join(sorted(operand.value for operand in missing))
+        yield Refusal(RefusalCode.GRADIENT, f"no gradient of {names}")
+
+
+def _partial(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    if not request.partial:
+        return
+    if not can.statistics:
+        yield Refusal(RefusalCode.STATISTICS, "return_partial needs statistics, which it does not return")
+    elif request.gradients and can.gradient is Gradient.BACKWARD and not can.lse_cotangent:
+        yield Refusal(RefusalCode.STATISTICS_GRADIENT, "no gradient through the lse of a Partial")
+
+
+def _storage(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    if request.kv_quantization is not None and request.kv_quantization not in can.kv_quantizations:
+        detail = f"kv_quantization={request.kv_quantization} is not {_either(can.kv_quantizations)}"
+        yield Refusal(RefusalCode.KV_QUANTIZATION, detail)
+    if request.page_size is not None and not can.pages:
+        yield Refusal(RefusalCode.PAGES, f"keys and values stand in pages of page_size={request.page_size}")
+
+
+def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    if request.context_parallel is None:
+        return
+    strategy = ContextParallel.parse(request.context_parallel).strategy
+    if strategy not in can.context_parallel:
+        known = f"not {_either(can.context_parallel)}" if can.context_parallel else "beyond it: it runs on one device"
+        yield Refusal(RefusalCode.CONTEXT_PARALLEL, f"context_parallel={request.context_parallel} is {known}")
+
+
+def _feature(feature: Feature, code: RefusalCode) -> Check:
+    def run(can: Capabilities, request: Request) -> Iterator[Refusal]:
+        value = getattr(request, feature.value)
+        neutral = request.default_scale if feature is Feature.SCALE else NEUTRAL[feature.value]
+        if value != neutral and feature not in can.features:
+            yield Refusal(code, f"{feature.value}={value} is not supported")
+
+    return Check((feature.value,), run)
+
+
+def _either(names: object) -> str:
+    listed = sorted(names)  # type: ignore[call-overload]
+    return " or ".join(listed) if listed else "declared"
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(("target", "interpret"), _platform),
+    Check(("mode",), _mode),
+    Check(("dtype",), _dtype),
+    Check(("head_dim", "value_dim"), _head_dims),
+    Check(("q_heads", "kv_heads"), _heads),
+    Check(("batch", "q_len", "kv_len"), _lengths),
+    Check(("mask",), _mask),
+    _feature(Feature.SCALE, RefusalCode.SCALE),
+    _feature(Feature.BIAS, RefusalCode.BIAS),
+    _feature(Feature.SOFT_CAP, RefusalCode.SOFT_CAP),
+    _feature(Feature.SINKS, RefusalCode.SINKS),
+    _feature(Feature.DROPOUT, RefusalCode.DROPOUT),
+    Check(("normalization",), _normalization),
+    _feature(Feature.LOGITS_DTYPE, RefusalCode.LOGITS_DTYPE),
+    _feature(Feature.PRECISION, RefusalCode.PRECISION),
+    Check(("gradients",), _gradients),
+    Check(("partial",), _partial),
+    Check(("kv_quantization", "page_size"), _storage),
+    Check(("context_parallel",), _context_parallel),
+    _feature(Feature.MAX_LOGITS, RefusalCode.MAX_LOGITS),
+)
+"""Every check of core. A field of Request that no check decides fails a test."""

@@ -1,0 +1,211 @@
+"""The Kernel protocol: a light description that is importable anywhere, and a body loaded when chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, final
+
+import jax
+from jaxtyping import Array, Float
+
+from kernelry._pytree import pytree, short_repr
+from kernelry.errors import ArgumentError, ConfigError, PluginError, nearest
+from kernelry.kernel.capabilities import Capabilities
+from kernelry.kernel.environment import Environment
+from kernelry.kernel.partial import Partial
+from kernelry.kernel.refusal import Refusal
+from kernelry.masks.base import Mask
+from kernelry.request.request import Request
+
+AUTO = "auto"
+"""What stands for a kernel's name where the policy is to choose."""
+
+
+@final
+@pytree("query", "key", "value", "mask", "bias", "sinks", "dropout_rng")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The arrays of one call.
+
+    Args:
+      query: [B, T, N, H]. key: [B, S, K, H]. value: [B, S, K, D]; where the request says so, QuantizedArrays, or
+        PagedArrays that share one table.
+      mask: the conjunction, aligned with `request.mask.atoms`.
+      bias: broadcastable to B N T S, rank 4. sinks: [N]. dropout_rng: a PRNG key.
+    """
+
+    query: Float[Array, "B T N H"]
+    key: Any
+    value: Any
+    mask: tuple[Mask, ...] = ()
+    bias: Float[Array, "#B #N #T #S"] | None = None
+    sinks: Float[Array, " N"] | None = None
+    dropout_rng: jax.Array | None = None
+
+    __hash__ = None  # type: ignore[assignment]
+    __repr__ = short_repr
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """What `Kernel.backward` returns: the cotangents of the operands, in their dtypes."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None = None
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tiling:
+    """Block sizes and other tunables of a kernel, by name, in the vendor's units."""
+
+    values: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, **values: int) -> Tiling:
+        """`Tiling.of(block_q=128)`."""
+        return cls(tuple(sorted(values.items())))
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.values)[name]
+
+    def replace(self, values: Mapping[str, int], kernel: str) -> Tiling:
+        """Overrides some values.
+
+        Raises:
+          ConfigError: the kernel has no tunable of that name.
+        """
+        mine = dict(self.values)
+        for name in values:
+            if name not in mine:
+                raise ConfigError(f"tiling: {kernel} has no tunable {name!r}{nearest(name, mine)}")
+            if isinstance(values[name], bool) or not isinstance(values[name], int) or values[name] < 1:
+                raise ConfigError(f"tiling: {name}={values[name]!r} of {kernel} must be a positive integer")
+        return Tiling.of(**{**mine, **values})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.values) or "none"
+
+
+class Kernel(Protocol):
+    """The body of a kernel.
+
+    `forward` without statistics must be differentiable by JAX where the kernel declares any
+    gradient at all.
+    """
+
+    @abstractmethod
+    def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
+        """Computes attention, with statistics when asked for."""
+
+    def backward(
+        self,
+        inputs: Inputs,
+        request: Request,
+        tiling: Tiling,
+        out: Float[Array, "B T N D"],
+        lse: Float[Array, "B N T"],
+        d_out: Float[Array, "B T N D"],
+        d_lse: Float[Array, "B N T"] | None,
+    ) -> Gradients:
+        """Returns this part's exact share of the gradients; written where `gradient=BACKWARD`.
+
+        Args:
+          out, lse: of the whole attention: all parts merged, sinks included, natural logarithm,
+            float32. `lse = +inf` marks a row that is empty in this part and contributes zero.
+          d_out: the cotangent of out.
+          d_lse: the cotangent of lse; None unless the kernel declares `lse_cotangent`.
+        """
+        return _no_backward(self)
+
+
+def _no_backward(kernel: Kernel) -> Gradients:
+    raise NotImplementedError(f"{type(kernel).__name__} declares a backward and has none")
+
+
+def no_refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    """The refusals of a kernel whose capabilities say it all."""
+    return ()
+
+
+def one_tiling(request: Request) -> tuple[Tiling, ...]:
+    """The tilings of a kernel without tunables."""
+    return (Tiling(),)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSpec:
+    """The light description of a kernel: pure data and small functions, no vendor imports.
+
+    Args:
+      name: how users ask for it; unique among the installed plugins.
+      capabilities: what it can do.
+      load: `module:attribute` of the body, a Kernel or a class of no arguments; imported when the
+        kernel is first chosen. A function that returns the body serves notebooks and tests.
+      refusals: what data cannot say: divisibility, vendor probes.
+      tilings: the search space for a request, the default first.
+      signature: texts that a lowered program must contain if this kernel really ran.
+      summary: one line for listings.
+      known_failures: (name of a conformance case, reason) pairs: what the author knows to be wrong. A case listed
+        here that passes fails the kit, so that the list is kept honest.
+    """
+
+    name: str
+    capabilities: Capabilities
+    load: str | Callable[[], Kernel]
+    refusals: Callable[[Request, Environment], tuple[Refusal, ...]] = no_refusals
+    tilings: Callable[[Request], tuple[Tiling, ...]] = one_tiling
+    signature: Callable[[Request], tuple[str, ...]]
+    summary: str = ""
+    known_failures: tuple[tuple[str, str], ...] = ()
+
+    def body(self) -> Kernel:
+        """Imports the body, once.
+
+        Raises:
+          PluginError: the import fails.
+        """
+        return _loaded(self)
+
+    def _import(self) -> Kernel:
+        if not isinstance(self.load, str):
+            return self.load()
+        module, _, attribute = self.load.partition(":")
+        try:
+            found: Any = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise PluginError(f"kernel {self.name!r}: cannot load its body {self.load!r}: {error!r}") from error
+        body: Kernel = found() if isinstance(found, type) else found
+        return body
+
+
+@functools.cache
+def _loaded(spec: KernelSpec) -> Kernel:
+    # A lazy import under a trace would leak tracers into the vendor's module constants.
+    with jax.ensure_compile_time_eval():
+        return spec._import()
+
+
+def check_kernel_name(kernel: Any) -> None:
+    """Checks what was given as `kernel=`.
+
+    Raises:
+      ArgumentError: it is not a name.
+    """
+    if isinstance(kernel, str):
+        return
+    name = getattr(kernel, "name", None)
+    if not isinstance(name, str):
+        raise ArgumentError(f"kernel must be a name or 'auto', got {kernel!r}.")
+    adding = ", inside kernelry.use(kernels=[spec]) where no plugin brings it" if isinstance(kernel, KernelSpec) else ""
+    raise ArgumentError(
+        f"kernel must be a name or 'auto', got {type(kernel).__name__} {name!r}; write kernel={name!r}{adding}."
+    )

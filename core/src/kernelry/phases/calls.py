@@ -1,0 +1,259 @@
+"""What a model asks of attention: the calls of training, prefill and decode, from a config and a shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
+
+import jax
+import jax.numpy as jnp
+
+from kernelry.config.layer import AttentionConfig
+from kernelry.errors import ArgumentError
+from kernelry.masks import BlockSelection, Lengths
+from kernelry.masks.base import Extent, Mask
+from kernelry.masks.fit import check_fits
+from kernelry.masks.parse import parse_shaped
+from kernelry.masks.words import filled
+from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
+from kernelry.policy.scope import current_scope
+from kernelry.registry import installed
+from kernelry.request.operands import page_size_of, quantization_of
+from kernelry.request.request import Mode, Request
+from kernelry.request.target import Target
+
+if TYPE_CHECKING:
+    from kernelry.cache import KVCache
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call of a phase: its request, and operands that have the right shapes and no meaning.
+
+    Args:
+      name: which call of the model it is, for people.
+      request: what is asked.
+      mask: a mask of that form.
+      key, value: trees of `jax.ShapeDtypeStruct`.
+    """
+
+    name: str
+    request: Request
+    mask: Mask
+    key: Any
+    value: Any
+
+
+def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[Call, ...]:
+    """What train, prefill and decode ask of attention; the first call of each mode is the one that `Phases` names.
+
+    Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step stands
+    anywhere in a cache filled in part.
+    """
+    extent = shape.prompt
+    prompt = _with_blocks(config, _prompt_mask(config, shape.mask, extent), extent)
+    key, value = _plain(shape, shape.q_len, None)
+    make = functools.partial(_call, config, shape, target)
+    train = make("train", Mode.TRAIN, prompt, key, value)
+    itself = make("prefill", Mode.PREFILL, prompt, key, value)
+    kind = CacheShape.parse(shape.cache).kind
+    if kind is CacheKind.CONTIGUOUS:
+        return train, itself, _contiguous_step(config, shape, make)
+    # A rolling cache holds the end of a prompt only.
+    read = () if kind is CacheKind.ROLLING else _from_cache(config, shape, make, Mode.PREFILL, "prefill from the cache")
+    prefill = (*read, itself) if kind is CacheKind.TWO_PART else (itself, *read)
+    return train, *prefill, *_from_cache(config, shape, make, Mode.DECODE, "decode")
+
+
+def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> Mask:
+    if not isinstance(more, str):
+        return config.mask & more
+    asked: list[Mask] = []
+
+    def own() -> Mask:
+        asked.append(config.mask)
+        return config.mask
+
+    read = parse_shaped(more, extent, {**installed.registry().masks, "config": own})
+    check_fits(read, extent)
+    return read if asked else config.mask & read
+
+
+def mask_of(config: AttentionConfig, mode: Mode, extent: Extent) -> Mask:
+    """What a layer sees of keys that are passed as one array; only the form of its arrays matters.
+
+    A decode step, and a prompt with more keys than queries, stands anywhere in them.
+    """
+    mask = config.mask
+    if mode is Mode.DECODE or extent.q_len != extent.kv_len:
+        mask = mask.at(query_offset=_anywhere())
+    if mode is not Mode.DECODE:
+        return _with_blocks(config, mask, extent)
+    return _with_blocks(config, mask, extent) & Lengths(filled(extent.kv_len, (extent.batch,)))
+
+
+def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[..., Call]) -> Call:
+    mask = mask_of(config, Mode.DECODE, dataclasses.replace(shape.prompt, q_len=1, kv_len=shape.max_len))
+    storage = CacheShape.parse(shape.cache).storage
+    return make("decode", Mode.DECODE, mask, *_plain(shape, shape.max_len, storage))
+
+
+def _anywhere() -> jax.Array:
+    """An offset known only at run time, as in a loop over tokens: a JAX array is not static."""
+    return jnp.zeros((), jnp.int32)
+
+
+def _plain(shape: ModelShape, length: int, storage: str | None) -> tuple[Any, Any]:
+    """Keys and values of one array each, [B, S, K, H] and [B, S, K, D]."""
+    # Imported here, as everything of caches below, because training needs none.
+    from kernelry.cache.slots import empty
+
+    _, kv_heads, head_dim, value_dim = _heads(shape)
+    dims = (shape.batch, length, kv_heads)
+    found: tuple[Any, Any] = jax.eval_shape(
+        lambda: tuple(empty((*dims, width), shape.dtype, storage) for width in (head_dim, value_dim))
+    )
+    return found
+
+
+def _heads(shape: ModelShape) -> tuple[int, int, int, int]:
+    """N, K, H, D."""
+    return (
+        shape.q_heads,
+        shape.q_heads if shape.kv_heads is None else shape.kv_heads,
+        shape.head_dim,
+        shape.head_dim if shape.value_dim is None else shape.value_dim,
+    )
+
+
+def _from_cache(
+    config: AttentionConfig, shape: ModelShape, make: Callable[..., Call], mode: Mode, name: str
+) -> tuple[Call, ...]:
+    """What `attend` of a cache asks, a call for each of its parts."""
+    q_len = 1 if mode is Mode.DECODE else shape.q_len
+
+    found = cached(config, shape, q_len)
+    numbered = [name] if len(found) == 1 else [f"{name} part {number + 1}" for number in range(len(found))]
+    ask = functools.partial(make, partial=len(found) > 1, from_cache=True)
+    return tuple(ask(label, mode, *part) for label, part in zip(numbered, found, strict=True))
+
+
+def cached(config: AttentionConfig, shape: ModelShape, q_len: int) -> list[tuple[Mask, Any, Any]]:
+    """What T tokens see of each part of a cache, with the part's keys and values.
+
+    Raises:
+      ArgumentError: the config asks for what the cache does not keep.
+    """
+    if config.moba is not None:
+        raise ArgumentError(
+            f"cache {str(shape.cache)!r} with moba: blocks are chosen among the keys of one array; use 'contiguous'."
+        )
+
+    def parts() -> list[tuple[Mask, Any, Any]]:
+        cache = _cache(config, shape)
+        masked = cache.masked_parts(config.mask, q_len, cache.lengths)
+        return [(mask, part.key, part.value) for part, mask in masked]
+
+    found: list[tuple[Mask, Any, Any]] = jax.eval_shape(parts)
+    return found
+
+
+def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
+    from kernelry.cache import PagedCache, RollingCache, TwoPartCache
+
+    held = CacheShape.parse(shape.cache)
+    _, kv_heads, head_dim, value_dim = _heads(shape)
+    facts: dict[str, Any] = {
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+        "dtype": shape.dtype,
+        "storage": held.storage,
+    }
+    if held.kind is CacheKind.TWO_PART:
+        return TwoPartCache.create(batch=shape.batch, prefill=shape.q_len, decode=shape.max_len - shape.q_len, **facts)
+    if held.kind is CacheKind.ROLLING:
+        return RollingCache.create(batch=shape.batch, window=_window(config), **facts)
+    assert held.page_size is not None
+    pages = shape.batch * -(-shape.max_len // held.page_size)
+    return PagedCache.create(rows=shape.batch, pages=pages, page_size=held.page_size, max_length=shape.max_len, **facts)
+
+
+def _window(config: AttentionConfig) -> int:
+    window = config.window or config.chunk_size
+    if window is None:
+        raise ArgumentError(
+            f"cache 'rolling' keeps the last tokens for layers with a window or chunks, and type {config.type.value!r} "
+            "looks at all; use 'two-part' or 'paged:16'."
+        )
+    return window
+
+
+def _with_blocks(config: AttentionConfig, mask: Mask, extent: Extent) -> Mask:
+    """Adds MoBA's choice of blocks, of which only the form matters here."""
+    if config.moba is None:
+        return mask
+    blocks = -(-extent.kv_len // config.moba.chunk_size)
+    selected = filled(False, (extent.batch, extent.kv_heads, extent.q_len, blocks))
+    return mask & BlockSelection(selected, config.moba.chunk_size).at(query_offset=_anywhere())
+
+
+def _call(
+    config: AttentionConfig,
+    shape: ModelShape,
+    target: Target,
+    name: str,
+    mode: Mode,
+    mask: Mask,
+    key: Any,
+    value: Any,
+    *,
+    partial: bool = False,
+    from_cache: bool = False,
+) -> Call:
+    _, kv_len, kv_heads, head_dim = key.shape
+    request = Request(
+        target=target,
+        mode=mode,
+        batch=shape.batch,
+        q_len=1 if mode is Mode.DECODE else shape.q_len,
+        kv_len=kv_len,
+        q_heads=shape.q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value.shape[-1],
+        dtype=shape.dtype,
+        partial=partial,
+        kv_quantization=quantization_of(key),
+        page_size=page_size_of(key),
+        interpret=current_scope().interpret,
+        mask=mask.form,
+        **options_of(config, mode, partial=partial, from_cache=from_cache),
+    )
+    return Call(name, request, mask, key, value)
+
+
+def options_of(
+    config: AttentionConfig, mode: Mode, *, partial: bool = False, from_cache: bool = False
+) -> dict[str, Any]:
+    """What a config says of a call besides its mask, as fields of a Request.
+
+    Args:
+      config: the layer's.
+      mode: only training drops out.
+      partial: whether statistics are wanted, of a part of the keys.
+      from_cache: whether a cache attends, which returns largest logits only where its call asks for them.
+    """
+    return {
+        "scale": config.scale,
+        "soft_cap": config.soft_cap,
+        # Sinks join once, after the merge of the parts; Request refuses them in a part.
+        "sinks": config.sinks and not partial,
+        "dropout_rate": config.dropout_rate if mode is Mode.TRAIN else 0.0,
+        "logits_dtype": config.logits_dtype,
+        "precision": config.precision,
+        "max_logits": config.record_max_logits and not from_cache,
+    }

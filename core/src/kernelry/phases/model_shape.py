@@ -1,0 +1,205 @@
+"""The facts of a model that its config does not hold: sizes, cache, and what else is masked."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, final
+
+from kernelry.errors import ArgumentError, nearest
+from kernelry.masks.base import Extent, Mask, is_mask
+from kernelry.masks.fit import check_fits
+from kernelry.request.checks import is_dtype, spelled
+from kernelry.request.request import named_dtype
+from kernelry.storage import Quantization
+
+LARGEST_SIZE = 2**31 - 1
+"""Of a dimension, so that positions fit int32."""
+_LARGEST_ARRAY = 2**60
+"""Elements, below what JAX and NumPy can count in bytes."""
+
+
+@final
+class CacheKind(enum.Enum):
+    """How the keys that a decode step reads are held."""
+
+    CONTIGUOUS = "contiguous"
+    TWO_PART = "two-part"
+    ROLLING = "rolling"
+    PAGED = "paged"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheShape:
+    """How the keys that a decode step reads are held, written `two-part`, `rolling:int8` or `paged:16:int8`.
+
+    Args:
+      kind: `contiguous` is one array [B, S, K, H] passed to `kernelry.attention` with `Lengths`; the others are
+        `kernelry.cache.TwoPartCache`, `RollingCache` and `PagedCache`.
+      page_size: the slots of a page of a paged cache; None for the others.
+      storage: how keys and values are quantised, e.g. `int8`; None is not at all.
+
+    Raises:
+      ArgumentError: page_size and kind do not go together, or a storage is unknown.
+    """
+
+    kind: CacheKind = CacheKind.CONTIGUOUS
+    page_size: int | None = None
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        paged = self.kind is CacheKind.PAGED
+        size = self.page_size
+        if paged and (type(size) is not int or not 1 <= size <= LARGEST_SIZE):
+            raise ArgumentError(f"cache: a paged cache needs its page size, e.g. 'paged:16', got {size!r}.")
+        if not paged and size is not None:
+            raise ArgumentError(f"cache: page_size={size} goes with 'paged' only, got {self.kind.value!r}.")
+        if self.storage is not None:
+            object.__setattr__(self, "storage", str(Quantization.parse(self.storage)))
+
+    @classmethod
+    def parse(cls, text: str | CacheShape) -> CacheShape:
+        """Reads `kind[:storage]` or `paged:page_size[:storage]`.
+
+        Raises:
+          ArgumentError: it is neither, or a storage is unknown.
+        """
+        if isinstance(text, CacheShape):
+            return text
+        kinds = [kind.value for kind in CacheKind]
+        word, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
+        if word not in kinds:
+            raise ArgumentError(f"unknown cache {text!r}{nearest(word or str(text), kinds)}")
+        kind, size = CacheKind(word), None
+        if kind is CacheKind.PAGED:
+            number, _, rest = rest.partition(":")
+            size = int(number) if number.isdecimal() and len(number) <= len(str(LARGEST_SIZE)) else None
+            if size is None:
+                raise ArgumentError(f"cache {text!r}: a paged cache needs its page size, e.g. 'paged:16'.")
+        return cls(kind, size, rest or None)
+
+    def __str__(self) -> str:
+        parts = (self.kind.value, self.page_size, self.storage)
+        return ":".join(str(part) for part in parts if part is not None)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The facts of a model that its config does not hold.
+
+    Args:
+      q_len: T, the tokens of a training sequence and of a prompt.
+      max_len: S, the slots of the cache that a decode step reads.
+      batch: B.
+      q_heads, kv_heads: N and K; `kv_heads=None` is N.
+      head_dim, value_dim: H and D; `value_dim=None` is H.
+      dtype: of query, key and value, and of a cache that is not quantised.
+      two_part: the same as `cache="two-part"`.
+      cache: a CacheShape, or its text.
+      mask: what training and prefill see besides the config's mask: a mask that fits [B, T], or an expression such as
+        `segments`. In an expression the word `config` is the config's mask, e.g. `(config & segments) | spans`;
+        without the word it is added by `&`.
+
+    Raises:
+      ArgumentError: a size is no integer from 1 to 2**31 - 1, the heads, the prompt and its cache, or the mask do not
+        fit, or the dtype, the cache or the mask means nothing.
+    """
+
+    q_len: int
+    max_len: int
+    batch: int = 1
+    q_heads: int = 1
+    kv_heads: int | None = None
+    head_dim: int = 64
+    value_dim: int | None = None
+    dtype: str = "bfloat16"
+    two_part: bool = False
+    cache: CacheShape | str = CacheShape()
+    mask: Mask | str = "config"
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        object.__setattr__(self, "dtype", _dtype(self.dtype))
+        if type(self.two_part) is not bool:
+            raise ArgumentError(f"two_part must be True or False, got {_shown(self.two_part)}.")
+        if self.max_len < self.q_len:
+            raise ArgumentError(
+                f"max_len={self.max_len} slots cannot hold the prompt of q_len={self.q_len} tokens; raise max_len."
+            )
+        cache = CacheShape.parse(self.cache)
+        if self.two_part and cache.kind is CacheKind.CONTIGUOUS:
+            cache = dataclasses.replace(cache, kind=CacheKind.TWO_PART)
+        two_part = cache.kind is CacheKind.TWO_PART
+        if self.two_part and not two_part:
+            raise ArgumentError(f"two_part=True and cache={str(cache)!r} are two caches; leave one of them out.")
+        if two_part and self.max_len == self.q_len:
+            raise ArgumentError(
+                f"cache 'two-part' holds the prompt of q_len={self.q_len} tokens apart from what is decoded after it, "
+                f"and max_len={self.max_len} leaves no slot for that; raise max_len."
+            )
+        if not isinstance(self.mask, str) and not is_mask(self.mask):
+            raise ArgumentError(
+                f"mask must be a kernelry mask or an expression such as 'segments', got {type(self.mask).__name__}."
+            )
+        object.__setattr__(self, "cache", cache)
+        object.__setattr__(self, "two_part", two_part)
+        if not isinstance(self.mask, str):
+            check_fits(self.mask, self.prompt)
+        _check_arrays(self, cache)
+
+    @property
+    def prompt(self) -> Extent:
+        """What the mask of training and of a prompt fits: B, N, K, and T twice."""
+        heads = {"q_heads": self.q_heads, "kv_heads": self.kv_heads or self.q_heads}
+        return Extent(batch=self.batch, q_len=self.q_len, kv_len=self.q_len, **heads)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data; `ModelShape(**data)` is this shape again.
+
+        Raises:
+          ArgumentError: the mask is not an expression.
+        """
+        if not isinstance(self.mask, str):
+            raise ArgumentError(f"mask={self.mask!r} cannot be written as JSON; pass an expression, e.g. 'segments'.")
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**data, "cache": str(self.cache)}
+
+
+def _check_sizes(shape: ModelShape) -> None:
+    for name in ("q_len", "max_len", "batch", "q_heads", "kv_heads", "head_dim", "value_dim"):
+        size = getattr(shape, name)
+        if size is None and name in ("kv_heads", "value_dim"):
+            continue
+        if type(size) is not int or not 1 <= size <= LARGEST_SIZE:
+            raise ArgumentError(f"{name} must be an integer from 1 to {LARGEST_SIZE}, got {_shown(size)}.")
+    if shape.kv_heads is not None and shape.q_heads % shape.kv_heads:
+        raise ArgumentError(f"kv_heads={shape.kv_heads} must divide q_heads={shape.q_heads}.")
+
+
+def _check_arrays(shape: ModelShape, cache: CacheShape) -> None:
+    """Refuses sizes of which each is possible, and the arrays that they make together are not."""
+    page = cache.page_size or 1
+    slots = -(-shape.max_len // page) * page
+    kv_width = (shape.kv_heads or shape.q_heads) * max(shape.head_dim, shape.value_dim or 1)
+    query = shape.q_len * shape.q_heads * max(shape.head_dim, shape.value_dim or 1)
+    largest = shape.batch * max(slots * kv_width, query)
+    if largest > _LARGEST_ARRAY:
+        raise ArgumentError(
+            f"batch={shape.batch}, q_len={shape.q_len}, max_len={shape.max_len} and the heads make arrays of {largest} "
+            "elements, which no machine can hold; ask for smaller sizes."
+        )
+
+
+def _dtype(dtype: Any) -> str:
+    """The full name of a dtype."""
+    name = named_dtype(dtype)
+    if not isinstance(name, str) or not is_dtype(name):
+        raise ArgumentError(f"dtype must be the name of a dtype, e.g. bfloat16, got {_shown(dtype)}{spelled(dtype)}.")
+    return name
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written; an array by its shape, since a ModelShape holds none."""
+    return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)

@@ -1,0 +1,356 @@
+"""Scopes around calls: `use(...)` overrides choices, `record()` collects resolutions.
+
+Which scopes are open is a fact of the running task, kept in a context variable. JAX looks up what it compiled by a
+value that belongs to a thread, and nothing is called when a thread goes on with another task; so while a scope is open
+that value is a `_Key`, which asks the context variable when JAX compares it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
+
+import jax
+
+from kernelry.errors import ArgumentError
+from kernelry.kernel.mistakes import mistakes
+from kernelry.kernel.spec import AUTO, KernelSpec, check_kernel_name
+from kernelry.policy.lock import Lock
+from kernelry.policy.rules import Policy, check_policy
+from kernelry.request.context_parallel import ContextParallel
+from kernelry.request.target import Target
+
+if TYPE_CHECKING:
+    from kernelry.resolution.explanation import Resolution
+
+_T = TypeVar("_T")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scope:
+    """What the `use` scopes around a call say together; the innermost wins."""
+
+    kernel: str | None = None
+    policy: Policy | None = None
+    target: Target | None = None
+    kernels: tuple[KernelSpec, ...] = ()
+    tiling: tuple[tuple[str, int], ...] = ()
+    interpret: bool = False
+    strict: Lock | None = None
+    context_parallel: ContextParallel | None = None
+
+
+@final
+class Recorder:
+    """Where `record()` collects; compared by identity, so each one makes JAX trace anew."""
+
+    def __init__(self) -> None:
+        self.resolutions: list[Resolution] = []
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Said:
+    """What the open scopes say together."""
+
+    scope: Scope = Scope()
+    recorders: tuple[Recorder, ...] = ()
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.scope, self.recorders)))
+
+    def __hash__(self) -> int:
+        return self._hash  # a policy's takes long, and JAX asks in every call
+
+
+_NOTHING = _Said()
+
+
+@final
+class _Opening:
+    """One `with` that was entered: what it changes, in which thread, and whether it is still open."""
+
+    __slots__ = ("_known", "change", "is_open", "thread")
+
+    def __init__(self, change: Callable[[_Said], _Said], thread: object) -> None:
+        self.change, self.thread, self.is_open = change, thread, True
+        self._known: tuple[_Said, _Said] | None = None
+
+    def after(self, outer: _Said) -> _Said:
+        """What this scope says inside another; computed again where that one has ended."""
+        if self._known is None or self._known[0] is not outer:
+            self._known = outer, self.change(outer)
+        return self._known[1]
+
+
+@final
+class _Key:
+    """A part of the key of JAX's caches: what is said when it is first compared, in the thread that made it.
+
+    From then on it stays what it is, for the cache may have kept it; the thread gets a new one.
+    """
+
+    __slots__ = ("_said", "_thread")
+
+    def __init__(self, thread: object) -> None:
+        self._thread = thread
+        self._said: _Said | None = None
+
+    def said(self) -> _Said | None:
+        """Decides at the first call; None in another thread before that: nothing that was traced depends on it."""
+        if self._said is None and self._thread is _thread.token:
+            self._said = _said()
+            _thread.install()
+        return self._said
+
+    def __eq__(self, other: object) -> bool:
+        mine = self.said()
+        if mine is None or other is None:
+            return other is None and mine == _NOTHING
+        return isinstance(other, _Key) and mine == other.said()
+
+    def __hash__(self) -> int:
+        mine = self.said()
+        return hash(None if mine == _NOTHING else mine)  # outside all scopes JAX has None
+
+
+@final
+class _Thread(threading.local):
+    """One thread's part: the scopes that were opened in it, and the value that JAX has while there are any."""
+
+    def __init__(self) -> None:
+        self.token = object()  # other than an identifier, never used again
+        self._openings: list[_Opening] = []
+        self._outermost: Any = None
+
+    def opened(self, opening: _Opening) -> None:
+        """Puts a key in place of JAX's own value."""
+        self._openings.append(opening)
+        if self._outermost is None:
+            self._outermost = _jax_key(_Key(self.token))
+            self._outermost.__enter__()
+
+    def install(self) -> None:
+        """Gives JAX a key that was not compared yet."""
+        if self._outermost is not None:
+            _jax_key(_Key(self.token)).__enter__()
+
+    def tidy(self) -> None:
+        """Gives JAX back its own value when all scopes have ended."""
+        self._openings = [opening for opening in self._openings if opening.is_open]
+        if not self._openings and self._outermost is not None:
+            self._outermost.__exit__(None, None, None)
+            self._outermost = None
+
+
+_jax_key: Any = jax.make_user_context(None)  # type: ignore[no-untyped-call]
+_openings: contextvars.ContextVar[tuple[_Opening, ...]] = contextvars.ContextVar("kernelry.scope", default=())
+_thread = _Thread()
+
+
+def _open_here() -> tuple[_Opening, ...]:
+    return tuple(opening for opening in _openings.get() if opening.is_open)
+
+
+def _said() -> _Said:
+    """A worker that was given a copy of the context is not inside the scopes of the thread it was copied in."""
+    openings = (opening for opening in _open_here() if opening.thread is _thread.token)
+    return functools.reduce(lambda outer, opening: opening.after(outer), openings, _NOTHING)
+
+
+def _settled() -> _Said:
+    """What is said now, of which a function that is being traced takes note."""
+    key = _jax_key.value
+    said = key.said() if isinstance(key, _Key) else None
+    return _said() if said is None else said
+
+
+def current_scope() -> Scope:
+    """Returns what the surrounding `use` scopes say."""
+    return _settled().scope
+
+
+def current_recorders() -> tuple[Recorder, ...]:
+    """Returns the recorders of the surrounding `record` scopes."""
+    return _settled().recorders
+
+
+@final
+class Opener(Generic[_T]):
+    """A context manager that opens a scope, for the task and thread that enters it, until it is left.
+
+    It can be entered again, and decorates functions, also those defined with `async def`.
+    """
+
+    def __init__(self, begin: Callable[[], tuple[Callable[[_Said], _Said], _T]]) -> None:
+        self._begin = begin
+        self._entered: list[_Opening] = []
+
+    def __enter__(self) -> _T:
+        change, result = self._begin()
+        opening = _Opening(change, _thread.token)
+        _settled()
+        self._entered.append(opening)
+        _openings.set((*_open_here(), opening))
+        _thread.opened(opening)
+        return result
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _settled()
+        opening = self._left()
+        opening.is_open = False
+        self._entered.remove(opening)
+        _openings.set(_open_here())
+        _thread.tidy()
+
+    def _left(self) -> _Opening:
+        """The scope that ends: the innermost of this task; of all where another task or thread closes a generator."""
+        here = [opening for opening in _open_here() if opening in self._entered]
+        return here[-1] if here else self._entered[-1]
+
+    def __call__(self, function: _Function) -> _Function:
+        """Returns the function with each call of it inside the scope.
+
+        Raises:
+          ArgumentError: a generator function, whose body does not run during the call.
+        """
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise ArgumentError(
+                f"a scope cannot decorate {function.__qualname__}, a generator: its body does not run during the call; "
+                "write the `with` inside it."
+            )
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def awaited(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+            return awaited  # type: ignore[return-value]
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return called  # type: ignore[return-value]
+
+
+def use(
+    kernel: str | None = None,
+    *,
+    policy: Policy | None = None,
+    target: str | Target | None = None,
+    kernels: Sequence[KernelSpec] = (),
+    tiling: dict[str, int] | None = None,
+    strict: str | Path | Lock | None = None,
+    context_parallel: ContextParallel | None = None,
+) -> Opener[None]:
+    """Overrides choices for the calls inside, also for functions that are already jitted.
+
+    A scope belongs to the task and the thread that enter it, and to tasks that are made inside, until it is left.
+    Worker threads inherit nothing: open the scope in the function that runs there, or decorate that function with it.
+
+    Args:
+      kernel: the kernel to use, absolutely; `auto` lifts an outer scope's choice.
+      policy: replaces the policy.
+      target: answers for that hardware instead of the one at hand.
+      kernels: adds kernels that no plugin registers.
+      tiling: overrides tunables by name.
+      strict: a lock file, as `kernelry lock` writes it; a resolution that is not the one written
+        there is a ConfigError.
+      context_parallel: says that query, key and value are sharded along their sequences, and how to attend to them;
+        a size of 1 takes it back.
+
+    Raises:
+      ArgumentError: an argument is of another kind, or a KernelSpec cannot be hashed or used.
+      ConfigError: the target is unknown, or the lock file cannot be read.
+    """
+    if kernel is not None:
+        check_kernel_name(kernel)
+    check_policy(policy)
+    if isinstance(kernels, KernelSpec):
+        raise ArgumentError(f"use(kernels=…) takes a sequence; write kernels=[spec] for {kernels.name!r}.")
+    if not isinstance(tiling, dict | None):
+        raise ArgumentError(f"use(tiling=…) takes tunables by name, e.g. {{'block_q': 128}}, got {tiling!r}.")
+    if not isinstance(strict, str | Path | Lock | None):
+        raise ArgumentError(f"use(strict=…) takes a lock file, as `kernelry lock` writes it, got {strict!r}.")
+    for spec in kernels:
+        _check_spec(spec)
+    if not isinstance(context_parallel, ContextParallel | None):
+        raise ArgumentError(f"use(context_parallel=…) takes a ContextParallel, got {context_parallel!r}.")
+    where = Target.parse(target) if isinstance(target, str) else target
+    written = Lock.read(strict) if isinstance(strict, str | Path) else strict
+
+    def inside(outer: Scope) -> Scope:
+        return dataclasses.replace(
+            outer,
+            kernel=outer.kernel if kernel is None else (None if kernel == AUTO else kernel),
+            policy=policy or outer.policy,
+            target=where or outer.target,
+            kernels=(*outer.kernels, *kernels),
+            tiling=tuple(sorted({**dict(outer.tiling), **(tiling or {})}.items())),
+            strict=written or outer.strict,
+            context_parallel=context_parallel or outer.context_parallel,
+        )
+
+    return _changing(inside)
+
+
+def _changing(inside: Callable[[Scope], Scope]) -> Opener[None]:
+    def change(outer: _Said) -> _Said:
+        return dataclasses.replace(outer, scope=inside(outer.scope))
+
+    return Opener(lambda: (change, None))
+
+
+def _check_spec(spec: object) -> None:
+    if not isinstance(spec, KernelSpec):
+        raise ArgumentError(f"use(kernels=…) takes KernelSpecs, got {spec!r}.")
+    try:
+        hash(spec)
+    except TypeError as error:
+        raise ArgumentError(
+            f"use(kernels=…): kernel {spec.name!r} cannot be hashed ({error}); write its capabilities with frozenset "
+            "and tuple."
+        ) from error
+    _check_usable(spec)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_usable(spec: KernelSpec) -> None:
+    """Looks at a spec once, where it passes: a scope may be entered in every step."""
+    fatal = [mistake for mistake in mistakes(spec) if not mistake.usable]
+    if fatal:
+        said = "; ".join(f"{mistake.detail}; {mistake.fix}" for mistake in fatal)
+        raise ArgumentError(f"use(kernels=…): kernel {spec.name!r} cannot be used: {said}.")
+
+
+def interpret() -> Opener[None]:
+    """Lets accelerator kernels resolve, and run in interpret mode, on CPU."""
+    return _changing(lambda outer: dataclasses.replace(outer, interpret=True))
+
+
+def record() -> Opener[list[Resolution]]:
+    """Collects the Resolutions made inside, in order, one per call that is traced or run.
+
+    Like `use`, it hears the task and the thread that enter it, and tasks that are made inside.
+    """
+
+    def begin() -> tuple[Callable[[_Said], _Said], list[Resolution]]:
+        recorder = Recorder()
+        return lambda outer: dataclasses.replace(outer, recorders=(*outer.recorders, recorder)), recorder.resolutions
+
+    return Opener(begin)

@@ -1,0 +1,177 @@
+"""What the installed plugins bring, and what is wrong with them, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, final
+
+from kernelry.errors import ConfigError, PluginError, nearest
+from kernelry.execution.normalization import Normalization
+from kernelry.kernel.spec import KernelSpec
+from kernelry.masks.base import Mask
+from kernelry.policy.lock import Lock
+from kernelry.policy.switches import KNOWN_SWITCHES, Switches
+
+
+@final
+class FaultKind(enum.Enum):
+    """What is wrong with a plugin or an environment variable."""
+
+    IMPORT_ERROR = "import error"
+    ENTRY_POINT = "wrong entry point"
+    CONTRACT = "unsupported contract"
+    UNKNOWN_HOOK = "unknown hook"
+    UNMARKED_HOOK = "unmarked hook"
+    HOOK_SIGNATURE = "wrong hook signature"
+    HOOK_RAISED = "exception in a hook"
+    WRONG_RETURN = "wrong return type"
+    WRONG_SPEC = "kernel that cannot be used"
+    DECLARATION = "declaration that no request meets"
+    DUPLICATE_PLUGIN = "two plugins with one name"
+    DUPLICATE_KERNEL = "kernel name claimed twice"
+    DUPLICATE_NAME = "mask or normalization name claimed twice"
+    UNKNOWN_IN_ALLOW_LIST = "unknown name in KERNELRY_PLUGINS"
+    SWITCH = "wrong environment variable"
+
+
+_ENVIRONMENT = "the environment"
+"""Stands for a distribution in the faults of environment variables."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fault:
+    """Something wrong with a plugin, or with the environment variable `plugin`, and what to do about it."""
+
+    kind: FaultKind
+    plugin: str
+    distribution: str
+    detail: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.plugin} [{self.distribution}]: {self.kind.value}: {self.detail}; {self.fix}"
+
+    def to_json(self) -> dict[str, str]:
+        """Returns plain data."""
+        return {**dataclasses.asdict(self), "kind": self.kind.value}
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plugin:
+    """A plugin that was found."""
+
+    name: str
+    distribution: str
+    module: str
+    enabled: bool
+    kernels: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return dataclasses.asdict(self)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class InstalledKernel:
+    """A kernel and the distribution it came from."""
+
+    spec: KernelSpec
+    plugin: str
+    distribution: str
+
+    @property
+    def name(self) -> str:
+        """How users ask for it."""
+        return self.spec.name
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Registry:
+    """Everything that the installed plugins bring.
+
+    Args:
+      kernels: by name; names claimed twice are left out.
+      contested: names claimed twice, with the distributions that claim them.
+      unusable: names of kernels that were left out, with the reason and the fix.
+      plugins: every plugin found, enabled or not.
+      faults: what is wrong.
+      masks: mask classes of plugins, by name.
+      normalizations: by name, core's included.
+      rankers: the votes of plugins, by plugin name.
+      observers: the observers of plugins, by plugin name.
+    """
+
+    kernels: Mapping[str, InstalledKernel]
+    contested: Mapping[str, tuple[str, ...]]
+    unusable: Mapping[str, str]
+    plugins: tuple[Plugin, ...]
+    faults: tuple[Fault, ...]
+    masks: Mapping[str, type[Mask]]
+    normalizations: Mapping[str, Normalization]
+    rankers: Mapping[str, Callable[..., Any]]
+    observers: Mapping[str, Callable[..., Any]]
+
+    def check_usable(self) -> None:
+        """Raises PluginError where the allow-list names an unknown plugin."""
+        unknown = [fault for fault in self.faults if fault.kind is FaultKind.UNKNOWN_IN_ALLOW_LIST]
+        if unknown:
+            raise PluginError("; ".join(f"{fault.detail}; {fault.fix}" for fault in unknown))
+
+    def check_name(self, name: str) -> None:
+        """Raises PluginError for the name of a kernel that is contested or was left out."""
+        if name in self.contested:
+            raise PluginError("; ".join(claim_of(name, self.contested[name])) + ".")
+        if name in self.unusable:
+            raise PluginError(f"{self.unusable[name]}.")
+
+
+def claim_of(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:
+    """Says who claims a kernel's name, and what to do."""
+    who = tuple(dict.fromkeys(claimants))
+    if len(who) == 1:
+        return f"kernel {kernel!r} is claimed twice by {who[0]} and not used", f"upgrade {who[0]} or report it"
+    return f"kernel {kernel!r} is claimed by {' and '.join(who)}; none of them is used", "uninstall one of them"
+
+
+def switch_faults(found: Registry, switches: Switches) -> tuple[Fault, ...]:
+    """Returns what is wrong with the environment variables that nothing raised or warned of yet; see `doctor`."""
+    return (*_variables(switches), *_unknown_kernel(found, switches), *_lock(switches))
+
+
+def _variables(switches: Switches) -> Iterator[Fault]:
+    if switches.wrong is not None:
+        detail, _, fix = switches.wrong.partition("; ")
+        yield Fault(FaultKind.SWITCH, "KERNELRY_STRICT", _ENVIRONMENT, detail, f"{fix}, or unset KERNELRY_STRICT")
+    for name in switches.unknown:
+        detail = f"there is no such variable, so it is ignored{nearest(name, KNOWN_SWITCHES)}"
+        yield Fault(FaultKind.SWITCH, name, _ENVIRONMENT, detail, f"rename or unset {name}")
+
+
+def _unknown_kernel(found: Registry, switches: Switches) -> Iterator[Fault]:
+    name = switches.kernel
+    if name is None or name in found.kernels:
+        return
+    detail = f"KERNELRY_KERNEL={name} is not a kernel that an installed plugin brings{nearest(name, found.kernels)}"
+    try:
+        found.check_name(name)
+    except PluginError as error:
+        detail = f"KERNELRY_KERNEL={name}: {str(error).removesuffix('.')}"
+    fix = "calls that name no kernel are refused: set it to a name of `kernelry list`, or unset it"
+    yield Fault(FaultKind.SWITCH, "KERNELRY_KERNEL", _ENVIRONMENT, detail, fix)
+
+
+def _lock(switches: Switches) -> Iterator[Fault]:
+    if not switches.strict:
+        return
+    try:
+        Lock.read(switches.lock)
+    except ConfigError as error:
+        detail = f"KERNELRY_STRICT is on, and every call is refused: {str(error).removesuffix('.')}"
+        fix = "write the file with `kernelry lock CONFIG`, name it in KERNELRY_LOCK, or unset KERNELRY_STRICT"
+        yield Fault(FaultKind.SWITCH, "KERNELRY_LOCK", _ENVIRONMENT, detail, fix)

@@ -1,0 +1,144 @@
+"""Checks the values of a Request's fields, before anything is derived from them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Set
+from typing import Any
+
+import jax.numpy as jnp
+
+from kernelry._values import SymbolicSize
+from kernelry.errors import ArgumentError
+
+SYMBOLIC = ("batch", "q_len", "kv_len")
+"""The sizes that may be symbolic."""
+
+_SIZES = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "value_dim")
+_BEYOND = 2**63
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""Of the arrays that attention is computed in."""
+
+_DTYPES = ("dtype", "logits_dtype")
+_FLAGS = ("sinks", "partial", "max_logits", "interpret")
+
+
+def check_sizes(request: Any) -> None:
+    """Raises ArgumentError where a size is no integer, is negative, or the heads do not fit."""
+    for name in _SIZES:
+        size = getattr(request, name)
+        if type(size) is not int and not (name in SYMBOLIC and isinstance(size, SymbolicSize)):
+            raise ArgumentError(f"{name} must be an integer, got {size!r}.")
+    if min(request.batch, request.q_len, request.kv_len, request.head_dim, request.value_dim) < 0:
+        raise ArgumentError(
+            f"batch={request.batch}, q_len={request.q_len}, kv_len={request.kv_len}, head_dim={request.head_dim} and "
+            f"value_dim={request.value_dim} must not be negative."
+        )
+    for name in _SIZES:
+        if getattr(request, name) >= _BEYOND:
+            raise ArgumentError(f"{name} must be below 2**63, as the dimensions of arrays are.")
+    if request.kv_heads < 1 or request.q_heads < 1 or request.q_heads % request.kv_heads:
+        raise ArgumentError(f"kv_heads={request.kv_heads} must divide q_heads={request.q_heads}.")
+
+
+def check_kinds(request: Any) -> None:
+    """Raises ArgumentError where a name is no text, a flag no bool, or a number no number."""
+    if not isinstance(request.normalization, str):
+        raise ArgumentError(f"normalization must be a name, got {request.normalization!r}.")
+    for name in _DTYPES:
+        dtype = getattr(request, name)
+        if not isinstance(dtype, str) or not is_dtype(dtype):
+            raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}{spelled(dtype)}.")
+    for name in _FLAGS:
+        if type(getattr(request, name)) is not bool:
+            raise ArgumentError(f"{name} must be True or False, got {_shown(getattr(request, name))}.")
+    if request.precision is not None and not isinstance(request.precision, str):
+        raise ArgumentError(f"precision must be a name or None, got {request.precision!r}.")
+    _check_numbers(request)
+    _check_bias(request)
+
+
+@functools.lru_cache(maxsize=64)
+def is_dtype(name: str) -> bool:
+    """True for the full names of dtypes: `float32`, not `f4`, by which no kernel would know it."""
+    try:
+        return bool(jnp.dtype(name).name == name)
+    except (TypeError, ValueError):
+        return False
+
+
+_SPELLINGS = {"fp": "float", "bf": "bfloat", "f": "float"}
+_WIDTHS = ("16", "32", "64")
+
+
+def spelled(dtype: Any) -> str:
+    """What to write instead of another name of a dtype: `; write 'float32'` for `fp32`; empty where it is none."""
+    if not isinstance(dtype, str):
+        return ""
+    word = dtype.strip().lower()
+    short = word.rstrip("0123456789")
+    full = _SPELLINGS.get(short, short) + word[len(short) :]
+    try:
+        name = full if word.endswith(_WIDTHS) and is_dtype(full) else str(jnp.dtype(dtype).name)
+    except (TypeError, ValueError):
+        return ""
+    return "" if name == dtype else f"; write {name!r}"
+
+
+def is_finite(value: Any) -> bool:
+    """True for Python's finite numbers, of a size that a float has."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _check_numbers(request: Any) -> None:
+    for name in ("scale", "dropout_rate", "soft_cap"):
+        number = getattr(request, name)
+        if name == "soft_cap" and number is None:
+            continue
+        if not is_finite(number):
+            raise ArgumentError(f"{name} must be a finite number, got {number!r}.")
+    if not 0 <= request.dropout_rate < 1:
+        raise ArgumentError(f"dropout_rate must be in [0, 1), got {request.dropout_rate}.")
+    if request.soft_cap is not None and request.soft_cap <= 0:
+        raise ArgumentError(f"soft_cap must be positive, got {request.soft_cap}; pass None for no cap.")
+    if request.sinks and request.partial:
+        raise ArgumentError(
+            "sinks join the denominator once, at the end: pass them to kernelry.finalize, not to parts."
+        )
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written; an array by its shape, since a Request holds none."""
+    return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)
+
+
+def _check_bias(request: Any) -> None:
+    if request.bias is None:
+        return
+    full: Mapping[str, int] = {"B": request.batch, "N": request.q_heads, "T": request.q_len, "S": request.kv_len}
+    shape = request.bias
+    fits = isinstance(shape, tuple) and len(shape) == len(full)
+    if not fits or not all(
+        type(have) in (int, SymbolicSize) and have in (1, want) for have, want in zip(shape, full.values(), strict=True)
+    ):
+        sizes = " ".join(f"{name}={size}" for name, size in full.items())
+        raise ArgumentError(f"bias must be its shape, each dimension 1 or that of {sizes}, got {_shown(shape)}.")
+
+
+def check_storage(request: Any, differentiated: Set[Any]) -> None:
+    """Raises ArgumentError where pages do not make up S, or stored keys and values should have a gradient."""
+    size = request.page_size
+    if size is not None and (type(size) is not int or size < 1 or _leaves_a_rest(request.kv_len, size)):
+        raise ArgumentError(f"page_size must be a positive integer that divides kv_len={request.kv_len}, got {size!r}.")
+    if differentiated and not request.has_plain_kv:
+        names = ", ".join(sorted(operand.value for operand in differentiated))
+        how = "quantised" if request.kv_quantization else "in pages"
+        raise ArgumentError(f"gradients names {names}, but keys and values are {how} and have none; pass plain arrays.")
+
+
+def _leaves_a_rest(length: int, size: int) -> bool:
+    return not isinstance(length, SymbolicSize) and length % size != 0

@@ -1,0 +1,195 @@
+"""Checks query, key and value of a call, however keys and values are held."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from kernelry._values import unwrapped
+from kernelry.errors import ShapeError
+from kernelry.storage import PagedArray, QuantizedArray
+
+Keys: TypeAlias = "jax.Array | QuantizedArray | PagedArray"
+"""What key and value may be."""
+
+_LAYOUTS = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, D]"}
+
+
+def as_array(name: str, array: Any, rank: int) -> jax.Array:
+    """Returns a floating array, unwrapped.
+
+    Raises:
+      ShapeError: it is none, or of another rank.
+    """
+    array = unwrapped(array)
+    if not isinstance(array, jax.Array | np.ndarray):
+        raise ShapeError(f"{name} must be an array, got {type(array).__name__}{_instead(name, array)}.")
+    if array.ndim != rank:
+        layout = _LAYOUTS.get(name, "[N]")
+        raise ShapeError(f"{name} must be {layout}, rank {rank}, got shape {array.shape}{_reshaped(name, array)}.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ShapeError(f"{name} must be floating, got {array.dtype}; cast it, e.g. {name}.astype(jnp.bfloat16).")
+    return jnp.asarray(array)
+
+
+def _instead(name: str, value: Any) -> str:
+    """What to write in place of a value that is not an array."""
+    if isinstance(value, list | tuple):
+        return f"; write jnp.asarray({name})"
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return "; shapes without values go through jax.eval_shape(kernelry.attention, …), facts into a kernelry.Request"
+    if hasattr(value, "attend"):
+        return "; a cache attends by itself: cache.attend(query, …)"
+    if hasattr(value, "__dlpack__"):
+        return f"; write jnp.from_dlpack({name})"
+    return ""
+
+
+def _reshaped(name: str, array: Any) -> str:
+    """How an array of another rank becomes one of four dimensions."""
+    if name not in _LAYOUTS:
+        return ""
+    if array.ndim == 3:
+        one_head = "" if name == "query" else f"; one head without an axis is {name}[:, :, None]"
+        return f"; without a batch write query[None], key[None], value[None], and take [0] of the result{one_head}"
+    if array.ndim == 5 and name == "query":
+        return "; heads in groups [B, T, K, G, H] are query.reshape(B, T, K * G, H)"
+    return ""
+
+
+def as_keys(name: str, keys: Any) -> Keys:
+    """Returns keys or values as they are held.
+
+    Raises:
+      ShapeError: they are nothing of the kind, or of another rank.
+    """
+    if not isinstance(keys, QuantizedArray | PagedArray):
+        return as_array(name, keys, 4)
+    if keys.ndim != 4:
+        raise ShapeError(f"{name} must be {_LAYOUTS[name]}, rank 4, got {keys!r}.")
+    return keys
+
+
+def known_length(name: str, array: Any) -> int:
+    """Returns the length of an array [B, L, …] where it must be a number, as for the slots of a cache.
+
+    Raises:
+      ShapeError: it is symbolic.
+    """
+    length = array.shape[1]
+    if not isinstance(length, int):
+        raise ShapeError(
+            f"{name} must have a length that is a number, got shape {tuple(array.shape)}: only its batch may be "
+            "symbolic; export the program for a number."
+        )
+    return length
+
+
+def cast_finite(array: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Casts floats; what is finite stays so: −1e300 becomes float32's least number, for −inf would hide."""
+    if jnp.finfo(array.dtype).max <= jnp.finfo(dtype).max:  # type: ignore[no-untyped-call]
+        return array.astype(dtype)
+    most = jnp.asarray(jnp.finfo(dtype).max, array.dtype)  # type: ignore[no-untyped-call]
+    return jnp.where(jnp.isfinite(array), jnp.clip(array, -most, most), array).astype(dtype)
+
+
+_NARROW = {"int64": jnp.int32, "uint64": jnp.uint32, "float64": jnp.float32}
+
+
+_IDS = ("query_ids", "kv_ids", "query_spans", "kv_spans")
+"""The fields of masks that are compared for equality alone."""
+
+
+def narrowed(tree: Any) -> Any:
+    """Arrays of 64-bit numbers in 32 bits; others as they are.
+
+    Lengths, positions and places of pages beyond 32 bits become the largest or the least number. An id beyond them is
+    mixed from its bits: ids that differ stay apart, but for one pair in 2³¹, and a negative one stays negative.
+    """
+    return jax.tree_util.tree_map_with_path(_narrowed, tree)
+
+
+def _narrowed(path: tuple[Any, ...], array: Any) -> Any:
+    if not hasattr(array, "dtype") or str(array.dtype) not in _NARROW:
+        return array
+    narrow = _NARROW[str(array.dtype)]
+    if narrow == jnp.float32:
+        return cast_finite(array, jnp.float32)
+    if getattr(path[-1], "name", None) in _IDS:
+        mixed = (array ^ (array >> 31) * 0x9E3779B1) & (2**31 - 1)
+        return jnp.where(array < 0, -1, mixed).astype(jnp.int32)
+    ends = jnp.iinfo(narrow)  # type: ignore[no-untyped-call]
+    return jnp.clip(array, ends.min, ends.max).astype(narrow)
+
+
+def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
+    """Checks that query, key and value go together.
+
+    Raises:
+      ShapeError: they do not.
+    """
+    _check_alike(key, value)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if any(type(size) is not int for size in array.shape[2:]):
+            raise ShapeError(f"{name} may have a symbolic batch and length, not heads and head dim, got {array.shape}.")
+    for name, array in (("key", key), ("value", value)):
+        plain = array.pages if isinstance(array, PagedArray) else array
+        if not isinstance(plain, QuantizedArray) and plain.dtype != query.dtype:
+            raise ShapeError(
+                f"{name} must have query's dtype {query.dtype}, got {plain.dtype}; write {name}.astype(query.dtype)."
+            )
+        if array.shape[0] != query.shape[0]:
+            raise ShapeError(f"{name} must have query's batch B={query.shape[0]}, got shape {array.shape}.")
+    if key.shape[3] != query.shape[3]:
+        raise ShapeError(f"key must have query's head dim H={query.shape[3]}, got shape {key.shape}.")
+    if value.shape[1] != key.shape[1]:
+        raise ShapeError(f"value must have key's length S={key.shape[1]}, got shape {value.shape}.")
+    if value.shape[2] != key.shape[2]:
+        raise ShapeError(f"value must have key's K={key.shape[2]} heads, got shape {value.shape}.")
+    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+        raise ShapeError(
+            f"key's heads K={key.shape[2]} must divide query's heads N={query.shape[2]}{_transposed(query, key)}."
+        )
+
+
+def _transposed(query: jax.Array, key: Keys) -> str:
+    """A hint where the heads would fit if they stood before the tokens, in key or in both."""
+    heads = key.shape[1]
+    if heads == 0 or (query.shape[1] % heads and query.shape[2] % heads):
+        return ""
+    return (
+        f": query has shape {query.shape} and key {tuple(key.shape)}; the layout is [B, T, N, H] and [B, S, K, H], "
+        "so arrays [B, heads, tokens, H], as in torch, go through .swapaxes(1, 2)"
+    )
+
+
+def _check_alike(key: Keys, value: Keys) -> None:
+    if page_size_of(key) != page_size_of(value) or quantization_of(key) != quantization_of(value):
+        raise ShapeError(
+            f"key and value must be held alike, got {_described(key)} and {_described(value)}: quantise both in "
+            "one way, and page both or neither."
+        )
+    if isinstance(key, PagedArray) and isinstance(value, PagedArray) and key.table is not value.table:
+        raise ShapeError(
+            "key and value in pages must share one table: pass the same array to both PagedArrays; of a jitted "
+            "function's arguments, let the table be one, and make the PagedArrays inside."
+        )
+
+
+def _described(keys: Keys) -> str:
+    return f"{keys.dtype}{list(keys.shape)}" if isinstance(keys, jax.Array) else repr(keys)
+
+
+def quantization_of(keys: Keys) -> str | None:
+    """How keys or values are quantised, e.g. `int8:head_dim`; None where they are not."""
+    found = getattr(keys, "quantization", None)
+    return None if found is None else str(found)
+
+
+def page_size_of(keys: Keys) -> int | None:
+    """The slots of a page; None without pages."""
+    return keys.page_size if isinstance(keys, PagedArray) else None
