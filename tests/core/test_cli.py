@@ -13,7 +13,7 @@ from rich.console import Console
 
 from kernelry import ModelShape, Request, Target, cli, installation, registry
 from kernelry.calls import calls
-from kernelry.cli import report
+from kernelry.cli import check, report
 from kernelry.config import load_config
 from kernelry.lock import Lock
 from kernelry.switches import Switches
@@ -226,8 +226,25 @@ def test_options_given_go_before_the_config(run, config):
     _, out, _ = run("explain", "--target", "cpu", "--config", "c.toml", *options)
     text = " ".join(out.split())
     assert "mask=segments & window(63, 0) soft_cap=20.0" in text
-    assert "from c.toml: scale=0.5 dropout_rate=0.25 precision=highest max_logits=True" in text
-    assert "; not its mask=window(63, 0) soft_cap=30.0 sinks=True, as given here" in text
+    assert "from c.toml: mask=window(63, 0) scale=0.5 dropout_rate=0.25 precision=highest max_logits=True" in text
+    assert "; not its soft_cap=30.0 sinks=True, as given here" in text
+
+
+@pytest.mark.parametrize(
+    ("mask", "overridden"),
+    [("causal", {"mask": "window(63, 0)"}), ("window(63)", {}), ("config", {}), ("segments & ~(~config)", {})],
+)
+def test_a_mask_made_of_the_configs_own_is_not_instead_of_it(run, config, mask, overridden):
+    out = run("explain", "--target", "cpu", "--config", "c.toml", "--mask", mask, "--json")[1]
+    assert json.loads(out)["config"]["overridden"] == overridden
+    assert ("mask" in json.loads(out)["config"]["fields"]) == (not overridden)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.0, "0"), (1.234e-5, "0.0000123"), (0.5, "0.500"), (9.999, "10.00"), (1234.5, "1234")]
+)
+def test_times_have_three_digits(number, text):
+    assert check._three_digits(number) == text
 
 
 def test_explain_reads_maxtext_files(run, config):
@@ -246,6 +263,7 @@ def test_options_of_maxtext_are_ignored_by_name(run, config, without_compilers, 
     question = (verb, "--maxtext", "base.yml", "--target", target, "--q-len", "64")
     status, _, err = run(*question, "--ignore", "my_attention_sink")
     assert (status, "quantize_kvcache = True has no meaning here" in err) == (2, True)
+    assert "or drop it with --ignore quantize_kvcache.\n" in err
     _, out, err = run(*question, "--ignore", "my_attention_sink", "--ignore", "quantize_kvcache")
     assert "dot_prod" in out  # the table may fold the rest
     assert err == ""
@@ -262,11 +280,32 @@ def test_a_warning_is_one_line(run, config):
     assert err.startswith("warning: base.yml: MaxText options that are not read, as they do not change what attention")
 
 
+def test_what_is_said_of_maxtext_files_is_for_the_command_line(run, config):
+    wrong = {
+        "my_attention_sink: 1": "What is not about attention passes with --ignore my_attention_sink.",
+        "brand_new: 1": "Pass --ignore brand_new if they are not about attention.",
+        "reshape_q: true\nforce_q_layout: true": "Pass --ignore reshape_q --ignore force_q_layout to leave them out.",
+        "sliding_window_size: 8": "One more --maxtext FILE that holds attention_type: local_sliding builds the config "
+        "of such a layer. If Causal() is right for this layer, pass --ignore sliding_window_size.",
+    }
+    for content, words in wrong.items():
+        (config / "base.yml").write_text(f"attention: dot_product\n{content}\n")
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            _, _, err = run("explain", "--maxtext", "base.yml", "--target", "cpu")
+        assert words in err
+        assert "ignore=" not in err
+
+
 WRONG_FILES = {
     "none.toml": ("[model]\nlayers = 2\n", "none.toml: there is no table [attention]; found instead: model. Write one"),
     "misspelt.toml": ("[atention]\n", "unknown table 'atention'; did you mean 'attention'?"),
     "name.toml": ('[attention]\nkernel = "blokwise"\n', "of that name; did you mean 'blockwise'?"),
     "base.yml": ("attention: dot_product\n", "or by the command's option --maxtext"),
+    "twice.toml": (
+        "[attention]\nkernl = 'a'\nmoba = {top_k = 2}\n",
+        "twice.toml:2: unknown key 'kernl'; did you mean 'kernel'?",
+    ),
 }
 
 
@@ -312,7 +351,7 @@ def test_explain_follows_a_config(run, tmp_path):
     [
         (["explain", "--target", "gpu:h10"], "did you mean 'h100'"),
         (["explain", "--mode", "trian"], "did you mean 'train'"),
-        (["explain", "--mask", "causl"], "did you mean 'causal'"),
+        (["explain", "--mask", "causl"], "mask 'causl': unknown name 'causl'; did you mean 'causal'?"),
         (["explain", "--dtype", "float99"], "--dtype 'float99' is unknown; write e.g. 'bfloat16' or 'float32'"),
         (["explain", "--dtype", "fp32"], "--dtype 'fp32' is unknown; write 'float32'"),
         (["explain", "--batch", "99999999999999"], "2147483647"),
@@ -337,6 +376,7 @@ def test_mistakes_are_one_message_and_status_2(run, arguments, complaint):
     assert status == 2
     assert complaint in " ".join(err.split())
     assert "Traceback" not in err
+    assert "?." not in err
 
 
 def test_mask_is_drawn_as_text(run):

@@ -7,7 +7,7 @@ import enum
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
-from kernelry.errors import ConfigError, PluginError, nearest
+from kernelry.errors import ConfigError, PluginError, followed, nearest, sentence
 from kernelry.kernel import KernelSpec
 from kernelry.lock import Lock
 from kernelry.masks.base import Mask
@@ -52,7 +52,7 @@ class Fault:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.plugin} [{self.distribution}]: {self.kind.value}: {self.detail}; {self.fix}"
+        return followed(f"{self.plugin} [{self.distribution}]: {self.kind.value}: {self.detail}", self.fix)
 
     def to_json(self) -> dict[str, str]:
         """Returns plain data."""
@@ -121,7 +121,7 @@ class Registry:
         """Raises PluginError where the allow-list names an unknown plugin."""
         unknown = [fault for fault in self.faults if fault.kind is FaultKind.UNKNOWN_IN_ALLOW_LIST]
         if unknown:
-            raise PluginError("; ".join(f"{fault.detail}; {fault.fix}" for fault in unknown))
+            raise PluginError(" ".join(sentence(followed(fault.detail, fault.fix)) for fault in unknown))
 
     def check_name(self, name: str) -> None:
         """Raises PluginError for the name of a kernel that is contested or was left out."""

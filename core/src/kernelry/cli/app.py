@@ -21,7 +21,7 @@ from kernelry.config import AttentionConfig
 from kernelry.errors import KernelryError
 from kernelry.masks import Mask
 from kernelry.masks.base import Extent
-from kernelry.masks.parse import parse_form
+from kernelry.masks.parse import names_in, parse_form
 from kernelry.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Request, dtype_name
@@ -199,7 +199,8 @@ def explain(
     if request.q_heads % request.kv_heads:
         raise typer.BadParameter(f"--kv-heads {request.kv_heads} must divide --heads {request.q_heads}")
     resolution = explain_request(request, kernel=kernel, policy=None if read is None else read.policy)
-    asked = None if read is None else report.Asked.of(shape.source_of(config, maxtext), request, said, given)
+    instead = given if mask is None or "config" not in names_in(mask) else {**given, "mask": said["mask"]}
+    asked = None if read is None else report.Asked.of(shape.source_of(config, maxtext, ignore), said, instead)
     if as_json:
         print_json({**resolution.to_json(), **({} if asked is None else {"config": asked.to_json()})})
     else:

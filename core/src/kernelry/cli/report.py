@@ -17,7 +17,7 @@ from kernelry._version import __version__
 from kernelry.catalogue import Fault, InstalledKernel, Registry, switch_faults
 from kernelry.cli.output import Text
 from kernelry.hookspecs import CONTRACT
-from kernelry.request import NEUTRAL, Request
+from kernelry.request import NEUTRAL
 from kernelry.resolution import Candidate, Resolution
 from kernelry.switches import Switches
 from kernelry.target import home_target
@@ -51,7 +51,7 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
 def kernels_table(installed: Registry) -> RenderableType:
     """The installed kernels as a table."""
     if not installed.kernels:
-        return Text("No kernels are installed.")
+        return Text(f"No kernels: {installation.why_none()}.")
     table = Table(show_lines=True)
     table.add_column("kernel", no_wrap=True)
     table.add_column("serves")
@@ -182,11 +182,12 @@ class Asked:
     overridden: dict[str, str]
 
     @classmethod
-    def of(cls, source: str, request: Request, said: Mapping[str, Any], given: Mapping[str, Any]) -> Asked:
-        """Compares what a config says and what was given."""
+    def of(cls, source: str, said: Mapping[str, Any], instead: Mapping[str, Any]) -> Asked:
+        """Compares what a config says and what was given instead, both as fields of a request."""
         neutral = {**NEUTRAL, "scale": None}
-        asked = {name: value for name, value in said.items() if value != neutral[name] and name not in given}
-        overridden = {name: str(said[name]) for name in given if said[name] != getattr(request, name)}
+        taken = {name: value for name, value in said.items() if instead.get(name, value) == value}
+        asked = {name: value for name, value in taken.items() if value != neutral[name]}
+        overridden = {name: str(said[name]) for name in instead if name not in taken}
         return cls(source, {name: str(value) for name, value in asked.items()}, overridden)
 
     def to_json(self) -> dict[str, Any]:

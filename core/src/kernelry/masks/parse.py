@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.errors import ArgumentError, KernelryError, nearest
+from kernelry.errors import ArgumentError, KernelryError, nearest, sentence
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.form import MaskForm
 from kernelry.masks.words import CLASSES, STAND_INS, WORDS
@@ -76,6 +76,11 @@ def parse_shaped(text: str, extent: Extent, names: Mapping[str, Callable[..., Ma
       ArgumentError: it is not a mask expression, or a name is unknown.
     """
     return _parse(text, names, extent)
+
+
+def names_in(text: str) -> frozenset[str]:
+    """Returns the names that stand alone in an expression that one of the functions above has read."""
+    return frozenset(node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name))
 
 
 def _parse(text: str, classes: Mapping[str, Callable[..., Mask]] | None, extent: Extent | None) -> Mask:
@@ -184,7 +189,7 @@ class _Reader:
         raise self.wrong(f"{_source(node)!r} must be a whole number, or a list of them")
 
     def wrong(self, what: str) -> ArgumentError:
-        return ArgumentError(f"mask {self.shown!r}: {what}.")
+        return ArgumentError(sentence(f"mask {self.shown!r}: {what}"))
 
 
 def _chain(node: ast.BinOp) -> list[ast.expr]:
