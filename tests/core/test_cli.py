@@ -11,7 +11,7 @@ import warnings
 import pytest
 from rich.console import Console
 
-from kernelry import ModelShape, Request, Target, cli, installation, registry
+from kernelry import ModelShape, Request, Target, catalogue, cli, installation, registry
 from kernelry.calls import calls
 from kernelry.cli import check, report
 from kernelry.config import load_config
@@ -460,6 +460,34 @@ def test_outputs_that_know_ascii_alone_get_plainer_signs():
         assert (
             len({len(line) for line in output.splitlines() if line.startswith(("|", "+"))}) <= 1
         )  # tables are aligned
+
+
+def test_a_platform_that_is_not_here_is_a_fault_and_one_message():
+    verbs = [["doctor", "--json"], ["explain"], ["lock", "--maxtext", __file__, "--json"], ["list"]]
+    environ = {**os.environ, "JAX_PLATFORMS": "cuba"}
+    command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(verbs)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=120)
+    outputs, errors = (text.split("END\n")[:-1] for text in (done.stdout, done.stderr))
+    [fault] = json.loads(outputs[0])["faults"]
+    assert (fault["plugin"], fault["kind"]) == ("JAX_PLATFORMS", "wrong environment variable")
+    assert fault["detail"].startswith("JAX_PLATFORMS=cuba is not what this machine has, so JAX can do nothing: ")
+    fix = "'cuba' is not a platform of JAX itself; did you mean 'cuda'? Correct or unset JAX_PLATFORMS"
+    assert fault["fix"] == fix
+    assert errors[1].endswith(f"; {fix}.\n")
+    assert "Traceback" not in done.stderr
+    assert "dot_product" in outputs[3]
+
+
+@pytest.mark.parametrize(
+    ("named", "fix"),
+    [
+        ("cpu", "unset JAX_PLATFORMS, or set it to cpu"),
+        ("tpu,cpu", "unset JAX_PLATFORMS, or set it to cpu; tpu needs a TPU and pip install 'jax[tpu]'"),
+        ("tpu, cpu", "' cpu' is not a platform of JAX itself; did you mean 'cpu'? Correct or unset JAX_PLATFORMS"),
+    ],
+)
+def test_each_platform_that_is_not_here_has_its_own_fix(named, fix):
+    assert catalogue._other_platforms(named) == fix
 
 
 @pytest.fixture

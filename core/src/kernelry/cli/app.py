@@ -15,10 +15,11 @@ from rich.console import Console
 
 from kernelry import _version, installation
 from kernelry.calls import cached, mask_of, options_of
+from kernelry.catalogue import backend_fault
 from kernelry.cli import check, conformance, lock, mask, report, shape
 from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
 from kernelry.config import AttentionConfig
-from kernelry.errors import KernelryError
+from kernelry.errors import KernelryError, followed, sentence
 from kernelry.masks import Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import names_in, parse_form
@@ -57,11 +58,20 @@ def run() -> int:
         except typer.Abort:
             return 1
         except Exception as error:
-            if not hasattr(error, "exit_code") or not hasattr(error, "show"):
-                raise
-            error.show()  # a usage error of the command line
-            return int(error.exit_code)
+            return _status_of(error)
     return result if isinstance(result, int) else 0
+
+
+def _status_of(error: Exception) -> int:
+    """Shows a usage error of the command line, or that JAX can use no device, in which case whatever asks it fails."""
+    if hasattr(error, "exit_code") and hasattr(error, "show"):
+        error.show()
+        return int(error.exit_code)
+    fault = backend_fault()
+    if fault is None:
+        raise error
+    sys.stderr.write(f"{sentence(followed(fault.detail, fault.fix))}\n")
+    return 2
 
 
 def _show_warning(
