@@ -327,7 +327,7 @@ def test_files_that_are_not_meant_are_one_message_and_status_2(run, config, verb
 def test_a_config_and_maxtext_files_are_one_or_the_other(run, config, verb, files):
     status, _, err = run(verb, *files, "--target", "gpu:h100")
     assert status == 2
-    assert "name a config, or MaxText's files with --maxtext" in " ".join(err.split())
+    assert "name either a config or, with --maxtext, MaxText's files" in " ".join(err.split())
 
 
 def test_explain_of_a_refused_kernel_exits_2_with_the_reason(run):
@@ -355,9 +355,18 @@ def test_explain_follows_a_config(run, tmp_path):
         (["explain", "--dtype", "float99"], "--dtype 'float99' is unknown; write e.g. 'bfloat16' or 'float32'"),
         (["explain", "--dtype", "fp32"], "--dtype 'fp32' is unknown; write 'float32'"),
         (["explain", "--batch", "99999999999999"], "2147483647"),
-        (["explain", "--soft-cap", "nan"], "no finite number above 0"),
-        (["explain", "--soft-cap", "inf", "--json"], "no finite number above 0"),
-        (["explain", "--soft-cap", "0"], "no finite number above 0"),
+        (["explain", "--soft-cap", "nan"], "must be a finite number above 0"),
+        (["explain", "--soft-cap", "inf", "--json"], "must be a finite number above 0"),
+        (["explain", "--soft-cap", "0"], "must be a finite number above 0"),
+        (["explain", "--mask", ""], "is not an expression: invalid syntax; write e.g. 'causal & window(511)'."),
+        (["explain", "--mask", "causal and segments"], "write &, | and ~ for and, or and not."),
+        (
+            ["explain", "--mask", "window()"],
+            "missing a required argument: 'left'; it is written window(left, right=0).",
+        ),
+        (["mask", "causal(1)"], "causal(…): too many positional arguments; it is written causal()."),
+        (["conformance", "--all", "dot_product"], "either name kernels or pass --all"),
+        (["conformance", "dot_product", "--known-failures", "no.toml"], "no.toml: No such file or directory."),
         (["mask", "segments"], "write segments(0, 0, 1, 1)"),
         (["mask", "causl"], "did you mean 'causal'"),
         (["mask", "~" * 5000 + "causal"], "is nested more than"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kernelry.resolution import Resolution
 
 FORMAT = 1
-_LOCK_AGAIN = "delete it and run kernelry lock again."
+_LOCK_AGAIN = "name another file, or delete it and run kernelry lock again."
 
 
 @final
@@ -174,7 +174,8 @@ class Lock:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"cannot read the lock file {path}: {error.strerror}; run kernelry lock.") from error
+            fix = "run kernelry lock" if isinstance(error, FileNotFoundError) else "name another file"
+            raise ConfigError(f"cannot read the lock file {path}: {error.strerror}; {fix}.") from error
         except ValueError as error:
             raise ConfigError(followed(f"{path} is not valid JSON: {error}", _LOCK_AGAIN)) from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -120,7 +120,7 @@ def doctor(as_json: Json = False) -> None:
 
 def _usable_cap(soft_cap: float | None) -> float | None:
     if soft_cap is not None and not 0 < soft_cap < math.inf:
-        raise typer.BadParameter(f"{soft_cap} is no finite number above 0; leave it out for no cap")
+        raise typer.BadParameter(f"must be a finite number above 0, got {soft_cap}; leave it out for no cap")
     return soft_cap
 
 
@@ -187,7 +187,11 @@ def explain(
         own = mask_of(read, phase, extent) if page_size is None else _mask_of_pages(read, extent, page_size)
         names["config"] = lambda: own
         said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=page_size is not None)}
-    options = {"mask": mask and parse_form(mask, names, anywhere=anywhere), "soft_cap": soft_cap, "sinks": sinks}
+    options = {
+        "mask": None if mask is None else parse_form(mask, names, anywhere=anywhere),
+        "soft_cap": soft_cap,
+        "sinks": sinks,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     request = Request(
         target=Target.parse(target) if target else home_target(),

@@ -66,7 +66,7 @@ def read_config(
       ConfigError: a file cannot be read, has no [attention] table, or holds a wrong key or value.
     """
     if (config is None) == (not maxtext):
-        raise typer.BadParameter("name a config, or MaxText's files with --maxtext")
+        raise typer.BadParameter("name either a config or, with --maxtext, MaxText's files")
     if config is None:
         return read_maxtext(maxtext or (), ignore or (), Caller.COMMAND)
     if ignore:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -90,7 +91,9 @@ def _parse(text: str, classes: Mapping[str, Callable[..., Mask]] | None, extent:
         return _Reader(shown, {**(classes or {}), **CLASSES, **WORDS}, extent).read(tree)
     except (SyntaxError, UnicodeError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise ArgumentError(f"mask {shown!r} is not an expression: {reason}.") from error
+        raise ArgumentError(
+            f"mask {shown!r} is not an expression: {reason}; write e.g. 'causal & window(511)'."
+        ) from error
     except (RecursionError, MemoryError):  # how Python's own parser answers to thousands of levels
         raise _too_deep(shown) from None
 
@@ -128,6 +131,8 @@ class _Reader:
                 return self.make(_dotted(called), [self.value(argument) for argument in arguments], named)
             case ast.Name() | ast.Attribute():
                 return self.make(_dotted(node), [], {})
+        if isinstance(node, ast.BoolOp | ast.UnaryOp):
+            raise self.wrong(f"cannot read {_source(node)!r}; write &, | and ~ for and, or and not")
         raise self.wrong(f"cannot read {_source(node)!r}; masks are names, calls, &, |, ~ and .at(...)")
 
     def placed(self, mask: Mask, keywords: list[ast.keyword]) -> Mask:
@@ -158,6 +163,15 @@ class _Reader:
         if name not in self.names:
             assert stand_in is not None
             raise self.wrong(f"{name!r} stands alone, without arrays: write {stand_in.instead}")
+        signature = inspect.signature(self.names[name])
+        try:
+            signature.bind(*values, **named)
+        except TypeError as error:
+            written = signature.replace(
+                parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
+                return_annotation=signature.empty,
+            )
+            raise self.wrong(f"{name}(…): {error}; it is written {name}{written}") from error
         try:
             return self.names[name](*values, **named)
         except KernelryError:
