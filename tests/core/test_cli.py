@@ -350,6 +350,10 @@ def test_explain_follows_a_config(run, tmp_path):
     ("arguments", "complaint"),
     [
         (["explain", "--target", "gpu:h10"], "did you mean 'h100'"),
+        (
+            ["explain", "--target", "gpu:h100,tpu:v5e"],
+            "must be one target; on the command line write --target for each.",
+        ),
         (["explain", "--mode", "trian"], "did you mean 'train'"),
         (["explain", "--mask", "causl"], "mask 'causl': unknown name 'causl'; did you mean 'causal'?"),
         (["explain", "--dtype", "float99"], "--dtype 'float99' is unknown; write e.g. 'bfloat16' or 'float32'"),

@@ -29,7 +29,7 @@ from kernelry.operands import as_array, as_keys, check_qkv, page_size_of, quanti
 from kernelry.partial import Partial, checking_output
 from kernelry.policy import AUTO
 from kernelry.request import Mode, Operand, Request, dtype_name, precision_name
-from kernelry.request_checks import size_of
+from kernelry.request_checks import is_finite, size_of
 from kernelry.resolution import Plan
 from kernelry.resolver import resolve
 from kernelry.scope import current_scope
@@ -177,8 +177,9 @@ def _logits_dtype(dtype: Any) -> str:
 
 
 def _is_finite(number: Any) -> bool:
-    is_number = isinstance(number, Real) or (isinstance(number, jax.Array | np.ndarray) and number.ndim == 0)
-    return is_number and not isinstance(number, bool) and math.isfinite(number)  # 1 / jnp.sqrt(64) is a number, too
+    if isinstance(number, jax.Array | np.ndarray) and number.ndim == 0:
+        return math.isfinite(number)  # 1 / jnp.sqrt(64) is a number, too
+    return is_finite(number) or (isinstance(number, Real) and not isinstance(number, int) and math.isfinite(number))
 
 
 def _is_key(value: Any) -> bool:
