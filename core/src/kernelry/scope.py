@@ -18,8 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
-import jax
-
+from kernelry._compat import user_context
 from kernelry.context_parallel import ContextParallel
 from kernelry.errors import ArgumentError
 from kernelry.kernel import KernelSpec, check_kernel_name
@@ -197,7 +196,7 @@ class _Local(threading.local):
         self.thread = _Thread()
 
 
-_jax_key: Any = jax.make_user_context(None)  # type: ignore[no-untyped-call]
+_jax_key = user_context()
 _openings: contextvars.ContextVar[tuple[_Opening, ...]] = contextvars.ContextVar("kernelry.scope", default=())
 _local = _Local()
 
