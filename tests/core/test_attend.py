@@ -161,6 +161,31 @@ def traced(returned, *, gradients=None, **arguments):
         return jax.eval_shape(differentiated, Q, K, V, bias)
 
 
+def test_all_partials_with_lse_have_one_structure():
+    """In a loop, and in the branches of lax.cond: one kernel says what rounding took from lse, another does not."""
+
+    query = jnp.zeros(Q.shape)
+
+    def part(key, kernel):
+        return kernelry.attention(query, key, key, return_partial=True, kernel=kernel, mode="prefill")
+
+    def chunks(first, keys):
+        def step(carry, key):
+            chosen = jax.lax.cond(key[0, 0, 0, 0] > 0, *(functools.partial(part, kernel=name) for name in kernels), key)
+            return kernelry.merge([carry, chosen]), None
+
+        return jax.lax.scan(step, first, keys)[0]
+
+    kernels, keys = ("dot_product", "careless"), jax.ShapeDtypeStruct((3, *query.shape), query.dtype)
+    nothing = kernelry.Partial(query, jnp.full((2, 4, 6), -jnp.inf), dtype="float32")
+    with kernelry.use(kernels=[CARELESS]):
+        parts = [jax.eval_shape(functools.partial(part, kernel=kernel), query) for kernel in kernels]
+        assert len({jax.tree.structure(part) for part in parts}) == 1
+        first = jax.eval_shape(lambda key: kernelry.merge([part(key, "careless")]), query)
+        assert jax.eval_shape(chunks, first, keys).lse_rest.shape == first.lse.shape
+        assert jax.eval_shape(chunks, nothing, keys).lse_rest is None  # made by hand, a carry stays as it was given
+
+
 WRONG_RESULTS = {
     "a bare array": (OUT, {}, "it is an array bfloat16 [2, 6, 4, 8], expected a kernelry.plugin.Partial"),
     "a tuple": ((OUT, LSE), {}, "it is a tuple, expected a kernelry.plugin.Partial"),
