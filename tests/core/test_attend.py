@@ -5,6 +5,8 @@ A kernel with `backward` gets the output and lse of the whole attention.
 
 import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +161,30 @@ def traced(returned, *, gradients=None, **arguments):
         if gradients is None:
             return jax.eval_shape(functools.partial(attend, mode="prefill"), Q, K, V)
         return jax.eval_shape(differentiated, Q, K, V, bias)
+
+
+def test_bodies_of_kernels_that_are_made_again_and_again_are_let_go():
+    """As where a cell of a notebook defines a kernel."""
+    bodies = weakref.WeakSet()
+    for place in range(300):
+        spec = dataclasses.replace(CARELESS, name=f"made_{place}", load=lambda: Returns(None))
+        assert spec.body() is spec.body()
+        bodies.add(spec.body())
+    del spec
+    gc.collect()
+    assert len(bodies) <= 256
+
+
+@pytest.mark.parametrize("traced", [jax.eval_shape, lambda f, x: jax.make_jaxpr(f)(x)], ids=["eval_shape", "jaxpr"])
+def test_tracing_alone_computes_no_tangent_and_is_no_error(traced):
+    """As docs/transformations.md says; the call itself is refused."""
+
+    def tangent(q):
+        return jax.jvp(lambda q: _squares(q, "blockwise"), (q,), (q,))[1]
+
+    traced(tangent, X)
+    with pytest.raises(ArgumentError, match="no derivative in forward mode"):
+        jax.jit(tangent).lower(X)
 
 
 def test_all_partials_with_lse_have_one_structure():
