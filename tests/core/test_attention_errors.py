@@ -275,7 +275,6 @@ MISTAKES = [
     ),
     (lambda: kernelry.flax.AttentionOp()(Q, K, K, mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
     (lambda: kernelry.flax.attention_fn(Q, Q, Q, mask=masks.Causal), "got the class Causal; write masks.Causal()."),
-    (lambda: CACHE.attend(Q[:, :1], mask=None), MASK + "None; leave it out for Causal(), or write masks.Full()."),
     (lambda: CACHE.attend(Q[:, :1], mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
     (lambda: Request(q_len=8, mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
     (
