@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("core/src/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py")])
 _PRIVATE = re.compile(r"^\s*(?:from|import)\s+\S*\._\w+|jax\._src", re.MULTILINE)
+_UNSTABLE = re.compile(r"jax\.(_src|interpreters|extend)\b")
+"""What JAX keeps for itself and for libraries, and may change with any release."""
 _OWN = re.compile(r"(from|import) kernelry\S*")
 
 
@@ -30,6 +32,13 @@ def private_imports(path):
     return [line for line in text_of(path).splitlines() if _PRIVATE.search(line) and not _OWN.search(line)]
 
 
+def unstable_jax(path):
+    """Of core; a plugin wraps what a vendor has."""
+    if path.name == "_compat.py" or not path.is_relative_to(ROOT / "core"):
+        return []
+    return [line for line in text_of(path).splitlines() if _UNSTABLE.search(line)]
+
+
 def undocumented(path):
     tree = ast.parse(text_of(path))
     public = (node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef))
@@ -43,6 +52,11 @@ def test_there_are_sources_to_look_at():
 
 def test_private_vendor_modules_are_imported_in_one_place_only():
     assert breaking(private_imports) == {}
+
+
+def test_core_uses_what_jax_may_change_in_one_place_only():
+    assert breaking(unstable_jax) == {}
+    assert _UNSTABLE.search(text_of(ROOT / "core/src/kernelry/_compat.py"))
 
 
 def test_files_stay_small_enough_to_read():

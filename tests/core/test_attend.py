@@ -5,6 +5,8 @@ A kernel with `backward` gets the output and lse of the whole attention.
 
 import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +162,55 @@ def traced(returned, *, gradients=None, **arguments):
         if gradients is None:
             return jax.eval_shape(functools.partial(attend, mode="prefill"), Q, K, V)
         return jax.eval_shape(differentiated, Q, K, V, bias)
+
+
+def test_bodies_of_kernels_that_are_made_again_and_again_are_let_go():
+    """As where a cell of a notebook defines a kernel."""
+    bodies = weakref.WeakSet()
+    for place in range(300):
+        spec = dataclasses.replace(CARELESS, name=f"made_{place}", load=lambda: Returns(None))
+        assert spec.body() is spec.body()
+        bodies.add(spec.body())
+    del spec
+    gc.collect()
+    assert len(bodies) <= 256
+
+
+@pytest.mark.parametrize("traced", [jax.eval_shape, lambda f, x: jax.make_jaxpr(f)(x)], ids=["eval_shape", "jaxpr"])
+def test_tracing_alone_computes_no_tangent_and_is_no_error(traced):
+    """As docs/transformations.md says; the call itself is refused."""
+
+    def tangent(q):
+        return jax.jvp(lambda q: _squares(q, "blockwise"), (q,), (q,))[1]
+
+    traced(tangent, X)
+    with pytest.raises(ArgumentError, match="no derivative in forward mode"):
+        jax.jit(tangent).lower(X)
+
+
+def test_all_partials_with_lse_have_one_structure():
+    """In a loop, and in the branches of lax.cond: one kernel says what rounding took from lse, another does not."""
+
+    query = jnp.zeros(Q.shape)
+
+    def part(key, kernel):
+        return kernelry.attention(query, key, key, return_partial=True, kernel=kernel, mode="prefill")
+
+    def chunks(first, keys):
+        def step(carry, key):
+            chosen = jax.lax.cond(key[0, 0, 0, 0] > 0, *(functools.partial(part, kernel=name) for name in kernels), key)
+            return kernelry.merge([carry, chosen]), None
+
+        return jax.lax.scan(step, first, keys)[0]
+
+    kernels, keys = ("dot_product", "careless"), jax.ShapeDtypeStruct((3, *query.shape), query.dtype)
+    nothing = kernelry.Partial(query, jnp.full((2, 4, 6), -jnp.inf), dtype="float32")
+    with kernelry.use(kernels=[CARELESS]):
+        parts = [jax.eval_shape(functools.partial(part, kernel=kernel), query) for kernel in kernels]
+        assert len({jax.tree.structure(part) for part in parts}) == 1
+        first = jax.eval_shape(lambda key: kernelry.merge([part(key, "careless")]), query)
+        assert jax.eval_shape(chunks, first, keys).lse_rest.shape == first.lse.shape
+        assert jax.eval_shape(chunks, nothing, keys).lse_rest is None  # made by hand, a carry stays as it was given
 
 
 WRONG_RESULTS = {

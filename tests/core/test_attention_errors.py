@@ -275,7 +275,6 @@ MISTAKES = [
     ),
     (lambda: kernelry.flax.AttentionOp()(Q, K, K, mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
     (lambda: kernelry.flax.attention_fn(Q, Q, Q, mask=masks.Causal), "got the class Causal; write masks.Causal()."),
-    (lambda: CACHE.attend(Q[:, :1], mask=None), MASK + "None; leave it out for Causal(), or write masks.Full()."),
     (lambda: CACHE.attend(Q[:, :1], mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
     (lambda: Request(q_len=8, mask=masks.Causal), MASK + "the class Causal; write masks.Causal()."),
     (
@@ -291,6 +290,12 @@ MISTAKES = [
     (lambda: Request(q_len=10**400), "q_len must be below 2**63"),
     (lambda: AttentionConfig(source=[]), "source must be text, e.g. a file's name, got []."),
     (lambda: AttentionConfig(scale=10**400), "scale must be a finite number or none, got 1"),
+    (lambda: kernelry.attention(Q, K, K, scale=10**400), "scale must be a finite number, got 1"),
+    (lambda: kernelry.attention(Q, K, K, soft_cap=10**400), "soft_cap must be a finite number, got 1"),
+    (
+        lambda: kernelry.config.from_maxtext({"attn_logits_soft_cap": 10**400}),
+        "attn_logits_soft_cap must be a finite number, or none, got 1",
+    ),
     (lambda: AttentionConfig(thresholds={1: 2}), "thresholds must be numbers by name, got {1: 2}."),
     (lambda: kernelry.config.load_config("\0.toml"), "cannot read the config '\\x00.toml': embedded null byte."),
     (

@@ -174,6 +174,34 @@ def test_the_default_mask_is_causal():
     close(attended(fed.cache, query, lengths=fed.counts), fed.oracle(masks.Causal()).out)
 
 
+def test_no_mask_shows_every_token_to_every_query():
+    fed = fed_rows(two_part, 3, (3, 2, 1))
+    query, _, _ = fed.stream.piece(fed.starts, fed.counts, 3)
+    close(attended(fed.cache, query, mask=None, lengths=fed.counts), fed.oracle(masks.Full()).out)
+
+
+def test_no_mask_is_full_on_every_cache():
+    paged, view, two, ring, prefix, _ = of_every_kind()
+    query = jax.ShapeDtypeStruct((2, 3, 4, 8), jnp.float32)
+    for cache in (paged, view, dataclasses.replace(view, shared_pages=1), two):
+        for shared in (None, prefix) if getattr(cache, "shared_pages", 0) == 0 else (None,):
+            seen = [requests_of(cache, query, mask=mask, prefix=shared) for mask in (None, masks.Full())]
+            assert seen[0] == seen[1] != requests_of(cache, query, prefix=shared)
+    with pytest.raises(ArgumentError, match=r"mask=Full\(\) may look further back"):
+        requests_of(ring, query, mask=None)
+
+
+def requests_of(cache, query, **options):
+    with kernelry.record() as resolutions:
+        jax.eval_shape(
+            lambda cache, query, shared: cache.attend(query, **{**options, "prefix": shared}),
+            cache,
+            query,
+            options.get("prefix"),
+        )
+    return [resolution.request for resolution in resolutions]
+
+
 @pytest.mark.parametrize(("make", "mask"), CACHES)
 def test_decode_is_append_then_attend(make, mask):
     before, after = Fed.new(make()).feed("prefill", 5, [5, 3, 0]), fed_rows(make, 1)
@@ -342,7 +370,9 @@ def test_what_is_no_array_or_prefix_is_a_shape_error(make):
         cache.attend(query, prefix=query, mask=mask)
 
 
-@pytest.mark.parametrize(("dtype", "words"), [("flot32", "got 'flot32'"), (jnp.int32, "got int32; storage= quantises")])
+@pytest.mark.parametrize(
+    ("dtype", "words"), [("flot32", "got 'flot32'"), (jnp.int32, "got int32; a storage quantises")]
+)
 def test_caches_hold_floating_numbers(dtype, words):
     with pytest.raises(ArgumentError, match=words):
         TwoPartCache.create(batch=1, prefill=2, decode=1, kv_heads=1, head_dim=4, dtype=dtype)

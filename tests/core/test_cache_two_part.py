@@ -125,6 +125,16 @@ def test_a_cache_crosses_jit_scan_and_donation():
     close(out[:, :, 0].swapaxes(0, 1), want.out)
 
 
+@pytest.mark.parametrize("level", [-1e9, 1e9])
+def test_both_parts_weigh_as_many_keys_as_they_have_beside_large_logits(level):
+    query, key = jnp.full((B, 1, N, H), level / H), jnp.ones((B, 4, K, H))
+    value = normal(B, 4, K, D)
+    cache = written(two_part(), key[:, :3], value[:, :3], np.full(B, 3), method="prefill")
+    cache = written(cache, key[:, 3:], value[:, 3:], np.ones(B, int), method="append")
+    out = attended(cache, query, scale=1.0, mask=None)
+    close(out, np.repeat(np.asarray(value, np.float64).mean(axis=1, keepdims=True), N // K, axis=2))
+
+
 def test_bfloat16_is_the_default():
     cache = TwoPartCache.create(batch=1, prefill=2, decode=1, kv_heads=1, head_dim=4)
     assert (cache.prefill_key.dtype, cache.decode_value.shape) == (jnp.bfloat16, (1, 1, 1, 4))

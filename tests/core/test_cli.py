@@ -11,8 +11,8 @@ import warnings
 import pytest
 from rich.console import Console
 
-from kernelry import ModelShape, Request, Target, cli
-from kernelry.cli import report
+from kernelry import ModelShape, Request, Target, catalogue, cli
+from kernelry.cli import check, report
 from kernelry.config import load_config
 from kernelry.phases.calls import calls
 from kernelry.policy.lock import Lock
@@ -227,8 +227,25 @@ def test_options_given_go_before_the_config(run, config):
     _, out, _ = run("explain", "--target", "cpu", "--config", "c.toml", *options)
     text = " ".join(out.split())
     assert "mask=segments & window(63, 0) soft_cap=20.0" in text
-    assert "from c.toml: scale=0.5 dropout_rate=0.25 precision=highest max_logits=True" in text
-    assert "; not its mask=window(63, 0) soft_cap=30.0 sinks=True, as given here" in text
+    assert "from c.toml: mask=window(63, 0) scale=0.5 dropout_rate=0.25 precision=highest max_logits=True" in text
+    assert "; not its soft_cap=30.0 sinks=True, as given here" in text
+
+
+@pytest.mark.parametrize(
+    ("mask", "overridden"),
+    [("causal", {"mask": "window(63, 0)"}), ("window(63)", {}), ("config", {}), ("segments & ~(~config)", {})],
+)
+def test_a_mask_made_of_the_configs_own_is_not_instead_of_it(run, config, mask, overridden):
+    out = run("explain", "--target", "cpu", "--config", "c.toml", "--mask", mask, "--json")[1]
+    assert json.loads(out)["config"]["overridden"] == overridden
+    assert ("mask" in json.loads(out)["config"]["fields"]) == (not overridden)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.0, "0"), (1.234e-5, "0.0000123"), (0.5, "0.500"), (9.999, "10.00"), (1234.5, "1234")]
+)
+def test_times_have_three_digits(number, text):
+    assert check._three_digits(number) == text
 
 
 def test_explain_reads_maxtext_files(run, config):
@@ -247,6 +264,7 @@ def test_options_of_maxtext_are_ignored_by_name(run, config, without_compilers, 
     question = (verb, "--maxtext", "base.yml", "--target", target, "--q-len", "64")
     status, _, err = run(*question, "--ignore", "my_attention_sink")
     assert (status, "quantize_kvcache = True has no meaning here" in err) == (2, True)
+    assert "or drop it with --ignore quantize_kvcache.\n" in err
     _, out, err = run(*question, "--ignore", "my_attention_sink", "--ignore", "quantize_kvcache")
     assert "dot_prod" in out  # the table may fold the rest
     assert err == ""
@@ -263,11 +281,32 @@ def test_a_warning_is_one_line(run, config):
     assert err.startswith("warning: base.yml: MaxText options that are not read, as they do not change what attention")
 
 
+def test_what_is_said_of_maxtext_files_is_for_the_command_line(run, config):
+    wrong = {
+        "my_attention_sink: 1": "What is not about attention passes with --ignore my_attention_sink.",
+        "brand_new: 1": "Pass --ignore brand_new if they are not about attention.",
+        "reshape_q: true\nforce_q_layout: true": "Pass --ignore reshape_q --ignore force_q_layout to leave them out.",
+        "sliding_window_size: 8": "One more --maxtext FILE that holds attention_type: local_sliding builds the config "
+        "of such a layer. If Causal() is right for this layer, pass --ignore sliding_window_size.",
+    }
+    for content, words in wrong.items():
+        (config / "base.yml").write_text(f"attention: dot_product\n{content}\n")
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            _, _, err = run("explain", "--maxtext", "base.yml", "--target", "cpu")
+        assert words in err
+        assert "ignore=" not in err
+
+
 WRONG_FILES = {
     "none.toml": ("[model]\nlayers = 2\n", "none.toml: there is no table [attention]; found instead: model. Write one"),
     "misspelt.toml": ("[atention]\n", "unknown table 'atention'; did you mean 'attention'?"),
     "name.toml": ('[attention]\nkernel = "blokwise"\n', "of that name; did you mean 'blockwise'?"),
     "base.yml": ("attention: dot_product\n", "or by the command's option --maxtext"),
+    "twice.toml": (
+        "[attention]\nkernl = 'a'\nmoba = {top_k = 2}\n",
+        "twice.toml:2: unknown key 'kernl'; did you mean 'kernel'?",
+    ),
 }
 
 
@@ -289,7 +328,7 @@ def test_files_that_are_not_meant_are_one_message_and_status_2(run, config, verb
 def test_a_config_and_maxtext_files_are_one_or_the_other(run, config, verb, files):
     status, _, err = run(verb, *files, "--target", "gpu:h100")
     assert status == 2
-    assert "name a config, or MaxText's files with --maxtext" in " ".join(err.split())
+    assert "name either a config or, with --maxtext, MaxText's files" in " ".join(err.split())
 
 
 def test_explain_of_a_refused_kernel_exits_2_with_the_reason(run):
@@ -312,14 +351,27 @@ def test_explain_follows_a_config(run, tmp_path):
     ("arguments", "complaint"),
     [
         (["explain", "--target", "gpu:h10"], "did you mean 'h100'"),
+        (
+            ["explain", "--target", "gpu:h100,tpu:v5e"],
+            "must be one target; on the command line write --target for each.",
+        ),
         (["explain", "--mode", "trian"], "did you mean 'train'"),
-        (["explain", "--mask", "causl"], "did you mean 'causal'"),
+        (["explain", "--mask", "causl"], "mask 'causl': unknown name 'causl'; did you mean 'causal'?"),
         (["explain", "--dtype", "float99"], "--dtype 'float99' is unknown; write e.g. 'bfloat16' or 'float32'"),
         (["explain", "--dtype", "fp32"], "--dtype 'fp32' is unknown; write 'float32'"),
         (["explain", "--batch", "99999999999999"], "2147483647"),
-        (["explain", "--soft-cap", "nan"], "no finite number above 0"),
-        (["explain", "--soft-cap", "inf", "--json"], "no finite number above 0"),
-        (["explain", "--soft-cap", "0"], "no finite number above 0"),
+        (["explain", "--soft-cap", "nan"], "must be a finite number above 0"),
+        (["explain", "--soft-cap", "inf", "--json"], "must be a finite number above 0"),
+        (["explain", "--soft-cap", "0"], "must be a finite number above 0"),
+        (["explain", "--mask", ""], "is not an expression: invalid syntax; write e.g. 'causal & window(511)'."),
+        (["explain", "--mask", "causal and segments"], "write &, | and ~ for and, or and not."),
+        (
+            ["explain", "--mask", "window()"],
+            "missing a required argument: 'left'; it is written window(left, right=0).",
+        ),
+        (["mask", "causal(1)"], "causal(…): too many positional arguments; it is written causal()."),
+        (["conformance", "--all", "dot_product"], "either name kernels or pass --all"),
+        (["conformance", "dot_product", "--known-failures", "no.toml"], "no.toml: No such file or directory."),
         (["mask", "segments"], "write segments(0, 0, 1, 1)"),
         (["mask", "causl"], "did you mean 'causal'"),
         (["mask", "~" * 5000 + "causal"], "is nested more than"),
@@ -338,6 +390,7 @@ def test_mistakes_are_one_message_and_status_2(run, arguments, complaint):
     assert status == 2
     assert complaint in " ".join(err.split())
     assert "Traceback" not in err
+    assert "?." not in err
 
 
 def test_mask_is_drawn_as_text(run):
@@ -421,6 +474,34 @@ def test_outputs_that_know_ascii_alone_get_plainer_signs():
         assert (
             len({len(line) for line in output.splitlines() if line.startswith(("|", "+"))}) <= 1
         )  # tables are aligned
+
+
+def test_a_platform_that_is_not_here_is_a_fault_and_one_message():
+    verbs = [["doctor", "--json"], ["explain"], ["lock", "--maxtext", __file__, "--json"], ["list"]]
+    environ = {**os.environ, "JAX_PLATFORMS": "cuba"}
+    command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(verbs)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=120)
+    outputs, errors = (text.split("END\n")[:-1] for text in (done.stdout, done.stderr))
+    [fault] = json.loads(outputs[0])["faults"]
+    assert (fault["plugin"], fault["kind"]) == ("JAX_PLATFORMS", "wrong environment variable")
+    assert fault["detail"].startswith("JAX_PLATFORMS=cuba is not what this machine has, so JAX can do nothing: ")
+    fix = "'cuba' is not a platform of JAX itself; did you mean 'cuda'? Correct or unset JAX_PLATFORMS"
+    assert fault["fix"] == fix
+    assert errors[1].endswith(f"; {fix}.\n")
+    assert "Traceback" not in done.stderr
+    assert "dot_product" in outputs[3]
+
+
+@pytest.mark.parametrize(
+    ("named", "fix"),
+    [
+        ("cpu", "unset JAX_PLATFORMS, or set it to cpu"),
+        ("tpu,cpu", "unset JAX_PLATFORMS, or set it to cpu; tpu needs a TPU and pip install 'jax[tpu]'"),
+        ("tpu, cpu", "' cpu' is not a platform of JAX itself; did you mean 'cpu'? Correct or unset JAX_PLATFORMS"),
+    ],
+)
+def test_each_platform_that_is_not_here_has_its_own_fix(named, fix):
+    assert catalogue._other_platforms(named) == fix
 
 
 @pytest.fixture

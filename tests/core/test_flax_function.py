@@ -112,6 +112,14 @@ def test_nnx_mha_accepts_a_kernelry_mask():
     close(got, of_flax(nnx_mha, "causal", num_kv_heads=2), 1e-4)
 
 
+def test_no_layer_mask_adds_nothing():
+    query = jnp.ones((1, 4, 1, 8))
+    with kernelry.record() as resolutions:
+        for layer_mask in (None, masks.Full()):
+            jax.eval_shape(functools.partial(attention_fn, mask=masks.Causal(), layer_mask=layer_mask), *[query] * 3)
+    assert [resolution.request.mask for resolution in resolutions] == [masks.Causal().form] * 2
+
+
 @pytest.mark.parametrize("make", [nnx_mha, linen_mha])
 def test_what_a_partial_binds_survives_flax(make):
     """linen inspects the signature of the partial, and both hand it mask=None."""

@@ -364,7 +364,7 @@ def test_an_option_becomes_a_field(options, field, value):
         (
             {"decoder_block": "llama4", "chunk_attn_window_size": 8192},
             "chunk_attn_window_size = 8192 and decoder_block = 'llama4' are not used: attention_type is 'global', so "
-            "the mask is Causal(). MaxText's layers of llama4 are chunk and global; from_maxtext({**options, "
+            "the mask is Causal(). MaxText's layers of llama4 are chunk and global. from_maxtext({**options, "
             "'attention_type': 'chunk'})",
         ),
         (

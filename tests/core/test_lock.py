@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import importlib_metadata
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from kernelry.config import load_config
 from kernelry.errors import ArgumentError, ConfigError
 from kernelry.policy.lock import Lock, lock_in_force
 from kernelry.policy.switches import Switches
+from kernelry.registry import installed
 
 app = typer.Typer()
 app.command()(verb.lock)
@@ -341,7 +343,73 @@ def test_json_says_what_was_not_checked(folder):
         _run(config, *SMALL)
     data = json.loads(_run("local.toml", "--check", "--json").output)
     left = {"not_checked": ["global.toml"], "not_checked_recorded": 0}
-    assert data == {"file": "kernelry.lock.json", "checked": 3, "differences": [], **left}
+    assert data == {"file": "kernelry.lock.json", "checked": 3, "differences": [], "advice": [], **left}
+
+
+@pytest.fixture
+def without_plain_kernels(monkeypatch):
+    points = importlib_metadata.entry_points(group=registry.GROUP)
+
+    def leave_out():
+        found = registry.build(points, ("cudnn_te",))
+        monkeypatch.setattr(installed, "registry", lambda: found)
+        kernelry.resolution.resolver.clear_cache()
+
+    yield leave_out
+    monkeypatch.undo()
+    kernelry.resolution.resolver.clear_cache()
+
+
+ADVICE = "which would serve every mask and option: add dot_product to KERNELRY_PLUGINS, or unset it.\n"
+
+
+def test_what_no_kernel_serves_is_not_written_and_status_1(folder, without_plain_kernels):
+    without_plain_kernels()
+    (folder / "auto.toml").write_text("[attention]\n")
+    done = _run("auto.toml", *SMALL)
+    assert done.exit_code == 1
+    assert done.output.count(": no kernel; not written to kernelry.lock.json\n") == 3
+    assert done.output.count(ADVICE) == 1
+    assert not (folder / "kernelry.lock.json").exists()
+    data = json.loads(_run("auto.toml", *SMALL, "--target", "gpu:h100", "--dtype", "bfloat16", "--json").output)
+    assert {entry["request"]["mode"] for entry in data["resolutions"]} == {"prefill", "train"}
+    assert [text.split()[1] for text in data["unserved"]] == [
+        "mode=train",
+        "mode=prefill",
+        "mode=decode",
+        "mode=decode",
+    ]
+    assert all(advice.startswith("No plain kernel is available") for advice in data["advice"])
+    assert {entry.kernel for entry in _entries()} == {"cudnn_jax"}
+
+
+def test_what_no_kernel_serves_any_more_leaves_the_file(folder, without_plain_kernels):
+    (folder / "auto.toml").write_text("[attention]\n")
+    _run("auto.toml", *SMALL)
+    _run("local.toml", *SMALL)
+    without_plain_kernels()
+    code, output = _check("auto.toml")
+    assert (code, output.count(": no kernel serves it (cudnn_jax: "), output.count(ADVICE)) == (1, 3, 1)
+    assert _run("auto.toml", *SMALL).exit_code == 1
+    assert {origin.config for entry in _entries() for origin in entry.origins} == {"local.toml"}
+    assert "holds nothing that auto.toml asked for" in _check("auto.toml")[1]
+    unserved = kernelry.explain(REQUEST)
+    assert Lock.of([unserved]).write("kernelry.lock.json", merge=True).entries == _entries()
+
+
+def test_options_left_out_of_maxtext_files_are_a_part_of_what_was_locked(folder):
+    (folder / "base.yml").write_text(f"{MAXTEXT}quantize_kvcache: true\n")
+    ignoring = ("--maxtext", "base.yml", "--ignore", "quantize_kvcache")
+    assert _run(*ignoring, *SMALL).exit_code == 0
+    assert {entry.origins[0].config for entry in _entries()} == {"base.yml --ignore quantize_kvcache"}
+    done = _run(*ignoring, "--check")
+    assert (done.exit_code, done.output) == (0, "3 resolutions stand.\n")
+    (folder / "base.yml").write_text(MAXTEXT)
+    done = _run("--maxtext", "base.yml", "--check")
+    assert done.exit_code == 1
+    assert "not checked: what base.yml --ignore quantize_kvcache asked for; pass it with --check." in done.output
+    (folder / "kernelry.lock.json").write_text('{"format": 1, "resolutions": []}')
+    assert f"run kernelry lock {' '.join(ignoring)}\n" in _run(*ignoring, "--check").output
 
 
 def test_a_lock_that_cannot_be_written_says_why(folder):

@@ -1,6 +1,9 @@
 """Predicates whose function holds arrays: kernels that evaluate it in registers are told so, and caches hold none."""
 
+import copy
+import functools
 import gc
+import itertools
 import pickle
 import weakref
 
@@ -11,7 +14,7 @@ import pytest
 
 import kernelry
 from kernelry import masks
-from kernelry.errors import KernelRefusedError
+from kernelry.errors import ArgumentError, KernelRefusedError
 from kernelry.masks.form import FunctionRef
 from kernelry.plugin import Atom, AtomKind, Policy, RefusalCode, array_refusals, static_block_map
 
@@ -349,9 +352,36 @@ def test_a_function_that_holds_a_traced_array_leaks_nothing(kernel):
         jax.eval_shape(jax.grad(attend), QUERY, jnp.int32(1))
 
 
-def test_a_form_of_an_anonymous_function_cannot_be_pickled_or_written_down():
-    form = masks.Predicate(lambda query, kv: kv <= query).form
-    with pytest.raises(TypeError, match="cannot pickle"):
-        pickle.dumps(form)
-    with pytest.raises(ValueError, match="define it with def at module level"):
-        form.to_json()
+@pytest.mark.parametrize("write", [pickle.dumps, lambda form: form.to_json()], ids=["pickle", "json"])
+def test_a_form_of_an_anonymous_function_says_how_it_can_be_serialised(write):
+    mask = masks.Predicate(lambda query, kv: kv <= query) | masks.Causal()
+    message = r"<function .*<lambda>> cannot be serialised: it is not importable by name; define it with def at module"
+    with pytest.raises(ArgumentError, match=message):
+        write(mask.form)
+    with pytest.raises(ArgumentError, match=message):
+        write(kernelry.Request(q_len=8, mask=mask))
+
+
+def test_a_form_of_an_anonymous_function_can_be_copied():
+    mask = masks.Predicate(lambda query, kv: kv <= query)
+    request = kernelry.Request(q_len=8, mask=mask)
+    assert copy.copy(request) == copy.deepcopy(request) == request
+    assert copy.deepcopy(mask.form) == mask.form
+
+
+def test_functions_without_a_name_are_ordered_alike_in_every_process():
+    class Seen:
+        def __call__(self, query, kv):
+            return kv <= query
+
+    def before(query, kv, *, reach):
+        return kv <= query + reach
+
+    def after(query, kv, *, reach):
+        return kv >= query - reach
+
+    functions = [*(functools.partial(f, reach=r) for r in range(3) for f in (before, after)), Seen(), Seen(), Seen()]
+    for one, other in itertools.combinations(map(masks.Predicate, functions), 2):
+        titles = [atom.params[0].title for atom in (one & other).form.atoms]
+        assert titles == [atom.params[0].title for atom in (other & one).form.atoms] == sorted(titles)
+        assert "0x" not in f"{one & other} {(one & other).form} {(one | other).form!r}"

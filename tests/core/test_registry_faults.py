@@ -240,7 +240,7 @@ VENDOR = """
 @pytest.fixture
 def vendored(shelf, install):
     shelf.put("vendored", VENDOR)
-    (shelf.folder / "vendored_body.py").write_text("import no_such_vendor")
+    (shelf.folder / "vendored_body.py").write_text("from no_such_vendor import Kernel")
     return install()
 
 

@@ -137,7 +137,7 @@ def test_unknown_name_in_allow_list_is_reported_with_the_nearest(shelf):
 
 def test_unknown_name_in_allow_list_raises_when_plugins_are_needed(install, fresh_request):
     install(("healthy", "healty"))
-    with pytest.raises(PluginError, match=r"did you mean 'healthy'.*correct or unset KERNELRY_PLUGINS"):
+    with pytest.raises(PluginError, match=r"did you mean 'healthy'\? Correct or unset KERNELRY_PLUGINS\.$"):
         kernelry.resolve(fresh_request)
 
 
@@ -268,6 +268,30 @@ def test_a_plain_kernel_that_the_allow_list_leaves_out_is_named_with_the_variabl
     found = discovery.build(points, ("tpu_splash",))
     monkeypatch.setattr(installed, "registry", lambda: found)
     assert kernelry.explain(fresh_request).advice == f"{MISSING}add dot_product to KERNELRY_PLUGINS, or unset it."
+
+
+def test_where_there_are_no_kernels_the_reason_is_the_true_one(monkeypatch, shelf, fresh_request):
+    shelf.put("broken", "raise ImportError('gone')")
+
+    def reason(found):
+        monkeypatch.setattr(installed, "registry", lambda: found)
+        kernelry.resolution.resolver.clear_cache()
+        with pytest.raises(NoKernelError) as caught:
+            kernelry.resolve(fresh_request)
+        [considered] = [line for line in str(caught.value).splitlines() if line.startswith("Considered: ")]
+        unserved = kernelry.explain(fresh_request).unserved.removeprefix("no kernel serves it (").removesuffix(")")
+        assert considered.startswith(f"Considered: no kernels ({unserved}), by ")
+        return unserved
+
+    assert reason(registry.build(())) == "no kernels are installed"
+    assert reason(shelf.build(())) == "KERNELRY_PLUGINS leaves out broken, healthy"
+    bring_none = "the plugins that are loaded bring none that can be used: run kernelry doctor"
+    assert reason(shelf.build(("broken",))) == f"KERNELRY_PLUGINS leaves out healthy; {bring_none}"
+    monkeypatch.undo()
+    found = kernelry.explain(fresh_request, kernels=())
+    assert found.unserved == (
+        "no kernel serves it (there is none to choose from: kernels= leaves out those that are installed)"
+    )
 
 
 def test_a_plain_kernel_that_is_installed_and_faulty_points_to_doctor(shelf, monkeypatch, fresh_request):

@@ -37,6 +37,14 @@ UNUSABLE = {
         "there is no module 'faulty_package.kernel.lost'",
         "correct load=",
     ),
+    "dict(load='json:NoSuch')": (
+        "its body 'json:NoSuch' cannot be imported: json has no 'NoSuch'",
+        "reinstall the distribution; its author: correct load=",
+    ),
+    "dict(load='faulty_package.kernel:Kernl')": (
+        "faulty_package.kernel has no 'Kernl'; did you mean 'Kernel'?",
+        "correct load=",
+    ),
     "dict(load='json')": (
         "load must be 'module:attribute' or a function, got 'json'",
         "write load='package.module:attribute'",
@@ -94,7 +102,8 @@ def faulty(shelf, install):
     package = shelf.folder / "faulty_package"
     package.mkdir()
     (package / "__init__.py").write_text("raise AssertionError('listing imports no kernel')")
-    (package / "kernel.py").write_text("")
+    (package / "kernel.py").write_text("raise AssertionError('listing imports no kernel')\nclass Kernel: ...\n")
+    (package / "elsewhere.py").write_text("from faulty_package.kernel import *\n")
 
     def put(change):
         shelf.put("broken", SPEC.format(change=change))
@@ -174,6 +183,7 @@ def test_kernel_for_interpret_mode_alone_needs_no_platform(faulty):
     assert faulty("declares(platforms=frozenset(), interpret=True)").faults == ()
 
 
-def test_platform_of_another_jax_plugin_and_body_in_a_package_not_imported_are_no_faults(faulty):
-    change = "{**declares(platforms=frozenset({'metal', 'cpu'})), 'load': 'faulty_package.kernel:Kernel'}"
+@pytest.mark.parametrize("body", ["faulty_package.kernel:Kernel", "faulty_package.elsewhere:Kernel", "math:sin"])
+def test_platform_of_another_jax_plugin_and_body_in_a_package_not_imported_are_no_faults(faulty, body):
+    change = f"{{**declares(platforms=frozenset({{'metal', 'cpu'}})), 'load': {body!r}}}"
     assert faulty(change).faults == ()

@@ -277,3 +277,34 @@ def test_a_scope_that_was_left_finds_its_programs_again():
             with kernelry.use("auto"):
                 function(ZERO)
     assert traces == [None, "a"]
+
+
+_WRAPPED = {
+    "jit": jax.jit,
+    "vmap": lambda function: lambda x: jax.vmap(function)(x[None])[0],
+    "grad": lambda function: lambda x: jax.value_and_grad(function)(x)[0],
+    "checkpoint": jax.checkpoint,
+    "scan": lambda function: lambda x: jax.lax.scan(lambda at, _: (function(at), None), x, None, length=1)[0],
+}
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("wrapped", _WRAPPED.values(), ids=_WRAPPED)
+def test_a_program_of_parts_already_traced_belongs_to_the_task_that_made_it(wrapped):
+    tasks = {"a": Task(), "b": Task()}
+    for name, task in tasks.items():
+        task.step(name)  # what is called below is traced here, so that nothing in it asks for the scope again
+    outer = jax.jit(wrapped(_traced))
+    for name in "abba":  # no scope is entered or left between these calls
+        assert NAMES[int(tasks[name].context.run(outer, ZERO))] == name
+    for task in tasks.values():
+        task.step("leave")
+
+
+@pytest.mark.versions
+def test_a_call_of_a_compiled_function_only_compares():
+    with kernelry.use("a"):
+        _traced(ZERO)
+        key = kernelry.scope._jax_key.value
+        _traced(ZERO)
+        assert kernelry.scope._jax_key.value is key

@@ -48,6 +48,10 @@ def float32(array):
 @_FEW
 @given(arrays)
 def test_the_error_is_at_most_half_a_step_and_the_scales_rounding(array):
+    check_error(array)
+
+
+def check_error(array):
     for (how, scale_dtype), (found, back) in in_every_way(array).items():
         kind = Quantization.parse(how)
         step = float32(found.scale).astype(np.float64)
@@ -118,6 +122,20 @@ def test_with_one_head_both_axes_are_one():
     one_head = jnp.ones((2, 1, 4))
     found = jax.eval_shape(lambda array: QuantizedArray.quantize(array, "int8:heads_and_head_dim"), one_head)
     assert str(found.quantization) == "int8:head_dim"
+
+
+@_FEW
+@given(arrays)
+def test_one_head_is_quantised_as_it_is_among_others(array):
+    """Multi-query attention has K = 1; where one scale is for all heads, that head has its own."""
+    alone, among = in_every_way(array[:, :, :1]), in_every_way(array)
+    check_error(array[:, :, :1])
+    for (how, scale_dtype), (found, back) in alone.items():
+        whole, _, axes = how.partition(":")
+        held, expected = among[f"{whole}:head_dim", scale_dtype]
+        assert (str(found.quantization), found.shape) == (f"{whole}:head_dim", (2, 3, 1, 4)), axes
+        np.testing.assert_array_equal(float32(found.values), float32(held.values)[:, :, :1], err_msg=how)
+        np.testing.assert_array_equal(back, np.asarray(expected)[:, :, :1], err_msg=how)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -247,6 +265,14 @@ def test_gathered_pages_equal_a_loop_with_nan_where_there_is_none(table):
     for how, found in gathered(_held(), table).items():
         plain = _held()[how].dequantize() if how else PAGES
         np.testing.assert_array_equal(found, side_by_side(np.asarray(plain), table).astype(np.float32), err_msg=how)
+
+
+def test_pages_of_one_head_are_gathered():
+    held = {how: QuantizedArray.quantize(PAGES[:, :, :1], how) if how else PAGES[:, :, :1] for how in ("", *WAYS)}
+    for how, found in gathered(held, TABLE).items():
+        plain = held[how].dequantize() if how else held[how]
+        assert found.shape == (2, 6, 1, 4)
+        np.testing.assert_array_equal(found, side_by_side(np.asarray(plain), np.asarray(TABLE)).astype(np.float32), how)
 
 
 @pytest.mark.parametrize("how", ["", *WAYS])

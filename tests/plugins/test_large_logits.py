@@ -144,3 +144,34 @@ def test_a_sink_as_low_as_its_row_is_one_key_more(kernel, level):
     out = np.asarray(VALUE, np.float64)[0, :, 0].sum(axis=0) / (LENGTH + 1)
     wanted = -np.einsum("tnd,d->n", np.asarray(D_OUT, np.float64)[0], out) / (LENGTH + 1)
     np.testing.assert_allclose(np.asarray(found), wanted, atol=2e-5)
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def merged(value, bias, sinks, *, kernel):
+    def part(value, keys):
+        given = (QUERY * 0, KEY[:, keys], value[:, keys])
+        return kernelry.attention(*given, bias=bias[..., keys], kernel=kernel, return_partial=True, gradients=["value"])
+
+    def whole(value):
+        parts = [part(value, slice(*ends)) for ends in ((0, 16), (16, LENGTH))]
+        return kernelry.finalize(kernelry.merge(parts), sinks)
+
+    out, pull = jax.vjp(whole, value)
+    return out, *pull(D_OUT)
+
+
+@pytest.mark.filterwarnings("ignore:adapters of")
+@pytest.mark.parametrize("level", [-1e9, LEAST])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_parts_of_large_logits_weigh_as_many_keys_as_they_have(kernel, level):
+    """Of 16 and of 32 keys the logarithms of the sums differ by 0.7, which vanishes where lse is −1e9."""
+    bias = jnp.full((1, 1, LENGTH, LENGTH), level, jnp.float32)
+    sinks = None if level == LEAST else jnp.full((2,), level, jnp.float32)  # a logarithm vanishes there in float64, too
+    place = testing.interpret() if kernel == "pallas_flash" else contextlib.nullcontext()
+    with place, kernelry.use(tiling=TILES[kernel] or None):
+        out, d_value = merged(VALUE, bias, sinks, kernel=kernel)
+    given = {"mask": masks.Full(), "bias": np.asarray(bias), "sinks": None if sinks is None else np.asarray(sinks)}
+    expected = reference_attention(QUERY * 0, KEY, VALUE, **given)
+    wanted = reference_gradients(QUERY * 0, KEY, VALUE, d_out=D_OUT, **given)
+    np.testing.assert_allclose(np.asarray(out), expected.out, atol=2e-6)
+    np.testing.assert_allclose(np.asarray(d_value), wanted.value, atol=2e-6)

@@ -1,11 +1,18 @@
-"""Differences between the versions of JAX that kernelry supports (0.10 … 0.12)."""
+"""What kernelry needs of JAX that JAX does not promise to keep, and differences between its versions 0.10 … 0.12.
+
+`jax.interpreters` and `jax.extend` are for libraries and may change with any release; core imports them here alone.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
+from jax.interpreters import ad, batching, mlir
 
 
 def abstract_device() -> Any | None:
@@ -50,3 +57,59 @@ def varying_alike(tree: Any) -> Any:
 def _varying(array: jax.Array) -> frozenset[Any]:
     found: frozenset[Any] = jax.typeof(array).manual_axis_type.varying
     return found
+
+
+def user_context() -> Any:
+    """Makes a value that each thread has, None at first, and that is part of the key of JAX's caches of programs."""
+    # Public, but in what order JAX hashes and compares it is not said: 0.10 … 0.12 hash it before they trace, and only
+    # compare it where they find a compiled program. tests/core/test_scopes.py fails where that changes.
+    return jax.make_user_context(None)  # type: ignore[no-untyped-call]
+
+
+def _identity(array: Any, **_params: Any) -> Any:
+    return array
+
+
+@final
+class Marker:
+    """A linear primitive that is the identity and leaves no operation in a program: it says how an array is used.
+
+    There is no public way to tell forward from reverse mode, or to learn for what a program is lowered.
+
+    Args:
+      name: the primitive's. lower: its lowering rule. transpose: its rule in reverse mode.
+      evaluate: what it does outside of programs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        lower: Callable[..., list[Any]],
+        transpose: Callable[..., list[Any]],
+        evaluate: Callable[..., Any] = _identity,
+    ) -> None:
+        self._primitive = Primitive(name)
+        self._primitive.def_impl(evaluate)  # type: ignore[no-untyped-call]
+        self._primitive.def_abstract_eval(_identity)  # type: ignore[no-untyped-call]
+        batching.primitive_batchers[self._primitive] = self._vectorised
+        mlir.register_lowering(self._primitive, lower)
+        ad.deflinear2(self._primitive, transpose)  # type: ignore[no-untyped-call]
+
+    def bind(self, array: Any, **params: Any) -> Any:
+        """Returns the array, marked."""
+        return self._primitive.bind(array, **params)  # type: ignore[no-untyped-call]
+
+    def _vectorised(self, arrays: Any, dims: Any, **params: Any) -> tuple[Any, Any]:
+        return self.bind(arrays[0], **params), dims[0]
+
+
+def array_shapes(program: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes of the arrays that a jaxpr and all inside it hold; a scalar that is written into it is none."""
+    # Public are a jaxpr's text and its evaluation; the classes are in jax.extend. One class from 0.12.
+    if isinstance(program, ClosedJaxpr | Jaxpr):
+        yield from (np.shape(array) for array in getattr(program, "consts", ()))
+        for equation in program.eqns:
+            literals = (operand.val for operand in equation.invars if isinstance(operand, Literal))
+            yield from (np.shape(value) for value in literals if np.shape(value))
+            for inside in jax.tree.leaves(equation.params):
+                yield from array_shapes(inside)

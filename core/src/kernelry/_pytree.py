@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -70,6 +71,14 @@ def importable_name(function: Any) -> str | None:
     if module is None or name is None or getattr(sys.modules.get(module), name, None) is not function:
         return None
     return f"{module}:{name}"
+
+
+def title_of(function: Callable[..., Any]) -> str:
+    """A function's name, the same in every process: a title orders atoms, so it holds no address."""
+    if isinstance(function, functools.partial):
+        return f"partial({title_of(function.func)})"
+    name = getattr(function, "__qualname__", None)
+    return name if isinstance(name, str) else f"{type(function).__qualname__} object"
 
 
 def write_static(owner: str, static: Any) -> bytes:

@@ -28,6 +28,7 @@ from kernelry.masks.fit import as_mask, check_fits
 from kernelry.masks.form import MaskForm
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
+from kernelry.request.checks import is_finite
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of
 from kernelry.request.request import Mode, Operand, Request, dtype_name, precision_name
@@ -176,8 +177,9 @@ def _logits_dtype(dtype: Any) -> str:
 
 
 def _is_finite(number: Any) -> bool:
-    is_number = isinstance(number, Real) or (isinstance(number, jax.Array | np.ndarray) and number.ndim == 0)
-    return is_number and not isinstance(number, bool) and math.isfinite(number)  # 1 / jnp.sqrt(64) is a number, too
+    if isinstance(number, jax.Array | np.ndarray) and number.ndim == 0:
+        return math.isfinite(number)  # 1 / jnp.sqrt(64) is a number, too
+    return is_finite(number) or (isinstance(number, Real) and not isinstance(number, int) and math.isfinite(number))
 
 
 def _is_key(value: Any) -> bool:

@@ -67,3 +67,15 @@ def nearest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
     if not listed:
         return ""
     return f"; known: {', '.join(names) or 'none'}"
+
+
+def sentence(text: str) -> str:
+    """Returns a text with one mark at its end; that of a question stays."""
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
+def followed(text: str, more: str) -> str:
+    """Returns `text; more`, or where the text is a question `Text? More`."""
+    if text.endswith("?"):
+        return f"{text} {more[:1].upper()}{more[1:]}"
+    return f"{text.removesuffix('.')}; {more}"

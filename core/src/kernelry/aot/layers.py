@@ -66,8 +66,7 @@ class LayerReport:
         if self.compilation is None and self.missing:
             return self.missing
         if self.compilation is None:
-            reasons = (f"{c.name}: {c.refusals[0]}" for c in self.resolution.refused)
-            return f"no kernel serves it ({'; '.join(reasons) or 'none is installed'})"
+            return self.resolution.unserved
         reason, plan = self.compilation.reason, self.resolution.plan
         if reason is None:
             left = self.compilation.unchecked

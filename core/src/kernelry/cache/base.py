@@ -30,7 +30,7 @@ _CAUSAL = Causal()
 class Options(TypedDict, total=False):
     """The keywords of `attend`."""
 
-    mask: Mask
+    mask: Mask | None
     lengths: Int[Array, " B"] | None
     prefix: SharedPrefix | None
     scale: float | None
@@ -173,7 +173,7 @@ class KVCache(Protocol):
         self,
         query: Float[Array, "B T N H"],
         *,
-        mask: Mask = _CAUSAL,
+        mask: Mask | None = _CAUSAL,
         lengths: Int[Array, " B"] | None = None,
         prefix: SharedPrefix | None = None,
         scale: float | None = None,
@@ -190,7 +190,8 @@ class KVCache(Protocol):
 
         Args:
           query: [B, T, N, H], of the tokens appended last.
-          mask: of positions only; token i of a row stands at i, after the prefix.
+          mask: of positions only; token i of a row stands at i, after the prefix. None is `Full()`, as in
+            `kernelry.attention`: the queries see each other.
           lengths: [B], how many of the T queries are tokens, as given to `append`; the others are 0.
           prefix: keys that every row sees before its own.
           scale, soft_cap, sinks, kernel, logits_dtype, precision: as in `kernelry.attention`.
@@ -205,6 +206,7 @@ class KVCache(Protocol):
             fewer tokens than there are queries.
           ShapeError, NoKernelError, KernelRefusedError: as `kernelry.attention`.
         """
+        mask = Full() if mask is None else mask
         check_mask(mask)
         query = as_array("query", query, 4)
         if query.shape[0] != self.lengths.shape[0]:
@@ -283,7 +285,7 @@ def check_mask(mask: Any) -> None:
       ShapeError: it is not a mask.
     """
     if not is_mask(mask):
-        instead = "None; leave it out for Causal(), or write masks.Full()" if mask is None else not_a_mask(mask)
+        instead = not_a_mask(mask)
         if hasattr(mask, "shape"):
             instead = (
                 f"{mask.dtype} of shape {mask.shape}; slots of a cache move: use masks of positions, and lengths= for "

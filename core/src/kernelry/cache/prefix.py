@@ -138,6 +138,7 @@ def _apart(partial: Partial, batch: int, q_len: int, lengths: jax.Array | None) 
         partial,
         out=out,
         lse=of_rows(partial.lse, -jnp.inf),
+        lse_rest=of_rows(partial.lse_rest, 0.0),
         max=of_rows(partial.max, -jnp.inf),
         sum=of_rows(partial.sum, 0.0),
     )

@@ -29,7 +29,9 @@ def _floating(dtype: Any) -> np.dtype:
     except TypeError:
         raise ArgumentError(f"dtype must be that of the queries, e.g. bfloat16, got {dtype!r}.") from None
     if not jnp.issubdtype(found, jnp.floating):
-        raise ArgumentError(f"dtype must be floating, as the queries are, got {found}; storage= quantises.")
+        raise ArgumentError(
+            f"dtype must be floating, as the queries are, got {found}; a storage quantises keys and values."
+        )
     return found
 
 

@@ -17,15 +17,16 @@ from kernelry import _version
 from kernelry.cli import check, conformance, lock, mask, report, shape
 from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
 from kernelry.config.loading import AttentionConfig
-from kernelry.errors import KernelryError
+from kernelry.errors import KernelryError, followed, sentence
 from kernelry.kernel.spec import AUTO
 from kernelry.masks import Mask
 from kernelry.masks.base import Extent
-from kernelry.masks.parse import parse_form
+from kernelry.masks.parse import names_in, parse_form
 from kernelry.phases.calls import cached, mask_of, options_of
 from kernelry.phases.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
 from kernelry.policy.switches import Switches
 from kernelry.registry import installed
+from kernelry.registry.contents import backend_fault
 from kernelry.request.checks import spelled
 from kernelry.request.request import Mode, Request, dtype_name
 from kernelry.request.target import Target, home_target
@@ -58,11 +59,20 @@ def run() -> int:
         except typer.Abort:
             return 1
         except Exception as error:
-            if not hasattr(error, "exit_code") or not hasattr(error, "show"):
-                raise
-            error.show()  # a usage error of the command line
-            return int(error.exit_code)
+            return _status_of(error)
     return result if isinstance(result, int) else 0
+
+
+def _status_of(error: Exception) -> int:
+    """Shows a usage error of the command line, or that JAX can use no device, in which case whatever asks it fails."""
+    if hasattr(error, "exit_code") and hasattr(error, "show"):
+        error.show()
+        return int(error.exit_code)
+    fault = backend_fault()
+    if fault is None:
+        raise error
+    sys.stderr.write(f"{sentence(followed(fault.detail, fault.fix))}\n")
+    return 2
 
 
 def _show_warning(
@@ -111,7 +121,7 @@ def doctor(as_json: Json = False) -> None:
 
 def _usable_cap(soft_cap: float | None) -> float | None:
     if soft_cap is not None and not 0 < soft_cap < math.inf:
-        raise typer.BadParameter(f"{soft_cap} is no finite number above 0; leave it out for no cap")
+        raise typer.BadParameter(f"must be a finite number above 0, got {soft_cap}; leave it out for no cap")
     return soft_cap
 
 
@@ -178,7 +188,11 @@ def explain(
         own = mask_of(read, phase, extent) if page_size is None else _mask_of_pages(read, extent, page_size)
         names["config"] = lambda: own
         said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=page_size is not None)}
-    options = {"mask": mask and parse_form(mask, names, anywhere=anywhere), "soft_cap": soft_cap, "sinks": sinks}
+    options = {
+        "mask": None if mask is None else parse_form(mask, names, anywhere=anywhere),
+        "soft_cap": soft_cap,
+        "sinks": sinks,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     request = Request(
         target=Target.parse(target) if target else home_target(),
@@ -200,7 +214,8 @@ def explain(
     if request.q_heads % request.kv_heads:
         raise typer.BadParameter(f"--kv-heads {request.kv_heads} must divide --heads {request.q_heads}")
     resolution = explain_request(request, kernel=kernel, policy=None if read is None else read.policy)
-    asked = None if read is None else report.Asked.of(shape.source_of(config, maxtext), request, said, given)
+    instead = given if mask is None or "config" not in names_in(mask) else {**given, "mask": said["mask"]}
+    asked = None if read is None else report.Asked.of(shape.source_of(config, maxtext, ignore), said, instead)
     if as_json:
         print_json({**resolution.to_json(), **({} if asked is None else {"config": asked.to_json()})})
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Annotated
@@ -95,6 +96,7 @@ def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableTy
             if not report.ok:
                 verdicts.setdefault(report.verdict, []).append(report.name)
         yield from (Text(f"  {', '.join(phases)}: {verdict}") for verdict, phases in verdicts.items())
+    yield from map(Text, shape.advice_of(report.resolution for found in reports.values() for report in found))
     yield Text(
         f"MiB: arguments, outputs and temporaries of one device. FLOPs, bytes and roofline: {_bound(assumed)}; a "
         "decode step reads a full cache. Compiled, not run: this proves no numbers and no speed."
@@ -126,6 +128,11 @@ def _table(name: str, reports: tuple[LayerReport, ...]) -> Table:
             "–" if compilation is None else f"{compilation.seconds:.1f}",
             f"{sum(memory.values()) / _MIB:.1f}" if memory else "–",
             f"{work.intensity:.0f}",
-            "–" if work.seconds is None else f"{work.seconds * 1e3:.3f}",
+            "–" if work.seconds is None else _three_digits(work.seconds * 1e3),
         )
     return table
+
+
+def _three_digits(number: float) -> str:
+    """A number, 0 or more, to three significant digits and without an exponent."""
+    return f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}" if number else "0"

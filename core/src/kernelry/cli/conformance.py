@@ -57,7 +57,7 @@ def check(
 
 def _specs(names: list[str], every: bool) -> list[KernelSpec]:
     if bool(names) == every:
-        raise typer.BadParameter("name kernels, or pass --all")
+        raise typer.BadParameter("either name kernels or pass --all")
     return [installed_spec(name) for name in (sorted(installed.registry().kernels) if every else names)]
 
 
@@ -80,8 +80,9 @@ def _run(specs: list[KernelSpec], quick: bool, known: Mapping[str, Mapping[str, 
 def _known(path: Path) -> dict[str, dict[str, str]]:
     try:
         read: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--known-failures {path}: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: no TOML, or no UTF-8
+        reason = error.strerror if isinstance(error, OSError) else f"not valid TOML: {error}"
+        raise ConfigError(f"--known-failures {path}: {reason}.") from error
     for kernel, cases in read.items():
         if not isinstance(cases, dict) or not all(isinstance(reason, str) and reason for reason in cases.values()):
             raise ConfigError(f"--known-failures {path}: write [{kernel}] and below it 'case name' = 'reason'.")

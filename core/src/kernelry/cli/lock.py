@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from kernelry.cli import shape
 from kernelry.cli.output import Json, print_json
 from kernelry.config.loading import AttentionConfig
-from kernelry.errors import ConfigError, KernelryError
+from kernelry.errors import ConfigError, KernelryError, followed
 from kernelry.phases.calls import calls
 from kernelry.phases.model_shape import ModelShape
 from kernelry.phases.resolving import resolve_phases
@@ -20,13 +20,14 @@ from kernelry.policy.lock import Entry, Lock, Origin, changed_fields
 from kernelry.policy.switches import LOCK_FILE
 from kernelry.request.request import Request
 from kernelry.request.target import Target, current_target
+from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.resolver import explain
 
 _TARGET = "target"
 """The fact of an origin that is not of the shape."""
 
 
-_WITH_CHECK = {"config", "maxtext", "file", "check", "as_json"}
+_WITH_CHECK = {"config", "maxtext", "ignore", "file", "check", "as_json"}
 """The options that --check reads; the others the file remembers."""
 
 
@@ -56,27 +57,37 @@ def lock(
     """The kernels of train, prefill and decode, written down for strict mode; --check compares.
 
     What the file holds of other configs, sizes, caches and masks is kept, so a model with several kinds of layers is
-    locked by one call for each.
+    locked by one call for each. Status 1: no kernel serves one of the calls, which is then not written; or, with
+    --check, a resolution changed.
     """
     read = shape.read_config(config, maxtext, ignore)
-    name = shape.source_of(config, maxtext, start=file.parent)
+    name = shape.source_of(config, maxtext, ignore, start=file.parent)
     if check:
         _refuse_sizes(context)
-        _check(Lock.read(file), read, name, shape.arguments_of(config, maxtext), as_json)
+        _check(Lock.read(file), read, name, shape.arguments_of(config, maxtext, ignore), as_json)
         return
     shapes = shape.model_shapes(
         q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part, cache, mask
     )
     targets = [Target.parse(text) for text in target or ()] or [current_target()]
     locked, disagreements = Lock(()), {}
+    found: list[Resolution] = []
     for where in targets:
         for sizes in shapes:
             phases = resolve_phases(read, sizes, target=where, changes=False)
             shape.check_names(phases.all)
+            found.extend(phases.all)
             locked = locked.merged(Lock.of(phases.all, _origin(name, where, sizes)))
             disagreements.update(dict.fromkeys(phases.disagreements))
-    written = locked.write(file, merge=True)
-    _tell(file, locked, written, list(disagreements), as_json)
+    unserved = [str(entry.request) for entry in locked.entries if entry.kernel is None]
+    nothing = len(unserved) == len(locked.entries) and not file.exists()
+    written = Lock(()) if nothing else locked.write(file, merge=True)
+    if as_json:
+        told = {"unserved": unserved, "disagreements": list(disagreements), "advice": shape.advice_of(found)}
+        print_json({"file": str(file), **written.to_json(), **told})
+    else:
+        _tell(file, locked, written, list(disagreements), shape.advice_of(found))
+    raise typer.Exit(1 if unserved else 0)
 
 
 def _refuse_sizes(context: typer.Context) -> None:
@@ -98,17 +109,16 @@ def _refuse_sizes(context: typer.Context) -> None:
         )
 
 
-def _tell(file: Path, locked: Lock, written: Lock, disagreements: list[str], as_json: bool) -> None:
-    if as_json:
-        print_json({"file": str(file), **written.to_json(), "disagreements": disagreements})
-        return
+def _tell(file: Path, locked: Lock, written: Lock, disagreements: list[str], advice: list[str]) -> None:
     for entry in locked.entries:
-        sys.stdout.write(f"{_shown(entry.request)}: {entry.choice}\n")
-    kept = len(written.entries) - len(locked.entries)
+        left_out = "" if entry.kernel else f"; not written to {file}"
+        sys.stdout.write(f"{_shown(entry.request)}: {entry.choice}{left_out}\n")
+    kept = len(written.entries) - sum(entry.kernel is not None for entry in locked.entries)
     if kept:
         sys.stdout.write(f"{kept} other resolutions of {file} were kept.\n")
     for text in disagreements:
         sys.stdout.write(f"disagreement: {text}\n")
+    sys.stdout.writelines(f"{text}\n" for text in advice)
 
 
 def _shown(request: Request) -> str:
@@ -126,10 +136,9 @@ def _asked_again(origin: Origin, config: AttentionConfig) -> tuple[Request, ...]
     try:
         target, sizes = Target.parse(facts.pop(_TARGET)), ModelShape(**facts)
     except (KeyError, TypeError, KernelryError) as error:
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error).removesuffix(".")
-        raise ConfigError(
-            f"the lock file's facts {dict(origin.facts)} cannot be read: {reason}; run kernelry lock again."
-        ) from error
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        unread = f"the lock file's facts {dict(origin.facts)} cannot be read: {reason}"
+        raise ConfigError(followed(unread, "run kernelry lock again.")) from error
     return tuple(call.request for call in calls(config, sizes, target))
 
 
@@ -142,13 +151,17 @@ def _check(locked: Lock, config: AttentionConfig, name: str, arguments: str, as_
     recorded = sum(not entry.origins for entry in locked.entries)
     origins = dict.fromkeys(o for entry in mine for o in entry.origins if o.config == name)
     asked = dict.fromkeys(request for origin in origins for request in _asked_again(origin, config))
-    differences = list(_differences(locked, mine, asked, config, name, arguments))
+    found = {request: explain(request, policy=config.policy, changes=False) for request in asked}
+    differences = list(_differences(locked, mine, found, name, arguments))
+    advice = shape.advice_of(found.values())
     others = sorted({o.config for entry in locked.entries for o in entry.origins} - {name})
     if as_json:
-        facts = {"file": locked.source, "checked": len(mine), "differences": differences}
+        facts = {"file": locked.source, "checked": len(mine), "differences": differences, "advice": advice}
         print_json({**facts, "not_checked": others, "not_checked_recorded": recorded})
     else:
-        sys.stdout.write("".join(f"{text}\n" for text in differences) or f"{len(mine)} resolutions stand.\n")
+        sys.stdout.write(
+            "".join(f"{text}\n" for text in (*differences, *advice)) or f"{len(mine)} resolutions stand.\n"
+        )
         if others:
             sys.stdout.write(f"not checked: what {', '.join(others)} asked for; pass it with --check.\n")
         if recorded:
@@ -157,23 +170,25 @@ def _check(locked: Lock, config: AttentionConfig, name: str, arguments: str, as_
 
 
 def _differences(
-    locked: Lock, mine: list[Entry], asked: dict[Request, Any], config: AttentionConfig, name: str, arguments: str
+    locked: Lock, mine: list[Entry], found: dict[Request, Resolution], name: str, arguments: str
 ) -> Iterator[str]:
     if not mine:
         yield f"{locked.source} holds nothing that {name} asked for; run kernelry lock {arguments}"
-    new = [request for request in asked if all(entry.request != request for entry in mine)]
+    new = [request for request in found if all(entry.request != request for entry in mine)]
     for entry in mine:
-        if entry.request not in asked:
+        if entry.request not in found:
             yield _stale(entry, new, name)
             continue
-        yield from _difference(locked, entry.request, config)
+        yield from _difference(locked, found[entry.request])
     for request in new:
-        yield from _difference(locked, request, config)
+        yield from _difference(locked, found[request])
 
 
-def _difference(locked: Lock, request: Request, config: AttentionConfig) -> Iterator[str]:
-    text = locked.difference(explain(request, policy=config.policy, changes=False))
-    if text is not None:
+def _difference(locked: Lock, resolution: Resolution) -> Iterator[str]:
+    text = locked.difference(resolution)
+    if resolution.plan is None:
+        yield f"{resolution.request}: {resolution.unserved}"
+    elif text is not None:
         yield text
 
 

@@ -18,7 +18,7 @@ from kernelry.policy.switches import Switches
 from kernelry.registry import installed
 from kernelry.registry.contents import Fault, InstalledKernel, Registry, switch_faults
 from kernelry.registry.hooks import CONTRACT
-from kernelry.request.request import NEUTRAL, Request
+from kernelry.request.request import NEUTRAL
 from kernelry.request.target import home_target
 from kernelry.resolution.explanation import Candidate, Resolution
 
@@ -51,7 +51,7 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
 def kernels_table(registry: Registry) -> RenderableType:
     """The installed kernels as a table."""
     if not registry.kernels:
-        return Text("No kernels are installed.")
+        return Text(f"No kernels: {installed.why_none()}.")
     table = Table(show_lines=True)
     table.add_column("kernel", no_wrap=True)
     table.add_column("serves")
@@ -123,8 +123,8 @@ def _switches(switches: Switches) -> dict[str, Any]:
 def _home() -> str:
     try:
         return str(home_target())
-    except Exception as error:  # JAX_PLATFORMS names a backend that is not here; JAX raises various types
-        return f"unknown, for JAX has no usable backend: {error!r}"
+    except Exception:  # see backend_fault
+        return "unknown, for JAX can use no device"
 
 
 def _versions() -> dict[str, str]:
@@ -182,11 +182,12 @@ class Asked:
     overridden: dict[str, str]
 
     @classmethod
-    def of(cls, source: str, request: Request, said: Mapping[str, Any], given: Mapping[str, Any]) -> Asked:
-        """Compares what a config says and what was given."""
+    def of(cls, source: str, said: Mapping[str, Any], instead: Mapping[str, Any]) -> Asked:
+        """Compares what a config says and what was given instead, both as fields of a request."""
         neutral = {**NEUTRAL, "scale": None}
-        asked = {name: value for name, value in said.items() if value != neutral[name] and name not in given}
-        overridden = {name: str(said[name]) for name in given if said[name] != getattr(request, name)}
+        taken = {name: value for name, value in said.items() if instead.get(name, value) == value}
+        asked = {name: value for name, value in taken.items() if value != neutral[name]}
+        overridden = {name: str(said[name]) for name in instead if name not in taken}
         return cls(source, {name: str(value) for name, value in asked.items()}, overridden)
 
     def to_json(self) -> dict[str, Any]:

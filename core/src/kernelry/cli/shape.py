@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kernelry.config.loading import AttentionConfig, load_config, load_maxtext
-from kernelry.errors import ConfigError
+from kernelry.config.loading import AttentionConfig, load_config, read_maxtext
+from kernelry.config.maxtext import Caller
+from kernelry.errors import ConfigError, sentence
 from kernelry.kernel.refusal import RefusalCode
 from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.resolution.explanation import Resolution
@@ -24,7 +25,7 @@ MaxText = Annotated[
 ]
 Ignored = Annotated[
     list[str] | None,
-    typer.Option("--ignore", help="an option to leave out of MaxText's files (ignore= in messages); may be repeated."),
+    typer.Option("--ignore", help="an option to leave out of MaxText's files; may be repeated."),
 ]
 QueryLength = Annotated[int, typer.Option("--q-len", min=1, help="T, tokens of a training sequence and of a prompt.")]
 MaxLength = Annotated[
@@ -65,30 +66,34 @@ def read_config(
       ConfigError: a file cannot be read, has no [attention] table, or holds a wrong key or value.
     """
     if (config is None) == (not maxtext):
-        raise typer.BadParameter("name a config, or MaxText's files with --maxtext")
+        raise typer.BadParameter("name either a config or, with --maxtext, MaxText's files")
     if config is None:
-        return load_maxtext(*(maxtext or ()), ignore=ignore or ())
+        return read_maxtext(maxtext or (), ignore or (), Caller.COMMAND)
     if ignore:
         raise typer.BadParameter("--ignore is for MaxText's files, named with --maxtext")
     return load_config(config, required=True)
 
 
-def source_of(config: Path | None, maxtext: Sequence[Path] | None, *, start: Path | None = None) -> str:
-    """The files that a command was given, as text.
+def source_of(
+    config: Path | None, maxtext: Sequence[Path] | None, ignore: Sequence[str] | None, *, start: Path | None = None
+) -> str:
+    """The files that a command was given and what it leaves out of them, as text.
 
     Args:
-      config, maxtext: as for `read_config`.
+      config, maxtext, ignore: as for `read_config`.
       start: the folder that they are relative to; None is as they were given.
     """
     paths = [config] if config is not None else list(maxtext or ())
-    return " + ".join(str(path) if start is None else Path(os.path.relpath(path, start)).as_posix() for path in paths)
+    named = " + ".join(str(path) if start is None else Path(os.path.relpath(path, start)).as_posix() for path in paths)
+    return " ".join([named, *([Caller.COMMAND.ignoring(sorted(set(ignore)))] if ignore else [])])
 
 
-def arguments_of(config: Path | None, maxtext: Sequence[Path] | None) -> str:
-    """The files that a command was given, as they are written on a command line."""
-    return shlex.join(
-        [str(config)] if config is not None else [w for file in maxtext or () for w in ("--maxtext", str(file))]
-    )
+def arguments_of(config: Path | None, maxtext: Sequence[Path] | None, ignore: Sequence[str] | None) -> str:
+    """The files that a command was given and what it leaves out of them, as they are written on a command line."""
+    if config is not None:
+        return shlex.join([str(config)])
+    files = shlex.join(word for file in maxtext or () for word in ("--maxtext", str(file)))
+    return " ".join([files, *([Caller.COMMAND.ignoring(ignore)] if ignore else [])])
 
 
 def model_shapes(
@@ -125,6 +130,11 @@ def model_shapes(
     )
 
 
+def advice_of(resolutions: Iterable[Resolution]) -> list[str]:
+    """What to do where no kernel serves, each once."""
+    return list(dict.fromkeys(found.advice for found in resolutions if found.advice is not None))
+
+
 def check_names(resolutions: Sequence[Resolution]) -> None:
     """Refuses a kernel that was asked for by name and that no installed plugin brings.
 
@@ -135,5 +145,5 @@ def check_names(resolutions: Sequence[Resolution]) -> None:
         for candidate in resolution.candidates:
             for refusal in candidate.refusals:
                 if refusal.code is RefusalCode.NOT_INSTALLED:
-                    end = "" if refusal.detail.endswith("?") else "."
-                    raise ConfigError(f"kernel {candidate.name!r}, by {resolution.rule}: {refusal.detail}{end}")
+                    asked = f"kernel {candidate.name!r}, by {resolution.rule}"
+                    raise ConfigError(sentence(f"{asked}: {refusal}"))

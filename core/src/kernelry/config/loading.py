@@ -26,14 +26,14 @@ import difflib
 import re
 import tomllib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
 from kernelry.config.lines import Keys, Place, toml_lines, yaml_lines
-from kernelry.config.maxtext import from_maxtext, read_options
-from kernelry.errors import ConfigError, nearest
+from kernelry.config.maxtext import Caller, from_maxtext, read_options
+from kernelry.errors import ConfigError, nearest, sentence
 from kernelry.execution.adapters import ADAPTERS
 from kernelry.policy.conditions import RANGES, AnyRange, Condition
 from kernelry.policy.rules import SHIPPED_THRESHOLDS, Rule
@@ -100,21 +100,29 @@ def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionCon
     if not paths or not all(isinstance(path, str | Path) for path in paths):
         said = ", ".join(map(repr, paths)) or "nothing"
         raise ConfigError(f"load_maxtext takes the paths of MaxText's files, got {said}; a mapping: from_maxtext.")
+    return read_maxtext(paths, ignore, Caller.PYTHON, stacklevel=3)
+
+
+def read_maxtext(
+    paths: Sequence[str | Path], ignore: Iterable[str], caller: Caller, *, stacklevel: int = 2
+) -> AttentionConfig:
+    """Does what `load_maxtext` does, with messages for its caller."""
     names = " + ".join(str(path) for path in paths)
     options: dict[str, Any] = {}
     for path in map(Path, paths):
         if path.suffix not in (".yaml", ".yml"):
-            raise ConfigError(f"{path}: MaxText's files are YAML, .yml or .yaml; others are read by load_config.")
+            others = "others are read by load_config, or by the command without --maxtext"
+            raise ConfigError(f"{path}: MaxText's files are YAML, .yml or .yaml; {others}.")
         content, _ = _read(path)
         if not isinstance(content, Mapping):
             raise ConfigError(f"{path} must hold MaxText's option names and values, got {content!r}.")
         options.update(content)
     try:
-        config, notices = read_options(options, ignore)
+        config, notices = read_options(options, ignore, caller)
     except ConfigError as error:
         raise ConfigError(f"{names}: {error}") from error
     for notice in notices:
-        warnings.warn(f"{names}: {notice}", stacklevel=2)
+        warnings.warn(f"{names}: {notice}", stacklevel=stacklevel)
     return dataclasses.replace(config, source=names)
 
 
@@ -175,8 +183,8 @@ def _validated(content: Mapping[str, Any], place: Place) -> AttentionConfig:
     try:
         table = schema.AttentionTable.model_validate(dict(content))
     except pydantic.ValidationError as error:
-        problems = "; ".join(_problem(detail, schema.KEYS, place) for detail in error.errors())
-        raise ConfigError(f"{problems}.") from error
+        problems = [sentence(_problem(detail, schema.KEYS, place)) for detail in error.errors()]
+        raise ConfigError(" ".join(problems)) from error
     _check_names("thresholds", table.thresholds, {threshold.name for threshold in SHIPPED_THRESHOLDS}, place)
     _check_names("forbid_adapters", table.forbid_adapters, {adapter.name for adapter in ADAPTERS}, place)
     rules = tuple(_rule(rule, index, place) for index, rule in enumerate(table.rules))

@@ -182,7 +182,15 @@ def attend(
         whole = _differentiated(parts, statistics, inputs, sinks)
     else:
         whole = _whole(_run(parts, inputs), sinks)[0]
-    return dataclasses.replace(whole, lse_rest=None)
+    return _with_rest(whole) if statistics else dataclasses.replace(whole, lse_rest=None)
+
+
+def _with_rest(partial: Partial) -> Partial:
+    """Gives a Partial that has lse the rest, too, whatever kernel it is from: all have one structure."""
+    if partial.lse is None or partial.lse_rest is not None:
+        return partial
+    _, rest = varying_alike((partial.lse, jnp.zeros_like(partial.lse)))
+    return dataclasses.replace(partial, lse_rest=rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,10 +14,8 @@ from collections.abc import Callable, Set
 from typing import Any, NoReturn, final
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
-from kernelry._compat import platforms_of
+from kernelry._compat import Marker, platforms_of
 from kernelry.errors import ArgumentError
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs, KernelSpec
@@ -85,7 +83,7 @@ def _once(kernel: _OneWay, array: jax.Array) -> jax.Array:
 @_once.defjvp
 def _once_jvp(kernel: _OneWay, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     primal = primals[0] if kernel.forward_over_reverse else _never_again(kernel, primals[0])
-    return primal, _bind(_reverse_only, tangents[0], kernel=kernel)
+    return primal, _reverse_only.bind(tangents[0], kernel=kernel)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -108,7 +106,7 @@ def _not_again(kernel: _OneWay, cotangent: jax.Array) -> jax.Array:
 
 @_not_again.defjvp
 def _not_again_jvp(kernel: _OneWay, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return primals[0], _bind(_forward_only, tangents[0], kernel=kernel)
+    return primals[0], _forward_only.bind(tangents[0], kernel=kernel)
 
 
 def _no_forward_mode(kernel: _OneWay) -> NoReturn:
@@ -124,29 +122,6 @@ def _no_second_reverse(kernel: _OneWay) -> NoReturn:
         f": pass {kernel.alternatives()}, which has them, or differentiate jax.grad in forward mode, as jax.hessian "
         "does."
     )
-
-
-def _identity(array: Any, **_params: Any) -> Any:
-    return array
-
-
-def _vectorised(primitive: Primitive, arrays: Any, dims: Any, **params: Any) -> tuple[Any, Any]:
-    return _bind(primitive, arrays[0], **params), dims[0]
-
-
-def _bind(primitive: Primitive, array: Any, **params: Any) -> Any:
-    return primitive.bind(array, **params)  # type: ignore[no-untyped-call]
-
-
-def _marker(name: str, lower: Callable[..., list[Any]], transpose: Callable[..., list[Any]]) -> Primitive:
-    """A linear primitive that is the identity, of which no operation is left in a program."""
-    primitive = Primitive(name)
-    primitive.def_impl(_identity)  # type: ignore[no-untyped-call]
-    primitive.def_abstract_eval(_identity)  # type: ignore[no-untyped-call]
-    batching.primitive_batchers[primitive] = functools.partial(_vectorised, primitive)
-    mlir.register_lowering(primitive, lower)
-    ad.deflinear2(primitive, transpose)  # type: ignore[no-untyped-call]
-    return primitive
 
 
 def _lower_tangent(_context: Any, _tangent: Any, *, kernel: _OneWay) -> NoReturn:
@@ -165,9 +140,10 @@ def _passed_again(_cotangent: Any, _tangent: Any, *, kernel: _OneWay) -> NoRetur
     _no_second_reverse(kernel)
 
 
-_reverse_only = _marker("kernelry_reverse_only", _lower_tangent, _passed_once)
-_reverse_only.def_impl(lambda _tangent, *, kernel: _no_forward_mode(kernel))  # type: ignore[no-untyped-call]
-_forward_only = _marker("kernelry_forward_only", _lowered, _passed_again)
+_reverse_only = Marker(
+    "kernelry_reverse_only", _lower_tangent, _passed_once, lambda _, *, kernel: _no_forward_mode(kernel)
+)
+_forward_only = Marker("kernelry_forward_only", _lowered, _passed_again)
 
 
 def noticed_elsewhere(partial: Partial, request: Request, kernel: str) -> Partial:
@@ -180,7 +156,7 @@ def noticed_elsewhere(partial: Partial, request: Request, kernel: str) -> Partia
     """
     if not isinstance(partial.out, jax.core.Tracer):
         return partial
-    return dataclasses.replace(partial, out=_bind(_placed, partial.out, request=request, kernel=kernel))
+    return dataclasses.replace(partial, out=_placed.bind(partial.out, request=request, kernel=kernel))
 
 
 def _lower_placed(context: Any, array: Any, *, request: Request, kernel: str) -> list[Any]:
@@ -189,10 +165,10 @@ def _lower_placed(context: Any, array: Any, *, request: Request, kernel: str) ->
 
 
 def _passed(cotangent: Any, _array: Any, **params: Any) -> list[Any]:
-    return [_bind(_placed, cotangent, **params)]  # of a gradient alone, the forward pass may not be in the program
+    return [_placed.bind(cotangent, **params)]  # of a gradient alone, the forward pass may not be in the program
 
 
-_placed = _marker("kernelry_placed", _lower_placed, _passed)
+_placed = Marker("kernelry_placed", _lower_placed, _passed)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -168,8 +168,8 @@ def merge(partials: Sequence[Partial]) -> Partial:
       partials: at least one, each with statistics, for the same queries: same shape and dtype.
 
     Returns:
-      A Partial with `max` and `sum` where every part has them, else with `lse`; with the largest
-      `max_logits` where the parts have them.
+      A Partial with `max` and `sum` where every part has them, else with `lse`; with `lse_rest` where every part has
+      it, as all from `attention` do; with the largest `max_logits` where the parts have them.
 
     Raises:
       ArgumentError: no partials, one without statistics, or some with `max_logits` and some without.

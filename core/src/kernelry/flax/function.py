@@ -46,7 +46,7 @@ def attention_fn(
     einsum_dot_general: Any = None,
     qk_attn_weights_einsum: Any = None,
     attn_weights_value_einsum: Any = None,
-    layer_mask: Mask = _FULL,
+    layer_mask: Mask | None = _FULL,
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
@@ -75,7 +75,7 @@ def attention_fn(
       input_positions: must be None: rotary embedding is the model's own business.
       force_fp32_for_softmax: is the case anyway.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
-      layer_mask: is added to `mask`.
+      layer_mask: is added to `mask`; None adds nothing.
       scale, soft_cap, sinks, mode, kernel: as in `kernelry.attention`.
       config: how kernels are chosen, unless an enclosing `use(policy=…)` says so. Its options of
         the layer must be left at their defaults: Flax's module and the arguments above say those.
@@ -110,7 +110,8 @@ def attention_fn(
             _folded(query),
             _folded(key),
             _folded(value),
-            mask=_mask(mask, is_causal, batch, query.shape[-3], key.shape[-3]) & layer_mask,
+            mask=_mask(mask, is_causal, batch, query.shape[-3], key.shape[-3])
+            & (_FULL if layer_mask is None else layer_mask),
             scale=scale,
             bias=None if bias is None else _on_logits("bias", bias, batch),
             soft_cap=soft_cap,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec
@@ -12,6 +13,7 @@ from typing import Any, final
 
 import jax.numpy as jnp
 
+from kernelry.errors import nearest
 from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
 from kernelry.kernel.spec import AUTO, KernelSpec
 from kernelry.masks.form import AtomKind, PositionKind
@@ -48,6 +50,10 @@ _NEEDED = {
     "normalizations": "frozenset({'softmax'})",
 }
 """What every request asks for, with an example of what to declare."""
+
+_DEFINED = re.compile(r"^(?:class +|def +)?(\w+)", re.MULTILINE)
+_FROM_ELSEWHERE = re.compile(r"import\s*\(?\s*\*|__getattr__|__dict__|globals|setattr|vars|exec")
+"""How a module gets names that are not written in it."""
 
 _SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
@@ -167,31 +173,49 @@ def _names_body(load: Any) -> bool:
 def _body(load: Any) -> Iterator[Mistake]:
     if not isinstance(load, str):
         return
-    module, _, _ = load.partition(":")
-    absent = _first_absent(module)
+    module, _, attribute = load.partition(":")
+    absent, found = _located(module)
+    fix = "reinstall the distribution; its author: correct load="
     if absent is not None:
-        fix = "reinstall the distribution; its author: correct load="
         yield Mistake(f"its body {load!r} cannot be imported: there is no module {absent!r}", fix)
+        return
+    source = _source(found)
+    if source is not None and not _may_have(source, attribute):
+        hint = nearest(attribute, _DEFINED.findall(source), listed=False)
+        yield Mistake(f"its body {load!r} cannot be imported: {module} has no {attribute!r}{hint}", fix)
 
 
-def _first_absent(module: str) -> str | None:
-    """Returns the outermost of a module and its packages that cannot be found. Imports none of them."""
+def _located(module: str) -> tuple[str | None, ModuleSpec | None]:
+    """Finds a module; imports nothing.
+
+    Returns:
+      The outermost of it and its packages that cannot be found, or None and its spec, where it has one.
+    """
     path = None
     names = module.split(".")
     for name in (".".join(names[: count + 1]) for count in range(len(names))):
         loaded = sys.modules.get(name)
-        if loaded is not None:
-            path = getattr(loaded, "__path__", None)
-            found = True
-        else:
-            spec = _find(name, path)
-            found = spec is not None
-            path = spec.submodule_search_locations if spec is not None else None
-        if not found:
-            return name
+        spec = _find(name, path) if loaded is None else getattr(loaded, "__spec__", None)
+        if loaded is None and spec is None:
+            return name, None
+        path = getattr(loaded, "__path__", None) if loaded is not None else spec and spec.submodule_search_locations
         if path is None and name != module:
-            return module
-    return None
+            return module, None
+    return None, spec
+
+
+def _source(spec: ModuleSpec | None) -> str | None:
+    """Returns the source of a module, without importing it; None where there is none that can be read."""
+    get_source = getattr(spec.loader, "get_source", None) if spec is not None else None
+    try:
+        return None if spec is None or get_source is None else get_source(spec.name)
+    except (ImportError, SyntaxError, UnicodeError):
+        return None
+
+
+def _may_have(source: str, name: str) -> bool:
+    """Says whether a module may have a name: its source has the word, or takes names from elsewhere."""
+    return re.search(rf"\b{name}\b", source) is not None or _FROM_ELSEWHERE.search(source) is not None
 
 
 def _find(name: str, path: Any) -> ModuleSpec | None:

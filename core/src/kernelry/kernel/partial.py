@@ -32,9 +32,9 @@ class Partial:
       max_logits: [B, N], the largest visible logit; −inf where nothing is visible. No gradient.
       dtype: the dtype that `finalize` returns, the query's.
       lse_rest: [B, N, T], what rounding to float32 took from `lse`: log Σ exp(logits) = lse + lse_rest. It matters
-        where logits are so large that adding a logarithm changes nothing, beyond ±1e7. Kernels may return it with
-        `lse`, for the backward pass; the Partials that `attention` returns have None, so a row all of whose logits are
-        beyond ±1e7 is merged by an lse that cannot say how many keys it stands for. No gradient.
+        where logits are so large that adding a logarithm changes nothing, beyond ±1e7: there lse cannot say how many
+        keys it stands for. The Partials that `attention` returns have it wherever they have `lse`, 0 from a kernel that
+        does not return it; None, in a Partial made by hand, counts as 0. No gradient.
     """
 
     out: Float[Array, "B T N D"]

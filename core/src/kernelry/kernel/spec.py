@@ -168,7 +168,7 @@ class KernelSpec:
     known_failures: tuple[tuple[str, str], ...] = ()
 
     def body(self) -> Kernel:
-        """Imports the body, once.
+        """Imports the body; those of the 256 kernels used last are kept.
 
         Raises:
           PluginError: the import fails.
@@ -187,7 +187,7 @@ class KernelSpec:
         return body
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # a notebook makes a new spec each time a cell is run
 def _loaded(spec: KernelSpec) -> Kernel:
     # A lazy import under a trace would leak tracers into the vendor's module constants.
     with jax.ensure_compile_time_eval():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from kernelry._compat import array_shapes
 from kernelry.masks.form import Atom, AtomKind, FunctionRef, Held, MaskForm
 
 
@@ -66,15 +66,4 @@ def _held_by(held: FunctionRef) -> Held:
         traced = jax.make_jaxpr(function)(position, position)
     except Exception:  # the user's own, which the call shows with its positions: no kernel's fault
         return (), False
-    return tuple(_shapes(traced)), any(isinstance(array, jax.core.Tracer) for array in traced.consts)
-
-
-def _shapes(part: Any) -> Iterator[tuple[int, ...]]:
-    """Of arrays in a jaxpr and in all inside it; a scalar that is written into it is none."""
-    if isinstance(part, ClosedJaxpr | Jaxpr):  # one class in jax 0.12
-        yield from (np.shape(array) for array in getattr(part, "consts", ()))
-        for equation in part.eqns:
-            literals = (operand.val for operand in equation.invars if isinstance(operand, Literal))
-            yield from (np.shape(value) for value in literals if np.shape(value))
-            for inside in jax.tree.leaves(equation.params):
-                yield from _shapes(inside)
+    return tuple(array_shapes(traced)), any(isinstance(array, jax.core.Tracer) for array in traced.consts)

@@ -12,10 +12,11 @@ import itertools
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, final
 
 import numpy as np
 
+from kernelry._pytree import title_of
 from kernelry.errors import ArgumentError, ConfigError, ShapeError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class FunctionRef:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.held: Held | None = None
         """The arrays that it holds, once `arrays_held` was asked."""
-        self.title = str(getattr(function, "__qualname__", function))
+        self.title = title_of(function)
         self._ref: Callable[[], Callable[..., Any] | None]
         try:
             bound = isinstance(function, types.MethodType)
@@ -93,6 +94,22 @@ class FunctionRef:
 
     def __hash__(self) -> int:
         return hash(self._ref)
+
+    def __copy__(self) -> FunctionRef:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FunctionRef:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise self.not_serialisable()
+
+    def not_serialisable(self) -> ArgumentError:
+        """The error that says what to do where a form is to be read elsewhere."""
+        return ArgumentError(
+            f"Predicate: {self!r} cannot be serialised: it is not importable by name; define it with def at module "
+            "level."
+        )
 
     def __repr__(self) -> str:
         return f"<function {self.title}>"
@@ -209,7 +226,7 @@ class Atom:
 
     @property
     def sort_key(self) -> tuple[str, str]:
-        """Orders atoms the same way however the mask was written."""
+        """Orders atoms the same way however the mask was written; anonymous functions of one title stay as written."""
         return self.kind.value, repr(self)
 
     def __str__(self) -> str:
@@ -244,10 +261,7 @@ def _plain(param: Any) -> Any:
     if isinstance(param, MaskForm):
         return param.to_json()
     if isinstance(param, FunctionRef):
-        raise ArgumentError(
-            f"Predicate: {param!r} cannot be written down, for it stands in no module; "
-            "define it with def at module level."
-        )
+        raise param.not_serialisable()
     return param
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.errors import ArgumentError, KernelryError, nearest
+from kernelry.errors import ArgumentError, KernelryError, nearest, sentence
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.form import MaskForm
 from kernelry.masks.words import CLASSES, STAND_INS, WORDS
@@ -78,6 +79,11 @@ def parse_shaped(text: str, extent: Extent, names: Mapping[str, Callable[..., Ma
     return _parse(text, names, extent)
 
 
+def names_in(text: str) -> frozenset[str]:
+    """Returns the names that stand alone in an expression that one of the functions above has read."""
+    return frozenset(node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name))
+
+
 def _parse(text: str, classes: Mapping[str, Callable[..., Mask]] | None, extent: Extent | None) -> Mask:
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     try:
@@ -85,7 +91,9 @@ def _parse(text: str, classes: Mapping[str, Callable[..., Mask]] | None, extent:
         return _Reader(shown, {**(classes or {}), **CLASSES, **WORDS}, extent).read(tree)
     except (SyntaxError, UnicodeError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise ArgumentError(f"mask {shown!r} is not an expression: {reason}.") from error
+        raise ArgumentError(
+            f"mask {shown!r} is not an expression: {reason}; write e.g. 'causal & window(511)'."
+        ) from error
     except (RecursionError, MemoryError):  # how Python's own parser answers to thousands of levels
         raise _too_deep(shown) from None
 
@@ -123,6 +131,8 @@ class _Reader:
                 return self.make(_dotted(called), [self.value(argument) for argument in arguments], named)
             case ast.Name() | ast.Attribute():
                 return self.make(_dotted(node), [], {})
+        if isinstance(node, ast.BoolOp | ast.UnaryOp):
+            raise self.wrong(f"cannot read {_source(node)!r}; write &, | and ~ for and, or and not")
         raise self.wrong(f"cannot read {_source(node)!r}; masks are names, calls, &, |, ~ and .at(...)")
 
     def placed(self, mask: Mask, keywords: list[ast.keyword]) -> Mask:
@@ -153,6 +163,15 @@ class _Reader:
         if name not in self.names:
             assert stand_in is not None
             raise self.wrong(f"{name!r} stands alone, without arrays: write {stand_in.instead}")
+        signature = inspect.signature(self.names[name])
+        try:
+            signature.bind(*values, **named)
+        except TypeError as error:
+            written = signature.replace(
+                parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
+                return_annotation=signature.empty,
+            )
+            raise self.wrong(f"{name}(…): {error}; it is written {name}{written}") from error
         try:
             return self.names[name](*values, **named)
         except KernelryError:
@@ -184,7 +203,7 @@ class _Reader:
         raise self.wrong(f"{_source(node)!r} must be a whole number, or a list of them")
 
     def wrong(self, what: str) -> ArgumentError:
-        return ArgumentError(f"mask {self.shown!r}: {what}.")
+        return ArgumentError(sentence(f"mask {self.shown!r}: {what}"))
 
 
 def _chain(node: ast.BinOp) -> list[ast.expr]:

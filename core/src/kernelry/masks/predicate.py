@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 import jax
 import numpy as np
 
-from kernelry._pytree import importable_name, pytree
+from kernelry._pytree import importable_name, pytree, title_of
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.arrays import as_array, described, module_of
 from kernelry.masks.base import Extent, Mask, children
@@ -24,7 +24,7 @@ class Predicate(Mask):
     """A query sees the keys for which a function of the positions says so.
 
     Define the function with `def` at module level: a fresh lambda is another function in every
-    call, so that everything is traced again, and an anonymous one cannot be written down. A form holds
+    call, so that everything is traced again, and an anonymous one cannot be serialised. A form holds
     an anonymous one weakly, so that no cache keeps what it closes over.
 
     Args:
@@ -68,7 +68,7 @@ class Predicate(Mask):
         visible = as_array(self.fn(query.positions, kv.positions, *self.operands))
         if visible.dtype != np.bool_ or visible.ndim > 4:
             raise ShapeError(
-                f"Predicate: {_title(self.fn)} must return booleans that broadcast to B N T S, "
+                f"Predicate: {title_of(self.fn)} must return booleans that broadcast to B N T S, "
                 f"got {visible.dtype} of shape {visible.shape}."
             )
         whole = jax.numpy.broadcast_shapes(visible.shape, query.slots.shape, kv.slots.shape)
@@ -81,12 +81,12 @@ class Predicate(Mask):
         shape = np.shape(jax.eval_shape(self.fn, query, kv, *self.operands))
         if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], full[::-1], strict=False)):
             raise ShapeError(
-                f"Predicate: {_title(self.fn)} must return booleans that broadcast to B N T S = {full}, "
+                f"Predicate: {title_of(self.fn)} must return booleans that broadcast to B N T S = {full}, "
                 f"got shape {shape}."
             )
 
     def __repr__(self) -> str:
-        return f"Predicate({', '.join([_title(self.fn), *map(described, self.operands)])})"
+        return f"Predicate({', '.join([title_of(self.fn), *map(described, self.operands)])})"
 
 
 def functions_in(mask: Mask) -> Iterator[Callable[..., Any]]:
@@ -100,7 +100,3 @@ def functions_in(mask: Mask) -> Iterator[Callable[..., Any]]:
 def is_lasting(mask: Mask) -> bool:
     """Whether a cache may hold the mask: its predicates' functions are found by name, and so live on anyhow."""
     return all(importable_name(function) is not None for function in functions_in(mask))
-
-
-def _title(fn: Callable[..., Any]) -> str:
-    return str(getattr(fn, "__qualname__", fn))

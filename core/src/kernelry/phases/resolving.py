@@ -104,8 +104,7 @@ def _target(target: Target | str | None) -> Target:
 def _unserved(resolutions: Iterable[Resolution]) -> Iterator[str]:
     for resolution in resolutions:
         if resolution.plan is None:
-            reasons = "; ".join(f"{c.name}: {c.refusals[0]}" for c in resolution.refused) or "no kernels are installed"
-            yield f"{resolution.request.mode.value}: no kernel serves it ({reasons})"
+            yield f"{resolution.request.mode.value}: {resolution.unserved}"
 
 
 _LAYOUT = ("dtype", "kv_heads", "head_dim", "value_dim")

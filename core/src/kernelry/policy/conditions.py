@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, final
 
 from kernelry._values import SymbolicSize
-from kernelry.errors import ConfigError, nearest
+from kernelry.errors import ConfigError, followed, nearest
 from kernelry.masks.form import AtomKind
 from kernelry.request.checks import DTYPES
 from kernelry.request.request import Mode, Request
@@ -183,7 +183,8 @@ def _kind(name: str) -> str:
             continue
         if found in KINDS:
             return found
-    raise ConfigError(f"when.kind: unknown kind {name!r}{nearest(name.lower(), KINDS)}; or write a glob, e.g. 'h*'.")
+    unknown = f"when.kind: unknown kind {name!r}{nearest(name.lower(), KINDS)}"
+    raise ConfigError(followed(unknown, "or write a glob, e.g. 'h*'."))
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

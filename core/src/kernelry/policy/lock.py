@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import jax
 
 from kernelry._version import __version__
-from kernelry.errors import ConfigError
+from kernelry.errors import ConfigError, followed
 from kernelry.policy.switches import Switches
 from kernelry.request.request import Mode, Request
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kernelry.resolution.explanation import Resolution
 
 FORMAT = 1
+_LOCK_AGAIN = "name another file, or delete it and run kernelry lock again."
 
 
 @final
@@ -173,19 +174,18 @@ class Lock:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"cannot read the lock file {path}: {error.strerror}; run kernelry lock.") from error
+            fix = "run kernelry lock" if isinstance(error, FileNotFoundError) else "name another file"
+            raise ConfigError(f"cannot read the lock file {path}: {error.strerror}; {fix}.") from error
         except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}; delete it and run kernelry lock again.") from error
+            raise ConfigError(followed(f"{path} is not valid JSON: {error}", _LOCK_AGAIN)) from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ConfigError(f"{path} is not a lock file of format {FORMAT}; delete it and run kernelry lock again.")
+            raise ConfigError(f"{path} is not a lock file of format {FORMAT}; {_LOCK_AGAIN}")
         try:
             return cls(tuple(Entry.from_json(entry) for entry in data["resolutions"]), str(path))
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}; delete it and run kernelry lock again.") from error
+            raise ConfigError(followed(f"{path}: {error}", _LOCK_AGAIN)) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"{path}: a resolution cannot be read: {error!r}; delete it and run kernelry lock again."
-            ) from error
+            raise ConfigError(f"{path}: a resolution cannot be read: {error!r}; {_LOCK_AGAIN}") from error
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data in an order that depends on the requests only."""
@@ -198,6 +198,8 @@ class Lock:
 
     def write(self, path: str | Path, *, merge: bool = False) -> Lock:
         """Writes the lock file: indented, keys sorted, the same bytes for the same resolutions.
+
+        What no kernel serves is left out, and with `merge` out of the file: such a call is an error in any mode.
 
             with kernelry.record() as resolutions:
                 train_step(...)
@@ -214,7 +216,8 @@ class Lock:
           ConfigError: the file cannot be written; with `merge` also where it is not a lock file, or where configs
             decide differently for one request.
         """
-        lock = Lock.read(path).merged(self) if merge and Path(path).exists() else self
+        merged = Lock.read(path).merged(self) if merge and Path(path).exists() else self
+        lock = Lock(tuple(entry for entry in merged.entries if entry.kernel is not None), merged.source)
         text = json.dumps(lock.to_json(), indent=2, sort_keys=True) + "\n"
         try:
             Path(path).write_text(text, encoding="utf-8")
@@ -276,8 +279,10 @@ def _shown(value: Any) -> str:
 
 def _joined(before: Entry | None, now: Entry) -> Entry:
     """The newer entry, with the origins of both."""
-    if before is None:
+    if before is None or before.kernel is None:
         return now
+    if now.kernel is None:
+        return before
     configs = {origin.config for origin in now.origins}
     others = sorted({origin.config for origin in before.origins} - configs)
     if before != now and others and configs:

@@ -2,7 +2,8 @@
 
 Which scopes are open is a fact of the running task, kept in a context variable. JAX looks up what it compiled by a
 value that belongs to a thread, and nothing is called when a thread goes on with another task; so while a scope is open
-that value is a `_Key`, which asks the context variable when JAX compares it.
+that value is a `_Key`, which asks the context variable when JAX compares it. A call of a compiled function compares it
+with the keys of that function's programs and does nothing else: the path to keep short.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
-import jax
-
+from kernelry._compat import user_context
 from kernelry.errors import ArgumentError
 from kernelry.kernel.mistakes import mistakes
 from kernelry.kernel.spec import AUTO, KernelSpec, check_kernel_name
@@ -58,7 +58,7 @@ class Recorder:
 
 
 @final
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Said:
     """What the open scopes say together."""
 
@@ -70,7 +70,14 @@ class _Said:
         object.__setattr__(self, "_hash", hash((self.scope, self.recorders)))
 
     def __hash__(self) -> int:
-        return self._hash  # a policy's takes long, and JAX asks in every call
+        return self._hash  # a policy's takes long
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, _Said) or self._hash != other._hash:
+            return False
+        return self.scope == other.scope and self.recorders == other.recorders
 
 
 _NOTHING = _Said()
@@ -82,7 +89,7 @@ class _Opening:
 
     __slots__ = ("_known", "change", "is_open", "thread")
 
-    def __init__(self, change: Callable[[_Said], _Said], thread: object) -> None:
+    def __init__(self, change: Callable[[_Said], _Said], thread: _Thread) -> None:
         self.change, self.thread, self.is_open = change, thread, True
         self._known: tuple[_Said, _Said] | None = None
 
@@ -95,84 +102,114 @@ class _Opening:
 
 @final
 class _Key:
-    """A part of the key of JAX's caches: what is said when it is first compared, in the thread that made it.
+    """A part of the key of JAX's caches: what is said when it is first hashed, in the thread that made it.
 
-    From then on it stays what it is, for the cache may have kept it; the thread gets a new one.
+    From then on it stays what it is, for the cache may have kept it; the thread gets a new one. JAX hashes it before it
+    traces, and where it finds a compiled program it only compares.
     """
 
     __slots__ = ("_said", "_thread")
 
-    def __init__(self, thread: object) -> None:
+    def __init__(self, thread: _Thread) -> None:
         self._thread = thread
         self._said: _Said | None = None
 
-    def said(self) -> _Said | None:
+    def settled(self) -> _Said | None:
         """Decides at the first call; None in another thread before that: nothing that was traced depends on it."""
-        if self._said is None and self._thread is _thread.token:
-            self._said = _said()
-            _thread.install()
+        if self._said is None and self._thread is _local.thread:
+            self._said = self._thread.said()
+            self._thread.install()
         return self._said
 
+    def _now(self) -> _Said | None:
+        """What it is, or would be if it were decided now."""
+        return self._thread.said() if self._said is None and self._thread is _local.thread else self._said
+
     def __eq__(self, other: object) -> bool:
-        mine = self.said()
-        if mine is None or other is None:
-            return other is None and mine == _NOTHING
-        return isinstance(other, _Key) and mine == other.said()
+        mine = self._now()
+        if mine is None:
+            return False
+        if other is None:
+            return mine == _NOTHING  # outside all scopes JAX has None
+        return isinstance(other, _Key) and mine == other._now()
 
     def __hash__(self) -> int:
-        mine = self.said()
-        return hash(None if mine == _NOTHING else mine)  # outside all scopes JAX has None
+        mine = self.settled()
+        return hash(None if mine == _NOTHING else mine)
 
 
 @final
-class _Thread(threading.local):
+class _Thread:
     """One thread's part: the scopes that were opened in it, and the value that JAX has while there are any."""
 
+    __slots__ = ("_known", "_openings", "_outermost")
+
     def __init__(self) -> None:
-        self.token = object()  # other than an identifier, never used again
         self._openings: list[_Opening] = []
         self._outermost: Any = None
+        self._known: tuple[tuple[_Opening, ...], _Said] = (), _NOTHING
+
+    def said(self) -> _Said:
+        """What is said now; computed again where the running task is another, or one of its scopes has ended."""
+        here, known = _openings.get(), self._known
+        if here is not known[0]:
+            return self._said_by(here)
+        for opening in here:
+            if not opening.is_open:
+                return self._said_by(here)
+        return known[1]
+
+    def _said_by(self, here: tuple[_Opening, ...]) -> _Said:
+        """A worker that was given a copy of the context is not inside the scopes of the thread it was copied in."""
+        openings = (opening for opening in here if opening.is_open and opening.thread is self)
+        said = functools.reduce(lambda outer, opening: opening.after(outer), openings, _NOTHING)
+        if self._outermost is not None:
+            self._known = here, said
+        return said
 
     def opened(self, opening: _Opening) -> None:
         """Puts a key in place of JAX's own value."""
         self._openings.append(opening)
         if self._outermost is None:
-            self._outermost = _jax_key(_Key(self.token))
+            self._outermost = _jax_key(_Key(self))
             self._outermost.__enter__()
 
     def install(self) -> None:
-        """Gives JAX a key that was not compared yet."""
+        """Gives JAX a key that was not hashed yet."""
         if self._outermost is not None:
-            _jax_key(_Key(self.token)).__enter__()
+            _jax_key(_Key(self)).__enter__()
 
     def tidy(self) -> None:
-        """Gives JAX back its own value when all scopes have ended."""
+        """Gives JAX back its own value when all scopes have ended, and lets go of what they hold."""
         self._openings = [opening for opening in self._openings if opening.is_open]
+        self._known = (), _NOTHING
         if not self._openings and self._outermost is not None:
             self._outermost.__exit__(None, None, None)
             self._outermost = None
 
 
-_jax_key: Any = jax.make_user_context(None)  # type: ignore[no-untyped-call]
+@final
+class _Local(threading.local):
+    """Which thread this is: an object of its own, for an identifier is used again."""
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
+
+
+_jax_key = user_context()
 _openings: contextvars.ContextVar[tuple[_Opening, ...]] = contextvars.ContextVar("kernelry.scope", default=())
-_thread = _Thread()
+_local = _Local()
 
 
 def _open_here() -> tuple[_Opening, ...]:
     return tuple(opening for opening in _openings.get() if opening.is_open)
 
 
-def _said() -> _Said:
-    """A worker that was given a copy of the context is not inside the scopes of the thread it was copied in."""
-    openings = (opening for opening in _open_here() if opening.thread is _thread.token)
-    return functools.reduce(lambda outer, opening: opening.after(outer), openings, _NOTHING)
-
-
 def _settled() -> _Said:
     """What is said now, of which a function that is being traced takes note."""
     key = _jax_key.value
-    said = key.said() if isinstance(key, _Key) else None
-    return _said() if said is None else said
+    said = key.settled() if isinstance(key, _Key) else None
+    return _local.thread.said() if said is None else said
 
 
 def current_scope() -> Scope:
@@ -198,11 +235,11 @@ class Opener(Generic[_T]):
 
     def __enter__(self) -> _T:
         change, result = self._begin()
-        opening = _Opening(change, _thread.token)
+        opening = _Opening(change, _local.thread)
         _settled()
         self._entered.append(opening)
         _openings.set((*_open_here(), opening))
-        _thread.opened(opening)
+        _local.thread.opened(opening)
         return result
 
     def __exit__(
@@ -213,7 +250,7 @@ class Opener(Generic[_T]):
         opening.is_open = False
         self._entered.remove(opening)
         _openings.set(_open_here())
-        _thread.tidy()
+        _local.thread.tidy()
 
     def _left(self) -> _Opening:
         """The scope that ends: the innermost of this task; of all where another task or thread closes a generator."""

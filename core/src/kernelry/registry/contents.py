@@ -7,12 +7,15 @@ import enum
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
-from kernelry.errors import ConfigError, PluginError, nearest
+import jax
+
+from kernelry.errors import ConfigError, PluginError, followed, nearest, sentence
 from kernelry.execution.normalization import Normalization
 from kernelry.kernel.spec import KernelSpec
 from kernelry.masks.base import Mask
 from kernelry.policy.lock import Lock
 from kernelry.policy.switches import KNOWN_SWITCHES, Switches
+from kernelry.request.target import home_target
 
 
 @final
@@ -39,6 +42,16 @@ class FaultKind(enum.Enum):
 _ENVIRONMENT = "the environment"
 """Stands for a distribution in the faults of environment variables."""
 
+_NVIDIA = "an NVIDIA GPU and pip install 'jax[cuda12]' or 'jax[cuda13]'"
+_NEEDED_BY = {
+    "cpu": "",
+    "tpu": "a TPU and pip install 'jax[tpu]'",
+    "cuda": _NVIDIA,
+    "gpu": f"an AMD GPU with JAX's plugin for ROCm, or {_NVIDIA}",
+    "rocm": "an AMD GPU and JAX's plugin for ROCm",
+}
+"""What each name that JAX_PLATFORMS may hold needs."""
+
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,7 +65,7 @@ class Fault:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.plugin} [{self.distribution}]: {self.kind.value}: {self.detail}; {self.fix}"
+        return followed(f"{self.plugin} [{self.distribution}]: {self.kind.value}: {self.detail}", self.fix)
 
     def to_json(self) -> dict[str, str]:
         """Returns plain data."""
@@ -121,7 +134,7 @@ class Registry:
         """Raises PluginError where the allow-list names an unknown plugin."""
         unknown = [fault for fault in self.faults if fault.kind is FaultKind.UNKNOWN_IN_ALLOW_LIST]
         if unknown:
-            raise PluginError("; ".join(f"{fault.detail}; {fault.fix}" for fault in unknown))
+            raise PluginError(" ".join(sentence(followed(fault.detail, fault.fix)) for fault in unknown))
 
     def check_name(self, name: str) -> None:
         """Raises PluginError for the name of a kernel that is contested or was left out."""
@@ -139,9 +152,37 @@ def claim_of(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:
     return f"kernel {kernel!r} is claimed by {' and '.join(who)}; none of them is used", "uninstall one of them"
 
 
+def backend_fault() -> Fault | None:
+    """Returns why JAX can use no device here, mostly for what JAX_PLATFORMS says; None where it can."""
+    try:
+        home_target()
+    except Exception as error:  # JAX raises various types, one of them without words
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or type(error).__name__
+        named = str(jax.config.jax_platforms or "")  # type: ignore[attr-defined]
+        if not named:
+            detail = f"JAX can use no device of this machine: {reason}"
+            return Fault(FaultKind.SWITCH, "JAX", _ENVIRONMENT, detail, "install jax and jaxlib again, of one version")
+        detail = f"JAX_PLATFORMS={named} is not what this machine has, so JAX can do nothing: {reason}"
+        return Fault(FaultKind.SWITCH, "JAX_PLATFORMS", _ENVIRONMENT, detail, _other_platforms(named))
+    return None
+
+
+def _other_platforms(named: str) -> str:
+    """What to write instead of JAX_PLATFORMS=named, or what to install for it."""
+    names = named.split(",")
+    unknown = [name for name in names if name not in _NEEDED_BY]
+    if unknown:
+        hint = f"{unknown[0]!r} is not a platform of JAX itself{nearest(unknown[0], _NEEDED_BY)}"
+        return followed(hint, "correct or unset JAX_PLATFORMS")
+    needed = [f"{name} needs {_NEEDED_BY[name]}" for name in names if _NEEDED_BY[name]]
+    return "; ".join(["unset JAX_PLATFORMS, or set it to cpu", *needed])
+
+
 def switch_faults(found: Registry, switches: Switches) -> tuple[Fault, ...]:
     """Returns what is wrong with the environment variables that nothing raised or warned of yet; see `doctor`."""
-    return (*_variables(switches), *_unknown_kernel(found, switches), *_lock(switches))
+    backend = backend_fault()
+    of_jax = () if backend is None else (backend,)
+    return (*_variables(switches), *_unknown_kernel(found, switches), *_lock(switches), *of_jax)
 
 
 def _variables(switches: Switches) -> Iterator[Fault]:

@@ -74,6 +74,19 @@ def how_to_get(kernel: str) -> str | None:
     return None if distribution is None else _how_to_get(distribution)
 
 
+def why_none() -> str:
+    """Says why there are no kernels to choose from."""
+    found = registry()
+    if found.kernels:
+        return "there is none to choose from: kernels= leaves out those that are installed"
+    if not found.plugins:
+        return "no kernels are installed"
+    left_out = [plugin.name for plugin in found.plugins if not plugin.enabled]
+    faulty = "the plugins that are loaded bring none that can be used: run kernelry doctor"
+    excluded = f"KERNELRY_PLUGINS leaves out {', '.join(left_out)}"
+    return "; ".join([excluded] * bool(left_out) + [faulty] * (len(left_out) < len(found.plugins)))
+
+
 def has_plain_kernel(names: Collection[str]) -> bool:
     """Says whether one of the kernels serves every mask and option on every platform."""
     return not set(KERNELS_OF[PLAIN]).isdisjoint(names)

@@ -73,6 +73,8 @@ class Target:
         """
         if not isinstance(text, str):
             raise ConfigError(f"a target is a name such as 'gpu:h100', got {text!r}.")
+        if "," in text:
+            raise ConfigError(f"target {text!r} must be one target; on the command line write --target for each.")
         name, _, rest = text.strip().partition(":")
         platform = _PLATFORM_ALIASES.get(name.lower(), name.lower())
         if platform not in PLATFORMS:

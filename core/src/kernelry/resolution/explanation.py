@@ -94,6 +94,12 @@ class Resolution:
         return installed.advice_on(self.request, (*there, *self.excluded))
 
     @property
+    def unserved(self) -> str:
+        """`no kernel serves it`, with the first reason of each kernel, on one line."""
+        reasons = "; ".join(f"{c.name}: {c.refusals[0]}" for c in self.refused)
+        return f"no kernel serves it ({reasons or installed.why_none()})"
+
+    @property
     def headline(self) -> str:
         """The decision in one line, as logged."""
         through = "".join(f" through {step.adapter.name}" for step in self.plan.steps) if self.plan else ""

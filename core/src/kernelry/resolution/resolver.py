@@ -245,6 +245,8 @@ def _refusal_error(resolution: Resolution) -> NoKernelError:
     if elsewhere:
         lines.append(f"  not for {resolution.request.target.platform}: {', '.join(elsewhere)}")
     considered = ", ".join(candidate.name for candidate in here) or "no kernels"
+    if not resolution.candidates:
+        considered += f" ({installed.why_none()})"
     lines.append(f"Considered: {considered}, by {resolution.rule}.")
     if others:
         lines.append(f"Not considered under this rule: {others}. Force one with kernel=…, or end the rule in 'auto'.")

@@ -5,6 +5,6 @@
 configs/types.py.
 """
 
-from kernelry.config.maxtext.reading import from_maxtext, read_options
+from kernelry.config.maxtext.reading import Caller, from_maxtext, read_options
 
-__all__ = ["from_maxtext", "read_options"]
+__all__ = ["Caller", "from_maxtext", "read_options"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 from typing import Any, final
+
+from kernelry.request.checks import is_finite
 
 
 @final
@@ -24,7 +25,7 @@ class Kind(enum.Enum):
         if self in (Kind.FLAG, Kind.TEXT):
             return isinstance(value, bool if self is Kind.FLAG else str)
         if self is Kind.NUMBER:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            return is_finite(value)
         least = {Kind.SIZE: 1, Kind.COUNT: 0, Kind.INTEGER: value}[self]
         return isinstance(value, int) and not isinstance(value, bool) and value >= least
 

@@ -6,9 +6,10 @@ import difflib
 import enum
 import functools
 import importlib.resources
+import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, final
 
 from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
 from kernelry.config.maxtext import choice
@@ -20,6 +21,26 @@ _BY_NAME = {option.name: option for option in OPTIONS}
 _MISSPELT = 0.85
 """Likeness by difflib from which an unknown key counts as an option misspelt. One wrong letter leaves a name of five
 letters above it, and none of the 850 other keys of base.yml would be taken for an option if it were unknown."""
+
+
+@final
+class Caller(enum.Enum):
+    """Who reads the messages: they say what to write in Python, or on the command line."""
+
+    PYTHON = enum.auto()
+    COMMAND = enum.auto()
+
+    def ignoring(self, names: Iterable[str]) -> str:
+        """What leaves options out."""
+        if self is Caller.PYTHON:
+            return f"ignore={tuple(names)!r}"
+        return shlex.join(word for name in names for word in ("--ignore", str(name)))
+
+    def of_type(self, name: str) -> str:
+        """What builds the config of another layer."""
+        if self is Caller.PYTHON:
+            return f"from_maxtext({{**options, 'attention_type': {name!r}}})"
+        return f"One more --maxtext FILE that holds attention_type: {name}"
 
 
 def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> AttentionConfig:
@@ -61,8 +82,14 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
     return config
 
 
-def read_options(mapping: Mapping[str, Any], ignore: Iterable[str]) -> tuple[AttentionConfig, tuple[str, ...]]:
+def read_options(
+    mapping: Mapping[str, Any], ignore: Iterable[str], caller: Caller = Caller.PYTHON
+) -> tuple[AttentionConfig, tuple[str, ...]]:
     """Reads what `from_maxtext` reads, and returns its warnings with the config.
+
+    Args:
+      mapping, ignore: as there.
+      caller: whom messages tell what to write.
 
     Raises:
       ConfigError: as there.
@@ -79,13 +106,13 @@ def read_options(mapping: Mapping[str, Any], ignore: Iterable[str]) -> tuple[Att
         raise ConfigError(f"ignore must be names in a tuple, got {names!r}.")
     dropped = frozenset(names)
     given = {name: value for name, value in mapping.items() if name not in dropped}
-    unread = _unknown(given)
+    unread = _unknown(given, caller)
     about = {name: _plain(value) for name, value in given.items() if name in _BY_NAME}
     for name, value in about.items():
-        _check_value(_BY_NAME[name], value)
+        _check_value(_BY_NAME[name], value, caller)
     options = {option.name: about.get(option.name, option.default) for option in OPTIONS}
     config = _built(options)
-    return config, (*unread, *_without_effect(about), *_unused(options, config))
+    return config, (*unread, *_without_effect(about, caller), *_unused(options, config, caller))
 
 
 def _built(options: Mapping[str, Any]) -> AttentionConfig:
@@ -116,7 +143,7 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
 
-def _without_effect(about: Mapping[str, Any]) -> Iterator[str]:
+def _without_effect(about: Mapping[str, Any], caller: Caller) -> Iterator[str]:
     """Says in one notice which options change nothing here, those of one reason together."""
     unread = [name for name in about if _BY_NAME[name].fate is Fate.UNREAD]
     changed = [name for name in unread if _BY_NAME[name].says(about[name])]
@@ -127,11 +154,11 @@ def _without_effect(about: Mapping[str, Any]) -> Iterator[str]:
         said = "; ".join(f"{', '.join(values)} ({reason})" for reason, values in reasons.items())
         yield (
             f"MaxText options that are not read, as they do not change what attention means: {said}. "
-            f"Pass ignore={tuple(changed)!r} to leave them out."
+            f"Pass {caller.ignoring(changed)} to leave them out."
         )
 
 
-def _unused(options: Mapping[str, Any], config: AttentionConfig) -> Iterator[str]:
+def _unused(options: Mapping[str, Any], config: AttentionConfig, caller: Caller) -> Iterator[str]:
     """Says which sizes, and which layers of the decoder block, the config leaves out."""
     type_, block = options["attention_type"], options["decoder_block"]
     left_out = [
@@ -146,11 +173,11 @@ def _unused(options: Mapping[str, Any], config: AttentionConfig) -> Iterator[str
         return
     said = " and ".join(f"{name} = {options[name]!r}" for name in left_out)
     others = [owner for owner, name in SIZES.items() if name in left_out]
-    kinds = f"MaxText's layers of {block} are {' and '.join(layers)}; " if layers else ""
+    kinds = f"MaxText's layers of {block} are {' and '.join(layers)}. " if layers else ""
     yield (
         f"MaxText: {said} {'is' if len(left_out) == 1 else 'are'} not used: attention_type is {type_!r}, so the mask "
-        f"is {config.mask!r}. {kinds}from_maxtext({{**options, 'attention_type': {(*layers, *others)[0]!r}}}) builds "
-        f"the config of such a layer. If {config.mask!r} is right for this layer, pass ignore={tuple(left_out)!r}."
+        f"is {config.mask!r}. {kinds}{caller.of_type((*layers, *others)[0])} builds "
+        f"the config of such a layer. If {config.mask!r} is right for this layer, pass {caller.ignoring(left_out)}."
     )
 
 
@@ -184,17 +211,17 @@ def _precision(name: str) -> str | None:
     return None if name == "default" else name
 
 
-def _check_value(option: Option, value: Any) -> None:
+def _check_value(option: Option, value: Any, caller: Caller) -> None:
     if not option.accepts(value):
         raise ConfigError(f"MaxText option {option.name} must be {option.expected}, got {value!r}.")
     if option.fate is Fate.FOREIGN and option.says(value):
         raise ConfigError(
             f"MaxText option {option.name} = {value!r} has no meaning here: {option.meaning}. "
-            f"Leave it at {option.default!r}, or drop it with ignore=({option.name!r},)."
+            f"Leave it at {option.default!r}, or drop it with {caller.ignoring([option.name])}."
         )
 
 
-def _unknown(given: Mapping[str, Any]) -> list[str]:
+def _unknown(given: Mapping[str, Any], caller: Caller) -> list[str]:
     """Returns a notice of the unknown keys.
 
     Raises:
@@ -206,13 +233,13 @@ def _unknown(given: Mapping[str, Any]) -> list[str]:
         described = " ".join(
             f"Unknown MaxText option {name!r}; did you mean {option!r}?" for name, option in meant.items()
         )
-        raise ConfigError(f"{described} What is not about attention passes with ignore={tuple(meant)!r}.")
+        raise ConfigError(f"{described} What is not about attention passes with {caller.ignoring(meant)}.")
     if not unknown:
         return []
     described = ", ".join(f"{name!r}{_like(str(name))}" for name in unknown)
     return [
         f"MaxText options that are not known and not read: {described}. "
-        f"Pass ignore={tuple(unknown)!r} if they are not about attention."
+        f"Pass {caller.ignoring(unknown)} if they are not about attention."
     ]
 
 

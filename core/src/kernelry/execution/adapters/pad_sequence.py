@@ -90,6 +90,7 @@ class PadSequence(Adapter):
             partial,
             out=lax.slice_in_dim(partial.out, 0, before.q_len, axis=1),
             lse=cut(partial.lse, 2),
+            lse_rest=cut(partial.lse_rest, 2),
             max=cut(partial.max, 2),
             sum=cut(partial.sum, 2),
         )
