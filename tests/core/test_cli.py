@@ -11,13 +11,13 @@ import warnings
 import pytest
 from rich.console import Console
 
-from kernelry import ModelShape, Request, Target, catalogue, cli
+from kernelry import ModelShape, Request, Target, cli
 from kernelry.cli import check, report
 from kernelry.config import load_config
 from kernelry.phases.calls import calls
 from kernelry.policy.lock import Lock
 from kernelry.policy.switches import Switches
-from kernelry.registry import discovery, installed
+from kernelry.registry import contents, discovery, installed
 
 pytestmark = pytest.mark.versions
 
@@ -501,7 +501,7 @@ def test_a_platform_that_is_not_here_is_a_fault_and_one_message():
     ],
 )
 def test_each_platform_that_is_not_here_has_its_own_fix(named, fix):
-    assert catalogue._other_platforms(named) == fix
+    assert contents._other_platforms(named) == fix
 
 
 @pytest.fixture
