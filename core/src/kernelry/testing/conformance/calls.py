@@ -201,12 +201,12 @@ _PEAK = 8.0
 
 
 def _peaks(query: np.ndarray, key: np.ndarray) -> None:
-    """Makes the largest logit of each head that of the last query and key, the last and the second, or the second.
+    """Makes the largest logit of each head that of the last query and key, or one of the first two of either.
 
-    Causal masks show the second key to the second query, too.
+    Causal masks show the first key to the second query, too.
     """
     (batch, q_len, heads, head_dim), (kv_len, kv_heads) = query.shape, key.shape[1:3]
-    places = ((q_len - 1, kv_len - 1), (q_len - 1, min(1, kv_len - 1)), (min(1, q_len - 1), min(1, kv_len - 1)))
+    places = ((q_len - 1, kv_len - 1), (q_len - 1, min(1, kv_len - 1)), (min(1, q_len - 1), 0))
     for index, (row, head) in enumerate(np.ndindex(batch, heads)):
         token, slot = places[index % len(places)]
         peak = query[row, token, head]
