@@ -16,16 +16,20 @@ import kernelry
 from kernelry.masks import (
     BidirectionalSpans,
     BlockCausal,
+    BlockSelection,
+    Causal,
     Chunked,
     Dense,
+    Full,
     Lengths,
+    Predicate,
     PrefixLM,
     Segments,
     SlidingWindow,
 )
 from kernelry.masks.band import Band
-from kernelry.masks.base import And, At, Or
-from kernelry.masks.positions import StaticOffset
+from kernelry.masks.base import And, At, Not, Or
+from kernelry.masks.positions import StaticOffset, StaticPositions
 from kernelry.plugin import KernelSpec, QuantizedArray, Refusal, RefusalCode, Side, Tiling
 
 
@@ -422,6 +426,361 @@ class StartsEachBlockOfQueriesAtTheDiagonal(Honest):
     def masks(self, inputs):
         early = Instead(lambda query, kv: (query.slots // 128 == 0) | (kv.slots >= query.slots // 128 * 128))
         return (*super().masks(inputs), early)
+
+
+def beyond(length):
+    """The tokens beyond a first tile of 128."""
+    return jnp.arange(length) >= 128
+
+
+def repeated(mask):
+    """Answers for later keys as for those of the first tile."""
+
+    def answer(query, kv):
+        visible = mask.evaluate(query, kv)
+        return visible[..., jnp.arange(visible.shape[3]) % 128]
+
+    return Instead(answer)
+
+
+def instead_beyond(mask, other):
+    """Answers as another mask where query or key is beyond the first tile."""
+    later = lambda query, kv: (query.slots >= 128) | (kv.slots >= 128)  # noqa: E731
+    return Instead(lambda query, kv: jnp.where(later(query, kv), other.evaluate(query, kv), mask.evaluate(query, kv)))
+
+
+@lie("beyond its tiles, window")
+class WindowsHaveNoLeftEdgeBeyondATile(OtherMasks):
+    def other(self, mask):
+        return instead_beyond(mask, Band(None, mask.right)) if isinstance(mask, Band) and mask.left else mask
+
+
+@lie("beyond its tiles, wide window")
+class VisitsTwoTilesOfAWindow(OtherMasks):
+    def other(self, mask):
+        if not isinstance(mask, Band) or mask.left is None:
+            return mask
+        visited = Instead(lambda query, kv: kv.slots // 64 >= query.slots // 64 - 1)
+        return Instead(lambda query, kv: visited.evaluate(query, kv) & mask.evaluate(query, kv))
+
+
+@lie("beyond its tiles, lengths")
+class CutsLengthsAtATile(OtherMasks):
+    def other(self, mask):
+        return Lengths(jnp.minimum(mask.kv_lengths, 128), mask.query_lengths) if isinstance(mask, Lengths) else mask
+
+
+@lie("beyond its tiles, dense")
+class RepeatsTheFirstTileOfADenseMask(OtherMasks):
+    def other(self, mask):
+        return repeated(mask) if isinstance(mask, Dense) else mask
+
+
+@lie("beyond its tiles, block selection")
+class RepeatsTheFirstTileOfASelection(OtherMasks):
+    def other(self, mask):
+        return repeated(mask) if isinstance(mask, BlockSelection) else mask
+
+
+@lie("beyond its tiles, segments")
+class SeesEverySegmentBeyondATile(OtherMasks):
+    def other(self, mask):
+        return instead_beyond(mask, Full()) if isinstance(mask, Segments) else mask
+
+
+@lie("beyond its tiles, segments of two sides")
+class ReadsLaterKeysSegmentsFromTheQueries(OtherMasks):
+    def other(self, mask):
+        if not isinstance(mask, Segments) or mask.kv_ids is None:
+            return mask
+        return instead_beyond(mask, Segments(mask.query_ids))
+
+
+@lie("beyond its tiles, spans")
+class SpansEndWithTheirTile(OtherMasks):
+    def other(self, mask):
+        if not isinstance(mask, BidirectionalSpans):
+            return mask
+        return Instead(lambda query, kv: (query.slots // 128 == kv.slots // 128) & mask.evaluate(query, kv))
+
+
+@lie("beyond its tiles, chunked")
+class ChunksEndWithTheirTile(OtherMasks):
+    def other(self, mask):
+        if not isinstance(mask, Chunked):
+            return mask
+        return Instead(lambda query, kv: (query.slots // 128 == kv.slots // 128) & mask.evaluate(query, kv))
+
+
+@lie("beyond its tiles, block causal")
+class TakesBlocksForCausalBeyondATile(OtherMasks):
+    def other(self, mask):
+        return instead_beyond(mask, Causal()) if isinstance(mask, BlockCausal) else mask
+
+
+@lie("beyond its tiles, long prefix")
+class CutsPrefixesAtATile(OtherMasks):
+    def other(self, mask):
+        return PrefixLM(jnp.minimum(mask.prefix_lengths, 128)) if isinstance(mask, PrefixLM) else mask
+
+
+@lie("beyond its tiles, predicate")
+class GivesPredicatesPositionsInTheTile(OtherMasks):
+    def other(self, mask):
+        inside = lambda side: dataclasses.replace(side, positions=side.positions % 128)  # noqa: E731
+        tiled = Instead(lambda query, kv: mask.evaluate(inside(query), inside(kv)))
+        return instead_beyond(mask, tiled) if isinstance(mask, Predicate) else mask
+
+
+@lie("beyond its tiles, or")
+class TakesOrForAndBeyondATile(OtherMasks):
+    def other(self, mask):
+        return instead_beyond(mask, And(mask.parts)) if isinstance(mask, Or) else mask
+
+
+@lie("beyond its tiles, not")
+class ForgetsNotBeyondATile(OtherMasks):
+    def other(self, mask):
+        return instead_beyond(mask, mask.mask) if isinstance(mask, Not) else mask
+
+
+@lie("beyond its tiles, full attention")
+class VisitsNoTileRightOfTheDiagonal(Honest):
+    def masks(self, inputs):
+        visited = Instead(lambda query, kv: (kv.slots // 128 <= query.slots // 128) | (query.slots.size < 128))
+        return (*super().masks(inputs), visited)
+
+
+@lie("beyond its tiles, few queries, causal")
+class ReadsOneTileInAStep(Honest):
+    def visible(self, inputs, request):
+        return super().visible(inputs, request) & ~(beyond(request.kv_len) & (request.q_len < 8))
+
+
+def by_slot_beyond(mask):
+    return instead_beyond(mask, mask.mask)
+
+
+@lie("beyond its tiles, causal at offsets")
+class IgnoresOffsetsBeyondATile(Honest):
+    def masks(self, inputs):
+        moved = [has_offsets(mask) and inputs.query.shape[1] > 128 for mask in inputs.mask]
+        return tuple(by_slot_beyond(mask) if m else mask for mask, m in zip(inputs.mask, moved, strict=True))
+
+
+@lie("beyond its tiles, causal at static positions")
+class IgnoresStaticPositionsBeyondATile(Honest):
+    def masks(self, inputs):
+        static = [isinstance(mask, At) and isinstance(mask.query, StaticPositions) for mask in inputs.mask]
+        return tuple(by_slot_beyond(mask) if s else mask for mask, s in zip(inputs.mask, static, strict=True))
+
+
+@lie("beyond its tiles, causal at traced")
+class IgnoresTracedPositionsBeyondATile(Honest):
+    def masks(self, inputs):
+        traced = [isinstance(mask, At) and bool(jax.tree.leaves((mask.query, mask.kv))) for mask in inputs.mask]
+        return tuple(by_slot_beyond(mask) if t else mask for mask, t in zip(inputs.mask, traced, strict=True))
+
+
+@lie("beyond its tiles, soft cap and bias")
+class RepeatsTheFirstTileOfABias(Honest):
+    def biased(self, logits, inputs):
+        if inputs.bias is None or inputs.bias.shape[2] == 1:
+            return super().biased(logits, inputs)
+        return logits + inputs.bias.astype(jnp.float32)[:, :, jnp.arange(inputs.bias.shape[2]) % 128]
+
+
+@lie("beyond its tiles, soft cap and bias")
+class DropsTheBiasGradientBeyondATile(Honest):
+    def biased(self, logits, inputs):
+        if inputs.bias is None:
+            return logits
+        bias = inputs.bias.astype(jnp.float32)
+        return logits + jnp.where(beyond(bias.shape[3]), jax.lax.stop_gradient(bias), bias)
+
+
+@lie("beyond its tiles, bias for every key")
+class SumsASharedBiasGradientOverOneTile(Honest):
+    def biased(self, logits, inputs):
+        if inputs.bias is None or inputs.bias.shape[2] > 1:
+            return super().biased(logits, inputs)
+        bias = jnp.broadcast_to(inputs.bias.astype(jnp.float32), logits.shape)
+        return logits + jnp.where(beyond(bias.shape[2])[:, None], jax.lax.stop_gradient(bias), bias)
+
+
+@lie("beyond its tiles, soft cap and bias")
+class CapsTheFirstTileOnly(Honest):
+    def capped(self, logits, inputs, visible, request):
+        return jnp.where(beyond(request.kv_len), logits, super().capped(logits, inputs, visible, request))
+
+
+@lie("beyond its tiles, soft cap and bias and sinks")
+class AppliesSinksToTheFirstTileOnly(Honest):
+    def with_sinks(self, out, lse, inputs):
+        return jnp.where(beyond(out.shape[1])[:, None, None], out, super().with_sinks(out, lse, inputs))
+
+
+@lie("beyond its tiles, soft cap and bias and sinks")
+class SumsTheSinkGradientOverOneTile(Honest):
+    def with_sinks(self, out, lse, inputs):
+        if inputs.sinks is None:
+            return out
+        constant = dataclasses.replace(inputs, sinks=jax.lax.stop_gradient(inputs.sinks))
+        first, later = (super(SumsTheSinkGradientOverOneTile, self).with_sinks(out, lse, i) for i in (inputs, constant))
+        return jnp.where(beyond(out.shape[1])[:, None, None], later, first)
+
+
+@lie("beyond its tiles, soft cap and bias and sinks and max logits")
+class MaxLogitsOfTheFirstTile(Honest):
+    def max_logits(self, masked, capped):
+        return super().max_logits(jnp.where(beyond(masked.shape[3]), -jnp.inf, masked), capped)
+
+
+@lie("beyond its tiles, soft cap and bias and sinks and max logits")
+class MaxLogitsOfTheLastTile(Honest):
+    def max_logits(self, masked, capped):
+        last = (masked.shape[2] - 1) // 128 * 128
+        return super().max_logits(masked[:, :, last:], capped)
+
+
+@lie("beyond its tiles, lse")
+class RepeatsTheFirstTileOfLse(Honest):
+    def returned_lse(self, lse):
+        return lse[..., jnp.arange(lse.shape[2]) % 128]
+
+
+@lie("beyond its tiles, lse")
+class LseWithoutGradientBeyondATile(Honest):
+    def returned_lse(self, lse):
+        return jnp.where(beyond(lse.shape[2]), jax.lax.stop_gradient(lse), lse)
+
+
+@lie("beyond its tiles, lse", backward=True)
+class DropsTheKeyGradientBeyondATile(HonestBackward):
+    def d_key(self, d_key):
+        return jnp.where(beyond(d_key.shape[1])[:, None, None], 0, d_key)
+
+
+@lie("beyond its tiles, lse", backward=True)
+class LeavesOutDeltaBeyondATile(HonestBackward):
+    def delta(self, out, d_out, d_lse):
+        return jnp.where(beyond(out.shape[1]), 0, super().delta(out, d_out, d_lse))
+
+
+@lie("beyond its tiles, lse", backward=True)
+class DropsTheCotangentOfLseBeyondATile(HonestBackward):
+    def delta(self, out, d_out, d_lse):
+        delta = super().delta(out, d_out, d_lse)
+        return jnp.where(beyond(out.shape[1]), super().delta(out, d_out, None), delta)
+
+
+_NO_COTANGENT = dataclasses.replace(BACKWARD, lse_cotangent=False)
+"""Only adapters call the backward of such a kernel."""
+
+
+@lie("beyond its tiles, backward", backward=True, capabilities=_NO_COTANGENT)
+class LeavesOutDeltaBeyondATileOfAnAdapter(HonestBackward):
+    def delta(self, out, d_out, d_lse):
+        return jnp.where(beyond(out.shape[1]), 0, super().delta(out, d_out, d_lse))
+
+
+@lie("beyond its tiles, quantised keys: int8:head_dim")
+class RepeatsTheScalesOfTheFirstTile(Honest):
+    def scale_of(self, array):
+        return array.scale[:, jnp.arange(array.scale.shape[1]) % 128]
+
+
+@lie("beyond its tiles, quantised keys: int8:heads")
+class RepeatsTheScalesOfWholeTokens(Honest):
+    def scale_of(self, array):
+        whole_tokens = array.scale.shape[-2] != array.values.shape[-2]
+        return array.scale[:, jnp.minimum(jnp.arange(array.scale.shape[1]), 127)] if whole_tokens else array.scale
+
+
+@lie("beyond its tiles, pages")
+class ReadsEightPages(Honest):
+    def order(self, table):
+        return super().order(table)[:, jnp.arange(table.shape[1]) % 8]
+
+
+@lie("beyond its tiles, quantised pages")
+class ReadsEightPagesOfScales(Honest):
+    def side_by_side(self, pages, table):
+        found = super().side_by_side(pages, table)
+        if pages.shape[-1] > 1:
+            return found
+        return found[:, jnp.arange(found.shape[1]) % (8 * pages.shape[1])]
+
+
+def bits(key, request, shape):
+    return jax.random.bernoulli(key, 1 - request.dropout_rate, shape)
+
+
+@lie("dropout beyond its tiles")
+class RepeatsDropoutBitsOverTheKeys(Honest):
+    def dropped(self, probabilities, inputs, request):
+        if not request.dropout_rate:
+            return probabilities
+        kept = bits(inputs.dropout_rng, request, probabilities.shape)[..., jnp.arange(request.kv_len) % 128]
+        return jnp.where(kept, probabilities / (1 - request.dropout_rate), 0)
+
+
+@lie("dropout beyond its tiles")
+class RepeatsDropoutBitsOverTheQueries(Honest):
+    def dropped(self, probabilities, inputs, request):
+        if not request.dropout_rate:
+            return probabilities
+        kept = bits(inputs.dropout_rng, request, probabilities.shape)[:, :, jnp.arange(request.q_len) % 128]
+        return jnp.where(kept, probabilities / (1 - request.dropout_rate), 0)
+
+
+@lie("dropout beyond its tiles")
+class DropsAlikeInTilesMirroredAtTheDiagonal(Honest):
+    def dropped(self, probabilities, inputs, request):
+        if not request.dropout_rate:
+            return probabilities
+        kept = bits(inputs.dropout_rng, request, probabilities.shape)
+        rows, keys = jnp.ix_(jnp.arange(request.q_len), jnp.arange(request.kv_len))
+        above = (keys // 128 > rows // 128) & (keys < request.q_len)
+        mirrored = kept[:, :, jnp.where(above, keys // 128 * 128 + rows % 128, rows) % request.q_len, keys % 128]
+        return jnp.where(jnp.where(above, mirrored, kept), probabilities / (1 - request.dropout_rate), 0)
+
+
+@lie("dropout beyond its tiles")
+class DropsNothingBeyondATile(Honest):
+    def dropped(self, probabilities, inputs, request):
+        dropped = super().dropped(probabilities, inputs, request)
+        return jnp.where(beyond(request.kv_len), probabilities, dropped)
+
+
+@lie("dropout drops alike")
+class DifferentiatesLogitsAsIfNothingWereDropped(Honest):
+    def dropped(self, probabilities, inputs, request):
+        dropped = super().dropped(probabilities, inputs, request)
+        return probabilities + jax.lax.stop_gradient(dropped - probabilities)
+
+
+@lie("dropout beyond its tiles")
+class DifferentiatesLogitsAsIfNothingWereDroppedBeyondATile(Honest):
+    def dropped(self, probabilities, inputs, request):
+        dropped = super().dropped(probabilities, inputs, request)
+        lied = probabilities + jax.lax.stop_gradient(dropped - probabilities)
+        return jnp.where(beyond(request.kv_len), lied, dropped)
+
+
+@lie("dropout beyond its tiles")
+class DropsOtherKeysBackwardBeyondATile(Honest):
+    def dropped(self, probabilities, inputs, request):
+        self.dropping = bool(request.dropout_rate)
+        return super().dropped(probabilities, inputs, request)
+
+    def output(self, probabilities, value, empty):
+        out = super().output(probabilities, jax.lax.stop_gradient(value) if self.dropping else value, empty)
+        if not self.dropping:
+            return out
+        other = jnp.where(beyond(value.shape[1]), jnp.roll(probabilities, 1, axis=2), probabilities)
+        lied = super().output(jax.lax.stop_gradient(other), value, empty)
+        return out + lied - jax.lax.stop_gradient(lied)
 
 
 @lie("bfloat16 sums")

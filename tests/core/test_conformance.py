@@ -9,8 +9,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import typer
+from honest_kernels import ALL, HONEST
 
 import kernelry
 from kernelry import cli
@@ -26,6 +28,7 @@ from kernelry.plugin import (
     KernelSpec,
     Mode,
     Partial,
+    Quantization,
     Refusal,
     RefusalCode,
     Side,
@@ -33,6 +36,9 @@ from kernelry.plugin import (
     Tolerance,
 )
 from kernelry.testing.conformance import CaseResult, Outcome, Report, assignments, cases_of, run, run_case
+from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.longer import longer_calls
+from kernelry.testing.conformance.subject import Subject
 
 pytestmark = pytest.mark.versions
 
@@ -142,7 +148,33 @@ def test_some_lengths_exceed_a_kernels_own_tiles(spec, length):
     assert longest == [
         f"beyond its tiles: T = {length}, S = {length}",
         f"beyond its tiles, logits of ±180: T = {length}, S = {length}",
+        f"beyond its tiles, full attention: T = {length}, S = {length}",
     ]
+
+
+def test_everything_declared_is_tried_beyond_a_kernels_own_tiles():
+    subject = Subject.of(HONEST, quick=False)
+    calls = [call for _, _, calls in longer_calls(subject, subject.base) for call in calls]
+    assert all(call.kv_len > 128 and subject.serves(call) for call in calls)
+    atoms = [atom for call in calls for atom in call.mask.form.atoms]
+    assert {atom.kind for atom in atoms} | {AtomKind.CUSTOM} == ALL.atoms | {AtomKind.CUSTOM}
+    assert {where.kind for atom in atoms for where in (atom.query, atom.kv)} == ALL.positions
+    for feature in ("bias", "soft_cap", "sinks", "max_logits"):
+        assert any(getattr(call, feature) for call in calls), feature
+    assert {Quantization.parse(call.kv_quantization).axis for call in calls if call.kv_quantization} == {
+        "head_dim",
+        "heads_and_head_dim",
+    }
+    assert any(call.page_size and call.kv_len > 8 * call.page_size for call in calls)
+    assert any(call.partial and call.wanted for call in calls)
+
+
+def test_a_head_has_its_largest_logit_at_the_last_query_and_key_and_another_at_the_first():
+    call = Call(batch=1, q_len=197, kv_len=197, q_heads=3, kv_heads=1, peaks=True)
+    drawn = call.numbers()
+    logits = np.einsum("BTNH,BSKH->NTS", drawn["query"], drawn["key"])
+    places = [tuple(map(int, np.unravel_index(head.argmax(), head.shape))) for head in logits]
+    assert places == [(196, 196), (196, 1), (1, 0)]
 
 
 def test_kernel_that_reads_whole_tiles_only_fails_beyond_them():

@@ -348,10 +348,10 @@ def test_json_says_what_was_not_checked(folder):
 
 @pytest.fixture
 def without_plain_kernels(monkeypatch):
-    points = importlib_metadata.entry_points(group=registry.GROUP)
+    points = importlib_metadata.entry_points(group=discovery.GROUP)
 
     def leave_out():
-        found = registry.build(points, ("cudnn_te",))
+        found = discovery.build(points, ("cudnn_te",))
         monkeypatch.setattr(installed, "registry", lambda: found)
         kernelry.resolution.resolver.clear_cache()
 

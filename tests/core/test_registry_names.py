@@ -283,7 +283,7 @@ def test_where_there_are_no_kernels_the_reason_is_the_true_one(monkeypatch, shel
         assert considered.startswith(f"Considered: no kernels ({unserved}), by ")
         return unserved
 
-    assert reason(registry.build(())) == "no kernels are installed"
+    assert reason(discovery.build(())) == "no kernels are installed"
     assert reason(shelf.build(())) == "KERNELRY_PLUGINS leaves out broken, healthy"
     bring_none = "the plugins that are loaded bring none that can be used: run kernelry doctor"
     assert reason(shelf.build(("broken",))) == f"KERNELRY_PLUGINS leaves out healthy; {bring_none}"

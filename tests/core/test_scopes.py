@@ -305,6 +305,6 @@ def test_a_program_of_parts_already_traced_belongs_to_the_task_that_made_it(wrap
 def test_a_call_of_a_compiled_function_only_compares():
     with kernelry.use("a"):
         _traced(ZERO)
-        key = kernelry.scope._jax_key.value
+        key = kernelry.policy.scope._jax_key.value
         _traced(ZERO)
-        assert kernelry.scope._jax_key.value is key
+        assert kernelry.policy.scope._jax_key.value is key

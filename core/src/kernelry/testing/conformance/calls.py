@@ -33,6 +33,7 @@ class Call:
       level: added to queries and subtracted from keys, so that every logit is near −level² · scale · H.
       value_mean: added to the values.
       biased_out: the bias of slots that hardly count, e.g. −1e9; see `_biased_out`.
+      peaks: whether the largest logit of one head is at the last query and key, of another at the first; see `_peaks`.
     """
 
     batch: int = 2
@@ -63,6 +64,7 @@ class Call:
     level: float = 0.0
     value_mean: float = 0.0
     biased_out: float | None = None
+    peaks: bool = False
 
     @property
     def wanted(self) -> frozenset[Operand]:
@@ -140,9 +142,13 @@ class Call:
         shapes |= {} if self.bias is None else {"bias": self.bias}
         shapes |= {"sinks": (self.q_heads,)} if self.sinks else {}
         drawn = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        if self.peaks:
+            _peaks(drawn["query"], drawn["key"])
         drawn["query"] = self.magnitude * drawn["query"] + self.level
         drawn["key"] = drawn["key"] - self.level
         drawn["value"] = drawn["value"] + self.value_mean
+        if self.sinks:
+            drawn["sinks"] = drawn["sinks"] + np.log(max(1.0, self.kv_len / _FEW_KEYS))
         if self.biased_out is not None:
             drawn["bias"] = _biased_out(drawn["bias"], self.biased_out)
         return {name: self._held(name, array) for name, array in drawn.items()}
@@ -171,6 +177,9 @@ class Call:
         return drawn
 
 
+_FEW_KEYS = 16
+"""Among more keys a sink is drawn larger, so that its share stays as large."""
+
 _LOW = -2e4
 
 
@@ -185,3 +194,21 @@ def _biased_out(bias: np.ndarray, lowest: float) -> np.ndarray:
     odd = rows % 2 == 1
     lowered = np.where((slots == 1) | odd, lowest, bias)
     return np.where(own & odd, _LOW, lowered)
+
+
+_PEAK = 8.0
+"""A product of a query and a key, in standard deviations of the others."""
+
+
+def _peaks(query: np.ndarray, key: np.ndarray) -> None:
+    """Makes the largest logit of each head that of the last query and key, or one of the first two of either.
+
+    Causal masks show the first key to the second query, too.
+    """
+    (batch, q_len, heads, head_dim), (kv_len, kv_heads) = query.shape, key.shape[1:3]
+    places = ((q_len - 1, kv_len - 1), (q_len - 1, min(1, kv_len - 1)), (min(1, q_len - 1), 0))
+    for index, (row, head) in enumerate(np.ndindex(batch, heads)):
+        token, slot = places[index % len(places)]
+        peak = query[row, token, head]
+        peak *= (_PEAK * head_dim**0.5) ** 0.5 / np.linalg.norm(peak)
+        key[row, slot, head // (heads // kv_heads)] = peak

@@ -17,6 +17,7 @@ from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.cases import Case, Verdict
 from kernelry.testing.conformance.compare import close, oracle, tolerance_for
+from kernelry.testing.conformance.longer import longer
 from kernelry.testing.conformance.positive import but
 from kernelry.testing.conformance.report import Outcome
 from kernelry.testing.conformance.subject import Subject
@@ -27,24 +28,45 @@ _RATE = 0.3
 _DEVIATIONS = 6.0
 """Standard errors that a mean may be off: one false alarm in 5e8."""
 
+_SPREAD = 0.05
+_STEP, _SLOPE = 1e-2, 2e-2
+"""Of a difference quotient, and what it may be off; a gradient of other bits is off by about 1."""
+
+_FEWEST = 128
+"""Draws below which a correlation says nothing."""
+
 
 def dropout_cases(subject: Subject, base: Call) -> Iterator[Case]:
     """One case per promise."""
     if Feature.DROPOUT not in subject.can.features:
         return
-    call = subject.first((but(base, dropout_rate=_RATE), but(base, dropout_rate=_RATE, gradients=frozenset())))
+    call = subject.first(_forms(base))
     if call is None:
         return
+    yield from _cases(subject, call, "dropout")
+    lengths = () if subject.quick else longer(subject, base)
+    call = subject.first(form for length in lengths for form in _forms(length))
+    if call is not None:
+        yield from _cases(subject, call, "dropout beyond its tiles")
+
+
+def _forms(call: Call) -> tuple[Call, ...]:
+    dropped = but(call, dropout_rate=_RATE)
+    return dropped, but(dropped, gradients=frozenset())
+
+
+def _cases(subject: Subject, call: Call, name: str) -> Iterator[Case]:
     bench = subject.bench
     forward = but(call, gradients=frozenset())
     compiled = functools.cache(functools.partial(_compiled, bench, forward))
-    yield Case("dropout keeps the mean, at its rate", "dropout", _rate(compiled, forward))
-    yield Case("dropout follows its key", "dropout", _keys(compiled, forward))
+    yield Case(f"{name} keeps the mean, at its rate", "dropout", _rate(compiled, forward))
+    yield Case(f"{name} repeats no bits", "dropout", _fresh(compiled, forward))
+    yield Case(f"{name} follows its key", "dropout", _keys(compiled, forward))
     partial = but(forward, partial=True)
     if subject.serves(partial):
-        yield Case("lse under dropout", "dropout", _lse(bench, partial))
+        yield Case(f"lse under {name}", "dropout", _lse(bench, partial))
     if Operand.VALUE in call.wanted:
-        yield Case("dropout drops alike forward and backward", "dropout", _gradient(bench, call))
+        yield Case(f"{name} drops alike forward and backward", "dropout", _gradient(bench, call))
 
 
 def _compiled(bench: Bench, call: Call) -> Callable[..., Any]:
@@ -55,29 +77,58 @@ def _compiled(bench: Bench, call: Call) -> Callable[..., Any]:
     return run
 
 
-def _rate(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
-    """Uniform probabilities and values of 1 turn the output into kept / ((1 − rate) · S)."""
+def _kept(run: Callable[..., Any], call: Call) -> np.ndarray:
+    """Draws [B, T, N] sixteen times: with uniform probabilities and values of 1, kept / ((1 − rate) · S)."""
+    arrays = call.arrays()
+    arrays = arrays | {"query": jnp.zeros_like(arrays["query"]), "value": jnp.ones_like(arrays["value"])}
+    return np.stack(
+        [np.asarray(run(arrays, call.mask, jax.random.key(seed)), np.float64)[..., 0] for seed in range(16)]
+    )
 
+
+def _rate(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
     def check() -> Verdict:
-        run = compiled()
-        arrays = call.arrays()
-        arrays = arrays | {"query": jnp.zeros_like(arrays["query"]), "value": jnp.ones_like(arrays["value"])}
-        draws = [np.asarray(run(arrays, call.mask, jax.random.key(seed)), np.float64)[..., 0] for seed in range(16)]
-        kept = np.stack(draws)
+        kept = _kept(compiled(), call)
         count = kept.size * call.kv_len
         allowed = _DEVIATIONS * (_RATE / (1 - _RATE) / count) ** 0.5 + 1e-2 * (call.dtype != "float32")
         assert abs(kept.mean() - 1) <= allowed, f"the mean of the output is {kept.mean():.4f}, not 1 ± {allowed:.4f}"
         expected = (_RATE / (1 - _RATE) / call.kv_len) ** 0.5
-        spread = float(kept.std())
-        assert 0.8 * expected < spread < 1.25 * expected, (
+        spread, off = float(kept.std()), max(_SPREAD, _DEVIATIONS * (2 * kept.size) ** -0.5)
+        assert abs(spread / expected - 1) < off, (
             f"outputs spread by {spread:.4f} where a rate of {_RATE} on {call.kv_len} keys gives {expected:.4f}"
         )
-        for axis, name in ((1, "batch rows"), (2, "query rows"), (3, "heads")):
-            if kept.shape[axis] > 1:
-                assert np.ptp(kept, axis=axis).max() > 0, f"all {name} drop the same keys"
         return Outcome.PASSED, ""
 
     return check
+
+
+def _fresh(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
+    """Rows, heads and batch rows that drop the same keys keep as many, whatever the distance between them."""
+
+    def check() -> Verdict:
+        kept = np.moveaxis(_kept(compiled(), call), 2, 3)
+        above = (kept - kept.mean()) / kept.std()
+        streams = np.moveaxis(above.reshape(len(above), -1, call.q_len), 1, 0)
+        for first, mine in enumerate(streams):
+            for second, theirs in enumerate(streams):
+                _uncorrelated(mine, theirs, (first, second), call)
+        return Outcome.PASSED, ""
+
+    return check
+
+
+def _uncorrelated(mine: np.ndarray, theirs: np.ndarray, which: tuple[int, int], call: Call) -> None:
+    """Compares the kept counts of every row with those of the rows at every distance."""
+    draws, length = mine.shape
+    for distance in range(which[0] == which[1], length):
+        count = draws * (length - distance)
+        if count < _FEWEST:
+            return
+        found = float((mine[:, : length - distance] * theirs[:, distance:]).mean())
+        names = " and ".join(f"batch row {stream // call.q_heads}, head {stream % call.q_heads}" for stream in which)
+        assert abs(found) <= _DEVIATIONS * count**-0.5, (
+            f"rows {distance} apart drop the same keys ({names}): what they keep is correlated by {found:.2f}"
+        )
 
 
 def _lse(bench: Bench, call: Call) -> Callable[[], Verdict]:
@@ -104,7 +155,10 @@ def _keys(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
 
 
 def _gradient(bench: Bench, call: Call) -> Callable[[], Verdict]:
-    """The output is linear in the values, so ⟨out, d_out⟩ = ⟨value, d_value⟩ if both drop the same."""
+    """The output is linear in the values, so ⟨out, d_out⟩ = ⟨value, d_value⟩ if both drop the same.
+
+    And it changes with the queries as their gradient says, in a direction drawn at random.
+    """
 
     def check() -> Verdict:
         arrays, cotangents, rng = call.arrays(), call.cotangents(), jax.random.key(3)
@@ -112,14 +166,27 @@ def _gradient(bench: Bench, call: Call) -> Callable[[], Verdict]:
 
         def both(arrays: Any, mask: Any, cotangents: Any, rng: Any) -> Any:
             found = program(arrays, mask, cotangents, rng)
-            return found.out, found.gradients["value"]
+            return found.out, found.gradients
 
-        out, d_value = bench.compiled(both, arrays, call.mask, cotangents, rng)(arrays, call.mask, cotangents, rng)
-        outward = np.asarray(out, np.float64) * np.asarray(cotangents["out"], np.float64)
-        inward = np.asarray(arrays["value"], np.float64) * np.asarray(d_value, np.float64)
+        run = bench.compiled(both, arrays, call.mask, cotangents, rng)
+        out, gradients = run(arrays, call.mask, cotangents, rng)
+        d_out = np.asarray(cotangents["out"], np.float64)
+        outward = np.asarray(out, np.float64) * d_out
+        inward = np.asarray(arrays["value"], np.float64) * np.asarray(gradients["value"], np.float64)
         allowed = (1e-4 if call.dtype == "float32" else 2e-2) * max(1.0, float(np.abs(outward).sum()))
         distance = abs(outward.sum() - inward.sum())
         assert distance <= allowed, f"⟨out, d_out⟩ and ⟨value, d_value⟩ differ by {distance:.3g} > {allowed:.3g}"
+        if Operand.QUERY not in call.wanted or call.dtype != "float32":
+            return Outcome.PASSED, ""  # 16 bits are too few for a difference
+        step = _STEP * np.random.default_rng(4).standard_normal(arrays["query"].shape)
+        ahead, behind = (
+            run(arrays | {"query": arrays["query"] + jnp.asarray(move, jnp.float32)}, call.mask, cotangents, rng)[0]
+            for move in (step, -step)
+        )
+        change = ((np.asarray(ahead, np.float64) - np.asarray(behind, np.float64)) * d_out).sum() / 2
+        told = np.asarray(gradients["query"], np.float64) * step
+        distance, allowed = abs(change - told.sum()), _SLOPE * float(np.linalg.norm(told))
+        assert distance <= allowed, f"d_query is not the slope of the output: off by {distance:.3g} > {allowed:.3g}"
         return Outcome.PASSED, ""
 
     return check

@@ -10,6 +10,7 @@ from kernelry.testing.conformance.cases import Case, Skip, Verdict
 from kernelry.testing.conformance.compare import SANE, hold, oracle, tolerance_for
 from kernelry.testing.conformance.dropout import dropout_cases
 from kernelry.testing.conformance.held_calls import held_calls
+from kernelry.testing.conformance.longer import longer_calls
 from kernelry.testing.conformance.negative import negative_cases, undeclared_calls
 from kernelry.testing.conformance.partials import partial_cases, statistics_calls
 from kernelry.testing.conformance.positive import Named, masked, named_calls, why_not_float64
@@ -85,6 +86,8 @@ def _serves_nothing(subject: Subject, base: Call) -> Callable[[], Verdict]:
 
 def _call_cases(subject: Subject, base: Call) -> list[Case]:
     named = [*named_calls(subject, base), *statistics_calls(subject, base), *held_calls(subject, base)]
+    if not subject.quick:
+        named += longer_calls(subject, base)
     if subject.quick:
         named = _at_most(named, 3)
     if subject.quick and subject.is_slow and len(named) > _MOST_WHEN_SLOW:

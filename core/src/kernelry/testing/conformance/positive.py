@@ -13,6 +13,9 @@ import numpy as np
 from kernelry.kernel.capabilities import Dims, Feature
 from kernelry.masks import AtomKind, Causal, Full, Mask, PositionKind
 from kernelry.request.request import Mode, Operand
+from kernelry.kernel.capabilities import Dims, Feature
+from kernelry.masks import AtomKind, Causal, Mask, PositionKind
+from kernelry.request.request import Mode, Operand
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.subject import Subject
@@ -23,16 +26,8 @@ Named: TypeAlias = tuple[str, str, tuple[Call, ...]]
 
 _VARIED_LENGTHS = (5, 1, 40, 72, 128, 200, 256)
 _LARGEST_DIM = 256
-_MAGNITUDE, _LEVEL = 40.0, 6.0
+MAGNITUDE, _LEVEL = 40.0, 6.0
 """Logits up to ±180, and around −130: beyond ±88.7 exp overflows in float32, below −104 it is 0."""
-
-_SMALLEST_TILE = 8
-_MOST_PAIRS = 2**22
-"""Pairs of queries and keys that the reference holds in float64."""
-
-_LANES = 128
-_MORE = 5
-"""Tokens beyond a tile and a half: no block size of a kernel divides such a length."""
 
 
 def named_calls(subject: Subject, base: Call) -> Iterator[Named]:
@@ -54,13 +49,13 @@ def masked(subject: Subject, base: Call) -> Call:
 
 def _sizes(subject: Subject, base: Call) -> Iterator[Named]:
     yield "output", "full attention", (base,)
-    yield "output", "logits of ±180", (but(base, magnitude=_MAGNITUDE),)
+    yield "output", "logits of ±180", (but(base, magnitude=MAGNITUDE),)
     yield "output", "logits around −130", (but(base, level=_LEVEL),)
     for batch in (1, 3):
         yield "output", f"B = {batch}", (but(masked(subject, base), batch=batch),)
     if base.scale is not None:
         yield "scale", "the default scale", (but(base, scale=None),)
-        yield "scale", "a negative scale", (but(base, scale=-base.scale, magnitude=_MAGNITUDE),)
+        yield "scale", "a negative scale", (but(base, scale=-base.scale, magnitude=MAGNITUDE),)
         yield "scale", "a scale of 0", (but(base, scale=0.0),)
     yield from _heads(subject, base)
     yield from _head_dims(subject, base)
@@ -70,39 +65,6 @@ def _sizes(subject: Subject, base: Call) -> Iterator[Named]:
         yield "lengths", f"T = S = {call.q_len}", (call,)
     if subject.can.unequal_lengths:
         yield from _unequal(base)
-    if not subject.quick:
-        yield from _beyond_tiles(subject, masked(subject, base))
-
-
-def _tiles(subject: Subject, call: Call) -> tuple[int, ...]:
-    """The sizes in the tiling that the kernel would use, whatever it calls them."""
-    tiling = subject.spec.tilings(call.request(subject.place))[0]
-    return tuple(value for _, value in tiling.values if value >= _SMALLEST_TILE)
-
-
-def _beyond_tiles(subject: Subject, base: Call) -> Iterator[Named]:
-    """Sequences longer than the kernel's own tiles and than 128 tokens, of no whole number of either where it can."""
-    fewer = but(base, batch=1, q_heads=2, kv_heads=1 if subject.can.grouped_heads else 2)
-    small = subject.first((fewer,)) or base
-    tile = max((_LANES, *_tiles(subject, small)))
-    lengths = (tile + tile // 2 + _MORE, *(count * tile for count in (2, 3, 5, 7, 11)))
-    resized = [call for length in lengths for call in _resized(small, length) if subject.serves(call)]
-    longer = [call for call in resized if max((0, *_tiles(subject, call))) < call.kv_len]
-    for call in longer[:1]:
-        size = f"T = {call.q_len}, S = {call.kv_len}"
-        yield "lengths", f"beyond its tiles: {size}", (call,)
-        yield "lengths", f"beyond its tiles, logits of ±180: {size}", (but(call, magnitude=_MAGNITUDE),)
-        for dtype in sorted(subject.can.dtypes & {"bfloat16", "float16"}):
-            uniform = but(call, dtype=dtype, magnitude=0.0, value_mean=1.0)
-            yield "lengths", f"beyond its tiles, {dtype} sums: {size}", (uniform,)
-
-
-def _resized(call: Call, length: int) -> Iterator[Call]:
-    """The call with as many queries as keys, or with the queries that it has, at the end of the keys."""
-    if length**2 <= _MOST_PAIRS:
-        yield but(call, q_len=length, kv_len=length)
-    last = call.mask if call.mask.form == Full().form else call.mask.at(query_offset=length - call.q_len)
-    yield but(call, kv_len=length, mask=last)
 
 
 def _heads(subject: Subject, base: Call) -> Iterator[Named]:
@@ -235,21 +197,30 @@ def _combinations(subject: Subject, base: Call) -> Iterator[Named]:
     for kind in [kind for kind in kinds if kind in subject.can.atoms][: 1 if subject.quick else 5]:
         name, (other, *_) = next(iter(samples.samples(kind, base).items()))
         yield "combinations", f"band & {name}", tuple(but(base, mask=band & other) for band in reversed(bands))
-    everything = _everything(subject, base)
-    if everything is not None:
-        yield "combinations", "every feature at once", (everything,)
+    call, names = together(subject, masked(subject, base))
+    if len(names) > 1:
+        yield "combinations", "every feature at once", (call,)
 
 
-def _everything(subject: Subject, base: Call) -> Call | None:
-    """All features that go together, one by one as far as they are served."""
-    call = masked(subject, base)
-    bias = (1, base.q_heads, base.q_len, base.kv_len)
-    added = 0
-    for change in ({"soft_cap": 3.0}, {"bias": bias}, {"sinks": True}, {"max_logits": True}):
+def feature_changes(call: Call) -> dict[str, dict[str, Any]]:
+    """What each feature that has a formula changes in a call, by name."""
+    bias = (1, call.q_heads, call.q_len, call.kv_len)
+    return {
+        "soft cap": {"soft_cap": 3.0},
+        "bias": {"bias": bias},
+        "sinks": {"sinks": True},
+        "max logits": {"max_logits": True},
+    }
+
+
+def together(subject: Subject, call: Call) -> tuple[Call, tuple[str, ...]]:
+    """All features that go together, added one by one as far as they are served, and their names."""
+    names: tuple[str, ...] = ()
+    for name, change in feature_changes(call).items():
         more = but(call, **change)
         if subject.serves(more):
-            call, added = more, added + 1
-    return call if added > 1 else None
+            call, names = more, (*names, name)
+    return call, names
 
 
 def _visible(call: Call) -> np.ndarray:

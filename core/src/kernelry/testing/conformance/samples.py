@@ -130,6 +130,18 @@ _DRAWERS: Mapping[AtomKind, Callable[[Call], Mapping[str, Alternatives]]] = {
 }
 
 
+def wide(kind: AtomKind, tile: int) -> Mapping[str, Alternatives]:
+    """Masks that reach beyond one tile of a kernel, by name."""
+    size = tile * 3 // 4 + 1
+    drawn: Mapping[AtomKind, Mapping[str, Alternatives]] = {
+        AtomKind.WINDOW: {"wide window": tuple(masks.SlidingWindow(tile + 3, right) for right in (2, 0))},
+        AtomKind.CHUNKED: {"wide chunks": (masks.Chunked(size),)},
+        AtomKind.BLOCK_CAUSAL: {"wide blocks": (masks.BlockCausal(size),)},
+        AtomKind.PREFIX_LM: {"long prefix": (masks.PrefixLM(np.array([tile + 13, tile // 2 + 1], np.int32)),)},
+    }
+    return drawn.get(kind, {})
+
+
 def positional(call: Call) -> Mapping[str, Mask]:
     """One mask of each kind that positions move, by name."""
     kinds = (

@@ -1,0 +1,186 @@
+"""Calls longer than a kernel's own tiles and than 128 tokens: what is right in the first tile must be right in all.
+
+Generated from its capabilities, as the small calls are: one case per mask and way of giving positions, the features in
+as few calls as serve them all, statistics, a backward, quantised keys and pages.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax.numpy as jnp
+
+from kernelry.kernel.capabilities import Feature, Gradient
+from kernelry.masks import AtomKind, Causal, Full, Mask, PositionKind, SlidingWindow
+from kernelry.request.request import Mode
+from kernelry.storage import Quantization
+from kernelry.testing.conformance import samples
+from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.positive import MAGNITUDE, Named, but, feature_changes, masked, together
+from kernelry.testing.conformance.subject import Subject
+
+_SMALLEST_TILE = 8
+_MOST_PAIRS = 2**22
+"""Pairs of queries and keys that the reference holds in float64."""
+
+_LANES = 128
+_MORE = 5
+"""Tokens beyond a tile and a half: no block size of a kernel divides such a length."""
+
+_MOST_LENGTHS = 3
+_PAGE_SIZES = (8, 16, 32, 64, 128)
+_MOST_PAGES = 12
+_FEW = 3
+"""Queries of a step that looks ahead."""
+
+_ONE_SIDE = frozenset({AtomKind.SEGMENTS, AtomKind.SPANS, AtomKind.ANY_OF, AtomKind.NOT})
+"""Their samples have the same ids for queries and keys."""
+
+
+def longer(subject: Subject, base: Call) -> tuple[Call, ...]:
+    """The base call at lengths beyond the kernel's own tiles, no whole number of them where it can; shortest first."""
+    sizes = {"q_heads": 2, "kv_heads": 1 if subject.can.grouped_heads else 2}
+    small = subject.first((but(base, **sizes),)) or base
+    tile = _tile(subject, small)
+    lengths = (tile + tile // 2 + _MORE, *(count * tile for count in (2, 3, 5, 7, 11)))
+    resized = (call for length in lengths for call in _resized(small, length) if subject.serves(call))
+    found = (call for call in resized if max((0, *_tiles(subject, call))) < call.kv_len)
+    return tuple(itertools.islice(found, _MOST_LENGTHS))
+
+
+def longer_calls(subject: Subject, base: Call) -> Iterator[Named]:
+    """Every claim of the kernel that some longer call puts to the test."""
+    plain, causal = longer(subject, base), longer(subject, masked(subject, base))
+    if causal:
+        yield from _numbers(subject, causal[0])
+        yield from _masks(subject, causal)
+        yield from _positions(subject, causal)
+        yield from _features(subject, causal[0])
+        yield from _statistics(subject, causal[0])
+        yield from _quantised(subject, causal, {"q_heads": base.q_heads, "kv_heads": base.kv_heads})
+        yield from _in_pages(subject, causal[0])
+    if plain and causal and plain[0].mask.form != causal[0].mask.form:
+        yield from _served(subject, "lengths", "full attention", plain)
+
+
+def _tiles(subject: Subject, call: Call) -> tuple[int, ...]:
+    """The sizes in the tiling that the kernel would use, whatever it calls them."""
+    tiling = subject.spec.tilings(call.request(subject.place))[0]
+    return tuple(value for _, value in tiling.values if value >= _SMALLEST_TILE)
+
+
+def _tile(subject: Subject, call: Call) -> int:
+    return max((_LANES, *_tiles(subject, call)))
+
+
+def _resized(call: Call, length: int) -> Iterator[Call]:
+    """The call with as many queries as keys, or with the queries that it has, at the end of the keys."""
+    if length**2 <= _MOST_PAIRS:
+        yield but(call, q_len=length, kv_len=length)
+    last = call.mask if call.mask.form == Full().form else call.mask.at(query_offset=length - call.q_len)
+    yield but(call, kv_len=length, mask=last)
+
+
+def _served(subject: Subject, claim: str, name: str, calls: Iterable[Call]) -> Iterator[Named]:
+    """A case of the first call that is served; none where no call is, for the small calls say why."""
+    call = subject.first(calls)
+    if call is not None:
+        yield claim, f"beyond its tiles, {name}: T = {call.q_len}, S = {call.kv_len}", (call,)
+
+
+def _numbers(subject: Subject, call: Call) -> Iterator[Named]:
+    yield "lengths", f"beyond its tiles: T = {call.q_len}, S = {call.kv_len}", (call,)
+    yield from _served(subject, "lengths", "logits of ±180", (but(call, magnitude=MAGNITUDE),))
+    for dtype in sorted(subject.can.dtypes & {"bfloat16", "float16"}):
+        uniform = but(call, dtype=dtype, magnitude=0.0, value_mean=1.0)
+        yield from _served(subject, "lengths", f"{dtype} sums", (uniform,))
+    if subject.can.unequal_lengths:
+        modes = {Mode.DECODE} & subject.can.modes or {call.mode}
+        few = but(call, q_len=_FEW, mode=min(modes, key=lambda mode: mode.value))
+        last = few.kv_len - _FEW
+        traced = jnp.asarray([last, last // 2 + 9])
+        placed = {
+            "causal": Causal().at(query_offset=last),
+            "causal at traced offsets": Causal().at(query_offset=traced),
+            "window at traced offsets": SlidingWindow(5, 0).at(query_offset=traced),
+        }
+        for name, mask in placed.items():
+            yield from _served(subject, "lengths", f"few queries, {name}", (but(few, mask=mask),))
+
+
+def _masks(subject: Subject, calls: tuple[Call, ...]) -> Iterator[Named]:
+    for kind in sorted(subject.can.atoms - {AtomKind.CAUSAL}, key=lambda kind: kind.value):
+        small = itertools.islice(samples.samples(kind, calls[0]), 0 if kind is AtomKind.PREFIX_LM else 1)
+        for name in (*small, *samples.wide(kind, _LANES)):
+            yield from _served(subject, "masks", name, _of(subject, kind, name, calls))
+
+
+def _of(subject: Subject, kind: AtomKind, name: str, calls: tuple[Call, ...]) -> Iterator[Call]:
+    """The calls with each of the masks of a name, drawn for their own lengths."""
+    for call in calls:
+        if call.q_len != call.kv_len and kind in _ONE_SIDE:
+            continue
+        drawn = {**samples.samples(kind, call), **samples.wide(kind, _tile(subject, call))}
+        yield from (but(call, mask=samples.rows_of(mask, call)) for mask in drawn[name])
+
+
+def _positions(subject: Subject, calls: tuple[Call, ...]) -> Iterator[Named]:
+    square = [call for call in calls if call.q_len == call.kv_len]
+    for kind in sorted(subject.can.positions - {PositionKind.DEFAULT}, key=lambda kind: kind.value):
+        drawn = [(call, dict(samples.placed(kind, Causal(), call))) for call in square]
+        for name in [name for _, masks in drawn[:1] for name in masks][:2]:
+            placed = (but(call, mask=mask) for call, masks in drawn for mask in masks[name])
+            yield from _served(subject, "positions", f"causal at {name}", placed)
+
+
+def _features(subject: Subject, call: Call) -> Iterator[Named]:
+    """All features that go together in one case, the others in one each, and a bias that every row shares."""
+    call = but(call, peaks=Feature.MAX_LOGITS in subject.can.features)
+    joined, names = together(subject, call)
+    if names:
+        yield from _served(subject, "combinations", " and ".join(names), (joined,))
+    for name, change in feature_changes(call).items():
+        if name not in names:
+            yield from _served(subject, name, name, (but(call, **change),))
+    if Feature.BIAS in subject.can.features:
+        yield from _served(subject, "bias", "bias for every key", (but(call, bias=(call.batch, 1, 1, call.kv_len)),))
+
+
+def _statistics(subject: Subject, call: Call) -> Iterator[Named]:
+    partial = but(call, partial=True)
+    if subject.can.statistics:
+        forms = partial, but(partial, gradients=frozenset())
+        yield from _served(subject, "statistics", "lse", forms)
+    if subject.can.gradient is Gradient.BACKWARD and call.wanted and not subject.serves(partial):
+        # its backward runs where statistics are differentiated; what it cannot, an adapter asks of it
+        adapted = next((c for c in (partial, but(call, sinks=True)) if subject.serves_adapted(c)), None)
+        if adapted is not None:
+            size = f"T = {call.q_len}, S = {call.kv_len}"
+            yield "gradients", f"beyond its tiles, backward: {size}", (adapted,)
+
+
+def _quantised(subject: Subject, calls: tuple[Call, ...], heads: Mapping[str, int]) -> Iterator[Named]:
+    """One way of each shape that the scales may have, with heads that may share one."""
+    ways = {Quantization.parse(way).axis: way for way in sorted(subject.can.kv_quantizations)}
+    for way in ways.values():
+        held = (but(call, kv_quantization=way, **heads) for call in calls)
+        yield from _served(subject, "quantised keys", f"quantised keys: {way}", held)
+
+
+def _in_pages(subject: Subject, call: Call) -> Iterator[Named]:
+    """More pages than fit into a tile, of which the rows see some each; the first way of quantising, too."""
+    if not subject.can.pages:
+        return
+    tile = _tile(subject, call)
+    calls = [_of_pages(subject, call, size, max(_MOST_PAGES, 3 * tile // 2 // size)) for size in _PAGE_SIZES]
+    yield from _served(subject, "pages", "pages", calls)
+    for way in sorted(subject.can.kv_quantizations)[:1]:
+        yield from _served(subject, "pages", f"quantised pages: {way}", (but(c, kv_quantization=way) for c in calls))
+
+
+def _of_pages(subject: Subject, call: Call, size: int, count: int) -> Call:
+    q_len = _FEW if subject.can.unequal_lengths else size * count
+    offset = size * count - q_len
+    mask: Mask = call.mask if call.mask.form == Full().form else Causal().at(query_offset=offset)
+    return but(call, q_len=q_len, kv_len=size * count, page_size=size, mask=mask)
