@@ -175,3 +175,73 @@ def test_parts_of_large_logits_weigh_as_many_keys_as_they_have(kernel, level):
     wanted = reference_gradients(QUERY * 0, KEY, VALUE, d_out=D_OUT, **given)
     np.testing.assert_allclose(np.asarray(out), expected.out, atol=2e-6)
     np.testing.assert_allclose(np.asarray(d_value), wanted.value, atol=2e-6)
+
+
+LEVELS = (1e3, -1e3, 1e4, -1e4, 1e6, -1e6, 1e9, -1e9, 1e30, -1e30)
+OFF = {
+    "pallas_flash": {1e3: 2e-5, 1e4: 2e-4, 1e6: 2e-2},
+    "splash": {1e3: 2e-5, 1e4: 2e-4, 1e6: 2e-2},
+    "tokamax_splash": {1e3: 2e-5, 1e4: 2e-4, 1e6: 2e-2},
+    "pallas_mha": {1e3: 1e-4, 1e4: 1e-3, 1e6: 1e-1},
+}
+"""By how much of the largest a gradient may be off, by the level of the products: what the READMEs say."""
+NO_OUTPUT = {"pallas_mha": 1e30}
+"""The level from which the output itself is not finite."""
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def of_products(query, key, value, d_out, *, kernel):
+    out, pull = jax.vjp(lambda *qkv: kernelry.attention(*qkv, kernel=kernel), query, key, value)
+    return out, pull(d_out)
+
+
+@pytest.mark.filterwarnings("ignore:adapters of")
+@pytest.mark.parametrize(
+    "kernel", ["pallas_flash", "splash", pytest.param("tokamax_splash", marks=pytest.mark.sweep), "pallas_mha"]
+)
+def test_large_products_of_queries_and_keys_take_what_the_readme_says(kernel):
+    """Equal keys share, however large their logits; gradients lose the digits that the logsumexp loses."""
+    if kernel == "tokamax_splash":
+        pytest.importorskip("tokamax")
+    length = 128
+    query, value, d_out = draw(0, 1, length, 2, DIM), draw(2, 1, length, 1, DIM), draw(3, 1, length, 2, DIM)
+    for level in LEVELS:
+        factor = np.float32(np.sqrt(abs(level)))
+        key = jnp.broadcast_to(draw(1, 1, 1, 1, DIM), value.shape) * np.sign(level) * factor
+        with testing.interpret():
+            out, (_, d_key, d_value) = of_products(query * factor, key, value, d_out, kernel=kernel)
+        if abs(level) >= NO_OUTPUT.get(kernel, np.inf):
+            continue
+        wanted = reference_attention(query * factor, key, value, mask=masks.Full()).out
+        np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=2e-6, err_msg=str(level))
+        if abs(level) not in OFF[kernel]:
+            continue
+        right = reference_gradients(query * factor, key, value, mask=masks.Full(), d_out=d_out)
+        for found, theirs in ((d_key, right.key), (d_value, right.value)):
+            off = OFF[kernel][abs(level)] * np.abs(theirs).max()
+            np.testing.assert_allclose(np.asarray(found, np.float64), theirs, atol=off, err_msg=str(level))
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "partial"))
+def decoded(query, key, value, *, kernel, partial):
+    mask = masks.Lengths(jnp.asarray([256, 100]))
+    options = {"mask": mask, "mode": "decode", "kernel": kernel}
+    result = kernelry.attention(query, key, value, return_partial=partial, **options)
+    return kernelry.finalize(result, jnp.asarray([0.5, -1.0])) if partial else result
+
+
+@pytest.mark.filterwarnings("ignore:adapters of")
+@pytest.mark.parametrize("partial", [False, pytest.param(True, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(("kernel", "dim"), [("ragged", 128), ("pallas_decode", 32)])
+def test_decode_is_exact_at_every_level_of_logits(kernel, dim, partial):
+    query, key, value = draw(0, 2, 1, 2, dim), draw(1, 2, 256, 1, dim), draw(2, 2, 256, 1, dim)
+    alike = jnp.broadcast_to(key[:, :1], key.shape)
+    for level in (*LEVELS[2:], -1e35):
+        factor = np.float32(np.sqrt(abs(level)))
+        for keys in (key * factor * np.sign(level), alike * factor * np.sign(level)):
+            with testing.interpret():
+                found = decoded(query * factor, keys, value, kernel=kernel, partial=partial)
+            named = {"mask": masks.Lengths(np.asarray([256, 100]))}
+            named |= {"sinks": np.asarray([0.5, -1.0])} if partial else {}
+            wanted = reference_attention(query * factor, keys, value, **named).out
+            np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=2e-6, err_msg=str(level))

@@ -92,6 +92,9 @@ def test_ranges_and_booleans_show_what_the_mask_shows(name, kv_len):
     np.testing.assert_array_equal(found, np.broadcast_to(mask.materialize(256, kv_len, q_heads=4), found.shape))
 
 
+LOG2_E = jnp.float32(np.log2(np.e))
+
+
 def _probabilities(bound):
     """What the vendor's arguments say: logits [N, T, S] in float32 and which of them are seen."""
     query, key = (bound[name].astype(jnp.float32) for name in ("q", "k"))
@@ -100,6 +103,7 @@ def _probabilities(bound):
     if bound["bias"] is not None:
         assert bound["bias"].shape[1:] == logits.shape[1:], "the vendor's backward pass mixes heads up otherwise"
         logits = logits + bound["bias"].astype(jnp.float32)
+    logits = (logits * LOG2_E) / LOG2_E  # what rounds and overflows in the vendor's kernels does so here
     rows, slots = np.arange(logits.shape[1])[None, :, None], np.arange(logits.shape[2])[None, None]
     visible = jnp.asarray(rows >= slots if bound["is_causal"] else np.ones((1, *logits.shape[1:]), bool))
     if bound["mask"] is not None:
@@ -251,6 +255,42 @@ def test_the_vendor_is_told_the_whole_request(case, calls, make_arrays):
     assert forward["is_causal"] == backward["is_causal"] == (case["mask"] == "causal")
     assert ("sinks_from_lse" in {step.adapter.name for step in plan.steps}) == ("sinks" in arrays)
     assert not bias or backward["ds_dtype"] == (jnp.bfloat16 if bias == "bias of all" else jnp.float32)
+
+
+LEAST = float(np.finfo(np.float32).min)
+
+
+@pytest.mark.parametrize("level", [-1e4, -1e6, -1e9, -1e12, -1e30, LEAST, 1e30])
+@pytest.mark.parametrize("partial", [False, True])
+def test_rows_and_keys_of_a_very_negative_bias_are_those_of_the_oracle(level, partial, calls, make_arrays):
+    """Rows 5 to 8 have nothing else, keys 1 to 69 are hidden by it in the others, as by padding at the left."""
+    query, key, value, d_out = make_arrays(LENGTH, **SIZES, dtype="bfloat16")
+    bias = np.random.default_rng(5).standard_normal((2, 1, LENGTH, LENGTH)).astype(np.float32)
+    bias[..., 1:70] = -abs(level)
+    bias[:, :, 5:9] = level
+    run = jax.jit(lambda *arrays: _padded(*arrays, d_out, partial))
+    with kernelry.use(target="gpu:h100"):
+        out, shares, lse = run(query, key, value, jnp.asarray(bias))
+    wide = [np.asarray(array, np.float64) for array in (query, key, value)]
+    wanted = testing.reference_attention(*wide, bias=bias.astype(np.float64), mask=masks.Causal())
+    right = testing.reference_gradients(*wide, bias=bias, mask=masks.Causal(), d_out=np.asarray(d_out, np.float64))
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted.out, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(lse, wanted.lse, rtol=1e-5, atol=1e-5)
+    for name, share in zip(("query", "key", "value", "bias"), shares, strict=True):
+        theirs = getattr(right, name)
+        np.testing.assert_allclose(np.asarray(share, np.float64), theirs, rtol=4e-2, atol=4e-2, err_msg=name)
+
+
+def _padded(query, key, value, bias, d_out, partial):
+    def attend(*arrays):
+        *qkv, own = arrays
+        options = {"bias": own, "mask": masks.Causal(), "kernel": KERNEL}
+        found = kernelry.attention(*qkv, return_partial=True, **options)
+        whole = kernelry.finalize(found) if partial else kernelry.attention(*qkv, **options)
+        return whole, jax.lax.stop_gradient(found.lse)
+
+    out, pull, lse = jax.vjp(attend, query, key, value, bias, has_aux=True)
+    return out, pull(d_out.astype(out.dtype)), lse
 
 
 def test_each_generation_has_its_own_kernel_and_blocks(calls, make_arrays):
@@ -466,6 +506,7 @@ INTERPRETED = {
     "bias_of_each_head": [],
     "bias_in_short": ["clean_hidden_slots", "empty_rows_from_lse"],
     "head_dim_128_with_largest_logits": [],
+    "padded_rows_and_keys": [],
     "uneven_lengths": ["clean_hidden_slots", "empty_rows_from_lse", "pad_sequence"],
 }
 
@@ -483,6 +524,8 @@ def _interpreted(target, case):
     "case", [c if c == "prefix" else pytest.param(c, marks=pytest.mark.sweep) for c in INTERPRETED]
 )
 def test_the_vendors_kernels_agree_with_dense_in_the_interpreter(target, case):
+    if (target, case) == ("gpu:b200", "padded_rows_and_keys"):
+        pytest.skip("two blocks of keys with a bias take the interpreter of Blackwell more than 200 s")
     found = _interpreted(target, case)
     assert found["kernel"] == KERNEL
     assert found["warpgroups"] == PRODUCTS[target]

@@ -35,6 +35,14 @@ def ids(*counts):
     return np.repeat(np.arange(len(counts)) - 1, counts)
 
 
+def padded(level):
+    """The bias that an additive mask makes of padding at the left, and of padded rows."""
+    bias = np.zeros((1, 1, 128, 256), np.float32)
+    bias[..., :150] = level
+    bias[:, :, 5:9] = level
+    return jnp.asarray(bias)
+
+
 CASES = {
     "causal": (sizes(), {"mask": masks.Causal()}),
     "full_float16_with_sinks": (
@@ -74,6 +82,7 @@ CASES = {
         sizes(q_len=128, kv_len=128, head_dim=128, value_dim=128),
         {"mask": masks.Causal(), "return_max_logits": True},
     ),
+    "padded_rows_and_keys": (sizes(q_len=128), {"bias": padded(np.finfo(np.float32).min)}),
     "uneven_lengths": (sizes(q_len=100, kv_len=140), {}),
 }
 

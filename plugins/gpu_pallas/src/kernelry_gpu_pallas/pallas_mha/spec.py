@@ -98,7 +98,9 @@ PALLAS_MHA = KernelSpec(
         gradient=Gradient.BACKWARD,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
         tolerances=(
-            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
+            Tolerance(
+                "float32", 2e-6, 2e-5, "float32 products and sums in another order; for logits to 1e3, see the README"
+            ),
             Tolerance("bfloat16", 1e-2, 4e-2, "probabilities, output and Σ out · d_out have 8 bits of mantissa"),
             Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
         ),

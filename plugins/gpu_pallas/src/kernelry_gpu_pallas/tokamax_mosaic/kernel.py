@@ -13,12 +13,13 @@ from typing import Any, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kernelry.errors import PluginError
-from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling, log_sum
+from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
 from kernelry_gpu_pallas.tokamax_mosaic import _vendor
 from kernelry_gpu_pallas.tokamax_mosaic.blocks import BLACKWELL, NAME, check
+from kernelry_gpu_pallas.tokamax_mosaic.shift import Shifted
 from kernelry_gpu_pallas.tokamax_mosaic.visibility import Visible, is_plainly_causal
 
 _SCOPE = "kernelry.tokamax_mosaic"
@@ -41,8 +42,10 @@ class TokamaxMosaicKernel(Kernel):
         if not statistics:
             out, top = _attended(request, tiling, arrays, visible)
             return Partial(out, max_logits=top, dtype=request.dtype)
-        out, lse, rest, top = _forward(request, tiling, arrays, visible)
-        max_logits = top if request.max_logits else None
+        out, tops, sums, sees = _forward(request, tiling, arrays, visible)
+        lse, rest, tops = Shifted.of(inputs.bias, visible, request).shifted_back(tops, sums)
+        lse = jnp.where(sees, lse, -jnp.inf)
+        max_logits = _of_heads(tops, sees) if request.max_logits else None
         return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype, lse_rest=rest)
 
     def backward(
@@ -55,7 +58,9 @@ class TokamaxMosaicKernel(Kernel):
         d_out: Float[Array, "B T N D"],
         d_lse: Float[Array, "B N T"] | None,
     ) -> Gradients:
-        return Gradients(*_backward(request, tiling, _arrays(inputs), Visible.of(inputs, request), out, lse, d_out))
+        visible = Visible.of(inputs, request)
+        lse = Shifted.of(inputs.bias, visible, request).shifted(lse)
+        return Gradients(*_backward(request, tiling, _arrays(inputs), visible, out, lse, d_out))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -63,15 +68,19 @@ def _attended(
     request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible
 ) -> tuple[jax.Array, jax.Array | None]:
     """The output and, where it is asked for, the largest logit of each head."""
-    if request.max_logits:
-        out, _, _, top = _forward(request, tiling, arrays, visible)
-        return out, top
-    return _called(request, tiling, arrays, visible, statistics=False)[0], None
+    if not request.max_logits:
+        return _called(request, tiling, arrays, visible, statistics=False)[0], None
+    (out, top), _ = _attended_forward(request, tiling, arrays, visible)
+    return out, top
 
 
 def _attended_forward(request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible) -> Any:
-    out, lse, rest, top = _forward(request, tiling, arrays, visible)
-    return (out, top if request.max_logits else None), (arrays, visible, out, lse, rest)
+    out, tops, sums, sees = _forward(request, tiling, arrays, visible)
+    shifted = Shifted.of(arrays[3], visible, request)
+    lse, rest = shifted.log_sums(tops, sums)
+    lse = jnp.where(sees, lse, -jnp.inf)
+    top = _of_heads(shifted.shifted_back(tops, sums)[2], sees) if request.max_logits else None
+    return (out, top), (arrays, visible, out, lse, rest)
 
 
 def _attended_backward(request: Request, tiling: Tiling, residuals: Any, cotangents: Any) -> Any:
@@ -90,12 +99,17 @@ def _arrays(inputs: Inputs) -> _Arrays:
 
 def _forward(
     request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"], Float[Array, "B N T"], Float[Array, "B N"]]:
-    """The output, the logsumexp, what rounding took from it, and the largest logit of each head."""
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N T"], Float[Array, "B N T"], Bool[Array, "B N T"]]:
+    """The output; of each row's shifted logits the largest and Σ exp(logits − largest); whether the row sees a key."""
     out, (tops, sums) = _called(request, tiling, arrays, visible, statistics=True)
     sees = (tops > _NOTHING_SEEN) & (sums > 0)
-    lse, rest = log_sum(jnp.where(sees, tops, 0.0), jnp.where(sees, sums, 1.0))
-    return out, jnp.where(sees, lse, -jnp.inf), rest, jnp.where(sees, tops, -jnp.inf).max(axis=2)
+    return out, jnp.where(sees, tops, 0.0), jnp.where(sees, sums, 1.0), sees
+
+
+def _of_heads(tops: Float[Array, "B N T"], sees: Bool[Array, "B N T"]) -> Float[Array, "B N"]:
+    """The largest logit of each head; −inf where no row sees anything."""
+    found: jax.Array = jnp.where(sees, tops, -jnp.inf).max(axis=2)
+    return found
 
 
 def _called(request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible, *, statistics: bool) -> Any:
@@ -116,7 +130,8 @@ def _called(request: Request, tiling: Tiling, arrays: _Arrays, visible: Visible,
         )
 
     *qkv, bias = arrays
-    return _of_each_row(one_row, *qkv, _whole(bias, request), visible.dense, visible.start, visible.end)
+    given = Shifted.of(bias, visible, request).bias
+    return _of_each_row(one_row, *qkv, given, visible.dense, visible.start, visible.end)
 
 
 def _backward(
@@ -128,6 +143,7 @@ def _backward(
     lse: Float[Array, "B N T"],
     d_out: Float[Array, "B T N D"],
 ) -> _Arrays:
+    """The gradients; `lse` is that of the shifted logits."""
     vendor, config = _backward_of(request, tiling)
     *qkv, bias = arrays
     reduced = None if bias is None or bias.shape == (*lse.shape, request.kv_len) else jnp.float32
@@ -154,7 +170,7 @@ def _backward(
         )
 
     of_whole = out, d_out.astype(qkv[0].dtype), lse
-    hidden = _whole(bias, request), visible.dense, visible.start, visible.end
+    hidden = Shifted.of(bias, visible, request).bias, visible.dense, visible.start, visible.end
     d_query, d_key, d_value, d_logits = _of_each_row(one_row, *qkv, *of_whole, *hidden)
     if bias is None:
         return d_query, d_key, d_value, None
@@ -170,11 +186,6 @@ def _of_each_row(one_row: Callable[..., Any], *arrays: jax.Array | None) -> Any:
     # Not around the custom_vjp: its inside is lowered without the names that are around it.
     with jax.named_scope(_SCOPE), _vendor.quietly():
         return jax.vmap(one_row, in_axes=tuple(None if same else 0 for same in alike))(*given)
-
-
-def _whole(bias: jax.Array | None, request: Request) -> jax.Array | None:
-    """The bias of every pair: where heads are grouped, the vendor's backward pass reads rows of 1 from another head."""
-    return None if bias is None else jnp.broadcast_to(bias, (*bias.shape[:2], request.q_len, request.kv_len))
 
 
 def _forward_of(request: Request, tiling: Tiling) -> tuple[Any, Any]:

@@ -66,7 +66,9 @@ SPLASH = KernelSpec(
         gradient=Gradient.BACKWARD,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
         tolerances=(
-            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
+            Tolerance(
+                "float32", 2e-6, 2e-5, "float32 products and sums in another order; for logits to 1e4, see the README"
+            ),
             Tolerance("bfloat16", 1e-2, 4e-2, "scaled queries, output and gradients are rounded to 8 bits of mantissa"),
         ),
     ),
