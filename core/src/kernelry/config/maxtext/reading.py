@@ -261,5 +261,6 @@ def _like(name: str) -> str:
 @functools.cache
 def not_attention() -> frozenset[str]:
     """The keys of MaxText that are not about attention, from the shipped list."""
-    text = importlib.resources.files("kernelry.config.maxtext").joinpath("not_attention.txt").read_text(encoding="utf-8")
+    file = importlib.resources.files("kernelry.config.maxtext").joinpath("not_attention.txt")
+    text = file.read_text(encoding="utf-8")
     return frozenset(line for line in text.splitlines() if line and not line.startswith("#"))

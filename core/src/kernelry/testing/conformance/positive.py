@@ -11,9 +11,6 @@ import jax
 import numpy as np
 
 from kernelry.kernel.capabilities import Dims, Feature
-from kernelry.masks import AtomKind, Causal, Full, Mask, PositionKind
-from kernelry.request.request import Mode, Operand
-from kernelry.kernel.capabilities import Dims, Feature
 from kernelry.masks import AtomKind, Causal, Mask, PositionKind
 from kernelry.request.request import Mode, Operand
 from kernelry.testing.conformance import samples
