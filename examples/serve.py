@@ -196,7 +196,7 @@ FULL = {"steps": 80, "requests": 24, "length": 48, "rows": 8, "pages": 40, "stor
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action=_Quick, help="a small run")
-    parser.add_argument("--steps", type=int, help="of training; 0 serves a model that knows nothing")
+    parser.add_argument("--steps", type=int, help="of training; 0 serves an untrained model")
     parser.add_argument("--requests", type=int, help="how many")
     parser.add_argument("--length", type=int, help="the most bytes to add to a prompt")
     parser.add_argument("--rows", type=int, help="sequences at a time")

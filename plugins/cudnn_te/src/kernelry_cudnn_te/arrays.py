@@ -1,4 +1,4 @@
-"""What both kernels do to the arrays that cuDNN is handed beside queries, keys and values."""
+"""What both kernels do to the arrays that cuDNN is handed besides queries, keys and values."""
 
 from __future__ import annotations
 
