@@ -159,7 +159,7 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array it stands for."""
+        """Of the array that it represents."""
         return tuple(self.values.shape)
 
     @property
