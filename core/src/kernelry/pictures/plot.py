@@ -27,7 +27,7 @@ _PANEL = 5.2
 
 _HIDDEN, _CUT, _SEEN, _FULL = range(4)
 _COLOURS = np.array([(236, 238, 241), (253, 224, 186), (221, 119, 30), (38, 96, 164)], np.uint8)
-"""Told apart by every kind of colour vision, and in grey, for they differ in lightness."""
+"""Distinct in every kind of colour vision, and in grey, because they differ in lightness."""
 _WORDS = ("empty block", "partial block: hidden", "partial block: visible", "full block")
 _WORDS_OF_BLOCKS = ("empty block", "", "partial block", "full block")
 
