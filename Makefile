@@ -53,13 +53,13 @@ test-versions: export XLA_FLAGS ?= $(QUICK)
 test-versions: $(VENV)/.installed
 	$(PYTEST) -m "versions and not sweep" $(ARGS)
 
-# The whole matrices of which `make test` samples, and the lying kernels.
+# The whole matrices of which `make test` runs samples, and the deliberately wrong kernels.
 test-sweep: $(VENV)/.installed
 	$(PYTEST) -m sweep $(ARGS)
 
 test-all: test test-sweep conformance test-fuzz test-te
 
-# cudnn_te beside the real Python of each transformer_engine, 1 MB each, over a native module that is stood in: no CUDA.
+# cudnn_te with the real Python of each transformer_engine, 1 MB each, over a substitute for its native module: no CUDA.
 TE_VERSIONS ?= 2.11.0 2.12.0 2.13.0 2.14.0 2.20.2
 
 .te/%/.installed: | $(VENV)/.installed
@@ -76,7 +76,7 @@ test-te: $(VENV)/.installed $(TE_VERSIONS:%=.te/%/.installed)
 test-fuzz: $(VENV)/.installed
 	$(PYTEST) -m fuzz tests/core/test_fuzz_resolution.py $(ARGS)
 
-# Every kernel that can run here is held to everything it declares, and serves no fewer cases than before.
+# Every kernel that can run here does everything it declares, and serves no fewer cases than before.
 conformance: $(VENV)/.installed
 	$(BIN)/kernelry conformance --all --at-least tests/contract/served.json $(ARGS)
 
@@ -105,7 +105,7 @@ mutation: coverage
 test-install: $(VENV)/.installed
 	$(BIN)/python -m pytest -p no:randomly -m install tests/install $(ARGS)
 
-# The parity tests beside the real MaxText, which wants Python 3.12 and about 1 GB in an environment of its own.
+# The parity tests next to the real MaxText, which needs Python 3.12 and about 1 GB in an environment of its own.
 MAXTEXT_NEEDS := maxtext==0.2.5 tokamax qwix aqtp jaxtyping immutabledict pathwaysutils fastapi starlette \
 	annotated-doc anyio opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions idna sniffio requests \
 	urllib3 certifi uvicorn click jinja2 markupsafe xprof fire termcolor six einshape tqdm importlib_metadata
@@ -117,7 +117,7 @@ test-maxtext:
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
 	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py $(ARGS)
 
-# The real compilers of TPUs and GPUs, and neither of these: about 2.5 GB in an environment of their own.
+# The real compilers of TPUs and GPUs, without a device: about 2.5 GB in an environment of their own.
 AOT_VENV ?= .venv-aot
 AOT_TESTS = $(AOT_VENV)/bin/python -m pytest -n 2 -p no:randomly -m aot
 

@@ -1,8 +1,9 @@
-"""What the kernels do on this machine: right or not, and how fast beside others'. Run: python benchmarks/device.py.
+"""Whether this machine's kernels are right, and how fast compared with others. Run: python benchmarks/device.py.
 
-Holds every kernel that runs here to what it declares; then times each one, `auto`, and the attention of jax.nn, JAX's
-Pallas and tokamax on named shapes, next to a matrix product and a copy that take turns with them. What is timed is
-compared with float32 first. Writes one JSON and, where matplotlib is installed, one PNG. The rooms are in on_device/.
+Tests every kernel that runs here against what it declares; then times each one, `auto`, and the attention of jax.nn,
+JAX's Pallas and tokamax on named shapes, next to a matrix product and a copy that take turns with them. What is timed
+is compared with float32 first. Writes one JSON and, where matplotlib is installed, one PNG. The modules are in
+on_device/.
 Forward+backward is `jax.value_and_grad` of Σ out · weights with respect to query, key and value.
 """
 
@@ -10,7 +11,7 @@ import os
 
 import on_device.clock  # noqa: F401  first: the minutes count from here
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX takes 0.75; the largest shapes want more
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX takes 0.75; the largest shapes need more
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from rich.table import Table
 
 STORAGES = ("float32", "bfloat16", "int8", "int4", "float8_e4m3fn")
 EXACT = "float32"  # in it serving changes no byte
-PROMPTS = (24, 150, 60, 100)  # bytes; few different ones, for each is compiled when continued alone
+PROMPTS = (24, 150, 60, 100)  # bytes; few different ones, since each is compiled when continued alone
 ARRIVALS = 3  # a request every so many steps
 DIFFERENT = 1  # the exit status where a float32 answer differs
 
@@ -133,7 +133,7 @@ Alone = dict[int, tuple[np.ndarray, np.ndarray]]
 
 def continued_alone(model: Decoder, asked: list[Request], system: tuple[int, ...]) -> Alone:
     """Continues each prompt by itself, without pages: the bytes and their logits."""
-    longest = max(request.length for request in asked)  # one length, for each is compiled
+    longest = max(request.length for request in asked)  # one length, since each is compiled
     answers: Alone = {}
     for request in asked:
         prompt = jnp.asarray([[*system, *request.prompt]], jnp.int32)
@@ -196,7 +196,7 @@ FULL = {"steps": 80, "requests": 24, "length": 48, "rows": 8, "pages": 40, "stor
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action=_Quick, help="a small run")
-    parser.add_argument("--steps", type=int, help="of training; 0 serves a model that knows nothing")
+    parser.add_argument("--steps", type=int, help="of training; 0 serves an untrained model")
     parser.add_argument("--requests", type=int, help="how many")
     parser.add_argument("--length", type=int, help="the most bytes to add to a prompt")
     parser.add_argument("--rows", type=int, help="sequences at a time")

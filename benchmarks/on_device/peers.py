@@ -77,7 +77,7 @@ def _why_not_jax_nn(shape: Shape) -> str | None:
 
 
 def _tokamax(implementation: Any, shape: Shape, query: Any, key: Any, value: Any, ids: Any) -> jax.Array:
-    """One implementation alone: from several, tokamax goes on to the next without a word."""
+    """One implementation alone: from several, tokamax silently goes on to the next."""
     import tokamax
 
     found: jax.Array = tokamax.dot_product_attention(
@@ -102,9 +102,9 @@ def _why_not_mha(shape: Shape) -> str | None:
     if shape.soft_cap is not None:
         return f"soft_cap={shape.soft_cap}: mha has no soft cap"
     if shape.out_dim != shape.head_dim:
-        return f"H={shape.head_dim} D={shape.out_dim}: mha wants H = D"
+        return f"H={shape.head_dim} D={shape.out_dim}: mha needs H = D"
     if shape.q_len < 16:
-        return f"T={shape.q_len}: mha's products want 16 queries"
+        return f"T={shape.q_len}: mha's products need 16 queries"
     return None
 
 

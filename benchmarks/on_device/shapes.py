@@ -144,7 +144,7 @@ ACCELERATOR = {
     "vit_256_full": _square(256, 16, 16, 64, batch=64, causal=False),
     "decode_32k_batch8": _step(8, 32768),
 }
-"""What a GPU or TPU is timed on, in this order: those that the targets speak of come first."""
+"""What a GPU or TPU is timed on, in this order: those that the targets are about come first."""
 
 CPU = {
     "small_train_1k": _square(1024, 8, 8, 64, dtype="float32"),

@@ -18,7 +18,7 @@ _ENOUGH_MS = 10.0
 """Accelerator calls are queued until a sample takes about this long, so that launching them hides behind the work."""
 _MOST_CALLS = 200
 _ROOM = 0.9
-"""Share of the free memory that a program may want: what else is loaded takes some."""
+"""Share of the free memory that a program may need: what else is loaded takes some."""
 
 
 @final
@@ -70,7 +70,7 @@ def take_turns(programs: list[Program], repeats: int, clock: Any) -> None:
 
 
 def check_room(compiled: Any) -> None:
-    """Raises AbsentError where a program wants more memory than there is: on a CPU the system would end the run."""
+    """Raises AbsentError where a program needs more memory than there is: on a CPU the system would end the run."""
     wanted = compiled.memory_analysis()
     needs, free = wanted.temp_size_in_bytes + wanted.output_size_in_bytes, _free_bytes()
     if needs > _ROOM * free:

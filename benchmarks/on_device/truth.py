@@ -1,7 +1,7 @@
 """Whether what is timed is right: two corners of every result against float32, written out from the shape alone.
 
 A corner is a batch row with a key/value head and the query heads that read it: all that their output and gradients
-depend on, so that they are exact. It costs little beside the whole.
+depend on, so that they are exact. It costs little compared with the whole.
 """
 
 from __future__ import annotations

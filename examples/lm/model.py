@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.append(key, value)
         if cache is not None and mode is Mode.DECODE:
-            # The layer's mask, standing where the new query stands, hides the unwritten slots, too.
+            # The layer's mask, at the position of the new query, hides the unwritten slots, too.
             x = self.attend(query, cache.key, cache.value, tokens=Tokens(query_offset=start), mode=mode)
         else:
             x = self.attend(query, key, value, mode=mode)

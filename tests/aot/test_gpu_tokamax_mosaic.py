@@ -55,4 +55,4 @@ def test_what_is_declared_compiles(target, case):
 def test_gradients_of_head_dim_256_compile_on_hopper_and_are_refused_on_blackwell():
     case = "head_dim_256_with_gradients"
     assert _problems("gpu:h100", case)[case] is None
-    assert "want more memory than a multiprocessor has" in _problems("gpu:b200", case)[case]
+    assert "need more memory than a multiprocessor has" in _problems("gpu:b200", case)[case]

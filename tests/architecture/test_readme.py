@@ -1,6 +1,6 @@
-"""What README and docs show is run: README in one program for each block, and in the sweep as it is printed.
+"""What README and docs show is run, in the sweep as it is printed; what they say is printed is compared with it.
 
-`make test-install` runs all of it in a fresh environment.
+`make test-install` runs it in a fresh environment.
 """
 
 import os
@@ -14,23 +14,28 @@ import jax
 import pytest
 
 import kernelry
+from kernelry import pictures
 from kernelry.config import load_config
+from kernelry.masks.parse import parse_mask
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-SHOWN = {
-    file: text
-    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
-    if "```python" in (text := file.read_text())
-}
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES["README.md"]
+SHOWN = [name for name, text in PAGES.items() if "```python" in text]
+IN_THIS_PROCESS = ["README.md", "attention.md", "masks.md", "maxtext.md", "plugins.md"]
+"""Of these, each block is compiled as one program here; a fresh process runs them in the sweep."""
 
 CHECKS = {
-    "README.md": """
-assert packed.form.atoms and out.shape == (2, 1024, 8, 64), out.shape
-assert step.shape == (2, 1, 8, 64) and int(cache.lengths[0]) == 1025
+    "README.md": "assert out.shape == (2, 1024, 8, 64), out.shape",
+    "attention.md": "assert packed.form.atoms and out.shape == (2, 1, 8, 64), out.shape",
+    "masks.md": "assert balanced.form.atoms and decode_step.form.atoms",
+    "maxtext.md": "assert out.shape == (2, 1024, 8, 64), out.shape",
+    "plugins.md": """
 assert kernelry_kernels() == [MINE]
 import sys, types
+import jax, jax.numpy as jnp
 import numpy as np
+import kernelry
 from kernelry.plugin import Partial, Side
 from kernelry.testing import reference_attention
 
@@ -70,32 +75,38 @@ for found in answer:
     np.testing.assert_array_equal(found, greedy(tokens))
     tokens = np.concatenate([tokens, np.asarray(found)[:, None]], axis=1)
 assert len({*np.ravel(answer).tolist()} - {0}) > 3, answer
+assert out.shape == (2, 1, 8, 64), out.shape
 assert token.tolist() == [0, 0] and bool(cache.overflowed) and cache.lengths.tolist() == [16, 16]
 """,
 }
-"""What holds after the blocks of a file; a file without an entry only has to run."""
+"""What holds after the blocks of a page; a page without an entry only has to run."""
+
+PRINTS = {
+    "README.md": ["→ pallas_flash"],
+    "attention.md": ["→ pallas_flash", "→ cudnn_te"],
+    "caches.md": ["PagedCache: tokens were appended that did not fit"],
+}
 
 
 def _blocks(language, text=README):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-PRINTED = [pytest.param(file, marks=[pytest.mark.sweep] * (file.name == "README.md"), id=file.name) for file in SHOWN]
+def _printed_pages():
+    """Every page that shows programs; those that also run in this process are in the sweep."""
+    return [pytest.param(name, marks=[pytest.mark.sweep] * (name in IN_THIS_PROCESS)) for name in SHOWN]
 
 
-@pytest.mark.parametrize("file", PRINTED)
-def test_python_runs_as_it_is_printed(file, tmp_path):
+@pytest.mark.parametrize("name", _printed_pages())
+def test_python_runs_as_it_is_printed(name, tmp_path):
     program = tmp_path / "shown.py"
-    program.write_text("\n".join([*_blocks("python", SHOWN[file]), CHECKS.get(file.name, "")]))
+    program.write_text("\n".join([*_blocks("python", PAGES[name]), CHECKS.get(name, "")]))
     environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")}
     command = [sys.executable, "-W", "error", program.name]
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    if file.name == "README.md":
-        assert "→ pallas_flash" in done.stdout
-        assert "→ cudnn_te" in done.stdout
-    if file.name == "caches.md":
-        assert "PagedCache: tokens were appended that did not fit" in done.stdout
+    for expected in PRINTS.get(name, ()):
+        assert expected in done.stdout
 
 
 def _run(block, names):
@@ -113,38 +124,85 @@ def _is_of_arrays(value):
     return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
-def test_the_blocks_of_readme_run():
-    names = {}
-    for number, block in enumerate(_blocks("python")):
-        _run(block.replace("print(", f"text_{number} = str("), names)
-    exec(CHECKS["README.md"], names)
-    assert "→ pallas_flash" in names["text_0"]
-    assert "→ cudnn_te" in names["text_1"]
+@pytest.mark.parametrize("name", IN_THIS_PROCESS)
+def test_the_blocks_run(name):
+    names = {"printed": []}
+    for block in _blocks("python", PAGES[name]):
+        _run(block.replace("print(", "printed.append("), names)
+    exec(CHECKS[name], names)
+    printed = "\n".join(map(str, names["printed"]))
+    for expected in PRINTS.get(name, ()):
+        assert expected in printed
 
 
 def test_the_first_example_is_short():
-    assert len([line for line in _blocks("python")[0].splitlines() if line.strip()]) <= 15
+    assert len([line for line in _blocks("python")[0].splitlines() if line.strip()]) == 5
 
 
-def test_every_extra_is_in_the_first_screen():
+def test_the_resolution_shown_is_the_one_printed(tmp_path):
+    environ = os.environ | {"KERNELRY_PLUGINS": "cudnn_te,dot_product,gpu_pallas"}
+    program = "import kernelry\n" + _blocks("python")[1]
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert _blocks("text")[0] == done.stdout, done.stdout + done.stderr
+
+
+def test_the_mask_shown_is_the_one_drawn():
+    [expression] = re.findall(r"^\$ kernelry mask \"(.*)\"$", README, re.MULTILINE)
+    assert _blocks("text")[1].strip() == pictures.text(parse_mask(expression)).strip()
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_every_extra_is_in_readme():
     extras = tomllib.loads((ROOT / "core" / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    screen = "\n".join(README.splitlines()[:40])
-    assert [extra for extra in extras if f"`{extra}`" not in screen] == []
+    table = [line for line in README.splitlines() if line.startswith("| `")]
+    assert [extra for extra in extras if not any(f"`{extra}`" in line.split("|")[1] for line in table)] == []
     assert not any("matplotlib" in need or "[plot" in need for need in extras["all"])
 
 
 def test_the_config_is_valid_and_decides():
-    config = load_config(tomllib.loads(_blocks("toml")[0])["attention"])
+    [block] = _blocks("toml", PAGES["choosing.md"])
+    config = load_config(tomllib.loads(block)["attention"])
     resolution = kernelry.explain(kernelry.Request(q_len=2048, target="gpu:a100"), policy=config.policy)
     assert "rule 1" in resolution.rule
 
 
-def test_every_kernel_of_ours_is_in_the_table():
+def test_every_kernel_of_ours_is_in_the_tables():
     ours = {k.name for k in kernelry.kernels() if k.distribution.startswith("kernelry-")}
-    assert {name for name in ours if f"| `{name}` |" in README} == ours
+    assert {name for name in ours if f"| `{name}` |" in PAGES["kernels.md"]} == ours
+    assert {name for name in ours if f"`{name}`" in README} == ours
 
 
-def test_every_make_target_named_exists():
+def test_every_page_is_linked_from_readme():
+    assert [name for name in PAGES if name != "README.md" and f"](docs/{name})" not in README] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_somewhere(name):
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    for file, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", PAGES[name]):
+        path = folder / file if file else folder / name
+        assert path.exists(), file
+        assert not heading or heading in _anchors(path.read_text()), heading
+
+
+def _anchors(text):
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", [*PAGES, "CONTRIBUTING.md"])
+def test_every_make_target_named_exists(file):
+    text = PAGES[file] if file in PAGES else (ROOT / file).read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`?make ([a-z-]+)", README)):
-        assert f"\n{target}:" in makefile
+    for target in set(re.findall(r"`make ([a-z-]+)", text)):
+        assert f"\n{target}:" in makefile, target
+
+
+def test_every_make_target_is_in_contributing():
+    [names] = re.findall(r"^\.PHONY: (.*(?:\\\n.*)*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [name for name in names.replace("\\", "").split() if f"`make {name}" not in table] == []

@@ -131,6 +131,6 @@ def test_what_is_left_to_a_device_is_neither_ok_nor_a_failure(facts, outcome):
 
 def test_more_memory_than_there_is_has_a_reason():
     assert str(Reason.of_memory(770 * 2**30, 79 * 2**30)) == (
-        "the program wants 770.0 GiB for arguments, outputs and temporaries, of 79.0 GiB; "
+        "the program needs 770.0 GiB for arguments, outputs and temporaries, of 79.0 GiB; "
         "shorten the sequence, shard it, or choose a kernel that keeps no T×S logits"
     )

@@ -14,7 +14,7 @@ from mask_strategies import BATCH, KV_HEADS, Q_HEADS, placed_masks
 from kernelry import masks, pictures
 from kernelry.errors import ArgumentError, ConfigError, ShapeError
 from kernelry.masks.parse import parse_mask
-from kernelry.pictures.sight import Sight
+from kernelry.pictures.drawn_mask import DrawnMask
 from kernelry.testing import reference_mask
 
 FIGURE = re.compile(r"(?:^ *[1.](?: [1.])+ *$\n?)+", re.MULTILINE)
@@ -133,12 +133,12 @@ def test_arrays_of_masks_too_large_are_not_looked_into():
     ],
 )
 def test_lengths_default_to_the_arrays(mask, sizes):
-    extent = Sight.of(mask).extent
+    extent = DrawnMask.of(mask).extent
     assert (extent.q_len, extent.kv_len) == sizes
 
 
 def test_one_length_given_is_both():
-    assert Sight.of(masks.Causal(), kv_len=5).extent.q_len == 5
+    assert DrawnMask.of(masks.Causal(), kv_len=5).extent.q_len == 5
 
 
 @given(placed_masks())
@@ -146,7 +146,7 @@ def test_one_length_given_is_both():
 def test_what_is_seen_is_the_mask(drawn):
     mask, q_len, kv_len = drawn
     wanted = reference_mask(mask, BATCH, Q_HEADS, q_len, kv_len)
-    visible = Sight.of(mask, q_len, kv_len).visible()
+    visible = DrawnMask.of(mask, q_len, kv_len).visible()
     if visible.shape[1] == KV_HEADS:  # nothing tells the query heads of a group apart
         visible = np.repeat(visible, Q_HEADS // KV_HEADS, axis=1)
     np.testing.assert_array_equal(np.broadcast_to(visible, wanted.shape), wanted)
@@ -156,8 +156,8 @@ def test_what_is_seen_is_the_mask(drawn):
 @settings(max_examples=50, deadline=None)
 def test_kinds_are_those_of_the_elements(drawn):
     mask, q_len, kv_len = drawn
-    found = Sight.of(mask, q_len, kv_len).blocks(2, 3)
-    visible = Sight.of(mask, q_len, kv_len).visible()
+    found = DrawnMask.of(mask, q_len, kv_len).blocks(2, 3)
+    visible = DrawnMask.of(mask, q_len, kv_len).visible()
     assert found.exact
     for row, head, q, kv in np.ndindex(found.kinds.shape):
         block = visible[row, head, 2 * q : 2 * q + 2, 3 * kv : 3 * kv + 3]
@@ -166,7 +166,7 @@ def test_kinds_are_those_of_the_elements(drawn):
 
 def test_kinds_of_a_static_mask_are_its_block_map():
     mask = masks.Chunked(6) & masks.SlidingWindow(4)
-    np.testing.assert_array_equal(Sight.of(mask, 20, 20).blocks(3, 4).kinds[0, 0], mask.block_map(20, 20, 3, 4))
+    np.testing.assert_array_equal(DrawnMask.of(mask, 20, 20).blocks(3, 4).kinds[0, 0], mask.block_map(20, 20, 3, 4))
 
 
 @pytest.mark.parametrize("draw", [pictures.text, pictures.image])

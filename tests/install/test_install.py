@@ -87,15 +87,28 @@ out = kernelry.attention(query, key, value, mask=Strided(2))
 np.testing.assert_allclose(out, dense, rtol=1e-5, atol=1e-6)
 print(json.dumps("ok"))
 """
-README = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-PROGRAMS = [block for language, block in README if language == "python"]
-COMMANDS = [
+
+
+def _blocks(path):
+    return re.findall(r"```(\w*)\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+PAGES = {path.name: _blocks(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PROGRAMS = {
+    page: "\n".join(block for language, block in blocks if language == "python") for page, blocks in PAGES.items()
+}
+SHOWN = [
     line.removeprefix("$ ").partition("  #")[0].strip()
-    for language, block in README
+    for blocks in PAGES.values()
+    for language, block in blocks
     if not language
     for line in block.splitlines()
     if line.removeprefix("$ ").startswith("kernelry ")
 ]
+# The whole kit takes minutes, and on every kernel it is a step of CI's own.
+COMMANDS = list(
+    dict.fromkeys(re.sub(r"conformance (--all|\w+).*", "conformance dot_product --quick", line) for line in SHOWN)
+)
 OURS = ["cudnn_te", "dot_product", "gpu_pallas", "tpu_splash"]
 
 
@@ -170,11 +183,10 @@ def test_all_plugins_leave_attention_working(complete):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_readme_runs(complete, command):
-    [config] = (block for language, block in README if language == "toml")
+def test_every_command_shown_runs(complete, command):
+    [config] = (block for language, block in PAGES["choosing.md"] if language == "toml")
     (complete.sources / "config.toml").write_text(config)
-    # The kit on every kernel takes minutes, and is a step of CI's own.
-    done = complete.run(*shlex.split(command.replace("conformance --all", "conformance dot_product")))
+    done = complete.run(*shlex.split(command))
     assert "Traceback" not in done.stderr
     if command.startswith("kernelry check"):
         assert "aot-tpu" in done.stdout + done.stderr  # what brings the compilers
@@ -182,20 +194,25 @@ def test_every_command_of_readme_runs(complete, command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_readmes_programs_run_as_they_are_printed(complete):
-    without_flax = [program for program in PROGRAMS if "kernelry.flax" not in program]
-    assert len(without_flax) == len(PROGRAMS) - 1
-    done = complete.run("python", "-W", "error", "-c", "\n".join(without_flax))
+WITH_FLAX = ["maxtext.md"]
+WITHOUT_FLAX = [page for page, program in PROGRAMS.items() if program and page not in WITH_FLAX]
+
+
+@pytest.mark.parametrize("page", WITHOUT_FLAX)
+def test_the_programs_shown_run_as_they_are_printed(complete, page):
+    done = complete.run("python", "-W", "error", "-c", PROGRAMS[page])
     assert done.returncode == 0, done.stderr
 
 
-def test_readmes_program_for_flax_says_what_to_install(complete):
-    done = complete.run("python", "-c", "\n".join(program for program in PROGRAMS if "kernelry.flax" in program))
+@pytest.mark.parametrize("page", WITH_FLAX)
+def test_a_program_for_flax_says_what_to_install(complete, page):
+    done = complete.run("python", "-c", PROGRAMS[page])
     assert "pip install 'kernelry[flax]'" in done.stderr.splitlines()[-1]
 
 
-def test_all_of_readmes_programs_run_with_flax(extended):
-    done = extended.run("python", "-W", "error", "-c", "\n".join(PROGRAMS))
+@pytest.mark.parametrize("page", WITH_FLAX)
+def test_the_programs_for_flax_run_with_it(extended, page):
+    done = extended.run("python", "-W", "error", "-c", PROGRAMS[page])
     assert done.returncode == 0, done.stderr
 
 

@@ -112,7 +112,7 @@ def test_masks_that_would_mean_something_else(options, reason):
         ),
         (
             {"bias": (1, 1, 128, 128), "mask": masks.Lengths(3)},
-            "no gradient of bias beside lengths (mask=lengths); leave bias out of gradients= where it is constant",
+            "no gradient of bias with lengths (mask=lengths); leave bias out of gradients= where it is constant",
         ),
     ],
 )
@@ -250,7 +250,7 @@ def test_missing_cudnn_is_told_what_brings_it(device):
         (
             91000,
             {"bias": (1, 1, 128, 128), "mask": masks.SlidingWindow(3)},
-            "bias beside mask=window(3, 0), and cuDNN 9.10.0 < 9.10.2; pip install --upgrade nvidia-cudnn-cu12",
+            "bias with mask=window(3, 0), and cuDNN 9.10.0 < 9.10.2; pip install --upgrade nvidia-cudnn-cu12",
         ),
     ],
 )

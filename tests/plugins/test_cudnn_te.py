@@ -94,7 +94,7 @@ def test_masks_with_arrays_want_hidden_slots_cleaned(mask):
         ),
         (
             {"mask": masks.Causal().at(query_offset=5), "kv_len": 256},
-            "beside key 5; served are key 0 and, for the last beside the last, kv_len - q_len = 128",
+            "with key 5; served are key 0 and, aligning the last with the last, kv_len - q_len = 128",
         ),
         (
             {"mask": masks.SlidingWindow(3, 2).at(query_offset=0), "kv_len": 256},
@@ -113,7 +113,7 @@ def test_masks_with_arrays_want_hidden_slots_cleaned(mask):
             {"bias": (2, 1, 128, 128), "batch": 2},
             "bias=(2, 1, 128, 128) has a gradient only where it is [1, N, T, S] with N=1",
         ),
-        ({"bias": (1, 1, 128, 128), "mask": SEGMENTS}, "bias=(1, 1, 128, 128) beside segments"),
+        ({"bias": (1, 1, 128, 128), "mask": SEGMENTS}, "bias=(1, 1, 128, 128) with segments"),
         ({"max_logits": True, "sinks": True}, "max_logits might contain the sinks"),
         (
             {"max_logits": True, "batch": 4, "mask": LENGTHS},
@@ -137,13 +137,13 @@ def test_refused_with_its_value(facts, reason):
         ({"sinks": True}, "context_parallel=ring:context:4 with sinks=True"),
         ({"partial": True, "gradients": ()}, "context_parallel=ring:context:4 with partial=True"),
         ({"kv_len": 256}, "with q_len=128 that differs from kv_len=256"),
-        ({"q_len": 130}, "q_len=130 is no multiple of 4"),
+        ({"q_len": 130}, "q_len=130 is not a multiple of 4"),
         ({"mask": masks.SlidingWindow(8)}, "context_parallel=ring:context:4 with mask=window(8, 0)"),
         ({"mask": LENGTHS}, "context_parallel=ring:context:4 with mask=lengths"),
         ({"mask": SEGMENTS}, "context_parallel=ring:context:4 with mask=segments"),
         (
             {"mask": masks.Causal() & SEGMENTS},
-            "wants tokens in striped order where rows are packed; mask=causal & segments; give the mask "
+            "needs tokens in striped order where rows are packed; mask=causal & segments; give the mask "
             ".at(query_positions=p, kv_positions=p), p = load_balanced_order(T, size, 'striped')",
         ),
     ],
@@ -174,9 +174,9 @@ def test_the_order_of_tokens_is_read_from_their_positions(order):
         (None, "transformer-engine is not installed; pip install 'kernelry-cudnn-te[te]'"),
         ("2.10.0", "transformer-engine 2.10.0 < 2.11; pip install 'kernelry-cudnn-te[te]'"),
         ("2.10rc1", "transformer-engine 2.10rc1 < 2.11"),
-        ("2.13rc1+abc", "transformer-engine 2.13rc1+abc: its from_segment_ids_and_pos wants is_thd"),
-        ("2.12.0", "transformer-engine 2.12.0: its from_segment_ids_and_pos wants is_thd and is_segment_ids_reordered"),
-        ("2.13.0", "transformer-engine 2.13.0: its from_segment_ids_and_pos wants is_thd and is_segment_ids_reordered"),
+        ("2.13rc1+abc", "transformer-engine 2.13rc1+abc: its from_segment_ids_and_pos needs is_thd"),
+        ("2.12.0", "transformer-engine 2.12.0: its from_segment_ids_and_pos needs is_thd and is_segment_ids_reordered"),
+        ("2.13.0", "transformer-engine 2.13.0: its from_segment_ids_and_pos needs is_thd and is_segment_ids_reordered"),
     ],
 )
 def test_releases_that_are_refused(version, reason):
@@ -187,11 +187,11 @@ def test_releases_that_are_refused(version, reason):
 def test_what_an_older_release_lacks_is_refused():
     environment = Environment(versions=(("transformer_engine", "2.14.0"),))
     text = _explained(environment, max_logits=True)
-    assert "max_logits=True wants transformer-engine 2.20, found 2.14.0" in text
+    assert "max_logits=True needs transformer-engine 2.20, found 2.14.0" in text
     order = load_balanced_order(128, 4, "striped")
     mask = masks.Causal().at(query_positions=order, kv_positions=order) & SEGMENTS
     text = _reasons(environment, context_parallel="ring:context:4", mask=mask)
-    assert "packed rows in a ring want transformer-engine 2.20, found 2.14.0" in text
+    assert "packed rows in a ring need transformer-engine 2.20, found 2.14.0" in text
 
 
 @pytest.mark.parametrize("version", ["2.14.1", "2.21rc1", "2.21.0.dev1+abc", "3"])

@@ -97,7 +97,7 @@ def test_float32_is_refused_because_the_vendor_rounds_keys_to_bfloat16():
         ({"head_dim": 64}, "head_dim=64 < 128"),
         ({"dtype": "float32"}, "dtype=float32 is not bfloat16"),
         ({"q_len": 2}, "q_len=2 > 1"),
-        ({"page_size": None}, "keys and values stand in no pages"),
+        ({"page_size": None}, "keys and values are not in pages"),
         ({"page_size": 4}, "page_size=4 is not a multiple of 8"),
         ({"mask": masks.SlidingWindow(7).at(query_offset=99)}, "window(7, 0)"),
         ({"kv_quantization": "int8"}, "kv_quantization=int8:head_dim"),

@@ -306,10 +306,10 @@ def test_where_the_smallest_block_does_not_fit_it_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_kv": 48}, "block_kv=48 of pallas_decode is no power of two"),
+        ({"block_kv": 48}, "block_kv=48 of pallas_decode is not a power of two"),
         ({"block_kv": 8}, "block_kv=8 of pallas_decode < 16"),
         ({"block_kv": 512}, r"block_kv=512, num_stages=3 of pallas_decode take at least \d+ bytes .* > 232448 of gpu"),
-        ({"num_warps": 3}, "num_warps=3 of pallas_decode is no power of two"),
+        ({"num_warps": 3}, "num_warps=3 of pallas_decode is not a power of two"),
         ({"num_warps": 0}, "num_warps=0 of pallas_decode < 1"),
         ({"num_warps": 64}, "num_warps=64 of pallas_decode > 32"),
         ({"num_stages": 0}, "num_stages=0 of pallas_decode < 1"),
@@ -323,7 +323,7 @@ def test_a_tiling_that_cannot_compile_is_an_error(change, message):
 
 
 def test_a_tiling_of_a_config_that_cannot_compile_is_an_error_in_interpret_mode_too():
-    with pytest.raises(ConfigError, match="block_kv=48 of pallas_decode is no power of two"):
+    with pytest.raises(ConfigError, match="block_kv=48 of pallas_decode is not a power of two"):
         through_decode(*arrays(), tiling={"block_kv": 48})
 
 

@@ -448,10 +448,10 @@ def test_what_is_read_of_each_query_and_key_takes_shared_memory_too(change, stag
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_q": 48}, "block_q=48 of pallas_flash is no power of two"),
+        ({"block_q": 48}, "block_q=48 of pallas_flash is not a power of two"),
         ({"block_kv_dq": 8}, "block_kv_dq=8 of pallas_flash < 16"),
         ({"block_q_dkv": 512}, r"block_q_dkv=512, .* take at least \d+ bytes of shared memory > 232448 of gpu:h100"),
-        ({"num_warps": 3}, "num_warps=3 of pallas_flash is no power of two"),
+        ({"num_warps": 3}, "num_warps=3 of pallas_flash is not a power of two"),
         ({"num_warps": 0}, "num_warps=0 of pallas_flash < 1"),
         ({"num_stages_backward": 0}, "num_stages_backward=0 of pallas_flash < 1"),
     ],

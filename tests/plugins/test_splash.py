@@ -382,7 +382,7 @@ def test_traced_positions_of_keys_are_refused():
 
 def test_traced_positions_beside_another_atom_are_refused():
     mask = masks.Causal().at(query_offset=jnp.asarray(3)) & masks.Chunked(8)
-    assert "has traced positions beside another atom" in _why(mask)
+    assert "has traced positions next to another atom" in _why(mask)
 
 
 def test_unknown_layouts_and_numbers_of_kernels_are_errors(make_arrays):

@@ -399,9 +399,9 @@ SHORT = {"target": "gpu:h100", "q_len": 256, "dtype": "bfloat16"}
         ({"mask": masks.Causal().at(kv_positions=np.arange(256)[::-1])}, "keys at positions that are not consecutive"),
         (
             {"head_dim": 256, "bias": (1, 1, 256, 256)},
-            "head_dim=256 value_dim=256 with a bias and its gradients: the smallest blocks want more memory",
+            "head_dim=256 value_dim=256 with a bias and its gradients: the smallest blocks need more memory",
         ),
-        ({"target": "gpu:b200", "head_dim": 256}, "and its gradients: the smallest blocks want more memory"),
+        ({"target": "gpu:b200", "head_dim": 256}, "and its gradients: the smallest blocks need more memory"),
     ],
 )
 def test_refusals_have_values(facts, words):
@@ -457,7 +457,7 @@ def test_every_tiling_passes_its_own_check_and_none_is_there_twice(target, head_
     [
         ("gpu:h100", {"block_q": 256}, "block_q=256 is not a multiple of 64 of which 2 divide the length 256"),
         ("gpu:h100", {"block_kv_dkv": 96}, "block_kv_dkv=96 is not a multiple of 64"),
-        ("gpu:h100", {"num_stages": 9}, r"forward wants \d+ of 228352 bytes of shared memory"),
+        ("gpu:h100", {"num_stages": 9}, r"forward needs \d+ of 228352 bytes of shared memory"),
         ("gpu:b200", {"block_kv": 64}, "block_kv=64 is not 128"),
         ("gpu:b200", {"block_q_dq": 64}, "block_q_dq=64 is not 128"),
     ],

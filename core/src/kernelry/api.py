@@ -1,4 +1,7 @@
-"""The front end: splits a call into static facts and arrays, resolves, runs."""
+"""The front end: splits a call into static facts and arrays, resolves, runs.
+
+Internal: `kernelry` exports `attention`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixture of block attention: each query attends to the blocks of keys whose mean suits it best."""
+"""Mixture of block attention: each query attends to the blocks of keys whose mean matches it best."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def select_blocks(
     """Chooses blocks of keys by gate[b, n, t, c] = ⟨query, mean of the keys in block c⟩.
 
     A query's own block is always kept and counts among the `top_k`; blocks after it never are; of
-    equal gates the earlier block wins. Key s stands at position s. Inside the blocks nothing is
+    equal gates the earlier block wins. Key s is at position s. Inside the blocks nothing is
     hidden: MoBA attends to `masks.Causal().at(query_positions=…) & select_blocks(…)`. No gradient
     passes through the choice.
 
@@ -43,7 +43,7 @@ def select_blocks(
 
     Raises:
       ShapeError: an array's rank or shape does not fit.
-      ArgumentError: chunk_size or top_k is no positive integer.
+      ArgumentError: chunk_size or top_k is not a positive integer.
 
     Source:
       Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", 2025, section 2.2.

@@ -1,7 +1,7 @@
 """The pytest plugin of the conformance kit: `pytest --pyargs kernelry.testing --kernelry-kernel NAME`.
 
-It stands outside the package kernelry because pytest imports it in every run of an environment, and kernelry
-imports JAX: whoever sets JAX up in a conftest.py must come first. What the options need is imported by the hooks.
+It is outside the package kernelry because pytest imports it in every run of an environment, and kernelry imports
+JAX, which a conftest.py must be able to set up first. What the options need is imported by the hooks.
 """
 
 from __future__ import annotations

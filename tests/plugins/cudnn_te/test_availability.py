@@ -155,4 +155,4 @@ def test_a_part_of_it_that_is_not_installed_is_a_reason(at_home, without_vendor,
 @pytest.mark.te(since="2.12", before="2.14")
 def test_the_broken_releases_are_refused_with_the_reason(at_home):
     text = _explained(at_home)
-    assert f"transformer-engine {VERSION}: its from_segment_ids_and_pos wants is_thd" in text
+    assert f"transformer-engine {VERSION}: its from_segment_ids_and_pos needs is_thd" in text

@@ -142,7 +142,7 @@ def test_a_bias_beyond_float16_becomes_its_limit():
 
 @pytest.mark.te(before="2.20")
 def test_largest_logits_of_an_older_release_are_an_error_that_says_so():
-    with pytest.raises(ConfigError, match=r"transformer-engine 2\.\d+\.\d+ knows no return_max_logit"):
+    with pytest.raises(ConfigError, match=r"transformer-engine 2\.\d+\.\d+ does not have return_max_logit"):
         cases.check(mask=masks.Causal(), return_max_logits=True)
 
 

@@ -1,7 +1,9 @@
-"""Compiling for hardware that is not here: the vendor's real compiler, without a device.
+"""Compiling for hardware that is not present: the vendor's real compiler, without a device.
 
-It proves that a program compiles, what memory it takes, and that a kernel is in it. It proves no numbers and no speed:
-times beside a compilation are computed from the request and published figures of the device.
+It shows that a program compiles, what memory it takes, and that a kernel is in it. It says nothing about numbers or
+speed: the times reported with a compilation are computed from the request and published figures of the device.
+
+The names below are public, its modules are internal. Imports everything but the command.
 """
 
 from kernelry.aot.compilation import Compilation, compile_for

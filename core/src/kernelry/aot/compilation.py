@@ -24,7 +24,7 @@ from kernelry.request.target import Target
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Compilation:
-    """What became of a program.
+    """The result of compiling a program.
 
     Args:
       target: what it was compiled for.
@@ -75,7 +75,7 @@ def compile_for(
     mesh_shape: dict[str, int] | None = None,
     specs: Any = None,
 ) -> Compilation:
-    """Compiles a function for a target that need not be here, with the vendor's compiler.
+    """Compiles a function for a target, which need not be present, with the vendor's compiler.
 
     Args:
       target: e.g. `tpu:v5e:2x2` or `gpu:h100:4`. kernelry resolves for it while the function is traced.
@@ -85,7 +85,7 @@ def compile_for(
       specs: a PartitionSpec per argument, a tree prefix; None replicates.
 
     Returns:
-      The compilation; a program that cannot be lowered or compiled is no exception, but has a reason,
+      The compilation; a program that cannot be lowered or compiled does not raise, but has a reason,
       and one that calls cuDNN says that it was not checked.
 
     Raises:
@@ -102,7 +102,7 @@ def compile_for(
         with use(target=where), use_abstract_mesh(mesh.abstract_mesh):
             compiled = jax.jit(function).lower(*placed).compile()
         unchecked, reason = left_to_device(compiled), _too_large(where, _memory(compiled))
-    except (KernelryError, Warning):  # a warning that is made an error is no compiler's word
+    except (KernelryError, Warning):  # a warning that is made an error does not come from a compiler
         raise
     except Exception as error:  # vendors' compilers raise exceptions of many classes
         check_assembler(error)

@@ -16,7 +16,7 @@ from kernelry.request.target import Target
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Gpu:
-    """What the compilers want to know of a GPU.
+    """What the compilers need to know about a GPU.
 
     Args:
       name: JAX's `device_kind`.
@@ -125,7 +125,7 @@ def gpus_of(target: Target) -> tuple[Any, ...]:
 
 
 def check_assembler(error: Exception) -> None:
-    """Raises NoCompilerError where a compiler's error is that CUDA's assembler is missing: no program's fault."""
+    """Raises NoCompilerError where a compiler's error is that CUDA's assembler is missing, which no program causes."""
     if _ASSEMBLER_MISSING in str(error):
         raise NoCompilerError(
             "compiling for NVIDIA GPUs needs ptxas, CUDA's assembler, and none was found; "
@@ -152,7 +152,7 @@ def _described(kind: str, number: int) -> tuple[Any, ...]:
     except NotImplementedError as error:  # JAX logged why its plugin did not load
         raise NoCompilerError(
             "compiling for NVIDIA GPUs needs JAX's CUDA plugin, which is installed but did not load: unless "
-            "JAX_PLATFORMS names other platforms, it wants all of CUDA's libraries; set JAX_PLATFORMS=cpu."
+            "JAX_PLATFORMS names other platforms, it needs all of CUDA's libraries; set JAX_PLATFORMS=cpu."
         ) from error
     return tuple(described.devices)
 

@@ -1,4 +1,4 @@
-"""What compiling proved, and what it leaves to a device: cuDNN builds its kernels there, from a description."""
+"""What compiling showed, and what is left to a device: cuDNN builds its kernels there, from a description."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _CUDNN_MISSING = ("cuDNN not found", "cuDNN is not detected")
 
 
 def left_to_device(program: Any) -> str:
-    """Returns what of a compiled program no compiler has looked at; empty where there is nothing."""
+    """Returns what of a compiled program no compiler has checked; empty where there is nothing."""
     calls = sorted(target for target in custom_calls(program) if target.startswith(_CUDNN_CALL))
     return f"the program calls {', '.join(calls)}, which cuDNN builds on the device" if calls else ""
 
 
 def asked_of_device(error: Exception) -> str:
-    """Returns what could not be lowered for want of a device's libraries; empty where that is not the reason."""
+    """Returns what could not be lowered because a device's libraries are missing; empty for other reasons."""
     if any(words in str(error) for words in _CUDNN_MISSING):
         return "the program calls cuDNN, which JAX lowers only where cuDNN is installed"
     return ""

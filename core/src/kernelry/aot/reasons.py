@@ -38,9 +38,9 @@ class Reason:
 
     @classmethod
     def of_memory(cls, wanted: int, available: int) -> Reason:
-        """Says that a program wants more bytes than the device has, where its compiler does not."""
+        """Says that a program needs more bytes than the device has, where its compiler does not."""
         sizes = f"{wanted / _GIB:.1f} GiB for arguments, outputs and temporaries, of {available / _GIB:.1f} GiB"
-        return cls(f"the program wants {sizes}", _LESS_MEMORY)
+        return cls(f"the program needs {sizes}", _LESS_MEMORY)
 
     @classmethod
     def of(cls, error: Exception) -> Reason:
@@ -68,7 +68,7 @@ _KNOWN = (
 
 
 def _telling(words: str) -> str:
-    """The first line that is no heading."""
+    """The first line that is not a heading."""
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith(":")), lines[0] if lines else "")
 

@@ -1,4 +1,7 @@
-"""Key/value caches: immutable pytrees that attend over the same machinery as `kernelry.attention`."""
+"""Key/value caches: immutable pytrees that attend over the same machinery as `kernelry.attention`.
+
+The names below are public, its modules are internal. Imports `config` and what is below.
+"""
 
 from kernelry.cache.base import KVCache
 from kernelry.cache.paged import PagedCache

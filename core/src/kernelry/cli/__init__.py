@@ -1,4 +1,7 @@
-"""The command `kernelry`."""
+"""The command `kernelry`.
+
+Internal. Imports everything.
+"""
 
 from __future__ import annotations
 

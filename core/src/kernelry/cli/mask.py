@@ -15,7 +15,7 @@ from kernelry.errors import ArgumentError
 from kernelry.masks.base import Mask
 from kernelry.masks.parse import parse_mask
 from kernelry.pictures import grid, image
-from kernelry.pictures.sight import Sight
+from kernelry.pictures.drawn_mask import DrawnMask
 from kernelry.registry import installed
 
 _MOST_VISIBLE = 2**18
@@ -38,7 +38,7 @@ def draw(
     if png is not None:
         _save(mask, png, q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv)
     if as_json:
-        data = _as_json(Sight.of(mask, q_len, kv_len), block_q, block_kv)
+        data = _as_json(DrawnMask.of(mask, q_len, kv_len), block_q, block_kv)
         print_json(data if png is None else {**data, "png": str(png)})
     elif png is None:
         drawn = grid.text(mask, q_len, kv_len, block_q=block_q, block_kv=block_kv, columns=_columns())
@@ -62,17 +62,17 @@ def _save(mask: Mask, png: Path, **sizes: int | None) -> None:
         raise ArgumentError(f"cannot write the image {png}: {error.strerror}.") from error
 
 
-def _as_json(sight: Sight, block_q: int | None, block_kv: int | None) -> dict[str, Any]:
+def _as_json(picture: DrawnMask, block_q: int | None, block_kv: int | None) -> dict[str, Any]:
     """Sizes, form, and for each batch row and head that may differ the tokens and the blocks."""
-    extent = sight.extent
-    block_q, block_kv = grid.block_sizes(sight, block_q, block_kv, grid.COLUMNS)
-    blocks = sight.blocks(block_q, block_kv)
-    small = sight.size <= _MOST_VISIBLE
-    tokens = sight.visible() if small else np.zeros(blocks.kinds.shape, bool)
+    extent = picture.extent
+    block_q, block_kv = grid.block_sizes(picture, block_q, block_kv, grid.COLUMNS)
+    blocks = picture.blocks(block_q, block_kv)
+    small = picture.size <= _MOST_VISIBLE
+    tokens = picture.visible() if small else np.zeros(blocks.kinds.shape, bool)
     drawn = zip(grid.pictures(tokens), grid.pictures(blocks.kinds), strict=True)
     return {
-        "form": sight.mask.form.to_json(),
-        "text": str(sight.mask.form),
+        "form": picture.mask.form.to_json(),
+        "text": str(picture.mask.form),
         "q_len": extent.q_len,
         "kv_len": extent.kv_len,
         "block_q": block_q,

@@ -1,6 +1,6 @@
 """Configs: the options of an attention layer, read from TOML, YAML, mappings and MaxText's options.
 
-May import everything but the commands, `aot`, `phases`, `flax`, `cache` and `testing`.
+The names below are public, its modules are internal. Imports `plugin`, `api` and what is below.
 """
 
 from kernelry.config.layer import AttentionConfig, AttentionType, MoBA

@@ -1,4 +1,5 @@
 """Running a plan: adapters, kernels over parts of the keys, merging, and errors about derivatives.
 
-Imports `kernel` and what is below. Decides nothing.
+Internal: `kernelry` and `kernelry.plugin` export what others may use. Imports `kernel` and
+what is below, and no policy.
 """

@@ -1,4 +1,5 @@
 """What a kernel is: its description, what it declares, why it refuses, what it returns.
 
-Imports `request` and what is below. Knows neither adapters nor how a kernel is chosen.
+Internal: `kernelry` and `kernelry.plugin` export what others may use. Imports `request` and
+what is below, and no adapter; how a kernel is chosen is not decided here.
 """

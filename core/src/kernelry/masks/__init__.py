@@ -3,6 +3,8 @@
 Positional masks (`Causal`, `SlidingWindow`, `Chunked`, `BlockCausal`, `PrefixLM`, `BlockSelection`,
 `Predicate`) are predicates over positions, which `.at` sets; indexed masks (`Segments`,
 `BidirectionalSpans`, `Lengths`, `Dense`) are about array slots. All compose with `&`, `|` and `~`.
+
+The names below are public, its modules are internal. Imports `storage` and what is below.
 """
 
 from kernelry.masks.band import Causal, Full, SlidingWindow

@@ -1,4 +1,4 @@
 """The calls of a whole model: its training, prefill and decode, resolved together.
 
-Imports everything but the commands and `aot`.
+Internal: `kernelry` exports what others may use. Imports everything but the command and `aot`.
 """

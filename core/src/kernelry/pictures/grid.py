@@ -9,12 +9,12 @@ import numpy as np
 
 from kernelry.masks.base import Mask
 from kernelry.masks.blocks import BlockKind
-from kernelry.pictures.sight import Sight
+from kernelry.pictures.drawn_mask import DrawnMask
 
 COLUMNS = 64
 """Tokens or blocks a row; each takes two characters."""
 MOST_PICTURES = 16
-"""Batch rows times heads; nobody reads more."""
+"""Batch rows times heads; more would not be readable."""
 _MOST_BLOCKS = 32
 """Blocks a side, where the caller does not say how large they are."""
 _SIGNS = {BlockKind.EMPTY: "·", BlockKind.PARTIAL: "▨", BlockKind.FULL: "■"}
@@ -43,18 +43,18 @@ def text(
       head that may differ, and a legend.
 
     Raises:
-      ArgumentError: a size is no number of tokens that can be drawn, or a block is too small.
+      ArgumentError: a size is not a number of tokens that can be drawn, or a block is too small.
       ShapeError: the mask's arrays do not fit, or a positional mask meets T ≠ S without `.at`.
     """
-    sight = Sight.of(mask, q_len, kv_len)
-    extent = sight.extent
+    drawn = DrawnMask.of(mask, q_len, kv_len)
+    extent = drawn.extent
     title = [str(mask.form), f"{extent.q_len} queries (rows), {extent.kv_len} keys (columns)"]
     fits = extent.kv_len <= columns and extent.q_len <= COLUMNS
     if fits and block_q is None and block_kv is None:
-        return "\n".join([*title, *_tokens(sight), "", "1 visible   . hidden"])
-    block_q, block_kv = block_sizes(sight, block_q, block_kv, min(columns, _MOST_BLOCKS))
+        return "\n".join([*title, *_tokens(drawn), "", "1 visible   . hidden"])
+    block_q, block_kv = block_sizes(drawn, block_q, block_kv, min(columns, _MOST_BLOCKS))
     title[1] += f", in blocks of {block_q} x {block_kv}"
-    found = sight.blocks(block_q, block_kv)
+    found = drawn.blocks(block_q, block_kv)
     legend = "   ".join(f"{_SIGNS[kind]} {kind.name.lower()}" for kind in reversed(BlockKind))
     if not found.exact:
         legend += "\nToo large to look into its arrays: a block that they may empty or cut is partial."
@@ -62,9 +62,9 @@ def text(
     return "\n".join([*title, *_pictures(signs, lambda _: ([], [])), "", legend])
 
 
-def block_sizes(sight: Sight, block_q: int | None, block_kv: int | None, most: int) -> tuple[int, int]:
+def block_sizes(drawn: DrawnMask, block_q: int | None, block_kv: int | None, most: int) -> tuple[int, int]:
     """Fills in block sizes: the least power of two, from 2 on, that leaves `most` blocks a side."""
-    extent = sight.extent
+    extent = drawn.extent
     return (
         _power_of_two(extent.q_len, most) if block_q is None else block_q,
         _power_of_two(extent.kv_len, most) if block_kv is None else block_kv,
@@ -79,7 +79,7 @@ def _power_of_two(length: int, most: int) -> int:
 
 
 def pictures(grids: np.ndarray) -> Iterator[tuple[int | None, int | None, np.ndarray]]:
-    """Yields batch row, head and grid, of [rows, heads, …]; None stands for all rows or heads alike."""
+    """Yields batch row, head and grid, of [rows, heads, …]; None means all rows or heads, which are alike."""
     rows, heads = grids.shape[:2]
     for row in range(rows):
         for head in range(heads):
@@ -92,11 +92,11 @@ def caption(row: int | None, head: int | None) -> str:
     return ", ".join(f"{name} {number}" for name, number in named if number is not None)
 
 
-def _tokens(sight: Sight) -> list[str]:
-    query, kv = sight.positions()
+def _tokens(drawn: DrawnMask) -> list[str]:
+    query, kv = drawn.positions()
     notes = []
     if query is None or kv is None:
-        notes = ["The parts of the mask stand at different positions."]
+        notes = ["The parts of the mask are at different positions."]
     elif not (_plain(query) and _plain(kv)):
         notes = ["The numbers at the edges are positions."]
 
@@ -105,7 +105,7 @@ def _tokens(sight: Sight) -> list[str]:
             return [], []
         return _words(query, row), _words(kv, row)
 
-    return [*notes, *_pictures(np.where(sight.visible(), "1", "."), labels)]
+    return [*notes, *_pictures(np.where(drawn.visible(), "1", "."), labels)]
 
 
 def _plain(positions: np.ndarray) -> bool:
@@ -127,7 +127,7 @@ def _pictures(signs: np.ndarray, labels: Any) -> list[str]:
 
 
 def _grid(signs: np.ndarray, rows: list[str], columns: list[str]) -> list[str]:
-    """Joins the signs of one picture; column labels stand upright, one digit a line."""
+    """Joins the signs of one picture; column labels are vertical, one digit a line."""
     edge = max(map(len, rows), default=0)
     tall = max(map(len, columns), default=0)
     upright = ["".join(digits) for digits in zip(*(label.rjust(tall) for label in columns), strict=True)]

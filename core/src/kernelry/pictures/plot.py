@@ -9,8 +9,8 @@ import numpy as np
 
 from kernelry.errors import ArgumentError, ConfigError
 from kernelry.masks.base import Mask
+from kernelry.pictures.drawn_mask import DrawnMask
 from kernelry.pictures.grid import MOST_PICTURES, block_sizes, caption, pictures
-from kernelry.pictures.sight import Sight
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ _PANEL = 5.2
 
 _HIDDEN, _CUT, _SEEN, _FULL = range(4)
 _COLOURS = np.array([(236, 238, 241), (253, 224, 186), (221, 119, 30), (38, 96, 164)], np.uint8)
-"""Told apart by every kind of colour vision, and in grey, for they differ in lightness."""
+"""Distinct in every kind of colour vision, and in grey, because they differ in lightness."""
 _WORDS = ("empty block", "partial block: hidden", "partial block: visible", "full block")
 _WORDS_OF_BLOCKS = ("empty block", "", "partial block", "full block")
 
@@ -59,9 +59,9 @@ def image(
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ConfigError("drawing images needs matplotlib; pip install 'kernelry[plot]'.") from error
-    sight = Sight.of(mask, q_len, kv_len)
-    blocks = block_sizes(sight, block_q, block_kv, _MOST_BLOCKS)
-    codes, by_block, exact = _codes(sight, blocks)
+    drawn = DrawnMask.of(mask, q_len, kv_len)
+    blocks = block_sizes(drawn, block_q, block_kv, _MOST_BLOCKS)
+    codes, by_block, exact = _codes(drawn, blocks)
     panels = list(pictures(codes))
     if len(panels) > MOST_PICTURES:
         raise ArgumentError(
@@ -69,43 +69,43 @@ def image(
         )
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
-    width, height = _panel_size(sight, len(panels))
+    width, height = _panel_size(drawn, len(panels))
     figure = Figure(figsize=(across * width + 0.6, down * height + 1.5), dpi=160, layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).reshape(-1)
     for (row, head, code), ax in zip(panels, axes, strict=False):
-        _panel(ax, sight, code, blocks)
+        _panel(ax, drawn, code, blocks)
         ax.set_title(caption(row, head), fontsize="medium")
-        _label(ax, sight, row or 0)
+        _label(ax, drawn, row or 0)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    figure.suptitle(_title(sight, blocks, exact=exact))
+    figure.suptitle(_title(drawn, blocks, exact=exact))
     _legend(figure, codes, by_block=by_block)
     return figure
 
 
-def _codes(sight: Sight, blocks: tuple[int, int]) -> tuple[np.ndarray, bool, bool]:
+def _codes(drawn: DrawnMask, blocks: tuple[int, int]) -> tuple[np.ndarray, bool, bool]:
     """Colours by number [rows, heads, T, S], or by block; whether by block, and whether exact."""
-    found = sight.blocks(*blocks)
-    extent = sight.extent
+    found = drawn.blocks(*blocks)
+    extent = drawn.extent
     of_kind = np.array([_HIDDEN, _SEEN, _FULL], np.uint8)[found.kinds]
     if not found.exact or max(extent.q_len, extent.kv_len) > _MOST_TOKENS:
         return of_kind, True, found.exact
     spread = np.repeat(np.repeat(of_kind, blocks[0], axis=2), blocks[1], axis=3)
     spread = spread[:, :, : extent.q_len, : extent.kv_len]
-    cut = (spread == _SEEN) & ~sight.visible()
+    cut = (spread == _SEEN) & ~drawn.visible()
     return np.where(cut, np.uint8(_CUT), spread), False, True
 
 
-def _panel_size(sight: Sight, panels: int) -> tuple[float, float]:
+def _panel_size(drawn: DrawnMask, panels: int) -> tuple[float, float]:
     """Width and height in inches; cells are square unless that makes a strip too thin to see."""
-    longest = max(sight.extent.q_len, sight.extent.kv_len)
+    longest = max(drawn.extent.q_len, drawn.extent.kv_len)
     side = _PANEL if panels == 1 else _PANEL / 1.6
     thinnest = side / 5
-    return max(side * sight.extent.kv_len / longest, thinnest), max(side * sight.extent.q_len / longest, thinnest)
+    return max(side * drawn.extent.kv_len / longest, thinnest), max(side * drawn.extent.q_len / longest, thinnest)
 
 
-def _panel(ax: Axes, sight: Sight, code: np.ndarray, blocks: tuple[int, int]) -> None:
-    q_len, kv_len = sight.extent.q_len, sight.extent.kv_len
+def _panel(ax: Axes, drawn: DrawnMask, code: np.ndarray, blocks: tuple[int, int]) -> None:
+    q_len, kv_len = drawn.extent.q_len, drawn.extent.kv_len
     bottom, right = code.shape[0] - 0.5, code.shape[1] - 0.5
     if (q_len, kv_len) != code.shape:  # drawn by block; the last ones may reach beyond the tokens
         bottom, right = code.shape[0] * blocks[0] - 0.5, code.shape[1] * blocks[1] - 0.5
@@ -123,10 +123,10 @@ def _lines(ax: Axes, steps: tuple[int, int], lengths: tuple[int, int], **style: 
     ax.vlines(np.arange(steps[1], lengths[1], steps[1]) - 0.5, -0.5, lengths[0] - 0.5, **style)
 
 
-def _label(ax: Axes, sight: Sight, row: int) -> None:
+def _label(ax: Axes, drawn: DrawnMask, row: int) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    for axis, name, positions in zip((ax.yaxis, ax.xaxis), ("query", "key"), sight.positions(), strict=True):
+    for axis, name, positions in zip((ax.yaxis, ax.xaxis), ("query", "key"), drawn.positions(), strict=True):
         numbers = None if positions is None else positions[row % len(positions)]
         axis.set_label_text(f"{name} {'slot' if numbers is None else 'position'}")
         axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 8, 10]))
@@ -146,9 +146,9 @@ class _Ticks:
         return str(self.numbers[slot]) if 0 <= slot < len(self.numbers) else ""
 
 
-def _title(sight: Sight, blocks: tuple[int, int], *, exact: bool) -> str:
-    extent = sight.extent
-    form = textwrap.shorten(str(sight.mask.form), 200, placeholder=" …")
+def _title(drawn: DrawnMask, blocks: tuple[int, int], *, exact: bool) -> str:
+    extent = drawn.extent
+    form = textwrap.shorten(str(drawn.mask.form), 200, placeholder=" …")
     sizes = f"{extent.q_len} queries, {extent.kv_len} keys, blocks of {blocks[0]} × {blocks[1]}"
     unread = "" if exact else "\ntoo large to look into its arrays: a block that they may empty or cut is partial"
     return f"{textwrap.fill(form, 56)}\n{sizes}{unread}"

@@ -1,4 +1,5 @@
 """What users prefer: rules and their conditions, scopes, environment variables, lock files, measured times.
 
-Imports `execution` for the names of the adapters, and what is below. Asks no kernel and no plugin.
+Internal: `kernelry` and `kernelry.plugin` export what others may use. Imports `execution`
+for the names of the adapters, and what is below; no kernel and no plugin.
 """

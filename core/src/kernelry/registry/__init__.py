@@ -1,4 +1,5 @@
 """Which plugins are installed: the hooks they implement, what they bring, and what is wrong with them.
 
-Imports `policy` and what is below. Does not know how a kernel is chosen.
+Internal: `kernelry` and `kernelry.plugin` export what others may use. Imports `policy` and
+what is below; how a kernel is chosen is not decided here.
 """

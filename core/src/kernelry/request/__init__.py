@@ -1,4 +1,5 @@
 """What is asked: the static facts of one call, and the checks of what a user passes.
 
-Imports `masks` and `storage`. Knows neither kernels nor policies.
+Internal: `kernelry` and `kernelry.plugin` export what others may use. Imports `masks` and
+`storage`, and no kernel or policy.
 """

@@ -1,4 +1,5 @@
 """Choosing: a question about one request, the kernels asked in order, and the explained answer.
 
-Imports `registry`, `policy` and what is below. Runs no array.
+Internal: `kernelry` and `kernelry.plugin` export what others may use. Imports `registry`,
+`policy` and what is below. Runs no array.
 """

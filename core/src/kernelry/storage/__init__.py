@@ -1,4 +1,7 @@
-"""How keys and values are held: plain arrays, quantised ones, and pages behind a table."""
+"""How keys and values are stored: plain arrays, quantised ones, and pages with a table.
+
+Internal; `kernelry.cache` and `kernelry.plugin` export what others may use. Imports `errors` and JAX.
+"""
 
 from kernelry.storage.paged import PagedArray
 from kernelry.storage.quantized import QUANTIZATIONS, Quantization, QuantizedArray

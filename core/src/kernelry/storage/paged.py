@@ -1,4 +1,4 @@
-"""Arrays that stand in pages, found through a table."""
+"""Arrays stored in pages, found through a table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kernelry.storage.quantized import Quantization, QuantizedArray, Stored, des
 @pytree("pages", "table")
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class PagedArray:
-    """Keys or values [B, S, K, H] of which slot s of row b stands in pages[table[b, s // page_size], s % page_size].
+    """Keys or values [B, S, K, H] of which slot s of row b is stored in pages[table[b, s // page_size], s % page_size].
 
     A negative entry of the table says that there is no page; what a mask shows of it is NaN.
 

@@ -159,7 +159,7 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array it stands for."""
+        """Of the array that it represents."""
         return tuple(self.values.shape)
 
     @property
@@ -193,7 +193,7 @@ def _near_one(
 
 
 def _times_power(array: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Returns array · 2 ** exponent, in two steps, for neither half is beyond float32."""
+    """Returns array · 2 ** exponent, in two steps, because neither half is beyond float32."""
     half = exponent // 2
     return array * jnp.ldexp(jnp.float32(1.0), half) * jnp.ldexp(jnp.float32(1.0), exponent - half)
 

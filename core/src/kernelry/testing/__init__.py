@@ -1,4 +1,7 @@
-"""Tools for testing kernels: interpret mode on CPU, the float64 reference, and the conformance kit."""
+"""Tools for testing kernels: interpret mode on CPU, the float64 reference, and the conformance kit.
+
+The names below are public, its modules are internal. Imports everything but the command and `aot`.
+"""
 
 from kernelry.policy.scope import interpret
 from kernelry.testing import conformance

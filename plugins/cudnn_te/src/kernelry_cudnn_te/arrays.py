@@ -1,4 +1,4 @@
-"""What both kernels do to the arrays that cuDNN is handed beside queries, keys and values."""
+"""What both kernels do to the arrays that cuDNN is handed besides queries, keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def depending_on(array: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def rounded(bias: jax.Array, dtype: str) -> jax.Array:
-    """Returns a bias in the query's dtype, for cuDNN reads no other; what is beyond its range becomes its limit."""
+    """Returns a bias in the query's dtype, because cuDNN reads no other; what is beyond its range becomes its limit."""
     if bias.dtype == dtype:
         return bias
     most = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]

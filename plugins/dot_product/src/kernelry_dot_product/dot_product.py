@@ -14,7 +14,7 @@ from kernelry_dot_product.softmax import attend_dense, visible_of
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class DotProductKernel(Kernel):
-    """The kernel that serves everything; other kernels are held to it."""
+    """The kernel that serves everything; other kernels are compared with it."""
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope("kernelry.dot_product"):

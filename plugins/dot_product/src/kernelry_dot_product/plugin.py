@@ -75,7 +75,7 @@ def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
     spans = (sum(atom.params) + 1 for atom in request.mask.atoms if atom.is_band and None not in atom.params)
     narrow = min(spans, default=_NARROW + 1) <= _NARROW
     sizes = (_NARROW_TILING, *_TILINGS) if narrow else _TILINGS
-    # The queries of a group stand together in a tile.
+    # The queries of a group are together in a tile.
     blocks = dict.fromkeys((max(1, rows // request.groups), block_kv) for rows, block_kv in sizes)
     return tuple(Tiling.of(block_q=block_q, block_kv=block_kv) for block_q, block_kv in blocks)
 

@@ -1,6 +1,6 @@
 """Softmax attention over one dense block of logits, with everything section 3 of the design asks.
 
-Shapes inside: queries of one key/value head stand together, so B K G T S, with N = K·G.
+Shapes inside: queries of one key/value head are together, so B K G T S, with N = K·G.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def attend_dense(
 
     Args:
       inputs: query [B, T, N, H], key [B, S, K, H], value [B, S, K, D]; T and S may be a block's.
-      request: what the call wants; its lengths are not looked at.
+      request: what the call asks for; its lengths are not looked at.
       visible: which keys are seen; None means all.
       statistics: whether lse is wanted.
     """
@@ -117,7 +117,7 @@ def _product(equation: str, rows: jax.Array, columns: jax.Array, request: Reques
 
 
 def _few_queries(request: Request) -> bool:
-    """Whether turning the keys around, head by head, would take longer than the products."""
+    """Whether transposing the keys, head by head, would take longer than the products."""
     rows = request.q_heads * request.q_len
     if "q_len" in request.symbolic_sizes:
         return False

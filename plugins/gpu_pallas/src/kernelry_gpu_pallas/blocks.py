@@ -28,7 +28,7 @@ def problems(kernel: str, tiling: Tiling) -> Iterator[str]:
         if value < 1:
             yield f"{name}={value} of {kernel} < 1"
         elif name.startswith(("block", "num_warps")) and value & (value - 1):
-            yield f"{name}={value} of {kernel} is no power of two; Triton has no other tiles"
+            yield f"{name}={value} of {kernel} is not a power of two; Triton has no other tiles"
         elif name.startswith("num_warps") and value > _MOST_WARPS:
             yield f"{name}={value} of {kernel} > {_MOST_WARPS}, the most that a block of threads has"
         if name.startswith("block") and 0 < value < SMALLEST_BLOCK:

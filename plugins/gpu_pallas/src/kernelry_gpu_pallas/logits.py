@@ -53,7 +53,7 @@ class Logits:
         return jnp.exp2(difference * (self.unit * LOG2_E))
 
     def product(self, one: jax.Array, other: jax.Array, *, turn_one: bool = False, turn_other: bool = False) -> Any:
-        """Returns one · other, summed in float32; either may be turned around."""
+        """Returns one · other, summed in float32; either may be transposed."""
         return plgpu.dot(one, other, trans_a=turn_one, trans_b=turn_other, precision=self.precision)
 
     def __call__(
@@ -79,7 +79,7 @@ class Logits:
 
 
 def _precision(request: Request) -> Any:
-    """What was asked for; else as exact as float32, in three products of TF32, of which a CPU knows nothing."""
+    """What was asked for; else as exact as float32, in three products of TF32, which a CPU does not have."""
     if request.precision is not None:
         return jax.lax.Precision(request.precision)
     return jax.lax.Precision.HIGHEST if request.is_interpreted else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3

@@ -1,4 +1,4 @@
-"""What this plugin registers: kernels of our own, JAX's Pallas Triton attention, and tokamax's, for NVIDIA GPUs."""
+"""What this plugin registers: our own kernels, JAX's Pallas Triton attention, and tokamax's, for NVIDIA GPUs."""
 
 from __future__ import annotations
 

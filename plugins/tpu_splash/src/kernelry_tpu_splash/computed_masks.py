@@ -60,7 +60,7 @@ def _atom_refusals(atom: Atom, *, alone: bool) -> Iterator[Refusal]:
         if atom.kv.kind is traced or atom.query.kind is not traced:
             yield Refusal(RefusalCode.POSITIONS, f"mask atom {atom} has traced positions of keys, or inside")
         elif not alone:
-            yield Refusal(RefusalCode.POSITIONS, f"mask atom {atom} has traced positions beside another atom")
+            yield Refusal(RefusalCode.POSITIONS, f"mask atom {atom} has traced positions next to another atom")
     if not dataclasses.replace(atom, query=PositionForm(), kv=PositionForm()).is_static:
         yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
     for inside in _atoms_in(atom):

@@ -2,7 +2,7 @@
 
 `options` holds the table of the options about attention, `choice` says which kernels they name,
 `not_attention.txt` lists the other keys of base.yml. Source: MaxText 0.2.5, configs/base.yml and
-configs/types.py.
+configs/types.py. Internal: `kernelry.config` exports `from_maxtext`.
 """
 
 from kernelry.config.maxtext.reading import Caller, from_maxtext, read_options

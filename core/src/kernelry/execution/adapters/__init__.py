@@ -1,6 +1,6 @@
 """Generic wrappers that let a kernel serve a request it would refuse.
 
-Each adapter is one file. `ADAPTERS` is the order in which the resolver tries them.
+Internal. Each adapter is one file. `ADAPTERS` is the order in which the resolver tries them.
 """
 
 from kernelry.execution.adapters.base import Adapter, Cost

@@ -1,4 +1,7 @@
-"""Attention in NumPy float64, written from the design's section 3 and nothing else."""
+"""Attention in NumPy float64, written from the definition of the semantics and independent of the kernels.
+
+Internal: `kernelry.testing` exports the names below.
+"""
 
 from kernelry.testing.reference.attention import Reference, reference_attention, reference_merge
 from kernelry.testing.reference.gradients import ReferenceGradients, reference_gradients

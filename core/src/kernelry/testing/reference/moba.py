@@ -21,17 +21,17 @@ def reference_select_blocks(
     """Says which blocks of keys each query keeps.
 
     Block j holds the keys at positions j · chunk_size … (j + 1) · chunk_size − 1, the last one those
-    there are. Its gate is ⟨query, mean of its keys⟩, per query head. A query at position p stands
+    there are. Its gate is ⟨query, mean of its keys⟩, per query head. A query at position p is
     in block p // chunk_size, which it always keeps and which counts among `top_k`; blocks after
     it are never kept; of those before it the best fill the rest, ties going to the lower index.
     A query beyond the last block fills all of `top_k` with blocks before it.
 
     Args:
       query: query head n reads key head n // G.
-      key: the key of slot s stands at position s.
+      key: the key of slot s is at position s.
       chunk_size: keys in a block, at least 1.
       top_k: blocks a query keeps at most, at least 1.
-      query_positions: where the queries stand.
+      query_positions: of the queries.
 
     Raises:
       ArgumentError: `chunk_size` or `top_k` below 1.

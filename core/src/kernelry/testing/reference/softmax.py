@@ -39,7 +39,7 @@ class Call:
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Softmax:
-    """What the formulas of 3.1 give; slots that nobody may see hold zeros in place of their values.
+    """What the formulas of 3.1 give; slots that no query may see hold zeros instead of their values.
 
     Args:
       query: [B, T, N, H]. key: [B, S, N, H], value: [B, S, N, D], repeated to query's heads.

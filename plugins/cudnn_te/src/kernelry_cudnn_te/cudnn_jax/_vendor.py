@@ -3,7 +3,7 @@
 Written against jax 0.10.0 … 0.12.0. The module is private, and three things are in no public one:
 
 - the logsumexp in float32: `jax.nn.dot_product_attention(return_residual=True)` rounds it to the query's dtype;
-- the backward pass with an output and a logsumexp of our own, for sinks and merges;
+- the backward pass with our own output and logsumexp, for sinks and merges;
 - the questions after cuDNN and the device, which JAX asks only while it traces.
 
 `attend` is the function to which `jax.nn.dot_product_attention(implementation="cudnn")` leads; programs are equal.
@@ -116,7 +116,7 @@ def sees_device() -> bool:
 
 
 def cudnn_version() -> int | None:
-    """The cuDNN at hand, e.g. 91002 for 9.10.2; None where JAX finds none."""
+    """The installed cuDNN, e.g. 91002 for 9.10.2; None where JAX finds none."""
     try:
         return int(_fused.check_cudnn_version())
     except RuntimeError:
@@ -124,5 +124,5 @@ def cudnn_version() -> int | None:
 
 
 def is_capability(capability: str) -> bool:
-    """Whether the device at hand is of exactly this compute capability, e.g. `10.3`."""
+    """Whether this machine's device is of exactly this compute capability, e.g. `10.3`."""
     return bool(_fused.is_cuda_compute_capability_equal(capability))

@@ -66,7 +66,7 @@ def _bands(request: Request) -> Iterator[Refusal]:
 
 
 def _odd_lengths(request: Request) -> Iterator[Refusal]:
-    """JAX's derivative wants even lengths: it means to say "with a bias", and takes the empty array for one.
+    """JAX's derivative needs even lengths: it means to say "with a bias", and takes the empty array for one.
 
     With lengths, core differentiates by `backward`, where only a real bias matters.
     """
@@ -88,12 +88,12 @@ def _bias(request: Request, environment: Environment) -> Iterator[Refusal]:
         shape = (*request.bias[:2], *whole)
         yield Refusal(RefusalCode.BIAS, f"bias={request.bias} lacks T or S", f"broadcast it to {shape}")
     if Operand.BIAS in request.gradients and _has(request, AtomKind.LENGTHS):
-        detail = f"no gradient of bias beside lengths (mask={request.mask})"
+        detail = f"no gradient of bias with lengths (mask={request.mask})"
         yield Refusal(RefusalCode.GRADIENT, detail, "leave bias out of gradients= where it is constant")
     if _has(request, AtomKind.WINDOW):
         old = environment.probe(probes.why_no_bias_in_a_window)
         if old is not None:
-            yield Refusal(RefusalCode.VENDOR_VERSION, f"bias beside mask={request.mask}, and {old}", probes.UPGRADE)
+            yield Refusal(RefusalCode.VENDOR_VERSION, f"bias with mask={request.mask}, and {old}", probes.UPGRADE)
 
 
 def _has(request: Request, kind: AtomKind) -> bool:

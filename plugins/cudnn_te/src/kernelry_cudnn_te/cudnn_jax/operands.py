@@ -33,7 +33,7 @@ def operands_of(inputs: Inputs, request: Request) -> Operands:
 
 
 def _given(lengths: Int[Array, " B"], inputs: Inputs) -> Int[Array, " B"]:
-    """The lengths, mapped and cut as the queries are: under `vmap`, jax 0.10 wants all arrays mapped or none."""
+    """The lengths, mapped and cut as the queries are: under `vmap`, jax 0.10 needs all arrays mapped or none."""
     return depending_on(jnp.maximum(lengths, 1), inputs.query)
 
 

@@ -1,4 +1,4 @@
-"""What is looked up on the machine at hand, once per process, when `cudnn_jax` is about to be chosen.
+"""What is looked up on this machine, once per process, when `cudnn_jax` is about to be chosen.
 
 The questions import JAX's cuDNN module; importing this file does not.
 """
@@ -59,7 +59,7 @@ def why_no_cudnn() -> str | None:
 
 
 def why_not_on_this_device() -> str | None:
-    """Names a cuDNN that is too old for the device at hand."""
+    """Names a cuDNN that is too old for this machine's device."""
     from kernelry_cudnn_te.cudnn_jax import _vendor
 
     return _older_than(_B300_SINCE, "on compute capability 10.3") if _vendor.is_capability("10.3") else None
@@ -71,7 +71,7 @@ def why_no_two_head_dims() -> str | None:
 
 
 def why_no_bias_in_a_window() -> str | None:
-    """Names a cuDNN that is too old for a bias beside a window."""
+    """Names a cuDNN that is too old for a bias with a window."""
     return _older_than(_BIAS_IN_A_WINDOW_SINCE)
 
 

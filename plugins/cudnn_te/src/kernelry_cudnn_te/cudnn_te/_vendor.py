@@ -52,7 +52,7 @@ VERSION: str = transformer_engine.__version__
 
 
 def static_arguments(facts: Facts, request: Request, segments: int) -> dict[str, Any]:
-    """What a call is told that is no array, by transformer-engine's names.
+    """The arguments of a call other than arrays, by transformer-engine's names.
 
     Args:
       segments: the most that a row may hold.
@@ -105,7 +105,7 @@ def forward(
 ) -> Any:
     """The output, and the largest logits where they are asked for; differentiated by transformer-engine's own rule.
 
-    That rule, too, wants to know what the axes of the mesh mean, and runs when JAX calls it: so it is called from a
+    That rule, too, needs to know what the axes of the mesh mean, and runs when JAX calls it, so it is called from a
     rule of ours, which says it again.
 
     Args:
@@ -159,21 +159,21 @@ def entered_mesh() -> Any:
 def _check_ring(facts: Facts) -> None:
     if facts.packed and release_of(VERSION) < FIRST_WITH_ALL:
         wanted = ".".join(map(str, FIRST_WITH_ALL))
-        raise ConfigError(f"cudnn_te: packed rows in a ring want transformer-engine {wanted}, found {VERSION}")
+        raise ConfigError(f"cudnn_te: packed rows in a ring need transformer-engine {wanted}, found {VERSION}")
 
 
 def _check_known(function: Callable[..., Any], told: Mapping[str, Any]) -> None:
-    """A target that is not at hand is assumed to have the latest release; the program is made with the one at hand."""
+    """A target elsewhere is assumed to have the latest release; the program is made with the installed one."""
     unknown = sorted(told.keys() - _names(function))
     if unknown:
         raise ConfigError(
-            f"cudnn_te: transformer-engine {VERSION} knows no {', '.join(unknown)}; install a later release"
+            f"cudnn_te: transformer-engine {VERSION} does not have {', '.join(unknown)}; install a later release"
         )
 
 
 _lasting = contextlib.ExitStack()
 _ours: Any = None
-"""What the mesh means, as last told for good."""
+"""What the mesh means, as last told for the rest of the process."""
 
 
 @contextlib.contextmanager
@@ -181,8 +181,8 @@ def _told_of(resource: Any) -> Iterator[None]:
     """Tells transformer-engine what the axes of the mesh mean.
 
     It asks while a program is traced, and, where gradients are summed over devices, once more while it is compiled,
-    when no scope is open: so what was told last stays told. What a caller says by a `global_shard_guard` of its own
-    stands, but for an axis of sequences, which transformer-engine would apply to every call that names none.
+    when no scope is open, so what was told last remains in force. What a caller says by a `global_shard_guard` of its
+    own is kept, except for an axis of sequences, which transformer-engine would apply to every call that names none.
     """
     global _ours
     theirs = _told_already()

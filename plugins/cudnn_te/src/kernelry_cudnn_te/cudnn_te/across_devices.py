@@ -1,4 +1,4 @@
-"""Sequences shared out over a mesh axis: what transformer-engine does with them, and in which order they must stand."""
+"""Sequences shared out over a mesh axis: what transformer-engine does with them, and their order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Shared:
     Args:
       axis, size: of the mesh.
       strategy: `ring` or `all_gather`.
-      order: how the tokens stand, `dual_chunk` or `striped`; None is one after another.
+      order: the order of the tokens, `dual_chunk` or `striped`; None is one after another.
     """
 
     axis: str
@@ -74,7 +74,7 @@ def refusals(request: Request) -> Iterator[Refusal]:
         yield _no(request, f"q_len={request.q_len} that differs from kv_len={request.kv_len}")
     pieces = shared.size * (2 if shared.order == "dual_chunk" else 1)
     if request.q_len % pieces:
-        yield Refusal(RefusalCode.SEQUENCE_LENGTH, f"q_len={request.q_len} is no multiple of {pieces}")
+        yield Refusal(RefusalCode.SEQUENCE_LENGTH, f"q_len={request.q_len} is not a multiple of {pieces}")
     yield from _mask(request, shared)
 
 
@@ -101,6 +101,6 @@ def _no(request: Request, what: str, remedy: str | None = None) -> Refusal:
 
 
 def _disorder(request: Request, wanted: str, order: str) -> Refusal:
-    detail = f"context_parallel={request.context_parallel} wants tokens {wanted}; mask={request.mask}"
+    detail = f"context_parallel={request.context_parallel} needs tokens {wanted}; mask={request.mask}"
     remedy = f"give the mask .at(query_positions=p, kv_positions=p), p = load_balanced_order(T, size, {order!r})"
     return Refusal(RefusalCode.POSITIONS, detail, remedy)

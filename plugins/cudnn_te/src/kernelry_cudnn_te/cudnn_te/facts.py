@@ -35,13 +35,13 @@ def release_of(version: str) -> tuple[int, int]:
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Facts:
-    """What a call is told that is no array.
+    """The arguments of a call other than arrays.
 
     Args:
       causal: whether no key ahead of a query is seen.
       padding: whether queries or keys end before their arrays do.
       packed: whether a row holds several segments, one after another.
-      bottom_right: whether the last query stands beside the last key, instead of the first beside the first.
+      bottom_right: whether the last query is aligned with the last key, instead of the first with the first.
       shared: who shares the sequences; None where each device has whole ones.
       window: how far back and ahead a query looks, both ends included; None where only `causal` limits it.
     """
@@ -95,7 +95,7 @@ def _band(request: Request) -> Atom | None:
 
 
 def _shift(band: Atom) -> int:
-    """Which key slot the first query stands beside; 0 where positions are no plain offsets."""
+    """Which key slot the first query is aligned with; 0 where positions are not plain offsets."""
     return (band.query.start or 0) - (band.kv.start or 0)
 
 
@@ -104,7 +104,7 @@ def _rows_behind_all_keys(request: Request, left: int | None) -> bool:
 
 
 def refusals(request: Request) -> Iterator[Refusal]:
-    """What of the mask, the bias and the statistics transformer-engine has no word for."""
+    """What of the mask, the bias and the statistics transformer-engine cannot express."""
     yield from _bands(request)
     yield from _indexed(request)
     yield from _bias(request)
@@ -142,10 +142,12 @@ def _places(band: Atom, request: Request) -> Iterator[Refusal]:
     if shift == 0:
         return
     if shift != corner or corner < 0:
-        detail = f"{band} puts the first query beside key {shift}; served are key 0 and, for the last beside the last, "
+        detail = (
+            f"{band} aligns the first query with key {shift}; served are key 0 and, aligning the last with the last, "
+        )
         yield Refusal(RefusalCode.POSITIONS, f"{detail}kv_len - q_len = {corner}")
     elif band.params[1] != 0 or len(request.mask.atoms) > 1:
-        # Beside lengths, transformer-engine would put the last query of each length beside the last key of it.
+        # With lengths, transformer-engine would align the last query of each length with its last key.
         yield Refusal(RefusalCode.POSITIONS, f"mask={request.mask} is shifted by {shift} and not only causal")
 
 
@@ -159,7 +161,7 @@ def _bias(request: Request) -> Iterator[Refusal]:
     if request.bias is None:
         return
     if is_packed(request):
-        yield Refusal(RefusalCode.BIAS, f"bias={request.bias} beside segments")
+        yield Refusal(RefusalCode.BIAS, f"bias={request.bias} with segments")
     if Operand.BIAS in request.gradients and request.bias[:2] != (1, request.q_heads):
         detail = f"bias={request.bias} has a gradient only where it is [1, N, T, S] with N={request.q_heads}"
         yield Refusal(RefusalCode.GRADIENT, detail, "name the gradients that are needed, e.g. gradients=('query', …)")

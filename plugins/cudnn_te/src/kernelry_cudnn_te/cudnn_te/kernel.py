@@ -99,7 +99,7 @@ def _receive(alone: str, result: Any, pull: Any, cotangent: Any) -> tuple[Any, A
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """transformer-engine's arguments: arrays, what it is told beside, and what the axes of the mesh mean."""
+    """transformer-engine's arguments: arrays, other arguments, and what the axes of the mesh mean."""
 
     facts: Facts
     sequences: Sequences

@@ -12,7 +12,7 @@ from kernelry.plugin import Inputs, Partial, Request
 
 
 def folded(inputs: Inputs, request: Request) -> tuple[Inputs, Request]:
-    """Writes the rows of a batch beside one another as heads of a single row; query head n still reads head n // G."""
+    """Writes the rows of a batch next to one another as heads of a single row; query head n still reads head n // G."""
     if request.batch == 1:
         return inputs, request
     inner = request_of_heads(request)

@@ -1,4 +1,4 @@
-"""Which axes of the mesh mean what, as transformer-engine wants to be told.
+"""Which axes of the mesh mean what, as transformer-engine needs to be told.
 
 It sums the gradients of bias and sinks over the axes that share out the batch, so an axis left out is a wrong
 gradient. Names are known by convention: its own, MaxText's and the usual short ones.
@@ -28,7 +28,7 @@ _FREE = PartitionSpec.UNCONSTRAINED
 
 
 def resources(request: Request, shared: Shared | None) -> Any:
-    """transformer-engine's MeshResource of the mesh at hand.
+    """transformer-engine's MeshResource of the active mesh.
 
     Raises:
       ConfigError: a gradient is summed over the batch, and an axis of the mesh has no role known by its name, or

@@ -30,7 +30,7 @@ _INSTALL = "pip install 'kernelry-cudnn-te[te]'"
 
 _FIRST = (2, 11)
 _BROKEN = ((2, 12), (2, 13))
-"""Whose SequenceDescriptor.from_segment_ids_and_pos wants two further arguments, and gave them up again."""
+"""Whose SequenceDescriptor.from_segment_ids_and_pos needs two further arguments, later removed again."""
 
 _SEGMENTS = (SEGMENTS, 8, 16, 64, 128, 256)
 """Of a row; memory and compile time grow with it."""
@@ -53,15 +53,15 @@ def _version(request: Request, environment: Environment) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.VENDOR_VERSION, detail, _INSTALL)
     elif release in _BROKEN:
         detail = (
-            f"transformer-engine {vendor.version}: its from_segment_ids_and_pos wants is_thd and "
+            f"transformer-engine {vendor.version}: its from_segment_ids_and_pos needs is_thd and "
             "is_segment_ids_reordered, which no other release has"
         )
         yield Refusal(RefusalCode.VENDOR_VERSION, detail, f"{_INSTALL} takes another release")
     if request.max_logits and release < FIRST_WITH_ALL:
-        detail = f"max_logits=True wants transformer-engine {_text(FIRST_WITH_ALL)}, found {vendor.version}"
+        detail = f"max_logits=True needs transformer-engine {_text(FIRST_WITH_ALL)}, found {vendor.version}"
         yield Refusal(RefusalCode.MAX_LOGITS, detail)
     if request.context_parallel is not None and is_packed(request) and release < FIRST_WITH_ALL:
-        detail = f"packed rows in a ring want transformer-engine {_text(FIRST_WITH_ALL)}, found {vendor.version}"
+        detail = f"packed rows in a ring need transformer-engine {_text(FIRST_WITH_ALL)}, found {vendor.version}"
         yield Refusal(RefusalCode.CONTEXT_PARALLEL, f"{detail}, which gets segments that do not divide wrong")
 
 

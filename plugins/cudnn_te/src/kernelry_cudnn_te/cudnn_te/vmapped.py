@@ -1,7 +1,7 @@
 """What `jax.vmap` makes of a call: all its arrays get the new axis, or the call is refused.
 
 transformer-engine's own batching rules let an array without the axis pass, and count on lengths having it; sums over
-the axis what a shared bias or sinks should have for each entry; and know no packed rows with it.
+the axis what a shared bias or sinks should have for each entry; and do not support packed rows with it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class _Rows(NamedTuple):
     """A block of R = G·block_q queries, or all of a step, or of all steps, with these dimensions in front.
 
     Queries and the cotangents of the output come in both orders: XLA's product on CPU is more than twice as fast where
-    neither operand has to be turned around, and a row's are turned once, not once a tile.
+    neither operand has to be transposed, and a row's are transposed once, not once a tile.
     """
 
     query: Float[Array, "... b k R H"]
@@ -50,7 +50,7 @@ def backward(
     """Returns the gradients of a part of the keys.
 
     Args:
-      inputs: the arrays of the call. request: what it wants. grid: its blocks.
+      inputs: the arrays of the call. request: what it asks for. grid: its blocks.
       lse: [B, N, T] of the whole attention; +inf where this part's row is empty.
       delta: [B, N, T], Σ out · d_out of the whole attention, less the cotangent of lse.
       d_out: [B, T, N, D].

@@ -49,7 +49,7 @@ class Grid:
         """Blocks of at most the sizes asked, of equal length, so that little lies beyond the end.
 
         Args:
-          request: what the call wants. batch: B, of the arrays, where it may be symbolic.
+          request: what the call asks for. batch: B, of the arrays, where it may be symbolic.
           block_q, block_kv: the sizes asked.
         """
         block_q, block_kv = _even(request.q_len, block_q), _even(request.kv_len, block_kv)
@@ -147,7 +147,7 @@ class Grid:
         return column * self.block_kv + jnp.arange(self.block_kv, dtype=jnp.int32)
 
     def split_queries(self, array: jax.Array, fill: float = 0.0) -> jax.Array:
-        """[B, T, N, …] → [steps, rows, b, k, G·block_q, …]: the rows of a block's group stand together."""
+        """[B, T, N, …] → [steps, rows, b, k, G·block_q, …]: the rows of a block's group are together."""
         padded = _padded(array, self.q_padding, fill)
         batch, heads = (self.batch_steps, self.step_batch), (self.head_steps, self.step_heads)
         apart = padded.reshape(*batch, self.rows, self.block_q, *heads, self.groups, *padded.shape[3:])

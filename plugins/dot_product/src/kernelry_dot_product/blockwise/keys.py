@@ -14,7 +14,7 @@ from kernelry.plugin import Inputs, Mode, PagedArray, QuantizedArray, Request
 from kernelry_dot_product.blockwise.grid import Grid
 
 _MOST_READS = 4
-"""Blocks of queries up to which keys are read where they stand, and not laid out first: one copy a visit, not a pass
+"""Blocks of queries up to which keys are read in place, and not laid out first: one copy a visit, not a pass
 over all slots before anything is attended to."""
 
 
@@ -46,8 +46,8 @@ def plain(inputs: Inputs, request: Request) -> Inputs:
     """Lays keys and values out as arrays [B, S, K, H], whatever they are held in."""
 
     def of(keys: Any) -> jax.Array:
-        beside = keys.gather() if isinstance(keys, PagedArray) else keys
-        array: jax.Array = beside.dequantize(request.dtype) if isinstance(beside, QuantizedArray) else beside
+        gathered = keys.gather() if isinstance(keys, PagedArray) else keys
+        array: jax.Array = gathered.dequantize(request.dtype) if isinstance(gathered, QuantizedArray) else gathered
         return array
 
     return inputs if request.has_plain_kv else dataclasses.replace(inputs, key=of(inputs.key), value=of(inputs.value))

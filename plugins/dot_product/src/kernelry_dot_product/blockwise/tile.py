@@ -17,7 +17,7 @@ from kernelry_dot_product.softmax import visible_of
 
 
 class Place(NamedTuple):
-    """Where a tile stands: its step over batch and heads, its block of queries, its block of keys."""
+    """Where a tile is: its step over batch and heads, its block of queries, its block of keys."""
 
     step: Any
     row: Any
@@ -46,7 +46,7 @@ class Tiles:
     """Makes the tiles of one call.
 
     Args:
-      request: what the call wants. grid: its blocks. inputs: its arrays.
+      request: what the call asks for. grid: its blocks. inputs: its arrays.
       hides: whether some slot may be seen by no row, so that what it holds must not be multiplied.
     """
 

@@ -30,7 +30,7 @@ class Visits:
     """For each block of one side the blocks of the other that hold anything, FULL ones first.
 
     Args:
-      order: per batch step, or for all: the other side's blocks; those to visit stand first.
+      order: per batch step, or for all: the other side's blocks; those to visit come first.
       full: how many of them need no mask. some: how many hold anything.
       any_full, any_partial: False where it is known while tracing that there are none.
       all_full: True where it is known while tracing that there are no others.

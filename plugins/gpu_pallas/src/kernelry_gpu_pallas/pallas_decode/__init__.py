@@ -1,1 +1,1 @@
-"""Decode with the keys split among programs: a Pallas kernel of our own."""
+"""Decode with the keys split among programs: our own Pallas kernel."""

@@ -92,7 +92,7 @@ class Cache:
     Args:
       values: [B, S, K, H], or pages [P, page_size, K, H]. scale: [B, S, K or 1], or of pages.
       table: int32 [B, M], −1 where there is no page.
-      page_size: slots of a page; None where they stand in rows.
+      page_size: slots of a page; None where they are in rows.
     """
 
     values: jax.Array

@@ -50,8 +50,8 @@ def check(request: Request, tiling: Tiling) -> None:
     """Raises where a tiling cannot be compiled.
 
     Raises:
-      ConfigError: the block or the number of warps is no power of two, the block is smaller than 16, a number is none,
-        or the block takes more shared memory than the device has.
+      ConfigError: the block or the number of warps is not a power of two, the block is smaller than 16, a number is
+        below 1, or the block takes more shared memory than the device has.
     """
     for problem in (*problems("pallas_decode", tiling), *_memory(request, tiling)):
         raise ConfigError(f"tiling: {problem}")

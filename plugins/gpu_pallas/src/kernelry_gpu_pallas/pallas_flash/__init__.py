@@ -1,1 +1,1 @@
-"""Flash attention in Pallas for Triton: a kernel of our own."""
+"""Flash attention in Pallas for Triton: our own kernel."""

@@ -28,7 +28,7 @@ from kernelry_gpu_pallas.tile_masks import TileMask
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Whole:
-    """What both kernels read beside the inputs, of the whole attention."""
+    """What both kernels read besides the inputs, of the whole attention."""
 
     d_out: Float[Array, "B T N D"]
     lse: Float[Array, "B N T"]

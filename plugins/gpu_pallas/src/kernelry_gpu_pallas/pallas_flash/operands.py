@@ -127,7 +127,7 @@ class Operands:
         self.add(name, array, (None, heads, *array.shape[2:]), (row, head, At.FIRST, At.FIRST))
 
     def add_runs(self, runs: Runs) -> None:
-        """The runs of the block that a program of the grid stands for."""
+        """The runs of the block of a program of the grid."""
         for name, table in (("full", runs.full), ("partial", runs.partial)):
             if table.shape[2]:
                 place = (_own(table, 0, At.ROW), At.BLOCK, At.FIRST, At.FIRST)

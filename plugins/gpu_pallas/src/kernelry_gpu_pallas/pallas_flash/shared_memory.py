@@ -59,7 +59,7 @@ def _need(request: Request, tiling: Mapping[str, int], end: str) -> Need:
     rest = held + pairs + _FEW_BYTES + _SLOT_BYTES * (block_q + block_kv)
     if generation < _HOPPER:
         return Need(least, rest + probabilities + max(1, stages - 1) * move)
-    again = 1 if end and generation >= _BLACKWELL else 0  # a second copy, turned around
+    again = 1 if end and generation >= _BLACKWELL else 0  # a second copy, transposed
     if end != "_dkv":
         return Need(least, rest + (stages + again) * move)
     keeps_a_stage = is_split or min(block_q, block_kv) >= _WARP_GROUP_ROWS

@@ -108,8 +108,8 @@ def check(request: Request, tiling: Tiling) -> None:
     """Raises where a tiling cannot be compiled.
 
     Raises:
-      ConfigError: a block or a number of warps is no power of two, a block is smaller than 16, a number is none, or the
-        blocks take more shared memory than the device has.
+      ConfigError: a block or a number of warps is not a power of two, a block is smaller than 16, a number is below 1,
+        or the blocks take more shared memory than the device has.
     """
     values = dict(tiling.values)
     for problem in (*problems("pallas_flash", tiling), *_memory(request, values), *_tensor_memory(request, values)):
@@ -124,7 +124,7 @@ def _tensor_memory(request: Request, values: Mapping[str, int]) -> Iterator[str]
     if request.gradients and rows >= _TENSOR_ROWS and columns > _TENSOR_COLUMNS:
         yield (
             f"block_kv_dkv={rows} of pallas_flash accumulates {columns} columns in tensor memory of {request.target}, "
-            f"which has room for {_TENSOR_COLUMNS} beside the rest; set block_kv_dkv=64"
+            f"which has room for {_TENSOR_COLUMNS} besides the rest; set block_kv_dkv=64"
         )
 
 

@@ -27,7 +27,7 @@ _BLOCKS = ((128, 32), (64, 32), (128, 64), (64, 64), (32, 32))
 """Elements; (forward, backward) block sizes of the search space. The first is the vendor's default."""
 
 _FORWARD_BYTES = 32768
-"""Bytes of a forward block; beyond it the Triton compiler runs out of shared memory, on A100 and on
+"""Bytes of a forward block; beyond that the Triton compiler runs out of shared memory, on A100 and on
 H100 (XLA of jax 0.12; e.g. 128 rows of 128 float32: 262144 of 232448 bytes requested on H100)."""
 
 _BACKWARD_BYTES = 16384

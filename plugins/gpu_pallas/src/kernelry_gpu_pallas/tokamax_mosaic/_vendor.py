@@ -1,8 +1,8 @@
 """Everything this plugin takes from tokamax, in one place.
 
 Written against tokamax 0.0.12 … 0.0.17. All of it is private: tokamax's public attention asks the device of this
-process which kernel to take, so that nothing could be lowered for another one; it rounds float32 arrays to bfloat16
-without a word; and it has no backward pass that takes the output and the logsumexp of the whole attention.
+process which kernel to take, so that nothing could be lowered for another one; it silently rounds
+float32 arrays to bfloat16; and it has no backward pass that takes the output and the logsumexp of the whole attention.
 """
 
 import contextlib

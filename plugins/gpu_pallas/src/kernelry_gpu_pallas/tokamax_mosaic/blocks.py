@@ -119,7 +119,7 @@ def _other_than(values: Mapping[str, int], names: tuple[str, ...], only: int) ->
 
 def _too_much(what: str, wanted: int) -> Iterator[str]:
     if wanted + _OTHER_BYTES > _SHARED_BYTES:
-        yield f"{what} wants {wanted} of {_SHARED_BYTES - _OTHER_BYTES} bytes of shared memory"
+        yield f"{what} needs {wanted} of {_SHARED_BYTES - _OTHER_BYTES} bytes of shared memory"
 
 
 def _hopper_forward(request: Request, block_q: int, block_kv: int, stages: int) -> int:
@@ -156,7 +156,7 @@ def _blackwell_backward_problems(request: Request, q_dkv: int, kv_dq: int, stage
     head, value = _padded(request, 64)
     columns = max(2 * q_dkv + head + value, 2 * kv_dq + head)
     if columns > _TENSOR_COLUMNS:
-        yield f"the backward pass wants {columns} of {_TENSOR_COLUMNS} columns of tensor memory"
+        yield f"the backward pass needs {columns} of {_TENSOR_COLUMNS} columns of tensor memory"
     share = 0 if request.bias is None else STEP * kv_dq * _SINGLE
     yield from _too_much(
         "dQ", (STEP + stages * kv_dq) * (head + value) * _SHORT + share + _pairs(request, STEP * kv_dq)

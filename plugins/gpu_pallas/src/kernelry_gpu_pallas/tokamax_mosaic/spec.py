@@ -83,7 +83,7 @@ def _no_room(request: Request) -> Iterator[Refusal]:
     with_bias = "" if request.bias is None else " with a bias"
     backward = " and its gradients" if request.gradients else ""
     sizes = f"head_dim={request.head_dim} value_dim={request.value_dim}{with_bias}{backward}"
-    detail = f"{sizes}: the smallest blocks want more memory than a multiprocessor has"
+    detail = f"{sizes}: the smallest blocks need more memory than a multiprocessor has"
     yield Refusal(RefusalCode.HEAD_DIM, detail)
 
 

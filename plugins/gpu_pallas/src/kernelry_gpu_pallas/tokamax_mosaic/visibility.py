@@ -43,7 +43,7 @@ _FAR = 2**30
 
 
 def mask_refusals(request: Request) -> Iterator[Refusal]:
-    """Keys whose slots do not stand at consecutive positions that are known: what a query sees is then no range."""
+    """Keys whose slots are not at consecutive positions that are known: what a query sees is then no range."""
     for atom in request.mask.atoms:
         if atom.kind in RANGES and _first_positions(atom.kv) is None:
             detail = f"mask atom {atom} has keys at positions that are not consecutive, or not known beforehand"
@@ -108,7 +108,7 @@ def _range(atom: Atom, mask: Mask, request: Request) -> tuple[jax.Array | None, 
     query = Side.query(request.q_len).at(conjunct.query).positions.reshape(-1, request.q_len)
     first = _first_positions(atom.kv)
     assert first is not None, "refused"
-    here = jnp.asarray(query) - jnp.asarray(first, jnp.int32)[:, None]  # the slot that stands where the query does
+    here = jnp.asarray(query) - jnp.asarray(first, jnp.int32)[:, None]  # the slot at the query's position
     match atom.kind:
         case AtomKind.CAUSAL | AtomKind.WINDOW:
             left, right = (None if bound is None else min(bound, _FAR) for bound in atom.params)
@@ -139,7 +139,7 @@ def _evaluated(mask: Mask, request: Request) -> jax.Array:
 
 
 def _first_positions(keys: PositionForm) -> list[int] | None:
-    """Where slot 0 of the keys stands, for all batch rows or for each; None where the slots do not follow on it."""
+    """The position of slot 0 of the keys, for all batch rows or for each; None where the slots do not follow on it."""
     if keys.start is not None:
         return [keys.start]
     if keys.kind is not PositionKind.STATIC or not isinstance(keys.value, tuple):

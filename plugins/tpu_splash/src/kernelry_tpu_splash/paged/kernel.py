@@ -1,8 +1,8 @@
 """The kernel `paged`: one query a row over pages, by JAX's paged attention or its ragged paged attention.
 
-Source: jax.experimental.pallas.ops.tpu.paged_attention and ragged_paged_attention, jax 0.10 … 0.12. The first wants
+Source: jax.experimental.pallas.ops.tpu.paged_attention and ragged_paged_attention, jax 0.10 … 0.12. The first needs
 pages [K, P, page_size, H], the second keys and values side by side, [P, page_size, 2·K, H]; a PagedCache has
-[P, page_size, K, H] each, so that all pages are copied, if the program does not keep them turned from step to step.
+[P, page_size, K, H] each, so that all pages are copied, unless the program keeps them transposed from step to step.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _finite(keys: PagedArray) -> Float[Array, "P page_size K H"]:
 
 
 def _not_finite(key: PagedArray, value: PagedArray) -> Bool[Array, "B S"]:
-    """Whether a slot holds what is not finite, or stands in no page."""
+    """Whether a slot holds a value that is not finite, or is in no page."""
     assert isinstance(key.pages, jax.Array)
     assert isinstance(value.pages, jax.Array)
     fine = jnp.isfinite(key.pages).all(axis=(2, 3)) & jnp.isfinite(value.pages).all(axis=(2, 3))  # [P, page_size]

@@ -30,10 +30,10 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
 
 def _why_not(request: Request) -> Iterator[Refusal]:
     if request.q_len > 1:
-        detail = f"q_len={request.q_len} > 1, and it knows no mask by which queries of one row differ"
+        detail = f"q_len={request.q_len} > 1, and it has no mask by which queries of one row differ"
         yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "kernel='ragged' takes several")
     if request.page_size is None:
-        yield Refusal(RefusalCode.PAGES, "keys and values stand in no pages", "kernel='ragged' takes arrays")
+        yield Refusal(RefusalCode.PAGES, "keys and values are not in pages", "kernel='ragged' takes arrays")
     elif request.page_size % SUBLANES:
         detail = f"page_size={request.page_size} is not a multiple of {SUBLANES}"
         yield Refusal(RefusalCode.PAGES, detail, "kernel='ragged' takes such pages")
@@ -49,7 +49,7 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
 
 
 def why_not_combined(request: Request) -> str | None:
-    """Why keys and values cannot stand side by side, as ragged paged attention wants them; found by compiling."""
+    """Why keys and values cannot be side by side, as ragged paged attention needs them; found by compiling."""
     if request.head_dim != LANES:
         return f"head_dim={request.head_dim} is not {LANES}"
     if request.kv_heads & (request.kv_heads - 1):
@@ -86,8 +86,8 @@ PAGED = KernelSpec(
     refusals=_refusals,
     tilings=_tilings,
     signature=_signature,
-    summary="JAX's paged and ragged paged attention for TPUs; one query a row; turns all pages around first",
+    summary="JAX's paged and ragged paged attention for TPUs; one query a row; transposes all pages first",
     known_failures=(
-        ("serves a plain call", "keys and values must stand in pages, which the kit's plain calls have not"),
+        ("serves a plain call", "keys and values must be in pages, and in the kit's plain calls they are not"),
     ),
 )

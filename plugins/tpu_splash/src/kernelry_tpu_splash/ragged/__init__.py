@@ -1,1 +1,1 @@
-"""Decode over rows of different length: a Pallas kernel of our own."""
+"""Decode over rows of different length: our own Pallas kernel."""

@@ -100,7 +100,7 @@ def _plain(keys: Any) -> jax.Array:
 
 
 def _scale(keys: Any) -> Float[Array, " B #K S"]:
-    """The scales of every slot, slots last; of pages gathered, for they are few beside the values."""
+    """The scales of every slot, slots last; of pages gathered, since they are few compared with the values."""
     if isinstance(keys, PagedArray):
         assert isinstance(keys.pages, QuantizedArray)
         gathered = PagedArray(keys.pages.scale, keys.table).gather()

@@ -25,7 +25,7 @@ MOST_PAGES = 64
 """Of a block, each an operand of the kernel."""
 
 _MOST_BYTES = 2 * 2**20
-"""Of a block of keys and one of values, of which vector memory holds two each beside what is computed from them."""
+"""Of a block of keys and one of values, of which vector memory holds two each besides what is computed from them."""
 
 
 @final
@@ -40,7 +40,7 @@ class Order(enum.Enum):
     def of(cls, heads: int, width: int, itemsize: int) -> Order:
         """That of K heads of H elements: H is the lanes where it fills them, and S where it does not.
 
-        Heads that fill no sublane, which holds 4 bytes of each lane, would be padded, and stand outside instead.
+        Heads that fill no sublane, which holds 4 bytes of each lane, would be padded, and are outside instead.
         """
         if width % LANES:
             return cls.SLOTS_LAST
@@ -79,7 +79,7 @@ class Blocks:
     Args:
       slots: of a block, a multiple of 128.
       heads: key/value heads of a block.
-      pages: of which a block consists; 1 where keys and values stand in no pages.
+      pages: of which a block consists; 1 where keys and values are not in pages.
       key, value: how they lie.
     """
 

@@ -242,7 +242,7 @@ def _cleaned(value: jax.Array, seen: jax.Array, order: Order) -> jax.Array:
 
 
 def _absent(table: Any, row: Any, place: Any, blocks: Blocks) -> jax.Array:
-    """[1, S]: whether a slot stands in a page that is not there."""
+    """[1, S]: whether a slot is in a page that does not exist."""
     size = blocks.slots // blocks.pages
     slot = jax.lax.broadcasted_iota(jnp.int32, (1, blocks.slots), 1)
     absent = jnp.zeros((1, blocks.slots), jnp.bool_)

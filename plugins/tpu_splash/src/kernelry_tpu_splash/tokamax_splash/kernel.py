@@ -145,7 +145,7 @@ def _summed(share: Float[Array, "B N S D"], request: Request) -> Float[Array, "B
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Facts:
-    """What a vendor's kernel is built from beside its mask."""
+    """What a vendor's kernel is built from besides its mask."""
 
     soft_cap: float | None
     tiling: Tiling

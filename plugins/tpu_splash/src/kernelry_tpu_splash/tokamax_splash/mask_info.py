@@ -32,7 +32,7 @@ def of_columns(kinds: np.ndarray, q_len: int | None, *, walks: bool) -> _vendor.
 
     Args:
       kinds, q_len: as above.
-      walks: whether it goes from one block that holds anything to the next; else it meets all of them.
+      walks: whether it goes from one block with a visible pair to the next; else it visits all of them.
     """
     if q_len is None and not walks:
         return _vendor.MaskInfo(*[None] * 7)
@@ -47,7 +47,7 @@ def of_columns(kinds: np.ndarray, q_len: int | None, *, walks: bool) -> _vendor.
 def of_booleans(
     visible: Bool[Array, "T S"], block_q: int, block_kv: int, *, of_keys: bool, walks: bool
 ) -> _vendor.MaskInfo:
-    """The same for a mask that only the running program knows, whose blocks stand in memory.
+    """The same for a mask that only the running program knows, whose blocks are in memory.
 
     Args:
       visible: which keys each query sees.

@@ -1,4 +1,4 @@
-"""What a mask shows at given lengths: its booleans, its blocks, and where its slots stand."""
+"""What a mask shows at given lengths: its booleans, its blocks, and the positions of its slots."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ class Blocks:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Sight:
+class DrawnMask:
     """A mask and the sizes at which it is looked at."""
 
     mask: Mask
     extent: Extent
 
     @classmethod
-    def of(cls, mask: Mask, q_len: int | None = None, kv_len: int | None = None) -> Sight:
+    def of(cls, mask: Mask, q_len: int | None = None, kv_len: int | None = None) -> DrawnMask:
         """Takes lengths that are not given from the longest array of the mask, else from the other side, else 8.
 
         Raises:
-          ArgumentError: a length is no number of tokens that can be drawn.
+          ArgumentError: a length is not a number of tokens that can be drawn.
           ShapeError: the mask's arrays do not fit, or a positional mask meets T ≠ S without `.at`.
         """
         extent = _extent(mask, q_len, kv_len)
@@ -106,7 +106,7 @@ class Sight:
         return Blocks(np.stack(bands, axis=2), exact=True)
 
     def positions(self) -> tuple[Int[np.ndarray, "rows T"] | None, Int[np.ndarray, "rows S"] | None]:
-        """Where the queries and the keys stand; None for a side on which parts of the mask differ."""
+        """The positions of the queries and of the keys; None for a side on which parts of the mask differ."""
         sides = (Side.query(self.extent.q_len, np), Side.kv(self.extent.kv_len, np))
         placed = [(atom, places) for atom, *places in _placed(self.mask, None, None) if atom.positional]
         query = [_numbers(sides[0], places[0]) for atom, places in placed if atom.uses_query_positions]

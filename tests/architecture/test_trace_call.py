@@ -1,0 +1,34 @@
+"""What one attention call and `import kernelry` go through does not grow unnoticed: see trace_call.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("trace_call.py")
+
+# The most that `trace_call.py --kernel NAME` may find. Lower a number when the code gets better; before raising one,
+# look with `--pairs` at which files were added.
+BOUNDS = {
+    "auto": {"modules": 42, "lines": 7_100, "crossings": 570},
+    "dot_product": {"modules": 34, "lines": 6_700, "crossings": 170},
+}
+CLOSURE = {"closure_modules": 92, "closure_lines": 12_700}
+
+
+def trace(kernel):
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")}
+    command = [sys.executable, SCRIPT, "--kernel", kernel, "--json"]
+    environ["JAX_PLATFORMS"] = "cpu"
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kernel", BOUNDS)
+def test_a_call_goes_through_no_more_than_before(kernel):
+    found, bounds = trace(kernel), BOUNDS[kernel] | CLOSURE
+    assert {name: found[name] for name in bounds if found[name] > bounds[name]} == {}, found
+    assert all(found[name] > 0 for name in bounds), found
