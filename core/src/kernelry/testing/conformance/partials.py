@@ -18,7 +18,7 @@ from kernelry.testing.conformance.bench import Answer, Bench
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.cases import Case, Verdict
 from kernelry.testing.conformance.compare import close, hold, oracle, tolerance_for
-from kernelry.testing.conformance.positive import Named, but, masked
+from kernelry.testing.conformance.positive import LEVEL, MAGNITUDE, Named, but, masked
 from kernelry.testing.conformance.report import Outcome
 from kernelry.testing.conformance.subject import Subject
 
@@ -37,6 +37,8 @@ def statistics_calls(subject: Subject, base: Call) -> Iterator[Named]:
     if Feature.BIAS in subject.can.features:
         bias = (base.batch, base.q_heads, base.q_len, base.kv_len)
         yield "statistics", "lse with bias", _forms(but(causal, bias=bias))
+    yield "statistics", "lse of logits of ±180", _forms(but(causal, magnitude=MAGNITUDE))
+    yield "statistics", "lse of logits around −130", _forms(but(causal, level=LEVEL))
 
 
 def _forms(call: Call) -> tuple[Call, ...]:

@@ -23,7 +23,7 @@ Named: TypeAlias = tuple[str, str, tuple[Call, ...]]
 
 _VARIED_LENGTHS = (5, 1, 40, 72, 128, 200, 256)
 _LARGEST_DIM = 256
-_MAGNITUDE, _LEVEL = 40.0, 6.0
+MAGNITUDE, LEVEL = 40.0, 6.0
 """Logits up to ±180, and around −130: beyond ±88.7 exp overflows in float32, below −104 it is 0."""
 
 _SMALLEST_TILE = 8
@@ -54,13 +54,13 @@ def masked(subject: Subject, base: Call) -> Call:
 
 def _sizes(subject: Subject, base: Call) -> Iterator[Named]:
     yield "output", "full attention", (base,)
-    yield "output", "logits of ±180", (but(base, magnitude=_MAGNITUDE),)
-    yield "output", "logits around −130", (but(base, level=_LEVEL),)
+    yield "output", "logits of ±180", (but(base, magnitude=MAGNITUDE),)
+    yield "output", "logits around −130", (but(base, level=LEVEL),)
     for batch in (1, 3):
         yield "output", f"B = {batch}", (but(masked(subject, base), batch=batch),)
     if base.scale is not None:
         yield "scale", "the default scale", (but(base, scale=None),)
-        yield "scale", "a negative scale", (but(base, scale=-base.scale, magnitude=_MAGNITUDE),)
+        yield "scale", "a negative scale", (but(base, scale=-base.scale, magnitude=MAGNITUDE),)
         yield "scale", "a scale of 0", (but(base, scale=0.0),)
     yield from _heads(subject, base)
     yield from _head_dims(subject, base)
@@ -91,7 +91,7 @@ def _beyond_tiles(subject: Subject, base: Call) -> Iterator[Named]:
     for call in longer[:1]:
         size = f"T = {call.q_len}, S = {call.kv_len}"
         yield "lengths", f"beyond its tiles: {size}", (call,)
-        yield "lengths", f"beyond its tiles, logits of ±180: {size}", (but(call, magnitude=_MAGNITUDE),)
+        yield "lengths", f"beyond its tiles, logits of ±180: {size}", (but(call, magnitude=MAGNITUDE),)
         for dtype in sorted(subject.can.dtypes & {"bfloat16", "float16"}):
             uniform = but(call, dtype=dtype, magnitude=0.0, value_mean=1.0)
             yield "lengths", f"beyond its tiles, {dtype} sums: {size}", (uniform,)
@@ -178,10 +178,13 @@ def _features(subject: Subject, base: Call) -> Iterator[Named]:
         yield "bias", "slots biased by −inf", (but(base, bias=pairs, biased_out=-np.inf),)
     if Feature.SOFT_CAP in can:
         yield "soft cap", "soft cap", (but(causal, soft_cap=1.2),)
+        yield "soft cap", "a soft cap of 30", (but(causal, soft_cap=30.0, magnitude=MAGNITUDE),)
     if Feature.SINKS in can:
         yield "sinks", "sinks", (but(causal, sinks=True),)
+        yield "sinks", "sinks of ±40, logits of ±180", (but(causal, sinks=True, magnitude=MAGNITUDE),)
     if Feature.MAX_LOGITS in can:
         yield "max logits", "max logits", (but(causal, max_logits=True),)
+        yield "max logits", "max logits around −130", (but(causal, max_logits=True, level=LEVEL),)
     if Feature.PRECISION in can:
         yield "precision", "highest precision", (but(causal, precision="highest"),)
     if Feature.LOGITS_DTYPE in can:
