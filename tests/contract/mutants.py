@@ -898,7 +898,7 @@ class IgnoresSoftCapsAboveTen(Honest):
         return super().capped(logits, inputs, visible, request)
 
 
-@lie("empty rows", backward=True)
+@lie("parts of one backward", backward=True)
 class TakesAnInfiniteLseForZero(HonestBackward):
     """Leaves it to lse that rows which see nothing have no gradient, and takes an infinite one for 0."""
 
