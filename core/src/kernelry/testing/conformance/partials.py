@@ -143,7 +143,9 @@ def _one_backward(bench: Bench, call: Call, placed: tuple[Mask, Mask]) -> Callab
         def forward(moving: dict[str, Any]) -> Any:
             query, *kv = (moving[name] for name in QKV)
             halves = zip(*(jnp.split(array, 2, axis=1) for array in kv), strict=True)
-            given = (Inputs(query, *half, mask.canonical()) for half, mask in zip(halves, placed, strict=True))
+            given = [
+                Inputs(query, key, value, mask.canonical()) for (key, value), mask in zip(halves, placed, strict=True)
+            ]
             return finalize(attend(tuple(parts), tuple(given), sinks=None, statistics=False))
 
         def program(arrays: dict[str, Any], d_out: Any) -> Any:
