@@ -1195,3 +1195,111 @@ MUTANTS.append(
 MUTANTS.append(Mutant(dataclasses.replace(HONEST, name="unsigned", signature=lambda _: ()), "a signature"))
 
 HONEST_KERNELS = (HONEST, HONEST_BACKWARD)
+
+
+@lie("sinks of ±40")
+class DoesNotSubtractTheMaximumBeforeSinks(Honest):
+    def with_sinks(self, out, lse, inputs):
+        if inputs.sinks is None:
+            return out
+        total = jnp.exp(lse)
+        share = total / jnp.where(total == 0, 1, total + jnp.exp(self.sinks(inputs))[None, :, None])
+        return out * share.swapaxes(1, 2)[..., None]
+
+
+class NarrowsIds(OtherMasks):
+    """Compares ids in another dtype."""
+
+    def other(self, mask):
+        if not isinstance(mask, Segments | BidirectionalSpans):
+            return mask
+        given = (mask.query_ids, mask.kv_ids) if isinstance(mask, Segments) else (mask.query_spans, mask.kv_spans)
+        return type(mask)(*(ids if ids is None else self.narrowed(mask, jnp.asarray(ids)) for ids in given))
+
+    def narrowed(self, mask, ids):
+        return ids.astype(self.dtype).astype(jnp.int32) if isinstance(mask, self.kinds) else ids
+
+
+@lie("segments of large ids")
+class HoldsSegmentsInInt8(NarrowsIds):
+    kinds, dtype = Segments, jnp.int8
+
+
+@lie("segments of large ids")
+class HoldsSegmentsInInt16(NarrowsIds):
+    kinds, dtype = Segments, jnp.int16
+
+
+@lie("segments of large ids")
+class HoldsSegmentsInFloat32(NarrowsIds):
+    kinds, dtype = Segments, jnp.float32
+
+
+@lie("spans of large ids")
+class HoldsSpansInFloat32(NarrowsIds):
+    kinds, dtype = BidirectionalSpans, jnp.float32
+
+
+@lie("large ids of two sides")
+class HoldsSegmentsOfTwoSidesInInt16(NarrowsIds):
+    kinds, dtype = Segments, jnp.int16
+
+    def narrowed(self, mask, ids):
+        shared = isinstance(mask, Segments) and mask.kv_ids is None
+        return ids if shared else super().narrowed(mask, ids)
+
+
+@lie("a soft cap of 30")
+class IgnoresSoftCapsAboveTen(Honest):
+    def capped(self, logits, inputs, visible, request):
+        if request.soft_cap is not None and request.soft_cap > 10:
+            return logits
+        return super().capped(logits, inputs, visible, request)
+
+
+@lie("parts of one backward", backward=True)
+class TakesAnInfiniteLseForZero(HonestBackward):
+    """Leaves it to lse that rows which see nothing have no gradient, and takes an infinite one for 0."""
+
+    blank = False
+
+    def backward(self, inputs, request, tiling, out, lse, d_out, d_lse):
+        self.blank = jnp.isposinf(lse)[..., None]
+        zeroed = jnp.where(jnp.isposinf(lse), 0, lse)
+        found = super().backward(inputs, request, tiling, out, zeroed, d_out, d_lse)
+        self.blank = False
+        return found
+
+    def visible(self, inputs, request):
+        return super().visible(inputs, request) | self.blank
+
+
+@lie("lse of logits of ±180")
+class LseWithoutTheMaximum(Honest):
+    def top(self, masked):
+        self.plain = jnp.log(jnp.exp(masked).sum(axis=3))
+        return super().top(masked)
+
+    def returned_lse(self, lse):
+        return jnp.where(jnp.isneginf(lse), lse, self.plain)
+
+
+@lie("max logits around −130")
+class StartsMaxLogitsAtZero(Honest):
+    def max_logits(self, masked, capped):
+        found = super().max_logits(masked, capped)
+        return jnp.where(jnp.isneginf(found), found, jnp.maximum(found, 0))
+
+
+@lie("chunked at offsets below 0")
+class TruncatesNegativePositions(OtherMasks):
+    """Divides as C does, toward 0."""
+
+    def other(self, mask):
+        if not isinstance(mask, Chunked):
+            return mask
+
+        def chunk(side):
+            return jnp.sign(side.positions) * (jnp.abs(side.positions) // mask.size)
+
+        return And((Instead(lambda query, kv: chunk(kv) == chunk(query)), Band(None, 0)))

@@ -35,7 +35,17 @@ from kernelry.plugin import (
     Tiling,
     Tolerance,
 )
-from kernelry.testing.conformance import CaseResult, Outcome, Report, assignments, cases_of, run, run_case
+from kernelry.testing.conformance import (
+    CaseResult,
+    Outcome,
+    Report,
+    assignments,
+    cases_of,
+    installed_spec,
+    run,
+    run_case,
+    run_in_processes,
+)
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.longer import longer_calls
 from kernelry.testing.conformance.subject import Subject
@@ -345,12 +355,12 @@ def test_command_reports_each_claim(command):
 def test_command_shows_failures_and_exits_with_1(command, monkeypatch, wrong):
     reports = {"small": run(SMALL, quick=True), "wrong": wrong}
     monkeypatch.setattr("kernelry.cli.conformance.run", lambda spec, **_: reports[spec.name])
-    status, out, _ = command("small", "wrong", "--quick")
+    status, out, _ = command("small", "wrong", "--quick", "--workers", 1)
     assert status == 1
     assert "small: ok" in out
     assert "failed: full attention (output)" in out
     assert "out is wrong" in out
-    status, out, _ = command("small", "wrong", "--quick", "--json")
+    status, out, _ = command("small", "wrong", "--quick", "--json", "--workers", 1)
     assert status == 1
     assert [kernel["ok"] for kernel in json.loads(out)["kernels"]] == [True, False]
 
@@ -384,6 +394,30 @@ def test_command_holds_served_counts(command, tmp_path):
     assert "at least 100000" in out
     path.write_text("[]")
     assert command("small", "--at-least", path)[0] == 2
+
+
+def test_several_processes_report_what_one_does():
+    counts = []
+    names = ("paged", "cudnn_jax")
+    reports = run_in_processes(
+        names, workers=2, quick=True, known_failures={}, progress=lambda done, total: counts.append((done, total))
+    )
+    alone = [run(installed_spec(name), quick=True) for name in names]
+    assert [report.kernel for report in reports] == list(names)
+    for found, expected in zip(reports, alone, strict=True):
+        assert [(case.name, case.outcome) for case in found.cases] == [(c.name, c.outcome) for c in expected.cases]
+        assert found.runs_here == expected.runs_here
+    assert counts == [(done, len(counts)) for done in range(1, len(counts) + 1)]
+
+
+def test_several_processes_refuse_a_known_failure_of_no_case():
+    with pytest.raises(ArgumentError, match="full atention"):
+        run_in_processes(
+            ["paged"],
+            workers=2,
+            known_failures={"paged": {"full atention": "misspelt"}},
+            progress=lambda *_: None,
+        )
 
 
 CALLS = {

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import Progress
@@ -17,9 +20,10 @@ from kernelry.cli.output import Json, Text, print_json
 from kernelry.errors import ConfigError
 from kernelry.kernel.spec import KernelSpec
 from kernelry.registry import installed
-from kernelry.testing.conformance import Outcome, Report, installed_spec, run
+from kernelry.testing.conformance import Outcome, Report, installed_spec, run, run_in_processes
 
 _console = Console(highlight=False, soft_wrap=False)
+_MOST_WORKERS = 8
 _COLUMNS = {
     "passed": Outcome.PASSED,
     "refused": Outcome.REFUSED,
@@ -38,19 +42,25 @@ def check(
     at_least: Annotated[
         Path | None, typer.Option(help="JSON: kernel → {quick, full}, cases that must be served.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes; by default one per core where several kernels run on CPU, else 1."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Whether kernels do what they declare and refuse the rest. Status 1: some case failed."""
     specs = _specs(kernels or [], every)
     known = _known(known_failures) if known_failures else {}
     least = _least(at_least, "quick" if quick else "full") if at_least else {}
-    reports = _run(specs, quick, known)
+    start = time.perf_counter()
+    reports = _run(specs, quick, known, workers or _workers(specs))
+    seconds = time.perf_counter() - start
     short = [message for report in reports for message in _shortfalls(report, least)]
     ok = all(report.ok for report in reports) and not short
     if as_json:
         print_json({"ok": ok, "kernels": [report.to_json() for report in reports], "too_few": short})
     else:
-        for part in _parts(reports, short):
+        for part in _parts(reports, short, seconds):
             _console.print(part)
     raise typer.Exit(0 if ok else 1)
 
@@ -61,11 +71,21 @@ def _specs(names: list[str], every: bool) -> list[KernelSpec]:
     return [installed_spec(name) for name in (sorted(installed.registry().kernels) if every else names)]
 
 
-def _run(specs: list[KernelSpec], quick: bool, known: Mapping[str, Mapping[str, str]]) -> list[Report]:
+def _workers(specs: list[KernelSpec]) -> int:
+    """An accelerator serves one process at a time."""
+    return min(os.cpu_count() or 1, _MOST_WORKERS) if len(specs) > 1 and jax.default_backend() == "cpu" else 1
+
+
+def _run(specs: list[KernelSpec], quick: bool, known: Mapping[str, Mapping[str, str]], workers: int) -> list[Report]:
     """Runs all, with a progress bar on a terminal's stderr."""
     console = Console(stderr=True)
     reports = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        if workers > 1:
+            task = progress.add_task(f"{len(specs)} kernels in {workers} processes", total=None)
+            names = [spec.name for spec in specs]
+            count = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
+            return run_in_processes(names, workers=workers, quick=quick, known_failures=known, progress=count)
         for spec in specs:
             task = progress.add_task(spec.name, total=None)
 
@@ -104,14 +124,14 @@ def _shortfalls(report: Report, least: Mapping[str, int]) -> Iterator[str]:
         yield f"{report.kernel} served {report.served} cases; at least {wanted} are wanted"
 
 
-def _parts(reports: list[Report], short: list[str]) -> Iterator[RenderableType]:
+def _parts(reports: list[Report], short: list[str], seconds: float) -> Iterator[RenderableType]:
     for report in reports:
         yield _table(report)
         for case in report.failures:
             yield Text(f"  {case.outcome.value}: {case.name} ({case.claim})", style="bold")
             yield Text(f"    {case.detail}")
         yield from _reasons(report)
-    yield _summary(reports)
+    yield _summary(reports, seconds)
     for message in short:
         yield Text(message, style="bold")
 
@@ -148,8 +168,8 @@ def _reasons(report: Report) -> Iterator[RenderableType]:
         yield Text(f"  skipped {listed}: {reason}")
 
 
-def _summary(reports: list[Report]) -> Text:
-    total, seconds = sum(len(report.cases) for report in reports), sum(report.seconds for report in reports)
+def _summary(reports: list[Report], seconds: float) -> Text:
+    total = sum(len(report.cases) for report in reports)
     served, refused = sum(report.served for report in reports), sum(report.refused for report in reports)
     skipped, failed = sum(report.skipped for report in reports), sum(report.failed for report in reports)
     text = f"{total} cases in {seconds:.0f} s: {served} served, {refused} refused, {skipped} skipped, {failed} failed"

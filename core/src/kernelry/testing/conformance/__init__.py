@@ -6,7 +6,7 @@
 
 from kernelry.testing.conformance.cases import Case
 from kernelry.testing.conformance.generate import cases_of
-from kernelry.testing.conformance.installed import Assignment, assignments, installed_spec
+from kernelry.testing.conformance.installed import Assignment, assignments, installed_spec, run_in_processes
 from kernelry.testing.conformance.report import CaseResult, Outcome, Report
 from kernelry.testing.conformance.run import Progress, run, run_case
 
@@ -22,4 +22,5 @@ __all__ = [
     "installed_spec",
     "run",
     "run_case",
+    "run_in_processes",
 ]

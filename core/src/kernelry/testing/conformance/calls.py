@@ -29,7 +29,7 @@ class Call:
       poison: whether NaN and inf stand in slots that no row may see, and NaN in rows that see nothing.
       kv_quantization: how keys and values are quantised.
       page_size: of the pages in which keys and values stand.
-      magnitude: a factor of the queries, so of the logits.
+      magnitude: a factor of the queries, so of the logits; and of sinks.
       level: added to queries and subtracted from keys, so that every logit is near −level² · scale · H.
       value_mean: added to the values.
       biased_out: the bias of slots that hardly count, e.g. −1e9; see `_biased_out`.
@@ -145,6 +145,8 @@ class Call:
         if self.peaks:
             _peaks(drawn["query"], drawn["key"])
         drawn["query"] = self.magnitude * drawn["query"] + self.level
+        if self.sinks:
+            drawn["sinks"] = self.magnitude * drawn["sinks"]
         drawn["key"] = drawn["key"] - self.level
         drawn["value"] = drawn["value"] + self.value_mean
         if self.sinks:

@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernelry.execution.attend import Part, attend
 from kernelry.execution.normalization import finalize, merge, to_lse
-from kernelry.kernel.capabilities import Feature, Statistic
+from kernelry.kernel.capabilities import Feature, Gradient, Statistic
 from kernelry.kernel.partial import Partial
+from kernelry.kernel.spec import Inputs
 from kernelry.masks import Causal, Mask
 from kernelry.testing.conformance import samples
-from kernelry.testing.conformance.bench import Answer, Bench
-from kernelry.testing.conformance.calls import Call
-from kernelry.testing.conformance.cases import Case, Verdict
+from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly
+from kernelry.testing.conformance.calls import QKV, Call
+from kernelry.testing.conformance.cases import Case, Skip, Verdict
 from kernelry.testing.conformance.compare import close, hold, oracle, tolerance_for
-from kernelry.testing.conformance.positive import Named, but, masked
+from kernelry.testing.conformance.positive import LEVEL, MAGNITUDE, Named, but, masked
 from kernelry.testing.conformance.report import Outcome
 from kernelry.testing.conformance.subject import Subject
 
@@ -37,6 +39,8 @@ def statistics_calls(subject: Subject, base: Call) -> Iterator[Named]:
     if Feature.BIAS in subject.can.features:
         bias = (base.batch, base.q_heads, base.q_len, base.kv_len)
         yield "statistics", "lse with bias", _forms(but(causal, bias=bias))
+    yield "statistics", "lse of logits of ±180", _forms(but(causal, magnitude=MAGNITUDE))
+    yield "statistics", "lse of logits around −130", _forms(but(causal, level=LEVEL))
 
 
 def _forms(call: Call) -> tuple[Call, ...]:
@@ -59,6 +63,11 @@ def partial_cases(subject: Subject, base: Call) -> Iterator[Case]:
     placed = (Causal(), Causal().at(kv_offset=base.kv_len))
     if all(subject.serves(but(call, mask=mask)) for mask in placed):
         yield Case("two causal parts merge into the whole", "merge laws", _merges(bench, call, placed))
+    own = but(base, partial=False)
+    shared = Causal(), Causal().at(kv_offset=base.kv_len // 2)
+    differentiates = own.wanted and subject.can.gradient is Gradient.BACKWARD and subject.can.empty_rows
+    if differentiates and all(subject.serves(but(own, mask=mask)) for mask in shared):
+        yield Case("parts of one backward, with empty rows", "merge laws", _one_backward(bench, own, shared))
     empty = subject.first(but(call, mask=masks) for masks in _nothing(base))
     if empty is not None and subject.can.empty_rows:
         yield Case("an empty part changes nothing", "merge laws", _identity(bench, call, empty.mask))
@@ -111,6 +120,44 @@ def _merges(bench: Bench, call: Call, placed: tuple[Mask, Mask]) -> Callable[[],
             return {"out": finalize(merged), "lse": merged.lse}
 
         hold(_answer(bench, call, forward, arrays, placed, cotangents), oracle(whole), whole, _tolerance(bench, call))
+        return Outcome.PASSED, ""
+
+    return check
+
+
+def _one_backward(bench: Bench, call: Call, placed: tuple[Mask, Mask]) -> Callable[[], Verdict]:
+    """Keys split in two, with the out and lse of the whole in each part's backward: +inf where a part is empty."""
+
+    def check() -> Verdict:
+        if bench.place.why_not is not None:
+            raise Skip(bench.place.why_not)
+        length = call.kv_len
+        positions = np.concatenate([np.arange(length), np.arange(length) + length // 2])
+        whole = but(call, kv_len=2 * length, mask=Causal().at(query_offset=0, kv_positions=positions))
+        arrays, cotangents = whole.arrays(), whole.cotangents()
+        parts = []
+        for mask in placed:
+            request = but(call, mask=mask).request(bench.place)
+            parts.append(Part(bench.spec, request, bench.spec.tilings(request)[0]))
+
+        def forward(moving: dict[str, Any]) -> Any:
+            query, *kv = (moving[name] for name in QKV)
+            halves = zip(*(jnp.split(array, 2, axis=1) for array in kv), strict=True)
+            given = [
+                Inputs(query, key, value, mask.canonical()) for (key, value), mask in zip(halves, placed, strict=True)
+            ]
+            return finalize(attend(tuple(parts), tuple(given), sinks=None, statistics=False))
+
+        def program(arrays: dict[str, Any], d_out: Any) -> Any:
+            out, pull = jax.vjp(forward, arrays)
+            return out, pull(d_out)[0]
+
+        with bench.place.entered(bench.spec):
+            lowered = jax.jit(program).lower(arrays, cotangents["out"])
+            compiled = compile_quickly(lowered, bench.place.target.platform)
+        out, gradients = compiled(arrays, cotangents["out"])
+        wanted = {operand.value: gradients[operand.value] for operand in whole.wanted}
+        hold(Answer(out, None, None, wanted), oracle(whole), whole, _tolerance(bench, call))
         return Outcome.PASSED, ""
 
     return check

@@ -23,7 +23,7 @@ Named: TypeAlias = tuple[str, str, tuple[Call, ...]]
 
 _VARIED_LENGTHS = (5, 1, 40, 72, 128, 200, 256)
 _LARGEST_DIM = 256
-MAGNITUDE, _LEVEL = 40.0, 6.0
+MAGNITUDE, LEVEL = 40.0, 6.0
 """Logits up to ±180, and around −130: beyond ±88.7 exp overflows in float32, below −104 it is 0."""
 
 
@@ -47,7 +47,7 @@ def masked(subject: Subject, base: Call) -> Call:
 def _sizes(subject: Subject, base: Call) -> Iterator[Named]:
     yield "output", "full attention", (base,)
     yield "output", "logits of ±180", (but(base, magnitude=MAGNITUDE),)
-    yield "output", "logits around −130", (but(base, level=_LEVEL),)
+    yield "output", "logits around −130", (but(base, level=LEVEL),)
     for batch in (1, 3):
         yield "output", f"B = {batch}", (but(masked(subject, base), batch=batch),)
     if base.scale is not None:
@@ -137,10 +137,13 @@ def _features(subject: Subject, base: Call) -> Iterator[Named]:
         yield "bias", "slots biased by −inf", (but(base, bias=pairs, biased_out=-np.inf),)
     if Feature.SOFT_CAP in can:
         yield "soft cap", "soft cap", (but(causal, soft_cap=1.2),)
+        yield "soft cap", "a soft cap of 30", (but(causal, soft_cap=30.0, magnitude=MAGNITUDE),)
     if Feature.SINKS in can:
         yield "sinks", "sinks", (but(causal, sinks=True),)
+        yield "sinks", "sinks of ±40, logits of ±180", (but(causal, sinks=True, magnitude=MAGNITUDE),)
     if Feature.MAX_LOGITS in can:
         yield "max logits", "max logits", (but(causal, max_logits=True),)
+        yield "max logits", "max logits around −130", (but(causal, max_logits=True, level=LEVEL),)
     if Feature.PRECISION in can:
         yield "precision", "highest precision", (but(causal, precision="highest"),)
     if Feature.LOGITS_DTYPE in can:

@@ -40,10 +40,7 @@ def run(
     Raises:
       ArgumentError: a known failure names no case of this kernel.
     """
-    cases = cases_of(spec, quick)
-    known = {**dict(spec.known_failures), **known_failures}
-    if not quick:  # the thinned list lacks names that the full one has
-        _check_names(spec, known, cases)
+    cases, known = cases_of(spec, quick), known_names(spec, known_failures, quick=quick)
     results = []
     for index, case in enumerate(cases):
         if progress is not None:
@@ -80,8 +77,17 @@ def _verdict(case: Case) -> Verdict:
         return Outcome.FAILED, f"{type(error).__name__}: {error}"[:_LONGEST_DETAIL]
 
 
-def _check_names(spec: KernelSpec, known: Mapping[str, str], cases: tuple[Case, ...]) -> None:
-    names = {case.name for case in cases}
+def known_names(spec: KernelSpec, more: Mapping[str, str], *, quick: bool) -> dict[str, str]:
+    """The kernel's own known failures and more of them, by case.
+
+    Raises:
+      ArgumentError: one names no case of this kernel.
+    """
+    known = {**dict(spec.known_failures), **more}
+    names = (
+        {case.name for case in cases_of(spec)} if known and not quick else known.keys()
+    )  # a quick run has fewer names
     for name in known:
         if name not in names:
             raise ArgumentError(f"known failures: {spec.name} has no case {name!r}{nearest(name, names)}")
+    return known

@@ -37,6 +37,12 @@ def ids(length: int, first: int = 0) -> np.ndarray:
     return np.stack([plain, other]).astype(np.int32)
 
 
+def large_ids(length: int) -> np.ndarray:
+    """Ids [2, length] of which two are equal in 8, in 16 bits and in float32; the rows differ."""
+    row = np.array([1, 257, 65537, _FAR - 1, _FAR])[np.arange(length) % 5]
+    return np.stack([row, np.roll(row, 1)]).astype(np.int32)
+
+
 def every_other(query: Any, kv: Any) -> Any:
     """Keys at an even distance."""
     return (query - kv) % 2 == 0
@@ -55,15 +61,25 @@ def _lengths(call: Call) -> Mapping[str, Alternatives]:
 
 def _segments(call: Call) -> Mapping[str, Alternatives]:
     own = ids(call.q_len)
-    return {"segments": (masks.Segments(own),), "segments of one row": (masks.Segments(own[0]),)}
+    return {
+        "segments": (masks.Segments(own),),
+        "segments of one row": (masks.Segments(own[0]),),
+        "segments of large ids": (masks.Segments(large_ids(call.q_len)),),
+    }
 
 
 def _segments_separate(call: Call) -> Mapping[str, Alternatives]:
-    return {"segments of two sides": (masks.Segments(ids(call.q_len), ids(call.kv_len, 2)),)}
+    return {
+        "segments of two sides": (masks.Segments(ids(call.q_len), ids(call.kv_len, 2)),),
+        "large ids of two sides' segments": (masks.Segments(large_ids(call.q_len), large_ids(call.kv_len)[::-1]),),
+    }
 
 
 def _spans(call: Call) -> Mapping[str, Alternatives]:
-    return {"spans": (masks.BidirectionalSpans(ids(call.q_len)),)}
+    return {
+        "spans": (masks.BidirectionalSpans(ids(call.q_len)),),
+        "spans of large ids": (masks.BidirectionalSpans(large_ids(call.q_len)),),
+    }
 
 
 def _spans_separate(call: Call) -> Mapping[str, Alternatives]:
@@ -169,6 +185,7 @@ def placed(kind: PositionKind, mask: Mask, call: Call) -> Iterator[tuple[str, Al
             yield "a query offset", (mask.at(query_offset=3), mask.at(query_offset=-3))
             yield "queries behind", (mask.at(query_offset=1, kv_offset=4),)
             yield "the same offset", (mask.at(query_offset=3, kv_offset=3),)
+            yield "offsets below 0", (mask.at(query_offset=-7, kv_offset=-7),)
             yield "offsets far out", (mask.at(query_offset=_FAR + 3, kv_offset=_FAR),)
         case PositionKind.STATIC:
             yield "offsets by row", (mask.at(query_offset=np.array([3, 1])),)

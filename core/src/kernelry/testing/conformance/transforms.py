@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernelry.testing.conformance.bench import Answer, Bench, flat
+from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly, flat
 from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.cases import Case, Skip, Verdict
 from kernelry.testing.conformance.compare import hold, oracle, tolerance_for
@@ -136,7 +136,8 @@ def _exported(bench: Bench, call: Call) -> None:
 
     with bench.place.entered(bench.spec):
         program = jax.export.export(jax.jit(flat(bench.program(call))))(*jax.tree.map(shape_of, given))
-    _hold(bench, call, program.call(*given))  # type: ignore[no-untyped-call]
+    lowered = jax.jit(program.call).lower(*given)
+    _hold(bench, call, compile_quickly(lowered, bench.place.target.platform)(*given))
 
 
 def _sharded(bench: Bench, call: Call) -> None:
