@@ -10,7 +10,8 @@ from kernelry import Request
 from kernelry.config import AttentionConfig, load_config, load_maxtext
 from kernelry.config.lines import toml_lines
 from kernelry.errors import ConfigError
-from kernelry.policy.rules import Condition, Policy, Range, Rule
+from kernelry.policy.policy import Policy
+from kernelry.policy.rules import Condition, Range, Rule
 
 TOML = """
 [model]

@@ -23,7 +23,7 @@ from kernelry.errors import ArgumentError
 from kernelry.kernel.mistakes import mistakes
 from kernelry.kernel.spec import AUTO, KernelSpec, check_kernel_name
 from kernelry.policy.lock import Lock
-from kernelry.policy.rules import Policy, check_policy
+from kernelry.policy.policy import Policy, check_policy
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.target import Target
 

@@ -22,7 +22,7 @@ from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.environment import Environment
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import KernelSpec, Tiling
-from kernelry.policy.rules import Policy
+from kernelry.policy.policy import Policy
 from kernelry.request.request import Request
 from kernelry.resolution.explanation import Candidate
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from kernelry.errors import NoKernelError, PluginError
+from kernelry.errors import KernelRefusedError, NoKernelError, PluginError
+from kernelry.execution.adapters.base import Cost
 from kernelry.execution.plan import Plan, Step
-from kernelry.kernel.proof import missing
 from kernelry.kernel.refusal import Refusal, RefusalCode
+from kernelry.policy.rules import Rule
 from kernelry.registry import installed
 from kernelry.request.request import Request
-from kernelry.resolution.nearest_change import Change
+
+if TYPE_CHECKING:
+    from kernelry.resolution.nearest_change import Change
 
 SCHEMA = 1
 """The version of `Resolution.to_json`."""
+
+_MOST_ELSEWHERE = 2
+"""Kernels of other platforms that an error describes one by one."""
 
 
 @final
@@ -56,8 +62,8 @@ class Resolution:
       request: what was asked.
       plan: what will run; None where no kernel serves the request.
       candidates: every kernel considered, in order of preference.
-      rule: what decided the order, with its source.
-      excluded: installed kernels that the deciding rule did not let in.
+      decided_by: the rule that decided the order; where none did, what decided it.
+      excluded: installed kernels that were not considered.
       forced: whether a name was asked for, so that no other kernel may take its place.
       changes: for each other kernel that one changed fact would choose, the nearest such change; filled by `explain`.
     """
@@ -65,10 +71,15 @@ class Resolution:
     request: Request
     plan: Plan | None
     candidates: tuple[Candidate, ...]
-    rule: str
+    decided_by: Rule | str
     excluded: tuple[str, ...] = ()
     forced: bool = False
     changes: tuple[Change, ...] = ()
+
+    @property
+    def rule(self) -> str:
+        """What decided the order, with its source, as text."""
+        return str(self.decided_by)
 
     @property
     def kernel(self) -> str | None:
@@ -100,33 +111,58 @@ class Resolution:
         refused = ", ".join(candidate.name for candidate in self.refused)
         return f"{self.request} → {self.kernel or 'no kernel'}{through} ({self.rule}; refused: {refused or 'none'})"
 
+    def answer(self, candidate: Candidate) -> tuple[str, ...]:
+        """Returns what is said of a candidate, line by line: its refusals, or how it serves the request."""
+        if candidate.refusals:
+            return (*map(str, candidate.refusals), *candidate.notes)
+        chosen = candidate.name == self.kernel
+        tiling = f" with {self.plan.tiling}" if chosen and self.plan is not None and self.plan.tiling.values else ""
+        through = [f"through {step.adapter.name} ({step.cost})" for step in candidate.steps]
+        if len(through) > 1:
+            through.append(f"adapters together: {sum((step.cost for step in candidate.steps), Cost())}")
+        return (f"chosen{tiling}" if chosen else "could serve, ranked lower", *through, *candidate.notes)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is said after the candidates: kernels not considered, changes, and advice, line by line."""
+        said = []
+        if self.excluded:
+            why = "another was asked for" if self.forced else "by this rule"
+            hint = '; kernel="auto" chooses among them' if self.forced else "; name one, or end the rule in 'auto'"
+            said.append(f"not considered, {why}: {', '.join(self.excluded)}{hint if self.plan is None else ''}")
+        said.extend(f"would be {change}" for change in self.changes)
+        return (*said, *([] if self.advice is None else [self.advice]))
+
     def __str__(self) -> str:
         return self.explain()
 
     def explain(self) -> str:
         """Returns the decision as text: winner, adapters, rule, and every other candidate's reasons."""
-        lines = [f"{self.request}"]
-        lines.append(f"  decided by: {self.rule}")
-        for candidate in self.candidates:
-            lines.extend(self._lines(candidate))
-        if self.excluded:
-            lines.append(f"  not considered under this rule: {', '.join(self.excluded)}")
-        lines.extend(f"  would be {change}" for change in self.changes)
-        if self.advice is not None:
-            lines.append(f"  {self.advice}")
-        return "\n".join(lines)
+        lines = [line for candidate in self.candidates for line in self._lines(candidate)]
+        return "\n".join([str(self.request), *self._told(lines)])
+
+    def error(self) -> NoKernelError:
+        """The error where no kernel serves the request: the explanation, shorter where many kernels are for others."""
+        elsewhere = [c for c in self.refused if any(r.code is RefusalCode.PLATFORM for r in c.refusals)]
+        elsewhere = elsewhere if len(elsewhere) > _MOST_ELSEWHERE else []
+        lines = [line for candidate in self.candidates if candidate not in elsewhere for line in self._lines(candidate)]
+        if elsewhere:
+            names = ", ".join(candidate.name for candidate in elsewhere)
+            lines.append(f"    not for {self.request.target.platform}: {names}")
+        if self.forced:
+            [asked] = self.candidates
+            message = [f"Kernel {asked.name!r} refuses {self.request}.", *self._told(lines)]
+            return KernelRefusedError("\n".join(message), self)
+        return NoKernelError("\n".join([f"No kernel for {self.request}.", *self._told(lines)]), self)
+
+    def _told(self, lines: list[str]) -> list[str]:
+        lines = lines or ["    no kernel was considered"]
+        return [f"  decided by: {self.rule}", *lines, *(f"  {remark}" for remark in self.remarks)]
 
     def _lines(self, candidate: Candidate) -> list[str]:
-        notes = f" ({'; '.join(candidate.notes)})" if candidate.notes else ""
-        if self.plan is not None and candidate.name == self.kernel:
-            tiling = f" with {self.plan.tiling}" if self.plan.tiling.values else ""
-            through = [f"      through {step.adapter.name} ({step.cost})" for step in self.plan.steps]
-            total = [f"      adapters together: {self.plan.cost}"] if len(self.plan.steps) > 1 else []
-            return [f"  → {candidate.name} [{candidate.distribution}]{tiling}{notes}", *through, *total]
-        if not candidate.refusals:
-            needed = "".join(f" through {step.adapter.name}" for step in candidate.steps)
-            return [f"    {candidate.name}: could serve{needed}, ranked lower{notes}"]
-        return [f"    {candidate.name}: {refusal}{notes}" for refusal in candidate.refusals]
+        mark, source = ("→", f" [{candidate.distribution}]") if candidate.name == self.kernel else (" ", "")
+        first, *more = self.answer(candidate)
+        return [f"  {mark} {candidate.name}{source}: {first}", *(f"      {line}" for line in more)]
 
     def verify(self, program: Any) -> None:
         """Checks that a lowered or compiled program contains the chosen kernel's work; see `kernelry.proof`.
@@ -145,6 +181,8 @@ class Resolution:
             raise PluginError(f"kernel {self.kernel!r}: signature must return a tuple of texts, got {wanted!r}.")
         if not wanted:
             raise PluginError(f"kernel {self.kernel!r} has an empty signature: nothing could prove that it ran.")
+        from kernelry.kernel.proof import missing  # calls need no proof
+
         lacking = missing(wanted, program)
         if lacking:
             raise PluginError(
