@@ -1,52 +1,28 @@
 """What would have to change for another kernel to be chosen: the nearest change for each.
 
-One fact of the request is varied at a time, over a fixed set of neighbours: the lengths over the policy's own bounds
-and powers of two, then single options left out, atoms of the mask, modes, dtypes and head dims. The platform stays.
+One fact of the request is varied at a time, over a fixed set of neighbours: the lengths over powers of two and the
+policy's own bounds, with the edge found by bisection, then single options left out, modes, dtypes and head dims. The
+platform stays.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, final
+from typing import Any
 
 from kernelry.errors import KernelryError
 from kernelry.masks.form import MaskForm, PositionKind
 from kernelry.request.request import NEUTRAL, Mode, Request
+from kernelry.resolution.explanation import Change
 
 _LENGTHS = tuple(2**power for power in range(21))
-"""Tokens; up to a million."""
-
 _VALUES: dict[str, Iterable[Any]] = {
     "mode": Mode,
     "dtype": ("bfloat16", "float16", "float32"),
     "head_dim": (64, 128, 256),
 }
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Change:
-    """A change of one fact of the request after which another kernel is chosen.
-
-    Args:
-      kernel: what would be chosen.
-      fields: the fields of the request that change.
-      condition: how, e.g. `q_len and kv_len ≥ 512`.
-      example: the value tried, as in the request's JSON form where it is plain.
-    """
-
-    kernel: str
-    fields: tuple[str, ...]
-    condition: str
-    example: str
-
-    def __str__(self) -> str:
-        return f"{self.kernel} with {self.condition}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain data."""
-        return {**dataclasses.asdict(self), "fields": list(self.fields)}
 
 
 def nearest_changes(
@@ -61,38 +37,44 @@ def nearest_changes(
       bounds: lengths to try besides the powers of two: those that the policy names.
     """
 
-    def changed(**fields: Any) -> str:
+    def changed(**fields: Any) -> str | None:
         try:
-            return ask(_changed(request, fields)) or ""
+            return ask(_changed(request, fields))
         except KernelryError:
-            return ""  # no such request: partial with sinks, say
+            return None  # no such request: partial with sinks, say
 
     found: dict[str, Change] = {}
-    for change in (*_of_lengths(request, changed, bounds), *_of_options(request, changed)):
-        found.setdefault(change.kernel, change)
-    return tuple(found[name] for name in sorted(found.keys() - {chosen, ""}))
-
-
-def _of_lengths(request: Request, changed: Callable[..., str], bounds: tuple[int, ...]) -> Iterator[Change]:
-    """The nearest length of each kernel, longer or shorter; in self-attention both lengths move together."""
-    if PositionKind.STATIC in request.mask.position_kinds:
-        return  # those positions belong to these lengths
     for fields in (("q_len", "kv_len"),) if request.q_len == request.kv_len else (("kv_len",), ("q_len",)):
-        start = getattr(request, fields[0])
-        lengths = sorted({*_LENGTHS, *bounds} - {start})
-        # Multiples of powers of two suit kernels that other lengths do not: what holds beyond a length is tried there.
-        between = {max(1, near) for n in lengths for near in (n - 1, n, n + 1, n + n // 2)}
-        answers = {length: changed(**dict.fromkeys(fields, length)) for length in sorted({*lengths, *between})}
-        for length in sorted(lengths, key=lambda n: (abs(n.bit_length() - start.bit_length()), abs(n - start))):
-            upwards = length > start
-            beyond = {answers[n] for n in answers if (n >= length if upwards else 0 < n <= length)}
-            sign = "=" if len(beyond) > 1 else "≥" if upwards else "≤"
-            yield Change(answers[length], fields, f"{' and '.join(fields)} {sign} {length}", str(length))
-
-
-def _of_options(request: Request, changed: Callable[..., str]) -> Iterator[Change]:
+        if PositionKind.STATIC not in request.mask.position_kinds:  # else positions belong to their lengths
+            asked = functools.cache(lambda length, fields=fields: changed(**dict.fromkeys(fields, length)))
+            for other, sign, edge in _edges(getattr(request, fields[0]), chosen, asked, bounds):
+                found.setdefault(other, Change(other, fields, f"{' and '.join(fields)} {sign} {edge}", str(edge)))
     for name, condition, value in _options(request):
-        yield Change(changed(**{name: value}), (name,), condition, condition.rpartition("=")[2])
+        kernel = changed(**{name: value})
+        if kernel is not None:
+            found.setdefault(kernel, Change(kernel, (name,), condition, condition.rpartition("=")[2]))
+    return tuple(found[name] for name in sorted(found) if name != chosen)
+
+
+def _edges(
+    start: int, chosen: str | None, asked: Callable[[int], str | None], bounds: tuple[int, ...]
+) -> Iterator[tuple[str, str, int]]:
+    """The nearest length at which each kernel is chosen, and whether that holds beyond."""
+    seen = {chosen}
+    steps = start.bit_length()
+    for near in sorted({*_LENGTHS, *bounds} - {start}, key=lambda n: (abs(n.bit_length() - steps), n)):
+        kernel, inside, outside = asked(near), near, start
+        if kernel is None or kernel in seen:
+            continue
+        seen.add(kernel)
+        while abs(inside - outside) > 1:
+            middle = (inside + outside) // 2
+            inside, outside = (middle, outside) if asked(middle) == kernel else (inside, middle)
+        # Odd lengths too, for a kernel may serve only multiples of its block.
+        beyond = {n + more for n in (inside, *_LENGTHS) for more in (-1, 0, 1, n // 2)} - {0}
+        tried = (n for n in beyond if (n >= inside if inside > start else n <= inside))
+        sign = "≥" if inside > start else "≤"
+        yield kernel, sign if all(asked(n) == kernel for n in tried) else "=", inside
 
 
 def _options(request: Request) -> Iterator[tuple[str, str, Any]]:
