@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 from kernelry.errors import ArgumentError, ConfigError, nearest
-from kernelry.execution.adapters import ADAPTERS
 from kernelry.kernel.spec import AUTO
 from kernelry.policy.rules import Condition, Range, Rule, check_tiling
 from kernelry.policy.switches import Switches
@@ -89,9 +88,8 @@ class Policy:
     def __post_init__(self) -> None:
         for kernel, tiling in self.tilings:
             check_tiling(tiling, f"tilings: {kernel}")
-        known = {adapter.name for adapter in ADAPTERS}
-        for name in sorted(self.forbidden_adapters - known):
-            raise ConfigError(f"forbid_adapters: unknown adapter {name!r}{nearest(name, known)}")
+        if self.forbidden_adapters:
+            _check_adapters(self.forbidden_adapters)
         parts = (self.rules, self.defaults, self.thresholds, self.kernel, self.forbidden_adapters, self.tilings)
         object.__setattr__(self, "_hash", hash(parts))
 
@@ -154,12 +152,20 @@ class Policy:
     @staticmethod
     def of_process() -> Policy:
         """Returns the shipped preferences under the environment variables of this process, always the same object."""
-        return _shipped_under(Switches.of_process())
+        return _shipped_under(Switches.of_process().kernel)
+
+
+def _check_adapters(names: frozenset[str]) -> None:
+    from kernelry.execution.adapters.order import ADAPTERS  # imported for those who forbid some
+
+    known = {adapter.name for adapter in ADAPTERS}
+    for name in sorted(names - known):
+        raise ConfigError(f"forbid_adapters: unknown adapter {name!r}{nearest(name, known)}")
 
 
 @functools.lru_cache(maxsize=8)
-def _shipped_under(switches: Switches) -> Policy:
-    return Policy.shipped(switches=switches)
+def _shipped_under(kernel: str | None) -> Policy:
+    return Policy.shipped(switches=Switches(kernel))
 
 
 def _override(values: Mapping[str, int]) -> dict[str, Threshold]:

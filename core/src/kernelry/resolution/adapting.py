@@ -15,8 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, final
 
 from kernelry.errors import ConfigError
-from kernelry.execution.adapters import ADAPTERS, Adapter, Cost
-from kernelry.execution.adapters.base import CURED_ON_KEYS
+from kernelry.execution.adapters.base import CURED_ON_KEYS, Adapter, Cost
 from kernelry.execution.plan import Step
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.environment import Environment
@@ -163,6 +162,8 @@ _Helpful = tuple[tuple[Adapter, Request], ...]
 
 def _helpful(chain: _Chain, refusals: tuple[Refusal, ...], capabilities: Capabilities) -> _Helpful:
     """The adapters that may be used and cure some refusal, forbidden ones included, and what they would ask."""
+    from kernelry.execution.adapters.order import ADAPTERS  # not needed where the kernel asked for refuses nothing
+
     codes = {refusal.code for refusal in refusals}
     plain = chain.request.has_plain_kv
     fitting = (adapter for adapter in ADAPTERS if not adapter.cures.isdisjoint(codes))

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from typing import final
 
-from kernelry.execution.adapters import ADAPTERS
+from kernelry.execution.adapters.order import ADAPTERS
 from kernelry.kernel.environment import Environment, Knowledge
 from kernelry.kernel.refusal import Refusal
 from kernelry.kernel.spec import KernelSpec
