@@ -208,7 +208,7 @@ def test_a_rule_refuses_a_tunable_that_is_no_size(value):
 
 
 def test_a_range_refuses_its_ends_turned_round():
-    with pytest.raises(ConfigError, match=r"10\.\.5 holds no number"):
+    with pytest.raises(ConfigError, match=r"10\.\.5 is empty"):
         Range(10, 5)
 
 

@@ -30,14 +30,14 @@ class Range:
 
     def __post_init__(self) -> None:
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
-            raise ConfigError(f"the range {self.minimum}..{self.maximum} holds no number; write the low end first.")
+            raise ConfigError(f"the range {self.minimum}..{self.maximum} is empty; write the low end first.")
 
     @classmethod
     def parse(cls, value: int | str) -> Range:
         """Reads `128`, `">=128"`, `">128"`, `"<=128"`, `"<128"` or `"128..1024"`.
 
         Raises:
-          ConfigError: it is none of these, or no number lies in it.
+          ConfigError: it is none of these, or contains no number.
         """
         match = re.fullmatch(r"(>=|>|<=|<|)\s*(\d+)|(\d+)\s*\.\.\s*(\d+)", str(value).strip())
         if match is None or isinstance(value, bool | float):
@@ -46,7 +46,7 @@ class Range:
         if low is not None:
             return cls(int(low), int(high))
         if (sign, int(bound)) == ("<", 0):
-            raise ConfigError(f"the range {value!r} holds no number: lengths start at 0.")
+            raise ConfigError(f"the range {value!r} is empty: lengths start at 0.")
         number = int(bound)
         ranges = {">=": (number, None), ">": (number + 1, None), "<=": (None, number), "<": (None, number - 1)}
         return cls(*ranges.get(sign, (number, number)))
@@ -84,12 +84,12 @@ class AnyRange:
         """Reads what `Range.parse` reads, or a list of such, any of which may hold.
 
         Raises:
-          ConfigError: a part is no range, or the list is empty.
+          ConfigError: a part is not a range, or the list is empty.
         """
         if not isinstance(value, list | tuple):
             return Range.parse(value)  # type: ignore[arg-type]
         if not value:
-            raise ConfigError("an empty list holds no number; leave the condition out or name a range.")
+            raise ConfigError("an empty list contains no number; leave the condition out or name a range.")
         ranges = tuple(Range.parse(part) for part in value)
         return ranges[0] if len(ranges) == 1 else AnyRange(ranges)
 
@@ -108,7 +108,7 @@ class AnyRange:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """When a rule applies; what is left out is not looked at.
+    """When a rule applies; a field that is left out does not matter.
 
     Args:
       platform: any of these platforms.
@@ -178,7 +178,7 @@ class Rule:
       when: the condition.
       use: kernel names, best first; exhaustive unless the last one is `auto`.
       tiling: overrides of the kernels' tunables.
-      source: where the rule stands, e.g. a file, for explanations.
+      source: where the rule comes from, e.g. a file, for explanations.
     """
 
     when: Condition
@@ -190,7 +190,7 @@ class Rule:
         if not self.use:
             raise ConfigError(f"{self.source}: a rule must use at least one kernel, or 'auto'.")
         if AUTO in self.use[:-1]:
-            raise ConfigError(f"{self.source}: 'auto' may only stand last in use={list(self.use)}.")
+            raise ConfigError(f"{self.source}: 'auto' may only come last in use={list(self.use)}.")
         check_tiling(self.tiling, self.source)
 
     @property
@@ -208,7 +208,7 @@ class Rule:
 
 
 def check_tiling(tiling: Iterable[tuple[str, int]], source: str) -> None:
-    """Raises ConfigError where a tunable is no positive integer."""
+    """Raises ConfigError where a tunable is not a positive integer."""
     for name, value in tiling:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{source}: tiling: {name} must be a positive integer, got {value!r}.")

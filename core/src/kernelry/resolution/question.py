@@ -117,7 +117,7 @@ class Question:
         if self.forced is not None:
             name, why = self.forced
             _check_names((name,), pool)
-            return Order((name,), why, tuple(sorted(pool.keys() - {name})), frozenset({name}))
+            return Order((name,), why, tuple(sorted(pool.keys() - {name})), frozenset({name}), is_forced=True)
         timed = self.measurements.fastest(self.request) if self.measurements else ()
         measured = tuple(name for name in timed if name in pool)
         ranked, why_so = self._ranked(pool, measured)
@@ -165,12 +165,14 @@ class Order:
       decided_by: the rule; where none decided, what did.
       excluded: the other kernels, which must not be tried.
       approved: the kernels that were asked for or timed, so that the work of their adapters does not demote them.
+      is_forced: whether one kernel was asked for by name.
     """
 
     names: tuple[str, ...]
     decided_by: Rule | str
     excluded: tuple[str, ...] = ()
     approved: frozenset[str] = frozenset()
+    is_forced: bool = False
 
 
 def _check_names(names: Sequence[str], pool: Mapping[str, InstalledKernel]) -> None:

@@ -170,8 +170,8 @@ def _choose(question: Question) -> Resolution:
                 candidate = dataclasses.replace(candidate, notes=(*candidate.notes, note))
                 fallback = fallback or found
         candidates.append(candidate)
-    forced = question.forced is not None
-    return Resolution(question.request, plan or fallback, tuple(candidates), order.decided_by, order.excluded, forced)
+    plan = plan or fallback
+    return Resolution(question.request, plan, tuple(candidates), order.decided_by, order.excluded, order.is_forced)
 
 
 def _absent(name: str, pool: Mapping[str, InstalledKernel]) -> Candidate:
@@ -214,6 +214,8 @@ def _log(resolution: Resolution, policy: Policy) -> None:
 
 
 def _warn_of_memory(resolution: Resolution, plan: Plan) -> None:
+    if not plan.steps:
+        return
     own, extra = array_bytes(resolution.request), plan.cost.extra_bytes
     if extra > own:
         _logger.warning(
