@@ -404,7 +404,7 @@ def test_kind_globs_match_device_kinds():
     ("make", "complaint"),
     [
         (lambda: Rule(Condition(), ()), "at least one kernel"),
-        (lambda: Rule(Condition(), ("auto", "a")), "only stand last"),
+        (lambda: Rule(Condition(), ("auto", "a")), "only come last"),
         (lambda: Condition(mask=("casual",)), "did you mean 'causal'"),
         (lambda: Condition(platform=("gpux",)), "did you mean 'gpu'"),
         (lambda: Condition(dtype=("bf16",)), "bfloat16"),

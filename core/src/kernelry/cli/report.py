@@ -20,7 +20,7 @@ from kernelry.registry.contents import Fault, InstalledKernel, Registry, switch_
 from kernelry.registry.hooks import CONTRACT
 from kernelry.request.request import NEUTRAL, Request
 from kernelry.request.target import home_target
-from kernelry.resolution.explanation import Resolution
+from kernelry.resolution.explanation import Resolution, answer_of, remarks_on
 
 
 def kernels_json(registry: Registry) -> dict[str, Any]:
@@ -210,10 +210,10 @@ def resolution_parts(resolution: Resolution, asked: Asked | None = None) -> Iter
         table.add_column(column, overflow="fold")
     for candidate in resolution.candidates:
         mark = Text("→" if candidate.name == resolution.kernel else "")
-        answer = Text("\n".join(resolution.answer(candidate)))
+        answer = Text("\n".join(answer_of(resolution, candidate)))
         table.add_row(mark, candidate.name, candidate.distribution, answer)
     yield table
     if resolution.plan is None:
         yield Text("No kernel serves this request.")
-    for remark in resolution.remarks:
+    for remark in remarks_on(resolution):
         yield Text(remark)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 from kernelry.errors import KernelRefusedError, NoKernelError, PluginError
@@ -133,61 +134,15 @@ class Resolution:
         refused = ", ".join(candidate.name for candidate in self.refused)
         return f"{self.request} → {self.kernel or 'no kernel'}{through} ({self.rule}; refused: {refused or 'none'})"
 
-    def answer(self, candidate: Candidate) -> tuple[str, ...]:
-        """Returns what is said of a candidate, line by line: its refusals, or how it serves the request."""
-        if candidate.refusals:
-            return (*map(str, candidate.refusals), *candidate.notes)
-        chosen = candidate.name == self.kernel
-        tiling = f" with {self.plan.tiling}" if chosen and self.plan is not None and self.plan.tiling.values else ""
-        through = [f"through {step.adapter.name} ({step.cost})" for step in candidate.steps]
-        if len(through) > 1:
-            through.append(f"adapters together: {sum((step.cost for step in candidate.steps), Cost())}")
-        return (f"chosen{tiling}" if chosen else "could serve, ranked lower", *through, *candidate.notes)
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What is said after the candidates: kernels not considered, changes, and advice, line by line."""
-        said = []
-        if self.excluded:
-            why = "another was asked for" if self.forced else "by this rule"
-            hint = '; kernel="auto" chooses among them' if self.forced else "; name one, or end the rule in 'auto'"
-            said.append(f"not considered, {why}: {', '.join(self.excluded)}{hint if self.plan is None else ''}")
-        said.extend(f"would be {change}" for change in self.changes)
-        return (*said, *([] if self.advice is None else [self.advice]))
-
     def __str__(self) -> str:
         return self.explain()
 
     def explain(self) -> str:
-        """Returns the decision as text: winner, adapters, rule, and every other candidate's reasons."""
-        lines = [line for candidate in self.candidates for line in self._lines(candidate)]
-        return "\n".join([str(self.request), *self._told(lines)])
-
-    def error(self) -> NoKernelError:
-        """The error where no kernel serves the request: the explanation, shorter where many kernels are for others."""
-        elsewhere = [c for c in self.refused if any(r.code is RefusalCode.PLATFORM for r in c.refusals)]
-        elsewhere = elsewhere if len(elsewhere) > _MOST_ELSEWHERE else []
-        lines = [line for candidate in self.candidates if candidate not in elsewhere for line in self._lines(candidate)]
-        if elsewhere:
-            names = ", ".join(candidate.name for candidate in elsewhere)
-            lines.append(f"    not for {self.request.target.platform}: {names}")
-        if self.forced:
-            [asked] = self.candidates
-            message = [f"Kernel {asked.name!r} refuses {self.request}.", *self._told(lines)]
-            return KernelRefusedError("\n".join(message), self)
-        return NoKernelError("\n".join([f"No kernel for {self.request}.", *self._told(lines)]), self)
-
-    def _told(self, lines: list[str]) -> list[str]:
-        lines = lines or ["    no kernel was considered"]
-        return [f"  decided by: {self.rule}", *lines, *(f"  {remark}" for remark in self.remarks)]
-
-    def _lines(self, candidate: Candidate) -> list[str]:
-        mark, source = ("→", f" [{candidate.distribution}]") if candidate.name == self.kernel else (" ", "")
-        first, *more = self.answer(candidate)
-        return [f"  {mark} {candidate.name}{source}: {first}", *(f"      {line}" for line in more)]
+        """Returns the decision as text: rule, winner, adapters, and every other candidate's reasons."""
+        return "\n".join([str(self.request), *_told(self, self.candidates)])
 
     def verify(self, program: Any) -> None:
-        """Checks that a lowered or compiled program contains the chosen kernel's work; see `kernelry.proof`.
+        """Checks that a lowered or compiled program contains the chosen kernel's work; see `kernelry.kernel.proof`.
 
         Args:
           program: what `jax.jit(f).lower(...)` or `.compile()` returned.
@@ -225,3 +180,57 @@ class Resolution:
             "changes": [change.to_json() for change in self.changes],
             "advice": self.advice,
         }
+
+
+def answer_of(resolution: Resolution, candidate: Candidate) -> tuple[str, ...]:
+    """What a candidate answers, line by line: its refusals, or how it serves the request."""
+    if candidate.refusals:
+        return (*map(str, candidate.refusals), *candidate.notes)
+    answer = "could serve, ranked lower"
+    if resolution.plan is not None and candidate.name == resolution.kernel:
+        answer = f"chosen with {resolution.plan.tiling}" if resolution.plan.tiling.values else "chosen"
+    through = [f"through {step.adapter.name} ({step.cost})" for step in candidate.steps]
+    if len(through) > 1:
+        through.append(f"adapters together: {sum((step.cost for step in candidate.steps), Cost())}")
+    return (answer, *through, *candidate.notes)
+
+
+def remarks_on(resolution: Resolution) -> tuple[str, ...]:
+    """What follows the candidates: kernels that were not considered, changes, and advice."""
+    remarks = [f"would be {change}" for change in resolution.changes]
+    if resolution.excluded:
+        why = "another was asked for" if resolution.forced else "by this rule"
+        hint = 'kernel="auto" chooses among them' if resolution.forced else "name one, or end the rule in 'auto'"
+        names = ", ".join(resolution.excluded)
+        remarks.insert(0, f"not considered, {why}: {names}{'' if resolution.plan else f'; {hint}'}")
+    return (*remarks, *([] if resolution.advice is None else [resolution.advice]))
+
+
+def refusal_error(resolution: Resolution) -> NoKernelError:
+    """The error where no kernel serves the request: the explanation, without the reasons of kernels made for others.
+
+    Those kernels share one line where they are more than two.
+    """
+    elsewhere = [c for c in resolution.refused if any(r.code is RefusalCode.PLATFORM for r in c.refusals)]
+    elsewhere = elsewhere if len(elsewhere) > _MOST_ELSEWHERE else []
+    told = _told(resolution, [c for c in resolution.candidates if c not in elsewhere], elsewhere)
+    if resolution.forced:
+        named = resolution.candidates[0].name
+        return KernelRefusedError("\n".join([f"Kernel {named!r} refuses {resolution.request}.", *told]), resolution)
+    return NoKernelError("\n".join([f"No kernel for {resolution.request}.", *told]), resolution)
+
+
+def _told(
+    resolution: Resolution, candidates: Sequence[Candidate], elsewhere: Sequence[Candidate] = ()
+) -> Iterator[str]:
+    yield f"  decided by: {resolution.rule}"
+    for candidate in candidates:
+        mark, source = ("→", f" [{candidate.distribution}]") if candidate.name == resolution.kernel else (" ", "")
+        first, *more = answer_of(resolution, candidate)
+        yield f"  {mark} {candidate.name}{source}: {first}"
+        yield from (f"      {line}" for line in more)
+    if elsewhere:
+        yield f"    not for {resolution.request.target.platform}: {', '.join(c.name for c in elsewhere)}"
+    if not candidates and not elsewhere:
+        yield "    no kernel was considered"
+    yield from (f"  {remark}" for remark in remarks_on(resolution))

@@ -22,7 +22,7 @@ from kernelry.policy.switches import Switches
 from kernelry.registry import installed
 from kernelry.request.request import Request
 from kernelry.resolution.adapting import consider
-from kernelry.resolution.explanation import Candidate, Resolution
+from kernelry.resolution.explanation import Candidate, Resolution, refusal_error
 from kernelry.resolution.question import Question
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def resolve(
     question = Question.of(request, kernel, kernels, policy, measurements, environment)
     resolution = _announced(question)
     if resolution.plan is None:
-        raise resolution.error()
+        raise refusal_error(resolution)
     lock = question.scope.strict or _lock_of_process()
     if lock is not None:
         lock.check(resolution)
