@@ -94,6 +94,7 @@ def test_the_first_matching_rule_decides_and_is_named():
     )
     resolution = kernelry.resolve(REQUEST, kernels=(A, B, C), policy=policy(*rules))
     assert resolution.kernel == "c"
+    assert resolution.decided_by is rules[1]
     assert resolution.rule.startswith("short rule: when q_len=1..10 use c, auto")
 
 
