@@ -1,4 +1,4 @@
 """Choosing: a question about one request, the kernels asked in order, and the explained answer.
 
-Imports `registry`, `policy` and what is below. Runs no array.
+Imports `registry`, `policy` and what is below. Runs no array: of an adapter it asks what it would rewrite and cost.
 """

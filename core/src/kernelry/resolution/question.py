@@ -101,7 +101,8 @@ class Question:
         """The kernels to choose among, by name."""
         if self.kernels is None:
             found = installed.registry()
-            found.check_usable()
+            if found.faults:
+                found.check_usable()
             pool = dict(found.kernels)
         else:
             pool = {spec.name: installed.not_installed(spec, "resolve") for spec in self.kernels}
