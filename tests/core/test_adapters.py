@@ -22,7 +22,8 @@ from pairs import sweep_but
 
 import kernelry
 from kernelry import masks
-from kernelry.execution.adapters import (
+from kernelry.execution.adapters.base import Cost
+from kernelry.execution.adapters.order import (
     CastInputs,
     CleanHiddenSlots,
     DenseMask,
@@ -34,7 +35,6 @@ from kernelry.execution.adapters import (
     RepeatKVHeads,
     SinksFromLse,
 )
-from kernelry.execution.adapters.base import Cost
 from kernelry.execution.plan import Plan, Step
 from kernelry.masks.form import AtomKind
 from kernelry.plugin import Capabilities, Dims, Feature, Inputs, Kernel, Refusal, RefusalCode, Request, Side, Tiling

@@ -14,7 +14,7 @@ from mask_strategies import BATCH, KV_HEADS, Q_HEADS, near, placed_masks
 
 from kernelry import masks
 from kernelry.errors import PluginError
-from kernelry.execution.adapters import CleanHiddenSlots, DenseMask, LengthsAsSegments, PadSequence
+from kernelry.execution.adapters.order import CleanHiddenSlots, DenseMask, LengthsAsSegments, PadSequence
 from kernelry.masks.form import AtomKind
 from kernelry.plugin import Atom, Capabilities, Inputs, Mask, Refusal, RefusalCode, Request, Side, pytree
 from kernelry.testing import reference_mask

@@ -13,8 +13,8 @@ from policies import NO_ADAPTERS
 import kernelry
 from kernelry import masks
 from kernelry.errors import KernelRefusedError
-from kernelry.execution.adapters import ADAPTERS, Cost, DequantizeKV, GatherPages
-from kernelry.execution.adapters.base import CURED_ON_KEYS
+from kernelry.execution.adapters.base import CURED_ON_KEYS, Cost
+from kernelry.execution.adapters.order import ADAPTERS, DequantizeKV, GatherPages
 from kernelry.plugin import Capabilities, Dims, Feature, Policy, Refusal, RefusalCode, Request
 from kernelry.storage import QUANTIZATIONS, PagedArray, QuantizedArray
 

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 import kernelry
-from kernelry.execution.adapters import ADAPTERS
+from kernelry.execution.adapters.order import ADAPTERS
 from kernelry.plugin import Capabilities, Dims, Feature, Gradient, Policy, Refusal, RefusalCode, Request
 from kernelry.resolution.adapting import compose
 
@@ -109,5 +109,5 @@ def test_a_kernel_that_declares_nothing_is_not_served_by_adapters():
 def test_the_order_of_adapters_does_not_decide(monkeypatch):
     request = Request(q_len=32, q_heads=4, kv_heads=2, head_dim=20, sinks=True)
     expected = [dataclasses.astuple(step.cost) for step in found(request)[0]]
-    monkeypatch.setattr("kernelry.resolution.adapting.ADAPTERS", ADAPTERS[::-1])
+    monkeypatch.setattr("kernelry.execution.adapters.order.ADAPTERS", ADAPTERS[::-1])
     assert [dataclasses.astuple(step.cost) for step in found(request)[0]] == expected

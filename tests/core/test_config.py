@@ -10,7 +10,8 @@ from kernelry import Request
 from kernelry.config import AttentionConfig, load_config, load_maxtext
 from kernelry.config.lines import toml_lines
 from kernelry.errors import ConfigError
-from kernelry.policy.rules import Condition, Policy, Range, Rule
+from kernelry.policy.policy import Policy
+from kernelry.policy.rules import Condition, Range, Rule
 
 TOML = """
 [model]
@@ -207,7 +208,7 @@ def test_a_rule_refuses_a_tunable_that_is_no_size(value):
 
 
 def test_a_range_refuses_its_ends_turned_round():
-    with pytest.raises(ConfigError, match=r"10\.\.5 holds no number"):
+    with pytest.raises(ConfigError, match=r"10\.\.5 is empty"):
         Range(10, 5)
 
 

@@ -12,7 +12,8 @@ import kernelry
 from kernelry import Request, masks
 from kernelry.config import AttentionConfig, AttentionType, MoBA, load_config
 from kernelry.errors import ConfigError
-from kernelry.policy.rules import Condition, Policy, Rule
+from kernelry.policy.policy import Policy
+from kernelry.policy.rules import Condition, Rule
 
 LENGTH = 9
 OPTIONS = {

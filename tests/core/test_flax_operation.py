@@ -15,7 +15,7 @@ from kernelry import masks
 from kernelry.config import AttentionConfig
 from kernelry.errors import ArgumentError, NoKernelError
 from kernelry.flax import AttentionOp, CachedPart, Tokens, attention_op_as_linen
-from kernelry.policy.rules import Policy
+from kernelry.policy.policy import Policy
 from kernelry.testing import reference_attention
 
 pytestmark = [pytest.mark.versions, pytest.mark.xdist_group("flax")]

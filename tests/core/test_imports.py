@@ -63,6 +63,11 @@ def test_listing_imports_no_vendor_and_nothing_of_the_command(modules):
     assert set(modules[0]).isdisjoint((*VENDORS, *OPTIONAL))
 
 
+def test_listing_imports_no_config_no_phases_and_no_adapter(modules):
+    needless = ("kernelry.config", "kernelry.phases", "kernelry.execution.adapters.order", "kernelry.kernel.proof")
+    assert [name for name in modules[0] if name.startswith(needless)] == []
+
+
 def test_flax_without_flax_says_what_to_install(modules):
     assert modules[1] == "kernelry.flax needs flax 0.12 or newer: pip install 'kernelry[flax]'."
 

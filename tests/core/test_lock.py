@@ -1,5 +1,6 @@
 """Lock files: written from a config, checked by the command, by `use(strict=…)` and by KERNELRY_STRICT."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -16,7 +17,7 @@ from kernelry import Request, masks
 from kernelry.cli import lock as verb
 from kernelry.config import load_config
 from kernelry.errors import ArgumentError, ConfigError
-from kernelry.policy.lock import Lock, lock_in_force
+from kernelry.policy.lock import Lock
 from kernelry.policy.switches import Switches
 from kernelry.registry import installed
 
@@ -129,12 +130,13 @@ def test_explain_answers_in_strict_mode(tmp_path):
         assert kernelry.explain(Request(q_len=65)).kernel == "dot_product"
 
 
-@pytest.mark.parametrize(("strict", "length"), [("1", 1), ("0", None), ("", None)])
-def test_the_environment_puts_a_lock_in_force(tmp_path, monkeypatch, strict, length):
+@pytest.mark.parametrize(("strict", "refused"), [("1", True), ("0", False), ("", False)])
+def test_the_environment_puts_a_lock_in_force(tmp_path, monkeypatch, strict, refused):
     switches = Switches.parse({"KERNELRY_STRICT": strict, "KERNELRY_LOCK": str(_locked(tmp_path, REQUEST))})
     monkeypatch.setattr(Switches, "of_process", staticmethod(lambda: switches))
-    found = lock_in_force(None)
-    assert (None if found is None else len(found.entries)) == length
+    kernelry.resolve(REQUEST)
+    with pytest.raises(ConfigError, match="strict mode") if refused else contextlib.nullcontext():
+        kernelry.resolve(Request(q_len=65))
 
 
 def test_a_strict_process_refuses_what_is_not_locked(shelf, tmp_path):

@@ -10,9 +10,9 @@ from kernelry import Request
 from kernelry.config import load_config
 from kernelry.errors import ConfigError
 from kernelry.masks import MaskForm
-from kernelry.policy.conditions import AnyRange, Range
 from kernelry.policy.measurements import Measurement, Measurements
-from kernelry.policy.rules import Condition, Policy, Rule
+from kernelry.policy.policy import Policy
+from kernelry.policy.rules import AnyRange, Condition, Range, Rule
 from kernelry.policy.switches import Switches
 from kernelry_dot_product.plugin import DOT_PRODUCT
 

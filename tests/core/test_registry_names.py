@@ -218,9 +218,9 @@ def test_twenty_kernels_of_other_platforms_are_one_line_and_the_last_says_what_t
         kernelry.resolve(fresh_request)
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
-    assert lines[1].startswith("  not for cpu: fast_0, fast_1, ")
-    assert lines[2].startswith("Considered: no kernels, by shipped policy")
-    assert lines[3] == f"{MISSING}pip install kernelry-dot-product."
+    assert lines[1].startswith("  decided by: shipped policy")
+    assert lines[2].startswith("    not for cpu: fast_0, fast_1, ")
+    assert lines[3] == f"  {MISSING}pip install kernelry-dot-product."
 
 
 def test_kernels_of_the_platform_keep_their_reasons_and_others_are_named(accelerated, fresh_request):
@@ -228,9 +228,9 @@ def test_kernels_of_the_platform_keep_their_reasons_and_others_are_named(acceler
     with pytest.raises(NoKernelError) as caught:
         kernelry.resolve(request)
     lines = str(caught.value).splitlines()
-    assert "  fast_7: dtype=float32 is not bfloat16" in lines
+    assert "    fast_7: dtype=float32 is not bfloat16" in lines
     made = "Kernels made for gpu: pip install kernelry-gpu-pallas kernelry-cudnn-te."
-    assert lines[-1] == f"{MISSING}pip install kernelry-dot-product. {made}"
+    assert lines[-1] == f"  {MISSING}pip install kernelry-dot-product. {made}"
 
 
 def test_explanations_name_it_as_text_and_data(accelerated, fresh_request):
@@ -252,7 +252,7 @@ def test_a_kernel_of_this_project_asked_for_names_its_distribution(accelerated, 
     assert "  splash: no installed plugin brings a kernel of that name; pip install kernelry-tpu-splash\n" in str(
         caught.value
     )
-    with pytest.raises(KernelRefusedError, match="fast_0.*\n.*\n" + re.escape(MISSING)):
+    with pytest.raises(KernelRefusedError, match="fast_0: platform=cpu(.*\n)+  " + re.escape(MISSING)):
         kernelry.resolve(fresh_request, kernel="fast_0")
 
 
@@ -278,9 +278,9 @@ def test_where_there_are_no_kernels_the_reason_is_the_true_one(monkeypatch, shel
         kernelry.resolution.resolver.clear_cache()
         with pytest.raises(NoKernelError) as caught:
             kernelry.resolve(fresh_request)
-        [considered] = [line for line in str(caught.value).splitlines() if line.startswith("Considered: ")]
+        [told] = [line for line in str(caught.value).splitlines() if line.startswith("    no kernels: ")]
         unserved = kernelry.explain(fresh_request).unserved.removeprefix("no kernel serves it (").removesuffix(")")
-        assert considered.startswith(f"Considered: no kernels ({unserved}), by ")
+        assert told == f"    no kernels: {unserved}"
         return unserved
 
     assert reason(discovery.build(())) == "no kernels are installed"

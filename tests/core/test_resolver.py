@@ -32,7 +32,8 @@ from kernelry.plugin import (
     Tiling,
 )
 from kernelry.policy.measurements import Measurement, Measurements
-from kernelry.policy.rules import Condition, Policy, Range, Rule
+from kernelry.policy.policy import Policy
+from kernelry.policy.rules import Condition, Range, Rule
 from kernelry.policy.switches import Switches
 
 PLAIN = Capabilities(
@@ -93,6 +94,7 @@ def test_the_first_matching_rule_decides_and_is_named():
     )
     resolution = kernelry.resolve(REQUEST, kernels=(A, B, C), policy=policy(*rules))
     assert resolution.kernel == "c"
+    assert resolution.decided_by is rules[1]
     assert resolution.rule.startswith("short rule: when q_len=1..10 use c, auto")
 
 
@@ -102,7 +104,11 @@ def test_an_exhaustive_rule_lets_nothing_else_in():
     with pytest.raises(NoKernelError) as caught:
         kernelry.resolve(REQUEST, kernels=(narrow, A), policy=policy(*rules))
     assert not isinstance(caught.value, KernelRefusedError)
-    for words in ("narrow: dtype=float32 is not bfloat16", "by only narrow", "Not considered under this rule: a"):
+    for words in (
+        "narrow: dtype=float32 is not bfloat16",
+        "decided by: only narrow",
+        "not considered, by this rule: a; name one",
+    ):
         assert words in str(caught.value)
 
 
@@ -399,7 +405,7 @@ def test_kind_globs_match_device_kinds():
     ("make", "complaint"),
     [
         (lambda: Rule(Condition(), ()), "at least one kernel"),
-        (lambda: Rule(Condition(), ("auto", "a")), "only stand last"),
+        (lambda: Rule(Condition(), ("auto", "a")), "only come last"),
         (lambda: Condition(mask=("casual",)), "did you mean 'causal'"),
         (lambda: Condition(platform=("gpux",)), "did you mean 'gpu'"),
         (lambda: Condition(dtype=("bf16",)), "bfloat16"),
@@ -472,7 +478,7 @@ def test_a_kernel_whose_adapters_multiply_the_work_goes_behind_others():
     assert resolution.kernel == "dot_product"
     [padded] = [candidate for candidate in resolution.candidates if candidate.name == "pallas_mha"]
     assert not padded.refusals
-    assert "its adapters add 31.0 times the work, so others go before it" in padded.notes
+    assert "its adapters add 31.0 times the work: ranked below kernels that need less" in padded.notes
 
 
 def test_a_kernel_whose_adapters_multiply_the_work_runs_where_it_is_asked_for():

@@ -1,6 +1,6 @@
 """Policies for tests."""
 
-from kernelry.execution.adapters import ADAPTERS
+from kernelry.execution.adapters.order import ADAPTERS
 from kernelry.plugin import Policy
 
 NO_ADAPTERS = Policy(forbidden_adapters=frozenset(adapter.name for adapter in ADAPTERS))

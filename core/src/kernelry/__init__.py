@@ -10,14 +10,12 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kernelry import errors, masks, moba, parallel
+from kernelry import errors, masks
 from kernelry._version import __version__
 from kernelry.api import attention
 from kernelry.execution.normalization import finalize, merge
 from kernelry.execution.plan import Plan
 from kernelry.kernel.partial import Partial
-from kernelry.phases.model_shape import ModelShape
-from kernelry.phases.resolving import resolve_phases
 from kernelry.policy.scope import record, use
 from kernelry.registry.installed import kernels, plugins
 from kernelry.request.request import Mode, Request
@@ -30,11 +28,18 @@ if TYPE_CHECKING:
     from kernelry import cache as cache
     from kernelry import config as config
     from kernelry import flax as flax
+    from kernelry import moba as moba
+    from kernelry import parallel as parallel
     from kernelry import plugin as plugin
     from kernelry import testing as testing
+    from kernelry.phases.model_shape import ModelShape
+    from kernelry.phases.resolving import resolve_phases
 
-_LAZY = ("aot", "cache", "config", "flax", "plugin", "testing")
+_LAZY = ("aot", "cache", "config", "flax", "moba", "parallel", "plugin", "testing")
 """Modules that are imported when they are first used: training needs none of them."""
+
+_LAZY_NAMES = {"ModelShape": "kernelry.phases.model_shape", "resolve_phases": "kernelry.phases.resolving"}
+"""Names whose modules are imported when they are first used."""
 
 __all__ = [
     "Mode",
@@ -64,6 +69,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(_LAZY_NAMES[name]), name)
     if name not in _LAZY:
         raise AttributeError(f"module 'kernelry' has no attribute {name!r}")
     return importlib.import_module(f"kernelry.{name}")

@@ -15,7 +15,7 @@ from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, Positio
 from kernelry.masks.blocks import static_block_map
 from kernelry.masks.predicate import is_lasting
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
-from kernelry.policy.rules import Policy
+from kernelry.policy.policy import Policy
 from kernelry.registry.hooks import CONTRACT, hookimpl
 from kernelry.request.context_parallel import ContextParallel, load_balanced_order
 from kernelry.request.operands import cast_finite

@@ -20,7 +20,7 @@ from kernelry.registry.contents import Fault, InstalledKernel, Registry, switch_
 from kernelry.registry.hooks import CONTRACT
 from kernelry.request.request import NEUTRAL
 from kernelry.request.target import home_target
-from kernelry.resolution.explanation import Candidate, Resolution
+from kernelry.resolution.explanation import Resolution, answer_of, remarks_on
 
 
 def kernels_json(registry: Registry) -> dict[str, Any]:
@@ -205,36 +205,16 @@ def resolution_parts(resolution: Resolution, asked: Asked | None = None) -> Iter
     yield Text(str(resolution.request))
     if asked is not None:
         yield Text(str(asked))
-    yield Text(f"decided by {resolution.rule}")
+    yield Text(f"decided by: {resolution.rule}")
     table = Table(show_lines=True)
     for column in ("", "kernel", "from", "answer"):
         table.add_column(column, overflow="fold")
     for candidate in resolution.candidates:
-        chosen = candidate.name == resolution.kernel
-        table.add_row(
-            Text("→" if chosen else ""), candidate.name, candidate.distribution, _answer(resolution, candidate)
-        )
-    for name in resolution.excluded:
-        table.add_row("", name, "", "not considered under this rule")
+        mark = Text("→" if candidate.name == resolution.kernel else "")
+        answer = Text("\n".join(answer_of(resolution, candidate)))
+        table.add_row(mark, candidate.name, candidate.distribution, answer)
     yield table
     if resolution.plan is None:
         yield Text("No kernel serves this request.")
-        if resolution.advice is not None:
-            yield Text(resolution.advice)
-    elif len(resolution.plan.steps) > 1:
-        yield Text(f"adapters together: {resolution.plan.cost}")
-    for change in resolution.changes:
-        yield Text(f"would be {change}")
-
-
-def _answer(resolution: Resolution, candidate: Candidate) -> RenderableType:
-    lines = [Text(str(refusal)) for refusal in candidate.refusals]
-    if not lines and candidate.name != resolution.kernel:
-        lines = [Text("could serve, ranked lower")]
-    if not lines:
-        lines = [Text("chosen")]
-    if resolution.plan is not None and candidate.name == resolution.kernel and resolution.plan.tiling.values:
-        lines.append(Text(f"tiling: {resolution.plan.tiling}"))
-    lines.extend(Text(f"through {step.adapter.name} ({step.cost})") for step in candidate.steps)
-    lines.extend(Text(note) for note in candidate.notes)
-    return Group(*lines)
+    for remark in remarks_on(resolution):
+        yield Text(remark)

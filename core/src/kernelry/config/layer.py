@@ -10,8 +10,8 @@ from typing import Any, final
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.kernel.spec import AUTO
 from kernelry.masks.base import Mask
-from kernelry.policy.conditions import Condition
-from kernelry.policy.rules import Policy, Rule, Tilings, check_tiling
+from kernelry.policy.policy import Policy, Tilings
+from kernelry.policy.rules import Condition, Rule, check_tiling
 from kernelry.request.checks import DTYPES, is_finite
 from kernelry.request.request import precision_name
 

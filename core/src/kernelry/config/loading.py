@@ -34,9 +34,9 @@ from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
 from kernelry.config.lines import Keys, Place, toml_lines, yaml_lines
 from kernelry.config.maxtext import Caller, from_maxtext, read_options
 from kernelry.errors import ConfigError, nearest, sentence
-from kernelry.execution.adapters import ADAPTERS
-from kernelry.policy.conditions import RANGES, AnyRange, Condition
-from kernelry.policy.rules import SHIPPED_THRESHOLDS, Rule
+from kernelry.execution.adapters.order import ADAPTERS
+from kernelry.policy.policy import SHIPPED_THRESHOLDS
+from kernelry.policy.rules import RANGES, AnyRange, Condition, Rule
 from kernelry.request.request import Mode
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from typing import Any, final
 
 from jax.ad_checkpoint import checkpoint_name
 
-from kernelry.execution.adapters import Adapter, Cost
-from kernelry.execution.adapters.base import Duty
+from kernelry.execution.adapters.base import Adapter, Cost, Duty
 from kernelry.execution.attend import Part, attend
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs, KernelSpec, Tiling

@@ -13,7 +13,6 @@ import jax
 
 from kernelry._version import __version__
 from kernelry.errors import ConfigError, followed
-from kernelry.policy.switches import Switches
 from kernelry.request.request import Mode, Request
 
 if TYPE_CHECKING:
@@ -299,18 +298,7 @@ def _request_text(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry["request"], sort_keys=True)
 
 
-def lock_in_force(scoped: Lock | None) -> Lock | None:
-    """Returns the lock of a scope, else that of KERNELRY_STRICT and KERNELRY_LOCK.
-
-    Raises:
-      ConfigError: strict mode is on and the lock file cannot be read.
-    """
-    if scoped is not None:
-        return scoped
-    switches = Switches.of_process()
-    return _read_once(switches.lock) if switches.strict else None
-
-
 @functools.lru_cache(maxsize=8)
-def _read_once(path: str) -> Lock:
+def read_once(path: str) -> Lock:
+    """Reads a lock file that does not change while the process runs, as KERNELRY_LOCK names it."""
     return Lock.read(path)

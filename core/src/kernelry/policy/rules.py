@@ -1,22 +1,172 @@
-"""Policies: which kernels are preferred for which requests, as frozen data."""
+"""Rules: when a condition on the request holds, use these kernels in this order."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Mapping
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
-from kernelry.errors import ArgumentError, ConfigError, nearest
-from kernelry.execution.adapters import ADAPTERS
+from kernelry._values import SymbolicSize
+from kernelry.errors import ConfigError, followed, nearest
 from kernelry.kernel.spec import AUTO
-from kernelry.policy.conditions import Condition as Condition  # rules and their conditions are written together
-from kernelry.policy.conditions import Range as Range
-from kernelry.policy.switches import Switches
-from kernelry.request.request import Mode
+from kernelry.masks.form import AtomKind
+from kernelry.request.checks import DTYPES
+from kernelry.request.request import Mode, Request
+from kernelry.request.target import KINDS, PLATFORMS, Target
 
-Tilings = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
-"""(kernel name, ((tunable, value), …)) pairs."""
+FULL = "full"
+RANGES = ("q_len", "kv_len", "batch", "head_dim")
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """Whole numbers from `minimum` to `maximum`, both included; None is open."""
+
+    minimum: int | None = None
+    maximum: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise ConfigError(f"the range {self.minimum}..{self.maximum} is empty; write the low end first.")
+
+    @classmethod
+    def parse(cls, value: int | str) -> Range:
+        """Reads `128`, `">=128"`, `">128"`, `"<=128"`, `"<128"` or `"128..1024"`.
+
+        Raises:
+          ConfigError: it is none of these, or contains no number.
+        """
+        match = re.fullmatch(r"(>=|>|<=|<|)\s*(\d+)|(\d+)\s*\.\.\s*(\d+)", str(value).strip())
+        if match is None or isinstance(value, bool | float):
+            raise ConfigError(f"cannot read {value!r} as a range; write 128, '>=128', '<128' or '128..1024'.")
+        sign, bound, low, high = match.groups()
+        if low is not None:
+            return cls(int(low), int(high))
+        if (sign, int(bound)) == ("<", 0):
+            raise ConfigError(f"the range {value!r} is empty: lengths start at 0.")
+        number = int(bound)
+        ranges = {">=": (number, None), ">": (number + 1, None), "<=": (None, number), "<": (None, number - 1)}
+        return cls(*ranges.get(sign, (number, number)))
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Its ends, and the numbers just outside."""
+        low = () if self.minimum is None else (self.minimum - 1, self.minimum)
+        high = () if self.maximum is None else (self.maximum, self.maximum + 1)
+        return tuple(number for number in (*low, *high) if number >= 0)
+
+    def __contains__(self, value: int) -> bool:
+        if isinstance(value, SymbolicSize):  # whether it does, is not known
+            return False
+        above = self.minimum is None or value >= self.minimum
+        return above and (self.maximum is None or value <= self.maximum)
+
+    def __str__(self) -> str:
+        if self.minimum == self.maximum:
+            return f"={self.minimum}"
+        if self.maximum is None:
+            return f">={self.minimum}"
+        return f"<={self.maximum}" if self.minimum is None else f"={self.minimum}..{self.maximum}"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class AnyRange:
+    """Whole numbers that lie in any of some ranges."""
+
+    ranges: tuple[Range, ...]
+
+    @staticmethod
+    def parse(value: int | str | Sequence[int | str]) -> Range | AnyRange:
+        """Reads what `Range.parse` reads, or a list of such, any of which may hold.
+
+        Raises:
+          ConfigError: a part is not a range, or the list is empty.
+        """
+        if not isinstance(value, list | tuple):
+            return Range.parse(value)  # type: ignore[arg-type]
+        if not value:
+            raise ConfigError("an empty list contains no number; leave the condition out or name a range.")
+        ranges = tuple(Range.parse(part) for part in value)
+        return ranges[0] if len(ranges) == 1 else AnyRange(ranges)
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The ends of all parts, and the numbers just outside."""
+        return tuple(number for part in self.ranges for number in part.bounds)
+
+    def __contains__(self, value: int) -> bool:
+        return any(value in part for part in self.ranges)
+
+    def __str__(self) -> str:
+        return "=" + "|".join(str(part).removeprefix("=") for part in self.ranges)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """When a rule applies; a field that is left out does not matter.
+
+    Args:
+      platform: any of these platforms.
+      kind: any of these device kinds, as kernelry or JAX names them; globs such as `v5*` are
+        compared with kernelry's names.
+      mode: any of these modes.
+      q_len, kv_len, batch, head_dim: in this range, or any of these; a symbolic size is in none.
+      dtype: any of these dtypes.
+      mask: the mask has all of these atoms (`causal`, `window`, …); `full` means no atom at all.
+
+    Raises:
+      ConfigError: a name is unknown; the message names the nearest.
+    """
+
+    platform: tuple[str, ...] = ()
+    kind: tuple[str, ...] = ()
+    mode: tuple[Mode, ...] = ()
+    q_len: Range | AnyRange | None = None
+    kv_len: Range | AnyRange | None = None
+    batch: Range | AnyRange | None = None
+    head_dim: Range | AnyRange | None = None
+    dtype: tuple[str, ...] = ()
+    mask: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", tuple(_kind(name) for name in self.kind))
+        atoms = [FULL, *(kind.value for kind in AtomKind)]
+        for field, names, known in (
+            ("platform", self.platform, PLATFORMS),
+            ("dtype", self.dtype, DTYPES),
+            ("mask", self.mask, atoms),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ConfigError(f"when.{field}: unknown name {name!r}{_hint(name, known)}")
+
+    def matches(self, request: Request) -> bool:
+        """Says whether the rule applies to a request."""
+        target = request.target
+        atoms = {atom.kind.value for atom in request.mask.atoms} or {FULL}
+        return (
+            (not self.platform or target.platform in self.platform)
+            and (not self.kind or any(fnmatch.fnmatchcase(target.kind or "", glob) for glob in self.kind))
+            and (not self.mode or request.mode in self.mode)
+            and all((wanted := getattr(self, name)) is None or getattr(request, name) in wanted for name in RANGES)
+            and (not self.dtype or request.dtype in self.dtype)
+            and atoms.issuperset(self.mask)
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            f"{field.name}{value}"
+            if isinstance(value, Range | AnyRange)
+            else f"{field.name}={'|'.join(map(_text, value))}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name))
+        ]
+        return " ".join(parts) or "always"
 
 
 @final
@@ -28,7 +178,7 @@ class Rule:
       when: the condition.
       use: kernel names, best first; exhaustive unless the last one is `auto`.
       tiling: overrides of the kernels' tunables.
-      source: where the rule stands, e.g. a file, for explanations.
+      source: where the rule comes from, e.g. a file, for explanations.
     """
 
     when: Condition
@@ -40,7 +190,7 @@ class Rule:
         if not self.use:
             raise ConfigError(f"{self.source}: a rule must use at least one kernel, or 'auto'.")
         if AUTO in self.use[:-1]:
-            raise ConfigError(f"{self.source}: 'auto' may only stand last in use={list(self.use)}.")
+            raise ConfigError(f"{self.source}: 'auto' may only come last in use={list(self.use)}.")
         check_tiling(self.tiling, self.source)
 
     @property
@@ -58,205 +208,39 @@ class Rule:
 
 
 def check_tiling(tiling: Iterable[tuple[str, int]], source: str) -> None:
-    """Raises ConfigError where a tunable is no positive integer."""
+    """Raises ConfigError where a tunable is not a positive integer."""
     for name, value in tiling:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{source}: tiling: {name} must be a positive integer, got {value!r}.")
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Threshold:
-    """A number that decides between kernels, with its unit and where it comes from."""
-
-    name: str
-    value: int
-    unit: str
-    source: str
+def first_match(rules: Iterable[Rule], request: Request) -> Rule | None:
+    """Returns the first rule whose condition the request meets."""
+    return next((rule for rule in rules if rule.when.matches(request)), None)
 
 
-FLASH_MIN_Q_LEN = Threshold(
-    "flash_min_q_len", 128, "query tokens", "MaxText 0.2.5: dot_product below 128 query tokens, flash from there on"
-)
-CPU_BLOCKWISE_MIN_KV_LEN = Threshold(
-    "cpu_blockwise_min_kv_len", 768, "key tokens", "benchmarks/blockwise.py on two CPU cores"
-)
-CPU_BLOCKWISE_MIN_WINDOW_KV_LEN = Threshold(
-    "cpu_blockwise_min_window_kv_len", 512, "key tokens, under a window", "benchmarks/blockwise.py on two CPU cores"
-)
-CPU_BLOCKWISE_MIN_DECODE_KV_LEN = Threshold(
-    "cpu_blockwise_min_decode_kv_len", 2048, "slots of the cache", "benchmarks/decode.py on two CPU cores"
-)
-BLOCKWISE_MIN_KV_LEN = Threshold(
-    "blockwise_min_kv_len",
-    8192,
-    "key tokens, on accelerators where no kernel of their own serves",
-    "dense float32 logits of 8 heads take 2 GiB from there on",
-)
-ADAPTERS_MAX_EXTRA_WORK = Threshold(
-    "adapters_max_extra_work",
-    300,
-    "percent of the call's own multiplications",
-    "tokamax's shipped H100 timings: Triton is 4.7 times as fast as XLA's dense attention (head dim 128, S = 16384)",
-)
-SHIPPED_THRESHOLDS = (
-    FLASH_MIN_Q_LEN,
-    CPU_BLOCKWISE_MIN_KV_LEN,
-    CPU_BLOCKWISE_MIN_WINDOW_KV_LEN,
-    CPU_BLOCKWISE_MIN_DECODE_KV_LEN,
-    BLOCKWISE_MIN_KV_LEN,
-    ADAPTERS_MAX_EXTRA_WORK,
-)
+def _text(value: Any) -> str:
+    return value.value if isinstance(value, Mode) else str(value)
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """Which kernels are preferred, as frozen data.
-
-    Args:
-      rules: of the user's config; the first that applies decides.
-      defaults: shipped preferences; the first that applies orders the kernels it names, the
-        others follow by name.
-      thresholds: the numbers in the defaults.
-      kernel: what KERNELRY_KERNEL says; absolute.
-      forbidden_adapters: names of adapters that must not be used.
-      tilings: overrides of the tunables of kernels, by kernel name; a rule's own go before them.
-    """
-
-    rules: tuple[Rule, ...] = ()
-    defaults: tuple[Rule, ...] = ()
-    thresholds: tuple[Threshold, ...] = ()
-    kernel: str | None = None
-    forbidden_adapters: frozenset[str] = frozenset()
-    tilings: Tilings = ()
-    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        for kernel, tiling in self.tilings:
-            check_tiling(tiling, f"tilings: {kernel}")
-        known = {adapter.name for adapter in ADAPTERS}
-        for name in sorted(self.forbidden_adapters - known):
-            raise ConfigError(f"forbid_adapters: unknown adapter {name!r}{nearest(name, known)}")
-        parts = (self.rules, self.defaults, self.thresholds, self.kernel, self.forbidden_adapters, self.tilings)
-        object.__setattr__(self, "_hash", hash(parts))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
-        return functools.partial(Policy, **facts), ()  # hashes differ between processes
-
-    def overworks(self, extra_work: float) -> bool:
-        """Says whether adapters add so much work that other kernels go before, unless the kernel was asked for.
-
-        Args:
-          extra_work: what they add, as a multiple of the call's own multiplications.
-        """
-        limits = (t.value for t in self.thresholds if t.name == ADAPTERS_MAX_EXTRA_WORK.name)
-        return any(100 * extra_work > limit for limit in limits)
-
-    @property
-    def length_bounds(self) -> tuple[int, ...]:
-        """The lengths around which its rules may decide differently, sorted."""
-        conditions = (rule.when for rule in (*self.rules, *self.defaults))
-        ranges = (part for when in conditions for part in (when.q_len, when.kv_len) if part is not None)
-        return tuple(sorted({number for part in ranges for number in part.bounds}))
-
-    @classmethod
-    def shipped(
-        cls,
-        *,
-        rules: Iterable[Rule] = (),
-        thresholds: Mapping[str, int] | None = None,
-        forbidden_adapters: Iterable[str] = (),
-        switches: Switches | None = None,
-        tilings: Tilings = (),
-    ) -> Policy:
-        """The shipped preferences, with a user's rules and thresholds.
-
-        Args:
-          rules: come before the shipped preferences.
-          thresholds: replace shipped values, by name.
-          forbidden_adapters: adapters that must not be used.
-          switches: the environment variables; None reads those of the process.
-          tilings: overrides of the tunables of kernels, by kernel name.
-
-        Raises:
-          ConfigError: a threshold is unknown, or a number is not one that it may be.
-        """
-        chosen = _override(dict(thresholds or {}))
-        forbidden = frozenset(forbidden_adapters)
-        switches = Switches.of_process() if switches is None else switches
-        return cls(
-            rules=tuple(rules),
-            defaults=_shipped_rules(chosen),
-            thresholds=tuple(chosen.values()),
-            kernel=switches.kernel,
-            forbidden_adapters=forbidden,
-            tilings=tilings,
-        )
+def _kind(name: str) -> str:
+    """Returns kernelry's name of a device kind; a glob stays one."""
+    if any(sign in name for sign in "*?["):
+        return name.lower()
+    for platform in PLATFORMS:
+        try:
+            found = Target.parse(f"{platform}:{name}").kind
+        except ConfigError:
+            continue
+        if found in KINDS:
+            return found
+    unknown = f"when.kind: unknown kind {name!r}{nearest(name.lower(), KINDS)}"
+    raise ConfigError(followed(unknown, "or write a glob, e.g. 'h*'."))
 
 
-def _override(values: Mapping[str, int]) -> dict[str, Threshold]:
-    chosen = {threshold.name: threshold for threshold in SHIPPED_THRESHOLDS}
-    for name, value in values.items():
-        if name not in chosen:
-            raise ConfigError(f"unknown threshold {name!r}{nearest(name, chosen)}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"threshold {name} must be an integer, 0 or more {chosen[name].unit}, got {value!r}.")
-        chosen[name] = dataclasses.replace(chosen[name], value=value, source="the user's config")
-    return chosen
-
-
-_GPU = ("cudnn_jax", "pallas_flash", "pallas_mha", "tokamax_mosaic", "cudnn_te")
-"""For training and prefill on GPUs: the vendor's library, then what serves most, neither of them measured here."""
-
-
-def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
-    def least(threshold: Threshold) -> Range:
-        return Range(minimum=thresholds[threshold.name].value)
-
-    short = Range(maximum=thresholds[FLASH_MIN_Q_LEN.name].value - 1)
-    long = least(BLOCKWISE_MIN_KV_LEN)
-    return (
-        _shipped(
-            Condition(platform=("cpu",), mode=(Mode.DECODE,), kv_len=least(CPU_BLOCKWISE_MIN_DECODE_KV_LEN)),
-            "blockwise",
-            "dot_product",
-        ),
-        _shipped(Condition(platform=("tpu",), mode=(Mode.DECODE,)), "ragged", "dot_product"),
-        _shipped(Condition(platform=("gpu",), mode=(Mode.DECODE,)), "pallas_decode", "dot_product"),
-        _shipped(Condition(mode=(Mode.DECODE,)), "dot_product"),
-        _shipped(Condition(q_len=short), "dot_product"),
-        _shipped(Condition(platform=("tpu",), kv_len=long), "splash", "tokamax_splash", "blockwise", "dot_product"),
-        _shipped(Condition(platform=("tpu",)), "splash", "tokamax_splash", "dot_product"),
-        _shipped(Condition(platform=("gpu",), kv_len=long), *_GPU, "blockwise", "dot_product"),
-        _shipped(Condition(platform=("gpu",)), *_GPU, "dot_product"),
-        _shipped(
-            Condition(mask=("window",), kv_len=least(CPU_BLOCKWISE_MIN_WINDOW_KV_LEN)), "blockwise", "dot_product"
-        ),
-        _shipped(Condition(kv_len=least(CPU_BLOCKWISE_MIN_KV_LEN)), "blockwise", "dot_product"),
-        _shipped(Condition(), "dot_product"),
-    )
-
-
-def _shipped(when: Condition, *use: str) -> Rule:
-    return Rule(when, (*use, AUTO), source="shipped policy")
-
-
-def check_policy(policy: Any) -> None:
-    """Checks what was given as `policy=`.
-
-    Raises:
-      ArgumentError: it is not a Policy.
-    """
-    if policy is None or isinstance(policy, Policy):
-        return
-    instead = (
-        "write policy=config.policy"
-        if isinstance(getattr(policy, "policy", None), Policy)
-        else ("read one with kernelry.config.load_config(source).policy")
-    )
-    raise ArgumentError(f"policy must be a Policy, got {type(policy).__name__}; {instead}.")
+def _hint(name: str, known: Sequence[str]) -> str:
+    try:  # `cuda` and `rocm` are names of a platform too
+        meant = Target.parse(name).platform
+    except ConfigError:
+        meant = ""
+    return f"; did you mean {meant!r}?" if meant in known else nearest(name, known)

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 from kernelry._compat import user_context
 from kernelry.errors import ArgumentError
-from kernelry.kernel.mistakes import mistakes
 from kernelry.kernel.spec import AUTO, KernelSpec, check_kernel_name
-from kernelry.policy.lock import Lock
-from kernelry.policy.rules import Policy, check_policy
+from kernelry.policy.policy import Policy, check_policy
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.target import Target
 
 if TYPE_CHECKING:
+    from kernelry.policy.lock import Lock
     from kernelry.resolution.explanation import Resolution
 
 _T = TypeVar("_T")
@@ -322,14 +321,12 @@ def use(
         raise ArgumentError(f"use(kernels=…) takes a sequence; write kernels=[spec] for {kernels.name!r}.")
     if not isinstance(tiling, dict | None):
         raise ArgumentError(f"use(tiling=…) takes tunables by name, e.g. {{'block_q': 128}}, got {tiling!r}.")
-    if not isinstance(strict, str | Path | Lock | None):
-        raise ArgumentError(f"use(strict=…) takes a lock file, as `kernelry lock` writes it, got {strict!r}.")
     for spec in kernels:
         _check_spec(spec)
     if not isinstance(context_parallel, ContextParallel | None):
         raise ArgumentError(f"use(context_parallel=…) takes a ContextParallel, got {context_parallel!r}.")
     where = Target.parse(target) if isinstance(target, str) else target
-    written = Lock.read(strict) if isinstance(strict, str | Path) else strict
+    written = None if strict is None else _lock(strict)
 
     def inside(outer: Scope) -> Scope:
         return dataclasses.replace(
@@ -344,6 +341,14 @@ def use(
         )
 
     return _changing(inside)
+
+
+def _lock(strict: object) -> Lock:
+    from kernelry.policy.lock import Lock  # imported for strict mode alone
+
+    if not isinstance(strict, str | Path | Lock):
+        raise ArgumentError(f"use(strict=…) takes a lock file, as `kernelry lock` writes it, got {strict!r}.")
+    return strict if isinstance(strict, Lock) else Lock.read(strict)
 
 
 def _changing(inside: Callable[[Scope], Scope]) -> Opener[None]:
@@ -369,6 +374,8 @@ def _check_spec(spec: object) -> None:
 @functools.lru_cache(maxsize=256)
 def _check_usable(spec: KernelSpec) -> None:
     """Looks at a spec once, where it passes: a scope may be entered in every step."""
+    from kernelry.kernel.mistakes import mistakes  # imported for kernels that no plugin registers
+
     fatal = [mistake for mistake in mistakes(spec) if not mistake.usable]
     if fatal:
         said = "; ".join(f"{mistake.detail}; {mistake.fix}" for mistake in fatal)

@@ -1,9 +1,8 @@
-"""Asks one kernel whether it can serve a request, through the cheapest adapters where it cannot as it is.
+"""Asks one kernel whether it can serve a request, through the cheapest adapters where it cannot serve it directly.
 
-A best-first search over chains of adapters: fewest extra bytes, then fewest extra FLOPs, then the
-fewest adapters, then their names. An adapter may stand in a chain twice, for a kernel shows its own
-refusals only when core has none: equal lengths first, then lengths in multiples. The search is
-bounded and depends on nothing else.
+A best-first search over chains of adapters: fewest extra bytes, then fewest extra FLOPs, then the fewest adapters, then
+their names. A chain may use an adapter twice, because a kernel shows its own refusals only when core has none: equal
+lengths first, then lengths in multiples. The search is bounded and depends on nothing else.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, final
 
 from kernelry.errors import ConfigError
-from kernelry.execution.adapters import ADAPTERS, Adapter, Cost
-from kernelry.execution.adapters.base import CURED_ON_KEYS
+from kernelry.execution.adapters.base import CURED_ON_KEYS, Adapter, Cost
 from kernelry.execution.plan import Step
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.environment import Environment
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import KernelSpec, Tiling
-from kernelry.policy.rules import Policy
+from kernelry.policy.policy import Policy
 from kernelry.request.request import Request
 from kernelry.resolution.explanation import Candidate
 
@@ -33,12 +31,12 @@ _MOST_CHAINS = 128
 """Chains of adapters looked at for one kernel; five adapters that all apply have 2⁵ = 32 sets."""
 
 _MOST_USES = 2
-"""Times that an adapter may stand in one chain."""
+"""Times that one chain may use an adapter."""
 
 _NO_COST = Cost()
 
 Refuse = Callable[[Request, frozenset[RefusalCode]], tuple[Refusal, ...]]
-"""Asks a kernel about a request, leaving out refusals of settled codes."""
+"""Asks a kernel about a request; refusals with settled codes do not count."""
 
 
 def consider(
@@ -54,7 +52,7 @@ def consider(
       installed: the kernel.
       request: what is asked.
       policy: may forbid adapters.
-      environment: vendor facts, looked at or assumed.
+      environment: vendor facts, probed or assumed.
       overrides: tunables set by a rule or a scope.
     """
     spec = installed.spec
@@ -163,6 +161,8 @@ _Helpful = tuple[tuple[Adapter, Request], ...]
 
 def _helpful(chain: _Chain, refusals: tuple[Refusal, ...], capabilities: Capabilities) -> _Helpful:
     """The adapters that may be used and cure some refusal, forbidden ones included, and what they would ask."""
+    from kernelry.execution.adapters.order import ADAPTERS  # not needed where the kernel asked for refuses nothing
+
     codes = {refusal.code for refusal in refusals}
     plain = chain.request.has_plain_kv
     fitting = (adapter for adapter in ADAPTERS if not adapter.cures.isdisjoint(codes))
@@ -174,7 +174,7 @@ def _helpful(chain: _Chain, refusals: tuple[Refusal, ...], capabilities: Capabil
 def _certain(helpful: _Helpful, refusals: tuple[Refusal, ...]) -> _Helpful:
     """The first adapter that settles a refusal, or has a duty, and that no other could replace; else none.
 
-    It stands in every chain from here on, and changes nothing for the adapters of arrays, so its place is no choice
+    It is in every chain from here on, and changes nothing for the adapters of arrays, so its position does not matter
     either: without this, each such adapter would double the chains looked at.
     """
     for refusal in refusals:
@@ -189,7 +189,7 @@ def _changes(chain: _Chain, adapter: Adapter, after: Request) -> bool:
 
 
 def _incurable(refusals: tuple[Refusal, ...], helpful: _Helpful, forbidden: frozenset[str]) -> tuple[Refusal, ...]:
-    """The refusals for which no adapter is left, those of forbidden adapters with a word about that."""
+    """The refusals for which no adapter is left; where a forbidden one would help, they say so."""
     cured = {code for adapter, _ in helpful if adapter.name not in forbidden for code in adapter.cures}
     return tuple(_with_hint(refusal, helpful, forbidden) for refusal in refusals if refusal.code not in cured)
 
@@ -204,5 +204,5 @@ def _with_hint(refusal: Refusal, helpful: _Helpful, forbidden: frozenset[str]) -
 
 
 def _cured_alone(adapter: Adapter) -> frozenset[RefusalCode]:
-    """What it cures by itself; those that make keys plain only make way for others in the rest."""
+    """What it cures by itself: the adapters that make keys plain only let others cure the rest."""
     return adapter.cures - CURED_ON_KEYS if adapter.cures > CURED_ON_KEYS else adapter.cures

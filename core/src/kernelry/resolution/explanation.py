@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
-from kernelry.errors import NoKernelError, PluginError
+from kernelry.errors import KernelRefusedError, NoKernelError, PluginError
+from kernelry.execution.adapters.base import Cost
 from kernelry.execution.plan import Plan, Step
-from kernelry.kernel.proof import missing
 from kernelry.kernel.refusal import Refusal, RefusalCode
+from kernelry.policy.rules import Rule
 from kernelry.registry import installed
 from kernelry.request.request import Request
-from kernelry.resolution.nearest_change import Change
 
 SCHEMA = 1
 """The version of `Resolution.to_json`."""
+
+_MOST_ELSEWHERE = 2
+"""Kernels of other platforms that an error describes one by one."""
 
 
 @final
@@ -49,6 +53,31 @@ class Candidate:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """A change of one fact of the request after which another kernel is chosen.
+
+    Args:
+      kernel: what would be chosen.
+      fields: the fields of the request that change.
+      condition: how, e.g. `q_len and kv_len ≥ 512`.
+      example: the value tried, as in the request's JSON form where it is plain.
+    """
+
+    kernel: str
+    fields: tuple[str, ...]
+    condition: str
+    example: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} with {self.condition}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return {**dataclasses.asdict(self), "fields": list(self.fields)}
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
 class Resolution:
     """The answer to a request.
 
@@ -56,8 +85,8 @@ class Resolution:
       request: what was asked.
       plan: what will run; None where no kernel serves the request.
       candidates: every kernel considered, in order of preference.
-      rule: what decided the order, with its source.
-      excluded: installed kernels that the deciding rule did not let in.
+      decided_by: the rule that decided the order; where none did, what decided it.
+      excluded: installed kernels that were not considered.
       forced: whether a name was asked for, so that no other kernel may take its place.
       changes: for each other kernel that one changed fact would choose, the nearest such change; filled by `explain`.
     """
@@ -65,10 +94,15 @@ class Resolution:
     request: Request
     plan: Plan | None
     candidates: tuple[Candidate, ...]
-    rule: str
+    decided_by: Rule | str
     excluded: tuple[str, ...] = ()
     forced: bool = False
     changes: tuple[Change, ...] = ()
+
+    @property
+    def rule(self) -> str:
+        """What decided the order, with its source, as text."""
+        return str(self.decided_by)
 
     @property
     def kernel(self) -> str | None:
@@ -110,32 +144,11 @@ class Resolution:
         return self.explain()
 
     def explain(self) -> str:
-        """Returns the decision as text: winner, adapters, rule, and every other candidate's reasons."""
-        lines = [f"{self.request}"]
-        lines.append(f"  decided by: {self.rule}")
-        for candidate in self.candidates:
-            lines.extend(self._lines(candidate))
-        if self.excluded:
-            lines.append(f"  not considered under this rule: {', '.join(self.excluded)}")
-        lines.extend(f"  would be {change}" for change in self.changes)
-        if self.advice is not None:
-            lines.append(f"  {self.advice}")
-        return "\n".join(lines)
-
-    def _lines(self, candidate: Candidate) -> list[str]:
-        notes = f" ({'; '.join(candidate.notes)})" if candidate.notes else ""
-        if self.plan is not None and candidate.name == self.kernel:
-            tiling = f" with {self.plan.tiling}" if self.plan.tiling.values else ""
-            through = [f"      through {step.adapter.name} ({step.cost})" for step in self.plan.steps]
-            total = [f"      adapters together: {self.plan.cost}"] if len(self.plan.steps) > 1 else []
-            return [f"  → {candidate.name} [{candidate.distribution}]{tiling}{notes}", *through, *total]
-        if not candidate.refusals:
-            needed = "".join(f" through {step.adapter.name}" for step in candidate.steps)
-            return [f"    {candidate.name}: could serve{needed}, ranked lower{notes}"]
-        return [f"    {candidate.name}: {refusal}{notes}" for refusal in candidate.refusals]
+        """Returns the decision as text: rule, winner, adapters, and every other candidate's reasons."""
+        return "\n".join([str(self.request), *_told(self, self.candidates)])
 
     def verify(self, program: Any) -> None:
-        """Checks that a lowered or compiled program contains the chosen kernel's work; see `kernelry.proof`.
+        """Checks that a lowered or compiled program contains the chosen kernel's work; see `kernelry.kernel.proof`.
 
         Args:
           program: what `jax.jit(f).lower(...)` or `.compile()` returned.
@@ -151,6 +164,8 @@ class Resolution:
             raise PluginError(f"kernel {self.kernel!r}: signature must return a tuple of texts, got {wanted!r}.")
         if not wanted:
             raise PluginError(f"kernel {self.kernel!r} has an empty signature: nothing could prove that it ran.")
+        from kernelry.kernel.proof import missing  # calls need no proof
+
         lacking = missing(wanted, program)
         if lacking:
             raise PluginError(
@@ -171,3 +186,57 @@ class Resolution:
             "changes": [change.to_json() for change in self.changes],
             "advice": self.advice,
         }
+
+
+def answer_of(resolution: Resolution, candidate: Candidate) -> tuple[str, ...]:
+    """What a candidate answers, line by line: its refusals, or how it serves the request."""
+    if candidate.refusals:
+        return (*map(str, candidate.refusals), *candidate.notes)
+    answer = "could serve, ranked lower"
+    if resolution.plan is not None and candidate.name == resolution.kernel:
+        answer = f"chosen with {resolution.plan.tiling}" if resolution.plan.tiling.values else "chosen"
+    through = [f"through {step.adapter.name} ({step.cost})" for step in candidate.steps]
+    if len(through) > 1:
+        through.append(f"adapters together: {sum((step.cost for step in candidate.steps), Cost())}")
+    return (answer, *through, *candidate.notes)
+
+
+def remarks_on(resolution: Resolution) -> tuple[str, ...]:
+    """What follows the candidates: kernels that were not considered, changes, and advice."""
+    remarks = [f"would be {change}" for change in resolution.changes]
+    if resolution.excluded:
+        why = "another was asked for" if resolution.forced else "by this rule"
+        hint = 'kernel="auto" chooses among them' if resolution.forced else "name one, or end the rule in 'auto'"
+        names = ", ".join(resolution.excluded)
+        remarks.insert(0, f"not considered, {why}: {names}{'' if resolution.plan else f'; {hint}'}")
+    return (*remarks, *([] if resolution.advice is None else [resolution.advice]))
+
+
+def refusal_error(resolution: Resolution) -> NoKernelError:
+    """The error where no kernel serves the request: the explanation, without the reasons of kernels made for others.
+
+    Those kernels share one line where they are more than two.
+    """
+    elsewhere = [c for c in resolution.refused if any(r.code is RefusalCode.PLATFORM for r in c.refusals)]
+    elsewhere = elsewhere if len(elsewhere) > _MOST_ELSEWHERE else []
+    told = _told(resolution, [c for c in resolution.candidates if c not in elsewhere], elsewhere)
+    if resolution.forced:
+        named = resolution.candidates[0].name
+        return KernelRefusedError("\n".join([f"Kernel {named!r} refuses {resolution.request}.", *told]), resolution)
+    return NoKernelError("\n".join([f"No kernel for {resolution.request}.", *told]), resolution)
+
+
+def _told(
+    resolution: Resolution, candidates: Sequence[Candidate], elsewhere: Sequence[Candidate] = ()
+) -> Iterator[str]:
+    yield f"  decided by: {resolution.rule}"
+    for candidate in candidates:
+        mark, source = ("→", f" [{candidate.distribution}]") if candidate.name == resolution.kernel else (" ", "")
+        first, *more = answer_of(resolution, candidate)
+        yield f"  {mark} {candidate.name}{source}: {first}"
+        yield from (f"      {line}" for line in more)
+    if elsewhere:
+        yield f"    not for {resolution.request.target.platform}: {', '.join(c.name for c in elsewhere)}"
+    if not candidates and not elsewhere:
+        yield f"    no kernels: {installed.why_none()}"
+    yield from (f"  {remark}" for remark in remarks_on(resolution))

@@ -1,34 +1,89 @@
-"""Orders the kernels for a request: by name asked, by rule, or automatically."""
+"""A question: a request with everything that decides which kernel it gets, and the order in which kernels are tried."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
-from kernelry.kernel.spec import AUTO
-from kernelry.policy.rules import Policy, Rule, Tilings
-from kernelry.policy.scope import Scope
+from kernelry.errors import ArgumentError
+from kernelry.kernel.environment import Environment, Knowledge
+from kernelry.kernel.spec import AUTO, KernelSpec, check_kernel_name
+from kernelry.policy.policy import Policy, check_policy
+from kernelry.policy.rules import Rule, first_match
+from kernelry.policy.scope import Scope, current_scope
 from kernelry.registry import installed
 from kernelry.request.request import Request
+from kernelry.request.target import home_target
 
 if TYPE_CHECKING:
     from kernelry.policy.measurements import Measurements
     from kernelry.registry.contents import InstalledKernel
 
+_logger = logging.getLogger("kernelry")
+
 
 @final
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """A request with everything that may decide the order of kernels."""
+    """What is asked, under which circumstances: equal questions have one answer.
+
+    Args:
+      request: the static facts of the call.
+      kernel: a name, absolutely, or `auto`.
+      kernels: the kernels to choose among, besides those of `scope`; None is the installed ones.
+      scope: what the surrounding `use` says.
+      policy: the preferences in force.
+      measurements: None is none.
+      environment: vendor facts; None looks on this machine's platform and assumes elsewhere.
+    """
 
     request: Request
     kernel: str
+    kernels: tuple[KernelSpec, ...] | None
     scope: Scope
     policy: Policy
-    pool: Mapping[str, InstalledKernel]
     measurements: Measurements | None
+    environment: Environment | None
+
+    def __hash__(self) -> int:
+        return hash((self.request, self.kernel, self.policy))  # hashes that are kept; these tell questions apart
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        kernel: str,
+        kernels: tuple[KernelSpec, ...] | None,
+        policy: Policy | None,
+        measurements: Measurements | None,
+        environment: Environment | None,
+    ) -> Question:
+        """Asks in the circumstances of the caller.
+
+        Raises:
+          ArgumentError: the request, the kernel's name or the policy is of another kind.
+        """
+        if not isinstance(request, Request):
+            raise ArgumentError(
+                f"request must be a kernelry.Request, e.g. Request(q_len=1024, target='gpu:h100'), got "
+                f"{type(request).__name__}."
+            )
+        check_kernel_name(kernel)
+        check_policy(policy)
+        scope = current_scope()
+        policy = policy or scope.policy or Policy.of_process()
+        return cls(request, kernel, kernels, scope, policy, measurements, environment)
+
+    @property
+    def known_environment(self) -> Environment:
+        """The vendor facts; on this machine's platform found by looking."""
+        if self.environment is not None:
+            return self.environment
+        here = self.request.target.platform == _home_platform()
+        return Environment(Knowledge.PROBED if here else Knowledge.ASSUMED)
 
     @property
     def forced(self) -> tuple[str, str] | None:
@@ -42,79 +97,92 @@ class Question:
         return None
 
     @property
-    def preference(self) -> Preference:
-        """The kernels to try, in order."""
+    def pool(self) -> dict[str, InstalledKernel]:
+        """The kernels to choose among, by name."""
+        if self.kernels is None:
+            found = installed.registry()
+            if found.faults:
+                found.check_usable()
+            pool = dict(found.kernels)
+        else:
+            pool = {spec.name: installed.not_installed(spec, "resolve") for spec in self.kernels}
+        given = {spec.name: installed.not_installed(spec, "use") for spec in self.scope.kernels}
+        return {**pool, **given}
+
+    def order(self, pool: Mapping[str, InstalledKernel]) -> Order:
+        """Returns the kernels to try: the one forced, those of a user's rule, or all.
+
+        Raises:
+          PluginError: a kernel named is claimed by two plugins, or cannot be used.
+        """
         if self.forced is not None:
             name, why = self.forced
-            self._check_contested(name)
-            others = tuple(other for other in sorted(self.pool) if other != name)
-            return Preference((name,), why, others, self.scope.tiling, tilings=self.policy.tilings)
-        for rule in self.policy.rules:
-            if rule.when.matches(self.request):
-                return self._by_rule(rule)
-        names, why = self._automatic()
-        return Preference(names, why, (), self.scope.tiling, tilings=self.policy.tilings)
-
-    @property
-    def measured(self) -> tuple[str, ...]:
-        """The kernels here that were timed on this request, fastest first."""
+            _check_names((name,), pool)
+            return Order((name,), why, tuple(sorted(pool.keys() - {name})), frozenset({name}), is_forced=True)
         timed = self.measurements.fastest(self.request) if self.measurements else ()
-        return tuple(name for name in timed if name in self.pool)
+        measured = tuple(name for name in timed if name in pool)
+        ranked, why_so = self._ranked(pool, measured)
+        rule = first_match(self.policy.rules, self.request)
+        if rule is None:
+            return Order(ranked, why_so, approved=frozenset(measured))
+        _check_names(rule.names, pool)
+        rest = tuple(name for name in ranked if name not in rule.names)
+        approved = frozenset({*rule.names, *measured})
+        if rule.is_exhaustive:
+            return Order(rule.names, rule, rest, approved)
+        return Order((*rule.names, *rest), rule, (), approved)
 
-    def insists_on(self, name: str) -> bool:
-        """Says whether a kernel was asked for or timed, so that the work of its adapters does not count against it."""
-        by_rule = self.preference.by_rule
-        ruled = by_rule is not None and name in by_rule.names
-        return ruled or self.forced is not None or name in self.measured
-
-    def _check_contested(self, name: str) -> None:
-        if name not in self.pool:
-            installed.registry().check_name(name)
-
-    def _by_rule(self, rule: Rule) -> Preference:
-        for name in rule.names:
-            self._check_contested(name)
-        rest = tuple(name for name in self._automatic()[0] if name not in rule.names)
-        names, excluded = (rule.names, rest) if rule.is_exhaustive else ((*rule.names, *rest), ())
-        return Preference(names, str(rule), excluded, self.scope.tiling, rule, self.policy.tilings)
-
-    def _automatic(self) -> tuple[tuple[str, ...], str]:
+    def _ranked(
+        self, pool: Mapping[str, InstalledKernel], measured: Sequence[str]
+    ) -> tuple[tuple[str, ...], Rule | str]:
         """Orders all kernels: by measured time, then by votes, then by the shipped policy, then by name."""
-        measured = self.measured
-        votes = _votes(self.request, tuple(sorted(self.pool)))
-        default = next((rule for rule in self.policy.defaults if rule.when.matches(self.request)), None)
+        votes = _votes(self.request, tuple(sorted(pool)))
+        default = first_match(self.policy.defaults, self.request)
         preferred = default.names if default else ()
 
         def rank(name: str) -> tuple[int, int, int, str]:
-            return _place(name, measured), -votes.get(name, 0), _place(name, preferred), name
+            return _position(name, measured), -votes.get(name, 0), _position(name, preferred), name
 
-        why = "measurements of this device" if measured else "votes of plugins" if votes else str(default or "by name")
-        return tuple(sorted(self.pool, key=rank)), why
+        decided_by = "measurements of this device" if measured else "votes of plugins" if votes else default
+        return tuple(sorted(pool, key=rank)), decided_by or "by name"
+
+    def tiling_for(self, name: str, decided_by: Rule | str) -> tuple[tuple[str, int], ...]:
+        """The tunables set for a kernel: the policy's for that kernel, then the rule's, then the scope's.
+
+        What comes later wins. A rule's are only for the kernels it names, a scope's for all.
+        """
+        own = dict(self.policy.tilings).get(name, ())
+        ruled = decided_by.tiling if isinstance(decided_by, Rule) and name in decided_by.names else ()
+        return tuple(sorted({**dict(own), **dict(ruled), **dict(self.scope.tiling)}.items()))
 
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Preference:
-    """The names to try in order, what decided that, what it left out, and the tunables it sets."""
+class Order:
+    """The kernels to try, best first.
+
+    Args:
+      names: theirs.
+      decided_by: the rule; where none decided, what did.
+      excluded: the other kernels, which must not be tried.
+      approved: the kernels that were asked for or timed, so that the work of their adapters does not demote them.
+      is_forced: whether one kernel was asked for by name.
+    """
 
     names: tuple[str, ...]
-    rule: str
+    decided_by: Rule | str
     excluded: tuple[str, ...] = ()
-    tiling: tuple[tuple[str, int], ...] = ()
-    by_rule: Rule | None = None
-    tilings: Tilings = ()
-
-    def tiling_for(self, name: str) -> tuple[tuple[str, int], ...]:
-        """The tunables set for a kernel: the policy's for that kernel, then a rule's, then a scope's.
-
-        What comes later wins. A rule's are only for the kernels it names, a scope's for all.
-        """
-        own = dict(self.tilings).get(name, ())
-        ruled = self.by_rule.tiling if self.by_rule is not None and name in self.by_rule.names else ()
-        return tuple(sorted({**dict(own), **dict(ruled), **dict(self.tiling)}.items()))
+    approved: frozenset[str] = frozenset()
+    is_forced: bool = False
 
 
-def _place(name: str, names: Sequence[str]) -> int:
+def _check_names(names: Sequence[str], pool: Mapping[str, InstalledKernel]) -> None:
+    for name in names:
+        if name not in pool:
+            installed.registry().check_name(name)
+
+
+def _position(name: str, names: Sequence[str]) -> int:
     return names.index(name) if name in names else len(names)
 
 
@@ -129,3 +197,11 @@ def _votes(request: Request, candidates: tuple[str, ...]) -> dict[str, int]:
         for place, name in enumerate(dict.fromkeys(vote or ())):
             points[name] = points.get(name, 0) + len(candidates) - place
     return points
+
+
+def _home_platform() -> str | None:
+    try:
+        return home_target().platform
+    except Exception as error:  # JAX_PLATFORMS names a backend that is not here; JAX raises various types
+        _logger.warning("JAX has no usable backend: %s", error)
+        return None

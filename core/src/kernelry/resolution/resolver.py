@@ -7,33 +7,30 @@ import functools
 import logging
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kernelry.errors import ArgumentError, KernelRefusedError, NoKernelError, nearest
+from kernelry.errors import nearest
+from kernelry.execution.adapters.base import itemsize
 from kernelry.execution.plan import Plan
-from kernelry.kernel.environment import Environment, Knowledge
+from kernelry.kernel.environment import Environment
 from kernelry.kernel.refusal import Refusal, RefusalCode
-from kernelry.kernel.spec import AUTO, KernelSpec, check_kernel_name
-from kernelry.policy.lock import lock_in_force
-from kernelry.policy.rules import Policy, check_policy
-from kernelry.policy.scope import Scope, current_recorders, current_scope
+from kernelry.kernel.spec import AUTO, KernelSpec
+from kernelry.policy.policy import Policy
+from kernelry.policy.rules import Rule
+from kernelry.policy.scope import current_recorders
+from kernelry.policy.switches import Switches
 from kernelry.registry import installed
 from kernelry.request.request import Request
-from kernelry.request.target import home_target
 from kernelry.resolution.adapting import consider
-from kernelry.resolution.explanation import Candidate, Resolution
-from kernelry.resolution.nearest_change import nearest_changes
-from kernelry.resolution.notices import log_resolution
+from kernelry.resolution.explanation import Candidate, Resolution, refusal_error
 from kernelry.resolution.question import Question
 
 if TYPE_CHECKING:
+    from kernelry.policy.lock import Lock
     from kernelry.policy.measurements import Measurements
     from kernelry.registry.contents import InstalledKernel
 
 _logger = logging.getLogger("kernelry")
-
-_MOST_ELSEWHERE = 2
-"""Kernels of other platforms that an error describes one by one."""
 
 
 def resolve(
@@ -53,7 +50,7 @@ def resolve(
       kernels: the kernels to choose among; None is the installed ones and those of `use`.
       policy: None is that of `use`, else the shipped one.
       measurements: None is none.
-      environment: vendor facts; None looks at home and assumes elsewhere.
+      environment: vendor facts; None looks on this machine and assumes elsewhere.
 
     Returns:
       The Resolution; the same object for an equal question.
@@ -64,11 +61,11 @@ def resolve(
       PluginError: the kernel named is claimed by two plugins.
       ConfigError: strict mode is on, and this is not what the lock file says.
     """
-    _check(request, kernel, policy)
-    resolution = _announced(request, kernel, current_scope(), kernels, policy, measurements, environment)
+    question = Question.of(request, kernel, kernels, policy, measurements, environment)
+    resolution = _announced(question)
     if resolution.plan is None:
-        raise _refusal_error(resolution)
-    lock = lock_in_force(current_scope().strict)
+        raise refusal_error(resolution)
+    lock = question.scope.strict or _lock_of_process()
     if lock is not None:
         lock.check(resolution)
     for recorder in current_recorders():
@@ -95,132 +92,86 @@ def explain(
       request, kernel, kernels, policy, measurements, environment: as for `resolve`.
       changes: whether to look for them, which takes most of the time.
     """
-    _check(request, kernel, policy)
-    answer = _explained if changes else _resolution
-    return answer(request, kernel, current_scope(), kernels, policy, measurements, environment)
+    question = Question.of(request, kernel, kernels, policy, measurements, environment)
+    return _explained(question) if changes else _resolved(question)
 
 
-def _check(request: Any, kernel: Any, policy: Any) -> None:
-    if not isinstance(request, Request):
-        raise ArgumentError(
-            f"request must be a kernelry.Request, e.g. Request(q_len=1024, target='gpu:h100'), got "
-            f"{type(request).__name__}."
-        )
-    check_kernel_name(kernel)
-    check_policy(policy)
+def _lock_of_process() -> Lock | None:
+    """The lock file of KERNELRY_STRICT and KERNELRY_LOCK."""
+    switches = Switches.of_process()
+    if not switches.strict:
+        return None
+    from kernelry.policy.lock import read_once  # strict mode alone needs it
+
+    return read_once(switches.lock)
 
 
 def clear_cache() -> None:
     """Forgets every resolution."""
-    for cached in (_announced, _resolution, _explained):
+    for cached in (_announced, _resolved, _explained):
         cached.cache_clear()
 
 
 @functools.lru_cache(maxsize=8192)
-def _announced(
-    request: Request,
-    kernel: str,
-    scope: Scope,
-    kernels: tuple[KernelSpec, ...] | None,
-    policy: Policy | None,
-    measurements: Measurements | None,
-    environment: Environment | None,
-) -> Resolution:
+def _announced(question: Question) -> Resolution:
     """Logs a new resolution and shows it to the observers, once."""
-    resolution = _resolution(request, kernel, scope, kernels, policy, measurements, environment)
-    policy = policy or scope.policy or Policy.shipped()
-    log_resolution(resolution, Question(request, kernel, scope, policy, _pool(scope, kernels), measurements))
-    _observe(resolution)
+    resolution = _resolved(question)
+    _log(resolution, question.policy)
+    if question.policy.tilings:
+        _warn_of_tilings(tuple(name for name, _ in question.policy.tilings), tuple(sorted(question.pool)))
+    for plugin, observer in sorted(installed.registry().observers.items()):
+        try:
+            observer(resolution=resolution)
+        except Exception as error:
+            warnings.warn(f"kernelry plugin {plugin}: kernelry_resolved raised {error!r}", stacklevel=2)
     return resolution
 
 
 @functools.lru_cache(maxsize=512)
-def _explained(
-    request: Request,
-    kernel: str,
-    scope: Scope,
-    kernels: tuple[KernelSpec, ...] | None,
-    policy: Policy | None,
-    measurements: Measurements | None,
-    environment: Environment | None,
-) -> Resolution:
-    resolution = _resolution(request, kernel, scope, kernels, policy, measurements, environment)
-    pool = _pool(scope, kernels)
-    # Neighbours are not logged, not observed, and import no vendor.
-    unprobed = (environment or _environment_for(request)).without_probing()
+def _explained(question: Question) -> Resolution:
+    from kernelry.resolution.nearest_change import nearest_changes  # calls look for no changes
 
-    in_force = policy or scope.policy or Policy.shipped()
+    resolution = _resolved(question)
+    # Neighbours are not logged, not observed, and import no vendor.
+    unprobed = dataclasses.replace(question, environment=question.known_environment.without_probing())
 
     @functools.cache
     def ask(neighbour: Request) -> str | None:
-        return _choose(Question(neighbour, kernel, scope, in_force, pool, measurements), unprobed).kernel
+        return _choose(dataclasses.replace(unprobed, request=neighbour)).kernel
 
-    changes = nearest_changes(request, resolution.kernel, ask, in_force.length_bounds)
+    changes = nearest_changes(question.request, resolution.kernel, ask, question.policy.length_bounds)
     return dataclasses.replace(resolution, changes=changes)
 
 
 @functools.lru_cache(maxsize=8192)
-def _resolution(
-    request: Request,
-    kernel: str,
-    scope: Scope,
-    kernels: tuple[KernelSpec, ...] | None,
-    policy: Policy | None,
-    measurements: Measurements | None,
-    environment: Environment | None,
-) -> Resolution:
-    policy = policy or scope.policy or Policy.shipped()
-    question = Question(request, kernel, scope, policy, _pool(scope, kernels), measurements)
-    return _choose(question, environment or _environment_for(request))
+def _resolved(question: Question) -> Resolution:
+    return _choose(question)
 
 
-def _environment_for(request: Request) -> Environment:
-    return Environment(Knowledge.PROBED if request.target.platform == _home_platform() else Knowledge.ASSUMED)
-
-
-def _home_platform() -> str | None:
-    try:
-        return home_target().platform
-    except Exception as error:  # JAX_PLATFORMS names a backend that is not here; JAX raises various types
-        _logger.warning("JAX has no usable backend: %s", error)
-        return None
-
-
-def _pool(scope: Scope, kernels: tuple[KernelSpec, ...] | None) -> dict[str, InstalledKernel]:
-    if kernels is None:
-        found = installed.registry()
-        found.check_usable()
-        pool = dict(found.kernels)
-    else:
-        pool = {spec.name: installed.not_installed(spec, "resolve") for spec in kernels}
-    given = {spec.name: installed.not_installed(spec, "use") for spec in scope.kernels}
-    return {**pool, **given}
-
-
-def _choose(question: Question, environment: Environment) -> Resolution:
+def _choose(question: Question) -> Resolution:
     plan: Plan | None = None
-    laborious: Plan | None = None  # served, but through so much work that any other kernel goes before
+    fallback: Plan | None = None  # the best of those that serve through too much work
     candidates: list[Candidate] = []
-    preference = question.preference
-    for name in preference.names:
-        if name not in question.pool:
-            candidates.append(_absent(name, question.pool))
+    pool, environment = question.pool, question.known_environment
+    order = question.order(pool)
+    for name in order.names:
+        if name not in pool:
+            candidates.append(_absent(name, pool))
             continue
         looking = environment if plan is None else environment.without_probing()
-        chosen = question.pool[name]
-        candidate, tiling = consider(chosen, question.request, question.policy, looking, preference.tiling_for(name))
+        tunables = question.tiling_for(name, order.decided_by)
+        candidate, tiling = consider(pool[name], question.request, question.policy, looking, tunables)
         if plan is None and not candidate.refusals:
-            found = Plan(chosen.spec, candidate.steps, question.request, tiling)
-            if not question.policy.overworks(found.extra_work) or question.insists_on(name):
+            found = Plan(pool[name].spec, candidate.steps, question.request, tiling)
+            if name in order.approved or not question.policy.demotes(found.extra_work):
                 plan = found
             else:
-                note = f"its adapters add {found.extra_work:.1f} times the work, so others go before it"
+                note = f"its adapters add {found.extra_work:.1f} times the work: ranked below kernels that need less"
                 candidate = dataclasses.replace(candidate, notes=(*candidate.notes, note))
-                laborious = laborious or found
+                fallback = fallback or found
         candidates.append(candidate)
-    forced = question.forced is not None
-    plan = plan or laborious
-    return Resolution(question.request, plan, tuple(candidates), preference.rule, preference.excluded, forced)
+    plan = plan or fallback
+    return Resolution(question.request, plan, tuple(candidates), order.decided_by, order.excluded, order.is_forced)
 
 
 def _absent(name: str, pool: Mapping[str, InstalledKernel]) -> Candidate:
@@ -230,42 +181,62 @@ def _absent(name: str, pool: Mapping[str, InstalledKernel]) -> Candidate:
     return Candidate(name, "not installed", (Refusal(RefusalCode.NOT_INSTALLED, detail, remedy),))
 
 
-def _refusal_error(resolution: Resolution) -> NoKernelError:
-    others = ", ".join(resolution.excluded)
-    advice = [] if resolution.advice is None else [resolution.advice]
-    if resolution.forced:
-        [asked] = resolution.candidates
-        lines = [f"Kernel {asked.name!r} ({resolution.rule}) refuses {resolution.request}.", *_reasons(asked)]
-        if others:
-            lines.append(f'Other kernels here: {others}; kernel="auto" chooses among them.')
-        return KernelRefusedError("\n".join([*lines, *advice]), resolution)
-    elsewhere = _of_other_platforms(resolution)
-    here = [candidate for candidate in resolution.candidates if candidate.name not in elsewhere]
-    lines = [f"No kernel for {resolution.request}.", *(line for candidate in here for line in _reasons(candidate))]
-    if elsewhere:
-        lines.append(f"  not for {resolution.request.target.platform}: {', '.join(elsewhere)}")
-    considered = ", ".join(candidate.name for candidate in here) or "no kernels"
-    if not resolution.candidates:
-        considered += f" ({installed.why_none()})"
-    lines.append(f"Considered: {considered}, by {resolution.rule}.")
-    if others:
-        lines.append(f"Not considered under this rule: {others}. Force one with kernel=…, or end the rule in 'auto'.")
-    return NoKernelError("\n".join([*lines, *advice]), resolution)
+_ELSEWHERE = frozenset({RefusalCode.PLATFORM, RefusalCode.NOT_INSTALLED})
 
 
-def _reasons(candidate: Candidate) -> list[str]:
-    return [f"  {candidate.name}: {refusal}" for refusal in candidate.refusals]
+def _log(resolution: Resolution, policy: Policy) -> None:
+    """Logs the decision, adapters that more than double memory, and preferred kernels that were refused.
+
+    Of the shipped preferences only kernels made for this platform count: a CPU has no use for a line about each GPU
+    kernel. A user's rule means what it says.
+    """
+    if _logger.isEnabledFor(logging.INFO):
+        _logger.info("%s", resolution.headline)
+    if resolution.plan is None:
+        return  # the error tells every reason
+    _warn_of_memory(resolution, resolution.plan)
+    rule = resolution.decided_by
+    if not isinstance(rule, Rule):
+        return
+    of_user = rule in policy.rules
+    for candidate in resolution.candidates:
+        if candidate.name == resolution.kernel:
+            break
+        codes = {refusal.code for refusal in candidate.refusals}
+        if candidate.name in rule.names and codes and (of_user or not codes & _ELSEWHERE):
+            _logger.warning(
+                "preferred kernel %s was refused for %s: %s; %s runs instead",
+                candidate.name,
+                resolution.request,
+                candidate.refusals[0],
+                resolution.kernel,
+            )
 
 
-def _of_other_platforms(resolution: Resolution) -> tuple[str, ...]:
-    """The kernels whose platform is another, where they are so many that one line for all is better."""
-    names = tuple(c.name for c in resolution.refused if any(r.code is RefusalCode.PLATFORM for r in c.refusals))
-    return names if len(names) > _MOST_ELSEWHERE else ()
+def _warn_of_memory(resolution: Resolution, plan: Plan) -> None:
+    if not plan.steps:
+        return
+    own, extra = array_bytes(resolution.request), plan.cost.extra_bytes
+    if extra > own:
+        _logger.warning(
+            "adapters of %s more than double the memory of %s: %s add %d bytes to %d",
+            resolution.kernel,
+            resolution.request,
+            ", ".join(step.adapter.name for step in plan.steps),
+            extra,
+            own,
+        )
 
 
-def _observe(resolution: Resolution) -> None:
-    for plugin, observer in sorted(installed.registry().observers.items()):
-        try:
-            observer(resolution=resolution)
-        except Exception as error:
-            warnings.warn(f"kernelry plugin {plugin}: kernelry_resolved raised {error!r}", stacklevel=2)
+def array_bytes(request: Request) -> int:
+    """Returns the bytes of query, key, value and output together."""
+    rows = request.q_len * request.q_heads + request.kv_len * request.kv_heads
+    return int(request.batch * rows * (request.head_dim + request.value_dim) * itemsize(request.dtype))
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_of_tilings(names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Notices misspelt kernels in `tilings`, once; a plugin may rightly be absent, so this is not an error."""
+    for name in names:
+        if name not in known:
+            _logger.warning("tilings: no installed kernel is called %r%s", name, nearest(name, known))

@@ -8,7 +8,8 @@ from typing import Any
 from kernelry.config.maxtext.options import BLOCKS, SHIPPED_BLOCK, is_none
 from kernelry.errors import ConfigError, nearest
 from kernelry.kernel.spec import AUTO
-from kernelry.policy.rules import FLASH_MIN_Q_LEN, Condition, Range, Rule, Tilings
+from kernelry.policy.policy import FLASH_MIN_Q_LEN, Tilings
+from kernelry.policy.rules import Condition, Range, Rule
 from kernelry.request.request import Mode
 
 SHIPPED_RAGGED_BLOCK = 256

@@ -8,11 +8,11 @@ import logging
 from collections.abc import Iterator
 from typing import final
 
-from kernelry.execution.adapters import ADAPTERS
+from kernelry.execution.adapters.order import ADAPTERS
 from kernelry.kernel.environment import Environment, Knowledge
 from kernelry.kernel.refusal import Refusal
 from kernelry.kernel.spec import KernelSpec
-from kernelry.policy.rules import Policy
+from kernelry.policy.policy import Policy
 from kernelry.policy.scope import interpret, use
 from kernelry.request.request import Request
 from kernelry.request.target import Target, current_target, oldest

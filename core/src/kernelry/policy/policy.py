@@ -1,0 +1,234 @@
+"""Policies: which kernels are preferred for which requests, as frozen data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, final
+
+from kernelry.errors import ArgumentError, ConfigError, nearest
+from kernelry.kernel.spec import AUTO
+from kernelry.policy.rules import Condition, Range, Rule, check_tiling
+from kernelry.policy.switches import Switches
+from kernelry.request.request import Mode
+
+Tilings = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+"""(kernel name, ((tunable, value), …)) pairs."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Threshold:
+    """A number that decides between kernels, with its unit and where it comes from."""
+
+    name: str
+    value: int
+    unit: str
+    source: str
+
+
+FLASH_MIN_Q_LEN = Threshold(
+    "flash_min_q_len", 128, "query tokens", "MaxText 0.2.5: dot_product below 128 query tokens, flash from there on"
+)
+CPU_BLOCKWISE_MIN_KV_LEN = Threshold(
+    "cpu_blockwise_min_kv_len", 768, "key tokens", "benchmarks/blockwise.py on two CPU cores"
+)
+CPU_BLOCKWISE_MIN_WINDOW_KV_LEN = Threshold(
+    "cpu_blockwise_min_window_kv_len", 512, "key tokens, under a window", "benchmarks/blockwise.py on two CPU cores"
+)
+CPU_BLOCKWISE_MIN_DECODE_KV_LEN = Threshold(
+    "cpu_blockwise_min_decode_kv_len", 2048, "slots of the cache", "benchmarks/decode.py on two CPU cores"
+)
+BLOCKWISE_MIN_KV_LEN = Threshold(
+    "blockwise_min_kv_len",
+    8192,
+    "key tokens, on accelerators where no kernel of their own serves",
+    "dense float32 logits of 8 heads take 2 GiB from there on",
+)
+ADAPTERS_MAX_EXTRA_WORK = Threshold(
+    "adapters_max_extra_work",
+    300,
+    "percent of the call's own multiplications",
+    "tokamax's shipped H100 timings: Triton is 4.7 times as fast as XLA's dense attention (head dim 128, S = 16384)",
+)
+SHIPPED_THRESHOLDS = (
+    FLASH_MIN_Q_LEN,
+    CPU_BLOCKWISE_MIN_KV_LEN,
+    CPU_BLOCKWISE_MIN_WINDOW_KV_LEN,
+    CPU_BLOCKWISE_MIN_DECODE_KV_LEN,
+    BLOCKWISE_MIN_KV_LEN,
+    ADAPTERS_MAX_EXTRA_WORK,
+)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Which kernels are preferred, as frozen data.
+
+    Args:
+      rules: of the user's config; the first that applies decides.
+      defaults: shipped preferences; the first that applies orders the kernels it names, the
+        others follow by name.
+      thresholds: the numbers in the defaults.
+      kernel: what KERNELRY_KERNEL says; absolute.
+      forbidden_adapters: names of adapters that must not be used.
+      tilings: overrides of the tunables of kernels, by kernel name; a rule's own win over them.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    defaults: tuple[Rule, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
+    kernel: str | None = None
+    forbidden_adapters: frozenset[str] = frozenset()
+    tilings: Tilings = ()
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for kernel, tiling in self.tilings:
+            check_tiling(tiling, f"tilings: {kernel}")
+        if self.forbidden_adapters:
+            _check_adapters(self.forbidden_adapters)
+        parts = (self.rules, self.defaults, self.thresholds, self.kernel, self.forbidden_adapters, self.tilings)
+        object.__setattr__(self, "_hash", hash(parts))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        return functools.partial(Policy, **facts), ()  # hashes differ between processes
+
+    def demotes(self, extra_work: float) -> bool:
+        """Says whether adapters add so much work that the kernel ranks below those that need less.
+
+        Args:
+          extra_work: what they add, as a multiple of the call's own multiplications.
+        """
+        limits = (t.value for t in self.thresholds if t.name == ADAPTERS_MAX_EXTRA_WORK.name)
+        return any(100 * extra_work > limit for limit in limits)
+
+    @property
+    def length_bounds(self) -> tuple[int, ...]:
+        """The lengths around which its rules may decide differently, sorted."""
+        conditions = (rule.when for rule in (*self.rules, *self.defaults))
+        ranges = (part for when in conditions for part in (when.q_len, when.kv_len) if part is not None)
+        return tuple(sorted({number for part in ranges for number in part.bounds}))
+
+    @classmethod
+    def shipped(
+        cls,
+        *,
+        rules: Iterable[Rule] = (),
+        thresholds: Mapping[str, int] | None = None,
+        forbidden_adapters: Iterable[str] = (),
+        switches: Switches | None = None,
+        tilings: Tilings = (),
+    ) -> Policy:
+        """The shipped preferences, with a user's rules and thresholds.
+
+        Args:
+          rules: come before the shipped preferences.
+          thresholds: replace shipped values, by name.
+          forbidden_adapters: adapters that must not be used.
+          switches: the environment variables; None reads those of the process.
+          tilings: overrides of the tunables of kernels, by kernel name.
+
+        Raises:
+          ConfigError: a threshold is unknown, or a number is not one that it may be.
+        """
+        chosen = _override(dict(thresholds or {}))
+        switches = Switches.of_process() if switches is None else switches
+        return cls(
+            rules=tuple(rules),
+            defaults=_shipped_rules(chosen) if thresholds else _SHIPPED_RULES,
+            thresholds=tuple(chosen.values()),
+            kernel=switches.kernel,
+            forbidden_adapters=frozenset(forbidden_adapters),
+            tilings=tilings,
+        )
+
+    @staticmethod
+    def of_process() -> Policy:
+        """Returns the shipped preferences under the environment variables of this process, always the same object."""
+        return _shipped_under(Switches.of_process().kernel)
+
+
+def _check_adapters(names: frozenset[str]) -> None:
+    from kernelry.execution.adapters.order import ADAPTERS  # imported for those who forbid some
+
+    known = {adapter.name for adapter in ADAPTERS}
+    for name in sorted(names - known):
+        raise ConfigError(f"forbid_adapters: unknown adapter {name!r}{nearest(name, known)}")
+
+
+@functools.lru_cache(maxsize=8)
+def _shipped_under(kernel: str | None) -> Policy:
+    return Policy.shipped(switches=Switches(kernel))
+
+
+def _override(values: Mapping[str, int]) -> dict[str, Threshold]:
+    chosen = {threshold.name: threshold for threshold in SHIPPED_THRESHOLDS}
+    for name, value in values.items():
+        if name not in chosen:
+            raise ConfigError(f"unknown threshold {name!r}{nearest(name, chosen)}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(f"threshold {name} must be an integer, 0 or more {chosen[name].unit}, got {value!r}.")
+        chosen[name] = dataclasses.replace(chosen[name], value=value, source="the user's config")
+    return chosen
+
+
+_GPU = ("cudnn_jax", "pallas_flash", "pallas_mha", "tokamax_mosaic", "cudnn_te")
+"""For training and prefill on GPUs: the vendor's library, then what serves most, neither of them measured here."""
+
+
+def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
+    def least(threshold: Threshold) -> Range:
+        return Range(minimum=thresholds[threshold.name].value)
+
+    short = Range(maximum=thresholds[FLASH_MIN_Q_LEN.name].value - 1)
+    long = least(BLOCKWISE_MIN_KV_LEN)
+    return (
+        _shipped(
+            Condition(platform=("cpu",), mode=(Mode.DECODE,), kv_len=least(CPU_BLOCKWISE_MIN_DECODE_KV_LEN)),
+            "blockwise",
+            "dot_product",
+        ),
+        _shipped(Condition(platform=("tpu",), mode=(Mode.DECODE,)), "ragged", "dot_product"),
+        _shipped(Condition(platform=("gpu",), mode=(Mode.DECODE,)), "pallas_decode", "dot_product"),
+        _shipped(Condition(mode=(Mode.DECODE,)), "dot_product"),
+        _shipped(Condition(q_len=short), "dot_product"),
+        _shipped(Condition(platform=("tpu",), kv_len=long), "splash", "tokamax_splash", "blockwise", "dot_product"),
+        _shipped(Condition(platform=("tpu",)), "splash", "tokamax_splash", "dot_product"),
+        _shipped(Condition(platform=("gpu",), kv_len=long), *_GPU, "blockwise", "dot_product"),
+        _shipped(Condition(platform=("gpu",)), *_GPU, "dot_product"),
+        _shipped(
+            Condition(mask=("window",), kv_len=least(CPU_BLOCKWISE_MIN_WINDOW_KV_LEN)), "blockwise", "dot_product"
+        ),
+        _shipped(Condition(kv_len=least(CPU_BLOCKWISE_MIN_KV_LEN)), "blockwise", "dot_product"),
+        _shipped(Condition(), "dot_product"),
+    )
+
+
+def _shipped(when: Condition, *use: str) -> Rule:
+    return Rule(when, (*use, AUTO), source="shipped policy")
+
+
+_SHIPPED_RULES = _shipped_rules(_override({}))
+
+
+def check_policy(policy: Any) -> None:
+    """Checks what was given as `policy=`.
+
+    Raises:
+      ArgumentError: it is not a Policy.
+    """
+    if policy is None or isinstance(policy, Policy):
+        return
+    instead = (
+        "write policy=config.policy"
+        if isinstance(getattr(policy, "policy", None), Policy)
+        else "read one with kernelry.config.load_config(source).policy"
+    )
+    raise ArgumentError(f"policy must be a Policy, got {type(policy).__name__}; {instead}.")
