@@ -19,7 +19,7 @@ from kernelry.config import load_config
 from kernelry.errors import ArgumentError, ConfigError
 from kernelry.policy.lock import Lock
 from kernelry.policy.switches import Switches
-from kernelry.registry import installed
+from kernelry.registry import discovery, installed
 
 app = typer.Typer()
 app.command()(verb.lock)
