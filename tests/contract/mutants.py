@@ -24,7 +24,7 @@ from kernelry.masks import (
     SlidingWindow,
 )
 from kernelry.masks.band import Band
-from kernelry.masks.base import And, At, Or
+from kernelry.masks.composition import And, At, Or
 from kernelry.masks.positions import StaticOffset
 from kernelry.plugin import KernelSpec, QuantizedArray, Refusal, RefusalCode, Side, Tiling
 

@@ -1,0 +1,98 @@
+"""Functions inside masks: how a form refers to one, and which arrays it holds itself.
+
+A kernel that evaluates a mask in registers cannot reach such arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, final
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+Held: TypeAlias = tuple[tuple[tuple[int, ...], ...], bool]
+"""Shapes of the arrays that a function holds, and whether any of them is being traced."""
+
+
+@final
+class FunctionRef:
+    """A predicate's function in a form: held weakly, with what it closes over, because caches keep forms.
+
+    Equal to another while both functions live and are equal; once its function is gone, it equals only itself.
+    """
+
+    __slots__ = ("_ref", "held", "title")
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.held: Held | None = None
+        """The arrays that it holds, once `arrays_held` was asked."""
+        self.title = str(getattr(function, "__qualname__", function))
+        self._ref: Callable[[], Callable[..., Any] | None]
+        try:
+            bound = isinstance(function, types.MethodType)
+            self._ref = weakref.WeakMethod(function) if bound else weakref.ref(function)
+            hash(self._ref)  # it is kept, and cannot be computed any more when the function is gone
+        except TypeError:  # of a class with __slots__
+            self._ref = _Held(function)
+
+    @property
+    def function(self) -> Callable[..., Any] | None:
+        """The function; None when it is gone."""
+        return self._ref()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionRef) and self._ref == other._ref
+
+    def __hash__(self) -> int:
+        return hash(self._ref)
+
+    def __repr__(self) -> str:
+        return f"<function {self.title}>"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Held:
+    """Like a weak reference, for what allows none."""
+
+    function: Callable[..., Any]
+
+    def __call__(self) -> Callable[..., Any]:
+        return self.function
+
+
+def imported(named: str) -> Callable[..., Any] | None:
+    """The function called `module:name`; None where its module is not imported, as of a request out of a file."""
+    module, _, name = named.partition(":")
+    return getattr(sys.modules.get(module), name, None)
+
+
+@functools.lru_cache(maxsize=256)
+def held_by(held: FunctionRef) -> Held:
+    """What tracing a function of positions finds."""
+    function = held.function
+    assert function is not None
+    position = jax.ShapeDtypeStruct((1, 1, 1, 1), np.int32)  # type: ignore[no-untyped-call]
+    try:
+        traced = jax.make_jaxpr(function)(position, position)
+    except Exception:  # the user's own, which the call will raise with its positions
+        return (), False
+    return tuple(shapes_held(traced)), any(isinstance(array, jax.core.Tracer) for array in traced.consts)
+
+
+def shapes_held(part: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes of the arrays in a jaxpr and in all inside it; a scalar written into it is not an array."""
+    if isinstance(part, ClosedJaxpr | Jaxpr):  # one class in jax 0.12
+        yield from (np.shape(array) for array in getattr(part, "consts", ()))
+        for equation in part.eqns:
+            literals = (operand.val for operand in equation.invars if isinstance(operand, Literal))
+            yield from (np.shape(value) for value in literals if np.shape(value))
+            for inside in jax.tree.leaves(equation.params):
+                yield from shapes_held(inside)
