@@ -161,8 +161,3 @@ def read_slots(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not all(numbers):
         raise ArgumentError("write either whole numbers or lists: segments(0, 0, 1) or segments([0, 0], [0, 1]).")
     return (np.asarray(values),)
-
-
-def described_pair(first: ArrayLike, second: ArrayLike | None) -> str:
-    """The arguments of a constructor that takes one array or two."""
-    return described(first) if second is None else f"{described(first)}, {described(second)}"

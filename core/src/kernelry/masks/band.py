@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, final
 
@@ -172,7 +171,7 @@ class Band(Mask):
         )
 
     @classmethod
-    def of_ranges(cls, atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray]:
+    def of_ranges(cls, atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray, bool]:
         (low_q, high_q), (low_k, high_k) = query, kv
         left, right = atom.params
         empty, full = np.zeros(1, bool), np.ones(1, bool)
@@ -180,11 +179,7 @@ class Band(Mask):
             empty, full = empty | (low_q - high_k > left), full & (high_q - low_k <= left)
         if right is not None:
             empty, full = empty | (low_k - high_q > right), full & (high_k - low_q <= right)
-        return empty, full
-
-    @classmethod
-    def is_one_sided(cls, atom: Atom) -> bool:
-        return None in atom.params
+        return empty, full, left is None or right is None
 
     @classmethod
     def seen_from(cls, atom: Atom, kv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -225,7 +220,6 @@ def _shifted(positions: jax.Array, by: int) -> jax.Array:
     return jnp.clip(positions, ends.min - min(by, 0), ends.max - max(by, 0)) + np.int32(by)
 
 
-@functools.lru_cache(maxsize=512)
 def _visibility(atom: Atom, q_len: int, kv_len: int) -> Visibility:
     """Exact, at static positions."""
     # Imported here because it imports this module.

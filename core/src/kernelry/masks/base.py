@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
 
 import jax
@@ -104,9 +104,6 @@ class Mask(Protocol):
 
     decides_ranges: ClassVar[bool] = False
     """True when `of_ranges` and `seen_from` decide blocks of static positions, so that none need be evaluated."""
-
-    placeholders: ClassVar[Mapping[str, Placeholder]] = MappingProxyType({})
-    """The words that name it in a form without its arrays."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -251,6 +248,11 @@ class Mask(Protocol):
         """What expressions may call, by name."""
         return {cls.word: cls.read, cls.__name__: cls.read}
 
+    @classmethod
+    def placeholders(cls) -> dict[str, Placeholder]:
+        """The words that name it in a form without its arrays."""
+        return {}
+
     def sizes(self) -> dict[str, int]:
         """The sizes B, N, K, T and S as far as its arrays tell, by letter."""
         found: dict[str, int] = {}
@@ -258,11 +260,6 @@ class Mask(Protocol):
             for letter, size in zip(letters[::-1], np.shape(getattr(self, name))[::-1], strict=False):
                 found[letter] = max(size, found.get(letter, 0))
         return found
-
-    @classmethod
-    def arrays_held(cls, atom: Atom) -> tuple[tuple[tuple[int, ...], ...], bool] | None:
-        """Shapes of arrays that its code holds itself, and whether any is being traced; None where that is unknown."""
-        return (), False
 
     @classmethod
     def sees_itself(cls, atom: Atom) -> bool:
@@ -294,18 +291,12 @@ class Mask(Protocol):
         return False
 
     @classmethod
-    def of_ranges(cls, atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray]:
-        """Which blocks are EMPTY and which FULL.
+    def of_ranges(cls, atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Which blocks are EMPTY, which FULL, and whether that is exact for ranges with gaps, too.
 
-        FULL is exact; EMPTY where both ranges hold every position between their ends, or `is_one_sided`, else some are
-        missed.
+        Without gaps it must be; else FULL must be, and EMPTY blocks may be missed.
         """
         raise TypeError(f"{cls.__name__} decides no ranges")
-
-    @classmethod
-    def is_one_sided(cls, atom: Atom) -> bool:
-        """Whether a key that is seen from one position is seen from all after it, or from all before it."""
-        return False
 
     @classmethod
     def seen_from(cls, atom: Atom, kv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -168,8 +168,8 @@ def _by_ranges(atom: Atom, ranges: list[tuple[Ranges, Ranges]], grid: _Grid) -> 
     rows = [atom.mask_class.of_ranges(atom, (low_q[:, None], high_q[:, None]), kv) for (low_q, high_q), kv in ranges]
     empty = np.logical_and.reduce([np.broadcast_to(row[0], grid.shape) for row in rows])
     full = np.logical_and.reduce([np.broadcast_to(row[1], grid.shape) for row in rows])
-    consecutive = atom.query.start is not None and atom.kv.start is not None
-    return _Decided(empty, full, empty | full | consecutive | atom.mask_class.is_one_sided(atom))
+    exact = rows[0][2] or (atom.query.start is not None and atom.kv.start is not None)
+    return _Decided(empty, full, empty | full | exact)
 
 
 _SAMPLES = 128

@@ -67,13 +67,13 @@ class Chunked(Mask):
         return _is_coarser(atom, other)
 
     @classmethod
-    def of_ranges(cls, atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray]:
+    def of_ranges(cls, atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray, bool]:
         (low_q, high_q), (low_k, high_k), size = query, kv, atom.params[0]
         last = np.minimum(high_q // size, high_k // size)  # the last chunk that both reach shows most
         apart = last < np.maximum(low_q // size, low_k // size)
         behind = np.maximum(low_k, last * size) > np.minimum(high_q, last * size + size - 1)
         same = (low_q // size == high_k // size) & (low_k // size == high_q // size)
-        return apart | behind, same & (high_k <= low_q)
+        return apart | behind, same & (high_k <= low_q), False
 
     @classmethod
     def seen_from(cls, atom: Atom, kv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,13 +133,9 @@ class BlockCausal(Mask):
         return _is_coarser(atom, other) or looks_back_only(other)
 
     @classmethod
-    def of_ranges(cls, atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray]:
+    def of_ranges(cls, atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray, bool]:
         (low_q, high_q), (low_k, high_k), size = query, kv, atom.params[0]
-        return low_k // size > high_q // size, high_k // size <= low_q // size
-
-    @classmethod
-    def is_one_sided(cls, atom: Atom) -> bool:
-        return True
+        return low_k // size > high_q // size, high_k // size <= low_q // size, True
 
     @classmethod
     def seen_from(cls, atom: Atom, kv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ positions merge into one, and what others imply is left out.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any, final
 
@@ -317,21 +318,28 @@ class Visibility:
     hidden_slots: bool
 
 
+@functools.lru_cache(maxsize=512)
 def visibility_of(form: MaskForm, q_len: int, kv_len: int) -> Visibility:
     """Exact for one band of static positions; else it claims only what is certain."""
     if not form.atoms:
         return Visibility(empty_rows=kv_len == 0, hidden_slots=q_len == 0)
     first = form.atoms[0]
-    places = first.query, first.kv
-    on_diagonal = all((atom.query, atom.kv) == places and atom.mask_class.sees_itself(atom) for atom in form.atoms)
-    if isinstance(q_len, SymbolicSize) or isinstance(kv_len, SymbolicSize):
+    symbolic = isinstance(q_len, SymbolicSize) or isinstance(kv_len, SymbolicSize)
+    if len(form.atoms) == 1 and not symbolic:
+        alone = first.mask_class.visibility(first, q_len, kv_len)
+        if alone is not None:
+            return alone
+    if not all(_is_on_diagonal(atom, first) for atom in form.atoms):
+        return Visibility(empty_rows=True, hidden_slots=True)
+    if symbolic:
         start = first.query.start
-        certain = on_diagonal and q_len == kv_len and start is not None and start == first.kv.start
+        certain = q_len == kv_len and start is not None and start == first.kv.start
         return Visibility(empty_rows=not certain, hidden_slots=not certain)
-    alone = first.mask_class.visibility(first, q_len, kv_len) if len(form.atoms) == 1 else None
-    if alone is not None:
-        return alone
-    return _of_diagonal(first, q_len, kv_len) if on_diagonal else Visibility(empty_rows=True, hidden_slots=True)
+    return _of_diagonal(first, q_len, kv_len)
+
+
+def _is_on_diagonal(atom: Atom, first: Atom) -> bool:
+    return (atom.query, atom.kv) == (first.query, first.kv) and atom.mask_class.sees_itself(atom)
 
 
 def _of_diagonal(atom: Atom, q_len: int, kv_len: int) -> Visibility:

@@ -47,11 +47,6 @@ class Dense(Mask):
     word: ClassVar[str] = "dense"
     kinds: ClassVar[tuple[AtomKind, ...]] = (AtomKind.DENSE,)
     axes: ClassVar[Mapping[str, str]] = {"visible": "BNTS"}
-    placeholders: ClassVar[Mapping[str, Placeholder]] = {
-        "dense": Placeholder(
-            lambda at: Dense(filled(True, (at.batch, 1, at.q_len, at.kv_len))), "dense([[1, 0], [1, 1]])"
-        )
-    }
 
     def __post_init__(self) -> None:
         instead = "for 0/1 numbers pass visible > 0, for additive masks pass bias=."
@@ -78,6 +73,14 @@ class Dense(Mask):
 
     def __repr__(self) -> str:
         return f"Dense({described(self.visible)})"
+
+    @classmethod
+    def placeholders(cls) -> dict[str, Placeholder]:
+        return {
+            "dense": Placeholder(
+                lambda at: Dense(filled(True, (at.batch, 1, at.q_len, at.kv_len))), "dense([[1, 0], [1, 1]])"
+            )
+        }
 
     @classmethod
     def read(cls, *values: Any, **named: Any) -> Mask:

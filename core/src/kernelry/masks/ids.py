@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from kernelry.masks.arrays import (
     as_array,
     as_integers,
     check_rows,
-    described_pair,
+    described,
     filled,
     module_of,
     read_booleans,
@@ -33,10 +33,114 @@ if TYPE_CHECKING:
     from kernelry.masks.padding import Padding
 
 
+class _EqualIds(Mask, Protocol):
+    """Ids equal and not negative; `axes` names those of queries and of keys, `kinds` are of one array and of two."""
+
+    __slots__ = ()
+
+    _example: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name, ids in self._named():
+            object.__setattr__(self, name, as_integers(f"{type(self).__name__}: {name}", ids, (1, 2)))
+
+    def _named(self) -> list[tuple[str, ArrayLike]]:
+        """The arrays that are given, by name."""
+        fields = ((name, getattr(self, name)) for name in self.axes or ())
+        return [(name, ids) for name, ids in fields if ids is not None]
+
+    @property
+    def _is_shared(self) -> bool:
+        return len(self._named()) == 1
+
+    @property
+    def _pair(self) -> tuple[ArrayLike, ArrayLike]:
+        given = [ids for _, ids in self._named()]
+        return given[0], given[-1]
+
+    @property
+    def atom(self) -> Atom:
+        return Atom(self.kinds[0 if self._is_shared else 1])
+
+    def evaluate(self, query: Side, kv: Side) -> ArrayLike:
+        own, other = (side.take(ids) for side, ids in zip((query, kv), self._pair, strict=True))
+        return (own == other) & (own >= 0) & (other >= 0)  # an unsigned id may equal a negative one
+
+    def check(self, extent: Extent) -> None:
+        mask, (queries, keys) = type(self).__name__, tuple(self.axes or ())
+        for (name, ids), length in zip(self._named(), (extent.q_len, extent.kv_len), strict=False):
+            check_rows(f"{mask}: {name}", ids, extent.batch, length)
+        if self._is_shared and extent.q_len != extent.kv_len:
+            raise ShapeError(
+                f"{mask}: {keys}=None means the query's own, but T={extent.q_len} and S={extent.kv_len}; "
+                f"pass {mask}({queries}, {keys})."
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(described(ids) for _, ids in self._named())})"
+
+    @classmethod
+    def read(cls, *values: Any, **named: Any) -> Mask:
+        return cls(*read_slots(values), **named)
+
+    @classmethod
+    def placeholders(cls) -> dict[str, Placeholder]:
+        make: Any = cls
+        shared = Placeholder(lambda at: make(_zeros(at, at.q_len)), cls._example)
+        separate = Placeholder(
+            lambda at: make(_zeros(at, at.q_len), _zeros(at, at.kv_len)), f"{cls.word}([0, 0], [0, 1])"
+        )
+        return {cls.word: shared, f"{cls.word}_separate": separate}
+
+    def sizes(self) -> dict[str, int]:
+        found = Mask.sizes(self)
+        return {**found, "S": found["T"]} if self._is_shared else found
+
+    @classmethod
+    def has_live_slots(cls, atom: Atom) -> bool:
+        return atom.kind is cls.kinds[0]
+
+    def live_slots(self) -> ArrayLike:
+        ids = as_array(self._pair[0])
+        return (ids if ids.ndim == 2 else ids[None]) >= 0
+
+    def decide(self, conjunct: Conjunct, grid: BlockGrid) -> Decided:
+        """Ranges of ids that do not meet hold nothing; one id on both sides, not negative, holds everything."""
+        query, kv = self._pair
+        if not (_fits_int32(query) and _fits_int32(kv)):
+            return Decided.unknown(grid)
+        low_q, high_q, whole_q = _id_ranges(query, grid.block_q, grid.rows)
+        low_k, high_k, whole_k = _id_ranges(kv, grid.block_kv, grid.columns)
+        apart = (high_q[:, :, None] < low_k[:, None]) | (high_k[:, None] < low_q[:, :, None])
+        same = (low_q == high_q)[:, :, None] & (low_k == high_k)[:, None] & (low_q[:, :, None] == low_k[:, None])
+        full = same & whole_q[:, :, None] & whole_k[:, None]
+        return Decided(~apart, full)
+
+    @classmethod
+    def padded_atom(cls, atom: Atom, padding: Padding) -> Atom:
+        return Atom(cls.kinds[1]) if padding.parts_ids else atom
+
+    def padded(self, padding: Padding) -> Mask:
+        make: Any = type(self)
+        query, kv = self._pair
+        queries = _with_dead_slots(query, padding.more_queries)
+        if self._is_shared and not padding.parts_ids:
+            return make(queries)  # type: ignore[no-any-return]
+        return make(queries, _with_dead_slots(kv, padding.more_keys))  # type: ignore[no-any-return]
+
+    @classmethod
+    def hides_keys_behind(cls, atom: Atom, q_len: int, kv_len: int) -> bool:
+        return True
+
+    @classmethod
+    def hides_rows_behind(cls, atom: Atom) -> bool:
+        return True
+
+
 @final
 @pytree("query_ids", "kv_ids")
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Segments(Mask):
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Segments(_EqualIds):
     """A query sees the keys of its own segment: ids equal and not negative.
 
     0 is an ordinary id; a negative id attends to nothing and is attended by nothing.
@@ -60,68 +164,13 @@ class Segments(Mask):
     word: ClassVar[str] = "segments"
     kinds: ClassVar[tuple[AtomKind, ...]] = (AtomKind.SEGMENTS, AtomKind.SEGMENTS_SEPARATE)
     axes: ClassVar[Mapping[str, str]] = {"query_ids": "BT", "kv_ids": "BS"}
-    placeholders: ClassVar[Mapping[str, Placeholder]] = {
-        "segments": Placeholder(lambda at: Segments(_zeros(at, at.q_len)), "segments(0, 0, 1, 1)"),
-        "segments_separate": Placeholder(
-            lambda at: Segments(_zeros(at, at.q_len), _zeros(at, at.kv_len)), "segments([0, 0], [0, 1])"
-        ),
-    }
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "query_ids", as_integers("Segments: query_ids", self.query_ids, (1, 2)))
-        if self.kv_ids is not None:
-            object.__setattr__(self, "kv_ids", as_integers("Segments: kv_ids", self.kv_ids, (1, 2)))
-
-    @property
-    def atom(self) -> Atom:
-        return Atom(AtomKind.SEGMENTS if self.kv_ids is None else AtomKind.SEGMENTS_SEPARATE)
-
-    def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        return _equal_ids(query, kv, self.query_ids, self.kv_ids)
-
-    def check(self, extent: Extent) -> None:
-        _check_ids("Segments", "ids", self.query_ids, self.kv_ids, extent)
-
-    def __repr__(self) -> str:
-        return f"Segments({described_pair(self.query_ids, self.kv_ids)})"
-
-    @classmethod
-    def read(cls, *values: Any, **named: Any) -> Mask:
-        return cls(*read_slots(values), **named)
-
-    def sizes(self) -> dict[str, int]:
-        return _sizes(Mask.sizes(self), self.kv_ids)
-
-    @classmethod
-    def has_live_slots(cls, atom: Atom) -> bool:
-        return atom.kind is AtomKind.SEGMENTS
-
-    def live_slots(self) -> ArrayLike:
-        return _live(self.query_ids)
-
-    def decide(self, conjunct: Conjunct, grid: BlockGrid) -> Decided:
-        return _decide(self.query_ids, self.kv_ids, grid)
-
-    @classmethod
-    def padded_atom(cls, atom: Atom, padding: Padding) -> Atom:
-        return Atom(AtomKind.SEGMENTS_SEPARATE) if padding.parts_ids else atom
-
-    def padded(self, padding: Padding) -> Mask:
-        return Segments(*_padded(self.query_ids, self.kv_ids, padding))
-
-    @classmethod
-    def hides_keys_behind(cls, atom: Atom, q_len: int, kv_len: int) -> bool:
-        return True
-
-    @classmethod
-    def hides_rows_behind(cls, atom: Atom) -> bool:
-        return True
+    _example: ClassVar[str] = "segments(0, 0, 1, 1)"
 
 
 @final
 @pytree("query_spans", "kv_spans")
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class BidirectionalSpans(Mask):
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class BidirectionalSpans(_EqualIds):
     """Queries and keys of one span see each other: span ids equal and not negative.
 
     Meant to be OR-ed to a causal mask, for the tokens of an image.
@@ -145,18 +194,7 @@ class BidirectionalSpans(Mask):
     word: ClassVar[str] = "spans"
     kinds: ClassVar[tuple[AtomKind, ...]] = (AtomKind.SPANS, AtomKind.SPANS_SEPARATE)
     axes: ClassVar[Mapping[str, str]] = {"query_spans": "BT", "kv_spans": "BS"}
-    placeholders: ClassVar[Mapping[str, Placeholder]] = {
-        "spans": Placeholder(lambda at: BidirectionalSpans(_zeros(at, at.q_len)), "spans(-1, 0, 0, -1)"),
-        "spans_separate": Placeholder(
-            lambda at: BidirectionalSpans(_zeros(at, at.q_len), _zeros(at, at.kv_len)), "spans([0, 0], [0, 1])"
-        ),
-    }
-
-    def __post_init__(self) -> None:
-        name = "BidirectionalSpans"
-        object.__setattr__(self, "query_spans", as_integers(f"{name}: query_spans", self.query_spans, (1, 2)))
-        if self.kv_spans is not None:
-            object.__setattr__(self, "kv_spans", as_integers(f"{name}: kv_spans", self.kv_spans, (1, 2)))
+    _example: ClassVar[str] = "spans(-1, 0, 0, -1)"
 
     @classmethod
     def from_flags(cls, flags: Any) -> BidirectionalSpans:
@@ -179,70 +217,9 @@ class BidirectionalSpans(Mask):
         numbers = xp.cumsum(flags & ~before, axis=-1, dtype=xp.int32) - 1
         return cls(xp.where(flags, numbers, xp.int32(-1)))
 
-    @property
-    def atom(self) -> Atom:
-        return Atom(AtomKind.SPANS if self.kv_spans is None else AtomKind.SPANS_SEPARATE)
-
-    def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        return _equal_ids(query, kv, self.query_spans, self.kv_spans)
-
-    def check(self, extent: Extent) -> None:
-        _check_ids("BidirectionalSpans", "spans", self.query_spans, self.kv_spans, extent)
-
-    def __repr__(self) -> str:
-        return f"BidirectionalSpans({described_pair(self.query_spans, self.kv_spans)})"
-
-    @classmethod
-    def read(cls, *values: Any, **named: Any) -> Mask:
-        return cls(*read_slots(values), **named)
-
     @classmethod
     def readers(cls) -> dict[str, Callable[..., Mask]]:
         return {cls.word: cls.read, cls.__name__: cls.read, f"{cls.__name__}.from_flags": _read_flags}
-
-    def sizes(self) -> dict[str, int]:
-        return _sizes(Mask.sizes(self), self.kv_spans)
-
-    @classmethod
-    def has_live_slots(cls, atom: Atom) -> bool:
-        return atom.kind is AtomKind.SPANS
-
-    def live_slots(self) -> ArrayLike:
-        return _live(self.query_spans)
-
-    def decide(self, conjunct: Conjunct, grid: BlockGrid) -> Decided:
-        return _decide(self.query_spans, self.kv_spans, grid)
-
-    @classmethod
-    def padded_atom(cls, atom: Atom, padding: Padding) -> Atom:
-        return Atom(AtomKind.SPANS_SEPARATE) if padding.parts_ids else atom
-
-    def padded(self, padding: Padding) -> Mask:
-        return BidirectionalSpans(*_padded(self.query_spans, self.kv_spans, padding))
-
-    @classmethod
-    def hides_keys_behind(cls, atom: Atom, q_len: int, kv_len: int) -> bool:
-        return True
-
-    @classmethod
-    def hides_rows_behind(cls, atom: Atom) -> bool:
-        return True
-
-
-def _equal_ids(query: Side, kv: Side, query_ids: ArrayLike, kv_ids: ArrayLike | None) -> ArrayLike:
-    own, other = query.take(query_ids), kv.take(query_ids if kv_ids is None else kv_ids)
-    return (own == other) & (own >= 0) & (other >= 0)  # an unsigned id may equal a negative one
-
-
-def _check_ids(mask: str, word: str, query_ids: ArrayLike, kv_ids: ArrayLike | None, extent: Extent) -> None:
-    check_rows(f"{mask}: query_{word}", query_ids, extent.batch, extent.q_len)
-    if kv_ids is not None:
-        check_rows(f"{mask}: kv_{word}", kv_ids, extent.batch, extent.kv_len)
-    elif extent.q_len != extent.kv_len:
-        raise ShapeError(
-            f"{mask}: kv_{word}=None means the query's own, but T={extent.q_len} and S={extent.kv_len}; "
-            f"pass {mask}(query_{word}, kv_{word})."
-        )
 
 
 def _zeros(at: Extent, length: int) -> ArrayLike:
@@ -253,39 +230,10 @@ def _read_flags(*flags: Any) -> Mask:
     return BidirectionalSpans.from_flags(read_booleans(flags[0] if len(flags) == 1 else flags))
 
 
-def _sizes(found: dict[str, int], kv_ids: ArrayLike | None) -> dict[str, int]:
-    return {**found, "S": found["T"]} if kv_ids is None else found
-
-
-def _live(ids: ArrayLike) -> ArrayLike:
-    ids = as_array(ids)
-    return (ids if ids.ndim == 2 else ids[None]) >= 0
-
-
-def _padded(ids: ArrayLike, kv_ids: ArrayLike | None, padding: Padding) -> tuple[ArrayLike, ArrayLike | None]:
-    queries = _with_dead_slots(ids, padding.more_queries)
-    if kv_ids is None and not padding.parts_ids:
-        return queries, None
-    return queries, _with_dead_slots(ids if kv_ids is None else kv_ids, padding.more_keys)
-
-
 def _with_dead_slots(ids: ArrayLike, more: int) -> ArrayLike:
     """Puts ids of −1, which see nothing, behind ids [B, L] or [L]."""
     widths = [(0, 0)] * (ids.ndim - 1) + [(0, more)]
     return module_of(ids).pad(signed(ids), widths, constant_values=-1) if more else ids
-
-
-def _decide(query: jax.Array, kv: jax.Array | None, grid: BlockGrid) -> Decided:
-    """Ranges of ids that do not meet hold nothing; one id on both sides, not negative, holds everything."""
-    kv = query if kv is None else kv
-    if not (_fits_int32(query) and _fits_int32(kv)):
-        return Decided.unknown(grid)
-    low_q, high_q, whole_q = _id_ranges(query, grid.block_q, grid.rows)
-    low_k, high_k, whole_k = _id_ranges(kv, grid.block_kv, grid.columns)
-    apart = (high_q[:, :, None] < low_k[:, None]) | (high_k[:, None] < low_q[:, :, None])
-    same = (low_q == high_q)[:, :, None] & (low_k == high_k)[:, None] & (low_q[:, :, None] == low_k[:, None])
-    full = same & whole_q[:, :, None] & whole_k[:, None]
-    return Decided(~apart, full)
 
 
 def _fits_int32(ids: jax.Array) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from kernelry._pytree import pytree
 from kernelry.errors import ShapeError
-from kernelry.masks.arrays import as_limits, described_pair, filled, module_of, read_slots, signed
+from kernelry.masks.arrays import as_limits, described, filled, module_of, read_slots, signed
 from kernelry.masks.base import Extent, Mask, Placeholder
 from kernelry.masks.form import Atom, AtomKind
 from kernelry.masks.run_time import BlockGrid, Decided
@@ -52,9 +52,6 @@ class Lengths(Mask):
     word: ClassVar[str] = "lengths"
     kinds: ClassVar[tuple[AtomKind, ...]] = (AtomKind.LENGTHS,)
     axes: ClassVar[Mapping[str, str]] = {"kv_lengths": "B", "query_lengths": "B"}
-    placeholders: ClassVar[Mapping[str, Placeholder]] = {
-        "lengths": Placeholder(lambda at: Lengths(filled(at.kv_len, (at.batch,))), "lengths(2)")
-    }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_lengths", as_limits("Lengths: kv_lengths", self.kv_lengths))
@@ -79,7 +76,12 @@ class Lengths(Mask):
                 )
 
     def __repr__(self) -> str:
-        return f"Lengths({described_pair(self.kv_lengths, self.query_lengths)})"
+        of_queries = "" if self.query_lengths is None else f", {described(self.query_lengths)}"
+        return f"Lengths({described(self.kv_lengths)}{of_queries})"
+
+    @classmethod
+    def placeholders(cls) -> dict[str, Placeholder]:
+        return {"lengths": Placeholder(lambda at: Lengths(filled(at.kv_len, (at.batch,))), "lengths(2)")}
 
     @classmethod
     def read(cls, *values: Any, **named: Any) -> Mask:

@@ -199,7 +199,7 @@ def _vocabulary(
     placeholders: dict[str, Placeholder] = {}
     for cls in known:
         names |= cls.readers()
-        placeholders |= cls.placeholders
+        placeholders |= cls.placeholders()
     return names, placeholders
 
 

@@ -92,32 +92,32 @@ class Predicate(Mask):
     def __repr__(self) -> str:
         return f"Predicate({', '.join([_title(self.fn), *map(described, self.operands)])})"
 
-    @classmethod
-    def arrays_held(cls, atom: Atom) -> Held | None:
-        if OPERANDS in atom.params:
-            return (), False
-        named = atom.params[0]
-        if not isinstance(named, FunctionRef):
-            function = imported(named)
-            return ((), False) if function is None else held_by(FunctionRef(function))
-        if named.held is None and named.function is not None:
-            named.held = held_by(named)
-        return named.held
-
 
 def arrays_held(atom: Atom) -> tuple[tuple[int, ...], ...] | None:
     """Shapes of the arrays that the function of a PREDICATE without operands holds; none of other atoms.
 
     None where the function is gone and was not asked in time.
     """
-    held = atom.mask_class.arrays_held(atom)
+    held = _held(atom)
     return None if held is None else held[0]
 
 
 def holds_traced(atom: Atom) -> bool:
     """Whether the function of a PREDICATE without operands holds an array of a program that is being traced."""
-    held = atom.mask_class.arrays_held(atom)
+    held = _held(atom)
     return held is not None and held[1]
+
+
+def _held(atom: Atom) -> Held | None:
+    if atom.kind is not AtomKind.PREDICATE or OPERANDS in atom.params:
+        return (), False
+    named = atom.params[0]
+    if not isinstance(named, FunctionRef):
+        function = imported(named)
+        return ((), False) if function is None else held_by(FunctionRef(function))
+    if named.held is None and named.function is not None:
+        named.held = held_by(named)
+    return named.held
 
 
 def note_arrays(form: MaskForm) -> None:

@@ -41,9 +41,6 @@ class PrefixLM(Mask):
     kinds: ClassVar[tuple[AtomKind, ...]] = (AtomKind.PREFIX_LM,)
     positional: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, str]] = {"prefix_lengths": "B"}
-    placeholders: ClassVar[Mapping[str, Placeholder]] = {
-        "prefix_lm": Placeholder(lambda at: PrefixLM(filled(0, (at.batch,))), "prefix_lm(2)")
-    }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix_lengths", as_limits("PrefixLM: prefix_lengths", self.prefix_lengths))
@@ -65,6 +62,10 @@ class PrefixLM(Mask):
 
     def __repr__(self) -> str:
         return f"PrefixLM({described(self.prefix_lengths)})"
+
+    @classmethod
+    def placeholders(cls) -> dict[str, Placeholder]:
+        return {"prefix_lm": Placeholder(lambda at: PrefixLM(filled(0, (at.batch,))), "prefix_lm(2)")}
 
     @classmethod
     def sees_itself(cls, atom: Atom) -> bool:

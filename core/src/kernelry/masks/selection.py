@@ -53,13 +53,6 @@ class BlockSelection(Mask):
     positional: ClassVar[bool] = True
     uses_query_positions: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, str]] = {"keep": "BNT."}
-    placeholders: ClassVar[Mapping[str, Placeholder]] = {
-        "block_selection": Placeholder(
-            lambda at, size: BlockSelection(_all_kept(at, size), size),
-            "block_selection([[1, 0], [1, 1]], 2)",
-            numbers=1,
-        )
-    }
 
     def __post_init__(self) -> None:
         instead = "compare the scores of an indexer with a threshold."
@@ -90,6 +83,16 @@ class BlockSelection(Mask):
 
     def __repr__(self) -> str:
         return f"BlockSelection({described(self.keep)}, {self.block_size})"
+
+    @classmethod
+    def placeholders(cls) -> dict[str, Placeholder]:
+        return {
+            "block_selection": Placeholder(
+                lambda at, size: BlockSelection(_all_kept(at, size), size),
+                "block_selection([[1, 0], [1, 1]], 2)",
+                numbers=1,
+            )
+        }
 
     @classmethod
     def read(cls, keep: Any, block_size: int) -> Mask:
