@@ -107,7 +107,8 @@ class Mask(Protocol):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for key in cls.__dict__.get("kinds", (cls.word,) if cls.word else ()):
+        own = vars(cls)
+        for key in own.get("kinds", (own["word"],) if "word" in own else ()):
             register_mask(key, cls)
 
     @abstractmethod
