@@ -14,6 +14,7 @@ from kernelry.plugin import BlockGrid, Capabilities, Mask, decided_at_run_time, 
 from kernelry.testing import reference_attention
 
 TABLE = np.arange(8) % 3
+SHIFT = jnp.asarray(2)
 
 
 @pytree()
@@ -60,6 +61,15 @@ class ByTable(Mask):
 
 @pytree()
 @dataclasses.dataclass(frozen=True)
+class ByNumber(Mask):
+    """A mask whose code holds an array of one number."""
+
+    def evaluate(self, query, kv):
+        return kv.slots - query.slots <= SHIFT
+
+
+@pytree()
+@dataclasses.dataclass(frozen=True)
 class ByHead(Mask):
     """A mask that differs by head, so that no tile of queries and keys says all of it."""
 
@@ -73,6 +83,7 @@ class ByHead(Mask):
         (Recent(3), "custom(test.recent, 3)"),
         (Heavy(np.ones(4, int)), "custom(test.heavy, 1, operands)"),
         (ByTable(), "custom(ByTable, operands)"),
+        (ByNumber(), "custom(ByNumber, operands)"),
         (ByHead(), "custom(ByHead, operands)"),
     ],
     ids=lambda value: str(value)[:8],

@@ -6,7 +6,6 @@ Modules that know concrete masks import this one, so they are imported inside fu
 from __future__ import annotations
 
 import dataclasses
-import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -18,10 +17,10 @@ import numpy as np
 
 from kernelry.errors import ArgumentError, KernelryError, ShapeError
 from kernelry.masks.form import OPERANDS, Atom, AtomKind, MaskForm, register_mask
-from kernelry.masks.functions import shapes_held
+from kernelry.masks.functions import is_told_by_tiles
 from kernelry.masks.positions import from_arguments
 from kernelry.masks.run_time import BlockGrid, Decided
-from kernelry.masks.side import ArrayLike, Axis, Side
+from kernelry.masks.side import ArrayLike, Side
 
 if TYPE_CHECKING:
     from kernelry.masks.composition import Conjunct, Visibility
@@ -100,7 +99,7 @@ class Mask(Protocol):
     """False when a positional mask looks only at where the keys stand."""
 
     axes: ClassVar[Mapping[str, str] | None] = None
-    """By field, the axes of B N K T S that its array has, at the right; `.` is an axis of its own. None: unknown."""
+    """By field, the axes of B N T S that its array has, from the right; N may be K, `.` is another. None: unknown."""
 
     decides_ranges: ClassVar[bool] = False
     """True when `of_ranges` and `seen_from` decide blocks of static positions, so that none need be evaluated."""
@@ -347,35 +346,9 @@ def _is_array(value: Any) -> bool:
 def atom_of(mask: Mask) -> Atom:
     """A mask's atom; that of a custom mask says whether it needs arrays."""
     atom = mask.atom
-    if atom.kind is not AtomKind.CUSTOM or OPERANDS in atom.params or _shows_tiles(mask):
+    if atom.kind is not AtomKind.CUSTOM or OPERANDS in atom.params or is_told_by_tiles(mask):
         return atom
     return dataclasses.replace(atom, params=(*atom.params, OPERANDS))
-
-
-def _shows_tiles(mask: Mask) -> bool:
-    """Whether a mask can be asked about a tile, and then needs nothing but its slots and positions."""
-    if jax.tree.leaves(mask):
-        return False
-    try:
-        return _traces_on_tiles(mask)  # type: ignore[arg-type]
-    except TypeError:  # it has no hash
-        return False
-
-
-@functools.lru_cache(maxsize=256)
-def _traces_on_tiles(mask: Mask) -> bool:
-    def on_tile(query: jax.Array, kv: jax.Array) -> Any:
-        sides = (Side(axis, slots, at, whole=False) for axis, (slots, at) in zip(Axis, (query, kv), strict=True))
-        return mask.evaluate(*sides)
-
-    query, kv = (jax.ShapeDtypeStruct((2, *tile), np.int32) for tile in ((3, 1), (1, 5)))  # type: ignore[no-untyped-call]
-    try:
-        traced = jax.make_jaxpr(on_tile)(query, kv)
-        [shown] = traced.out_avals
-    except Exception:  # its author's, which the call will raise
-        return False
-    of_tile = len(shown.shape) == 2 and shown.shape[0] in (1, 3) and shown.shape[1] in (1, 5)
-    return of_tile and shown.dtype == np.bool_ and not any(shapes_held(traced))
 
 
 def _mask(value: Any) -> Mask:

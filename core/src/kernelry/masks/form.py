@@ -320,7 +320,7 @@ class MaskForm:
         return MaskForm, (self.atoms,)  # hashes differ between processes
 
     def take(self, wanted: Callable[[Atom], bool]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Splits the atoms into those a kernel wants and the rest.
+        """Splits the atoms into those that are wanted and the rest.
 
         Returns:
           Two tuples of indices, aligned with `atoms` and with `Inputs.mask`.

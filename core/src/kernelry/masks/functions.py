@@ -1,4 +1,4 @@
-"""Functions inside masks: how a form refers to one, and which arrays it holds itself.
+"""Code inside masks: how a form refers to a function, and which arrays the code holds itself.
 
 A kernel that evaluates a mask in registers cannot reach such arrays.
 """
@@ -11,11 +11,16 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from kernelry.masks.side import Axis, Side
+
+if TYPE_CHECKING:
+    from kernelry.masks.base import Mask
 
 Held: TypeAlias = tuple[tuple[tuple[int, ...], ...], bool]
 """Shapes of the arrays that a function holds, and whether any of them is being traced."""
@@ -84,10 +89,10 @@ def held_by(held: FunctionRef) -> Held:
         traced = jax.make_jaxpr(function)(position, position)
     except Exception:  # the user's own, which the call will raise with its positions
         return (), False
-    return tuple(shapes_held(traced)), any(isinstance(array, jax.core.Tracer) for array in traced.consts)
+    return tuple(_shapes(traced)), any(isinstance(array, jax.core.Tracer) for array in traced.consts)
 
 
-def shapes_held(part: Any) -> Iterator[tuple[int, ...]]:
+def _shapes(part: Any) -> Iterator[tuple[int, ...]]:
     """Shapes of the arrays in a jaxpr and in all inside it; a scalar written into it is not an array."""
     if isinstance(part, ClosedJaxpr | Jaxpr):  # one class in jax 0.12
         yield from (np.shape(array) for array in getattr(part, "consts", ()))
@@ -95,4 +100,30 @@ def shapes_held(part: Any) -> Iterator[tuple[int, ...]]:
             literals = (operand.val for operand in equation.invars if isinstance(operand, Literal))
             yield from (np.shape(value) for value in literals if np.shape(value))
             for inside in jax.tree.leaves(equation.params):
-                yield from shapes_held(inside)
+                yield from _shapes(inside)
+
+
+def is_told_by_tiles(mask: Mask) -> bool:
+    """Whether a mask can be asked about a tile, and then needs nothing but its slots and positions."""
+    if jax.tree.leaves(mask):
+        return False
+    try:
+        return _traces_on_tiles(mask)  # type: ignore[arg-type]
+    except TypeError:  # it has no hash
+        return False
+
+
+@functools.lru_cache(maxsize=256)
+def _traces_on_tiles(mask: Mask) -> bool:
+    def on_tile(query: jax.Array, kv: jax.Array) -> Any:
+        sides = (Side(axis, slots, at, whole=False) for axis, (slots, at) in zip(Axis, (query, kv), strict=True))
+        return mask.evaluate(*sides)
+
+    query, kv = (jax.ShapeDtypeStruct((2, *tile), np.int32) for tile in ((3, 1), (1, 5)))  # type: ignore[no-untyped-call]
+    try:
+        traced = jax.make_jaxpr(on_tile)(query, kv)
+        [shown] = traced.out_avals
+    except Exception:  # its author's, which the call will raise
+        return False
+    of_tile = len(shown.shape) == 2 and shown.shape[0] in (1, 3) and shown.shape[1] in (1, 5)
+    return of_tile and shown.dtype == np.bool_ and next(_shapes(traced), None) is None

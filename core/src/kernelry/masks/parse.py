@@ -55,7 +55,7 @@ def parse_form(
 
     Args:
       text: an expression as above. `segments`, `segments_separate`, `spans`, `spans_separate`, `lengths`,
-        `prefix_lm`, `dense` and `block_selection(size)` need no arrays, and the word `traced` stands for an
+        `prefix_lm`, `dense` and `block_selection(size)` need no arrays, and the word `traced` means an
         offset or positions known only at run time.
       classes: masks of plugins, by name; core's own names come first.
       anywhere: whether queries that the mask does not place stand at an offset known only at run time.

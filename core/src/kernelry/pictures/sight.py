@@ -57,7 +57,7 @@ class Sight:
         """Takes lengths that are not given from the longest array of the mask, else from the other side, else 8.
 
         Raises:
-          ArgumentError: a length is no number of tokens that can be drawn.
+          ArgumentError: that many tokens cannot be drawn.
           ShapeError: the mask's arrays do not fit, or a positional mask meets T ≠ S without `.at`.
         """
         extent = _extent(mask, q_len, kv_len)

@@ -97,7 +97,7 @@ class PadSequence(Adapter):
 
 
 def _lengths(request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> tuple[int, int]:
-    """T and S as the kernel wants them."""
+    """T and S as the kernel needs them."""
     asked = [size for refusal in refusals if refusal.code in PadSequence.cures for size in refusal.pad_to]
     least = 0 if capabilities.empty_arrays else 1
     q_len = max([request.q_len, least, *(size for name, size in asked if name == "q_len")])
