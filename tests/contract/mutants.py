@@ -28,9 +28,10 @@ from kernelry.masks import (
     SlidingWindow,
 )
 from kernelry.masks.band import Band
-from kernelry.masks.base import And, At, Not, Or
+from kernelry.masks.composition import And, At, Not, Or
 from kernelry.masks.positions import StaticOffset, StaticPositions
 from kernelry.plugin import KernelSpec, QuantizedArray, Refusal, RefusalCode, Side, Tiling
+from kernelry.testing.conformance.samples import Near, Strided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,11 @@ def lie(case, *, backward=False, **changes):
 def changed(mask, change):
     """Applies a change to the mask inside `.at`."""
     return At(changed(mask.mask, change), mask.query, mask.kv) if isinstance(mask, At) else change(mask)
+
+
+def inside(mask):
+    """The mask inside `.at`."""
+    return mask.mask if isinstance(mask, At) else mask
 
 
 class OtherMasks(Honest):
@@ -115,6 +121,24 @@ class MatchesNegativeSegments(OtherMasks):
             return mask
         kv_ids = None if mask.kv_ids is None else jnp.where(jnp.asarray(mask.kv_ids) < 0, 99, mask.kv_ids)
         return Segments(jnp.where(jnp.asarray(mask.query_ids) < 0, 99, mask.query_ids), kv_ids)
+
+
+@lie("custom")
+class IgnoresCustomMasks(Honest):
+    def masks(self, inputs):
+        return tuple(mask for mask in inputs.mask if not isinstance(inside(mask), Near))
+
+
+@lie("custom")
+class ReadsOneRowOfACustomMasksArrays(OtherMasks):
+    def other(self, mask):
+        return Near(mask.reach[:1]) if isinstance(mask, Near) else mask
+
+
+@lie("custom mask without arrays")
+class KnowsPredicatesByTheirClassAlone(Honest):
+    def masks(self, inputs):
+        return tuple(mask for mask in inputs.mask if not isinstance(inside(mask), Strided))
 
 
 @lie("bias")

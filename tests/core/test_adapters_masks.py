@@ -28,15 +28,14 @@ TAKES = {
 }
 
 
+@pytree()
 @dataclasses.dataclass(frozen=True, slots=True)
 class Striped(Mask):
     """A third party's mask."""
 
     step: int
 
-    @property
-    def atom(self):
-        return Atom(AtomKind.CUSTOM, ("striped", self.step))
+    word = "striped"
 
     def evaluate(self, query, kv):
         return (query.slots - kv.slots) % self.step == 0
@@ -55,6 +54,26 @@ class Disguised(Mask):
 
     def evaluate(self, query, kv):
         return kv.take(self.visible)
+
+
+@pytree("keys")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Seen(Mask):
+    """A third party's mask with an array."""
+
+    keys: np.ndarray
+
+    word = "seen"
+
+    def evaluate(self, query, kv):
+        return kv.take(self.keys) | (query.slots == kv.slots)
+
+
+UNKNOWN_ARRAYS = {
+    "predicate": masks.Predicate(near, np.int32(2)),
+    "placed predicate": masks.Predicate(near, np.int32(2)).at(query_offset=1, kv_positions=np.array([3, 0, 1, 2])),
+    "custom": Seen(np.array([True, False, True, False])),
+}
 
 
 def asked(mask, q_len, kv_len, **others):
@@ -128,9 +147,6 @@ def test_padding_is_seen_by_no_row_of_the_call(drawn, more, takes, max_logits):
     mask, q_len, kv_len = drawn
     assume(any(more))
     done = padded_beyond(mask, q_len, kv_len, more, takes=takes, max_logits=max_logits)
-    if done is None:
-        assert "operands" in repr(mask.form)
-        return
     assert_padding_is_out_of_sight(mask, *done)
 
 
@@ -210,14 +226,30 @@ def test_narrow_ids_and_lengths_survive_padding_beyond_their_range():
 
 
 @pytest.mark.parametrize("around", [lambda mask: mask, operator.invert, lambda mask: masks.Causal() | mask])
-@pytest.mark.parametrize("mask", [masks.Predicate(near, np.int32(2)), Striped(2)], ids=["predicate", "custom"])
-def test_a_mask_of_unknown_arrays_is_not_padded(mask, around):
-    assert padded_beyond(around(mask), 4, 4, (1, 1)) is None
+@pytest.mark.parametrize("more", [(1, 1), (0, 3), (2, 0)])
+@pytest.mark.parametrize("max_logits", [False, True])
+@pytest.mark.parametrize("name", UNKNOWN_ARRAYS)
+def test_a_mask_of_unknown_arrays_is_asked_about_the_slots_of_before(name, around, more, max_logits):
+    mask = around(UNKNOWN_ARRAYS[name])
+    assert_padding_is_out_of_sight(mask, *padded_beyond(mask, 4, 4, more, max_logits=max_logits))
+
+
+def test_a_mask_of_unknown_arrays_needs_no_other_atom_when_padded():
+    _, after, _ = padded_beyond(UNKNOWN_ARRAYS["custom"], 4, 4, (1, 1), max_logits=True)
+    assert str(after.mask) == "custom(kernelry.padded, custom(seen, operands), operands)"
+
+
+def test_a_custom_mask_without_arrays_stays_as_it_is_when_padded():
+    mask = Striped(2)
+    before, after, found = padded_beyond(mask, 4, 4, (1, 1))
+    assert str(after.mask) == "custom(striped, 2) & segments"
+    assert mask in found.mask
+    assert_padding_is_out_of_sight(mask, before, after, found)
 
 
 def test_a_mask_that_hides_its_class_cannot_be_padded():
     mask = masks.Causal() | Disguised(np.array([True, False, True]))
-    with pytest.raises(PluginError, match="nobody but Disguised"):
+    with pytest.raises(PluginError, match="only Disguised can pad"):
         padded_beyond(mask, 3, 3, (1, 1))
 
 

@@ -201,15 +201,22 @@ def test_masks_of_nothing_have_the_shape_asked_for(extent):
     assert reference_mask(mask & ~selection, *extent).shape == extent
 
 
-def test_unknown_masks_are_refused_by_name():
+def test_masks_of_core_without_a_definition_are_refused_by_name():
+    [band] = masks.SlidingWindow(3).canonical()
+    with pytest.raises(NotImplementedError, match="Band"):
+        reference_mask(masks.Causal() & ~band, B, N, T, S)
+
+
+def test_masks_of_third_parties_are_their_own_definition():
     class Strange(Mask):
-        atom = None
+        positional = True
 
         def evaluate(self, query, kv):
-            return True
+            return (query.positions + kv.positions + query.slots) % 3 == 0
 
-    with pytest.raises(NotImplementedError, match="Strange"):
-        reference_mask(masks.Causal() & ~Strange(), B, N, T, S)
+    found = reference_mask(~Strange().at(query_offset=np.arange(B), kv_offset=5), B, N, T, S)
+    b, _, t, s = np.indices((B, N, T, S))
+    np.testing.assert_array_equal(found, (b + t + s + 5 + t) % 3 != 0)
 
 
 def test_unknown_positions_are_refused_by_name():

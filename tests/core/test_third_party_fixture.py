@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 import kernelry
-from kernelry import masks
+from kernelry import masks, pictures, testing
+from kernelry.masks import BlockKind
+from kernelry.masks.parse import parse_form, parse_mask
+from kernelry_dot_product.blockwise.grid import Grid
+from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_queries
 
 pytestmark = pytest.mark.versions
 
@@ -100,3 +104,57 @@ def test_example_mask_is_static_under_jit(strided):
 def test_example_mask_without_a_step_raises(strided):
     with pytest.raises(ValueError, match="step must be at least 1, got 0"):
         strided(0)
+
+
+def test_example_mask_is_parsed_by_its_word_and_by_its_repr(plugin, strided):
+    known = plugin.kernelry_masks()
+    mask = strided(3) & masks.Causal()
+    for text in ("strided(3) & causal", "Strided(3) & Causal()", "strided(step=3) & causal"):
+        assert parse_mask(text, known) == mask.__class__((strided(3), masks.Causal()))
+        assert parse_form(text, known) == mask.form
+
+
+def test_example_mask_is_drawn(strided):
+    drawn = pictures.text(strided(2), 4).splitlines()
+    assert drawn[0] == "custom(strided, 2)"
+    assert drawn[3:7] == ["1 . 1 .", ". 1 . 1", "1 . 1 .", ". 1 . 1"]
+
+
+def test_example_mask_survives_json(strided):
+    form = (strided(2) & masks.Causal()).form
+    assert masks.MaskForm.from_json(form.to_json()) == form
+
+
+def test_blocks_that_the_example_mask_empties_are_known(strided):
+    empty, partial = BlockKind.EMPTY, BlockKind.PARTIAL
+    kinds = (strided(8) & masks.Causal()).block_map(12, 12, 2, 2)
+    expected = [[partial if i >= j and (i - j) % 4 == 0 else empty for j in range(6)] for i in range(6)]
+    np.testing.assert_array_equal(kinds, expected)
+
+
+def test_blockwise_visits_no_block_that_the_example_mask_empties(strided):
+    grid = Grid(q_len=64, kv_len=64, block_q=8, block_kv=8)
+    visits = visits_of_queries(kinds_of(strided(32).canonical(), grid))
+    assert not visits.any_full
+    np.testing.assert_array_equal(visits.some[0], [2] * 8)  # of 8
+
+
+@pytest.mark.parametrize("kernel", ["splash", "pallas_flash", "blockwise", "dot_product"])
+@pytest.mark.parametrize("length", [128, 100])
+def test_example_mask_is_served_as_a_predicate(strided, kernel, length):
+    mask = strided(3) & masks.Causal()
+    rng = np.random.default_rng(0)
+    qkv = tuple(rng.standard_normal((1, length, 1, 128), np.float32) for _ in range(3))
+    with testing.interpret(), kernelry.record() as resolutions:
+        out = jax.jit(lambda qkv: kernelry.attention(*qkv, mask=mask, kernel=kernel))(qkv)
+    steps = {step.adapter.name for step in resolutions[0].plan.steps}
+    assert steps <= {"pad_sequence"}
+    assert ("pad_sequence" in steps) == (kernel == "splash" and length == 100)
+    np.testing.assert_allclose(out, testing.reference_attention(*qkv, mask=mask).out, rtol=2e-5, atol=2e-5)
+
+
+def test_example_mask_leaves_no_row_without_a_key(strided):
+    form = (strided(3) & masks.Causal()).form
+    assert not form.may_have_empty_rows(8, 8)
+    assert not form.may_hide_slots(8, 8)
+    assert (strided(3) & masks.Causal().at(query_offset=2)).form.may_have_empty_rows(8, 8)

@@ -1,5 +1,6 @@
 """Predicates that hold arrays, or are constant, through the kernels that evaluate them in registers."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ from pairs import sweep_but
 import kernelry
 from kernelry import masks, testing
 from kernelry.errors import KernelRefusedError
+from kernelry.plugin import Mask, pytree
 
 LENGTH = 56
 TABLE = np.random.default_rng(0).integers(0, LENGTH, LENGTH)
@@ -119,3 +121,32 @@ def test_no_kernel_keeps_what_a_function_holds(make_arrays):
     jax.clear_caches()  # JAX keeps what the vendors' kernels are made of
     gc.collect()
     assert {kernel for kernel, table in alive.items() if table() is not None} == set()
+
+
+@pytree()
+@dataclasses.dataclass(frozen=True)
+class LooksUp(Mask):
+    """A third party's mask that depends on nothing but positions, and on a table where it is told to."""
+
+    table: bool
+
+    word = "looks_up"
+    positional = True
+
+    def evaluate(self, query, kv):
+        return looks_up(query.positions, kv.positions) if self.table else kv.positions <= query.positions + 2
+
+
+@pytest.mark.parametrize("kernel", ["splash", "tokamax_splash", "pallas_flash", "pallas_decode"])
+def test_a_custom_mask_is_a_predicate_where_it_needs_no_array(kernel):
+    facts = {"q_len": 1, "mode": "decode"} if kernel == "pallas_decode" else {"q_len": 256}
+    facts |= {"kv_len": 256, "head_dim": 128, "target": "cpu", "interpret": True}
+    for table in (True, False):
+        mask = (LooksUp(table) & masks.Causal()).at(query_offset=256 - facts["q_len"])
+        found = kernelry.explain(kernelry.Request(**facts, mask=mask), kernel=kernel)
+        alone = found.plan is not None and not any(step.adapter.name == "dense_mask" for step in found.plan.steps)
+        assert alone != table
+
+
+def test_splash_evaluates_a_custom_mask(make_arrays, check_against_dense):
+    check_against_dense("splash", make_arrays(256, head_dim=128), mask=LooksUp(table=False) & ~masks.Chunked(64))

@@ -12,7 +12,10 @@ from kernelry.kernel.partial import Partial, checked, unchecked
 from kernelry.kernel.refusal import Refusal, RefusalCode, array_refusals
 from kernelry.kernel.spec import Gradients, Inputs, Kernel, KernelSpec, Tiling
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
+from kernelry.masks.base import Placeholder
 from kernelry.masks.blocks import static_block_map
+from kernelry.masks.composition import Conjunct
+from kernelry.masks.padding import Padding
 from kernelry.masks.predicate import is_lasting
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
 from kernelry.policy.policy import Policy
@@ -31,6 +34,7 @@ __all__ = [
     "Axis",
     "BlockGrid",
     "Capabilities",
+    "Conjunct",
     "ContextParallel",
     "Decided",
     "Dims",
@@ -48,8 +52,10 @@ __all__ = [
     "Mode",
     "Normalization",
     "Operand",
+    "Padding",
     "PagedArray",
     "Partial",
+    "Placeholder",
     "Policy",
     "PositionForm",
     "PositionKind",

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from kernelry.masks.band import Band, Causal, Full
-from kernelry.masks.base import At, Conjunct, Mask
+from kernelry.masks.base import Mask
 from kernelry.masks.chunked import BlockCausal, Chunked
+from kernelry.masks.composition import At, Conjunct
 from kernelry.masks.fit import check_located
 from kernelry.masks.form import AtomKind, PositionForm, PositionKind
 from kernelry.masks.prefix import PrefixLM

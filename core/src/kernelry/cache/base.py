@@ -19,7 +19,8 @@ from kernelry.execution.normalization import finalize, merge
 from kernelry.kernel.partial import checking_output
 from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Full, Lengths, Mask
-from kernelry.masks.base import At, children, is_mask
+from kernelry.masks.base import is_mask
+from kernelry.masks.composition import At, children
 from kernelry.masks.fit import not_a_mask
 from kernelry.request.operands import Keys, as_array
 from kernelry.request.request import Mode

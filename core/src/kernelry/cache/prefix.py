@@ -13,7 +13,7 @@ from kernelry._pytree import pytree, short_repr
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import Partial
 from kernelry.masks import Causal, Full, Mask
-from kernelry.masks.base import At, children
+from kernelry.masks.composition import At, children
 from kernelry.storage import QuantizedArray
 from kernelry.storage.quantized import Stored
 

@@ -215,11 +215,9 @@ def _within(form: MaskForm, window: int) -> bool:
 
 
 def _looks_back(atom: Atom, window: int) -> bool:
-    if atom.is_band:
-        left = atom.params[0]
-        return left is not None and left < window
-    if atom.kind is AtomKind.CHUNKED:
-        return bool(atom.params[0] <= window)
+    left, _ = atom.mask_class.band_around(atom)
+    if left is not None:
+        return left < window
     return atom.kind is AtomKind.ANY_OF and all(_within(form, window) for form in atom.params)
 
 

@@ -15,7 +15,7 @@ from kernelry.flax.layout import check_mask, chosen, length_of, placed
 from kernelry.flax.tokens import CachedPart, Tokens
 from kernelry.kernel.partial import Partial
 from kernelry.masks import Causal, Full, Mask, Segments
-from kernelry.masks.base import At, children, is_positional
+from kernelry.masks.composition import At, children, is_positional
 from kernelry.request.operands import as_array
 
 _ACTIVE = 1

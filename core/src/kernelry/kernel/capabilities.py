@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import final
 
 from kernelry.kernel.refusal import Refusal, RefusalCode
-from kernelry.masks.constants import holds_traced
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionKind
+from kernelry.masks.predicate import holds_traced
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import NEUTRAL, Mode, Operand, Request
 
@@ -156,6 +156,10 @@ class Capabilities:
     context_parallel: frozenset[str] = frozenset()
     tolerances: tuple[Tolerance, ...] = ()
 
+    def takes(self, atom: Atom) -> bool:
+        """Whether it understands an atom: a custom mask without arrays is a predicate, too."""
+        return atom.kind in self.atoms or (atom.is_predicate and AtomKind.PREDICATE in self.atoms)
+
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         """Returns every reason why a kernel with these capabilities cannot serve the request."""
         return tuple(refusal for check in CHECKS for refusal in check.run(self, request))
@@ -231,7 +235,7 @@ def _lengths(can: Capabilities, request: Request) -> Iterator[Refusal]:
 
 def _mask(can: Capabilities, request: Request) -> Iterator[Refusal]:
     for atom in _all_atoms(request.mask):
-        if atom.kind not in can.atoms:
+        if not can.takes(atom):
             yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} is not {_either(a.value for a in can.atoms)}")
         elif can.gradient is Gradient.BACKWARD and holds_traced(atom):
             # Its passes are traced apart, some after the program that the array belongs to.

@@ -7,8 +7,8 @@ import enum
 from collections.abc import Iterator
 from typing import Any, final
 
-from kernelry.masks.constants import arrays_held
-from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.form import OPERANDS, Atom, AtomKind
+from kernelry.masks.predicate import arrays_held
 
 
 @final
@@ -82,12 +82,12 @@ class Refusal:
 
 
 def array_refusals(atom: Atom) -> Iterator[Refusal]:
-    """For kernels that evaluate a PREDICATE where no array is at hand but positions: one that needs others is refused.
+    """For kernels that evaluate a PREDICATE where they have no array but positions: one that needs others is refused.
 
     Args:
-      atom: of any kind; only PREDICATE is looked at.
+      atom: of any kind; only PREDICATE and CUSTOM are looked at.
     """
-    if atom.kind is AtomKind.PREDICATE and "operands" in atom.params:
+    if atom.kind in (AtomKind.PREDICATE, AtomKind.CUSTOM) and OPERANDS in atom.params:
         yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
     held = arrays_held(atom)
     if held is None:

@@ -11,8 +11,10 @@ from kernelry.masks.band import Causal, Full, SlidingWindow
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.blocks import BlockKind
 from kernelry.masks.chunked import BlockCausal, Chunked
+from kernelry.masks.dense import Dense
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionForm, PositionKind
-from kernelry.masks.indexed import BidirectionalSpans, Dense, Lengths, Segments
+from kernelry.masks.ids import BidirectionalSpans, Segments
+from kernelry.masks.lengths import Lengths
 from kernelry.masks.predicate import Predicate
 from kernelry.masks.prefix import PrefixLM
 from kernelry.masks.selection import BlockSelection

@@ -14,7 +14,7 @@ from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.side import ArrayLike
 
 _SHOWN = 64
-"""Elements; larger arrays are shown by dtype and shape, for nobody pastes them."""
+"""Elements; larger arrays are shown by dtype and shape."""
 
 _INT32 = np.iinfo(np.int32)
 
@@ -117,3 +117,47 @@ def described(array: Any) -> str:
     if isinstance(array, jax.core.Tracer) or array.size > _SHOWN:
         return f"<{array.dtype}{list(array.shape)}>"
     return repr(np.asarray(array).tolist())
+
+
+def filled(value: int, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of booleans or int32 that holds one value everywhere, and takes the memory of that one.
+
+    Raises:
+      ArgumentError: no array can have this shape.
+    """
+    one = np.asarray(value, bool if isinstance(value, bool) else np.int32)
+    try:
+        return np.broadcast_to(one, shape)
+    except (ValueError, OverflowError) as error:
+        raise ArgumentError(f"no array of a mask can have the shape {shape}; ask for smaller sizes.") from error
+
+
+def signed(ids: ArrayLike) -> ArrayLike:
+    """Ids of a type that has room for −1."""
+    return ids.astype(jax.dtypes.canonicalize_dtype(jnp.promote_types(ids.dtype, jnp.int32)))
+
+
+def padded(array: ArrayLike, axis: int, more: int) -> ArrayLike:
+    """Puts `more` zeros behind an axis, unless it is 1 and holds for every slot."""
+    if not more or array.shape[axis] == 1:
+        return array
+    widths = [(0, more if place == axis else 0) for place in range(array.ndim)]
+    return module_of(array).pad(array, widths)
+
+
+def read_booleans(values: Any) -> ArrayLike:
+    """Reads the zeros and ones of an expression."""
+    array = np.asarray(values)
+    if not np.isin(array, (0, 1)).all():
+        raise ArgumentError(f"write 1 for visible and 0 for hidden, got {array.tolist()}.")
+    return array.astype(bool)
+
+
+def read_slots(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Reads `name(0, 0, 1)` as one array, `name([0, 0], [0, 1])` as two."""
+    numbers = [isinstance(value, int) for value in values]
+    if not any(numbers):
+        return values
+    if not all(numbers):
+        raise ArgumentError("write either whole numbers or lists: segments(0, 0, 1) or segments([0, 0], [0, 1]).")
+    return (np.asarray(values),)

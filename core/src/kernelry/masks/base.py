@@ -1,21 +1,30 @@
-"""The Mask protocol and composition."""
+"""The Mask protocol: what a mask says, and what core can do with a mask of any class.
+
+Modules that know concrete masks import this one, so they are imported inside functions.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, ClassVar, Protocol, final
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, KernelryError, ShapeError
-from kernelry.masks.form import Atom, MaskForm
-from kernelry.masks.positions import Positions, from_arguments
+from kernelry.masks.form import OPERANDS, Atom, AtomKind, MaskForm, register_mask
+from kernelry.masks.functions import is_told_by_tiles
+from kernelry.masks.positions import from_arguments
+from kernelry.masks.run_time import BlockGrid, Decided
 from kernelry.masks.side import ArrayLike, Side
+
+if TYPE_CHECKING:
+    from kernelry.masks.composition import Conjunct, Visibility
+    from kernelry.masks.padding import Padding
 
 
 @final
@@ -30,17 +39,58 @@ class Extent:
     kv_len: int
 
 
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placeholder:
+    """How an expression names a mask whose arrays do not matter, as in `segments`: only their shapes are right.
+
+    Args:
+      make: the mask for an extent, and for the numbers that are written.
+      instead: what to write where the arrays are needed.
+      numbers: how many numbers it takes.
+    """
+
+    make: Callable[..., Mask]
+    instead: str
+    numbers: int = 0
+
+
+Bounds = tuple[int | None, int | None]
+"""How far before and after the query's position a key may be seen; None is unbounded."""
+
+Ranges = tuple[np.ndarray, np.ndarray]
+"""The least and the greatest position of each block."""
+
+
 class Mask(Protocol):
     """Which keys each query may see: True where it may.
 
-    Masks compose with `&`, `|` and `~`, pointwise on the booleans. They are immutable pytrees:
-    arrays are leaves, everything else is in the treedef. A mask author inherits from this class,
-    registers a frozen dataclass as a pytree, and writes `evaluate`, `atom` and `check`.
+    Masks compose with `&`, `|` and `~`, pointwise on the booleans. They are immutable pytrees: arrays are leaves,
+    everything else is in the treedef.
+
+    To write one, inherit from this class, make it a frozen dataclass, register it with `kernelry.plugin.pytree`, which
+    is told the fields that hold arrays, and write
+
+    - `word`, its name in forms; with the other fields, if they are plain data, it makes up the `atom`;
+    - `evaluate`, which must say the same of a query and a key whatever other slots it is asked about;
+    - `positional = True`, if it compares positions, so that `.at` moves it;
+    - `check` and `axes`, if it has arrays: whether they fit a call, and which axes of it they run along.
+
+    Such a mask can be composed, placed, parsed, drawn, padded and made dense. Without arrays it is also a predicate:
+    every kernel that takes predicates serves it, and blocks in which it shows nothing are skipped. The methods after
+    `conjuncts` say more about it, for shorter forms, fewer adapters and faster kernels. Their answers here are right
+    for any mask; those that get an atom are asked before there are arrays.
     """
 
     __slots__ = ()
 
     __array_ufunc__: ClassVar[None] = None  # so that NumPy leaves `array & mask` to __rand__
+
+    word: ClassVar[str] = ""
+    """What forms and expressions call it."""
+
+    kinds: ClassVar[tuple[AtomKind, ...]] = ()
+    """The kinds of its atoms, if they are not CUSTOM."""
 
     positional: ClassVar[bool] = False
     """True when the mask is a predicate over positions, so that `.at` moves it."""
@@ -48,24 +98,42 @@ class Mask(Protocol):
     uses_query_positions: ClassVar[bool] = True
     """False when a positional mask looks only at where the keys stand."""
 
+    axes: ClassVar[Mapping[str, str] | None] = None
+    """By field, the axes of B N T S that its array has, from the right; N may be K, `.` is another. None: unknown."""
+
+    decides_ranges: ClassVar[bool] = False
+    """True when `of_ranges` and `seen_from` decide blocks of static positions, so that none need be evaluated."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = vars(cls)
+        for key in own.get("kinds", (own["word"],) if "word" in own else ()):
+            register_mask(key, cls)
+
     @abstractmethod
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         """Returns booleans that broadcast to B N T S; NumPy in, NumPy out; JAX in, JAX out."""
 
     @property
-    @abstractmethod
     def atom(self) -> Atom:
-        """The static side, at default positions."""
+        """The static side, at default positions: by default CUSTOM, with the word and the fields without arrays."""
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        plain = (value for value in fields if not any(map(_is_array, jax.tree.leaves(value))))
+        return Atom(AtomKind.CUSTOM, (self.word or type(self).__name__, *plain))
 
     def check(self, extent: Extent) -> None:
         """Raises ShapeError where the mask's arrays do not fit."""
         return
 
     def __and__(self, other: Mask) -> Mask:
-        return And((*_parts(self, And), *_parts(_mask(other), And)))
+        from kernelry.masks.composition import And
+
+        return And.of(self, _mask(other))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or((*_parts(self, Or), *_parts(_mask(other), Or)))
+        from kernelry.masks.composition import Or
+
+        return Or.of(self, _mask(other))
 
     def __rand__(self, other: Any) -> Mask:
         return _mask(other) & self
@@ -77,7 +145,9 @@ class Mask(Protocol):
         raise ArgumentError("a mask is neither true nor false: compose masks with &, | and ~, not with and, or, not.")
 
     def __invert__(self) -> Mask:
-        return self.mask if isinstance(self, Not) else Not(self)
+        from kernelry.masks.composition import Not
+
+        return Not(self)
 
     def at(
         self,
@@ -98,6 +168,8 @@ class Mask(Protocol):
           ArgumentError: an offset and positions for the same side.
           ShapeError: not integers, or the wrong rank.
         """
+        from kernelry.masks.composition import At
+
         query = from_arguments("query", query_offset, query_positions)
         kv = from_arguments("kv", kv_offset, kv_positions)
         return At(self, query, kv) if query is not None or kv is not None else self
@@ -111,13 +183,6 @@ class Mask(Protocol):
         """The conjunction this mask is, aligned with `form.atoms`; the masks carry the arrays."""
         return tuple(conjunct.located_mask for conjunct in self.conjuncts())
 
-    def conjuncts(self) -> tuple[Conjunct, ...]:
-        """The atoms with their positions: bands merged, sorted."""
-        # Imported here because canonicalisation knows the concrete masks, which inherit from this class.
-        from kernelry.masks.canonical import conjuncts_of
-
-        return conjuncts_of(self)
-
     def materialize(self, q_len: int, kv_len: int, *, q_heads: int | None = None) -> ArrayLike:
         """Returns the mask as booleans [B or 1, N or 1, T, S]; NumPy unless arrays are JAX's.
 
@@ -128,7 +193,6 @@ class Mask(Protocol):
         Raises:
           ShapeError: a positional mask meets T ≠ S without `.at`, or heads differ and `q_heads` is missing.
         """
-        # Imported here because it knows the composites below.
         from kernelry.masks.fit import check_located
 
         check_located(self, q_len, kv_len)
@@ -163,133 +227,133 @@ class Mask(Protocol):
         check_located(self, q_len, kv_len)
         return block_map_of(self, q_len, kv_len, block_q, block_kv)
 
+    def conjuncts(self) -> tuple[Conjunct, ...]:
+        """The atoms with their positions: bands merged, sorted."""
+        from kernelry.masks.composition import conjuncts_of
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Conjunct:
-    """One atom of a conjunction with its array-carrying mask and its positions.
-
-    Args:
-      mask: the mask; of a disjunction or negation, at its positions already.
-      atom: its static side.
-      query, kv: where it stands; None is the default.
-      key: equal for conjuncts that are certainly the same, arrays compared by identity.
-      branches: of a disjunction, the conjunctions it chooses from.
-    """
-
-    mask: Mask
-    atom: Atom
-    query: Positions | None
-    kv: Positions | None
-    key: tuple[Any, ...]
-    branches: tuple[tuple[Conjunct, ...], ...] = ()
+        return conjuncts_of(self)
 
     @property
-    def places(self) -> tuple[Any, Any]:
-        """Equal for atoms that certainly stand at the same positions."""
-        return self.key[-2], self.key[-1]
+    def canonical_mask(self) -> Mask:
+        """The mask that kernels are given in its place; forms are made of its atom."""
+        return self
 
-    @property
-    def located_mask(self) -> Mask:
-        """The mask at its positions."""
-        return self.mask if self.query is None and self.kv is None else At(self.mask, self.query, self.kv)
+    @classmethod
+    def read(cls, *values: Any, **named: Any) -> Mask:
+        """Makes the mask of the whole numbers and NumPy arrays of an expression."""
+        return cls(*values, **named)
+
+    @classmethod
+    def readers(cls) -> dict[str, Callable[..., Mask]]:
+        """What expressions may call, by name."""
+        return {cls.word: cls.read, cls.__name__: cls.read}
+
+    @classmethod
+    def placeholders(cls) -> dict[str, Placeholder]:
+        """The words that name it in a form without its arrays."""
+        return {}
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes B, N, K, T and S as far as its arrays tell, by letter."""
+        found: dict[str, int] = {}
+        for name, letters in (self.axes or {}).items():
+            for letter, size in zip(letters[::-1], np.shape(getattr(self, name))[::-1], strict=False):
+                found[letter] = max(size, found.get(letter, 0))
+        return found
+
+    @classmethod
+    def sees_itself(cls, atom: Atom) -> bool:
+        """Whether a query certainly sees the key at its own position, whatever the arrays hold."""
+        return False
+
+    @classmethod
+    def has_live_slots(cls, atom: Atom) -> bool:
+        """Whether `live_slots` answers."""
+        return False
+
+    def live_slots(self) -> ArrayLike:
+        """Booleans [B or 1, L]: the slots that see themselves, where others see nothing and are seen by nothing."""
+        raise TypeError(f"{type(self).__name__} has no live slots")
+
+    @classmethod
+    def visibility(cls, atom: Atom, q_len: int, kv_len: int) -> Visibility | None:
+        """Whether, under this atom alone, a row may see nothing or a slot be hidden; None where that is unknown."""
+        return None
+
+    @classmethod
+    def band_around(cls, atom: Atom) -> Bounds:
+        """The narrowest band that holds all it shows."""
+        return None, None
+
+    @classmethod
+    def follows_from(cls, atom: Atom, other: Atom) -> bool:
+        """Whether it certainly shows every pair that another mask at the same positions shows."""
+        return False
+
+    @classmethod
+    def of_ranges(cls, atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Which blocks are EMPTY, which FULL, and whether that is exact for ranges with gaps, too.
+
+        Without gaps it must be; else FULL must be, and EMPTY blocks may be missed.
+        """
+        raise TypeError(f"{cls.__name__} decides no ranges")
+
+    @classmethod
+    def seen_from(cls, atom: Atom, kv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last position from which each key is seen."""
+        raise TypeError(f"{cls.__name__} decides no ranges")
+
+    def decide(self, conjunct: Conjunct, grid: BlockGrid) -> Decided:
+        """Classifies blocks when the program runs, from the arrays and the positions of a conjunct."""
+        return Decided.unknown(grid)
+
+    @classmethod
+    def padded_atom(cls, atom: Atom, padding: Padding) -> Atom:
+        """The atom of what `padded` returns; its positions are lengthened elsewhere."""
+        from kernelry.masks.padding import Padded
+
+        return Padded.atom_around(atom) if OPERANDS in atom.params else atom
+
+    def padded(self, padding: Padding) -> Mask:
+        """The mask for a call with slots put behind; what it shows of the others stays."""
+        from kernelry.masks.padding import Padded
+
+        return Padded.around(self, padding)
+
+    @classmethod
+    def hides_keys_behind(cls, atom: Atom, q_len: int, kv_len: int) -> bool:
+        """Whether, padded, it hides the keys put behind S keys from T queries."""
+        return False
+
+    @classmethod
+    def hides_rows_behind(cls, atom: Atom) -> bool:
+        """Whether, padded, it hides everything from the queries put behind."""
+        return False
+
+    @classmethod
+    def hides_by_key_alone(cls, atom: Atom) -> bool:
+        """Whether every query of a batch row sees the same keys."""
+        return False
 
 
-@final
-@pytree("mask", "query", "kv")
-@dataclasses.dataclass(frozen=True, slots=True)
-class At(Mask):
-    """A mask whose slots stand at given positions."""
-
-    mask: Mask
-    query: Positions | None
-    kv: Positions | None
-
-    @property
-    def atom(self) -> Atom:
-        raise TypeError("At is not an atom; use form")
-
-    def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        return self.mask.evaluate(query.at(self.query), kv.at(self.kv))
-
-    def __repr__(self) -> str:
-        named = (("query", self.query), ("kv", self.kv))
-        given = ", ".join(f"{side}_{where.word}={where}" for side, where in named if where is not None)
-        inner = f"({self.mask!r})" if isinstance(self.mask, And | Or | Not) else repr(self.mask)
-        return f"{inner}.at({given})"
+register_mask(None, Mask)  # type: ignore[type-abstract]
 
 
-@final
-@pytree("parts")
-@dataclasses.dataclass(frozen=True, slots=True)
-class And(Mask):
-    """A key is visible where every part says so."""
-
-    parts: tuple[Mask, ...]
-
-    @property
-    def atom(self) -> Atom:
-        raise TypeError("And is not an atom; use form")
-
-    def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        visible = self.parts[0].evaluate(query, kv)
-        for part in self.parts[1:]:
-            visible = visible & part.evaluate(query, kv)
-        return visible
-
-    def __repr__(self) -> str:
-        return " & ".join(f"({p!r})" if isinstance(p, Or) else repr(p) for p in self.parts)
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
 
 
-@final
-@pytree("parts")
-@dataclasses.dataclass(frozen=True, slots=True)
-class Or(Mask):
-    """A key is visible where any part says so."""
-
-    parts: tuple[Mask, ...]
-
-    @property
-    def atom(self) -> Atom:
-        raise TypeError("the atom of Or depends on positions; use form")
-
-    def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        visible = self.parts[0].evaluate(query, kv)
-        for part in self.parts[1:]:
-            visible = visible | part.evaluate(query, kv)
-        return visible
-
-    def __repr__(self) -> str:
-        return " | ".join(f"({p!r})" if isinstance(p, And) else repr(p) for p in self.parts)
-
-
-@final
-@pytree("mask")
-@dataclasses.dataclass(frozen=True, slots=True)
-class Not(Mask):
-    """A key is visible where the mask inside hides it."""
-
-    mask: Mask
-
-    @property
-    def atom(self) -> Atom:
-        raise TypeError("the atom of Not depends on positions; use form")
-
-    def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        return ~self.mask.evaluate(query, kv)
-
-    def __repr__(self) -> str:
-        return f"~({self.mask!r})" if isinstance(self.mask, And | Or | At) else f"~{self.mask!r}"
-
-
-def _parts(mask: Mask, of: type[And] | type[Or]) -> tuple[Mask, ...]:
-    return mask.parts if isinstance(mask, of) else (mask,)
+def atom_of(mask: Mask) -> Atom:
+    """A mask's atom; that of a custom mask says whether it needs arrays."""
+    atom = mask.atom
+    if atom.kind is not AtomKind.CUSTOM or OPERANDS in atom.params or is_told_by_tiles(mask):
+        return atom
+    return dataclasses.replace(atom, params=(*atom.params, OPERANDS))
 
 
 def _mask(value: Any) -> Mask:
     if is_mask(value):
         return value  # type: ignore[no-any-return]
-    # Imported here because it knows this module.
     from kernelry.masks.fit import not_a_mask
 
     raise ArgumentError(f"a mask composes with masks, got {not_a_mask(value)}.")
@@ -298,16 +362,3 @@ def _mask(value: Any) -> Mask:
 def is_mask(value: Any) -> bool:
     """True for instances of classes that inherit from Mask; a Protocol allows no isinstance."""
     return Mask in type(value).__mro__
-
-
-def children(mask: Mask) -> tuple[Mask, ...]:
-    """The masks directly inside a composite; none for an atom."""
-    if isinstance(mask, And | Or):
-        return mask.parts
-    return (mask.mask,) if isinstance(mask, Not | At) else ()
-
-
-def is_positional(mask: Mask) -> bool:
-    """True where some atom inside is a predicate over positions."""
-    inside = children(mask)
-    return any(is_positional(part) for part in inside) if inside else mask.positional

@@ -1,10 +1,9 @@
 """Which blocks of a T×S mask hold anything, from the parts of the mask that need no array.
 
-Every atom over a grid of positions is decided for whole blocks at once, from the least and the
-greatest position of each block. What that leaves open (windows and chunks where the positions
-have gaps, several atoms that are each PARTIAL) is searched for one visible element: a key is seen
-from one interval of positions. Only predicates, and masks at two sets of positions, are evaluated, one row of blocks at
-a time.
+Atoms whose class decides ranges of positions (`Mask.of_ranges`) are decided for whole blocks at once, from the least
+and the greatest position of each block. What that leaves open (windows and chunks where the positions have gaps,
+several atoms that are each PARTIAL) is searched for one visible element: a key is seen from one interval of positions.
+Other masks, and masks at two sets of positions, are evaluated, one row of blocks at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ import numpy as np
 
 from kernelry.errors import ArgumentError
 from kernelry.masks.band import Full
-from kernelry.masks.base import Conjunct, Mask
-from kernelry.masks.form import Atom, AtomKind, FunctionRef, MaskForm
+from kernelry.masks.base import Mask, Ranges
+from kernelry.masks.composition import Conjunct
+from kernelry.masks.form import Atom, AtomKind, MaskForm
+from kernelry.masks.functions import FunctionRef
 from kernelry.masks.predicate import functions_in
 from kernelry.masks.side import Axis, Side
 
@@ -114,16 +115,13 @@ class _Decided:
         return _Decided(self.full, self.empty, self.sure)
 
 
-_OVER_A_GRID = (AtomKind.CAUSAL, AtomKind.WINDOW, AtomKind.CHUNKED, AtomKind.BLOCK_CAUSAL)
-
-
 def _of_form(form: MaskForm, grid: _Grid) -> _Decided:
     """The conjunction of static atoms; those at the same positions together."""
     shape = grid.shape
     whole = _Decided(np.zeros(shape, bool), np.ones(shape, bool), np.ones(shape, bool))
     together: list[list[Atom]] = []
     for atom in form.atoms:
-        if atom.kind not in _OVER_A_GRID:
+        if not atom.mask_class.decides_ranges:
             whole = whole & _decided(atom, grid)
             continue
         places = (atom.query, atom.kv)
@@ -167,12 +165,11 @@ def _positions(atom: Atom, lengths: tuple[int, int]) -> tuple[np.ndarray, np.nda
 
 
 def _by_ranges(atom: Atom, ranges: list[tuple[Ranges, Ranges]], grid: _Grid) -> _Decided:
-    rows = [_of_ranges(atom, (low_q[:, None], high_q[:, None]), kv) for (low_q, high_q), kv in ranges]
+    rows = [atom.mask_class.of_ranges(atom, (low_q[:, None], high_q[:, None]), kv) for (low_q, high_q), kv in ranges]
     empty = np.logical_and.reduce([np.broadcast_to(row[0], grid.shape) for row in rows])
     full = np.logical_and.reduce([np.broadcast_to(row[1], grid.shape) for row in rows])
-    consecutive = atom.query.start is not None and atom.kv.start is not None
-    one_sided = atom.kind is AtomKind.BLOCK_CAUSAL or (atom.is_band and None in atom.params)
-    return _Decided(empty, full, empty | full | consecutive | one_sided)
+    exact = rows[0][2] or (atom.query.start is not None and atom.kv.start is not None)
+    return _Decided(empty, full, empty | full | exact)
 
 
 _SAMPLES = 128
@@ -217,54 +214,15 @@ def _slots(columns: np.ndarray, length: int, block: int) -> tuple[np.ndarray, np
 
 def _seen_from(atoms: list[Atom], kv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first and the last position from which each key is seen."""
-    ends = np.iinfo(np.int64)
-    first, last = np.full(kv.shape, ends.min), np.full(kv.shape, ends.max)
-    for atom in atoms:
-        if atom.is_band:
-            left, right = atom.params
-            first = first if right is None else np.maximum(first, kv - right)
-            last = last if left is None else np.minimum(last, kv + left)
-            continue
-        start = kv // atom.params[0] * atom.params[0]
-        chunked = atom.kind is AtomKind.CHUNKED
-        first = np.maximum(first, kv if chunked else start)
-        last = np.minimum(last, start + atom.params[0] - 1) if chunked else last
-    return first, last
-
-
-Ranges = tuple[np.ndarray, np.ndarray]
-"""The least and the greatest position of each block."""
+    found = [atom.mask_class.seen_from(atom, kv) for atom in atoms]
+    first, last = (np.stack(ends) for ends in zip(*found, strict=True))
+    return first.max(axis=0), last.min(axis=0)
 
 
 def _bounds(positions: np.ndarray, block: int) -> list[Ranges]:
     """The ranges of every block, for each batch row."""
     starts = np.arange(0, positions.shape[1], block)
     return [(np.minimum.reduceat(row, starts), np.maximum.reduceat(row, starts)) for row in positions]
-
-
-def _of_ranges(atom: Atom, query: Ranges, kv: Ranges) -> tuple[np.ndarray, np.ndarray]:
-    """Which blocks are EMPTY and which FULL.
-
-    FULL is exact; EMPTY where both ranges hold every position between their ends, or the atom has one side, else some
-    are missed.
-    """
-    (low_q, high_q), (low_k, high_k) = query, kv
-    if atom.is_band:
-        left, right = atom.params
-        empty, full = np.zeros(1, bool), np.ones(1, bool)
-        if left is not None:
-            empty, full = empty | (low_q - high_k > left), full & (high_q - low_k <= left)
-        if right is not None:
-            empty, full = empty | (low_k - high_q > right), full & (high_k - low_q <= right)
-        return empty, full
-    size = atom.params[0]
-    if atom.kind is AtomKind.BLOCK_CAUSAL:
-        return low_k // size > high_q // size, high_k // size <= low_q // size
-    last = np.minimum(high_q // size, high_k // size)  # the last chunk that both reach shows most
-    apart = last < np.maximum(low_q // size, low_k // size)
-    behind = np.maximum(low_k, last * size) > np.minimum(high_q, last * size + size - 1)
-    same = (low_q // size == high_k // size) & (low_k // size == high_q // size)
-    return apart | behind, same & (high_k <= low_q)
 
 
 _MANY_ELEMENTS = 2**20

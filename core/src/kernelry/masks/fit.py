@@ -11,19 +11,18 @@ import numpy as np
 
 from kernelry._values import unwrapped
 from kernelry.errors import ShapeError
-from kernelry.masks.base import At, Extent, Mask, children, is_mask
+from kernelry.masks.band import Full
+from kernelry.masks.base import Extent, Mask, is_mask
+from kernelry.masks.composition import At, children
+from kernelry.masks.dense import Dense
 
 
 def as_mask(mask: Any, extent: Extent) -> Mask:
     """Returns the mask that is meant: None is `Full()`, an unmistakable boolean array is `Dense`.
 
     Raises:
-      ShapeError: it is nothing of the kind, or booleans that could be read in two ways.
+      ShapeError: it is neither, or booleans that could be read in two ways.
     """
-    # Imported here because Full and Dense inherit from Mask, whose module imports this one when it composes.
-    from kernelry.masks.band import Full
-    from kernelry.masks.indexed import Dense
-
     if is_mask(mask):
         return cast(Mask, mask)
     if mask is None:

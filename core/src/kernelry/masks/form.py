@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
-import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
-from kernelry._pytree import title_of
-from kernelry.errors import ArgumentError, ConfigError, ShapeError
+from kernelry.errors import ConfigError, ShapeError
+from kernelry.masks.functions import FunctionRef
 
 if TYPE_CHECKING:
-    from kernelry.masks.visibility import Visibility
+    from kernelry.masks.base import Mask
+    from kernelry.masks.composition import Visibility
 
 Runs: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
 """Static positions per batch row: each row is runs of (first position, count)."""
@@ -57,73 +56,22 @@ class AtomKind(enum.Enum):
     ANY_OF = "any_of"
     NOT = "not"
     CUSTOM = "custom"
+    """A third party's mask."""
 
 
-Held: TypeAlias = tuple[tuple[tuple[int, ...], ...], bool]
-"""Shapes of the arrays that a function holds, and whether any of them is being traced."""
+OPERANDS = "operands"
+"""The parameter of a PREDICATE or CUSTOM atom that cannot be evaluated from slots and positions alone."""
+
+_CLASSES: dict[AtomKind | str | None, type[Mask]] = {}
+"""By kind of atom; of custom masks by name. None is `Mask` itself, whose answers are right for any mask."""
 
 
-@final
-class FunctionRef:
-    """A predicate's function in a form, which caches keep: it is held weakly, with what it closes over.
-
-    Equal to another while both functions live and are equal; once its function is gone, it equals only itself.
-    """
-
-    __slots__ = ("_ref", "held", "title")
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.held: Held | None = None
-        """The arrays that it holds, once `arrays_held` was asked."""
-        self.title = title_of(function)
-        self._ref: Callable[[], Callable[..., Any] | None]
-        try:
-            bound = isinstance(function, types.MethodType)
-            self._ref = weakref.WeakMethod(function) if bound else weakref.ref(function)
-            hash(self._ref)  # it is kept, and not to be had any more when the function is gone
-        except TypeError:  # of a class with __slots__
-            self._ref = _Held(function)
-
-    @property
-    def function(self) -> Callable[..., Any] | None:
-        """The function; None when it is gone."""
-        return self._ref()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FunctionRef) and self._ref == other._ref
-
-    def __hash__(self) -> int:
-        return hash(self._ref)
-
-    def __copy__(self) -> FunctionRef:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FunctionRef:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise self.not_serialisable()
-
-    def not_serialisable(self) -> ArgumentError:
-        """The error that says what to do where a form is to be read elsewhere."""
-        return ArgumentError(
-            f"Predicate: {self!r} cannot be serialised: it is not importable by name; define it with def at module "
-            "level."
-        )
-
-    def __repr__(self) -> str:
-        return f"<function {self.title}>"
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Held:
-    """Like a weak reference, for what allows none."""
-
-    function: Callable[..., Any]
-
-    def __call__(self) -> Callable[..., Any]:
-        return self.function
+def register_mask(key: AtomKind | str | None, cls: type[Mask]) -> None:
+    """Says which class an atom belongs to; a name that two classes claim belongs to neither."""
+    known = _CLASSES.get(key)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        cls = _CLASSES[None]
+    _CLASSES[key] = cls
 
 
 @final
@@ -158,6 +106,12 @@ class PositionForm:
             return self.kind is not PositionKind.TRACED
         return len(self.value) == 1 and len(self.value[0]) <= _MOST_RUNS
 
+    def lengthened(self, more: int) -> PositionForm:
+        """Those of a side with `more` slots put behind, which stand one after another."""
+        if not more or not isinstance(self.value, tuple):
+            return self
+        return PositionForm(self.kind, lengthened_runs(self.value, more))
+
     def positions(self, length: int) -> np.ndarray | None:
         """Returns the positions as int64 [rows, length], or None where they are traced."""
         if self.kind is PositionKind.TRACED:
@@ -179,6 +133,18 @@ def _expand(row: tuple[tuple[int, int], ...], length: int) -> np.ndarray:
     return np.repeat(firsts - starts, counts) + np.arange(counts.sum())
 
 
+def lengthened_runs(runs: Runs, more: int) -> Runs:
+    """Each row goes on for `more` positions."""
+    return tuple(_lengthened_run(row, more) for row in runs) if more else runs
+
+
+def _lengthened_run(row: tuple[tuple[int, int], ...], more: int) -> tuple[tuple[int, int], ...]:
+    if not row:
+        return ((0, more),)
+    first, count = row[-1]
+    return row if count == OPEN_RUN else (*row[:-1], (first, count + more))
+
+
 _DEFAULT = PositionForm()
 
 
@@ -191,8 +157,8 @@ class Atom:
       kind: what it is.
       params: its static parameters; for CAUSAL and WINDOW the band `(left, right)`, None meaning
         unbounded; for CHUNKED, BLOCK_CAUSAL and BLOCK_SELECTION the size; for PREDICATE the
-        function, by name where it has one, else a FunctionRef, and the word `operands` where it takes arrays; for
-        ANY_OF and NOT the MaskForms inside; for CUSTOM the name first.
+        function, by name where it has one, else a FunctionRef; for ANY_OF and NOT the MaskForms inside; for CUSTOM
+        the name first. PREDICATE and CUSTOM end in the word `operands` where they need arrays.
       query, kv: how the positions of each side are given.
     """
 
@@ -211,11 +177,25 @@ class Atom:
         """True when the mask can be evaluated without any array of the call."""
         if self.kind is AtomKind.ANY_OF or self.kind is AtomKind.NOT:
             return all(atom.is_static for form in self.params for atom in form.atoms)
-        if PositionKind.TRACED in (self.query.kind, self.kv.kind):
-            return False
-        if self.kind is AtomKind.PREDICATE:
-            return len(self.params) == 1
-        return self.is_band or self.kind in (AtomKind.CHUNKED, AtomKind.BLOCK_CAUSAL)
+        return PositionKind.TRACED not in (self.query.kind, self.kv.kind) and not self.has_arrays
+
+    @property
+    def has_arrays(self) -> bool:
+        """True when it depends on arrays other than positions; masks inside are not looked at."""
+        if self.kind in (AtomKind.PREDICATE, AtomKind.CUSTOM):
+            return OPERANDS in self.params
+        return bool(self.mask_class.axes)
+
+    @property
+    def is_predicate(self) -> bool:
+        """True for a PREDICATE, and for a custom mask without arrays, which is one in all but name."""
+        return self.kind is AtomKind.PREDICATE or (self.kind is AtomKind.CUSTOM and OPERANDS not in self.params)
+
+    @property
+    def mask_class(self) -> type[Mask]:
+        """The class that answers for this atom; `Mask` itself where it is not known."""
+        name = self.params[0] if self.kind is AtomKind.CUSTOM and self.params else self.kind
+        return _CLASSES.get(name) or _CLASSES[None]
 
     @property
     def position_kinds(self) -> frozenset[PositionKind]:
@@ -337,7 +317,7 @@ class MaskForm:
         return MaskForm, (self.atoms,)  # hashes differ between processes
 
     def take(self, wanted: Callable[[Atom], bool]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Splits the atoms into those a kernel wants and the rest.
+        """Splits the atoms into those that are wanted and the rest.
 
         Returns:
           Two tuples of indices, aligned with `atoms` and with `Inputs.mask`.
@@ -359,7 +339,7 @@ class MaskForm:
         return self._visibility(q_len, kv_len).hidden_slots
 
     def check_positions(self, batch: int, q_len: int, kv_len: int) -> None:
-        """Checks that static positions are as many as the tokens.
+        """Checks that there is a static position for each token.
 
         Raises:
           ShapeError: they are of another length, or of another batch.
@@ -368,8 +348,8 @@ class MaskForm:
             placed.check(batch, q_len if placed.side == "query" else kv_len)
 
     def _visibility(self, q_len: int, kv_len: int) -> Visibility:
-        # Imported here because it takes forms apart.
-        from kernelry.masks.visibility import visibility_of
+        # Imported here because it imports this module.
+        from kernelry.masks.composition import visibility_of
 
         return visibility_of(self, q_len, kv_len)
 
@@ -385,7 +365,7 @@ class MaskForm:
         """Reads what `to_json` wrote.
 
         Raises:
-          ConfigError: it is nothing that `to_json` writes.
+          ConfigError: `to_json` does not write such data.
         """
         try:
             return cls(tuple(Atom.from_json(atom) for atom in data))

@@ -19,10 +19,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from kernelry import masks
 from kernelry.errors import ArgumentError, KernelryError, nearest, sentence
-from kernelry.masks.base import Extent, Mask
+from kernelry.masks.base import Extent, Mask, Placeholder
+from kernelry.masks.fit import is_mask_class
 from kernelry.masks.form import MaskForm
-from kernelry.masks.words import CLASSES, STAND_INS, WORDS
 
 _DEEPEST = 50
 """Levels of nesting; far more than a person writes, and canonical forms recurse a few times per level."""
@@ -30,6 +31,8 @@ _SHOWN = 100
 """Characters of the expression that messages repeat."""
 _PLACES = ("query_offset", "kv_offset", "query_positions", "kv_positions")
 _TRUTH = {"true": True, "false": False}
+_CORE = tuple(cls for cls in map(vars(masks).__getitem__, masks.__all__) if is_mask_class(cls))
+_CLASS_NAMES = frozenset(name for cls in _CORE for name in cls.readers()) - {cls.word for cls in _CORE}
 _LEAST = Extent(batch=1, q_heads=1, kv_heads=1, q_len=1, kv_len=1)
 
 
@@ -53,7 +56,7 @@ def parse_form(
 
     Args:
       text: an expression as above. `segments`, `segments_separate`, `spans`, `spans_separate`, `lengths`,
-        `prefix_lm`, `dense` and `block_selection(size)` need no arrays, and the word `traced` stands for an
+        `prefix_lm`, `dense` and `block_selection(size)` need no arrays, and the word `traced` means an
         offset or positions known only at run time.
       classes: masks of plugins, by name; core's own names come first.
       anywhere: whether queries that the mask does not place stand at an offset known only at run time.
@@ -88,7 +91,7 @@ def _parse(text: str, classes: Mapping[str, Callable[..., Mask]] | None, extent:
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        return _Reader(shown, {**(classes or {}), **CLASSES, **WORDS}, extent).read(tree)
+        return _Reader(shown, classes or {}, extent).read(tree)
     except (SyntaxError, UnicodeError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise ArgumentError(
@@ -105,9 +108,9 @@ def _too_deep(shown: str) -> ArgumentError:
 class _Reader:
     """Walks the syntax tree; knows names, calls, operators and lists, and nothing else."""
 
-    def __init__(self, shown: str, names: Mapping[str, Callable[..., Mask]], extent: Extent | None) -> None:
+    def __init__(self, shown: str, classes: Mapping[str, Callable[..., Mask]], extent: Extent | None) -> None:
         self.shown = shown
-        self.names = names
+        self.names, self.placeholders = _vocabulary(classes)
         self.extent = extent  # of the arrays that are left out; None where none may be
 
     def read(self, node: ast.expr, depth: int = 0) -> Mask:
@@ -152,17 +155,17 @@ class _Reader:
         return jnp.zeros((length,), jnp.int32)
 
     def make(self, name: str, values: list[Any], named: Mapping[str, Any]) -> Mask:
-        if name not in self.names and name not in STAND_INS:
-            known = {*self.names, *STAND_INS} - {*CLASSES}
+        if name not in self.names and name not in self.placeholders:
+            known = {*self.names, *self.placeholders} - _CLASS_NAMES
             raise self.wrong(f"unknown name {name!r}{nearest(name, known)}")
-        stand_in = STAND_INS.get(name)
-        if stand_in is not None and len(values) == stand_in.numbers and not named:
+        without = self.placeholders.get(name)
+        if without is not None and len(values) == without.numbers and not named:
             if self.extent is not None:
-                return stand_in.make(self.extent, *values)
-            raise self.wrong(f"a picture needs the array of {name!r}: write {stand_in.instead}")
+                return without.make(self.extent, *values)
+            raise self.wrong(f"a picture needs the array of {name!r}: write {without.instead}")
         if name not in self.names:
-            assert stand_in is not None
-            raise self.wrong(f"{name!r} stands alone, without arrays: write {stand_in.instead}")
+            assert without is not None
+            raise self.wrong(f"{name!r} takes no arrays: write {without.instead}")
         signature = inspect.signature(self.names[name])
         try:
             signature.bind(*values, **named)
@@ -204,6 +207,19 @@ class _Reader:
 
     def wrong(self, what: str) -> ArgumentError:
         return ArgumentError(sentence(f"mask {self.shown!r}: {what}"))
+
+
+def _vocabulary(
+    classes: Mapping[str, Callable[..., Mask]],
+) -> tuple[dict[str, Callable[..., Mask]], dict[str, Placeholder]]:
+    """What expressions may call, and the words for masks without their arrays; core's come first."""
+    known = [*filter(is_mask_class, classes.values()), *(cls for cls in _CORE if cls is not masks.Predicate)]
+    names: dict[str, Callable[..., Mask]] = {name: getattr(cls, "read", cls) for name, cls in classes.items()}
+    placeholders: dict[str, Placeholder] = {}
+    for cls in known:
+        names |= cls.readers()
+        placeholders |= cls.placeholders()
+    return names, placeholders
 
 
 def _chain(node: ast.BinOp) -> list[ast.expr]:

@@ -14,7 +14,7 @@ from kernelry._pytree import pytree
 from kernelry._values import unwrapped
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.arrays import as_array, as_integers, described
-from kernelry.masks.form import OPEN_RUN, PositionForm, PositionKind, Runs
+from kernelry.masks.form import OPEN_RUN, PositionForm, PositionKind, Runs, lengthened_runs
 from kernelry.masks.side import ArrayLike, Side
 
 
@@ -36,6 +36,10 @@ class Positions(Protocol):
     def check(self, name: str, batch: int, length: int) -> None:
         """Raises ShapeError where these positions do not fit a side of that length."""
         ...
+
+    def lengthened(self, more: int) -> Positions:
+        """The positions of a side with `more` slots put behind."""
+        return self
 
 
 @final
@@ -153,6 +157,9 @@ class StaticPositions(Positions):
         shape = self.array.shape
         _check_positions(name, shape if shape[0] > 1 else shape[1:], batch, length)
 
+    def lengthened(self, more: int) -> Positions:
+        return StaticPositions(lengthened_runs(self.runs, more))
+
     def __str__(self) -> str:
         rows = [_run_text(row) for row in self.runs]
         return rows[0] if len(rows) == 1 else f"[{', '.join(rows)}]"
@@ -179,6 +186,13 @@ class TracedPositions(Positions):
 
     def check(self, name: str, batch: int, length: int) -> None:
         _check_positions(name, self.value.shape, batch, length)
+
+    def lengthened(self, more: int) -> Positions:
+        if not more:
+            return self
+        widths = [(0, 0)] * (self.value.ndim - 1) + [(0, more)]
+        mode = "edge" if self.value.shape[-1] else "constant"
+        return TracedPositions(jnp.pad(self.value, widths, mode=mode))
 
     def __str__(self) -> str:
         return described(self.value)

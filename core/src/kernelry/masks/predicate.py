@@ -12,8 +12,10 @@ import numpy as np
 from kernelry._pytree import importable_name, pytree, title_of
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.arrays import as_array, described, module_of
-from kernelry.masks.base import Extent, Mask, children
-from kernelry.masks.form import Atom, AtomKind, FunctionRef
+from kernelry.masks.base import Extent, Mask
+from kernelry.masks.composition import children
+from kernelry.masks.form import OPERANDS, Atom, AtomKind, MaskForm
+from kernelry.masks.functions import FunctionRef, Held, held_by, imported
 from kernelry.masks.side import ArrayLike, Side
 
 
@@ -37,6 +39,8 @@ class Predicate(Mask):
     fn: Callable[..., Any]
     operands: tuple[Any, ...]
 
+    word: ClassVar[str] = "predicate"
+    kinds: ClassVar[tuple[AtomKind, ...]] = (AtomKind.PREDICATE,)
     positional: ClassVar[bool] = True
 
     def __init__(self, fn: Callable[..., Any], *operands: Any) -> None:
@@ -62,7 +66,7 @@ class Predicate(Mask):
     @property
     def atom(self) -> Atom:
         named = importable_name(self.fn) or FunctionRef(self.fn)
-        return Atom(AtomKind.PREDICATE, (named, "operands") if self.operands else (named,))
+        return Atom(AtomKind.PREDICATE, (named, OPERANDS) if self.operands else (named,))
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         visible = as_array(self.fn(query.positions, kv.positions, *self.operands))
@@ -89,14 +93,51 @@ class Predicate(Mask):
         return f"Predicate({', '.join([title_of(self.fn), *map(described, self.operands)])})"
 
 
+def arrays_held(atom: Atom) -> tuple[tuple[int, ...], ...] | None:
+    """Shapes of the arrays that the function of a PREDICATE without operands holds; none of other atoms.
+
+    None where the function is gone and was not asked in time.
+    """
+    held = _held(atom)
+    return None if held is None else held[0]
+
+
+def holds_traced(atom: Atom) -> bool:
+    """Whether the function of a PREDICATE without operands holds an array of a program that is being traced."""
+    held = _held(atom)
+    return held is not None and held[1]
+
+
+def _held(atom: Atom) -> Held | None:
+    if atom.kind is not AtomKind.PREDICATE or OPERANDS in atom.params:
+        return (), False
+    named = atom.params[0]
+    if not isinstance(named, FunctionRef):
+        function = imported(named)
+        return ((), False) if function is None else held_by(FunctionRef(function))
+    if named.held is None and named.function is not None:
+        named.held = held_by(named)
+    return named.held
+
+
+def note_arrays(form: MaskForm) -> None:
+    """Asks the functions in a form that may outlive them."""
+    for atom in form.atoms:
+        arrays_held(atom)
+        for inside in atom.params:
+            if isinstance(inside, MaskForm):
+                note_arrays(inside)
+
+
 def functions_in(mask: Mask) -> Iterator[Callable[..., Any]]:
-    """The functions of the predicates in a mask."""
-    if isinstance(mask, Predicate):
-        yield mask.fn
-    for inside in children(mask):
-        yield from functions_in(inside)
+    """What a form only names of a mask: the functions of predicates, the classes of other masks."""
+    inside = children(mask)
+    for part in inside:
+        yield from functions_in(part)
+    if not inside:
+        yield mask.fn if isinstance(mask, Predicate) else type(mask)
 
 
 def is_lasting(mask: Mask) -> bool:
-    """Whether a cache may hold the mask: its predicates' functions are found by name, and so live on anyhow."""
+    """Whether a cache may hold the mask: what its form names is found by name, and so exists anyhow."""
     return all(importable_name(function) is not None for function in functions_in(mask))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, final
 
 from kernelry._pytree import pytree
 from kernelry.errors import ShapeError
-from kernelry.masks.arrays import as_limits, described
-from kernelry.masks.base import Extent, Mask
+from kernelry.masks.arrays import as_limits, described, filled
+from kernelry.masks.base import Extent, Mask, Placeholder
+from kernelry.masks.chunked import looks_back_only
 from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.padding import Padding
 from kernelry.masks.side import ArrayLike, Side
 
 
@@ -34,7 +37,10 @@ class PrefixLM(Mask):
 
     prefix_lengths: ArrayLike
 
+    word: ClassVar[str] = "prefix_lm"
+    kinds: ClassVar[tuple[AtomKind, ...]] = (AtomKind.PREFIX_LM,)
     positional: ClassVar[bool] = True
+    axes: ClassVar[Mapping[str, str]] = {"prefix_lengths": "B"}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix_lengths", as_limits("PrefixLM: prefix_lengths", self.prefix_lengths))
@@ -56,3 +62,18 @@ class PrefixLM(Mask):
 
     def __repr__(self) -> str:
         return f"PrefixLM({described(self.prefix_lengths)})"
+
+    @classmethod
+    def placeholders(cls) -> dict[str, Placeholder]:
+        return {"prefix_lm": Placeholder(lambda at: PrefixLM(filled(0, (at.batch,))), "prefix_lm(2)")}
+
+    @classmethod
+    def sees_itself(cls, atom: Atom) -> bool:
+        return True
+
+    @classmethod
+    def follows_from(cls, atom: Atom, other: Atom) -> bool:
+        return looks_back_only(other)
+
+    def padded(self, padding: Padding) -> Mask:
+        return self

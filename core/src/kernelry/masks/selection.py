@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import ModuleType
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
+import jax.numpy as jnp
 import numpy as np
 
 from kernelry._pytree import pytree
 from kernelry.errors import ShapeError
-from kernelry.masks.arrays import as_booleans, described, module_of, with_rank_4
-from kernelry.masks.base import Extent, Mask
+from kernelry.masks.arrays import as_booleans, described, filled, module_of, padded, read_booleans, with_rank_4
+from kernelry.masks.base import Extent, Mask, Placeholder
 from kernelry.masks.chunked import whole_size
 from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.run_time import BlockGrid, Decided
 from kernelry.masks.side import ArrayLike, Side
+
+if TYPE_CHECKING:
+    from kernelry.masks.composition import Conjunct
+    from kernelry.masks.padding import Padding
 
 
 @final
@@ -41,8 +48,11 @@ class BlockSelection(Mask):
     keep: ArrayLike
     block_size: int
 
+    word: ClassVar[str] = "block_selection"
+    kinds: ClassVar[tuple[AtomKind, ...]] = (AtomKind.BLOCK_SELECTION,)
     positional: ClassVar[bool] = True
     uses_query_positions: ClassVar[bool] = False
+    axes: ClassVar[Mapping[str, str]] = {"keep": "BNT."}
 
     def __post_init__(self) -> None:
         instead = "compare the scores of an indexer with a threshold."
@@ -73,6 +83,54 @@ class BlockSelection(Mask):
 
     def __repr__(self) -> str:
         return f"BlockSelection({described(self.keep)}, {self.block_size})"
+
+    @classmethod
+    def placeholders(cls) -> dict[str, Placeholder]:
+        return {
+            "block_selection": Placeholder(
+                lambda at, size: BlockSelection(_all_kept(at, size), size),
+                "block_selection([[1, 0], [1, 1]], 2)",
+                numbers=1,
+            )
+        }
+
+    @classmethod
+    def read(cls, keep: Any, block_size: int) -> Mask:
+        return cls(read_booleans(keep), block_size)
+
+    def sizes(self) -> dict[str, int]:
+        rows, heads, queries, blocks = with_rank_4(self.keep).shape
+        return {"B": rows, "N": heads, "K": heads, "T": queries, "S": blocks * self.block_size}
+
+    def decide(self, conjunct: Conjunct, grid: BlockGrid) -> Decided:
+        """A block of keys overlaps some of the selection's own blocks; which, is known while tracing."""
+        start = conjunct.atom.kv.start
+        if start is None:
+            return Decided.unknown(grid)
+        keep = with_rank_4(jnp.asarray(self.keep))
+        if keep.shape[2] > 1:
+            more = grid.rows * grid.block_q - keep.shape[2]
+            keep = jnp.pad(keep, ((0, 0), (0, 0), (0, more), (0, 0)), mode="edge")
+            keep = keep.reshape(*keep.shape[:2], grid.rows, grid.block_q, keep.shape[3])
+        else:
+            keep = keep[:, :, :, None]
+        first = start + np.arange(grid.columns) * grid.block_kv
+        last = np.minimum(first + grid.block_kv, start + grid.kv_len) - 1
+        blocks, size = np.arange(keep.shape[4]), self.block_size
+        within = (blocks >= (first // size)[:, None]) & (blocks <= (last // size)[:, None])  # [columns, blocks]
+        # Keys beyond the selection's blocks are hidden.
+        covered = within.sum(axis=1) == last // size - first // size + 1
+        some = (keep.any(axis=(1, 3))[:, :, None] & within[None, None]).any(axis=3)
+        full = (keep.all(axis=(1, 3))[:, :, None] | ~within[None, None]).all(axis=3) & covered[None, None]
+        return Decided.spread(some, full, grid)
+
+    def padded(self, padding: Padding) -> Mask:
+        return BlockSelection(padded(with_rank_4(self.keep), 2, padding.more_queries), self.block_size)
+
+
+def _all_kept(at: Extent, size: int) -> ArrayLike:
+    blocks = -(-at.kv_len // whole_size("block_selection: size", size))
+    return filled(True, (at.batch, at.kv_heads, at.q_len, blocks))
 
 
 def _for_query_heads(keep: ArrayLike, q_heads: int, xp: ModuleType) -> ArrayLike:

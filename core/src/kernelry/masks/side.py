@@ -78,6 +78,14 @@ class Side:
             values = values[:, self.slots.reshape(-1)]
         return _place(values, self.axis)
 
+    def first(self, length: int) -> Side:
+        """Returns the slots below `length`; of a tile all, those beyond moved to the last slot below it."""
+        if self.whole:
+            cut = (..., slice(length), slice(None)) if self.axis is Axis.QUERY else (..., slice(length))
+            return dataclasses.replace(self, slots=self.slots[cut], positions=self.positions[cut])
+        xp = np if isinstance(self.slots, np.ndarray) else jnp
+        return dataclasses.replace(self, slots=xp.clip(self.slots, 0, max(length - 1, 0)))
+
     def at(self, where: Positions | None) -> Side:
         """Returns the same slots at other positions."""
         return self if where is None else dataclasses.replace(self, positions=where.of(self))

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from kernelry.config.layer import AttentionConfig
 from kernelry.errors import ArgumentError
 from kernelry.masks import BlockSelection, Lengths
+from kernelry.masks.arrays import filled
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.fit import check_fits
 from kernelry.masks.parse import parse_shaped
-from kernelry.masks.words import filled
 from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed

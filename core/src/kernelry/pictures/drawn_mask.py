@@ -13,13 +13,11 @@ import numpy as np
 from jaxtyping import Bool, Int, Int8
 
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.masks.base import At, Extent, Mask, children
+from kernelry.masks.base import Extent, Mask
 from kernelry.masks.blocks import BlockKind
+from kernelry.masks.composition import At, children
 from kernelry.masks.fit import check_fits
-from kernelry.masks.indexed import BidirectionalSpans, Dense, Lengths, Segments
 from kernelry.masks.positions import Positions, StaticOffsets, StaticPositions, TracedOffset, TracedPositions
-from kernelry.masks.prefix import PrefixLM
-from kernelry.masks.selection import BlockSelection
 from kernelry.masks.side import Axis, Side
 
 _DEFAULT_LENGTH = 8
@@ -59,7 +57,7 @@ class DrawnMask:
         """Takes lengths that are not given from the longest array of the mask, else from the other side, else 8.
 
         Raises:
-          ArgumentError: a length is not a number of tokens that can be drawn.
+          ArgumentError: that many tokens cannot be drawn.
           ShapeError: the mask's arrays do not fit, or a positional mask meets T ≠ S without `.at`.
         """
         extent = _extent(mask, q_len, kv_len)
@@ -145,13 +143,13 @@ def _placed(mask: Mask, query: Positions | None, kv: Positions | None) -> Iterat
 
 
 def _extent(mask: Mask, q_len: int | None, kv_len: int | None) -> Extent:
-    shapes = [shape for inside in _all_inside(mask) for shape in _shapes(inside)]
-    rows, heads, queries, keys = (max(sizes) for sizes in zip((1, 1, 0, 0), *shapes, strict=True))
+    sizes = [_sizes(inside) for inside in _all_inside(mask)]
+    rows, heads, queries, keys = (max((size.get(letter, 0) for size in sizes), default=0) for letter in "BNTS")
+    rows, heads = max(rows, 1), max(heads, 1)
     q_len = (queries or None) if q_len is None else q_len
     kv_len = (keys or None) if kv_len is None else kv_len
     either = next((length for length in (q_len, kv_len) if length is not None), _DEFAULT_LENGTH)
-    shared = [i.keep.shape[1] for i in _all_inside(mask) if isinstance(i, BlockSelection) and i.keep.shape[1] > 1]
-    kv_heads = min(shared, default=heads)
+    kv_heads = min((size["K"] for size in sizes if size.get("K", 1) > 1), default=heads)
     if heads % kv_heads:
         raise ShapeError(f"mask={mask!r} has arrays of {heads} heads and of {kv_heads}; one must divide the other.")
     return Extent(
@@ -163,32 +161,22 @@ def _extent(mask: Mask, q_len: int | None, kv_len: int | None) -> Extent:
     )
 
 
-def _all_inside(mask: Mask) -> Iterator[Any]:
+def _all_inside(mask: Mask) -> Iterator[Mask]:
     yield mask
     for part in children(mask):
         yield from _all_inside(part)
 
 
-def _shapes(mask: Mask) -> Iterator[tuple[int, int, int, int]]:
-    """Yields B, N, T and S of each array; 0 is a length of which it says nothing."""
-    match mask:
-        case Segments(query_ids=query, kv_ids=kv) | BidirectionalSpans(query_spans=query, kv_spans=kv):
-            rows, length = _rows(query)
-            yield rows, 1, length, length if kv is None else 0
-            if kv is not None:
-                rows, length = _rows(kv)
-                yield rows, 1, 0, length
-        case Lengths(kv_lengths=lengths) | PrefixLM(prefix_lengths=lengths):
-            yield lengths.size, 1, 0, 0
-        case Dense(visible=visible):
-            yield visible.shape
-        case BlockSelection(keep=keep, block_size=size):
-            yield (*keep.shape[:3], keep.shape[3] * size)
-        case At(query=query, kv=kv):
-            for place, where in enumerate((query, kv)):
-                if where is not None:
-                    rows, length = _rows_of_places(where)
-                    yield rows, 1, length * (place == 0), length * (place == 1)
+def _sizes(mask: Mask) -> dict[str, int]:
+    """The sizes that arrays and positions of one mask tell, by letter; composites tell those of their positions."""
+    if not isinstance(mask, At):
+        return mask.sizes()
+    found = {}
+    for letter, where in (("T", mask.query), ("S", mask.kv)):
+        if where is not None:
+            rows, found[letter] = _rows_of_places(where)
+            found["B"] = max(rows, found.get("B", 0))
+    return found
 
 
 def _rows_of_places(where: Positions) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from kernelry.pictures.drawn_mask import DrawnMask
 COLUMNS = 64
 """Tokens or blocks a row; each takes two characters."""
 MOST_PICTURES = 16
-"""Batch rows times heads; more would not be readable."""
+"""Batch rows times heads."""
 _MOST_BLOCKS = 32
 """Blocks a side, where the caller does not say how large they are."""
 _SIGNS = {BlockKind.EMPTY: "·", BlockKind.PARTIAL: "▨", BlockKind.FULL: "■"}
@@ -43,7 +43,7 @@ def text(
       head that may differ, and a legend.
 
     Raises:
-      ArgumentError: a size is not a number of tokens that can be drawn, or a block is too small.
+      ArgumentError: that many tokens cannot be drawn, or a block is too small.
       ShapeError: the mask's arrays do not fit, or a positional mask meets T ≠ S without `.at`.
     """
     drawn = DrawnMask.of(mask, q_len, kv_len)
@@ -79,7 +79,7 @@ def _power_of_two(length: int, most: int) -> int:
 
 
 def pictures(grids: np.ndarray) -> Iterator[tuple[int | None, int | None, np.ndarray]]:
-    """Yields batch row, head and grid, of [rows, heads, …]; None means all rows or heads, which are alike."""
+    """Yields batch row, head and grid, of [rows, heads, …]; None where all rows or heads are alike."""
     rows, heads = grids.shape[:2]
     for row in range(rows):
         for head in range(heads):

@@ -13,9 +13,9 @@ import numpy as np
 from kernelry._values import SymbolicSize
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Extent
-from kernelry.masks.constants import note_arrays
 from kernelry.masks.fit import as_mask, check_located
 from kernelry.masks.form import MaskForm
+from kernelry.masks.predicate import note_arrays
 from kernelry.request.checks import SYMBOLIC, check_kinds, check_sizes, check_storage
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.target import Target

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import enum
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, Protocol, final
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import Inputs
+from kernelry.masks.base import Mask
+from kernelry.masks.form import Atom
+from kernelry.masks.side import Side
 from kernelry.request.request import Request
 
 
@@ -48,7 +53,7 @@ class Adapter(Protocol):
     """Rewrites a request that a kernel refuses into one that it may serve.
 
     The array part (`prepare`, `restore`) changes inputs and outputs as ordinary JAX; the resolved
-    program contains exactly these operations besides the kernel's. A statistics adapter has a
+    program contains exactly these operations and the kernel's own. A statistics adapter has a
     `duty`: core works on the kernel's statistics, inside its one custom_vjp.
 
     Args:
@@ -107,3 +112,17 @@ CURED_ON_KEYS = frozenset(
 def itemsize(dtype: str) -> int:
     """The bytes of one element."""
     return int(np.dtype(jnp.dtype(dtype)).itemsize)
+
+
+def visible_of(masks: Iterable[Mask], request: Request) -> Bool[Array, "#B #N #T #S"]:
+    """Evaluates a conjunction, heads as the queries'."""
+    query, kv = Side.query(request.q_len, q_heads=request.q_heads), Side.kv(request.kv_len)
+    visible = jnp.ones((1, 1, 1, 1), bool)
+    for mask in masks:
+        visible = visible & mask.evaluate(query, kv)
+    return visible
+
+
+def aligned(pairs: Iterable[tuple[Atom, Mask]]) -> tuple[Mask, ...]:
+    """Sorts masks as `form_of` sorts their atoms."""
+    return tuple(mask for _, mask in sorted(pairs, key=lambda pair: pair[0].sort_key))

@@ -1,29 +1,27 @@
-"""Keeps what stands in hidden slots away from a kernel that would let it leak."""
+"""Keeps what hidden slots hold away from a kernel that would let it leak."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import ClassVar, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from kernelry.execution.adapters.base import Adapter, Cost, itemsize
-from kernelry.execution.adapters.masking import visible_of
+from kernelry.execution.adapters.base import Adapter, Cost, itemsize, visible_of
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import Inputs
-from kernelry.masks.arrays import as_array
 from kernelry.masks.base import Mask
-from kernelry.masks.form import Atom, AtomKind, PositionKind
-from kernelry.masks.indexed import Lengths, Segments
+from kernelry.masks.form import Atom, PositionKind
+from kernelry.masks.lengths import Lengths
 from kernelry.request.request import Request
 
 _Seen: TypeAlias = tuple[Bool[Array, "#B #T #N 1"], Bool[Array, "#B #S #K 1"]]
 """Which rows see some key, and which slots some row sees."""
-
-_REFLEXIVE = frozenset({AtomKind.CAUSAL, AtomKind.WINDOW, AtomKind.CHUNKED, AtomKind.BLOCK_CAUSAL, AtomKind.PREFIX_LM})
 
 
 @final
@@ -59,9 +57,15 @@ class CleanHiddenSlots(Adapter):
 
 def _seen(masks: tuple[Mask, ...], request: Request) -> _Seen:
     if _is_lengths(request):
-        return _seen_by_lengths(masks[0], request)
-    if _is_packed(request):
-        return _seen_by_ids(next(mask for mask in masks if isinstance(mask, Segments)))
+        [lengths] = masks
+        assert isinstance(lengths, Lengths)
+        rows, slots = lengths.seen(request.q_len, request.kv_len)
+        return rows[:, :, None, None], slots[:, :, None, None]
+    if _is_on_diagonal(request):
+        atoms = zip(request.mask.atoms, masks, strict=True)
+        live = [jnp.asarray(mask.live_slots()) for atom, mask in atoms if atom.mask_class.has_live_slots(atom)]
+        real: jax.Array = functools.reduce(operator.and_, live)[:, :, None, None]
+        return real, real
     visible = visible_of(masks, request)
     visible = jnp.broadcast_to(visible, (*visible.shape[:2], request.q_len, request.kv_len))
     slots = visible.any(axis=2)
@@ -71,39 +75,23 @@ def _seen(masks: tuple[Mask, ...], request: Request) -> _Seen:
 
 
 def _is_cheap(request: Request) -> bool:
-    return _is_lengths(request) or _is_packed(request)
+    return _is_lengths(request) or _is_on_diagonal(request)
 
 
 def _is_lengths(request: Request) -> bool:
-    return [atom.kind for atom in request.mask.atoms] == [AtomKind.LENGTHS]
+    return [atom.mask_class for atom in request.mask.atoms] == [Lengths]
 
 
-def _is_packed(request: Request) -> bool:
-    """One array of ids, and masks that always let a slot see itself: it is seen, and sees, where its id is no −1."""
-    ids = [atom for atom in request.mask.atoms if atom.kind is AtomKind.SEGMENTS]
-    others = (atom for atom in request.mask.atoms if atom.kind is not AtomKind.SEGMENTS)
-    return len(ids) == 1 and all(_sees_itself(atom) for atom in others)
+def _is_on_diagonal(request: Request) -> bool:
+    """Whether a slot sees and is seen just where it sees itself, as some arrays say and the rest of the mask allows."""
+    atoms = request.mask.atoms
+    by_ids = [atom.mask_class.has_live_slots(atom) for atom in atoms]
+    others = (atom for atom, live in zip(atoms, by_ids, strict=True) if not live)
+    return any(by_ids) and all(_sees_itself(atom) for atom in others)
 
 
 def _sees_itself(atom: Atom) -> bool:
     # Traced positions of the two sides are alike in form and may differ.
-    if atom.kind not in _REFLEXIVE or atom.query != atom.kv or PositionKind.TRACED in atom.position_kinds:
-        return False
-    return not atom.is_band or all(bound is None or bound >= 0 for bound in atom.params)
-
-
-def _seen_by_lengths(mask: Mask, request: Request) -> _Seen:
-    assert isinstance(mask, Lengths)
-    keys = jnp.asarray(mask.kv_lengths).reshape(-1, 1, 1, 1)
-    slot = jnp.arange(request.kv_len).reshape(1, -1, 1, 1)
-    row = jnp.arange(request.q_len).reshape(1, -1, 1, 1)
-    counted = jnp.full_like(keys, request.q_len) if mask.query_lengths is None else mask.query_lengths
-    queries = jnp.asarray(counted).reshape(-1, 1, 1, 1)
-    some_key, some_query = (keys > 0) & (request.kv_len > 0), (queries > 0) & (request.q_len > 0)
-    return (row < queries) & some_key, (slot < keys) & some_query
-
-
-def _seen_by_ids(mask: Segments) -> _Seen:
-    ids = jnp.atleast_2d(jnp.asarray(as_array(mask.query_ids)))
-    real: jax.Array = (ids >= 0)[:, :, None, None]
-    return real, real
+    return (
+        atom.query == atom.kv and PositionKind.TRACED not in atom.position_kinds and atom.mask_class.sees_itself(atom)
+    )

@@ -6,18 +6,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, final
 
-from kernelry.execution.adapters.base import Adapter, Cost
-from kernelry.execution.adapters.masking import visible_of
+from kernelry.execution.adapters.base import Adapter, Cost, visible_of
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import Inputs
+from kernelry.masks.dense import Dense
 from kernelry.masks.form import Atom, AtomKind, MaskForm
-from kernelry.masks.indexed import Dense
 from kernelry.request.request import Request
 
 _DENSE = MaskForm((Atom(AtomKind.DENSE),))
-_BY_HEAD = frozenset({AtomKind.DENSE, AtomKind.BLOCK_SELECTION, AtomKind.PREDICATE, AtomKind.CUSTOM})
-"""Atoms that may differ by head."""
 
 
 @final
@@ -39,7 +36,7 @@ class DenseMask(Adapter):
     def cost(self, before: Request, after: Request) -> Cost:
         atoms = tuple(_inside(before.mask))
         rows = before.batch if any(_differs_by_row(atom) for atom in atoms) else 1
-        heads = before.q_heads if any(atom.kind in _BY_HEAD for atom in atoms) else 1
+        heads = before.q_heads if any(_may_differ_by_head(atom) for atom in atoms) else 1
         pairs = rows * heads * before.q_len * before.kv_len
         return Cost(extra_bytes=pairs, extra_flops=pairs * len(before.mask.atoms))
 
@@ -51,6 +48,11 @@ def _inside(form: MaskForm) -> Iterator[Atom]:
             yield atom
         for part in nested:
             yield from _inside(part)
+
+
+def _may_differ_by_head(atom: Atom) -> bool:
+    axes = atom.mask_class.axes
+    return axes is None or any("N" in letters for letters in axes.values())
 
 
 def _differs_by_row(atom: Atom) -> bool:

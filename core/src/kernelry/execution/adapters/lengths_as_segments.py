@@ -1,4 +1,4 @@
-"""Serves lengths with a kernel that knows segments only."""
+"""Serves lengths with a kernel that takes segments only."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import ClassVar, TypeAlias, final
 
 import numpy as np
 
-from kernelry.execution.adapters.base import Adapter, Cost
-from kernelry.execution.adapters.masking import aligned, form_of, signed
+from kernelry.execution.adapters.base import Adapter, Cost, aligned
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import Inputs
-from kernelry.masks.arrays import module_of
+from kernelry.masks.arrays import module_of, signed
 from kernelry.masks.base import Mask
 from kernelry.masks.form import Atom, AtomKind
-from kernelry.masks.indexed import Lengths, Segments
+from kernelry.masks.ids import Segments
+from kernelry.masks.lengths import Lengths
+from kernelry.masks.padding import form_of
 from kernelry.masks.side import ArrayLike
 from kernelry.request.request import Request
 

@@ -1,33 +1,28 @@
-"""Serves any lengths with a kernel that wants certain ones, or equal ones."""
+"""Serves any lengths with a kernel that needs certain ones, or equal ones."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from typing import ClassVar, final
 
 import jax
 import numpy as np
 from jax import lax
 
-from kernelry.execution.adapters.base import Adapter, Cost, itemsize
-from kernelry.execution.adapters.masking import Growth, aligned, form_of, grown_atom, grown_mask, padded, signed
+from kernelry.execution.adapters.base import Adapter, Cost, aligned, itemsize
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import Inputs
-from kernelry.masks.arrays import module_of, with_rank_4
+from kernelry.masks.arrays import padded
 from kernelry.masks.base import Mask
 from kernelry.masks.form import Atom, AtomKind, MaskForm
-from kernelry.masks.indexed import Dense, Lengths, Segments
-from kernelry.masks.side import ArrayLike
+from kernelry.masks.ids import Segments
+from kernelry.masks.lengths import Lengths
+from kernelry.masks.padding import Padding, form_of, padded_atom, padded_mask
 from kernelry.request.request import Request
-
-_IDS = frozenset({AtomKind.SEGMENTS, AtomKind.SEGMENTS_SEPARATE, AtomKind.SPANS, AtomKind.SPANS_SEPARATE})
-_HIDE_ROWS = _IDS | {AtomKind.DENSE}
-"""Atoms whose arrays have an entry for the slots put behind, and hide them."""
-
-_HIDE_KEYS = _HIDE_ROWS | {AtomKind.LENGTHS}
 
 
 @final
@@ -51,34 +46,30 @@ class PadSequence(Adapter):
         q_len, kv_len = _lengths(request, capabilities, refusals)
         if (q_len, kv_len) == (request.q_len, request.kv_len):
             return None
-        bias = _grown_bias(request, q_len, kv_len)
-        # The mask's static positions belong to the old lengths; it grows below.
+        bias = _padded_bias(request, q_len, kv_len)
+        # The mask's static positions belong to the old lengths; it is padded below.
         longer = dataclasses.replace(request, q_len=q_len, kv_len=kv_len, bias=bias, mask=MaskForm())
-        growth = Growth.between(request, longer)
-        atoms = _grown_atoms(request, growth)
-        if atoms is None:
-            return None
-        if _keys_in_sight(request, growth) or _rows_in_sight(request, growth):
-            atoms = (*atoms, _hiding_atom(request, growth, capabilities))
+        atoms = tuple(padded_atom(atom, padding) for atom, padding in _paddings(request, longer))
+        if _keys_in_sight(request, longer, atoms) or _rows_in_sight(request, longer, atoms):
+            atoms = (*atoms, _hiding_atom(request, longer, atoms, capabilities))
         return dataclasses.replace(longer, mask=form_of(atoms))
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
-        growth = Growth.between(before, after)
-        atoms = _grown_atoms(before, growth)
-        assert atoms is not None, "rewrite returned None"
-        given = zip(atoms, before.mask.atoms, inputs.mask, strict=True)
-        pairs = [(atom, _grown(mask, old, before, growth)) for atom, old, mask in given]
+        more_queries, more_keys = after.q_len - before.q_len, after.kv_len - before.kv_len
+        paddings = tuple(_paddings(before, after))
+        atoms = tuple(padded_atom(atom, padding) for atom, padding in paddings)
+        masks = [padded_mask(mask, padding) for mask, (_, padding) in zip(inputs.mask, paddings, strict=True)]
         added = Counter(after.mask.atoms) - Counter(atoms)
-        pairs += [(atom, _hiding_mask(atom, before, growth)) for atom in added]
+        hiding = [_hiding_mask(atom, before, after, atoms) for atom in added]
         bias = inputs.bias
         if bias is not None:
-            bias = padded(padded(bias, 2, growth.more_queries), 3, growth.more_keys)
+            bias = padded(padded(bias, 2, more_queries), 3, more_keys)
         return dataclasses.replace(
             inputs,
-            query=_longer(inputs.query, growth.more_queries),
-            key=_longer(inputs.key, growth.more_keys),
-            value=_longer(inputs.value, growth.more_keys),
-            mask=aligned(pairs),
+            query=_longer(inputs.query, more_queries),
+            key=_longer(inputs.key, more_keys),
+            value=_longer(inputs.value, more_keys),
+            mask=aligned(zip((*atoms, *added), (*masks, *hiding), strict=True)),
             bias=bias,
         )
 
@@ -107,7 +98,7 @@ class PadSequence(Adapter):
 
 
 def _lengths(request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> tuple[int, int]:
-    """T and S as the kernel wants them."""
+    """T and S as the kernel needs them."""
     asked = [size for refusal in refusals if refusal.code in PadSequence.cures for size in refusal.pad_to]
     least = 0 if capabilities.empty_arrays else 1
     q_len = max([request.q_len, least, *(size for name, size in asked if name == "q_len")])
@@ -117,110 +108,69 @@ def _lengths(request: Request, capabilities: Capabilities, refusals: tuple[Refus
     return max(q_len, kv_len), max(q_len, kv_len)
 
 
-def _grown_bias(request: Request, q_len: int, kv_len: int) -> tuple[int, ...] | None:
+def _padded_bias(request: Request, q_len: int, kv_len: int) -> tuple[int, ...] | None:
     if request.bias is None:
         return None
     batch, heads, rows, slots = request.bias
     return batch, heads, 1 if rows == 1 else q_len, 1 if slots == 1 else kv_len
 
 
-def _grown_atoms(request: Request, growth: Growth) -> tuple[Atom, ...] | None:
-    """The atoms at the new lengths, in the order of the old ones; None where some cannot be lengthened."""
-    atoms = [grown_atom(atom, growth) for atom in request.mask.atoms]
-    counted = _rows_must_hide(request, growth) and not _any_of(request.mask, _HIDE_ROWS)
-    known = [_counting_rows(atom) if counted else atom for atom in atoms if atom is not None]
-    return tuple(known) if len(known) == len(atoms) else None
+def _paddings(before: Request, after: Request) -> Iterator[tuple[Atom, Padding]]:
+    """For each atom of the mask how it is to be padded."""
+    more_queries, more_keys = after.q_len - before.q_len, after.kv_len - before.kv_len
+    padding = Padding(before.q_len, before.kv_len, more_queries, more_keys)
+    # One mask that hides the new rows is enough. Where none does that anyhow, each that can is asked to.
+    must, enough = _rows_must_hide(before, after), _any_hides_rows(before.mask.atoms)
+    for atom in before.mask.atoms:
+        hides = must and (not enough or atom.mask_class.hides_rows_behind(atom))
+        yield atom, dataclasses.replace(padding, hide_rows=hides)
 
 
-def _counting_rows(atom: Atom) -> Atom:
-    return Atom(AtomKind.LENGTHS, ("query",)) if atom.kind is AtomKind.LENGTHS else atom
+def _any_hides_rows(atoms: tuple[Atom, ...]) -> bool:
+    return any(atom.mask_class.hides_rows_behind(atom) for atom in atoms)
 
 
-def _any_of(form: MaskForm, kinds: frozenset[AtomKind]) -> bool:
-    return any(atom.kind in kinds for atom in form.atoms)
-
-
-def _rows_must_hide(request: Request, growth: Growth) -> bool:
-    if not growth.more_queries:
+def _rows_must_hide(before: Request, after: Request) -> bool:
+    if before.q_len == after.q_len:
         return False
-    # Lengths of keys hide the same slots from every row, so what they hide is hidden from the new rows, too.
-    others = tuple(atom for atom in request.mask.atoms if atom != Atom(AtomKind.LENGTHS))
-    return request.max_logits or MaskForm(others).may_hide_slots(request.q_len, request.kv_len)
+    # What a mask hides from every row alike, it hides from the new rows, too.
+    others = tuple(atom for atom in before.mask.atoms if not atom.mask_class.hides_by_key_alone(atom))
+    return before.max_logits or MaskForm(others).may_hide_slots(before.q_len, before.kv_len)
 
 
-def _rows_in_sight(request: Request, growth: Growth) -> bool:
-    return _rows_must_hide(request, growth) and not _any_of(request.mask, _HIDE_KEYS)
+def _rows_in_sight(before: Request, after: Request, atoms: tuple[Atom, ...]) -> bool:
+    return _rows_must_hide(before, after) and not _any_hides_rows(atoms)
 
 
-def _keys_in_sight(request: Request, growth: Growth) -> bool:
-    """Whether the mask as it is may show keys put behind to rows that count."""
-    if not growth.more_keys or _any_of(request.mask, _HIDE_KEYS):
-        return False
-    return not any(_hides_behind(atom, request) for atom in request.mask.atoms)
+def _keys_in_sight(before: Request, after: Request, atoms: tuple[Atom, ...]) -> bool:
+    """Whether the padded atoms may show keys put behind to rows that count."""
+    lengths = before.q_len, before.kv_len
+    return before.kv_len != after.kv_len and not any(
+        atom.mask_class.hides_keys_behind(atom, *lengths) for atom in atoms
+    )
 
 
-def _hides_behind(atom: Atom, request: Request) -> bool:
-    """Says whether a static atom hides positions behind the last key from the last query."""
-    if atom.query.start is None or atom.kv.start is None:
-        return False
-    last, behind = atom.query.start + request.q_len - 1, atom.kv.start + request.kv_len
-    if atom.kind is AtomKind.BLOCK_CAUSAL:
-        return bool(behind // atom.params[0] > last // atom.params[0])
-    if atom.kind is AtomKind.CHUNKED:
-        return behind > last
-    return atom.is_band and atom.params[1] is not None and bool(behind > last + atom.params[1])
-
-
-def _hiding_atom(request: Request, growth: Growth, capabilities: Capabilities) -> Atom:
+def _hiding_atom(before: Request, after: Request, atoms: tuple[Atom, ...], capabilities: Capabilities) -> Atom:
     takes = capabilities.atoms
-    if AtomKind.SEGMENTS in takes and request.q_len == request.kv_len and not growth.parts_ids:
+    if AtomKind.SEGMENTS in takes and before.q_len == before.kv_len and after.q_len == after.kv_len:
         return Atom(AtomKind.SEGMENTS)
     if AtomKind.SEGMENTS_SEPARATE in takes:
         return Atom(AtomKind.SEGMENTS_SEPARATE)
-    return Atom(AtomKind.LENGTHS, ("query",) if _rows_in_sight(request, growth) else ())
+    return Atom(AtomKind.LENGTHS, ("query",) if _rows_in_sight(before, after, atoms) else ())
 
 
-def _hiding_mask(atom: Atom, request: Request, growth: Growth) -> Mask:
-    query, kv = _ids(growth.q_len, growth.more_queries), _ids(growth.kv_len, growth.more_keys)
+def _hiding_mask(atom: Atom, before: Request, after: Request, atoms: tuple[Atom, ...]) -> Mask:
+    query, kv = _ids(before.q_len, after.q_len), _ids(before.kv_len, after.kv_len)
     if atom.kind is AtomKind.SEGMENTS:
         return Segments(query)
-    hides_rows = _rows_in_sight(request, growth)
+    hides_rows = _rows_in_sight(before, after, atoms)
     if atom.kind is AtomKind.SEGMENTS_SEPARATE:
         return Segments(query if hides_rows else np.zeros_like(query), kv)
-    return Lengths(growth.kv_len, growth.q_len if hides_rows else None)
+    return Lengths(before.kv_len, before.q_len if hides_rows else None)
 
 
-def _ids(length: int, more: int) -> np.ndarray:
-    return np.concatenate([np.zeros(length, np.int32), np.full(more, -1, np.int32)])
-
-
-def _grown(mask: Mask, atom: Atom, request: Request, growth: Growth) -> Mask:
-    """Lengthens a mask of the conjunction itself, which must hide what it can."""
-    match mask:
-        case Lengths(kv_lengths=kv_lengths, query_lengths=query_lengths):
-            if query_lengths is not None:
-                query_lengths = _at_most(query_lengths, growth.q_len)
-            elif _rows_must_hide(request, growth) and not _any_of(request.mask, _HIDE_ROWS):
-                query_lengths = growth.q_len
-            return Lengths(_at_most(kv_lengths, growth.kv_len), query_lengths)
-        case Dense(visible=visible):
-            rows_hide = _rows_must_hide(request, growth)
-            visible = _hidden_behind(with_rank_4(visible), 2, growth.q_len, growth.more_queries, spread=rows_hide)
-            return Dense(_hidden_behind(visible, 3, growth.kv_len, growth.more_keys, spread=True))
-    return grown_mask(mask, growth)
-
-
-def _at_most(lengths: ArrayLike, length: int) -> ArrayLike:
-    return module_of(lengths).minimum(signed(lengths), np.int32(length))
-
-
-def _hidden_behind(visible: ArrayLike, axis: int, length: int, more: int, *, spread: bool) -> ArrayLike:
-    """Puts False behind an axis; where it is 1, only if each slot is to have its own entry."""
-    if not more or (visible.shape[axis] == 1 and not spread):
-        return visible
-    xp = module_of(visible)
-    whole = xp.broadcast_to(visible, [length if place == axis else have for place, have in enumerate(visible.shape)])
-    return xp.pad(whole, [(0, more if place == axis else 0) for place in range(4)], constant_values=False)
+def _ids(length: int, padded_to: int) -> np.ndarray:
+    return np.where(np.arange(padded_to) < length, 0, -1).astype(np.int32)
 
 
 def _longer(array: jax.Array, more: int) -> jax.Array:

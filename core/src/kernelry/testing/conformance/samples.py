@@ -5,18 +5,20 @@ Batch rows differ, windows reach further left than right, ids hold 0 and −1, a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias, final
 
 import jax.numpy as jnp
 import numpy as np
 
 from kernelry import masks
-from kernelry.masks import AtomKind, Mask, PositionKind
+from kernelry._pytree import pytree
+from kernelry.masks import Atom, AtomKind, Mask, PositionKind, Side
 from kernelry.testing.conformance.calls import Call
 
 Alternatives: TypeAlias = tuple[Mask, ...]
-"""The first that a kernel takes stands for all."""
+"""Of these the first that a kernel takes is tried."""
 
 _RNG_SEED = 5
 _FAR = 2**24 + 1
@@ -51,6 +53,47 @@ def every_other(query: Any, kv: Any) -> Any:
 def near(query: Any, kv: Any, reach: Any) -> Any:
     """Keys within a distance that an array says."""
     return abs(query - kv) <= reach
+
+
+@final
+@pytree()
+@dataclasses.dataclass(frozen=True, slots=True)
+class Strided(Mask):
+    """A third party's mask without arrays, a predicate in all but name: keys whole steps away."""
+
+    step: int
+
+    word: ClassVar[str] = "kernelry.testing.strided"
+    positional: ClassVar[bool] = True
+
+    def evaluate(self, query: Side, kv: Side) -> Any:
+        return (query.positions - kv.positions) % self.step == 0
+
+    @classmethod
+    def sees_itself(cls, atom: Atom) -> bool:
+        return True
+
+
+@final
+@pytree("reach")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Near(Mask):
+    """A third party's mask with an array: keys within a distance, integers [B], that is at least 0."""
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
+
+    reach: Any
+
+    word: ClassVar[str] = "kernelry.testing.near"
+    positional: ClassVar[bool] = True
+    axes: ClassVar[Mapping[str, str]] = {"reach": "B"}
+
+    def evaluate(self, query: Side, kv: Side) -> Any:
+        return near(query.positions, kv.positions, self.reach.reshape(-1, 1, 1, 1))
+
+    @classmethod
+    def sees_itself(cls, atom: Atom) -> bool:
+        return True
 
 
 def _lengths(call: Call) -> Mapping[str, Alternatives]:
@@ -104,7 +147,12 @@ def _predicate(call: Call) -> Mapping[str, Alternatives]:
     return {
         "predicate": (masks.Predicate(near, reach),),
         "predicate without arrays": (masks.Predicate(every_other),),
+        "custom mask without arrays": (Strided(3),),
     }
+
+
+def _custom(call: Call) -> Mapping[str, Alternatives]:
+    return {"custom": (Near(np.array([4, 2], np.int32)),), "custom without arrays": (Strided(3),)}
 
 
 def _any_of(call: Call) -> Mapping[str, Alternatives]:
@@ -143,6 +191,7 @@ _DRAWERS: Mapping[AtomKind, Callable[[Call], Mapping[str, Alternatives]]] = {
     AtomKind.DENSE: _dense,
     AtomKind.ANY_OF: _any_of,
     AtomKind.NOT: _not,
+    AtomKind.CUSTOM: _custom,
 }
 
 

@@ -1,19 +1,22 @@
 """Masks evaluated from their definitions: positions and ids in, booleans out.
 
-Shares no code with the masks' own `evaluate`, `form` or `Side`: only the public fields of masks
-and positions are read.
+Shares no code with the `evaluate`, `form` or `Side` of core's masks: only the public fields of masks
+and positions are read. Other masks are evaluated.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 from jaxtyping import Bool
 
 from kernelry import masks
 from kernelry.masks import positions
-from kernelry.masks.base import And, At, Mask, Not, Or
+from kernelry.masks.base import Mask
+from kernelry.masks.composition import And, At, Not, Or
 
 _Extent: TypeAlias = tuple[int, int, int, int]
 """B, N, T, S."""
@@ -23,12 +26,12 @@ def reference_mask(mask: Mask, batch: int, q_heads: int, q_len: int, kv_len: int
     """Evaluates a mask from its definition: True where the query may see the key.
 
     Args:
-      mask: any mask of `kernelry.masks`, composed and placed in any way.
+      mask: any mask of `kernelry.masks`, composed and placed in any way, or of a third party.
       batch, q_heads, q_len, kv_len: B, N, T, S. Positions default to 0 … length − 1 on both sides,
         also where T ≠ S.
 
     Raises:
-      NotImplementedError: a class of mask, or of positions, that has no definition here.
+      NotImplementedError: a class of core's masks, or of positions, that has no definition here.
     """
     extent = (batch, q_heads, q_len, kv_len)
     return np.broadcast_to(_evaluate(mask, np.arange(q_len)[None], np.arange(kv_len)[None], extent), extent)
@@ -98,7 +101,17 @@ def _atom(mask: Mask, p_q: np.ndarray, p_k: np.ndarray, extent: _Extent) -> np.n
             return _kept(np.asarray(keep), p_k // size, extent)
         case masks.Predicate(fn=fn, operands=operands):
             return np.asarray(fn(p_q, p_k, *(np.asarray(operand) for operand in operands)), bool)
-    raise NotImplementedError(f"the reference has no definition of the mask {type(mask).__name__}.")
+    if mask.kinds:
+        raise NotImplementedError(f"the reference has no definition of the mask {type(mask).__name__}.")
+    return _of_itself(mask, p_q, p_k, extent)
+
+
+def _of_itself(mask: Mask, p_q: np.ndarray, p_k: np.ndarray, extent: _Extent) -> np.ndarray:
+    """A third party's mask is its own definition, evaluated in NumPy at these positions."""
+    query, kv = masks.Side.query(extent[2], np, q_heads=extent[1]), masks.Side.kv(extent[3], np)
+    query, kv = (dataclasses.replace(side, positions=at.astype(np.int32)) for side, at in ((query, p_q), (kv, p_k)))
+    with jax.ensure_compile_time_eval():
+        return np.asarray(mask.evaluate(query, kv))
 
 
 def _same_id(own: Any, other: Any) -> np.ndarray:
