@@ -166,7 +166,7 @@ class _Reader:
         if name not in self.names:
             assert without is not None
             raise self.wrong(f"{name!r} takes no arrays: write {without.instead}")
-        signature = inspect.signature(self.names[name])
+        signature = inspect.signature(_written_as(self.names[name]))
         try:
             signature.bind(*values, **named)
         except TypeError as error:
@@ -220,6 +220,12 @@ def _vocabulary(
         names |= cls.readers()
         placeholders |= cls.placeholders()
     return names, placeholders
+
+
+def _written_as(reader: Callable[..., Mask]) -> Callable[..., Mask]:
+    """The class, where a mask is read with the arguments of its class."""
+    plain = getattr(reader, "__func__", None) is Mask.read.__func__  # type: ignore[attr-defined]
+    return reader.__self__ if plain else reader  # type: ignore[attr-defined, no-any-return]
 
 
 def _chain(node: ast.BinOp) -> list[ast.expr]:
