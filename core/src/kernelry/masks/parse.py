@@ -225,7 +225,7 @@ def _vocabulary(
 def _written_as(reader: Callable[..., Mask]) -> Callable[..., Mask]:
     """The class, where a mask is read with the arguments of its class."""
     plain = getattr(reader, "__func__", None) is Mask.read.__func__  # type: ignore[attr-defined]
-    return reader.__self__ if plain else reader  # type: ignore[attr-defined, no-any-return]
+    return reader.__self__ if plain else reader  # type: ignore[attr-defined]
 
 
 def _chain(node: ast.BinOp) -> list[ast.expr]:
