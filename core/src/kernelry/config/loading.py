@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
-from kernelry.config.lines import Keys, Place, toml_lines, yaml_lines
+from kernelry.config.lines import Keys, TableLines, toml_lines, yaml_lines
 from kernelry.config.maxtext import Caller, from_maxtext, read_options
 from kernelry.errors import ConfigError, nearest, sentence
 from kernelry.execution.adapters import ADAPTERS
@@ -70,21 +70,21 @@ def load_config(
         raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     if isinstance(source, Mapping):
         table_of_it = source.get(table)
-        return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, Place("config"))
+        return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, TableLines("config"))
     path = Path(source)
     content, lines = _read(path)
-    place = Place(str(path), lines)
+    location = TableLines(str(path), lines)
     for name in table.split("."):
         if required and isinstance(content, Mapping):
-            _check_present(content, name, table, place)
-        content = _inside(content, name, place)
-        place = Place(place.name, lines, (*place.table, name))
+            _check_present(content, name, table, location)
+        content = _inside(content, name, location)
+        location = TableLines(location.name, lines, (*location.table, name))
     if not isinstance(content, Mapping):
         raise ConfigError(
-            f"{place.at()}: [{table}] must be a table, got {content!r}; MaxText's own files are read by load_maxtext, "
+            f"{location.at()}: [{table}] must be a table, got {content!r}; MaxText's own files are read by load_maxtext, "
             "or by the command's option --maxtext."
         )
-    return _validated(content, place)
+    return _validated(content, location)
 
 
 def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionConfig:
@@ -126,23 +126,23 @@ def read_maxtext(
     return dataclasses.replace(config, source=names)
 
 
-def _check_present(content: Mapping[str, Any], name: str, table: str, place: Place) -> None:
+def _check_present(content: Mapping[str, Any], name: str, table: str, location: TableLines) -> None:
     """Raises where a table is absent; of a misspelt one `_inside` says what is meant."""
     if name in content or difflib.get_close_matches(name, [str(key) for key in content], n=1, cutoff=0.8):
         return
     found = ", ".join(map(str, content)) or "nothing"
     raise ConfigError(
-        f"{place.name}: there is no table [{table}]; found instead: {found}. Write one, if only the "
+        f"{location.name}: there is no table [{table}]; found instead: {found}. Write one, if only the "
         f"line [{table}], or name the file that has it."
     )
 
 
-def _inside(content: Any, name: str, place: Place) -> Any:
+def _inside(content: Any, name: str, location: TableLines) -> Any:
     """Returns the table of that name, nothing where it is absent; a misspelt one is an error."""
     if not isinstance(content, Mapping) or name in content:
         return content[name] if isinstance(content, Mapping) else content
     for found in difflib.get_close_matches(name, [key for key in content if isinstance(key, str)], n=1, cutoff=0.8):
-        raise ConfigError(f"{place.at(found)}: unknown table {found!r}; did you mean {name!r}?")
+        raise ConfigError(f"{location.at(found)}: unknown table {found!r}; did you mean {name!r}?")
     return {}
 
 
@@ -175,7 +175,7 @@ def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
-def _validated(content: Mapping[str, Any], place: Place) -> AttentionConfig:
+def _validated(content: Mapping[str, Any], location: TableLines) -> AttentionConfig:
     import pydantic  # here, so that a config made in Python waits for no schema
 
     from kernelry.config import schema
@@ -183,15 +183,15 @@ def _validated(content: Mapping[str, Any], place: Place) -> AttentionConfig:
     try:
         table = schema.AttentionTable.model_validate(dict(content))
     except pydantic.ValidationError as error:
-        problems = [sentence(_problem(detail, schema.KEYS, place)) for detail in error.errors()]
+        problems = [sentence(_problem(detail, schema.KEYS, location)) for detail in error.errors()]
         raise ConfigError(" ".join(problems)) from error
-    _check_names("thresholds", table.thresholds, {threshold.name for threshold in SHIPPED_THRESHOLDS}, place)
-    _check_names("forbid_adapters", table.forbid_adapters, {adapter.name for adapter in ADAPTERS}, place)
-    rules = tuple(_rule(rule, index, place) for index, rule in enumerate(table.rules))
-    return _config(table, rules, place)
+    _check_names("thresholds", table.thresholds, {threshold.name for threshold in SHIPPED_THRESHOLDS}, location)
+    _check_names("forbid_adapters", table.forbid_adapters, {adapter.name for adapter in ADAPTERS}, location)
+    rules = tuple(_rule(rule, index, location) for index, rule in enumerate(table.rules))
+    return _config(table, rules, location)
 
 
-def _config(table: AttentionTable, rules: tuple[Rule, ...], place: Place) -> AttentionConfig:
+def _config(table: AttentionTable, rules: tuple[Rule, ...], location: TableLines) -> AttentionConfig:
     given = {name: getattr(table, name) for name in table.model_fields_set}
     moba = None if table.moba is None else MoBA(table.moba.chunk_size, table.moba.top_k)
     lists = {
@@ -199,27 +199,27 @@ def _config(table: AttentionTable, rules: tuple[Rule, ...], place: Place) -> Att
         "thresholds": tuple(sorted(table.thresholds.items())),
         "forbid_adapters": tuple(sorted(table.forbid_adapters)),
     }
-    source = place.at("kernel") if "kernel" in given else place.name
+    source = location.at("kernel") if "kernel" in given else location.name
     try:
         return AttentionConfig(**{**given, **lists, "moba": moba, "source": source})
     except ConfigError as error:
         # The message names the option first; where it is not in the table, the type that needs it is.
         named = next((word for word in re.findall(r"\w+", str(error)) if word in given), None)
-        raise ConfigError(f"{place.at() if named is None else place.at(named)}: {error}") from error
+        raise ConfigError(f"{location.at() if named is None else location.at(named)}: {error}") from error
 
 
-def _check_names(key: str, names: Any, known: set[str], place: Place) -> None:
+def _check_names(key: str, names: Any, known: set[str], location: TableLines) -> None:
     for index, name in enumerate(names):
         if name not in known:
-            where = place.at(key, name if isinstance(names, Mapping) else index)
+            where = location.at(key, name if isinstance(names, Mapping) else index)
             raise ConfigError(f"{where}: {key}: unknown name {name!r}{nearest(name, known)}")
 
 
-def _rule(rule: RuleTable, index: int, place: Place) -> Rule:
-    source = f"{place.at('rules', index)}: rule {index + 1}"
+def _rule(rule: RuleTable, index: int, location: TableLines) -> Rule:
+    source = f"{location.at('rules', index)}: rule {index + 1}"
     facts: dict[str, Any] = {}
     for name in sorted(rule.when.model_fields_set):
-        where = f"{place.at('rules', index, 'when', name)}: rule {index + 1}"
+        where = f"{location.at('rules', index, 'when', name)}: rule {index + 1}"
         facts[name] = _fact(name, getattr(rule.when, name), where)
     try:
         return Rule(Condition(**facts), rule.use, tuple(sorted(rule.tiling.items())), source)
@@ -241,9 +241,9 @@ def _fact(name: str, value: Any, where: str) -> Any:
     return read
 
 
-def _problem(detail: ErrorDetails, keys: Mapping[str, tuple[str, ...]], place: Place) -> str:
+def _problem(detail: ErrorDetails, keys: Mapping[str, tuple[str, ...]], location: TableLines) -> str:
     where = ".".join(str(part) for part in detail["loc"])
-    line = place.at(*detail["loc"])
+    line = location.at(*detail["loc"])
     if detail["type"] == "extra_forbidden":
         table = next((str(part) for part in reversed(detail["loc"][:-1]) if not isinstance(part, int)), "attention")
         return f"{line}: unknown key {where!r}{nearest(str(detail['loc'][-1]), keys[table])}"
