@@ -282,7 +282,8 @@ def _paths(value, path=()):
         's = """\n[x]\n\\""" """"\n[y]\nk = [ # ]\n 1,\n]\n',
         "s = '''\n[x]\n''''\nk = [\n{ a = 1 },\n[2],\n\"[b]\",\n] # [c\n[d] # e = 3\nf = '[g'\nh = \"]\"\n",
         "[ a . 'b.c' ]\n\"d = [\" = 1\n\t1 = 2\n[[e]]\n[[e.f.g]]\nh.i = 1\nh.j = 2\n[e.f.k]\n[[e]]\n[[e.f.g]]\nh = {}",
-        'a = """b = 1"""\nc = { d = "}\\"{", e = [\n1, "f = 2",\n] }\ng = \'\'\ni = """"""\nj = \'\'\'\'\'\'\nk = ""\r\nl = 1',
+        'a = """b = 1"""\nc = { d = "}\\"{", e = [\n1, "f = 2",\n] }\ng = \'\'\n'
+        'i = """"""\nj = \'\'\'\'\'\'\nk = ""\r\nl = 1',
     ],
 )
 def test_a_key_is_on_the_line_where_reading_the_file_first_yields_it(text):

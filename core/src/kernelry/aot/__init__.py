@@ -1,13 +1,13 @@
-"""Compiling for hardware that is not here: the vendor's real compiler, without a device.
+"""Compiling for hardware that is not present, with the vendor's real compiler and without a device.
 
-It proves that a program compiles, what memory it takes, and that a kernel is in it. It proves no numbers and no speed:
-times beside a compilation are computed from the request and published figures of the device.
+A compilation proves that a program compiles, how much memory it takes, and that it contains a kernel. It proves
+nothing about numbers or speed: the times that are reported with it are computed from the request and the published
+rates of the device. May import every package but the command and `testing`.
 """
 
-from kernelry.aot.compilation import Compilation, compile_for
+from kernelry.aot.compilation import Compilation, Outcome, compile_for
+from kernelry.aot.devices import NoCompilerError, topology_of
 from kernelry.aot.layers import LayerReport, check_layers
-from kernelry.aot.outcome import NoCompilerError, Outcome
-from kernelry.aot.topology import topology_of
 from kernelry.aot.work import Work
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The layers of a config, compiled for a target: each phase forward, and training backward, too."""
+"""The layers of a config, compiled for a target: each phase forward, and training backward as well."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from kernelry.aot.compilation import Compilation, compile_for
-from kernelry.aot.outcome import NoCompilerError, Outcome
+from kernelry.aot.compilation import Compilation, Outcome, compile_for
+from kernelry.aot.devices import NoCompilerError
 from kernelry.aot.work import Work
 from kernelry.api import attention
 from kernelry.config.layer import AttentionConfig
@@ -35,7 +35,7 @@ class LayerReport:
       resolution: the kernel, or why there is none.
       compilation: None where there is no kernel, or the kernel or its compiler is missing.
       work: what the call takes.
-      missing: why it was not compiled, or the compiled program does not prove that the kernel runs; else empty.
+      missing: why it was not compiled, or why the program does not prove that the kernel runs; empty otherwise.
       has_compiler: whether the target's compiler is installed.
     """
 
@@ -57,7 +57,7 @@ class LayerReport:
 
     @property
     def ok(self) -> bool:
-        """Whether all of it was checked, and holds."""
+        """Whether everything was checked and is right."""
         return self.outcome is Outcome.OK
 
     @property
@@ -98,15 +98,15 @@ def check_layers(
 
     Args:
       config: as for `resolve_phases`.
-      shape: as for `resolve_phases`, or several; what more than one of them asks is compiled once.
+      shape: as for `resolve_phases`, or several; a request that more than one of them makes is compiled once.
       target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices.
       tell: told the name of each phase before it is compiled.
 
     Returns:
-      A report for each call; where the target's compiler or the kernel's package is missing it says so.
+      A report for each call, which says so where the target's compiler or the kernel's package is missing.
 
     Raises:
-      ConfigError: no such target.
+      ConfigError: there is no such target.
     """
     where = Target.parse(target) if isinstance(target, str) else target
     shapes = (shape,) if isinstance(shape, ModelShape) else tuple(shape)
@@ -124,7 +124,7 @@ def check_layers(
 
 
 def _distinguished(shape: ModelShape, shapes: Sequence[ModelShape]) -> str:
-    """What tells a shape from the others, e.g. ` (batch=8)`."""
+    """What distinguishes a shape from the others, e.g. ` (batch=8)`."""
     names = [field.name for field in dataclasses.fields(ModelShape) if field.name != "two_part"]
     varied = [name for name in names if len({str(getattr(other, name)) for other in shapes}) > 1]
     return f" ({', '.join(f'{name}={getattr(shape, name)}' for name in varied)})" if varied else ""
@@ -152,13 +152,13 @@ def _report(config: AttentionConfig, call: Call) -> LayerReport:
 
 
 def _program(call: Call) -> Callable[..., Any]:
-    """Attention as the phase calls it; of training the gradients, too."""
+    """Attention as the phase calls it; in training with its gradients."""
     request = call.request
     structure = jax.tree.structure(call.mask)
 
     def attend(query: Any, key: Any, value: Any, sinks: Any, leaves: Any) -> Any:
         if isinstance(key, PagedArray):
-            value = PagedArray(value.pages, key.table)  # one table, which arguments of a jitted function are not
+            value = PagedArray(value.pages, key.table)  # as arguments they would be two tables
         return attention(
             query,
             key,
@@ -183,8 +183,8 @@ def _program(call: Call) -> Callable[..., Any]:
         found = attend(*operands)
         return (found[0] if request.max_logits else found).astype(jnp.float32).sum()
 
-    wanted = (0, 1, 2, 3) if request.sinks else (0, 1, 2)
-    return jax.value_and_grad(loss, argnums=wanted)
+    differentiated = (0, 1, 2, 3) if request.sinks else (0, 1, 2)
+    return jax.value_and_grad(loss, argnums=differentiated)
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:

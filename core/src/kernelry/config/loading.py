@@ -81,8 +81,8 @@ def load_config(
         location = TableLines(location.name, lines, (*location.table, name))
     if not isinstance(content, Mapping):
         raise ConfigError(
-            f"{location.at()}: [{table}] must be a table, got {content!r}; MaxText's own files are read by load_maxtext, "
-            "or by the command's option --maxtext."
+            f"{location.at()}: [{table}] must be a table, got {content!r}; MaxText's own files are read by "
+            "load_maxtext, or by the command's option --maxtext."
         )
     return _validated(content, location)
 
