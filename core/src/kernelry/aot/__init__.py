@@ -1,8 +1,9 @@
-"""Compiling for hardware that is not present, with the vendor's real compiler and without a device.
+"""Compiling for hardware that is not present: the vendor's real compiler, without a device.
 
-A compilation proves that a program compiles, how much memory it takes, and that it contains a kernel. It proves
-nothing about numbers or speed: the times that are reported with it are computed from the request and the published
-rates of the device. May import every package but the command and `testing`.
+It shows that a program compiles, what memory it takes, and that a kernel is in it. It says nothing about numbers or
+speed: the times reported with a compilation are computed from the request and published figures of the device.
+
+The names below are public, its modules are internal. Imports everything but the command.
 """
 
 from kernelry.aot.compilation import Compilation, Outcome, compile_for

@@ -163,7 +163,7 @@ def compile_for(
     mesh_shape: dict[str, int] | None = None,
     specs: Any = None,
 ) -> Compilation:
-    """Compiles a function for a target that need not be present, with the vendor's compiler.
+    """Compiles a function for a target, which need not be present, with the vendor's compiler.
 
     Args:
       target: e.g. `tpu:v5e:2x2` or `gpu:h100:4`. kernelry resolves for it while the function is traced.
@@ -190,7 +190,7 @@ def compile_for(
         with use(target=where), use_abstract_mesh(mesh.abstract_mesh):
             compiled = jax.jit(function).lower(*placed).compile()
         unchecked, reason = left_to_device(compiled), _too_large(where, _memory(compiled))
-    except (KernelryError, Warning):  # a warning turned into an error does not come from a compiler
+    except (KernelryError, Warning):  # a warning that is made an error does not come from a compiler
         raise
     except Exception as error:  # vendors' compilers raise exceptions of many classes
         check_assembler(error)

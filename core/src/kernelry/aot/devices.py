@@ -77,7 +77,7 @@ def tpus_of(target: Target) -> tuple[Any, ...]:
 
     Raises:
       NoCompilerError: libtpu is not installed.
-      ConfigError: libtpu does not know the slice.
+      ConfigError: libtpu has no such slice.
     """
     return _described_tpus(f"{target.kind}:{target.topology}" if target.topology else SLICES[str(target.kind)])
 
@@ -94,7 +94,7 @@ def _described_tpus(name: str) -> tuple[Any, ...]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:
-        raise ConfigError(f"target 'tpu:{name}': libtpu knows no such topology ({_first_line(error)}).") from error
+        raise ConfigError(f"target 'tpu:{name}': libtpu has no such topology ({_first_line(error)}).") from error
     return tuple(described.devices)
 
 

@@ -35,7 +35,7 @@ class LayerReport:
       resolution: the kernel, or why there is none.
       compilation: None where there is no kernel, or the kernel or its compiler is missing.
       work: what the call takes.
-      missing: why it was not compiled, or why the program does not prove that the kernel runs; empty otherwise.
+      missing: why it was not compiled, or the compiled program does not show that the kernel runs; else empty.
       has_compiler: whether the target's compiler is installed.
     """
 
@@ -98,7 +98,7 @@ def check_layers(
 
     Args:
       config: as for `resolve_phases`.
-      shape: as for `resolve_phases`, or several; a request that more than one of them makes is compiled once.
+      shape: as for `resolve_phases`, or several; a call that several of them need is compiled once.
       target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices.
       tell: told the name of each phase before it is compiled.
 

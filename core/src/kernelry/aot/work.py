@@ -1,4 +1,4 @@
-"""What a call has to compute and to move, from its request: the compilers' own estimates leave kernels out."""
+"""What a call has to compute and to move, from its request: the compiler's own estimate leaves out what kernels do."""
 
 from __future__ import annotations
 
