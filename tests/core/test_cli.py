@@ -56,7 +56,7 @@ def test_list_shows_how_a_kernel_reads_keys_and_attends_across_devices():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report._serves({**lists, **shown}))
     text = " ".join(console.export_text().split())
-    assert "keys held as int8:head_dim pages" in text
+    assert "keys stored as int8:head_dim pages" in text
     assert "across devices by ring" in text
 
 
