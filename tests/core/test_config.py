@@ -108,7 +108,7 @@ def test_what_is_no_path_of_maxtexts_says_what_is_taken(paths):
     ("name", "text", "words"),
     [
         ("base.toml", "", "MaxText's files are YAML"),
-        ("base.yml", "- attention", "must hold MaxText's option names and values"),
+        ("base.yml", "- attention", "must have MaxText's option names and values"),
         ("base.yml", "a: [", "is not valid YAML"),
     ],
 )

@@ -11,7 +11,7 @@ forbid_adapters = []
 flash_min_q_len = 128
 
 [attention.tilings]
-splash = { block_q = 1024 }           # where that kernel is chosen; a rule's own tiling goes before it
+splash = { block_q = 1024 }           # where that kernel is chosen; a rule's tiling takes precedence
 
 [[attention.rules]]                   # the first rule that applies decides
 when = { platform = "gpu", mode = ["train", "prefill"], q_len = ">=128", mask = ["window"] }
@@ -54,9 +54,9 @@ def load_config(
 
     Args:
       source: a path ending in .toml, .yaml or .yml, or the content of the table itself,
-        or a mapping that holds the table.
-      table: the table of the file that is about attention; other tables are not looked at. A
-        dotted name reaches inside; an absent table means the defaults.
+        or a mapping that contains the table.
+      table: the table of the file that is about attention; other tables are ignored. A dotted
+        name is that of a table inside another; an absent table means the defaults.
       required: whether an absent table is an error instead.
 
     Returns:
@@ -69,8 +69,8 @@ def load_config(
     if not isinstance(source, str | Path | Mapping) or not isinstance(table, str):
         raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     if isinstance(source, Mapping):
-        table_of_it = source.get(table)
-        return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, TableLines("config"))
+        inner = source.get(table)
+        return _validated(inner if isinstance(inner, Mapping) else source, TableLines("config"))
     path = Path(source)
     content, lines = _read(path)
     location = TableLines(str(path), lines)
@@ -95,18 +95,20 @@ def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionCon
       ignore: names of options to leave out, as if no file had them.
 
     Raises:
-      ConfigError: a file cannot be read, or an option has no meaning here.
+      ConfigError: a file cannot be read, or an option is not supported.
     """
     if not paths or not all(isinstance(path, str | Path) for path in paths):
-        said = ", ".join(map(repr, paths)) or "nothing"
-        raise ConfigError(f"load_maxtext takes the paths of MaxText's files, got {said}; a mapping: from_maxtext.")
+        given = ", ".join(map(repr, paths)) or "nothing"
+        raise ConfigError(
+            f"load_maxtext takes the paths of MaxText's files, got {given}; pass a mapping to from_maxtext."
+        )
     return read_maxtext(paths, ignore, Caller.PYTHON, stacklevel=3)
 
 
 def read_maxtext(
     paths: Sequence[str | Path], ignore: Iterable[str], caller: Caller, *, stacklevel: int = 2
 ) -> AttentionConfig:
-    """Does what `load_maxtext` does, with messages for its caller."""
+    """Does what `load_maxtext` does, with messages for Python or for the command."""
     names = " + ".join(str(path) for path in paths)
     options: dict[str, Any] = {}
     for path in map(Path, paths):
@@ -115,7 +117,7 @@ def read_maxtext(
             raise ConfigError(f"{path}: MaxText's files are YAML, .yml or .yaml; {others}.")
         content, _ = _read(path)
         if not isinstance(content, Mapping):
-            raise ConfigError(f"{path} must hold MaxText's option names and values, got {content!r}.")
+            raise ConfigError(f"{path} must have MaxText's option names and values, got {content!r}.")
         options.update(content)
     try:
         config, notices = read_options(options, ignore, caller)
@@ -127,18 +129,18 @@ def read_maxtext(
 
 
 def _check_present(content: Mapping[str, Any], name: str, table: str, location: TableLines) -> None:
-    """Raises where a table is absent; of a misspelt one `_inside` says what is meant."""
+    """Raises where a table is absent; where it is misspelt `_inside` raises instead."""
     if name in content or difflib.get_close_matches(name, [str(key) for key in content], n=1, cutoff=0.8):
         return
     found = ", ".join(map(str, content)) or "nothing"
     raise ConfigError(
-        f"{location.name}: there is no table [{table}]; found instead: {found}. Write one, if only the "
-        f"line [{table}], or name the file that has it."
+        f"{location.name}: there is no table [{table}]; found instead: {found}. Write one, even if it is only "
+        f"the line [{table}], or name the file that has it."
     )
 
 
 def _inside(content: Any, name: str, location: TableLines) -> Any:
-    """Returns the table of that name, nothing where it is absent; a misspelt one is an error."""
+    """Returns the table of a name, empty where it is absent; a misspelt one is an error."""
     if not isinstance(content, Mapping) or name in content:
         return content[name] if isinstance(content, Mapping) else content
     for found in difflib.get_close_matches(name, [key for key in content if isinstance(key, str)], n=1, cutoff=0.8):
@@ -154,7 +156,7 @@ def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8.") from error
-    except ValueError as error:  # a character that no file's name has
+    except ValueError as error:  # a character that names of files cannot have
         raise ConfigError(f"cannot read the config {str(path)!r}: {error}.") from error
     if path.suffix == ".toml":
         try:
@@ -167,7 +169,7 @@ def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
 
 
 def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
-    import yaml  # here, so that a TOML file needs no parser of YAML
+    import yaml  # imported here, as TOML files do not need it
 
     try:
         return yaml.safe_load(text) or {}, yaml_lines(yaml.compose(text, Loader=yaml.SafeLoader))
@@ -176,7 +178,7 @@ def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
 
 
 def _validated(content: Mapping[str, Any], location: TableLines) -> AttentionConfig:
-    import pydantic  # here, so that a config made in Python waits for no schema
+    import pydantic  # imported here, as configs made in Python do not need it
 
     from kernelry.config import schema
 
@@ -203,7 +205,7 @@ def _config(table: AttentionTable, rules: tuple[Rule, ...], location: TableLines
     try:
         return AttentionConfig(**{**given, **lists, "moba": moba, "source": source})
     except ConfigError as error:
-        # The message names the option first; where it is not in the table, the type that needs it is.
+        # The message names the option first; where the table lacks that, it has the type that needs the option.
         named = next((word for word in re.findall(r"\w+", str(error)) if word in given), None)
         raise ConfigError(f"{location.at() if named is None else location.at(named)}: {error}") from error
 
