@@ -75,9 +75,7 @@ def load_config(
     content, lines = _read(path)
     location = TableLines(str(path), lines)
     for name in table.split("."):
-        if required and isinstance(content, Mapping):
-            _check_present(content, name, table, location)
-        content = _inside(content, name, location)
+        content = _inside(content, name, table, location, required=required)
         location = TableLines(location.name, lines, (*location.table, name))
     if not isinstance(content, Mapping):
         raise ConfigError(
@@ -128,23 +126,18 @@ def read_maxtext(
     return dataclasses.replace(config, source=names)
 
 
-def _check_present(content: Mapping[str, Any], name: str, table: str, location: TableLines) -> None:
-    """Raises where a table is absent; where it is misspelt `_inside` raises instead."""
-    if name in content or difflib.get_close_matches(name, [str(key) for key in content], n=1, cutoff=0.8):
-        return
-    found = ", ".join(map(str, content)) or "nothing"
-    raise ConfigError(
-        f"{location.name}: there is no table [{table}]; found instead: {found}. Write one, even if it is only "
-        f"the line [{table}], or name the file that has it."
-    )
-
-
-def _inside(content: Any, name: str, location: TableLines) -> Any:
-    """Returns the table of a name, empty where it is absent; a misspelt one is an error."""
+def _inside(content: Any, name: str, table: str, location: TableLines, *, required: bool) -> Any:
+    """Returns the table of a name, empty where it is absent and not required; a misspelt one is an error."""
     if not isinstance(content, Mapping) or name in content:
         return content[name] if isinstance(content, Mapping) else content
     for found in difflib.get_close_matches(name, [key for key in content if isinstance(key, str)], n=1, cutoff=0.8):
         raise ConfigError(f"{location.at(found)}: unknown table {found!r}; did you mean {name!r}?")
+    if required:
+        found = ", ".join(map(str, content)) or "nothing"
+        raise ConfigError(
+            f"{location.name}: there is no table [{table}]; found instead: {found}. Write one, even if it is only "
+            f"the line [{table}], or name the file that has it."
+        )
     return {}
 
 
