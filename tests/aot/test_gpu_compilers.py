@@ -13,7 +13,7 @@ import pytest
 
 import kernelry
 from kernelry import aot, cli, masks
-from kernelry.aot.gpus import GPUS
+from kernelry.aot.devices import GPUS
 from kernelry.config import AttentionConfig
 from kernelry.errors import ConfigError
 from kernelry.phases.model_shape import ModelShape

@@ -14,7 +14,7 @@ from computed_masks import IDS, MASKS
 
 import kernelry
 from kernelry import masks
-from kernelry.aot.gpus import GPUS
+from kernelry.aot.devices import GPUS
 from kernelry.plugin import Inputs, Request, Tiling
 from kernelry_gpu_pallas.pallas_flash import kernel as body
 from kernelry_gpu_pallas.pallas_flash.shared_memory import needs

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 import kernelry
 from kernelry import ModelShape, Request, aot, masks
 from kernelry.aot import layers
-from kernelry.aot.compilation import Compilation
-from kernelry.aot.pairs import seen_of
-from kernelry.aot.reasons import Reason
+from kernelry.aot.compilation import Compilation, CompileFailure
+from kernelry.aot.pairs import count_pairs
 from kernelry.config.layer import AttentionConfig, MoBA
 from kernelry.errors import ConfigError, PluginError
 from kernelry.parallel import load_balanced_order
@@ -76,7 +75,7 @@ def _exactly(mask, q_len, kv_len, batch=2):
 @given(COMPOSED, PLACES)
 def test_what_a_mask_shows_is_counted_exactly(mask, places):
     placed = mask.at(**places)
-    found = seen_of(placed, 2, SMALL, SMALL)
+    found = count_pairs(placed, 2, SMALL, SMALL)
     assert (found.pairs, found.queries, found.keys) == _exactly(placed, SMALL, SMALL)
     assert found.assumed == ()
 
@@ -85,7 +84,7 @@ def test_what_a_mask_shows_is_counted_exactly(mask, places):
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 130), (130, 1), (257, 300)])
 def test_lengths_are_counted_exactly(mask, q_len, kv_len):
     placed = mask.at(query_offset=kv_len - q_len if kv_len > q_len else 0)
-    found = seen_of(placed, 2, q_len, kv_len)
+    found = count_pairs(placed, 2, q_len, kv_len)
     assert (found.pairs, found.queries, found.keys) == _exactly(placed, q_len, kv_len)
 
 
@@ -95,21 +94,21 @@ def _window_pairs(window, length):
 
 @pytest.mark.parametrize("length", [65_536, 262_144])
 def test_a_window_is_counted_exactly_at_long_lengths(length):
-    assert seen_of(masks.SlidingWindow(127), 1, length, length).pairs == _window_pairs(128, length)
-    assert seen_of(masks.Causal(), 1, length, length).pairs == length * (length + 1) // 2
-    assert seen_of(masks.Chunked(128), 1, length, length).pairs == length // 128 * (128 * 129 // 2)
+    assert count_pairs(masks.SlidingWindow(127), 1, length, length).pairs == _window_pairs(128, length)
+    assert count_pairs(masks.Causal(), 1, length, length).pairs == length * (length + 1) // 2
+    assert count_pairs(masks.Chunked(128), 1, length, length).pairs == length // 128 * (128 * 129 // 2)
 
 
 def test_load_balanced_positions_are_counted_exactly_at_long_lengths():
     length = 32_768
     order = np.asarray(load_balanced_order(length, 8))
     mask = masks.SlidingWindow(127).at(query_positions=order, kv_positions=order)
-    assert seen_of(mask, 1, length, length).pairs == _window_pairs(128, length)
+    assert count_pairs(mask, 1, length, length).pairs == _window_pairs(128, length)
 
 
 def test_what_takes_too_long_to_count_is_said_to_be_left_out():
     mask = masks.Predicate(_near) & masks.SlidingWindow(127)
-    found = seen_of(mask, 1, 65_536, 65_536)
+    found = count_pairs(mask, 1, 65_536, 65_536)
     assert (found.pairs, found.assumed) == (_window_pairs(128, 65_536), ("predicate",))
 
 
@@ -123,30 +122,30 @@ ARRAYS = {
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_arrays_of_a_mask_are_taken_to_hide_nothing(name):
-    found = seen_of(masks.SlidingWindow(7) & ARRAYS[name], 2, SMALL, SMALL)
-    alone = seen_of(masks.SlidingWindow(7), 2, SMALL, SMALL)
+    found = count_pairs(masks.SlidingWindow(7) & ARRAYS[name], 2, SMALL, SMALL)
+    alone = count_pairs(masks.SlidingWindow(7), 2, SMALL, SMALL)
     assert found == dataclasses.replace(alone, assumed=(name,))
 
 
 def test_arrays_of_a_disjunction_are_taken_to_show_nothing():
     spans = masks.BidirectionalSpans(np.zeros(SMALL, np.int32))
-    found = seen_of((masks.Causal() & ARRAYS["segments"]) | spans, 1, SMALL, SMALL)
+    found = count_pairs((masks.Causal() & ARRAYS["segments"]) | spans, 1, SMALL, SMALL)
     assert (found.pairs, found.assumed) == (SMALL * (SMALL + 1) / 2, ("segments", "spans"))
-    assert seen_of(spans | ARRAYS["segments"], 1, SMALL, SMALL).pairs == SMALL**2
+    assert count_pairs(spans | ARRAYS["segments"], 1, SMALL, SMALL).pairs == SMALL**2
 
 
 @pytest.mark.parametrize("length", [0, 5, SMALL])
 def test_traced_prefixes_are_taken_to_be_empty_and_under_not_are_left_out(length):
     prefix = masks.PrefixLM(jnp.asarray([length]))
     for mask in (prefix, prefix | masks.Chunked(5), ~(~prefix & masks.SlidingWindow(7))):
-        found = seen_of(mask, 1, SMALL, SMALL)
+        found = count_pairs(mask, 1, SMALL, SMALL)
         assert found.assumed == ()
         assert found.pairs <= _exactly(mask, SMALL, SMALL, batch=1)[0]
     for mask, rest in ((~prefix, masks.Full()), (~(prefix | masks.Chunked(5)), ~masks.Chunked(5))):
-        alone = seen_of(rest, 1, SMALL, SMALL)
-        assert seen_of(mask, 1, SMALL, SMALL) == dataclasses.replace(alone, assumed=("prefix_lm",))
+        alone = count_pairs(rest, 1, SMALL, SMALL)
+        assert count_pairs(mask, 1, SMALL, SMALL) == dataclasses.replace(alone, assumed=("prefix_lm",))
         assert alone.pairs >= _exactly(mask, SMALL, SMALL, batch=1)[0]
-    assert seen_of(prefix, 1, SMALL, SMALL) == seen_of(masks.Causal(), 1, SMALL, SMALL)
+    assert count_pairs(prefix, 1, SMALL, SMALL) == count_pairs(masks.Causal(), 1, SMALL, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -258,15 +257,15 @@ def test_the_roofline_is_the_longer_of_the_two():
     ],
 )
 def test_reasons_are_one_line_with_what_to_change(words, wanted):
-    assert str(Reason.of(ValueError(words))) == wanted
+    assert str(CompileFailure.of(ValueError(words))) == wanted
 
 
 def test_smaller_blocks_are_half_of_those_that_were_too_large():
-    reason = Reason.of(ValueError("Ran out of memory in memory space vmem"))
+    reason = CompileFailure.of(ValueError("Ran out of memory in memory space vmem"))
     said = reason.about("mine", {"block_kv": 2048, "block_q": 512, "q_layout": 1})
     assert said.remedy == "set smaller blocks, e.g. [attention.tilings] mine = { block_kv = 1024, block_q = 256 }"
     assert reason.about("mine", {}) == reason
-    assert Reason("other").about("mine", {"block_q": 512}) == Reason("other")
+    assert CompileFailure("other").about("mine", {"block_q": 512}) == CompileFailure("other")
 
 
 def test_without_the_compiler_the_error_says_what_to_install(monkeypatch):

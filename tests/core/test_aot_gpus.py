@@ -8,11 +8,8 @@ import pytest
 from jax.experimental import topologies
 
 from kernelry import Target, aot
-from kernelry.aot.devices import FIGURES
-from kernelry.aot.gpus import GPUS, check_assembler
-from kernelry.aot.outcome import asked_of_device, left_to_device
-from kernelry.aot.reasons import Reason
-from kernelry.aot.tpus import SLICES
+from kernelry.aot.compilation import CompileFailure, asked_of_device, left_to_device
+from kernelry.aot.devices import DEVICE_RATES, GPUS, SLICES, check_assembler
 from kernelry.errors import ConfigError
 
 MESSAGE = re.compile(r"(?:\s*\w+ *(?:: *(?:\"[^\"]*\"|[\w.]+)|\{[^{}]*\}))*\s*")
@@ -20,7 +17,7 @@ MESSAGE = re.compile(r"(?:\s*\w+ *(?:: *(?:\"[^\"]*\"|[\w.]+)|\{[^{}]*\}))*\s*")
 
 
 def described(kind):
-    return GPUS[kind].description(FIGURES[kind].bandwidth)
+    return GPUS[kind].description(DEVICE_RATES[kind].bandwidth)
 
 
 def program(text):
@@ -54,7 +51,7 @@ def test_a_described_gpu_is_the_kind_that_its_name_says(kind):
 
 
 def test_every_described_kind_has_figures():
-    assert {*SLICES, *GPUS} == set(FIGURES)
+    assert {*SLICES, *GPUS} == set(DEVICE_RATES)
 
 
 @pytest.mark.parametrize("topology", ["0", "2x2", "many", "1x1x4"])
@@ -118,8 +115,8 @@ def test_a_cudnn_that_is_not_installed_is_asked_of_a_device(words):
     [
         ({}, "ok"),
         ({"unchecked": "it calls cuDNN"}, "unchecked"),
-        ({"reason": Reason("too large")}, "no"),
-        ({"reason": Reason("too large"), "unchecked": "it calls cuDNN"}, "no"),
+        ({"reason": CompileFailure("too large")}, "no"),
+        ({"reason": CompileFailure("too large"), "unchecked": "it calls cuDNN"}, "no"),
     ],
 )
 def test_what_is_left_to_a_device_is_neither_ok_nor_a_failure(facts, outcome):
@@ -130,7 +127,7 @@ def test_what_is_left_to_a_device_is_neither_ok_nor_a_failure(facts, outcome):
 
 
 def test_more_memory_than_there_is_has_a_reason():
-    assert str(Reason.of_memory(770 * 2**30, 79 * 2**30)) == (
+    assert str(CompileFailure.of_memory(770 * 2**30, 79 * 2**30)) == (
         "the program needs 770.0 GiB for arguments, outputs and temporaries, of 79.0 GiB; "
         "shorten the sequence, shard it, or choose a kernel that keeps no T×S logits"
     )

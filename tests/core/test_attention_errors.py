@@ -304,7 +304,7 @@ MISTAKES = [
     ),
     (
         lambda: kernelry.config.load_maxtext(3),
-        "load_maxtext takes the paths of MaxText's files, got 3; a mapping: from_maxtext.",
+        "load_maxtext takes the paths of MaxText's files, got 3; pass a mapping to from_maxtext.",
     ),
     (lambda: Request(q_len=8, dtype=float), "dtype must be the name of a dtype, e.g. bfloat16, got <class 'float'>."),
     (lambda: Request(q_len=6, bias=jnp.ones((6, 6))), "of B=1 N=1 T=6 S=6, got an array of shape (6, 6)."),

@@ -56,7 +56,7 @@ def test_list_shows_how_a_kernel_reads_keys_and_attends_across_devices():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report._serves({**lists, **shown}))
     text = " ".join(console.export_text().split())
-    assert "keys held as int8:head_dim pages" in text
+    assert "keys stored as int8:head_dim pages" in text
     assert "across devices by ring" in text
 
 
@@ -263,7 +263,7 @@ def test_options_of_maxtext_are_ignored_by_name(run, config, without_compilers, 
     target = "tpu:v5e:9x8" if verb == "check" else "cpu"
     question = (verb, "--maxtext", "base.yml", "--target", target, "--q-len", "64")
     status, _, err = run(*question, "--ignore", "my_attention_sink")
-    assert (status, "quantize_kvcache = True has no meaning here" in err) == (2, True)
+    assert (status, "quantize_kvcache = True is not supported" in err) == (2, True)
     assert "or drop it with --ignore quantize_kvcache.\n" in err
     _, out, err = run(*question, "--ignore", "my_attention_sink", "--ignore", "quantize_kvcache")
     assert "dot_prod" in out  # the table may fold the rest
@@ -283,10 +283,10 @@ def test_a_warning_is_one_line(run, config):
 
 def test_what_is_said_of_maxtext_files_is_for_the_command_line(run, config):
     wrong = {
-        "my_attention_sink: 1": "What is not about attention passes with --ignore my_attention_sink.",
+        "my_attention_sink: 1": "If it is not about attention, pass --ignore my_attention_sink.",
         "brand_new: 1": "Pass --ignore brand_new if they are not about attention.",
         "reshape_q: true\nforce_q_layout: true": "Pass --ignore reshape_q --ignore force_q_layout to leave them out.",
-        "sliding_window_size: 8": "One more --maxtext FILE that holds attention_type: local_sliding builds the config "
+        "sliding_window_size: 8": "One more --maxtext FILE with attention_type: local_sliding builds the config "
         "of such a layer. If Causal() is right for this layer, pass --ignore sliding_window_size.",
     }
     for content, words in wrong.items():

@@ -1,4 +1,4 @@
-"""MaxText's options become an AttentionConfig; what has no meaning here, or is misspelt, says so."""
+"""MaxText's options become an AttentionConfig; what is not supported, or is misspelt, says so."""
 
 import ast
 import dataclasses
@@ -84,7 +84,7 @@ def test_an_option_without_meaning_says_why_where_it_is_changed(option):
     changed = _changed(option)
     with pytest.raises(ConfigError) as caught:
         from_maxtext({option.name: changed})
-    assert f"{option.name} = {changed!r} has no meaning here: {option.meaning}" in str(caught.value)
+    assert f"{option.name} = {changed!r} is not supported: {option.meaning}" in str(caught.value)
     assert f"ignore=({option.name!r},)" in str(caught.value)
     assert from_maxtext({option.name: changed}, ignore=(option.name,)) == DEFAULT
 
@@ -114,7 +114,7 @@ def test_options_of_one_reason_are_named_together():
     options = {"sa_use_fused_bwd_kernel": True, "reshape_q": True, "use_splash_scheduler": True}
     words = (
         "sa_use_fused_bwd_kernel = True, use_splash_scheduler = True (kernels here have no such tunable); "
-        "reshape_q = True (a kernel's layout"
+        "reshape_q = True (layouts are internal to kernels"
     )
     with pytest.warns(UserWarning, match=re.escape(words)):
         from_maxtext(options)
@@ -301,7 +301,7 @@ def test_ragged_attention_is_for_decode():
     [
         ("flsh", ["unknown kernel 'flsh'", "did you mean 'flash'"]),
         ("cudnn_flash", ["unknown kernel 'cudnn_flash'", "did you mean 'cudnn_flash_"]),
-        ("vllm_rpa", ["has no meaning here", "vLLM"]),
+        ("vllm_rpa", ["is not supported", "vLLM"]),
     ],
 )
 def test_an_attention_that_is_no_kernel_here_says_why(attention, words):
@@ -408,7 +408,7 @@ def test_local_layers_are_built_from_the_same_options():
     [
         ({"attention_type": "local_sliding"}, ["'local_sliding' needs sliding_window_size", "it is 0"]),
         ({"attention_type": "chunk"}, ["'chunk' needs chunk_attn_window_size", "it is 0"]),
-        ({"attention_type": "compressed"}, ["attention_type", "no meaning here"]),
+        ({"attention_type": "compressed"}, ["attention_type", "not supported"]),
         ({"attention_type": "gobal"}, ["attention_type", "did you mean 'global'"]),
         ({"sliding_window_size": -1}, ["sliding_window_size must be an integer, 0 or more, got -1"]),
         ({"causal_block_size": 0}, ["causal_block_size must be a positive integer, got 0"]),
@@ -508,9 +508,7 @@ def test_all_misspelt_options_are_named_at_once():
 
 
 def test_a_new_key_that_names_no_option_warns_and_the_rest_is_read():
-    words = (
-        "MaxText options that are not known and not read: 'qqqqqq', 'learning_rat' (MaxText 0.2.5 has 'learning_rate')"
-    )
+    words = "Unknown MaxText options that are not read: 'qqqqqq', 'learning_rat' (MaxText 0.2.5 has 'learning_rate')"
     with pytest.warns(UserWarning, match=re.escape(words)) as caught:
         config = from_maxtext({"qqqqqq": 1, "learning_rat": 2, "attention_sink": True})
     assert config.sinks

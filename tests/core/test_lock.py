@@ -76,7 +76,7 @@ def test_a_lock_is_read_back(config):
 
 def test_check_passes_what_stands(config):
     done = _run(config, "--check", "--file", _write(config))
-    assert (done.exit_code, done.output) == (0, "3 resolutions stand.\n")
+    assert (done.exit_code, done.output) == (0, "3 resolutions are unchanged.\n")
 
 
 def test_check_prints_what_changed_and_fails(config):
@@ -217,7 +217,7 @@ def test_a_second_config_is_added(folder):
     assert len(_entries()) == 6
     assert _check("global.toml") == (
         0,
-        "3 resolutions stand.\nnot checked: what local.toml asked for; pass it with --check.\n",
+        "3 resolutions are unchanged.\nnot checked: what local.toml asked for; pass it with --check.\n",
     )
 
 
@@ -227,7 +227,7 @@ def test_other_sizes_are_added(folder):
     assert {entry.request.batch for entry in _entries()} == {1, 4, 8}
     assert {entry.request.page_size for entry in _entries()} == {None, 4}
     code, output = _check("global.toml")
-    assert (code, output) == (0, f"{len(_entries())} resolutions stand.\n")
+    assert (code, output) == (0, f"{len(_entries())} resolutions are unchanged.\n")
 
 
 def test_what_a_config_no_longer_asks_is_stale_until_it_is_locked_again(folder):
@@ -249,7 +249,7 @@ def test_a_config_that_was_not_locked_does_not_pass(folder):
     _run("global.toml", *SMALL)
     code, output = _check("local.toml")
     assert code == 1
-    assert "holds nothing that local.toml asked for; run kernelry lock local.toml" in output
+    assert "has nothing that local.toml asked for; run kernelry lock local.toml" in output
 
 
 def test_configs_that_decide_differently_for_one_request_are_an_error(folder):
@@ -301,7 +301,7 @@ def test_locks_without_origins_are_read(folder):
     (folder / "kernelry.lock.json").write_text(json.dumps(data))
     code, output = _check("local.toml")
     assert code == 1
-    assert "holds nothing that local.toml asked for; run kernelry lock local.toml" in output
+    assert "has nothing that local.toml asked for; run kernelry lock local.toml" in output
     assert "not checked: what a program recorded, without a config (3).\n" in output
 
 
@@ -312,7 +312,7 @@ def test_what_was_recorded_under_other_rules_is_not_compared(folder):
     Lock.of(made).write("kernelry.lock.json", merge=True)
     assert _check("global.toml") == (
         0,
-        "3 resolutions stand.\nnot checked: what a program recorded, without a config (1).\n",
+        "3 resolutions are unchanged.\nnot checked: what a program recorded, without a config (1).\n",
     )
 
 
@@ -337,7 +337,7 @@ def test_maxtext_files_are_locked_and_checked(folder):
     (folder / "model.yml").write_text("sliding_window_size: 8\n")
     assert _run(*files, "--check").exit_code == 1
     done = _run("--maxtext", "base.yml", "--check")
-    assert "holds nothing that base.yml asked for; run kernelry lock --maxtext base.yml\n" in done.output
+    assert "has nothing that base.yml asked for; run kernelry lock --maxtext base.yml\n" in done.output
 
 
 def test_json_says_what_was_not_checked(folder):
@@ -394,7 +394,7 @@ def test_what_no_kernel_serves_any_more_leaves_the_file(folder, without_plain_ke
     assert (code, output.count(": no kernel serves it (cudnn_jax: "), output.count(ADVICE)) == (1, 3, 1)
     assert _run("auto.toml", *SMALL).exit_code == 1
     assert {origin.config for entry in _entries() for origin in entry.origins} == {"local.toml"}
-    assert "holds nothing that auto.toml asked for" in _check("auto.toml")[1]
+    assert "has nothing that auto.toml asked for" in _check("auto.toml")[1]
     unserved = kernelry.explain(REQUEST)
     assert Lock.of([unserved]).write("kernelry.lock.json", merge=True).entries == _entries()
 
@@ -405,7 +405,7 @@ def test_options_left_out_of_maxtext_files_are_a_part_of_what_was_locked(folder)
     assert _run(*ignoring, *SMALL).exit_code == 0
     assert {entry.origins[0].config for entry in _entries()} == {"base.yml --ignore quantize_kvcache"}
     done = _run(*ignoring, "--check")
-    assert (done.exit_code, done.output) == (0, "3 resolutions stand.\n")
+    assert (done.exit_code, done.output) == (0, "3 resolutions are unchanged.\n")
     (folder / "base.yml").write_text(MAXTEXT)
     done = _run("--maxtext", "base.yml", "--check")
     assert done.exit_code == 1

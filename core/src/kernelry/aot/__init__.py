@@ -6,10 +6,9 @@ speed: the times reported with a compilation are computed from the request and p
 The names below are public, its modules are internal. Imports everything but the command.
 """
 
-from kernelry.aot.compilation import Compilation, compile_for
+from kernelry.aot.compilation import Compilation, Outcome, compile_for
+from kernelry.aot.devices import NoCompilerError, topology_of
 from kernelry.aot.layers import LayerReport, check_layers
-from kernelry.aot.outcome import NoCompilerError, Outcome
-from kernelry.aot.topology import topology_of
 from kernelry.aot.work import Work
 
 __all__ = [

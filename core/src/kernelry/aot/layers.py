@@ -1,4 +1,4 @@
-"""The layers of a config, compiled for a target: each phase forward, and training backward, too."""
+"""The layers of a config, compiled for a target: each phase forward, and training backward as well."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from kernelry.aot.compilation import Compilation, compile_for
-from kernelry.aot.outcome import NoCompilerError, Outcome
+from kernelry.aot.compilation import Compilation, Outcome, compile_for
+from kernelry.aot.devices import NoCompilerError
 from kernelry.aot.work import Work
 from kernelry.api import attention
 from kernelry.config.layer import AttentionConfig
@@ -57,7 +57,7 @@ class LayerReport:
 
     @property
     def ok(self) -> bool:
-        """Whether all of it was checked, and holds."""
+        """Whether everything was checked and is right."""
         return self.outcome is Outcome.OK
 
     @property
@@ -103,10 +103,10 @@ def check_layers(
       tell: told the name of each phase before it is compiled.
 
     Returns:
-      A report for each call; where the target's compiler or the kernel's package is missing it says so.
+      A report for each call, which says so where the target's compiler or the kernel's package is missing.
 
     Raises:
-      ConfigError: no such target.
+      ConfigError: there is no such target.
     """
     where = Target.parse(target) if isinstance(target, str) else target
     shapes = (shape,) if isinstance(shape, ModelShape) else tuple(shape)
@@ -152,13 +152,13 @@ def _report(config: AttentionConfig, call: Call) -> LayerReport:
 
 
 def _program(call: Call) -> Callable[..., Any]:
-    """Attention as the phase calls it; of training the gradients, too."""
+    """Attention as the phase calls it; in training with its gradients."""
     request = call.request
     structure = jax.tree.structure(call.mask)
 
     def attend(query: Any, key: Any, value: Any, sinks: Any, leaves: Any) -> Any:
         if isinstance(key, PagedArray):
-            value = PagedArray(value.pages, key.table)  # one table, which arguments of a jitted function are not
+            value = PagedArray(value.pages, key.table)  # as arguments they would be two tables
         return attention(
             query,
             key,
@@ -183,8 +183,8 @@ def _program(call: Call) -> Callable[..., Any]:
         found = attend(*operands)
         return (found[0] if request.max_logits else found).astype(jnp.float32).sum()
 
-    wanted = (0, 1, 2, 3) if request.sinks else (0, 1, 2)
-    return jax.value_and_grad(loss, argnums=wanted)
+    differentiated = (0, 1, 2, 3) if request.sinks else (0, 1, 2)
+    return jax.value_and_grad(loss, argnums=differentiated)
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:

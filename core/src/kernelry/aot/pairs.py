@@ -1,7 +1,7 @@
 """How many pairs of a query and a key a mask shows, counted without the T × S booleans.
 
-What a query sees of positional masks is a few intervals of keys, so a row is counted at once, however many keys there
-are.
+Under positional masks a query sees a few intervals of keys, so that counting a row takes the same time for any number
+of keys.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from kernelry.masks.prefix import PrefixLM
 from kernelry.masks.side import Axis, Side
 
 _FAR = 2**40
-"""Beyond every position, which are int32."""
+"""Beyond every position: positions are int32."""
 
 _MOST_RUNS = 32
 """Runs of consecutive positions that are counted as intervals; keys with more of them are evaluated."""
 
 _MOST_EVALUATED = 2**26
-"""Pairs of one batch row that are evaluated where intervals cannot say: about a second on one core of a CPU."""
+"""Pairs of one batch row that are evaluated where there are no intervals: about a second on one core of a CPU."""
 
 _CHUNK = 2**22
 """Intervals or pairs that are in memory at once."""
 
 _MOST_INTERVALS = _MOST_RUNS**2
-"""Of one query while two parts of a mask are joined."""
+"""Intervals of one query while two parts of a mask are joined."""
 
 Intervals = tuple[np.ndarray, np.ndarray]
 """The first and the last slot, [T, I] each, both included; empty where the last is before the first."""
@@ -45,14 +45,14 @@ Intervals = tuple[np.ndarray, np.ndarray]
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Seen:
+class PairCounts:
     """What the mask of one query head shows, summed over the batch.
 
     Args:
-      pairs: of a query and a key that it sees.
-      queries: that see some key.
-      keys: that some query sees.
-      assumed: the parts of the mask that were left out, as they depend on arrays or would take too long to count.
+      pairs: a query and a key that it sees.
+      queries: those that see a key.
+      keys: those that a query sees.
+      assumed: the parts of the mask that were left out because they depend on arrays or take too long to count.
     """
 
     pairs: float
@@ -61,21 +61,21 @@ class Seen:
     assumed: tuple[str, ...] = ()
 
 
-def seen_of(mask: Mask, batch: int, q_len: int, kv_len: int, *, fewest: int | None = None) -> Seen:
+def count_pairs(mask: Mask, batch: int, q_len: int, kv_len: int, *, fewest: int | None = None) -> PairCounts:
     """Counts what a mask shows.
 
     Bands, chunks, blocks, prefixes whose lengths are numbers, and what `&`, `|` and `~` make of them are counted
     exactly; other functions of positions, and positions of more than 32 runs, up to 2**26 pairs. What depends on arrays
-    is counted as if the mask did not have it, and named in `assumed`: without a part of a conjunction the count is too
-    high, without one of a disjunction too low. A prefix whose lengths are arrays is counted as causal, the least that
+    is left out of the mask and named in `assumed`: without a part of a conjunction the count is too high, without one
+    of a disjunction too low. A prefix whose lengths are arrays is counted as causal, the least that
     it shows; under `~` it is left out like the others. Positions known only at run time are taken to be those of the
     last queries of consecutive keys, as in a decode step from a full cache.
 
     Args:
       mask: which keys each query sees.
       batch, q_len, kv_len: B, T and S.
-      fewest: how many keys a query surely sees of the blocks that are chosen for it, if the rest of the mask shows so
-        many; None where the choice is taken to hide nothing.
+      fewest: how many keys of the blocks chosen for it a query is certain to see, if the rest of the mask shows that
+        many; None counts as if the choice hid nothing.
 
     Raises:
       ShapeError: a positional mask meets T ≠ S without `.at`.
@@ -90,10 +90,10 @@ def seen_of(mask: Mask, batch: int, q_len: int, kv_len: int, *, fewest: int | No
         conjuncts = tuple(conjunct for conjunct in conjuncts if _has_intervals(conjunct))
     found = np.zeros(3)
     for row in range(rows):
-        found += _seen_of_row(conjuncts, row, q_len, kv_len, kv_len if fewest is None else fewest)
+        found += _count_row(conjuncts, row, q_len, kv_len, kv_len if fewest is None else fewest)
     pairs, queries, keys = (found * batch / rows).tolist()
     assumed = set(left_out) - (set() if fewest is None else {AtomKind.BLOCK_SELECTION.value})
-    return Seen(pairs, queries, keys, tuple(sorted(assumed)))
+    return PairCounts(pairs, queries, keys, tuple(sorted(assumed)))
 
 
 def _known(conjuncts: Iterable[Conjunct], q_len: int, kv_len: int, left_out: list[str], *, negated: bool) -> Mask:
@@ -159,7 +159,7 @@ def _has_intervals(conjunct: Conjunct) -> bool:
     return few and isinstance(conjunct.mask, Band | Chunked | BlockCausal | PrefixLM)
 
 
-def _seen_of_row(conjuncts: tuple[Conjunct, ...], row: int, q_len: int, kv_len: int, most: int) -> np.ndarray:
+def _count_row(conjuncts: tuple[Conjunct, ...], row: int, q_len: int, kv_len: int, most: int) -> np.ndarray:
     """Pairs, queries that see a key, and keys that are seen, of one batch row."""
     count = _of_intervals if all(map(_has_intervals, conjuncts)) else _of_booleans
     width = _MOST_INTERVALS if count is _of_intervals else max(kv_len, 1)

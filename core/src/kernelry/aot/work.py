@@ -7,8 +7,8 @@ from typing import Any, final
 
 import jax.numpy as jnp
 
-from kernelry.aot.devices import FIGURES
-from kernelry.aot.pairs import Seen, seen_of
+from kernelry.aot.devices import DEVICE_RATES
+from kernelry.aot.pairs import PairCounts, count_pairs
 from kernelry.config.layer import MoBA
 from kernelry.masks.base import Mask
 from kernelry.request.request import Mode, Operand, Request
@@ -18,13 +18,13 @@ from kernelry.storage import Quantization
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
-    """What one call takes at least, where `assumed` is empty.
+    """The least that one call takes, where `assumed` is empty.
 
     Args:
-      flops: of the products over visible pairs; a backward pass computes none of the forward pass's again.
+      flops: of the products over visible pairs; a backward pass is counted without recomputing the forward pass.
       bytes: of operands and results, each read or written once; keys that no query sees are not read.
-      seconds: the longer of the two at the device's published rates; None where they are not known.
-      assumed: the parts that were left out of the mask, as they depend on arrays: the call may take less, or more.
+      seconds: the longer of the two at the device's published rates; None where those are not known.
+      assumed: the parts of the mask that were left out because they depend on arrays: the call may take less, or more.
     """
 
     flops: float
@@ -34,19 +34,19 @@ class Work:
 
     @classmethod
     def of(cls, request: Request, mask: Mask, moba: MoBA | None = None) -> Work:
-        """Counts for one device that does it all.
+        """Counts what a call takes on a single device.
 
         Args:
           request: the call.
-          mask: what it shows is counted by `kernelry.aot.pairs.seen_of`, which says what is assumed of its arrays.
-          moba: how many blocks are chosen for a query, its own among them, of which it sees one key at least.
+          mask: its visible pairs are counted by `kernelry.aot.pairs.count_pairs`, which says what it assumes of arrays.
+          moba: says how many blocks are chosen for a query, its own included, of which it sees at least one key.
         """
         gradients = request.gradients if request.mode is Mode.TRAIN else frozenset()
         fewest = None if moba is None else (moba.top_k - 1) * moba.chunk_size + 1
-        seen = seen_of(mask, request.batch, request.q_len, request.kv_len, fewest=fewest)
+        seen = count_pairs(mask, request.batch, request.q_len, request.kv_len, fewest=fewest)
         flops = 2.0 * request.q_heads * seen.pairs * _dims(request, gradients)
         moved = _bytes(request, seen, gradients)
-        figures = FIGURES.get(request.target.kind or "")
+        figures = DEVICE_RATES.get(request.target.kind or "")
         seconds = None if figures is None else max(flops / figures.flops, moved / figures.bandwidth)
         return cls(flops, moved, seconds, seen.assumed)
 
@@ -75,8 +75,8 @@ def _dims(request: Request, gradients: frozenset[Operand]) -> int:
     return forward + of_weights + of_value + request.head_dim * len(of_logits)
 
 
-def _bytes(request: Request, seen: Seen, gradients: frozenset[Operand]) -> float:
-    """The gradients are written also of what is not seen."""
+def _bytes(request: Request, seen: PairCounts, gradients: frozenset[Operand]) -> float:
+    """Gradients are written for hidden tokens as well."""
     size = jnp.dtype(request.dtype).itemsize
     rows = request.batch * request.q_len * request.q_heads
     columns = request.batch * request.kv_len * request.kv_heads

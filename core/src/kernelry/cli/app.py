@@ -1,4 +1,4 @@
-"""The verbs of the command: list, doctor, explain; the others have files of their own."""
+"""The command's verbs list, doctor and explain, and how it runs; each of the other verbs has its own module."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from kernelry import _version
-from kernelry.cli import check, conformance, lock, mask, report, shape
-from kernelry.cli.output import Json, Text, print_json, survive_narrow_encodings
+from kernelry.cli import check, conformance, lock, mask, options, report
+from kernelry.cli.output import Json, show, survive_narrow_encodings
 from kernelry.config.loading import AttentionConfig
 from kernelry.errors import KernelryError, followed, sentence
 from kernelry.kernel.spec import AUTO
@@ -39,11 +38,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-_console = Console(highlight=False, soft_wrap=False)
 
 
 def run() -> int:
-    """Runs the command and returns its exit status; errors of kernelry are one message, status 2, warnings one line."""
+    """Runs the command and returns its exit status: 2 for an error of kernelry, which is printed as one message."""
     survive_narrow_encodings()
     with warnings.catch_warnings():
         # Faults are what `doctor` prints; the other verbs point there.
@@ -64,7 +62,7 @@ def run() -> int:
 
 
 def _status_of(error: Exception) -> int:
-    """Shows a usage error of the command line, or that JAX can use no device, in which case whatever asks it fails."""
+    """Prints a usage error, or that JAX can use no device, which makes everything fail that asks JAX for one."""
     if hasattr(error, "exit_code") and hasattr(error, "show"):
         error.show()
         return int(error.exit_code)
@@ -78,7 +76,7 @@ def _status_of(error: Exception) -> int:
 def _show_warning(
     otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any, **more: Any
 ) -> None:
-    """Writes what is for the user as one line; what is for programmers is shown with its place in the source."""
+    """Writes a warning for users as one line; others are shown with their place in the source."""
     if category is UserWarning:
         sys.stderr.write(f"warning: {message}\n")
     else:
@@ -96,26 +94,14 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def list_kernels(as_json: Json = False) -> None:
     """The installed kernels and what they declare."""
     found = installed.registry()
-    if as_json:
-        print_json(report.kernels_json(found))
-        return
-    _console.print(report.kernels_table(found))
-    advice = report.without_plain_kernel(found)
-    if advice is not None:
-        _console.print(Text(advice))
-    if found.faults:
-        _console.print(f"{len(found.faults)} plugin fault(s): run kernelry doctor")
+    show(as_json, report.kernels_json(found), report.kernels_parts(found))
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Versions, plugins, environment switches, and what is wrong with a fix for each."""
+    """Versions, plugins, environment switches, and what is wrong, with a fix for each fault."""
     found, switches = installed.registry(), Switches.unchecked()
-    if as_json:
-        print_json(report.doctor_json(found, switches))
-    else:
-        for part in report.doctor_parts(found, switches):
-            _console.print(part)
+    show(as_json, report.doctor_json(found, switches), report.doctor_parts(found, switches))
     raise typer.Exit(1 if report.all_faults(found, switches) else 0)
 
 
@@ -143,8 +129,8 @@ def explain(
         str | None,
         typer.Option(
             help="e.g. 'causal & segments', 'window(511)', 'full', or with the word config for the config's own mask: "
-            "'config & segments'; default: the config's, without one causal. Where T and S differ and it does not say "
-            "where the queries stand, as in 'causal.at(query_offset=7)', they stand anywhere."
+            "'config & segments'; default: the config's, causal without a config. Where T and S differ, a mask without "
+            "positions, as in 'causal.at(query_offset=7)', may be at any."
         ),
     ] = None,
     soft_cap: Annotated[
@@ -155,24 +141,25 @@ def explain(
     ] = None,
     kv_quantization: Annotated[str | None, typer.Option(help="of keys and values, e.g. int8, int4:head_dim.")] = None,
     page_size: Annotated[
-        int | None, typer.Option(min=1, max=LARGEST_SIZE, help="slots of a page, where keys stand in pages.")
+        int | None, typer.Option(min=1, max=LARGEST_SIZE, help="slots of a page, for paged keys and values.")
     ] = None,
     context_parallel: Annotated[str | None, typer.Option(help="sharded sequences, e.g. ring:context:4.")] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="statistics are wanted.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="return a Partial, with statistics.")] = False,
     kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
     config: Annotated[
         Path | None,
         typer.Option(
             help="a config whose [attention] table decides, and whose mask, scale, soft cap, sinks, MoBA, dropout, "
-            "logits_dtype, precision and largest logits are asked for; options given here go before them."
+            "logits_dtype, precision and largest logits are asked for; options given here take precedence."
         ),
     ] = None,
-    maxtext: shape.MaxText = None,
-    ignore: shape.Ignored = None,
+    maxtext: options.MaxText = None,
+    ignore: options.Ignored = None,
     as_json: Json = False,
 ) -> None:
-    """Which kernel a request gets and why, on hardware that need not be here. Status 2: none."""
-    read = shape.read_config(config, maxtext, ignore) if config is not None or maxtext or ignore else None
+    """Which kernel a request gets and why, on hardware that need not be present. Status 2: none."""
+    files = options.ConfigFiles(config, maxtext, ignore)
+    read = files.read() if files else None
     phase = Mode.parse(mode)
     extent = Extent(
         batch=batch,
@@ -188,12 +175,12 @@ def explain(
         own = mask_of(read, phase, extent) if page_size is None else _mask_of_pages(read, extent, page_size)
         names["config"] = lambda: own
         said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=page_size is not None)}
-    options = {
+    overrides = {
         "mask": None if mask is None else parse_form(mask, names, anywhere=anywhere),
         "soft_cap": soft_cap,
         "sinks": sinks,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value is not None}
     request = Request(
         target=Target.parse(target) if target else home_target(),
         mode=phase,
@@ -215,17 +202,14 @@ def explain(
         raise typer.BadParameter(f"--kv-heads {request.kv_heads} must divide --heads {request.q_heads}")
     resolution = explain_request(request, kernel=kernel, policy=None if read is None else read.policy)
     instead = given if mask is None or "config" not in names_in(mask) else {**given, "mask": said["mask"]}
-    asked = None if read is None else report.Asked.of(shape.source_of(config, maxtext, ignore), said, instead)
-    if as_json:
-        print_json({**resolution.to_json(), **({} if asked is None else {"config": asked.to_json()})})
-    else:
-        for part in report.resolution_parts(resolution, asked):
-            _console.print(part)
+    asked = None if read is None else report.Asked.of(files.source(), said, instead)
+    data = {**resolution.to_json(), **({} if asked is None else {"config": asked.to_json()})}
+    show(as_json, data, report.resolution_parts(resolution, asked))
     raise typer.Exit(0 if resolution.plan else 2)
 
 
 def _mask_of_pages(config: AttentionConfig, extent: Extent, page_size: int) -> Mask:
-    """What a paged cache asks for, as `lock` and `check` have it."""
+    """The mask that a paged cache asks for, as in `lock` and `check`."""
     shape = ModelShape(
         q_len=extent.q_len,
         max_len=extent.kv_len,

@@ -1,4 +1,4 @@
-"""The verb `check`: compiles the layers of a config for hardware that is not here."""
+"""The verb `check`: compiles the layers of a config for hardware that is not present."""
 
 from __future__ import annotations
 
@@ -15,48 +15,32 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
-from kernelry.cli import shape
-from kernelry.cli.output import Json, Text, print_json
+from kernelry.cli import options
+from kernelry.cli.output import Json, Text, show
 from kernelry.phases.resolving import resolve_phases
 
-_console = Console(highlight=False, soft_wrap=False)
 _MIB = 2**20
 
 
+@options.takes_model
 def check(
+    model: options.ModelOptions,
     *,
-    config: shape.Config = None,
-    maxtext: shape.MaxText = None,
-    ignore: shape.Ignored = None,
     target: Annotated[list[str], typer.Option(help="e.g. tpu:v5e:2x2 or gpu:h100; may be repeated.")],
-    q_len: shape.QueryLength = 1024,
-    max_len: shape.MaxLength = None,
-    batch: shape.Batch = None,
-    heads: shape.Heads = 8,
-    kv_heads: shape.KVHeads = None,
-    head_dim: shape.HeadDim = 128,
-    value_dim: shape.ValueDim = None,
-    dtype: shape.DType = "bfloat16",
-    two_part: shape.TwoPart = False,
-    cache: shape.Cache = None,
-    mask: shape.Masks = None,
     as_json: Json = False,
 ) -> None:
     """Whether train, prefill and decode compile for a TPU or GPU, with its real compiler and without it.
 
-    Status 1: not all do; 2: all that could be compiled do, and a compiler is not installed. What calls cuDNN is not
-    checked, which is no failure.
+    Status 1: not all of them do; 2: all that could be compiled do, and a compiler is not installed. Calls of cuDNN are
+    not checked, which is not a failure.
     """
     _run_nothing()
-    read = shape.read_config(config, maxtext, ignore)
-    sizes = shape.model_shapes(
-        q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part, cache, mask
-    )
+    read, shapes = model.files.read(), model.shapes
     for name in target:  # wrong names are found before anything is compiled
         with contextlib.suppress(NoCompilerError):  # its rows will say so
             topology_of(name)
-        for each in sizes:
-            shape.check_names(resolve_phases(read, each, target=name, changes=False).all)
+        for each in shapes:
+            options.check_names(resolve_phases(read, each, target=name, changes=False).all)
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     reports: dict[str, tuple[LayerReport, ...]] = {}
@@ -67,20 +51,16 @@ def check(
             def tell(phase: str, target: str = name) -> None:
                 progress.update(task, description=f"{target}: {phase}")
 
-            reports[name] = check_layers(read, sizes, name, tell=tell)
+            reports[name] = check_layers(read, shapes, name, tell=tell)
     outcomes = {report.outcome for found in reports.values() for report in found}
     ok = not outcomes & {Outcome.FAILED, Outcome.NO_COMPILER}
-    if as_json:
-        plain = {name: [report.to_json() for report in found] for name, found in reports.items()}
-        print_json({"ok": ok, "targets": plain})
-    else:
-        for part in _parts(reports):
-            _console.print(part)
+    plain = {name: [report.to_json() for report in found] for name, found in reports.items()}
+    show(as_json, {"ok": ok, "targets": plain}, _parts(reports))
     raise typer.Exit(0 if ok else 1 if Outcome.FAILED in outcomes else 2)
 
 
 def _run_nothing() -> None:
-    """Leaves accelerators alone, unless JAX_PLATFORMS names some: JAX's CUDA plugin wants all of CUDA to run there."""
+    """Keeps JAX off accelerators, unless JAX_PLATFORMS names some: to use a GPU its CUDA plugin needs all of CUDA."""
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
 
@@ -96,7 +76,7 @@ def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableTy
             if not report.ok:
                 verdicts.setdefault(report.verdict, []).append(report.name)
         yield from (Text(f"  {', '.join(phases)}: {verdict}") for verdict, phases in verdicts.items())
-    yield from map(Text, shape.advice_of(report.resolution for found in reports.values() for report in found))
+    yield from map(Text, options.advice_of(report.resolution for found in reports.values() for report in found))
     yield Text(
         f"MiB: arguments, outputs and temporaries of one device. FLOPs, bytes and roofline: {_bound(assumed)}; a "
         "decode step reads a full cache. Compiled, not run: this proves no numbers and no speed."
@@ -104,7 +84,7 @@ def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableTy
 
 
 def _bound(assumed: dict[str, set[str]]) -> str:
-    """Says what is a lower bound, and of which rows a part of the mask was left out: they may take less, or more."""
+    """Says what is a lower bound, and in which rows a part of the mask was left out, which may take less, or more."""
     rows: dict[str, list[str]] = {}
     for name, parts in assumed.items():
         rows.setdefault(" and ".join(sorted(parts)), []).append(name)

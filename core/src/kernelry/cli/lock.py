@@ -1,4 +1,4 @@
-"""The verb `lock`: writes the resolutions of a config to a file, or checks that they stand."""
+"""The verb `lock`: writes the resolutions of a config to a file, or checks that they are unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kernelry.cli import shape
+from kernelry.cli import options
 from kernelry.cli.output import Json, print_json
 from kernelry.config.loading import AttentionConfig
 from kernelry.errors import ConfigError, KernelryError, followed
@@ -24,58 +24,44 @@ from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.resolver import explain
 
 _TARGET = "target"
-"""The fact of an origin that is not of the shape."""
+"""The fact of an origin that is not part of the shape."""
 
 
 _WITH_CHECK = {"config", "maxtext", "ignore", "file", "check", "as_json"}
-"""The options that --check reads; the others the file remembers."""
+"""The options that --check reads; the file has the others."""
 
 
+@options.takes_model
 def lock(
+    model: options.ModelOptions,
+    *,
     context: typer.Context,
-    config: shape.Config = None,
-    maxtext: shape.MaxText = None,
-    ignore: shape.Ignored = None,
     target: Annotated[
         list[str] | None, typer.Option(help="platform[:kind[:topology]]; default: this machine; may be repeated.")
     ] = None,
-    q_len: shape.QueryLength = 1024,
-    max_len: shape.MaxLength = None,
-    batch: shape.Batch = None,
-    heads: shape.Heads = 8,
-    kv_heads: shape.KVHeads = None,
-    head_dim: shape.HeadDim = 128,
-    value_dim: shape.ValueDim = None,
-    dtype: shape.DType = "bfloat16",
-    two_part: shape.TwoPart = False,
-    cache: shape.Cache = None,
-    mask: shape.Masks = None,
     file: Annotated[Path, typer.Option("--file", "-o", help="the lock file.")] = Path(LOCK_FILE),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; status 1 when a resolution changed.")] = False,
     as_json: Json = False,
 ) -> None:
     """The kernels of train, prefill and decode, written down for strict mode; --check compares.
 
-    What the file holds of other configs, sizes, caches and masks is kept, so a model with several kinds of layers is
+    What the file says of other configs, sizes, caches and masks is kept, so a model with several kinds of layers is
     locked by one call for each. Status 1: no kernel serves one of the calls, which is then not written; or, with
     --check, a resolution changed.
     """
-    read = shape.read_config(config, maxtext, ignore)
-    name = shape.source_of(config, maxtext, ignore, start=file.parent)
+    read = model.files.read()
+    name = model.files.source(file.parent)
     if check:
         _refuse_sizes(context)
-        _check(Lock.read(file), read, name, shape.arguments_of(config, maxtext, ignore), as_json)
+        _check(Lock.read(file), read, name, model.files.arguments(), as_json)
         return
-    shapes = shape.model_shapes(
-        q_len, max_len, batch, heads, kv_heads, head_dim, value_dim, dtype, two_part, cache, mask
-    )
     targets = [Target.parse(text) for text in target or ()] or [current_target()]
     locked, disagreements = Lock(()), {}
     found: list[Resolution] = []
     for where in targets:
-        for sizes in shapes:
+        for sizes in model.shapes:
             phases = resolve_phases(read, sizes, target=where, changes=False)
-            shape.check_names(phases.all)
+            options.check_names(phases.all)
             found.extend(phases.all)
             locked = locked.merged(Lock.of(phases.all, _origin(name, where, sizes)))
             disagreements.update(dict.fromkeys(phases.disagreements))
@@ -83,15 +69,15 @@ def lock(
     nothing = len(unserved) == len(locked.entries) and not file.exists()
     written = Lock(()) if nothing else locked.write(file, merge=True)
     if as_json:
-        told = {"unserved": unserved, "disagreements": list(disagreements), "advice": shape.advice_of(found)}
+        told = {"unserved": unserved, "disagreements": list(disagreements), "advice": options.advice_of(found)}
         print_json({"file": str(file), **written.to_json(), **told})
     else:
-        _tell(file, locked, written, list(disagreements), shape.advice_of(found))
+        _tell(file, locked, written, list(disagreements), options.advice_of(found))
     raise typer.Exit(1 if unserved else 0)
 
 
 def _refuse_sizes(context: typer.Context) -> None:
-    """Refuses what --check would not read, which would then seem to be checked.
+    """Refuses options that --check does not read, because they would then seem to be checked.
 
     Raises:
       BadParameter: an option of the sizes or the target was given.
@@ -123,8 +109,8 @@ def _tell(file: Path, locked: Lock, written: Lock, disagreements: list[str], adv
 
 def _shown(request: Request) -> str:
     sizes = f"B={request.batch} T={request.q_len} S={request.kv_len}"
-    held = [f"{name}={value}" for name in ("kv_quantization", "page_size") if (value := getattr(request, name))]
-    return " ".join([request.mode.value, str(request.target), sizes, f"mask={request.mask}", *held])
+    stored = [f"{name}={value}" for name in ("kv_quantization", "page_size") if (value := getattr(request, name))]
+    return " ".join([request.mode.value, str(request.target), sizes, f"mask={request.mask}", *stored])
 
 
 def _origin(name: str, target: Target, sizes: ModelShape) -> Origin:
@@ -143,9 +129,9 @@ def _asked_again(origin: Origin, config: AttentionConfig) -> tuple[Request, ...]
 
 
 def _check(locked: Lock, config: AttentionConfig, name: str, arguments: str, as_json: bool) -> None:
-    """Asks again what the config asked, so that no option needs repeating, and compares.
+    """Resolves again what the config asked for, so that no option has to be repeated, and compares.
 
-    What a program recorded was asked for under rules that the file does not hold, so it is not compared.
+    What a program recorded was resolved under rules that the file does not contain, so it is not compared.
     """
     mine = [entry for entry in locked.entries if any(o.config == name for o in entry.origins)]
     recorded = sum(not entry.origins for entry in locked.entries)
@@ -153,14 +139,14 @@ def _check(locked: Lock, config: AttentionConfig, name: str, arguments: str, as_
     asked = dict.fromkeys(request for origin in origins for request in _asked_again(origin, config))
     found = {request: explain(request, policy=config.policy, changes=False) for request in asked}
     differences = list(_differences(locked, mine, found, name, arguments))
-    advice = shape.advice_of(found.values())
+    advice = options.advice_of(found.values())
     others = sorted({o.config for entry in locked.entries for o in entry.origins} - {name})
     if as_json:
         facts = {"file": locked.source, "checked": len(mine), "differences": differences, "advice": advice}
         print_json({**facts, "not_checked": others, "not_checked_recorded": recorded})
     else:
         sys.stdout.write(
-            "".join(f"{text}\n" for text in (*differences, *advice)) or f"{len(mine)} resolutions stand.\n"
+            "".join(f"{text}\n" for text in (*differences, *advice)) or f"{len(mine)} resolutions are unchanged.\n"
         )
         if others:
             sys.stdout.write(f"not checked: what {', '.join(others)} asked for; pass it with --check.\n")
@@ -173,7 +159,7 @@ def _differences(
     locked: Lock, mine: list[Entry], found: dict[Request, Resolution], name: str, arguments: str
 ) -> Iterator[str]:
     if not mine:
-        yield f"{locked.source} holds nothing that {name} asked for; run kernelry lock {arguments}"
+        yield f"{locked.source} has nothing that {name} asked for; run kernelry lock {arguments}"
     new = [request for request in found if all(entry.request != request for entry in mine)]
     for entry in mine:
         if entry.request not in found:
@@ -193,7 +179,7 @@ def _difference(locked: Lock, resolution: Resolution) -> Iterator[str]:
 
 
 def _stale(entry: Entry, new: list[Request], name: str) -> str:
-    """Says that a config asks for something else now, which is taken out of `new`."""
+    """Says what a config now asks for instead of an entry, and removes that from `new`."""
     alike = [request for request in new if request.mode is entry.request.mode]
     if not alike:
         return f"{entry.request}: {name} no longer asks for this; run kernelry lock again"

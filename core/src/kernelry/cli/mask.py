@@ -1,4 +1,4 @@
-"""The verb `mask`: draws what a mask shows."""
+"""The verb `mask`: draws a mask."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def draw(
 
 
 def _columns() -> int:
-    """Tokens that fit beside each other: two characters each, on a terminal."""
+    """Tokens that fit into a line of the terminal, with two characters each."""
     if not sys.stdout.isatty():
         return grid.COLUMNS
     return max(min((shutil.get_terminal_size().columns - _MARGIN) // 2, grid.COLUMNS), 1)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import codecs
 import json
 import sys
+from collections.abc import Iterable
 from typing import Annotated, Any, final
 
 import rich.text
 import typer
+from rich.console import Console, RenderableType
+
+console = Console(highlight=False, soft_wrap=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-_HANDLER = "kernelry.plainer"
+_HANDLER = "kernelry.ascii"
 
 _SIGNS = {"≤": "<=", "≥": ">=", "≠": "!=", "±": "+-", "∞": "inf", "→": "->", "…": "...", "Σ": "sum", "⟨": "<", "⟩": ">"}
-_PLAINER = str.maketrans({**dict(zip("–−·■▨×•", "--.#+x*", strict=True)), **_SIGNS})
-"""What a sign means, in ASCII; one character for one where a grid is drawn with it."""
+_ASCII = str.maketrans({**dict(zip("–−·■▨×•", "--.#+x*", strict=True)), **_SIGNS})
+"""ASCII that replaces a sign; a single character for those that grids are drawn with."""
 
 
 @final
 class Text(rich.text.Text):
-    """Text that is made plainer before it is laid out, so that tables stay aligned, where standard output needs it."""
+    """Text whose signs, where standard output lacks them, are replaced before it is laid out: tables stay aligned."""
 
     def __init__(self, text: str = "", style: str = "") -> None:
         super().__init__(_shown(text), style)
@@ -41,16 +45,25 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
+def show(as_json: bool, data: Any, parts: Iterable[RenderableType]) -> None:
+    """Writes the result of a verb: its data for programs, or its parts for people."""
+    if as_json:
+        print_json(data)
+        return
+    for part in parts:
+        console.print(part)
+
+
 def survive_narrow_encodings() -> None:
-    """Makes both outputs replace what their encoding lacks, instead of raising UnicodeEncodeError."""
-    codecs.register_error(_HANDLER, _plainer)
+    """Makes standard output and error replace what their encoding lacks, instead of raising UnicodeEncodeError."""
+    codecs.register_error(_HANDLER, _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_HANDLER)
 
 
-def _plainer(error: UnicodeError) -> tuple[str, int]:
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end].translate(_PLAINER)
+    lacking = error.object[error.start : error.end].translate(_ASCII)
     return lacking.encode("ascii", "replace").decode("ascii"), error.end

@@ -48,10 +48,17 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
     }
 
 
-def kernels_table(registry: Registry) -> RenderableType:
-    """The installed kernels as a table."""
-    if not registry.kernels:
-        return Text(f"No kernels: {installed.why_none()}.")
+def kernels_parts(registry: Registry) -> Iterator[RenderableType]:
+    """The installed kernels, and what is missing or wrong, for people."""
+    yield _kernels_table(registry) if registry.kernels else Text(f"No kernels: {installed.why_none()}.")
+    advice = _without_plain_kernel(registry)
+    if advice is not None:
+        yield Text(advice)
+    if registry.faults:
+        yield f"{len(registry.faults)} plugin fault(s): run kernelry doctor"
+
+
+def _kernels_table(registry: Registry) -> RenderableType:
     table = Table(show_lines=True)
     table.add_column("kernel", no_wrap=True)
     table.add_column("serves")
@@ -74,9 +81,9 @@ def _serves(row: dict[str, Any]) -> RenderableType:
         ("statistics", "statistics"),
     ):
         facts.add_row(label, _words(row[key]))
-    held = [*row["kv_quantizations"], *(["pages"] if row["pages"] else [])]
-    if held:
-        facts.add_row("keys held as", _words(held))
+    stored = [*row["kv_quantizations"], *(["pages"] if row["pages"] else [])]
+    if stored:
+        facts.add_row("keys stored as", _words(stored))
     if row["context_parallel"]:
         facts.add_row("across devices by", _words(row["context_parallel"]))
     facts.add_row("gradient", row["gradient"])
@@ -98,8 +105,8 @@ def doctor_json(registry: Registry, switches: Switches) -> dict[str, Any]:
     }
 
 
-def without_plain_kernel(registry: Registry) -> str | None:
-    """What to do where no plain kernel is installed, with the kernels made for this machine."""
+def _without_plain_kernel(registry: Registry) -> str | None:
+    """What to do where no plain kernel is installed, with the kernels for this machine."""
     if installed.has_plain_kernel(registry.kernels):
         return None
     return installed.without_plain_kernel(_home().partition(":")[0], registry.kernels)
@@ -111,7 +118,7 @@ def all_faults(registry: Registry, switches: Switches) -> tuple[Fault, ...]:
 
 
 def _switches(switches: Switches) -> dict[str, Any]:
-    """The environment variables by name; None for what is not set."""
+    """The environment variables by name; None for those that are not set."""
     return {
         "KERNELRY_KERNEL": switches.kernel,
         "KERNELRY_PLUGINS": switches.plugins,
@@ -151,7 +158,7 @@ def doctor_parts(registry: Registry, switches: Switches) -> Iterator[RenderableT
         kernels = _words(plugin.kernels) if plugin.enabled else Text("not in KERNELRY_PLUGINS")
         plugins.add_row(plugin.name, plugin.distribution, plugin.module, kernels)
     yield plugins
-    advice = without_plain_kernel(registry)
+    advice = _without_plain_kernel(registry)
     if advice is not None:
         yield Text(advice)
     found = all_faults(registry, switches)
@@ -169,12 +176,12 @@ def doctor_parts(registry: Registry, switches: Switches) -> Iterator[RenderableT
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asked:
-    """What of a request comes from a config.
+    """The part of a request that comes from a config.
 
     Args:
       source: the config.
-      fields: those of the request that it gave, as text, where they ask for something.
-      overridden: what it says of fields that were given on the command line.
+      fields: the fields that the config sets to something other than their neutral value, as text.
+      overridden: the config's values of fields that were given on the command line.
     """
 
     source: str

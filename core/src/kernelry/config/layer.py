@@ -18,7 +18,7 @@ from kernelry.request.request import precision_name
 
 @final
 class AttentionType(enum.Enum):
-    """Which keys the queries of a layer see, by their positions."""
+    """Which keys the queries of a layer see, by position."""
 
     GLOBAL = "global"
     LOCAL_SLIDING = "local_sliding"
@@ -32,14 +32,14 @@ class AttentionType(enum.Enum):
         """Reads an attention type.
 
         Raises:
-          ConfigError: it is unknown, or `compressed`, which has no meaning here.
+          ConfigError: it is unknown, or `compressed`, which is not supported.
         """
         if isinstance(value, AttentionType):
             return value
         if isinstance(value, str) and value == "compressed":
             raise ConfigError(
-                "attention type 'compressed' has no meaning here: it compresses the keys and values before attention. "
-                "Compress them outside and pass what each query sees as a mask, e.g. with type 'full'."
+                "attention type 'compressed' is not supported: it compresses the keys and values before attention. "
+                "Compress them before the call and pass what each query sees as a mask, e.g. with type 'full'."
             )
         try:
             return cls(value)
@@ -51,7 +51,7 @@ class AttentionType(enum.Enum):
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class MoBA:
-    """Mixture of block attention: each query sees its own block of keys and the best earlier ones.
+    """Mixture of block attention: each query sees its own block of keys and the best earlier blocks.
 
     Args:
       chunk_size: keys of one block.
@@ -74,29 +74,29 @@ class AttentionConfig:
     """The options of an attention layer, and how its kernels are chosen.
 
     Args:
-      kernel: a kernel's name, absolutely, or `auto`.
+      kernel: the name of the only kernel to use, or `auto`.
       rules: the first that applies decides.
       thresholds: (name, value) pairs that replace shipped thresholds. A mapping is accepted.
       forbid_adapters: adapters that must not be used.
       source: where this was read, for explanations.
       type: which keys a query sees, by position; a name or an AttentionType.
-      window: keys that a query sees, its own included; with `local_sliding`, and only there.
-      chunk_size: keys of one chunk; with `chunk`, and only there.
-      block_size: tokens of one block; with `block_diffusion`, and only there.
-      soft_cap: logits are capped to soft_cap · tanh(logits / soft_cap); None is no cap.
-      scale: of the logits; None is H ** -0.5.
+      window: keys that a query sees, its own included; only with `local_sliding`, which needs it.
+      chunk_size: keys of one chunk; only with `chunk`, which needs it.
+      block_size: tokens of one block; only with `block_diffusion`, which needs it.
+      soft_cap: logits are capped to soft_cap · tanh(logits / soft_cap); None means no cap.
+      scale: of the logits; None means H ** -0.5.
       sinks: whether the layer has one sink logit per query head.
-      moba: the blocks that a query sees are chosen by their keys; None is no such choice.
-      record_max_logits: whether the largest visible logits are kept, for QK-clip.
+      moba: how the blocks that a query sees are chosen by their keys; None means that it sees all of them.
+      record_max_logits: whether the largest visible logits are returned, for QK-clip.
       dropout_rate: on the probabilities, in [0, 1).
       logits_dtype: of logits, softmax and statistics.
       precision: of the products: `high`, `highest` or another name of `jax.lax.Precision`; None and
-        `default` are JAX's default.
+        `default` mean JAX's default.
       tilings: overrides of a kernel's tunables where that kernel is chosen, by kernel name; a rule's
-        own tiling goes before them. Mappings are accepted.
+        tiling takes precedence. Mappings are accepted.
 
     Raises:
-      ConfigError: an option has a value that means nothing, or does not go with the type.
+      ConfigError: an option has a value that is not valid, or not valid with the type.
     """
 
     kernel: str = AUTO
@@ -147,7 +147,7 @@ class AttentionConfig:
             _check_whole(name, size)
             if self.type is not owner:
                 raise ConfigError(
-                    f"{name}={size} goes with type {owner.value!r} only, and the type is {self.type.value!r}; "
+                    f"{name}={size} is only valid with type {owner.value!r}, and the type is {self.type.value!r}; "
                     f"leave {name} out or set the type."
                 )
 
@@ -172,7 +172,7 @@ class AttentionConfig:
 
     @property
     def policy(self) -> Policy:
-        """The policy this config asks for, environment variables included."""
+        """The policy that this config asks for, including environment variables."""
         return _policy(self)
 
 
@@ -181,7 +181,7 @@ _SIZES = {
     "chunk_size": AttentionType.CHUNK,
     "block_size": AttentionType.BLOCK_DIFFUSION,
 }
-"""Which type each size belongs to; it needs it, and no other type takes it."""
+"""The type that needs each size; no other type accepts it."""
 
 
 def _mask(type_: AttentionType, window: int | None, chunk_size: int | None, block_size: int | None) -> Mask:
@@ -250,7 +250,7 @@ def _tilings(tilings: Any) -> Tilings:
 
 
 def check_config(config: Any) -> None:
-    """Checks what was given as a config.
+    """Checks that a value is a config.
 
     Raises:
       ArgumentError: it is not an AttentionConfig.

@@ -1,31 +1,31 @@
-"""On which line of a config file each key stands. What cannot be told is left out."""
+"""On which line of a config file a key is. Lines that cannot be told are left out."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 Keys = tuple[str | int, ...]
-"""Keys of tables and places in arrays, from the top of the file."""
+"""The keys of tables and indices of arrays that lead to a value, from the top of the file."""
 
-_KEY = re.compile(r"""\s*(?:([A-Za-z0-9_-]+)|"((?:[^"\\\n]|\\.)*)"|'([^'\n]*)')\s*""")
-_STRINGS = re.compile(r'''"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*\'''', re.DOTALL)
-_BLANK = re.compile(r"(?:\s|#[^\n]*)*")
-_BARE = re.compile(r"[^,\]}\n#]+")
+_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
+_KEY_OR_HEADER = re.compile(rf"[ \t]*(\[\[?)?[ \t]*({_KEY}(?:[ \t]*\.[ \t]*{_KEY})*)[ \t]*[=\]]")
+_STRING = r'''"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*\''''
+_TOKEN = re.compile(rf"{_STRING}|#[^\n]*|[\n\[\]{{}}]|\Z", re.DOTALL)
 
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
-    """A table in a file, and where its keys stand.
+class TableLines:
+    """A table of a config file, and the lines of its keys.
 
     Args:
       name: the file, or `config` for a mapping.
-      lines: line numbers from 1, by path from the top of the file.
-      table: the path of the table.
+      lines: line numbers from 1, by the keys from the top of the file.
+      table: the keys that lead to the table.
     """
 
     name: str
@@ -33,137 +33,43 @@ class Place:
     table: Keys = ()
 
     def at(self, *keys: str | int) -> str:
-        """Returns `file:line` of a key, or of the nearest table around it whose line is known."""
+        """Returns `file:line` of a key, or of the nearest value around it whose line is known."""
         path = (*self.table, *keys)
-        while path:
-            if path in self.lines:
-                return f"{self.name}:{self.lines[path]}"
+        while path and path not in self.lines:
             path = path[:-1]
-        return self.name
+        return f"{self.name}:{self.lines[path]}" if path else self.name
 
 
 def toml_lines(text: str) -> dict[Keys, int]:
-    """Finds the keys of a text that tomllib can read; empty where the scan loses its way."""
-    scanner = _TomlScanner(text)
-    try:
-        scanner.scan()
-    except (ValueError, IndexError, RecursionError):
-        return {}
-    return scanner.lines
-
-
-class _TomlScanner:
-    """Walks along a valid TOML text and notes where keys begin."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
-        self.lines: dict[Keys, int] = {}
-        self._lasts: dict[Keys, int] = {}
-
-    def scan(self) -> None:
-        table: Keys = ()
-        self._skip()
-        while self.at < len(self.text):
-            if self._peek("["):
-                table = self._header()
-            else:
-                self._pair(table)
-            self._skip()
-
-    def _header(self) -> Keys:
-        start, double = self.at, self._peek("[[")
-        self.at += 2 if double else 1
-        names = self._names()
-        self._expect("]]" if double else "]")
-        table: Keys = ()
-        for place, name in enumerate(names):
-            table = (*table, name)
-            if double and place == len(names) - 1:
-                self._lasts[table] = self._lasts.get(table, -1) + 1
-            self._note(table, start)
-            if table in self._lasts:
-                table = (*table, self._lasts[table])
-                self._note(table, start)
-        return table
-
-    def _pair(self, table: Keys) -> None:
-        start = self.at
-        path = table
-        for name in self._names():
+    """Finds the headers of a valid TOML text, and the keys that begin a line; others are left out."""
+    lines: dict[Keys, int] = {}
+    lasts: dict[Keys, int] = {}  # the last index of each array of tables
+    table: Keys = ()
+    for number, statement in _statements(text):
+        header, path = statement[1], () if statement[1] else table
+        inside: Any = tomllib.loads(f"{statement[2]} = 0")  # which splits a dotted key and reads its quotes
+        while isinstance(inside, dict):
+            [(name, inside)] = inside.items()
             path = (*path, name)
-            self._note(path, start)
-        self._expect("=")
-        self._value(path)
+            lines.setdefault(path, number)
+            if header == "[[" and inside == 0:
+                lasts[path] = lasts.get(path, -1) + 1
+            if path in lasts:
+                path = (*path, lasts[path])
+                lines.setdefault(path, number)
+        table = path if header else table
+    return lines
 
-    def _names(self) -> list[str]:
-        names = []
-        while True:
-            match = _KEY.match(self.text, self.at)
-            if match is None:
-                raise ValueError("no key here")
-            bare, quoted, literal = match.groups()
-            escaped = quoted is not None and "\\" in quoted
-            names.append(tomllib.loads(f'k = "{quoted}"')["k"] if escaped else bare or quoted or literal or "")
-            self.at = match.end()
-            if not self._peek("."):
-                return names
-            self.at += 1
 
-    def _value(self, path: Keys) -> None:
-        self._skip()
-        if self._peek("["):
-            self._list(path)
-        elif self._peek("{"):
-            self._inline(path)
-        else:
-            pattern = _STRINGS if self.text[self.at] in "\"'" else _BARE
-            match = pattern.match(self.text, self.at)
-            if match is None:
-                raise ValueError("no value here")
-            self.at = match.end()
-
-    def _list(self, path: Keys) -> None:
-        self.at += 1
-        place = 0
-        self._skip()
-        while not self._peek("]"):
-            self._note((*path, place), self.at)
-            self._value((*path, place))
-            place += 1
-            self._skip_comma()
-        self.at += 1
-
-    def _inline(self, path: Keys) -> None:
-        self.at += 1
-        self._skip()
-        while not self._peek("}"):
-            self._pair(path)
-            self._skip_comma()
-        self.at += 1
-
-    def _skip_comma(self) -> None:
-        self._skip()
-        if self._peek(","):
-            self.at += 1
-            self._skip()
-        elif self.text[self.at] not in "]}":
-            raise ValueError("no comma here")
-
-    def _skip(self) -> None:
-        match = _BLANK.match(self.text, self.at)
-        self.at = self.at if match is None else match.end()
-
-    def _peek(self, sign: str) -> bool:
-        return self.text.startswith(sign, self.at)
-
-    def _expect(self, sign: str) -> None:
-        if not self._peek(sign):
-            raise ValueError(f"no {sign} here")
-        self.at += len(sign)
-
-    def _note(self, path: Keys, at: int) -> None:
-        self.lines.setdefault(path, self.text.count("\n", 0, at) + 1)
+def _statements(text: str) -> Iterator[tuple[int, re.Match[str]]]:
+    """Yields headers and keys, with their line's number, that begin outside of strings, arrays and inline tables."""
+    depth = start = 0
+    for token in _TOKEN.finditer(text):
+        depth += (token[0] in ("[", "{")) - (token[0] in ("]", "}"))
+        if depth == 0 and token[0] in ("\n", ""):
+            if found := _KEY_OR_HEADER.match(text, start):
+                yield text.count("\n", 0, start) + 1, found
+            start = token.end()
 
 
 def yaml_lines(root: Any) -> dict[Keys, int]:
@@ -172,16 +78,12 @@ def yaml_lines(root: Any) -> dict[Keys, int]:
     pending: list[tuple[Keys, Any]] = [((), root)]
     while pending:
         path, node = pending.pop()
-        if node is None or len(path) > 64:  # an alias may hold itself
+        if node is None or node.id == "scalar" or len(path) > 64:  # an alias may contain itself
             continue
-        if node.id == "mapping":
-            for key, value in node.value:
-                inner = (*path, key.value) if isinstance(key.value, str) else None
-                if inner is not None:
-                    lines.setdefault(inner, key.start_mark.line + 1)
-                    pending.append((inner, value))
-        elif node.id == "sequence":
-            for place, value in enumerate(node.value):
-                lines.setdefault((*path, place), value.start_mark.line + 1)
-                pending.append(((*path, place), value))
+        entries = node.value if node.id == "mapping" else [(None, value) for value in node.value]
+        for index, (key, value) in enumerate(entries):
+            inner = (*path, index if key is None else key.value)
+            if isinstance(inner[-1], str | int):
+                lines.setdefault(inner, (key or value).start_mark.line + 1)
+                pending.append((inner, value))
     return lines

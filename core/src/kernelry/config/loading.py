@@ -11,7 +11,7 @@ forbid_adapters = []
 flash_min_q_len = 128
 
 [attention.tilings]
-splash = { block_q = 1024 }           # where that kernel is chosen; a rule's own tiling goes before it
+splash = { block_q = 1024 }           # where that kernel is chosen; a rule's tiling takes precedence
 
 [[attention.rules]]                   # the first rule that applies decides
 when = { platform = "gpu", mode = ["train", "prefill"], q_len = ">=128", mask = ["window"] }
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
-from kernelry.config.lines import Keys, Place, toml_lines, yaml_lines
+from kernelry.config.lines import Keys, TableLines, toml_lines, yaml_lines
 from kernelry.config.maxtext import Caller, from_maxtext, read_options
 from kernelry.errors import ConfigError, nearest, sentence
 from kernelry.execution.adapters.order import ADAPTERS
@@ -54,9 +54,9 @@ def load_config(
 
     Args:
       source: a path ending in .toml, .yaml or .yml, or the content of the table itself,
-        or a mapping that holds the table.
-      table: the table of the file that is about attention; other tables are not looked at. A
-        dotted name reaches inside; an absent table means the defaults.
+        or a mapping that contains the table.
+      table: the table of the file that is about attention; other tables are ignored. A dotted
+        name is that of a table inside another; an absent table means the defaults.
       required: whether an absent table is an error instead.
 
     Returns:
@@ -69,22 +69,20 @@ def load_config(
     if not isinstance(source, str | Path | Mapping) or not isinstance(table, str):
         raise ConfigError(f"load_config takes a path or a mapping, and a table's name, got {source!r} and {table!r}.")
     if isinstance(source, Mapping):
-        table_of_it = source.get(table)
-        return _validated(table_of_it if isinstance(table_of_it, Mapping) else source, Place("config"))
+        inner = source.get(table)
+        return _validated(inner if isinstance(inner, Mapping) else source, TableLines("config"))
     path = Path(source)
     content, lines = _read(path)
-    place = Place(str(path), lines)
+    location = TableLines(str(path), lines)
     for name in table.split("."):
-        if required and isinstance(content, Mapping):
-            _check_present(content, name, table, place)
-        content = _inside(content, name, place)
-        place = Place(place.name, lines, (*place.table, name))
+        content = _inside(content, name, table, location, required=required)
+        location = TableLines(location.name, lines, (*location.table, name))
     if not isinstance(content, Mapping):
         raise ConfigError(
-            f"{place.at()}: [{table}] must be a table, got {content!r}; MaxText's own files are read by load_maxtext, "
-            "or by the command's option --maxtext."
+            f"{location.at()}: [{table}] must be a table, got {content!r}; MaxText's own files are read by "
+            "load_maxtext, or by the command's option --maxtext."
         )
-    return _validated(content, place)
+    return _validated(content, location)
 
 
 def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionConfig:
@@ -95,18 +93,20 @@ def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionCon
       ignore: names of options to leave out, as if no file had them.
 
     Raises:
-      ConfigError: a file cannot be read, or an option has no meaning here.
+      ConfigError: a file cannot be read, or an option is not supported.
     """
     if not paths or not all(isinstance(path, str | Path) for path in paths):
-        said = ", ".join(map(repr, paths)) or "nothing"
-        raise ConfigError(f"load_maxtext takes the paths of MaxText's files, got {said}; a mapping: from_maxtext.")
+        given = ", ".join(map(repr, paths)) or "nothing"
+        raise ConfigError(
+            f"load_maxtext takes the paths of MaxText's files, got {given}; pass a mapping to from_maxtext."
+        )
     return read_maxtext(paths, ignore, Caller.PYTHON, stacklevel=3)
 
 
 def read_maxtext(
     paths: Sequence[str | Path], ignore: Iterable[str], caller: Caller, *, stacklevel: int = 2
 ) -> AttentionConfig:
-    """Does what `load_maxtext` does, with messages for its caller."""
+    """Does what `load_maxtext` does, with messages for Python or for the command."""
     names = " + ".join(str(path) for path in paths)
     options: dict[str, Any] = {}
     for path in map(Path, paths):
@@ -115,7 +115,7 @@ def read_maxtext(
             raise ConfigError(f"{path}: MaxText's files are YAML, .yml or .yaml; {others}.")
         content, _ = _read(path)
         if not isinstance(content, Mapping):
-            raise ConfigError(f"{path} must hold MaxText's option names and values, got {content!r}.")
+            raise ConfigError(f"{path} must have MaxText's option names and values, got {content!r}.")
         options.update(content)
     try:
         config, notices = read_options(options, ignore, caller)
@@ -126,23 +126,18 @@ def read_maxtext(
     return dataclasses.replace(config, source=names)
 
 
-def _check_present(content: Mapping[str, Any], name: str, table: str, place: Place) -> None:
-    """Raises where a table is absent; of a misspelt one `_inside` says what is meant."""
-    if name in content or difflib.get_close_matches(name, [str(key) for key in content], n=1, cutoff=0.8):
-        return
-    found = ", ".join(map(str, content)) or "nothing"
-    raise ConfigError(
-        f"{place.name}: there is no table [{table}]; found instead: {found}. Write one, if only the "
-        f"line [{table}], or name the file that has it."
-    )
-
-
-def _inside(content: Any, name: str, place: Place) -> Any:
-    """Returns the table of that name, nothing where it is absent; a misspelt one is an error."""
+def _inside(content: Any, name: str, table: str, location: TableLines, *, required: bool) -> Any:
+    """Returns the table of a name, empty where it is absent and not required; a misspelt one is an error."""
     if not isinstance(content, Mapping) or name in content:
         return content[name] if isinstance(content, Mapping) else content
     for found in difflib.get_close_matches(name, [key for key in content if isinstance(key, str)], n=1, cutoff=0.8):
-        raise ConfigError(f"{place.at(found)}: unknown table {found!r}; did you mean {name!r}?")
+        raise ConfigError(f"{location.at(found)}: unknown table {found!r}; did you mean {name!r}?")
+    if required:
+        found = ", ".join(map(str, content)) or "nothing"
+        raise ConfigError(
+            f"{location.name}: there is no table [{table}]; found instead: {found}. Write one, even if it is only "
+            f"the line [{table}], or name the file that has it."
+        )
     return {}
 
 
@@ -154,7 +149,7 @@ def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8.") from error
-    except ValueError as error:  # a character that no file's name has
+    except ValueError as error:  # a character that names of files cannot have
         raise ConfigError(f"cannot read the config {str(path)!r}: {error}.") from error
     if path.suffix == ".toml":
         try:
@@ -167,7 +162,7 @@ def _read(path: Path) -> tuple[Any, dict[Keys, int]]:
 
 
 def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
-    import yaml  # here, so that a TOML file needs no parser of YAML
+    import yaml  # imported here, as TOML files do not need it
 
     try:
         return yaml.safe_load(text) or {}, yaml_lines(yaml.compose(text, Loader=yaml.SafeLoader))
@@ -175,23 +170,23 @@ def _read_yaml(path: Path, text: str) -> tuple[Any, dict[Keys, int]]:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
-def _validated(content: Mapping[str, Any], place: Place) -> AttentionConfig:
-    import pydantic  # here, so that a config made in Python waits for no schema
+def _validated(content: Mapping[str, Any], location: TableLines) -> AttentionConfig:
+    import pydantic  # imported here, as configs made in Python do not need it
 
     from kernelry.config import schema
 
     try:
         table = schema.AttentionTable.model_validate(dict(content))
     except pydantic.ValidationError as error:
-        problems = [sentence(_problem(detail, schema.KEYS, place)) for detail in error.errors()]
+        problems = [sentence(_problem(detail, schema.KEYS, location)) for detail in error.errors()]
         raise ConfigError(" ".join(problems)) from error
-    _check_names("thresholds", table.thresholds, {threshold.name for threshold in SHIPPED_THRESHOLDS}, place)
-    _check_names("forbid_adapters", table.forbid_adapters, {adapter.name for adapter in ADAPTERS}, place)
-    rules = tuple(_rule(rule, index, place) for index, rule in enumerate(table.rules))
-    return _config(table, rules, place)
+    _check_names("thresholds", table.thresholds, {threshold.name for threshold in SHIPPED_THRESHOLDS}, location)
+    _check_names("forbid_adapters", table.forbid_adapters, {adapter.name for adapter in ADAPTERS}, location)
+    rules = tuple(_rule(rule, index, location) for index, rule in enumerate(table.rules))
+    return _config(table, rules, location)
 
 
-def _config(table: AttentionTable, rules: tuple[Rule, ...], place: Place) -> AttentionConfig:
+def _config(table: AttentionTable, rules: tuple[Rule, ...], location: TableLines) -> AttentionConfig:
     given = {name: getattr(table, name) for name in table.model_fields_set}
     moba = None if table.moba is None else MoBA(table.moba.chunk_size, table.moba.top_k)
     lists = {
@@ -199,27 +194,27 @@ def _config(table: AttentionTable, rules: tuple[Rule, ...], place: Place) -> Att
         "thresholds": tuple(sorted(table.thresholds.items())),
         "forbid_adapters": tuple(sorted(table.forbid_adapters)),
     }
-    source = place.at("kernel") if "kernel" in given else place.name
+    source = location.at("kernel") if "kernel" in given else location.name
     try:
         return AttentionConfig(**{**given, **lists, "moba": moba, "source": source})
     except ConfigError as error:
-        # The message names the option first; where it is not in the table, the type that needs it is.
+        # The message names the option first; where the table lacks that, it has the type that needs the option.
         named = next((word for word in re.findall(r"\w+", str(error)) if word in given), None)
-        raise ConfigError(f"{place.at() if named is None else place.at(named)}: {error}") from error
+        raise ConfigError(f"{location.at() if named is None else location.at(named)}: {error}") from error
 
 
-def _check_names(key: str, names: Any, known: set[str], place: Place) -> None:
+def _check_names(key: str, names: Any, known: set[str], location: TableLines) -> None:
     for index, name in enumerate(names):
         if name not in known:
-            where = place.at(key, name if isinstance(names, Mapping) else index)
+            where = location.at(key, name if isinstance(names, Mapping) else index)
             raise ConfigError(f"{where}: {key}: unknown name {name!r}{nearest(name, known)}")
 
 
-def _rule(rule: RuleTable, index: int, place: Place) -> Rule:
-    source = f"{place.at('rules', index)}: rule {index + 1}"
+def _rule(rule: RuleTable, index: int, location: TableLines) -> Rule:
+    source = f"{location.at('rules', index)}: rule {index + 1}"
     facts: dict[str, Any] = {}
     for name in sorted(rule.when.model_fields_set):
-        where = f"{place.at('rules', index, 'when', name)}: rule {index + 1}"
+        where = f"{location.at('rules', index, 'when', name)}: rule {index + 1}"
         facts[name] = _fact(name, getattr(rule.when, name), where)
     try:
         return Rule(Condition(**facts), rule.use, tuple(sorted(rule.tiling.items())), source)
@@ -241,9 +236,9 @@ def _fact(name: str, value: Any, where: str) -> Any:
     return read
 
 
-def _problem(detail: ErrorDetails, keys: Mapping[str, tuple[str, ...]], place: Place) -> str:
+def _problem(detail: ErrorDetails, keys: Mapping[str, tuple[str, ...]], location: TableLines) -> str:
     where = ".".join(str(part) for part in detail["loc"])
-    line = place.at(*detail["loc"])
+    line = location.at(*detail["loc"])
     if detail["type"] == "extra_forbidden":
         table = next((str(part) for part in reversed(detail["loc"][:-1]) if not isinstance(part, int)), "attention")
         return f"{line}: unknown key {where!r}{nearest(str(detail['loc'][-1]), keys[table])}"

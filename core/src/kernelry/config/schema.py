@@ -23,7 +23,7 @@ class _Table(BaseModel):
 
 
 class WhenTable(_Table):
-    """Conditions of a rule; `AnyRange.parse` reads the numbers."""
+    """The conditions of a rule; `AnyRange.parse` reads the numbers."""
 
     platform: Names = ()
     kind: Names = ()
@@ -52,7 +52,7 @@ class MoBATable(_Table):
 
 
 class AttentionTable(_Table):
-    """The whole table; AttentionConfig checks the layer's options, which are Any here."""
+    """The whole table; the options of the layer are Any here, as AttentionConfig checks them."""
 
     kernel: str = AUTO
     rules: tuple[RuleTable, ...] = ()

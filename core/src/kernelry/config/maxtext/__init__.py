@@ -1,6 +1,6 @@
 """MaxText's option names, read into an AttentionConfig.
 
-`options` holds the table of the options about attention, `choice` says which kernels they name,
+`options` has the table of the options about attention, `choice` the kernels that they name, and
 `not_attention.txt` lists the other keys of base.yml. Source: MaxText 0.2.5, configs/base.yml and
 configs/types.py. Internal: `kernelry.config` exports `from_maxtext`.
 """

@@ -20,10 +20,10 @@ _NAMED = {
     "cudnn_flash_jax": "cudnn_jax",
     "cudnn_flash_te": "cudnn_te",
 }
-"""The values of `attention` that are one kernel, and its name here. What it cannot do is refused: MaxText drops it."""
+"""The values of `attention` that are a single kernel, and its name here. It refuses what MaxText ignores."""
 
 _UNREAD_BY_TOKAMAX = ("block_q_dq", "block_kv_dq")
-"""Blocks that tokamax's splash is given and never reads: its backward pass is one kernel."""
+"""Blocks that tokamax's splash accepts and does not read, because its backward pass is a single kernel."""
 
 _OF_VLLM = ("vllm_rpa", "vllm_batched_rpa")
 _FORWARD = (Mode.TRAIN, Mode.PREFILL)
@@ -34,11 +34,11 @@ _RAGGED = (("tpu", "ragged"), ("gpu", "pallas_decode"))
 def kernel_and_rules(options: Mapping[str, Any]) -> tuple[str, tuple[Rule, ...]]:
     """Returns the kernel, or `auto`, and the rules that the options ask for.
 
-    `flash` and `paged` are several kernels in MaxText, so their rules end in one that serves whatever the others
-    refuse: MaxText drops windows, soft caps or dropout there.
+    `flash` and `paged` are several kernels in MaxText, so their rules end in one that serves what the others refuse;
+    MaxText ignores windows, soft caps or dropout there.
 
     Raises:
-      ConfigError: `attention` names nothing known, or two options name different kernels.
+      ConfigError: `attention` is unknown, or two options name different kernels.
     """
     attention = options["attention"]
     source = f"MaxText: attention = {attention!r}"
@@ -61,7 +61,7 @@ def kernel_and_rules(options: Mapping[str, Any]) -> tuple[str, tuple[Rule, ...]]
 def _named(attention: str) -> str:
     if attention in _OF_VLLM:
         raise ConfigError(
-            f"MaxText option attention = {attention!r} has no meaning here: it is a kernel that vLLM calls itself. "
+            f"MaxText option attention = {attention!r} is not supported: it is a kernel that vLLM calls itself. "
             "Use 'paged' or 'autoselected'."
         )
     if attention not in _NAMED:
@@ -91,7 +91,7 @@ def _ragged_rules(options: Mapping[str, Any]) -> tuple[Rule, ...]:
 
 
 def _variant_rules(options: Mapping[str, Any], flash: str) -> tuple[Rule, ...]:
-    """With `autoselected`, MaxText takes flash on TPU from FLASH_MIN_Q_LEN on; a variant replaces it."""
+    """With `autoselected`, MaxText uses flash on TPU from FLASH_MIN_Q_LEN tokens on; a variant replaces it."""
     if flash == "splash":
         return ()
     name = "use_tokamax_splash" if options["use_tokamax_splash"] else "use_jax_splash"
@@ -111,7 +111,7 @@ def _flash_rules(flash: str, source: str) -> tuple[Rule, ...]:
 
 
 def _paged_rules(source: str) -> tuple[Rule, ...]:
-    """The kernel for pages where there are any: decode on TPU; MaxText has dot_product for all else."""
+    """The kernel for pages, which MaxText has in decode on TPU; it uses dot_product everywhere else."""
     return (
         Rule(Condition(platform=("tpu",), mode=_DECODE), ("paged", "dot_product"), source=source),
         Rule(Condition(), ("dot_product",), source=source),
@@ -123,7 +123,7 @@ def tilings(options: Mapping[str, Any], *, local: bool) -> Tilings:
 
     Args:
       options: the values.
-      local: whether the layer is local_sliding, whose local_sa_* go before sa_*.
+      local: whether the layer is local_sliding, whose local_sa_* take precedence over sa_*.
     """
     blocks = {f"block_{name}": _block(options, name, local) for name in BLOCKS}
     changed = {name: block for name, block in blocks.items() if block != SHIPPED_BLOCK}

@@ -1,4 +1,4 @@
-"""The table of MaxText's options about attention: name, default, what a value may be, what becomes of it."""
+"""The table of MaxText's options about attention: name, default, valid values, and how each is handled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kernelry.request.checks import is_finite
 
 @final
 class Kind(enum.Enum):
-    """What a value may be; the text is what an error says was expected."""
+    """The valid values of an option; the text is what an error says was expected."""
 
     FLAG = "true or false"
     SIZE = "a positive integer"
@@ -21,7 +21,7 @@ class Kind(enum.Enum):
     TEXT = "a text"
 
     def accepts(self, value: Any) -> bool:
-        """Says whether a value is of this kind."""
+        """Returns whether a value is of this kind."""
         if self in (Kind.FLAG, Kind.TEXT):
             return isinstance(value, bool if self is Kind.FLAG else str)
         if self is Kind.NUMBER:
@@ -32,12 +32,12 @@ class Kind(enum.Enum):
 
 @final
 class Fate(enum.Enum):
-    """What becomes of an option."""
+    """How an option is handled."""
 
     MAPPED = "goes into the AttentionConfig"
-    PER_CALL = "belongs to the arrays of a call: accepted, nothing to configure"
-    UNREAD = "changes how MaxText runs and not what attention means: accepted, with a warning where it is changed"
-    FOREIGN = "has no meaning here: accepted at its default only"
+    PER_CALL = "belongs to the arrays of a call: accepted, with no effect on the config"
+    UNREAD = "changes how MaxText runs and not what attention means: accepted, with a warning unless at its default"
+    FOREIGN = "is not supported: accepted at its default only"
 
 
 @final
@@ -48,9 +48,9 @@ class Option:
     Args:
       name: in base.yml.
       default: in base.yml, as YAML reads it (an unquoted None is the text "None").
-      kind: what a value may be; None and "None" are, where `optional`.
-      meaning: what it becomes; for one that is unread or foreign why it becomes nothing, and what to do instead.
-      neutral: values of an unread option that say the same as its default.
+      kind: the valid values; where `optional`, None and "None" are valid as well.
+      meaning: what it is mapped to; for an unread or foreign option why it is not, and what to do instead.
+      neutral: values of an unread option that mean the same as its default.
     """
 
     name: str
@@ -62,21 +62,21 @@ class Option:
     neutral: tuple[Any, ...] = ()
 
     def accepts(self, value: Any) -> bool:
-        """Says whether a value is of the right kind."""
+        """Returns whether a value is valid."""
         return (self.optional and is_none(value)) or self.kind.accepts(value)
 
     def says(self, value: Any) -> bool:
-        """Says whether a value of the right kind asks for something else than the default does."""
+        """Returns whether a valid value asks for something else than the default does."""
         return value not in (self.default, *self.neutral)
 
     @property
     def expected(self) -> str:
-        """What a value may be, in words."""
+        """The valid values, in words."""
         return f"{self.kind.value}, or none" if self.optional else self.kind.value
 
 
 def is_none(value: Any) -> bool:
-    """Says whether base.yml means none: null, or None, which YAML reads as a text."""
+    """Returns whether a value means none in base.yml: null, or None, which YAML reads as a text."""
     return value is None or (isinstance(value, str) and value == "None")
 
 
@@ -94,7 +94,7 @@ SIZES = {
     "chunk": "chunk_attn_window_size",
     "block_diffusion": "causal_block_size",
 }
-"""The option that each attention type needs, and no other type reads."""
+"""The option that each attention type needs; no other type reads it."""
 
 BLOCKS = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
 """The suffixes of sa_block_*; with `block_` before them they are splash's tunables."""
@@ -116,7 +116,7 @@ def _unread(name: str, default: Any, kind: Kind, why: str) -> Option:
 
 
 def _unread_local(name: str, default: Any, kind: Kind, why: str) -> Option:
-    """An option of local layers; none means that the global one applies, whose default says nothing."""
+    """An option of local layers; none means that the global option applies, whose default has no effect."""
     return Option(name, "None", kind, Fate.UNREAD, why, optional=True, neutral=(None, default))
 
 
@@ -152,7 +152,7 @@ _KERNELS = (
 )
 
 _DATA = "the segment ids of a call are a mask, kernelry.masks.Segments"
-_CHUNKS = "a chunk's queries say where they stand: mask.at(query_offset=…)"
+_CHUNKS = "the positions of a chunk's queries are part of the mask: mask.at(query_offset=…)"
 _PER_CALL = (
     Option("packing", True, Kind.FLAG, Fate.PER_CALL, _DATA),
     Option("max_segments_per_seq", -1, Kind.INTEGER, Fate.PER_CALL, _DATA),
@@ -162,11 +162,11 @@ _PER_CALL = (
 )
 
 _CACHE = "a cache is quantised where it is made: kernelry.cache.TwoPartCache.create(storage='int8:heads_and_head_dim')"
-_SHARDING = "attention is sharded by a wrapper around it: see kernelry.parallel"
+_SHARDING = "attention is sharded by a wrapper: see kernelry.parallel"
 _EVAL = "there is one tiling per config: build a second config for evaluation, with these values as sa_* and local_sa_*"
-_LAYOUT = "a kernel's layout is its own affair, and arrays are [batch, length, heads, dim] everywhere else"
+_LAYOUT = "layouts are internal to kernels, and arrays are [batch, length, heads, dim] everywhere else"
 _TUNING = "kernels here have no such tunable"
-_QUANTISED = "a kernel never quantises its inputs unasked: quantise query and key before the call"
+_QUANTISED = "kernels do not quantise their inputs: quantise query and key before the call"
 _MINOR = "HEAD_DIM_MINOR"
 
 _SHARDED = (

@@ -19,51 +19,51 @@ from kernelry.errors import ConfigError
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 _MISSPELT = 0.85
-"""Likeness by difflib from which an unknown key counts as an option misspelt. One wrong letter leaves a name of five
-letters above it, and none of the 850 other keys of base.yml would be taken for an option if it were unknown."""
+"""The difflib ratio from which an unknown key counts as a misspelt option. A name of five letters with one wrong letter
+is above it, and none of the 850 other keys of base.yml would be taken for an option if it were unknown."""
 
 
 @final
 class Caller(enum.Enum):
-    """Who reads the messages: they say what to write in Python, or on the command line."""
+    """Whether messages say what to write in Python, or on the command line."""
 
     PYTHON = enum.auto()
     COMMAND = enum.auto()
 
     def ignoring(self, names: Iterable[str]) -> str:
-        """What leaves options out."""
+        """Returns what leaves options out."""
         if self is Caller.PYTHON:
             return f"ignore={tuple(names)!r}"
         return shlex.join(word for name in names for word in ("--ignore", str(name)))
 
     def of_type(self, name: str) -> str:
-        """What builds the config of another layer."""
+        """Returns what builds the config of another layer."""
         if self is Caller.PYTHON:
             return f"from_maxtext({{**options, 'attention_type': {name!r}}})"
-        return f"One more --maxtext FILE that holds attention_type: {name}"
+        return f"One more --maxtext FILE with attention_type: {name}"
 
 
 def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> AttentionConfig:
     """Builds an AttentionConfig from MaxText's options, by their names in base.yml.
 
-    A whole base.yml is accepted, as YAML reads it, and so is a part of one: what is absent is at
-    base.yml's default. Keys that are not about attention are not looked at. Options about attention
-    become an option here; one that changes how MaxText runs and not what attention means (a layout, a
-    tunable that kernels here do not have) is not read, which one warning says of all of them; others
-    are accepted at their default only, with an error that says why.
+    A whole base.yml is accepted, as YAML reads it, and so is a part of one: options that are absent
+    have base.yml's default. Keys that are not about attention are ignored. Options about attention are
+    mapped to options of the config; those that change how MaxText runs and not what attention means (a
+    layout, a tunable that kernels here do not have) are not read, which one warning says of all of
+    them; others are accepted at their default only, and any other value is an error that says why.
 
     The config is that of one layer. A model with several kinds of layers builds one for each:
     `from_maxtext({**base, "attention_type": "local_sliding"})`. A warning says where a size belongs to
     another type than `attention_type`, and where MaxText takes the types of the layers from
     `decoder_block`: in both cases MaxText's layers may see other keys than this config's.
 
-    An unknown key that is like an option about attention, or is a part of its name, is an error: it
-    is taken for a misspelling. Any other unknown key is a warning, since new releases of MaxText
-    bring new keys.
+    An unknown key that resembles an option about attention, or is a part of its name, is an error,
+    since it may be a misspelling. Any other unknown key is a warning, since new releases of MaxText
+    have new keys.
 
     MaxText scales queries before attention, so `scale` is 1.0. float32_qk_product and float32_logits
     change nothing: logits and softmax are float32 here. matmul_precision and dropout_rate, which
-    some of MaxText's kernels leave out, are asked of every kernel here; `ignore` drops them.
+    some of MaxText's kernels ignore, are required of every kernel here; `ignore` drops them.
 
     Args:
       mapping: option names to values.
@@ -73,8 +73,8 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
       The config; its `source` is "MaxText".
 
     Raises:
-      ConfigError: a key is an option about attention misspelt, a value is of the wrong kind, or an
-        option has no meaning here.
+      ConfigError: a key is a misspelt option about attention, a value is not valid, or an option is
+        not supported.
     """
     config, notices = read_options(mapping, ignore)
     for notice in notices:
@@ -89,7 +89,7 @@ def read_options(
 
     Args:
       mapping, ignore: as there.
-      caller: whom messages tell what to write.
+      caller: says whether messages are about Python or the command line.
 
     Raises:
       ConfigError: as there.
@@ -144,7 +144,7 @@ def _plain(value: Any) -> Any:
 
 
 def _without_effect(about: Mapping[str, Any], caller: Caller) -> Iterator[str]:
-    """Says in one notice which options change nothing here, those of one reason together."""
+    """Yields a notice of the options that have no effect, grouped by reason."""
     unread = [name for name in about if _BY_NAME[name].fate is Fate.UNREAD]
     changed = [name for name in unread if _BY_NAME[name].says(about[name])]
     reasons: dict[str, list[str]] = {}
@@ -159,7 +159,7 @@ def _without_effect(about: Mapping[str, Any], caller: Caller) -> Iterator[str]:
 
 
 def _unused(options: Mapping[str, Any], config: AttentionConfig, caller: Caller) -> Iterator[str]:
-    """Says which sizes, and which layers of the decoder block, the config leaves out."""
+    """Yields a notice of the sizes, and of the layers of the decoder block, that the config leaves out."""
     type_, block = options["attention_type"], options["decoder_block"]
     left_out = [
         name for owner, name in SIZES.items() if owner != type_ and options[name] not in (0, _BY_NAME[name].default)
@@ -171,11 +171,11 @@ def _unused(options: Mapping[str, Any], config: AttentionConfig, caller: Caller)
         left_out.append("decoder_block")
     if not left_out:
         return
-    said = " and ".join(f"{name} = {options[name]!r}" for name in left_out)
+    listed = " and ".join(f"{name} = {options[name]!r}" for name in left_out)
     others = [owner for owner, name in SIZES.items() if name in left_out]
     kinds = f"MaxText's layers of {block} are {' and '.join(layers)}. " if layers else ""
     yield (
-        f"MaxText: {said} {'is' if len(left_out) == 1 else 'are'} not used: attention_type is {type_!r}, so the mask "
+        f"MaxText: {listed} {'is' if len(left_out) == 1 else 'are'} not used: attention_type is {type_!r}, so the mask "
         f"is {config.mask!r}. {kinds}{caller.of_type((*layers, *others)[0])} builds "
         f"the config of such a layer. If {config.mask!r} is right for this layer, pass {caller.ignoring(left_out)}."
     )
@@ -216,7 +216,7 @@ def _check_value(option: Option, value: Any, caller: Caller) -> None:
         raise ConfigError(f"MaxText option {option.name} must be {option.expected}, got {value!r}.")
     if option.fate is Fate.FOREIGN and option.says(value):
         raise ConfigError(
-            f"MaxText option {option.name} = {value!r} has no meaning here: {option.meaning}. "
+            f"MaxText option {option.name} = {value!r} is not supported: {option.meaning}. "
             f"Leave it at {option.default!r}, or drop it with {caller.ignoring([option.name])}."
         )
 
@@ -225,7 +225,7 @@ def _unknown(given: Mapping[str, Any], caller: Caller) -> list[str]:
     """Returns a notice of the unknown keys.
 
     Raises:
-      ConfigError: one of them is an option about attention misspelt.
+      ConfigError: one of them is a misspelt option about attention.
     """
     unknown = [name for name in given if name not in _BY_NAME and name not in not_attention()]
     meant = {name: option for name in unknown if (option := _misspelt(str(name))) is not None}
@@ -233,18 +233,18 @@ def _unknown(given: Mapping[str, Any], caller: Caller) -> list[str]:
         described = " ".join(
             f"Unknown MaxText option {name!r}; did you mean {option!r}?" for name, option in meant.items()
         )
-        raise ConfigError(f"{described} What is not about attention passes with {caller.ignoring(meant)}.")
+        raise ConfigError(f"{described} If it is not about attention, pass {caller.ignoring(meant)}.")
     if not unknown:
         return []
     described = ", ".join(f"{name!r}{_like(str(name))}" for name in unknown)
     return [
-        f"MaxText options that are not known and not read: {described}. "
+        f"Unknown MaxText options that are not read: {described}. "
         f"Pass {caller.ignoring(unknown)} if they are not about attention."
     ]
 
 
 def _misspelt(name: str) -> str | None:
-    """Returns the option about attention that a key is like or whose name it is a part of."""
+    """Returns the option about attention that a key resembles, or whose name it is a part of."""
     name = name.lower().replace("-", "_")
     close = difflib.get_close_matches(name, [*_BY_NAME, *not_attention()], n=1, cutoff=_MISSPELT)
     if close and close[0] in _BY_NAME:

@@ -1,4 +1,4 @@
-"""The conformance kit: holds a kernel to everything it declares, and to refusing everything else.
+"""The conformance kit: checks that a kernel does everything it declares, and refuses everything else.
 
 `run(spec)` returns a `Report`; `kernelry conformance NAME` and
 `pytest --pyargs kernelry.testing --kernelry-kernel NAME` are the same kit at the command line.

@@ -1,4 +1,4 @@
-"""A call of the kit as data: its request, its arrays, its arguments."""
+"""A call of the kit as data: its request, its arrays and its arguments."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Call:
     Args:
       bias: its shape, B N T S or 1 each.
       gradients: the operands differentiated; those that the call lacks are left out.
-      poison: whether NaN and inf stand in slots that no row may see, and NaN in rows that see nothing.
+      poison: whether slots that no row may see have NaN and inf, and queries that see nothing have NaN.
       kv_quantization: how keys and values are quantised.
-      page_size: of the pages in which keys and values stand.
+      page_size: of paged keys and values.
       magnitude: a factor of the queries, so of the logits; and of sinks.
       level: added to queries and subtracted from keys, so that every logit is near −level² · scale · H.
       value_mean: added to the values.
@@ -121,15 +121,15 @@ class Call:
         }
 
     def arrays(self, seed: int = 0) -> dict[str, Any]:
-        """Draws what the kernel is given, by argument name; keys and values in pages come with their table."""
+        """Draws the arrays that the kernel is given, by argument name; paged keys and values come with their table."""
         drawn = self._drawn(seed)
         if self.poison or self.page_size is not None:
-            drawn = self._placed(drawn, held.Sight.of(self))
+            drawn = self._stored(drawn, held.MaskedOut.of(self))
         given: dict[str, Any] = jax.tree.map(jnp.asarray, drawn)
         return given
 
     def numbers(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """The same arrays for the oracle: dequantised, side by side, unpoisoned, float64."""
+        """The same arrays for the oracle: dequantised, not in pages, without NaN, float64."""
         return {name: held.numbers(array) for name, array in self._drawn(seed).items()}
 
     def _drawn(self, seed: int) -> dict[str, Any]:
@@ -153,21 +153,22 @@ class Call:
             drawn["sinks"] = drawn["sinks"] + np.log(max(1.0, self.kv_len / _FEW_KEYS))
         if self.biased_out is not None:
             drawn["bias"] = _biased_out(drawn["bias"], self.biased_out)
-        return {name: self._held(name, array) for name, array in drawn.items()}
+        return {name: self._rounded(name, array) for name, array in drawn.items()}
 
-    def _held(self, name: str, array: np.ndarray) -> Any:
+    def _rounded(self, name: str, array: np.ndarray) -> Any:
         if name in ("key", "value") and self.kv_quantization is not None:
             return held.quantized(array, self.kv_quantization)
         return np.asarray(jnp.asarray(array, self.dtype))
 
-    def _placed(self, drawn: dict[str, Any], sight: held.Sight) -> dict[str, Any]:
-        """Puts NaN and inf where no row may look, and NaN into queries that see nothing; then cuts pages."""
+    def _stored(self, drawn: dict[str, Any], masked_out: held.MaskedOut) -> dict[str, Any]:
+        """Puts NaN and inf into slots that no query may see, and NaN into queries that see nothing; then cuts pages."""
         if self.poison:
-            query = np.where(sight.dead, np.asarray(np.nan).astype(drawn["query"].dtype), drawn["query"])
-            drawn |= {"query": query} | {name: held.poisoned(drawn[name], sight.hidden) for name in ("key", "value")}
+            query = np.where(masked_out.queries, np.asarray(np.nan).astype(drawn["query"].dtype), drawn["query"])
+            kv = {name: held.poisoned(drawn[name], masked_out.slots) for name in ("key", "value")}
+            drawn |= {"query": query} | kv
         if self.page_size is None:
             return drawn
-        return drawn | held.in_pages(drawn["key"], drawn["value"], self.page_size, sight.hidden)
+        return drawn | held.in_pages(drawn["key"], drawn["value"], self.page_size, masked_out.slots)
 
     def cotangents(self, seed: int = 0) -> dict[str, jax.Array]:
         """Draws d_out, and d_lse where the call returns a Partial."""
@@ -180,7 +181,7 @@ class Call:
 
 
 _FEW_KEYS = 16
-"""Among more keys a sink is drawn larger, so that its share stays as large."""
+"""Among more keys sinks are drawn larger, so that their share stays the same."""
 
 _LOW = -2e4
 

@@ -1,4 +1,4 @@
-"""Holds answers to the float64 oracle, within what the kernel itself declares."""
+"""Compares answers with the float64 oracle, within the tolerances that the kernel declares."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kernelry.testing.conformance.calls import QKV, Call
 from kernelry.testing.reference import reference_attention, reference_gradients
 
 SANE = {
-    "float32": Tolerance("float32", 1e-4, 1e-3, "the most that a float32 kernel may ask for"),
-    "bfloat16": Tolerance("bfloat16", 5e-2, 2e-1, "the most that a 16-bit kernel may ask for"),
-    "float16": Tolerance("float16", 5e-2, 2e-1, "the most that a 16-bit kernel may ask for"),
-    "float64": Tolerance("float64", 1e-4, 1e-3, "logits and statistics are float32 all the same"),
+    "float32": Tolerance("float32", 1e-4, 1e-3, "the largest that a float32 kernel may declare"),
+    "bfloat16": Tolerance("bfloat16", 5e-2, 2e-1, "the largest that a 16-bit kernel may declare"),
+    "float16": Tolerance("float16", 5e-2, 2e-1, "the largest that a 16-bit kernel may declare"),
+    "float64": Tolerance("float64", 1e-4, 1e-3, "logits and statistics are float32 nevertheless"),
 }
-"""Beyond these a tolerance would hide wrong results."""
+"""Larger tolerances would hide wrong results."""
 
 _DEFAULT = {
     "float32": Tolerance("float32", 2e-6, 2e-5, "float32 products and sums"),
@@ -27,18 +27,18 @@ _DEFAULT = {
 }
 
 _BIASED_OUT = 1e-2
-"""What rounding does to a logit of −2e4: float32 has steps of 2e-3 there, and kernels in base 2 round it again."""
+"""The error of a logit of −2e4: float32 has steps of 2e-3 there, and kernels in base 2 round it again."""
 
 
 @final
 class MismatchError(AssertionError):
-    """An answer that is not the oracle's."""
+    """An answer that differs from the oracle's."""
 
 
 def tolerance_for(can: Capabilities, call: Call) -> Tolerance:
-    """The kernel's own tolerance, capped at a sane one; a rounding of the logits has its own.
+    """The kernel's tolerance, no larger than the sane one; logits in fewer bits have their own.
 
-    Logits are rounded relative to their size, and what is rounded there the softmax keeps: large ones widen it.
+    Rounding errors of the logits grow with their size, and the softmax keeps them: large logits widen the tolerance.
     """
     declared = {tolerance.dtype: tolerance for tolerance in can.tolerances}
     narrow = min((call.dtype, call.logits_dtype), key=lambda dtype: np.dtype(_numpy(dtype)).itemsize)
@@ -55,7 +55,7 @@ def _numpy(dtype: str) -> str:
 
 
 def oracle(call: Call, *, seed: int = 0) -> Answer:
-    """The float64 answer, with statistics whether or not the call asks for them."""
+    """The float64 answer, always with statistics."""
     arrays = call.numbers(seed)
     known: dict[str, Any] = {name: array for name, array in arrays.items() if name not in QKV}
     known |= {"mask": call.mask, "scale": call.scale, "soft_cap": call.soft_cap}
@@ -70,7 +70,7 @@ def oracle(call: Call, *, seed: int = 0) -> Answer:
 
 
 def hold(answer: Answer, expected: Answer, call: Call, tolerance: Tolerance) -> None:
-    """Holds an answer to the oracle's, as far as it was asked for.
+    """Compares an answer with the oracle's, as far as the call asks for it.
 
     The error allowed is the tolerance times the largest magnitude expected, at least 1.
 
@@ -84,7 +84,7 @@ def hold(answer: Answer, expected: Answer, call: Call, tolerance: Tolerance) -> 
         close("lse", answer.lse, expected.lse, tolerance.forward)
     if call.max_logits:
         if answer.max_logits is None:
-            raise MismatchError("max_logits were asked for, and none came")
+            raise MismatchError("max_logits were asked for and not returned")
         close("max_logits", answer.max_logits, expected.max_logits, tolerance.forward)
     for name, gradient in sorted(answer.gradients.items()):
         close(f"gradient of {name}", gradient, expected.gradients[name], tolerance.gradient)

@@ -1,4 +1,4 @@
-"""Dropout, statistically: its bits are nobody's business, its rate, its scale and its key are."""
+"""Dropout, statistically: its bits are not defined, its rate, its scale and its dependence on the key are."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _Compiled = Callable[[], Callable[..., Any]]
 
 _RATE = 0.3
 _DEVIATIONS = 6.0
-"""Standard errors that a mean may be off: one false alarm in 5e8."""
+"""The standard errors by which a mean may be off: one false alarm in 5e8."""
 
 _SPREAD = 0.05
 _STEP, _SLOPE = 1e-2, 1e-2
-"""How far an operand is moved, and the relative error of the slope found so: float32 rounds, and curves bend."""
+"""How far an operand is moved, and the largest relative error of the slope found so: float32 rounds, and curves bend."""
 
 _FEWEST = 128
 """Draws below which a correlation says nothing."""
@@ -103,7 +103,7 @@ def _rate(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
 
 
 def _fresh(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
-    """Rows, heads and batch rows that drop the same keys keep as many, whatever the distance between them."""
+    """Rows, at any distance and of any head and batch row, that drop the same keys would keep equally many."""
 
     def check() -> Verdict:
         kept = np.moveaxis(_kept(compiled(), call), 2, 3)
@@ -132,7 +132,7 @@ def _uncorrelated(mine: np.ndarray, theirs: np.ndarray, which: tuple[int, int], 
 
 
 def _lse(bench: Bench, call: Call) -> Callable[[], Verdict]:
-    """Dropout acts on probabilities, after the softmax: statistics know nothing of it."""
+    """Dropout acts on probabilities, after the softmax, and leaves statistics unchanged."""
 
     def check() -> Verdict:
         partial = to_lse(_compiled(bench, call)(call.arrays(), call.mask, jax.random.key(5)))

@@ -9,17 +9,17 @@ from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.cases import Case, Skip, Verdict
 from kernelry.testing.conformance.compare import SANE, hold, oracle, tolerance_for
 from kernelry.testing.conformance.dropout import dropout_cases
-from kernelry.testing.conformance.held_calls import held_calls
 from kernelry.testing.conformance.longer import longer_calls
 from kernelry.testing.conformance.negative import negative_cases, undeclared_calls
 from kernelry.testing.conformance.partials import partial_cases, statistics_calls
 from kernelry.testing.conformance.positive import Named, masked, named_calls, why_not_float64
 from kernelry.testing.conformance.report import DECLARATIONS, Outcome
+from kernelry.testing.conformance.stored_calls import stored_calls
 from kernelry.testing.conformance.subject import Subject
 from kernelry.testing.conformance.transforms import transform_cases
 
 _MOST_WHEN_SLOW = 12
-"""Calls of an interpreted kernel in a quick run; the first of every claim go before others."""
+"""Calls of an interpreted kernel in a quick run; the first call of every claim is always among them."""
 
 _MOST_ADAPTED = 2
 
@@ -56,7 +56,7 @@ def _sane(subject: Subject, dtype: str) -> Callable[[], Verdict]:
     def check() -> Verdict:
         sane, mine = SANE[dtype], [t for t in subject.can.tolerances if t.dtype == dtype]
         if not mine and dtype == "float64":
-            raise Skip("no tolerance is declared for float64; that of float32 statistics holds")
+            raise Skip("no tolerance is declared for float64; that of float32 statistics applies")
         assert mine, f"it takes {dtype} and declares no tolerance for it"
         for tolerance in mine:
             found = f"forward={tolerance.forward}, gradient={tolerance.gradient}"
@@ -70,7 +70,7 @@ def _sane(subject: Subject, dtype: str) -> Callable[[], Verdict]:
 def _signed(subject: Subject) -> Callable[[], Verdict]:
     def check() -> Verdict:
         texts = subject.spec.signature((subject.base or subject.plainest).request(subject.place))
-        assert texts, "its signature is empty, so nobody could tell whether it ran"
+        assert texts, "its signature is empty, so that its programs do not show whether it ran"
         return Outcome.PASSED, ", ".join(texts)
 
     return check
@@ -85,7 +85,7 @@ def _serves_nothing(subject: Subject, base: Call) -> Callable[[], Verdict]:
 
 
 def _call_cases(subject: Subject, base: Call) -> list[Case]:
-    named = [*named_calls(subject, base), *statistics_calls(subject, base), *held_calls(subject, base)]
+    named = [*named_calls(subject, base), *statistics_calls(subject, base), *stored_calls(subject, base)]
     if not subject.quick:
         named += longer_calls(subject, base)
     if subject.quick:
@@ -100,7 +100,7 @@ def _call_cases(subject: Subject, base: Call) -> list[Case]:
 
 
 def _at_most(named: list[Named], most: int) -> list[Named]:
-    """The first few of each claim; masks and positions say something different each."""
+    """The first few cases of each claim, and all masks and positions, as each of those shows something else."""
     kept: list[Named] = []
     for entry in named:
         claim = entry[0]
@@ -110,7 +110,7 @@ def _at_most(named: list[Named], most: int) -> list[Named]:
 
 
 def _right(subject: Subject, calls: tuple[Call, ...]) -> Callable[[], Verdict]:
-    """Holds the first call that is served to the oracle; through adapters where the kernel alone serves none."""
+    """Compares the first call that is served with the oracle; through adapters where the kernel alone serves none."""
 
     def check() -> Verdict:
         call = subject.first(calls)
@@ -118,7 +118,7 @@ def _right(subject: Subject, calls: tuple[Call, ...]) -> Callable[[], Verdict]:
         call = call or next((call for call in calls if subject.serves_adapted(call)), None)
         if call is None:
             reasons = "; ".join(map(str, subject.refusals(calls[0])))
-            raise Skip(f"declared, but each call that would show it is refused: {reasons}")
+            raise Skip(f"declared, but every call that would show it is refused: {reasons}")
         for why_not in (why_not_float64(call), subject.place.why_not):
             if why_not is not None:
                 raise Skip(why_not)
@@ -130,7 +130,7 @@ def _right(subject: Subject, calls: tuple[Call, ...]) -> Callable[[], Verdict]:
 
 
 def _adapted_cases(subject: Subject, base: Call) -> Iterator[Case]:
-    """What the kernel does not declare, where adapters make up for it: right all the same."""
+    """What the kernel does not declare and adapters supply, which must be right as well."""
     if subject.place.why_not is not None:
         return
     most, found = (1 if subject.is_slow else _MOST_ADAPTED) if subject.quick else None, 0

@@ -1,7 +1,7 @@
 """Calls longer than a kernel's own tiles and than 128 tokens: what is right in the first tile must be right in all.
 
-Generated from its capabilities, as the small calls are: one case per mask and way of giving positions, the features in
-as few calls as serve them all, statistics, a backward, quantised keys and pages.
+Generated from its capabilities, like the small calls: one case for each mask and kind of positions, the features in
+as few calls as serve them all, statistics, a backward pass, quantised keys and pages.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from kernelry.testing.conformance.subject import Subject
 
 _SMALLEST_TILE = 8
 _MOST_PAIRS = 2**22
-"""Pairs of queries and keys that the reference holds in float64."""
+"""Pairs of queries and keys, which the reference has in memory in float64."""
 
 _LANES = 128
 _MORE = 5
-"""Tokens beyond a tile and a half: no block size of a kernel divides such a length."""
+"""Tokens beyond a tile and a half, so that no block size of a kernel divides the length."""
 
 _MOST_LENGTHS = 3
 _PAGE_SIZES = (8, 16, 32, 64, 128)
 _MOST_PAGES = 12
 _FEW = 3
-"""Queries of a step that looks ahead."""
+"""Queries of a decode step with draft tokens."""
 
 _ONE_SIDE = frozenset({AtomKind.SEGMENTS, AtomKind.SPANS, AtomKind.ANY_OF, AtomKind.NOT})
 """Their samples have the same ids for queries and keys."""
 
 
 def longer(subject: Subject, base: Call) -> tuple[Call, ...]:
-    """The base call at lengths beyond the kernel's own tiles, no whole number of them where it can; shortest first."""
+    """The base call at lengths beyond the kernel's tiles, if possible not multiples of them; shortest first."""
     sizes = {"q_heads": 2, "kv_heads": 1 if subject.can.grouped_heads else 2}
     small = subject.first((but(base, **sizes),)) or base
     tile = _tile(subject, small)
@@ -50,7 +50,7 @@ def longer(subject: Subject, base: Call) -> tuple[Call, ...]:
 
 
 def longer_calls(subject: Subject, base: Call) -> Iterator[Named]:
-    """Every claim of the kernel that some longer call puts to the test."""
+    """Every claim of the kernel that a longer call can test."""
     plain, causal = longer(subject, base), longer(subject, masked(subject, base))
     if causal:
         yield from _numbers(subject, causal[0])
@@ -65,7 +65,7 @@ def longer_calls(subject: Subject, base: Call) -> Iterator[Named]:
 
 
 def _tiles(subject: Subject, call: Call) -> tuple[int, ...]:
-    """The sizes in the tiling that the kernel would use, whatever it calls them."""
+    """The sizes in the tiling that the kernel would use, whatever their names."""
     tiling = subject.spec.tilings(call.request(subject.place))[0]
     return tuple(value for _, value in tiling.values if value >= _SMALLEST_TILE)
 
@@ -75,7 +75,7 @@ def _tile(subject: Subject, call: Call) -> int:
 
 
 def _resized(call: Call, length: int) -> Iterator[Call]:
-    """The call with as many queries as keys, or with the queries that it has, at the end of the keys."""
+    """The call with as many queries as keys, and with the queries that it has, at the end of the keys."""
     if length**2 <= _MOST_PAIRS:
         yield but(call, q_len=length, kv_len=length)
     last = call.mask if call.mask.form == Full().form else call.mask.at(query_offset=length - call.q_len)
@@ -83,7 +83,7 @@ def _resized(call: Call, length: int) -> Iterator[Call]:
 
 
 def _served(subject: Subject, claim: str, name: str, calls: Iterable[Call]) -> Iterator[Named]:
-    """A case of the first call that is served; none where no call is, for the small calls say why."""
+    """A case of the first call that is served, if there is one; the small calls say why there is none."""
     call = subject.first(calls)
     if call is not None:
         yield claim, f"beyond its tiles, {name}: T = {call.q_len}, S = {call.kv_len}", (call,)
@@ -135,7 +135,7 @@ def _positions(subject: Subject, calls: tuple[Call, ...]) -> Iterator[Named]:
 
 
 def _features(subject: Subject, call: Call) -> Iterator[Named]:
-    """All features that go together in one case, the others in one each, and a bias that every row shares."""
+    """All features that can be combined in one case, each of the others in its own, and a bias shared by all rows."""
     call = but(call, peaks=Feature.MAX_LOGITS in subject.can.features)
     joined, names = together(subject, call)
     if names:
@@ -153,7 +153,7 @@ def _statistics(subject: Subject, call: Call) -> Iterator[Named]:
         forms = partial, but(partial, gradients=frozenset())
         yield from _served(subject, "statistics", "lse", forms)
     if subject.can.gradient is Gradient.BACKWARD and call.wanted and not subject.serves(partial):
-        # its backward runs where statistics are differentiated; what it cannot, an adapter asks of it
+        # its backward runs where statistics are differentiated, which an adapter can make it do
         adapted = next((c for c in (partial, but(call, sinks=True)) if subject.serves_adapted(c)), None)
         if adapted is not None:
             size = f"T = {call.q_len}, S = {call.kv_len}"
@@ -161,15 +161,15 @@ def _statistics(subject: Subject, call: Call) -> Iterator[Named]:
 
 
 def _quantised(subject: Subject, calls: tuple[Call, ...], heads: Mapping[str, int]) -> Iterator[Named]:
-    """One way of each shape that the scales may have, with heads that may share one."""
+    """One quantisation for each shape of scales, with heads that may share a scale."""
     ways = {Quantization.parse(way).axis: way for way in sorted(subject.can.kv_quantizations)}
     for way in ways.values():
-        held = (but(call, kv_quantization=way, **heads) for call in calls)
-        yield from _served(subject, "quantised keys", f"quantised keys: {way}", held)
+        quantised = (but(call, kv_quantization=way, **heads) for call in calls)
+        yield from _served(subject, "quantised keys", f"quantised keys: {way}", quantised)
 
 
 def _in_pages(subject: Subject, call: Call) -> Iterator[Named]:
-    """More pages than fit into a tile, of which the rows see some each; the first way of quantising, too."""
+    """More pages than fit into a tile, of which each row sees some; also with the first quantisation."""
     if not subject.can.pages:
         return
     tile = _tile(subject, call)

@@ -1,4 +1,4 @@
-"""Calls that need one thing which a kernel does not declare: it must refuse each, with a reason."""
+"""Calls that need one thing that a kernel does not declare: it must refuse each of them, with a reason."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def undeclared_calls(subject: Subject, base: Call) -> Iterator[Undeclared]:
-    """Everything that the kernel does not declare."""
-    for part in (_kinds, _dims, _masks, _features, _results, _edges, _held):
+    """Calls for everything that the kernel does not declare."""
+    for part in (_kinds, _dims, _masks, _features, _results, _edges, _storage):
         yield from part(subject.can, base)
 
 
 def negative_cases(subject: Subject, base: Call) -> Iterator[Case]:
-    """One case per thing that is not declared."""
+    """A case for each thing that is not declared."""
     for name, call, code in undeclared_calls(subject, base):
         yield Case(f"refuses {name}", "refusals", _refuses(subject.bench, call, code))
 
@@ -152,7 +152,7 @@ def _edges(can: Capabilities, base: Call) -> Iterator[Undeclared]:
                 yield f"hidden slots: {name}", but(call, poison=True), RefusalCode.HIDDEN_SLOTS
 
 
-def _held(can: Capabilities, base: Call) -> Iterator[Undeclared]:
+def _storage(can: Capabilities, base: Call) -> Iterator[Undeclared]:
     for way in sorted(QUANTIZATIONS - can.kv_quantizations):
         yield f"quantised keys: {way}", but(base, kv_quantization=way), RefusalCode.KV_QUANTIZATION
     if not can.pages:

@@ -1,4 +1,4 @@
-"""Statistics, and the laws of merging: parts over split keys are the whole, and an empty part changes nothing."""
+"""Statistics, and the laws of merging: parts over split keys make the whole, and an empty part changes nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _forms(call: Call) -> tuple[Call, ...]:
 
 
 def partial_cases(subject: Subject, base: Call) -> Iterator[Case]:
-    """The laws, each as one case."""
+    """A case for each law."""
     if not subject.can.statistics:
         return
     [whole, forward] = _forms(base)
@@ -92,7 +92,7 @@ def _returns(bench: Bench, call: Call, statistic: Statistic) -> Callable[[], Ver
         wanted = ("lse",) if statistic is Statistic.LSE else ("max", "sum")
         assert many or found == wanted, f"it declares {statistic.value} and returned {', '.join(found)}"
         if partial.max is not None:
-            assert partial.sum is not None, "max came without sum"
+            assert partial.sum is not None, "it returned max without sum"
         close("lse", to_lse(partial).lse, oracle(call).lse, tolerance_for(bench.spec.capabilities, call).forward)
         return Outcome.PASSED, ""
 

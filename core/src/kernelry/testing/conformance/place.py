@@ -1,4 +1,4 @@
-"""Where a kernel can be tested: compiled at home, interpreted, or not at all."""
+"""Where a kernel can be tested: compiled for this machine, interpreted, or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kernelry.request.request import Request
 from kernelry.request.target import Target, current_target, oldest
 
 _BARE = Policy(forbidden_adapters=frozenset(adapter.name for adapter in ADAPTERS))
-"""No adapter may stand between the kit and a kernel's own claims."""
+"""Without adapters: the kit tests what the kernel itself claims."""
 
 _ANY = Policy()
 
@@ -29,7 +29,7 @@ class Place:
     """Where the calls of the kit resolve.
 
     Args:
-      target: the device at hand where the kernel runs on it, else the oldest one that it names.
+      target: this machine where the kernel runs on it, else the oldest device that it names.
       interpreted: whether it runs in interpret mode.
       why_not: why nothing can run here; None where it can.
     """
@@ -40,7 +40,7 @@ class Place:
 
     @classmethod
     def of(cls, spec: KernelSpec) -> Place:
-        """Finds the place for a kernel on this machine."""
+        """Finds out how a kernel can be tested on this machine."""
         here, can = current_target(), spec.capabilities
         if here.platform in can.platforms:
             return cls(here)
@@ -48,7 +48,7 @@ class Place:
             return cls(here, interpreted=True)
         platforms = sorted(can.platforms)
         if not platforms:
-            return cls(here, why_not="it names no platform and has no interpret mode")
+            return cls(here, why_not="it declares no platform and no interpret mode")
         needs = " or ".join(platforms)
         mode = " on CPU only" if can.interpret else ""
         target = oldest(platforms[0], dict(can.minimum_generation).get(platforms[0]))
@@ -56,12 +56,12 @@ class Place:
 
     @property
     def environment(self) -> Environment:
-        """Looked at where the kernel runs, assumed elsewhere."""
+        """Probed where the kernel runs, assumed elsewhere."""
         return Environment(Knowledge.PROBED if self.why_not is None else Knowledge.ASSUMED)
 
     @contextlib.contextmanager
     def entered(self, spec: KernelSpec, *, adapters: bool = False) -> Iterator[None]:
-        """Adds the kernel to the calls inside, in place of an installed one of its name."""
+        """A scope in which the kernel replaces an installed one of its name."""
         target = None if self.why_not is None else self.target
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(_without_warnings())
@@ -71,14 +71,14 @@ class Place:
             yield
 
     def refusals(self, spec: KernelSpec, request: Request) -> tuple[Refusal, ...]:
-        """What the kernel itself has against a request, without adapters."""
+        """Why the kernel itself refuses a request, without adapters."""
         declared = spec.capabilities.refusals(request)
         return declared or tuple(spec.refusals(request, self.environment))
 
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Mutes the log: that an adapter costs much on 16 tokens is no news."""
+    """Mutes warnings, e.g. that an adapter is expensive, as calls of 16 tokens are no measure of cost."""
     logger = logging.getLogger("kernelry")
     level = logger.level
     logger.setLevel(logging.ERROR)

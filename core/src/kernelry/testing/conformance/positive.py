@@ -19,7 +19,7 @@ from kernelry.testing.conformance.subject import Subject
 from kernelry.testing.reference import reference_mask
 
 Named: TypeAlias = tuple[str, str, tuple[Call, ...]]
-"""The claim, the name of a case, and calls of which the first that is served stands for the claim."""
+"""The claim, the name of a case, and calls of which the first that is served tests the claim."""
 
 _VARIED_LENGTHS = (5, 1, 40, 72, 128, 200, 256)
 _LARGEST_DIM = 256
@@ -28,7 +28,7 @@ MAGNITUDE, LEVEL = 40.0, 6.0
 
 
 def named_calls(subject: Subject, base: Call) -> Iterator[Named]:
-    """Every claim of the kernel with calls that put it to the test."""
+    """Every claim of the kernel, with calls that test it."""
     for part in (_sizes, _dtypes, _modes, _masks, _positions, _features, _gradients, _edges, _combinations):
         yield from part(subject, base)
 

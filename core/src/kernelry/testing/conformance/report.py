@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, final
 
 DECLARATIONS = "declarations"
-"""The claim of cases that read what a kernel says, and run nothing."""
+"""The claim of cases that read what a kernel declares, and run nothing."""
 
 
 @final
@@ -17,7 +17,7 @@ class Outcome(enum.Enum):
 
     PASSED: the kernel was right. REFUSED: it refused, as it should, what it does not declare.
     SKIPPED: this machine cannot tell; `detail` says why. FAILED: it was wrong. KNOWN_FAILURE: it was wrong where
-    its author said so. UNEXPECTED_PASS: it was right where its author said it is wrong, so the list is out of date.
+    its author said so. UNEXPECTED_PASS: it was right where its author said that it is wrong: the list is out of date.
     """
 
     PASSED = "passed"
@@ -36,7 +36,7 @@ class Outcome(enum.Enum):
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class CaseResult:
-    """One case: its name, the claim it belongs to, how it ended, why, and its seconds."""
+    """A case that ran: its name, the claim that it tests, how it ended, why, and how many seconds it took."""
 
     name: str
     claim: str
@@ -63,7 +63,7 @@ class Report:
     Args:
       kernel: its name.
       cases: in the order in which they ran.
-      runs_here: whether this machine can run it at all; where it cannot, only refusals were looked at.
+      runs_here: whether this machine can run the kernel; where it cannot, only refusals were tested.
     """
 
     kernel: str
@@ -77,7 +77,7 @@ class Report:
 
     @property
     def served(self) -> int:
-        """Cases in which the kernel computed something that was right: the number that may only grow."""
+        """Cases in which the kernel computed something that was right; this number must never decrease."""
         return sum(case.outcome is Outcome.PASSED and case.claim != DECLARATIONS for case in self.cases)
 
     @property
@@ -102,7 +102,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Nothing failed, and a kernel that can run here served something: refusing everything is no pass."""
+        """Nothing failed, and a kernel that can run here served something: refusing everything does not pass."""
         return not self.failed and (self.served > 0 or not self.runs_here)
 
     @property

@@ -1,4 +1,4 @@
-"""The kernel under test, and the smallest call of it that shows something."""
+"""The kernel under test, and the smallest call that tests it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from kernelry.testing.conformance.calls import Call
 from kernelry.testing.conformance.place import Place
 
 _LENGTHS = (16, 32, 64, 128, 256, 512)
-"""Tokens; the first that a kernel takes is used everywhere. Windows of 8 slots need 16 to show."""
+"""Tokens; the first length that a kernel accepts is used in most cases. Windows of 8 slots need 16 tokens."""
 
 _SMALL_DIM = 8
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MODES = (Mode.TRAIN, Mode.PREFILL, Mode.DECODE)
 _SCALE = 1.3
-"""Times H ** -0.5: no default of anybody."""
+"""Times H ** -0.5, which is not the default of any library."""
 
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Subject:
-    """A kernel, where it is tested, and what it is asked.
+    """A kernel, where it is tested, and the base of its calls.
 
     Args:
       spec: the kernel.
       bench: runs it.
       quick: whether the list of cases is thinned.
-      base: the smallest served call, with grouped heads, gradients and a scale of its own where declared; None
-        where no call is served.
+      base: the smallest call that it serves, with grouped heads, gradients and a scale where it declares them;
+        None where it serves none.
     """
 
     spec: KernelSpec
@@ -64,12 +64,12 @@ class Subject:
 
     @property
     def is_slow(self) -> bool:
-        """Interpreted kernels take seconds a call, so a quick run makes do with fewer of them."""
+        """Whether a call takes seconds, as with interpreted kernels, so that a quick run has fewer of them."""
         return self.place.interpreted
 
     @property
     def plainest(self) -> Call:
-        """The first call tried as the base."""
+        """The first call that is tried as the base."""
         return next(iter(_base_calls(self.can)))
 
     def refusals(self, call: Call) -> tuple[Refusal, ...]:
@@ -78,7 +78,7 @@ class Subject:
             return self.place.refusals(self.spec, call.request(self.place))
         except KernelryError as error:
             return (Refusal(RefusalCode.FAULT, str(error)),)
-        except Exception as error:  # its refusals raised: core reports that as a refusal, too
+        except Exception as error:  # its refusals raised, which core reports as a refusal, too
             return (Refusal(RefusalCode.FAULT, repr(error)),)
 
     def serves(self, call: Call) -> bool:

@@ -1,4 +1,4 @@
-"""What JAX does with functions must leave a kernel's results alone."""
+"""JAX's transformations must not change a kernel's results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Check = Callable[[Bench, Call], None]
 
 
 def transform_cases(subject: Subject, call: Call) -> Iterator[Case]:
-    """One case per transformation, all of the same call."""
+    """A case for each transformation, all of the same call."""
     checks: dict[str, _Check] = {
         "determinism": _determinism,
         "eager": _eager,
@@ -59,14 +59,14 @@ def _hold(bench: Bench, call: Call, found: Any, seed: int = 0) -> None:
 
 
 def _determinism(bench: Bench, call: Call) -> None:
-    """Twice the same program, and once the same call traced anew, give the same bits."""
+    """Running a program twice, and tracing the same call again, give the same bits."""
     given = _given(call)
     program = bench.compiled(flat(bench.program(call)), *given)
     first, again = program(*given), program(*given)
-    anew = bench.compiled(flat(bench.program(call)), *given)(*given)
-    for name, other in (("a second run", again), ("the same call traced anew", anew)):
+    retraced = bench.compiled(flat(bench.program(call)), *given)(*given)
+    for name, other in (("a second run", again), ("the same call traced again", retraced)):
         for mine, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
-            assert np.array_equal(np.asarray(mine), np.asarray(theirs), equal_nan=True), f"{name} gave other bits"
+            assert np.array_equal(np.asarray(mine), np.asarray(theirs), equal_nan=True), f"{name} gave different bits"
 
 
 def _eager(bench: Bench, call: Call) -> None:
@@ -117,7 +117,7 @@ def _remat(bench: Bench, call: Call) -> None:
 
 
 def _donation(bench: Bench, call: Call) -> None:
-    """Donated arrays may be overwritten by results, and by nothing before its time."""
+    """Donated arrays may be overwritten by results, but not before they are last read."""
     given = _given(call)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
@@ -126,7 +126,7 @@ def _donation(bench: Bench, call: Call) -> None:
 
 
 def _exported(bench: Bench, call: Call) -> None:
-    """A program exported for any batch gives what one for this batch does."""
+    """A program exported for any batch size gives the same results as one for this batch size."""
     given = _given(call)
     [batch] = jax.export.symbolic_shape("b")
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float64
 
 from kernelry.errors import ArgumentError
 from kernelry.masks import Mask
-from kernelry.testing.reference.softmax import Call, sink_share, softmax_of
+from kernelry.testing.reference.softmax import AttentionArguments, sink_share, softmax_of
 
 
 @final
@@ -66,8 +66,8 @@ def reference_attention(
       ArgumentError: a rate outside [0, 1), or a rate without `dropout_keep`.
       NotImplementedError: a mask that `reference_mask` does not know.
     """
-    call = Call(query, key, value, mask, scale, bias, soft_cap, sinks, dropout_rate, dropout_keep)
-    softmax = softmax_of(call)
+    arguments = AttentionArguments(query, key, value, mask, scale, bias, soft_cap, sinks, dropout_rate, dropout_keep)
+    softmax = softmax_of(arguments)
     return Reference(softmax.out, softmax.lse, softmax.max_logits, softmax.max, softmax.sum)
 
 

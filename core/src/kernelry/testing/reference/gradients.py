@@ -1,4 +1,4 @@
-"""Gradients of attention in float64, from the formulas; nothing is differentiated by machine."""
+"""Gradients of attention in float64, from the formulas; without automatic differentiation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float64
 
 from kernelry.errors import ArgumentError
 from kernelry.masks import Mask
-from kernelry.testing.reference.softmax import Call, Softmax, softmax_of
+from kernelry.testing.reference.softmax import AttentionArguments, Softmax, softmax_of
 
 
 @final
@@ -69,8 +69,8 @@ def reference_gradients(
     """
     if d_lse is not None and sinks is not None:
         raise ArgumentError("d_lse belongs to a part of an attention, and no part contains sinks; drop one of them.")
-    call = Call(query, key, value, mask, scale, bias, soft_cap, sinks, dropout_rate, dropout_keep)
-    softmax = softmax_of(call)
+    arguments = AttentionArguments(query, key, value, mask, scale, bias, soft_cap, sinks, dropout_rate, dropout_keep)
+    softmax = softmax_of(arguments)
     empty = np.isneginf(softmax.lse)
     d_out = np.where(empty.swapaxes(1, 2)[..., None], 0, np.asarray(d_out, np.float64))
     delta = np.einsum("btnd,btnd->bnt", softmax.out, d_out)

@@ -1,4 +1,4 @@
-"""Logits and softmax of one call, which the output and the gradients share."""
+"""Logits and softmax of one call, from which the output and the gradients are computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kernelry.testing.reference.masks import reference_mask
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Call:
+class AttentionArguments:
     """The arguments of one attention call, as `reference_attention` documents them."""
 
     query: Any
@@ -73,17 +73,17 @@ class Softmax:
         return np.asarray(np.einsum("bnts,bsnd->btnd", self.probabilities * self.kept, self.value))
 
 
-def softmax_of(call: Call) -> Softmax:
+def softmax_of(arguments: AttentionArguments) -> Softmax:
     """Computes logits, statistics and probabilities in float64, in the order of 3.1."""
-    query, key, value = (np.asarray(array, np.float64) for array in (call.query, call.key, call.value))
+    query, key, value = (np.asarray(array, np.float64) for array in (arguments.query, arguments.key, arguments.value))
     batch, q_len, q_heads, head_dim = query.shape
-    visible = reference_mask(call.mask, batch, q_heads, q_len, key.shape[1])
+    visible = reference_mask(arguments.mask, batch, q_heads, q_len, key.shape[1])
     query, key, value = _without_hidden(query, key, value, visible)
-    scale = head_dim**-0.5 if call.scale is None else call.scale
+    scale = head_dim**-0.5 if arguments.scale is None else arguments.scale
 
-    raw = scale * np.einsum("btnh,bsnh->bnts", query, key) + _bias(call.bias, visible)
-    capped = raw if call.soft_cap is None else call.soft_cap * np.tanh(raw / call.soft_cap)
-    slope = np.ones_like(raw) if call.soft_cap is None else 1 - np.tanh(raw / call.soft_cap) ** 2
+    raw = scale * np.einsum("btnh,bsnh->bnts", query, key) + _bias(arguments.bias, visible)
+    capped = raw if arguments.soft_cap is None else arguments.soft_cap * np.tanh(raw / arguments.soft_cap)
+    slope = np.ones_like(raw) if arguments.soft_cap is None else 1 - np.tanh(raw / arguments.soft_cap) ** 2
     logits = np.where(visible, capped, -np.inf)
 
     top = logits.max(axis=-1, initial=-np.inf)
@@ -92,7 +92,7 @@ def softmax_of(call: Call) -> Softmax:
     total = weights.sum(axis=-1)
     some = np.where(empty, 1, total)
     lse = np.where(empty, -np.inf, np.log(some) + top)
-    share = np.ones_like(lse) if call.sinks is None else sink_share(lse, call.sinks)
+    share = np.ones_like(lse) if arguments.sinks is None else sink_share(lse, arguments.sinks)
     return Softmax(
         query=query,
         key=key,
@@ -106,7 +106,7 @@ def softmax_of(call: Call) -> Softmax:
         max_logits=top.max(axis=-1, initial=-np.inf),
         share=share,
         probabilities=weights / some[..., None] * share[..., None],
-        kept=_kept(call, visible.shape),
+        kept=_kept(arguments, visible.shape),
     )
 
 
@@ -137,7 +137,7 @@ def _bias(bias: Any, visible: np.ndarray) -> np.ndarray:
     return np.where(visible, 0 if bias is None else np.asarray(bias, np.float64), 0.0)
 
 
-def _kept(call: Call, shape: tuple[int, ...]) -> np.ndarray:
-    if not call.dropout_rate:
+def _kept(arguments: AttentionArguments, shape: tuple[int, ...]) -> np.ndarray:
+    if not arguments.dropout_rate:
         return np.ones(shape)
-    return np.broadcast_to(np.asarray(call.dropout_keep, bool), shape) / (1 - call.dropout_rate)
+    return np.broadcast_to(np.asarray(arguments.dropout_keep, bool), shape) / (1 - arguments.dropout_rate)

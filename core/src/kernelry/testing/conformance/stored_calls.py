@@ -1,4 +1,4 @@
-"""Calls whose keys and values are quantised or stand in pages, where a kernel says that it reads them so."""
+"""Calls whose keys and values are stored quantised or in pages, where a kernel declares that it reads those."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from kernelry.testing.conformance.subject import Subject
 
 _KV_LENGTHS = (16, 128)
 _ROWS = (1, 3)
-"""T of a decode step, and of one that looks ahead."""
+"""T of a decode step, and of one with draft tokens."""
 
 _QUANTISED = "quantised keys"
 _PAGES = "pages"
 
 
-def held_calls(subject: Subject, base: Call) -> Iterator[Named]:
-    """Every such claim; the first cases of each say most, for a quick run keeps three."""
+def stored_calls(subject: Subject, base: Call) -> Iterator[Named]:
+    """Every such claim, the most telling cases first, as a quick run keeps three of each."""
     ways = sorted(subject.can.kv_quantizations, reverse=True)
     yield from _quantised(subject, base, ways)
     if subject.can.pages:
@@ -43,25 +43,25 @@ def _quantised(subject: Subject, base: Call, ways: list[str]) -> Iterator[Named]
 
 
 def _in_pages(subject: Subject, base: Call, ways: list[str]) -> Iterator[Named]:
-    yield _PAGES, "pages", _cut(masked(subject, base))
+    yield _PAGES, "pages", _with_pages(masked(subject, base))
     if subject.can.clean_hidden_slots:
-        yield _PAGES, "NaN in hidden slots: pages", _all_cut(_hiding(subject, base, 3))
+        yield _PAGES, "NaN in hidden slots: pages", _all_with_pages(_hiding(subject, base, 3))
     for way in ways:
         plain = but(masked(subject, base), kv_quantization=way)
         hiding = tuple(but(call, kv_quantization=way) for call in _hiding(subject, base, 1))
-        yield _PAGES, f"quantised pages: {way}", _cut(plain)
+        yield _PAGES, f"quantised pages: {way}", _with_pages(plain)
         if subject.can.clean_hidden_slots:
-            yield _PAGES, f"NaN in hidden slots: quantised pages, {way}", _all_cut(hiding)
+            yield _PAGES, f"NaN in hidden slots: quantised pages, {way}", _all_with_pages(hiding)
     for name, calls in _rows(subject, base):
-        yield _PAGES, f"pages: {name}", _all_cut(calls)
+        yield _PAGES, f"pages: {name}", _all_with_pages(calls)
     if subject.can.grouped_heads:
-        yield _PAGES, "pages: N = 4, K = 1", _cut(but(masked(subject, base), q_heads=4, kv_heads=1))
+        yield _PAGES, "pages: N = 4, K = 1", _with_pages(but(masked(subject, base), q_heads=4, kv_heads=1))
     for claim, name, calls in _results(subject, masked(subject, base), _PAGES):
-        yield claim, name, _all_cut(calls)
+        yield claim, name, _all_with_pages(calls)
 
 
 def _rows(subject: Subject, base: Call) -> Iterator[tuple[str, tuple[Call, ...]]]:
-    """Few queries, of which each row of the batch sees another number of keys."""
+    """Few queries; each row of the batch sees another number of keys."""
     for q_len in _ROWS if subject.can.unequal_lengths else ():
         sized = _sized(subject, base, q_len)
         if AtomKind.LENGTHS in subject.can.atoms:
@@ -108,11 +108,11 @@ def _window(call: Call) -> Mask:
     return SlidingWindow(5, 0).at(query_offset=jnp.asarray(np.maximum(last - call.q_len + 1, 0)))
 
 
-def _cut(call: Call) -> tuple[Call, ...]:
-    """The call in pages of few slots, else of more."""
+def _with_pages(call: Call) -> tuple[Call, ...]:
+    """The call with pages of few slots, or else of more."""
     sizes = dict.fromkeys(max(1, call.kv_len // count) for count in (4, 2, 1))
     return tuple(but(call, page_size=size) for size in sizes)
 
 
-def _all_cut(calls: tuple[Call, ...]) -> tuple[Call, ...]:
-    return tuple(cut for call in calls for cut in _cut(call))
+def _all_with_pages(calls: tuple[Call, ...]) -> tuple[Call, ...]:
+    return tuple(paged for call in calls for paged in _with_pages(call))
