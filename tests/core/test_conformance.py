@@ -46,7 +46,7 @@ from kernelry.testing.conformance import (
     run_case,
     run_in_processes,
 )
-from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.longer import longer_calls
 from kernelry.testing.conformance.subject import Subject
 
@@ -180,7 +180,7 @@ def test_everything_declared_is_tried_beyond_a_kernels_own_tiles():
 
 
 def test_a_head_has_its_largest_logit_at_the_last_query_and_key_and_another_at_the_first():
-    call = Call(batch=1, q_len=197, kv_len=197, q_heads=3, kv_heads=1, peaks=True)
+    call = AttentionCall(batch=1, q_len=197, kv_len=197, q_heads=3, kv_heads=1, peaks=True)
     drawn = call.numbers()
     logits = np.einsum("BTNH,BSKH->NTS", drawn["query"], drawn["key"])
     places = [tuple(map(int, np.unravel_index(head.argmax(), head.shape))) for head in logits]

@@ -4,10 +4,9 @@
 `pytest --pyargs kernelry.testing --kernelry-kernel NAME` are the same kit at the command line.
 """
 
-from kernelry.testing.conformance.cases import Case
 from kernelry.testing.conformance.generate import cases_of
 from kernelry.testing.conformance.installed import Assignment, assignments, installed_spec, run_in_processes
-from kernelry.testing.conformance.report import CaseResult, Outcome, Report
+from kernelry.testing.conformance.report import Case, CaseResult, Outcome, Report
 from kernelry.testing.conformance.run import Progress, run, run_case
 
 __all__ = [

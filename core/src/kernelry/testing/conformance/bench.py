@@ -17,10 +17,10 @@ from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import KernelSpec
 from kernelry.policy.scope import record
 from kernelry.resolution.explanation import Resolution
-from kernelry.testing.conformance.calls import QKV, Call
-from kernelry.testing.conformance.cases import Skip
-from kernelry.testing.conformance.held import TABLE, as_given
-from kernelry.testing.conformance.place import Place
+from kernelry.testing.conformance.calls import QKV, AttentionCall
+from kernelry.testing.conformance.host import KernelHost
+from kernelry.testing.conformance.report import Skip
+from kernelry.testing.conformance.stored import TABLE, as_given
 
 
 @final
@@ -44,19 +44,19 @@ class Answer:
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bench:
-    """A kernel at a place.
+    """A kernel, and where it runs.
 
     Args:
       spec: the kernel.
-      place: where it runs.
+      host: where it runs.
       programs: what `answer` compiled; many calls differ in their numbers only.
     """
 
     spec: KernelSpec
-    place: Place
+    host: KernelHost
     programs: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
-    def attend(self, call: Call, arrays: Mapping[str, Any], mask: Any, rng: Any = None) -> Any:
+    def attend(self, call: AttentionCall, arrays: Mapping[str, Any], mask: Any, rng: Any = None) -> Any:
         """Calls the kernel by name."""
         query, key, value = as_given(arrays)
         others: dict[str, Any] = {name: array for name, array in arrays.items() if name not in (*QKV, TABLE)}
@@ -65,7 +65,7 @@ class Bench:
             warnings.filterwarnings("ignore", message="the soft cap caps bias too")  # the oracle does so, too
             return attention(query, key, value, **others)
 
-    def program(self, call: Call) -> Callable[..., Answer]:
+    def program(self, call: AttentionCall) -> Callable[..., Answer]:
         """Returns a function of (arrays, mask, cotangents, rng) that attends and differentiates."""
 
         def run(arrays: Any, mask: Any, cotangents: Any, rng: Any = None) -> Answer:
@@ -90,13 +90,13 @@ class Bench:
           Skip: the kernel cannot run here.
           AssertionError: another kernel was resolved, or the program lacks this one's signature.
         """
-        if self.place.why_not is not None:
-            raise Skip(self.place.why_not)
-        with self.place.entered(self.spec, adapters=adapters):
+        if self.host.why_not is not None:
+            raise Skip(self.host.why_not)
+        with self.host.entered(self.spec, adapters=adapters):
             with record() as resolutions:
                 lowered = jax.jit(function, **options).lower(*arguments)
             self._check_ran(resolutions, lowered, adapters)
-            return compile_quickly(lowered, self.place.target.platform)
+            return compile_quickly(lowered, self.host.target.platform)
 
     def _check_ran(self, resolutions: list[Resolution], lowered: Any, adapters: bool) -> None:
         assert resolutions, f"nothing was resolved: {self.spec.name} did not run"
@@ -111,11 +111,11 @@ class Bench:
         except PluginError as error:
             raise AssertionError(str(error)) from error
 
-    def answer(self, call: Call, *, seed: int = 0, adapters: bool = False) -> Answer:
+    def answer(self, call: AttentionCall, *, seed: int = 0, adapters: bool = False) -> Answer:
         """Runs the call, forward and backward in one program."""
         given = call.arrays(seed), call.mask, call.cotangents(seed)
         leaves, structure = jax.tree.flatten(given)
-        key = call.request(self.place), adapters, structure, tuple(map(jax.typeof, leaves))
+        key = call.request(self.host), adapters, structure, tuple(map(jax.typeof, leaves))
         if key not in self.programs:
             self.programs[key] = self.compiled(flat(self.program(call)), *given, adapters=adapters)
         return Answer(*self.programs[key](*given))
@@ -160,7 +160,7 @@ def flat(program: Callable[..., Answer]) -> Callable[..., tuple[Any, ...]]:
     return run
 
 
-def _returned(result: Any, call: Call) -> dict[str, Any]:
+def _returned(result: Any, call: AttentionCall) -> dict[str, Any]:
     if not call.partial:
         return {"out": result}
     assert isinstance(result, Partial), f"a Partial was asked for, got {type(result).__name__}"

@@ -11,8 +11,8 @@ import numpy as np
 
 from kernelry.masks import Full, Mask
 from kernelry.request.request import Mode, Operand, Request
-from kernelry.testing.conformance import held
-from kernelry.testing.conformance.place import Place
+from kernelry.testing.conformance import stored
+from kernelry.testing.conformance.host import KernelHost
 
 QKV = ("query", "key", "value")
 _FULL = Full()
@@ -20,7 +20,7 @@ _FULL = Full()
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Call:
+class AttentionCall:
     """One attention call; the arguments are those of `kernelry.attention`.
 
     Args:
@@ -74,10 +74,10 @@ class Call:
         absent |= set() if self.kv_quantization is None and self.page_size is None else {Operand.KEY, Operand.VALUE}
         return self.gradients - absent if self.mode is Mode.TRAIN else frozenset()
 
-    def request(self, place: Place) -> Request:
+    def request(self, host: KernelHost) -> Request:
         """The static facts."""
         return Request(
-            target=place.target,
+            target=host.target,
             mode=self.mode,
             batch=self.batch,
             q_len=self.q_len,
@@ -99,7 +99,7 @@ class Call:
             precision=self.precision,
             partial=self.partial,
             max_logits=self.max_logits,
-            interpret=place.interpreted,
+            interpret=host.interpreted,
             kv_quantization=self.kv_quantization,
             page_size=self.page_size,
         )
@@ -124,13 +124,13 @@ class Call:
         """Draws the arrays that the kernel is given, by argument name; paged keys and values come with their table."""
         drawn = self._drawn(seed)
         if self.poison or self.page_size is not None:
-            drawn = self._stored(drawn, held.MaskedOut.of(self))
+            drawn = self._stored(drawn, stored.MaskedOut.of(self))
         given: dict[str, Any] = jax.tree.map(jnp.asarray, drawn)
         return given
 
     def numbers(self, seed: int = 0) -> dict[str, np.ndarray]:
         """The same arrays for the oracle: dequantised, not in pages, without NaN, float64."""
-        return {name: held.numbers(array) for name, array in self._drawn(seed).items()}
+        return {name: stored.numbers(array) for name, array in self._drawn(seed).items()}
 
     def _drawn(self, seed: int) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
@@ -157,18 +157,18 @@ class Call:
 
     def _rounded(self, name: str, array: np.ndarray) -> Any:
         if name in ("key", "value") and self.kv_quantization is not None:
-            return held.quantized(array, self.kv_quantization)
+            return stored.quantized(array, self.kv_quantization)
         return np.asarray(jnp.asarray(array, self.dtype))
 
-    def _stored(self, drawn: dict[str, Any], masked_out: held.MaskedOut) -> dict[str, Any]:
+    def _stored(self, drawn: dict[str, Any], masked_out: stored.MaskedOut) -> dict[str, Any]:
         """Puts NaN and inf into slots that no query may see, and NaN into queries that see nothing; then cuts pages."""
         if self.poison:
             query = np.where(masked_out.queries, np.asarray(np.nan).astype(drawn["query"].dtype), drawn["query"])
-            kv = {name: held.poisoned(drawn[name], masked_out.slots) for name in ("key", "value")}
+            kv = {name: stored.poisoned(drawn[name], masked_out.slots) for name in ("key", "value")}
             drawn |= {"query": query} | kv
         if self.page_size is None:
             return drawn
-        return drawn | held.in_pages(drawn["key"], drawn["value"], self.page_size, masked_out.slots)
+        return drawn | stored.in_pages(drawn["key"], drawn["value"], self.page_size, masked_out.slots)
 
     def cotangents(self, seed: int = 0) -> dict[str, jax.Array]:
         """Draws d_out, and d_lse where the call returns a Partial."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from kernelry.kernel.capabilities import Capabilities, Tolerance
 from kernelry.testing.conformance.bench import Answer
-from kernelry.testing.conformance.calls import QKV, Call
+from kernelry.testing.conformance.calls import QKV, AttentionCall
 from kernelry.testing.reference import reference_attention, reference_gradients
 
 SANE = {
@@ -35,7 +35,7 @@ class MismatchError(AssertionError):
     """An answer that differs from the oracle's."""
 
 
-def tolerance_for(can: Capabilities, call: Call) -> Tolerance:
+def tolerance_for(can: Capabilities, call: AttentionCall) -> Tolerance:
     """The kernel's tolerance, no larger than the sane one; logits in fewer bits have their own.
 
     Rounding errors of the logits grow with their size, and the softmax keeps them: large logits widen the tolerance.
@@ -54,7 +54,7 @@ def _numpy(dtype: str) -> str:
     return "float16" if dtype == "bfloat16" else dtype
 
 
-def oracle(call: Call, *, seed: int = 0) -> Answer:
+def oracle(call: AttentionCall, *, seed: int = 0) -> Answer:
     """The float64 answer, always with statistics."""
     arrays = call.numbers(seed)
     known: dict[str, Any] = {name: array for name, array in arrays.items() if name not in QKV}
@@ -69,7 +69,7 @@ def oracle(call: Call, *, seed: int = 0) -> Answer:
     return Answer(found.out, found.lse, found.max_logits, wanted)
 
 
-def hold(answer: Answer, expected: Answer, call: Call, tolerance: Tolerance) -> None:
+def verify(answer: Answer, expected: Answer, call: AttentionCall, tolerance: Tolerance) -> None:
     """Compares an answer with the oracle's, as far as the call asks for it.
 
     The error allowed is the tolerance times the largest magnitude expected, at least 1.

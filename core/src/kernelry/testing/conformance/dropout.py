@@ -14,12 +14,11 @@ from kernelry.execution.normalization import to_lse
 from kernelry.kernel.capabilities import Feature
 from kernelry.request.request import Operand
 from kernelry.testing.conformance.bench import Bench
-from kernelry.testing.conformance.calls import Call
-from kernelry.testing.conformance.cases import Case, Verdict
+from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.compare import close, oracle, tolerance_for
 from kernelry.testing.conformance.longer import longer
 from kernelry.testing.conformance.positive import but
-from kernelry.testing.conformance.report import Outcome
+from kernelry.testing.conformance.report import Case, Outcome, Verdict
 from kernelry.testing.conformance.subject import Subject
 
 _Compiled = Callable[[], Callable[..., Any]]
@@ -30,13 +29,13 @@ _DEVIATIONS = 6.0
 
 _SPREAD = 0.05
 _STEP, _SLOPE = 1e-2, 1e-2
-"""How far an operand is moved, and the largest relative error of the slope found so: float32 rounds, and curves bend."""
+"""How far an operand is moved, and the largest relative error of the slope: float32 rounds, and curves bend."""
 
 _FEWEST = 128
 """Draws below which a correlation says nothing."""
 
 
-def dropout_cases(subject: Subject, base: Call) -> Iterator[Case]:
+def dropout_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
     """One case per promise."""
     if Feature.DROPOUT not in subject.can.features:
         return
@@ -50,12 +49,12 @@ def dropout_cases(subject: Subject, base: Call) -> Iterator[Case]:
         yield from _cases(subject, call, "dropout beyond its tiles")
 
 
-def _forms(call: Call) -> tuple[Call, ...]:
+def _forms(call: AttentionCall) -> tuple[AttentionCall, ...]:
     dropped = but(call, dropout_rate=_RATE)
     return dropped, but(dropped, gradients=frozenset())
 
 
-def _cases(subject: Subject, call: Call, name: str) -> Iterator[Case]:
+def _cases(subject: Subject, call: AttentionCall, name: str) -> Iterator[Case]:
     bench = subject.bench
     forward = but(call, gradients=frozenset())
     compiled = functools.cache(functools.partial(_compiled, bench, forward))
@@ -69,7 +68,7 @@ def _cases(subject: Subject, call: Call, name: str) -> Iterator[Case]:
         yield Case(f"{name} drops alike forward and backward", "dropout", _gradient(bench, call))
 
 
-def _compiled(bench: Bench, call: Call) -> Callable[..., Any]:
+def _compiled(bench: Bench, call: AttentionCall) -> Callable[..., Any]:
     arrays = call.arrays()
     run: Callable[..., Any] = bench.compiled(
         lambda arrays, mask, rng: bench.attend(call, arrays, mask, rng), arrays, call.mask, jax.random.key(0)
@@ -77,7 +76,7 @@ def _compiled(bench: Bench, call: Call) -> Callable[..., Any]:
     return run
 
 
-def _kept(run: Callable[..., Any], call: Call) -> np.ndarray:
+def _kept(run: Callable[..., Any], call: AttentionCall) -> np.ndarray:
     """Draws [B, T, N] sixteen times: with uniform probabilities and values of 1, kept / ((1 − rate) · S)."""
     arrays = call.arrays()
     arrays = arrays | {"query": jnp.zeros_like(arrays["query"]), "value": jnp.ones_like(arrays["value"])}
@@ -86,7 +85,7 @@ def _kept(run: Callable[..., Any], call: Call) -> np.ndarray:
     )
 
 
-def _rate(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
+def _rate(compiled: _Compiled, call: AttentionCall) -> Callable[[], Verdict]:
     def check() -> Verdict:
         kept = _kept(compiled(), call)
         count = kept.size * call.kv_len
@@ -102,7 +101,7 @@ def _rate(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
     return check
 
 
-def _fresh(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
+def _fresh(compiled: _Compiled, call: AttentionCall) -> Callable[[], Verdict]:
     """Rows, at any distance and of any head and batch row, that drop the same keys would keep equally many."""
 
     def check() -> Verdict:
@@ -117,7 +116,7 @@ def _fresh(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
     return check
 
 
-def _uncorrelated(mine: np.ndarray, theirs: np.ndarray, which: tuple[int, int], call: Call) -> None:
+def _uncorrelated(mine: np.ndarray, theirs: np.ndarray, which: tuple[int, int], call: AttentionCall) -> None:
     """Compares the kept counts of every row with those of the rows at every distance."""
     draws, length = mine.shape
     for distance in range(which[0] == which[1], length):
@@ -131,7 +130,7 @@ def _uncorrelated(mine: np.ndarray, theirs: np.ndarray, which: tuple[int, int], 
         )
 
 
-def _lse(bench: Bench, call: Call) -> Callable[[], Verdict]:
+def _lse(bench: Bench, call: AttentionCall) -> Callable[[], Verdict]:
     """Dropout acts on probabilities, after the softmax, and leaves statistics unchanged."""
 
     def check() -> Verdict:
@@ -142,7 +141,7 @@ def _lse(bench: Bench, call: Call) -> Callable[[], Verdict]:
     return check
 
 
-def _keys(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
+def _keys(compiled: _Compiled, call: AttentionCall) -> Callable[[], Verdict]:
     def check() -> Verdict:
         run = compiled()
         arrays = call.arrays()
@@ -154,7 +153,7 @@ def _keys(compiled: _Compiled, call: Call) -> Callable[[], Verdict]:
     return check
 
 
-def _gradient(bench: Bench, call: Call) -> Callable[[], Verdict]:
+def _gradient(bench: Bench, call: AttentionCall) -> Callable[[], Verdict]:
     """The output is linear in the values, so ⟨out, d_out⟩ = ⟨value, d_value⟩ if both drop the same.
 
     Along the gradients of query and key it rises by their squared length, by finite differences with the same key.

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kernelry.kernel.spec import KernelSpec
-from kernelry.testing.conformance.calls import Call
-from kernelry.testing.conformance.cases import Case, Skip, Verdict
-from kernelry.testing.conformance.compare import SANE, hold, oracle, tolerance_for
+from kernelry.testing.conformance.calls import AttentionCall
+from kernelry.testing.conformance.compare import SANE, oracle, tolerance_for, verify
 from kernelry.testing.conformance.dropout import dropout_cases
 from kernelry.testing.conformance.longer import longer_calls
 from kernelry.testing.conformance.negative import negative_cases, undeclared_calls
 from kernelry.testing.conformance.partials import partial_cases, statistics_calls
 from kernelry.testing.conformance.positive import Named, masked, named_calls, why_not_float64
-from kernelry.testing.conformance.report import DECLARATIONS, Outcome
+from kernelry.testing.conformance.report import DECLARATIONS, Case, Outcome, Skip, Verdict
 from kernelry.testing.conformance.stored_calls import stored_calls
 from kernelry.testing.conformance.subject import Subject
 from kernelry.testing.conformance.transforms import transform_cases
@@ -69,14 +68,14 @@ def _sane(subject: Subject, dtype: str) -> Callable[[], Verdict]:
 
 def _signed(subject: Subject) -> Callable[[], Verdict]:
     def check() -> Verdict:
-        texts = subject.spec.signature((subject.base or subject.plainest).request(subject.place))
+        texts = subject.spec.signature((subject.base or subject.plainest).request(subject.host))
         assert texts, "its signature is empty, so that its programs do not show whether it ran"
         return Outcome.PASSED, ", ".join(texts)
 
     return check
 
 
-def _serves_nothing(subject: Subject, base: Call) -> Callable[[], Verdict]:
+def _serves_nothing(subject: Subject, base: AttentionCall) -> Callable[[], Verdict]:
     def check() -> Verdict:
         reasons = "; ".join(map(str, subject.refusals(base)))
         raise AssertionError(f"it serves no plain call at any of the lengths, dtypes and modes tried: {reasons}")
@@ -84,7 +83,7 @@ def _serves_nothing(subject: Subject, base: Call) -> Callable[[], Verdict]:
     return check
 
 
-def _call_cases(subject: Subject, base: Call) -> list[Case]:
+def _call_cases(subject: Subject, base: AttentionCall) -> list[Case]:
     named = [*named_calls(subject, base), *statistics_calls(subject, base), *stored_calls(subject, base)]
     if not subject.quick:
         named += longer_calls(subject, base)
@@ -109,7 +108,7 @@ def _at_most(named: list[Named], most: int) -> list[Named]:
     return kept
 
 
-def _right(subject: Subject, calls: tuple[Call, ...]) -> Callable[[], Verdict]:
+def _right(subject: Subject, calls: tuple[AttentionCall, ...]) -> Callable[[], Verdict]:
     """Compares the first call that is served with the oracle; through adapters where the kernel alone serves none."""
 
     def check() -> Verdict:
@@ -119,19 +118,19 @@ def _right(subject: Subject, calls: tuple[Call, ...]) -> Callable[[], Verdict]:
         if call is None:
             reasons = "; ".join(map(str, subject.refusals(calls[0])))
             raise Skip(f"declared, but every call that would show it is refused: {reasons}")
-        for why_not in (why_not_float64(call), subject.place.why_not):
+        for why_not in (why_not_float64(call), subject.host.why_not):
             if why_not is not None:
                 raise Skip(why_not)
         answer = subject.bench.answer(call, adapters=adapters)
-        hold(answer, oracle(call), call, tolerance_for(subject.can, call))
+        verify(answer, oracle(call), call, tolerance_for(subject.can, call))
         return Outcome.PASSED, "through adapters" if adapters else ""
 
     return check
 
 
-def _adapted_cases(subject: Subject, base: Call) -> Iterator[Case]:
+def _adapted_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
     """What the kernel does not declare and adapters supply, which must be right as well."""
-    if subject.place.why_not is not None:
+    if subject.host.why_not is not None:
         return
     most, found = (1 if subject.is_slow else _MOST_ADAPTED) if subject.quick else None, 0
     for name, call, _ in undeclared_calls(subject, base):

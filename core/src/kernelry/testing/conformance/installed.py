@@ -13,10 +13,9 @@ from typing import final
 from kernelry.errors import ArgumentError, PluginError, nearest
 from kernelry.kernel.spec import KernelSpec
 from kernelry.registry import installed
-from kernelry.testing.conformance.cases import Case
 from kernelry.testing.conformance.generate import cases_of
-from kernelry.testing.conformance.place import Place
-from kernelry.testing.conformance.report import CaseResult, Report
+from kernelry.testing.conformance.host import KernelHost
+from kernelry.testing.conformance.report import Case, CaseResult, Report
 from kernelry.testing.conformance.run import known_names, run_case
 
 _SHARE = 16
@@ -97,7 +96,7 @@ def run_in_processes(
     found: dict[str, tuple[CaseResult, ...]] = {spec.name: () for spec in specs}
     for name, future in shares:
         found[name] += _result(name, future)
-    return [Report(spec.name, found[spec.name], Place.of(spec).why_not is None) for spec in specs]
+    return [Report(spec.name, found[spec.name], KernelHost.of(spec).why_not is None) for spec in specs]
 
 
 def _result(name: str, future: Future[tuple[CaseResult, ...]]) -> tuple[CaseResult, ...]:

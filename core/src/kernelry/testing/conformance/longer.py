@@ -16,7 +16,7 @@ from kernelry.masks import AtomKind, Causal, Full, Mask, PositionKind, SlidingWi
 from kernelry.request.request import Mode
 from kernelry.storage import Quantization
 from kernelry.testing.conformance import samples
-from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.positive import MAGNITUDE, Named, but, feature_changes, masked, together
 from kernelry.testing.conformance.subject import Subject
 
@@ -38,7 +38,7 @@ _ONE_SIDE = frozenset({AtomKind.SEGMENTS, AtomKind.SPANS, AtomKind.ANY_OF, AtomK
 """Their samples have the same ids for queries and keys."""
 
 
-def longer(subject: Subject, base: Call) -> tuple[Call, ...]:
+def longer(subject: Subject, base: AttentionCall) -> tuple[AttentionCall, ...]:
     """The base call at lengths beyond the kernel's tiles, if possible not multiples of them; shortest first."""
     sizes = {"q_heads": 2, "kv_heads": 1 if subject.can.grouped_heads else 2}
     small = subject.first((but(base, **sizes),)) or base
@@ -49,7 +49,7 @@ def longer(subject: Subject, base: Call) -> tuple[Call, ...]:
     return tuple(itertools.islice(found, _MOST_LENGTHS))
 
 
-def longer_calls(subject: Subject, base: Call) -> Iterator[Named]:
+def longer_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     """Every claim of the kernel that a longer call can test."""
     plain, causal = longer(subject, base), longer(subject, masked(subject, base))
     if causal:
@@ -64,17 +64,17 @@ def longer_calls(subject: Subject, base: Call) -> Iterator[Named]:
         yield from _served(subject, "lengths", "full attention", plain)
 
 
-def _tiles(subject: Subject, call: Call) -> tuple[int, ...]:
+def _tiles(subject: Subject, call: AttentionCall) -> tuple[int, ...]:
     """The sizes in the tiling that the kernel would use, whatever their names."""
-    tiling = subject.spec.tilings(call.request(subject.place))[0]
+    tiling = subject.spec.tilings(call.request(subject.host))[0]
     return tuple(value for _, value in tiling.values if value >= _SMALLEST_TILE)
 
 
-def _tile(subject: Subject, call: Call) -> int:
+def _tile(subject: Subject, call: AttentionCall) -> int:
     return max((_LANES, *_tiles(subject, call)))
 
 
-def _resized(call: Call, length: int) -> Iterator[Call]:
+def _resized(call: AttentionCall, length: int) -> Iterator[AttentionCall]:
     """The call with as many queries as keys, and with the queries that it has, at the end of the keys."""
     if length**2 <= _MOST_PAIRS:
         yield but(call, q_len=length, kv_len=length)
@@ -82,14 +82,14 @@ def _resized(call: Call, length: int) -> Iterator[Call]:
     yield but(call, kv_len=length, mask=last)
 
 
-def _served(subject: Subject, claim: str, name: str, calls: Iterable[Call]) -> Iterator[Named]:
+def _served(subject: Subject, claim: str, name: str, calls: Iterable[AttentionCall]) -> Iterator[Named]:
     """A case of the first call that is served, if there is one; the small calls say why there is none."""
     call = subject.first(calls)
     if call is not None:
         yield claim, f"beyond its tiles, {name}: T = {call.q_len}, S = {call.kv_len}", (call,)
 
 
-def _numbers(subject: Subject, call: Call) -> Iterator[Named]:
+def _numbers(subject: Subject, call: AttentionCall) -> Iterator[Named]:
     yield "lengths", f"beyond its tiles: T = {call.q_len}, S = {call.kv_len}", (call,)
     yield from _served(subject, "lengths", "logits of ±180", (but(call, magnitude=MAGNITUDE),))
     for dtype in sorted(subject.can.dtypes & {"bfloat16", "float16"}):
@@ -109,14 +109,14 @@ def _numbers(subject: Subject, call: Call) -> Iterator[Named]:
             yield from _served(subject, "lengths", f"few queries, {name}", (but(few, mask=mask),))
 
 
-def _masks(subject: Subject, calls: tuple[Call, ...]) -> Iterator[Named]:
+def _masks(subject: Subject, calls: tuple[AttentionCall, ...]) -> Iterator[Named]:
     for kind in sorted(subject.can.atoms - {AtomKind.CAUSAL}, key=lambda kind: kind.value):
         small = itertools.islice(samples.samples(kind, calls[0]), 0 if kind is AtomKind.PREFIX_LM else 1)
         for name in (*small, *samples.wide(kind, _LANES)):
             yield from _served(subject, "masks", name, _of(subject, kind, name, calls))
 
 
-def _of(subject: Subject, kind: AtomKind, name: str, calls: tuple[Call, ...]) -> Iterator[Call]:
+def _of(subject: Subject, kind: AtomKind, name: str, calls: tuple[AttentionCall, ...]) -> Iterator[AttentionCall]:
     """The calls with each of the masks of a name, drawn for their own lengths."""
     for call in calls:
         if call.q_len != call.kv_len and kind in _ONE_SIDE:
@@ -125,7 +125,7 @@ def _of(subject: Subject, kind: AtomKind, name: str, calls: tuple[Call, ...]) ->
         yield from (but(call, mask=samples.rows_of(mask, call)) for mask in drawn[name])
 
 
-def _positions(subject: Subject, calls: tuple[Call, ...]) -> Iterator[Named]:
+def _positions(subject: Subject, calls: tuple[AttentionCall, ...]) -> Iterator[Named]:
     square = [call for call in calls if call.q_len == call.kv_len]
     for kind in sorted(subject.can.positions - {PositionKind.DEFAULT}, key=lambda kind: kind.value):
         drawn = [(call, dict(samples.placed(kind, Causal(), call))) for call in square]
@@ -134,7 +134,7 @@ def _positions(subject: Subject, calls: tuple[Call, ...]) -> Iterator[Named]:
             yield from _served(subject, "positions", f"causal at {name}", placed)
 
 
-def _features(subject: Subject, call: Call) -> Iterator[Named]:
+def _features(subject: Subject, call: AttentionCall) -> Iterator[Named]:
     """All features that can be combined in one case, each of the others in its own, and a bias shared by all rows."""
     call = but(call, peaks=Feature.MAX_LOGITS in subject.can.features)
     joined, names = together(subject, call)
@@ -147,7 +147,7 @@ def _features(subject: Subject, call: Call) -> Iterator[Named]:
         yield from _served(subject, "bias", "bias for every key", (but(call, bias=(call.batch, 1, 1, call.kv_len)),))
 
 
-def _statistics(subject: Subject, call: Call) -> Iterator[Named]:
+def _statistics(subject: Subject, call: AttentionCall) -> Iterator[Named]:
     partial = but(call, partial=True)
     if subject.can.statistics:
         forms = partial, but(partial, gradients=frozenset())
@@ -160,7 +160,7 @@ def _statistics(subject: Subject, call: Call) -> Iterator[Named]:
             yield "gradients", f"beyond its tiles, backward: {size}", (adapted,)
 
 
-def _quantised(subject: Subject, calls: tuple[Call, ...], heads: Mapping[str, int]) -> Iterator[Named]:
+def _quantised(subject: Subject, calls: tuple[AttentionCall, ...], heads: Mapping[str, int]) -> Iterator[Named]:
     """One quantisation for each shape of scales, with heads that may share a scale."""
     ways = {Quantization.parse(way).axis: way for way in sorted(subject.can.kv_quantizations)}
     for way in ways.values():
@@ -168,7 +168,7 @@ def _quantised(subject: Subject, calls: tuple[Call, ...], heads: Mapping[str, in
         yield from _served(subject, "quantised keys", f"quantised keys: {way}", quantised)
 
 
-def _in_pages(subject: Subject, call: Call) -> Iterator[Named]:
+def _in_pages(subject: Subject, call: AttentionCall) -> Iterator[Named]:
     """More pages than fit into a tile, of which each row sees some; also with the first quantisation."""
     if not subject.can.pages:
         return
@@ -179,7 +179,7 @@ def _in_pages(subject: Subject, call: Call) -> Iterator[Named]:
         yield from _served(subject, "pages", f"quantised pages: {way}", (but(c, kv_quantization=way) for c in calls))
 
 
-def _of_pages(subject: Subject, call: Call, size: int, count: int) -> Call:
+def _of_pages(subject: Subject, call: AttentionCall, size: int, count: int) -> AttentionCall:
     q_len = _FEW if subject.can.unequal_lengths else size * count
     offset = size * count - q_len
     mask: Mask = call.mask if call.mask.form == Full().form else Causal().at(query_offset=offset)

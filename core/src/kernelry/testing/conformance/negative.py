@@ -15,41 +15,40 @@ from kernelry.request.request import Mode, Operand
 from kernelry.storage import QUANTIZATIONS
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Bench
-from kernelry.testing.conformance.calls import Call
-from kernelry.testing.conformance.cases import Case, Skip, Verdict
+from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.positive import but, why_not_float64
-from kernelry.testing.conformance.report import Outcome
+from kernelry.testing.conformance.report import Case, Outcome, Skip, Verdict
 from kernelry.testing.conformance.subject import Subject
 
-Undeclared: TypeAlias = tuple[str, Call, RefusalCode]
+Undeclared: TypeAlias = tuple[str, AttentionCall, RefusalCode]
 """What is not declared, a call that needs it, and the reason that must be among the refusals."""
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def undeclared_calls(subject: Subject, base: Call) -> Iterator[Undeclared]:
+def undeclared_calls(subject: Subject, base: AttentionCall) -> Iterator[Undeclared]:
     """Calls for everything that the kernel does not declare."""
     for part in (_kinds, _dims, _masks, _features, _results, _edges, _storage):
         yield from part(subject.can, base)
 
 
-def negative_cases(subject: Subject, base: Call) -> Iterator[Case]:
+def negative_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
     """A case for each thing that is not declared."""
     for name, call, code in undeclared_calls(subject, base):
         yield Case(f"refuses {name}", "refusals", _refuses(subject.bench, call, code))
 
 
-def _refuses(bench: Bench, call: Call, code: RefusalCode) -> Callable[[], Verdict]:
+def _refuses(bench: Bench, call: AttentionCall, code: RefusalCode) -> Callable[[], Verdict]:
     def check() -> Verdict:
         if (why_not := why_not_float64(call)) is not None:
             raise Skip(why_not)
         arrays, rng = call.arrays(), jax.random.key(0) if call.dropout_rate else None
-        with bench.place.entered(bench.spec):
+        with bench.host.entered(bench.spec):
             try:
                 jax.eval_shape(lambda arrays: bench.attend(call, arrays, call.mask, rng), arrays)
             except KernelRefusedError as refused:
                 return Outcome.REFUSED, _reasons(refused, code)
-        raise AssertionError(f"it does not declare this, and served {call.request(bench.place)}")
+        raise AssertionError(f"it does not declare this, and served {call.request(bench.host)}")
 
     return check
 
@@ -64,7 +63,7 @@ def _reasons(refused: KernelRefusedError, code: RefusalCode) -> str:
     return listed
 
 
-def _kinds(can: Capabilities, base: Call) -> Iterator[Undeclared]:
+def _kinds(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
     for mode in Mode:
         if mode not in can.modes:
             yield f"mode {mode.value}", but(base, mode=mode, gradients=frozenset()), RefusalCode.MODE
@@ -76,7 +75,7 @@ def _kinds(can: Capabilities, base: Call) -> Iterator[Undeclared]:
             yield f"normalization {name}", but(base, normalization=name), RefusalCode.NORMALIZATION
 
 
-def _dims(can: Capabilities, base: Call) -> Iterator[Undeclared]:
+def _dims(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
     dims = can.head_dims
     if dims is not None:
         outside = {dims.minimum - 1, *(() if dims.maximum is None else (dims.maximum + dims.multiple_of,))}
@@ -94,7 +93,7 @@ def _dims(can: Capabilities, base: Call) -> Iterator[Undeclared]:
         yield "an empty batch", but(base, batch=0), RefusalCode.EMPTY_ARRAY
 
 
-def _masks(can: Capabilities, base: Call) -> Iterator[Undeclared]:
+def _masks(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
     for kind in AtomKind:
         drawn = samples.samples(kind, base)
         if kind not in can.atoms and drawn:
@@ -106,7 +105,7 @@ def _masks(can: Capabilities, base: Call) -> Iterator[Undeclared]:
             yield f"positions: {name}", but(base, mask=mask), RefusalCode.POSITIONS
 
 
-def _features(can: Capabilities, base: Call) -> Iterator[Undeclared]:
+def _features(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
     bias = (base.batch, base.q_heads, base.q_len, base.kv_len)
     changes: dict[Feature, tuple[dict[str, Any], RefusalCode]] = {
         Feature.SCALE: ({"scale": 0.7}, RefusalCode.SCALE),
@@ -124,7 +123,7 @@ def _features(can: Capabilities, base: Call) -> Iterator[Undeclared]:
             yield feature.value, but(base, **change), code
 
 
-def _results(can: Capabilities, base: Call) -> Iterator[Undeclared]:
+def _results(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
     trained = but(base, mode=Mode.TRAIN)
     for operand in Operand:
         if can.gradient is Gradient.NONE or operand not in can.gradients:
@@ -139,7 +138,7 @@ def _results(can: Capabilities, base: Call) -> Iterator[Undeclared]:
         yield "the gradient of lse", but(base, partial=True), RefusalCode.STATISTICS_GRADIENT
 
 
-def _edges(can: Capabilities, base: Call) -> Iterator[Undeclared]:
+def _edges(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
     for name, masks in samples.emptying(base).items():
         for mask in masks[:1]:
             call, form = but(base, mask=mask), mask.form
@@ -152,7 +151,7 @@ def _edges(can: Capabilities, base: Call) -> Iterator[Undeclared]:
                 yield f"hidden slots: {name}", but(call, poison=True), RefusalCode.HIDDEN_SLOTS
 
 
-def _storage(can: Capabilities, base: Call) -> Iterator[Undeclared]:
+def _storage(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
     for way in sorted(QUANTIZATIONS - can.kv_quantizations):
         yield f"quantised keys: {way}", but(base, kv_quantization=way), RefusalCode.KV_QUANTIZATION
     if not can.pages:

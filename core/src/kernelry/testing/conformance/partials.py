@@ -17,15 +17,14 @@ from kernelry.kernel.spec import Inputs
 from kernelry.masks import Causal, Mask
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly
-from kernelry.testing.conformance.calls import QKV, Call
-from kernelry.testing.conformance.cases import Case, Skip, Verdict
-from kernelry.testing.conformance.compare import close, hold, oracle, tolerance_for
+from kernelry.testing.conformance.calls import QKV, AttentionCall
+from kernelry.testing.conformance.compare import close, oracle, tolerance_for, verify
 from kernelry.testing.conformance.positive import LEVEL, MAGNITUDE, Named, but, masked
-from kernelry.testing.conformance.report import Outcome
+from kernelry.testing.conformance.report import Case, Outcome, Skip, Verdict
 from kernelry.testing.conformance.subject import Subject
 
 
-def statistics_calls(subject: Subject, base: Call) -> Iterator[Named]:
+def statistics_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     """Calls that return a Partial: with gradients through lse where declared, else forward."""
     if not subject.can.statistics:
         return
@@ -43,12 +42,12 @@ def statistics_calls(subject: Subject, base: Call) -> Iterator[Named]:
     yield "statistics", "lse of logits around −130", _forms(but(causal, level=LEVEL))
 
 
-def _forms(call: Call) -> tuple[Call, ...]:
+def _forms(call: AttentionCall) -> tuple[AttentionCall, ...]:
     partial = but(call, partial=True)
     return partial, but(partial, gradients=frozenset())
 
 
-def partial_cases(subject: Subject, base: Call) -> Iterator[Case]:
+def partial_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
     """A case for each law."""
     if not subject.can.statistics:
         return
@@ -73,7 +72,7 @@ def partial_cases(subject: Subject, base: Call) -> Iterator[Case]:
         yield Case("an empty part changes nothing", "merge laws", _identity(bench, call, empty.mask))
 
 
-def _nothing(call: Call) -> Iterator[Mask]:
+def _nothing(call: AttentionCall) -> Iterator[Mask]:
     from kernelry import masks
 
     yield Causal().at(query_offset=-call.q_len)
@@ -82,7 +81,7 @@ def _nothing(call: Call) -> Iterator[Mask]:
     yield masks.Dense(np.zeros((1, 1, call.q_len, call.kv_len), bool))
 
 
-def _returns(bench: Bench, call: Call, statistic: Statistic) -> Callable[[], Verdict]:
+def _returns(bench: Bench, call: AttentionCall, statistic: Statistic) -> Callable[[], Verdict]:
     def check() -> Verdict:
         program = bench.compiled(lambda arrays, mask: bench.attend(call, arrays, mask), call.arrays(), call.mask)
         partial: Partial = program(call.arrays(), call.mask)
@@ -99,7 +98,7 @@ def _returns(bench: Bench, call: Call, statistic: Statistic) -> Callable[[], Ver
     return check
 
 
-def _merges(bench: Bench, call: Call, placed: tuple[Mask, Mask]) -> Callable[[], Verdict]:
+def _merges(bench: Bench, call: AttentionCall, placed: tuple[Mask, Mask]) -> Callable[[], Verdict]:
     """Keys split in two, each part by the kernel, merged: out, lse and gradients are those of the whole."""
 
     def check() -> Verdict:
@@ -119,25 +118,25 @@ def _merges(bench: Bench, call: Call, placed: tuple[Mask, Mask]) -> Callable[[],
             merged = to_lse(merge(parts))
             return {"out": finalize(merged), "lse": merged.lse}
 
-        hold(_answer(bench, call, forward, arrays, placed, cotangents), oracle(whole), whole, _tolerance(bench, call))
+        verify(_answer(bench, call, forward, arrays, placed, cotangents), oracle(whole), whole, _tolerance(bench, call))
         return Outcome.PASSED, ""
 
     return check
 
 
-def _one_backward(bench: Bench, call: Call, placed: tuple[Mask, Mask]) -> Callable[[], Verdict]:
+def _one_backward(bench: Bench, call: AttentionCall, placed: tuple[Mask, Mask]) -> Callable[[], Verdict]:
     """Keys split in two, with the out and lse of the whole in each part's backward: +inf where a part is empty."""
 
     def check() -> Verdict:
-        if bench.place.why_not is not None:
-            raise Skip(bench.place.why_not)
+        if bench.host.why_not is not None:
+            raise Skip(bench.host.why_not)
         length = call.kv_len
         positions = np.concatenate([np.arange(length), np.arange(length) + length // 2])
         whole = but(call, kv_len=2 * length, mask=Causal().at(query_offset=0, kv_positions=positions))
         arrays, cotangents = whole.arrays(), whole.cotangents()
         parts = []
         for mask in placed:
-            request = but(call, mask=mask).request(bench.place)
+            request = but(call, mask=mask).request(bench.host)
             parts.append(Part(bench.spec, request, bench.spec.tilings(request)[0]))
 
         def forward(moving: dict[str, Any]) -> Any:
@@ -152,18 +151,18 @@ def _one_backward(bench: Bench, call: Call, placed: tuple[Mask, Mask]) -> Callab
             out, pull = jax.vjp(forward, arrays)
             return out, pull(d_out)[0]
 
-        with bench.place.entered(bench.spec):
+        with bench.host.entered(bench.spec):
             lowered = jax.jit(program).lower(arrays, cotangents["out"])
-            compiled = compile_quickly(lowered, bench.place.target.platform)
+            compiled = compile_quickly(lowered, bench.host.target.platform)
         out, gradients = compiled(arrays, cotangents["out"])
         wanted = {operand.value: gradients[operand.value] for operand in whole.wanted}
-        hold(Answer(out, None, None, wanted), oracle(whole), whole, _tolerance(bench, call))
+        verify(Answer(out, None, None, wanted), oracle(whole), whole, _tolerance(bench, call))
         return Outcome.PASSED, ""
 
     return check
 
 
-def _identity(bench: Bench, call: Call, nothing: Mask) -> Callable[[], Verdict]:
+def _identity(bench: Bench, call: AttentionCall, nothing: Mask) -> Callable[[], Verdict]:
     def check() -> Verdict:
         def forward(moving: dict[str, Any], masks: Any) -> Any:
             parts = [bench.attend(call, moving, mask) for mask in masks]
@@ -172,13 +171,15 @@ def _identity(bench: Bench, call: Call, nothing: Mask) -> Callable[[], Verdict]:
 
         placed = (call.mask, nothing)
         found = _answer(bench, call, forward, call.arrays(), placed, call.cotangents())
-        hold(found, oracle(call), call, _tolerance(bench, call))
+        verify(found, oracle(call), call, _tolerance(bench, call))
         return Outcome.PASSED, ""
 
     return check
 
 
-def _answer(bench: Bench, call: Call, forward: Callable[..., Any], arrays: Any, masks: Any, cotangents: Any) -> Answer:
+def _answer(
+    bench: Bench, call: AttentionCall, forward: Callable[..., Any], arrays: Any, masks: Any, cotangents: Any
+) -> Answer:
     wanted = sorted(operand.value for operand in call.wanted)
 
     def program(arrays: Any, masks: Any, cotangents: Any) -> Any:
@@ -191,5 +192,5 @@ def _answer(bench: Bench, call: Call, forward: Callable[..., Any], arrays: Any, 
     return Answer(out, lse, None, gradients)
 
 
-def _tolerance(bench: Bench, call: Call) -> Any:
+def _tolerance(bench: Bench, call: AttentionCall) -> Any:
     return tolerance_for(bench.spec.capabilities, call)

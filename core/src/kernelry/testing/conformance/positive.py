@@ -14,11 +14,11 @@ from kernelry.kernel.capabilities import Dims, Feature
 from kernelry.masks import AtomKind, Causal, Mask, PositionKind
 from kernelry.request.request import Mode, Operand
 from kernelry.testing.conformance import samples
-from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.subject import Subject
 from kernelry.testing.reference import reference_mask
 
-Named: TypeAlias = tuple[str, str, tuple[Call, ...]]
+Named: TypeAlias = tuple[str, str, tuple[AttentionCall, ...]]
 """The claim, the name of a case, and calls of which the first that is served tests the claim."""
 
 _VARIED_LENGTHS = (5, 1, 40, 72, 128, 200, 256)
@@ -27,24 +27,24 @@ MAGNITUDE, LEVEL = 40.0, 6.0
 """Logits up to ±180, and around −130: beyond ±88.7 exp overflows in float32, below −104 it is 0."""
 
 
-def named_calls(subject: Subject, base: Call) -> Iterator[Named]:
+def named_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     """Every claim of the kernel, with calls that test it."""
     for part in (_sizes, _dtypes, _modes, _masks, _positions, _features, _gradients, _edges, _combinations):
         yield from part(subject, base)
 
 
-def but(base: Call, **changes: Any) -> Call:
+def but(base: AttentionCall, **changes: Any) -> AttentionCall:
     """The base call with changes."""
     return dataclasses.replace(base, **changes)
 
 
-def masked(subject: Subject, base: Call) -> Call:
+def masked(subject: Subject, base: AttentionCall) -> AttentionCall:
     """The base call with a causal mask where the kernel takes one."""
     causal = but(base, mask=Causal())
     return causal if subject.serves(causal) else base
 
 
-def _sizes(subject: Subject, base: Call) -> Iterator[Named]:
+def _sizes(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     yield "output", "full attention", (base,)
     yield "output", "logits of ±180", (but(base, magnitude=MAGNITUDE),)
     yield "output", "logits around −130", (but(base, level=LEVEL),)
@@ -64,14 +64,14 @@ def _sizes(subject: Subject, base: Call) -> Iterator[Named]:
         yield from _unequal(base)
 
 
-def _heads(subject: Subject, base: Call) -> Iterator[Named]:
+def _heads(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     counts = [(4, 4), (1, 1)] + ([(4, 2), (6, 2), (4, 1)] if subject.can.grouped_heads else [(3, 3)])
     for q_heads, kv_heads in counts:
         if (q_heads, kv_heads) != (base.q_heads, base.kv_heads):
             yield "heads", f"N = {q_heads}, K = {kv_heads}", (but(base, q_heads=q_heads, kv_heads=kv_heads),)
 
 
-def _head_dims(subject: Subject, base: Call) -> Iterator[Named]:
+def _head_dims(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     dims = subject.can.head_dims or Dims()
     largest = _LARGEST_DIM if dims.maximum is None else dims.maximum
     asked = (dims.padded(1), dims.padded(20), dims.padded(64), largest - largest % dims.multiple_of)
@@ -84,7 +84,7 @@ def _head_dims(subject: Subject, base: Call) -> Iterator[Named]:
         yield "head dims", f"H = D = {dim}", (but(base, head_dim=dim, value_dim=dim, scale=None),)
 
 
-def _unequal(base: Call) -> Iterator[Named]:
+def _unequal(base: AttentionCall) -> Iterator[Named]:
     for q_len, kv_len in ((base.q_len, 2 * base.kv_len), (2 * base.q_len, base.kv_len), (1, base.kv_len)):
         name = f"T = {q_len}, S = {kv_len}"
         sized = but(base, q_len=q_len, kv_len=kv_len)
@@ -94,25 +94,25 @@ def _unequal(base: Call) -> Iterator[Named]:
     yield "lengths", "T = 1, causal amid the keys", (step,)
 
 
-def _dtypes(subject: Subject, base: Call) -> Iterator[Named]:
+def _dtypes(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     for dtype in sorted(subject.can.dtypes - {base.dtype}):
         yield "dtypes", dtype, (but(masked(subject, base), dtype=dtype),)
 
 
-def _modes(subject: Subject, base: Call) -> Iterator[Named]:
+def _modes(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     for mode in sorted(subject.can.modes - {base.mode}, key=lambda mode: mode.value):
         one, many = but(base, mode=mode, q_len=1), but(masked(subject, base), mode=mode)
         yield "modes", mode.value, (one, many) if mode is Mode.DECODE else (many, one)
 
 
-def _masks(subject: Subject, base: Call) -> Iterator[Named]:
+def _masks(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     for kind in sorted(subject.can.atoms, key=lambda kind: kind.value):
         drawn = samples.samples(kind, base).items()
         for name, alternatives in itertools.islice(drawn, 1 if subject.quick else None):
             yield "masks", name, tuple(but(base, mask=mask) for mask in alternatives)
 
 
-def _positions(subject: Subject, base: Call) -> Iterator[Named]:
+def _positions(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     for kind in sorted(subject.can.positions - {PositionKind.DEFAULT}, key=lambda kind: kind.value):
         served = [
             (f"{name} at {where}", tuple(but(base, mask=mask) for mask in alternatives))
@@ -125,7 +125,7 @@ def _positions(subject: Subject, base: Call) -> Iterator[Named]:
             yield "positions", name, calls
 
 
-def _features(subject: Subject, base: Call) -> Iterator[Named]:
+def _features(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     can, causal = subject.can.features, masked(subject, base)
     batch, heads, q_len, kv_len = base.batch, base.q_heads, base.q_len, base.kv_len
     if Feature.BIAS in can:
@@ -153,7 +153,7 @@ def _features(subject: Subject, base: Call) -> Iterator[Named]:
             yield "normalizations", name, (but(causal, normalization=name),)
 
 
-def _gradients(subject: Subject, base: Call) -> Iterator[Named]:
+def _gradients(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     if base.mode is not Mode.TRAIN:
         return
     causal = masked(subject, base)
@@ -166,7 +166,7 @@ def _gradients(subject: Subject, base: Call) -> Iterator[Named]:
         yield "gradients", "a constant bias", (but(causal, gradients=constant, bias=bias),)
 
 
-def _edges(subject: Subject, base: Call) -> Iterator[Named]:
+def _edges(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     if subject.can.empty_arrays:
         for name in ("batch", "q_len", "kv_len"):
             yield "empty arrays", f"{name} = 0", (but(base, **{name: 0}), but(base, q_len=0, kv_len=0))
@@ -191,7 +191,7 @@ def _edges(subject: Subject, base: Call) -> Iterator[Named]:
             yield "hidden slots", f"NaN in hidden slots: {name}", (but(call, poison=True),)
 
 
-def _combinations(subject: Subject, base: Call) -> Iterator[Named]:
+def _combinations(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     kinds: Iterable[AtomKind] = (AtomKind.SEGMENTS, AtomKind.LENGTHS, AtomKind.DENSE, AtomKind.SPANS, AtomKind.CHUNKED)
     bands: tuple[Mask, ...] = (Causal(), *samples.samples(AtomKind.WINDOW, base)["window"])
     for kind in [kind for kind in kinds if kind in subject.can.atoms][: 1 if subject.quick else 5]:
@@ -202,7 +202,7 @@ def _combinations(subject: Subject, base: Call) -> Iterator[Named]:
         yield "combinations", "every feature at once", (call,)
 
 
-def feature_changes(call: Call) -> dict[str, dict[str, Any]]:
+def feature_changes(call: AttentionCall) -> dict[str, dict[str, Any]]:
     """What each feature that has a formula changes in a call, by name."""
     bias = (1, call.q_heads, call.q_len, call.kv_len)
     return {
@@ -213,7 +213,7 @@ def feature_changes(call: Call) -> dict[str, dict[str, Any]]:
     }
 
 
-def together(subject: Subject, call: Call) -> tuple[Call, tuple[str, ...]]:
+def together(subject: Subject, call: AttentionCall) -> tuple[AttentionCall, tuple[str, ...]]:
     """All features that go together, added one by one as far as they are served, and their names."""
     names: tuple[str, ...] = ()
     for name, change in feature_changes(call).items():
@@ -223,20 +223,20 @@ def together(subject: Subject, call: Call) -> tuple[Call, tuple[str, ...]]:
     return call, names
 
 
-def _visible(call: Call) -> np.ndarray:
+def _visible(call: AttentionCall) -> np.ndarray:
     return reference_mask(call.mask, call.batch, call.q_heads, call.q_len, call.kv_len)
 
 
-def _has_empty_rows(call: Call) -> bool:
+def _has_empty_rows(call: AttentionCall) -> bool:
     return not _visible(call).any(axis=3).all()
 
 
-def _hides(call: Call) -> bool:
+def _hides(call: AttentionCall) -> bool:
     groups = (call.batch, call.kv_heads, call.q_heads // call.kv_heads, call.q_len, call.kv_len)
     return not _visible(call).reshape(groups).any(axis=(2, 3)).all()
 
 
-def why_not_float64(call: Call) -> str | None:
+def why_not_float64(call: AttentionCall) -> str | None:
     """Says why a call cannot be made as long as 64-bit types are off."""
     wide = "float64" in (call.dtype, call.logits_dtype)
     off = jax.dtypes.canonicalize_dtype(np.float64) != np.float64

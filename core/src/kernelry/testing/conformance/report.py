@@ -1,10 +1,10 @@
-"""What a run of the conformance kit found."""
+"""The cases of the conformance kit, and what a run of them found."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, final
 
 DECLARATIONS = "declarations"
@@ -31,6 +31,31 @@ class Outcome(enum.Enum):
     def is_bad(self) -> bool:
         """True for what fails a run."""
         return self in (Outcome.FAILED, Outcome.UNEXPECTED_PASS)
+
+
+Verdict = tuple[Outcome, str]
+"""How a case ended, and why."""
+
+
+class Skip(Exception):  # noqa: N818  # no error: this machine cannot decide
+    """Raised by a check that cannot be made here; the message says why."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """A named check of one claim.
+
+    Args:
+      name: unique within a kernel; known failures are listed by it.
+      claim: the group it is reported under.
+      check: makes the check; raises AssertionError or any other exception where the kernel is wrong, and Skip
+        where this machine cannot tell.
+    """
+
+    name: str
+    claim: str
+    check: Callable[[], Verdict]
 
 
 @final

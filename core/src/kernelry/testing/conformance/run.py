@@ -8,10 +8,9 @@ from types import MappingProxyType
 
 from kernelry.errors import ArgumentError, nearest
 from kernelry.kernel.spec import KernelSpec
-from kernelry.testing.conformance.cases import Case, Skip, Verdict
 from kernelry.testing.conformance.generate import cases_of
-from kernelry.testing.conformance.place import Place
-from kernelry.testing.conformance.report import CaseResult, Outcome, Report
+from kernelry.testing.conformance.host import KernelHost
+from kernelry.testing.conformance.report import Case, CaseResult, Outcome, Report, Skip, Verdict
 
 Progress = Callable[[int, int, str], None]
 """Called before each case with its number from 0, the number of all cases, and its name."""
@@ -46,7 +45,7 @@ def run(
         if progress is not None:
             progress(index, len(cases), case.name)
         results.append(run_case(case, known.get(case.name)))
-    return Report(spec.name, tuple(results), runs_here=Place.of(spec).why_not is None)
+    return Report(spec.name, tuple(results), runs_here=KernelHost.of(spec).why_not is None)
 
 
 def run_case(case: Case, known_failure: str | None = None) -> CaseResult:

@@ -15,7 +15,7 @@ import numpy as np
 from kernelry import masks
 from kernelry._pytree import pytree
 from kernelry.masks import Atom, AtomKind, Mask, PositionKind, Side
-from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.calls import AttentionCall
 
 Alternatives: TypeAlias = tuple[Mask, ...]
 """Of these the first that a kernel takes is tried."""
@@ -25,7 +25,7 @@ _FAR = 2**24 + 1
 """A position that float32 rounds."""
 
 
-def samples(kind: AtomKind, call: Call) -> Mapping[str, Alternatives]:
+def samples(kind: AtomKind, call: AttentionCall) -> Mapping[str, Alternatives]:
     """Masks of one kind for a call of T queries and S keys, by name; the first says most."""
     draw = _DRAWERS.get(kind)
     return draw(call) if draw is not None else {}
@@ -96,13 +96,13 @@ class Near(Mask):
         return True
 
 
-def _lengths(call: Call) -> Mapping[str, Alternatives]:
+def _lengths(call: AttentionCall) -> Mapping[str, Alternatives]:
     kv = np.array([call.kv_len - 3, call.kv_len // 2], np.int32).clip(1)
     query = np.array([call.q_len // 2 + 1, call.q_len], np.int32).clip(1)
     return {"lengths": (masks.Lengths(kv),), "lengths of both sides": (masks.Lengths(kv, query),)}
 
 
-def _segments(call: Call) -> Mapping[str, Alternatives]:
+def _segments(call: AttentionCall) -> Mapping[str, Alternatives]:
     own = ids(call.q_len)
     return {
         "segments": (masks.Segments(own),),
@@ -111,38 +111,38 @@ def _segments(call: Call) -> Mapping[str, Alternatives]:
     }
 
 
-def _segments_separate(call: Call) -> Mapping[str, Alternatives]:
+def _segments_separate(call: AttentionCall) -> Mapping[str, Alternatives]:
     return {
         "segments of two sides": (masks.Segments(ids(call.q_len), ids(call.kv_len, 2)),),
         "large ids of two sides' segments": (masks.Segments(large_ids(call.q_len), large_ids(call.kv_len)[::-1]),),
     }
 
 
-def _spans(call: Call) -> Mapping[str, Alternatives]:
+def _spans(call: AttentionCall) -> Mapping[str, Alternatives]:
     return {
         "spans": (masks.BidirectionalSpans(ids(call.q_len)),),
         "spans of large ids": (masks.BidirectionalSpans(large_ids(call.q_len)),),
     }
 
 
-def _spans_separate(call: Call) -> Mapping[str, Alternatives]:
+def _spans_separate(call: AttentionCall) -> Mapping[str, Alternatives]:
     return {"spans of two sides": (masks.BidirectionalSpans(ids(call.q_len), ids(call.kv_len, 2)),)}
 
 
-def _dense(call: Call) -> Mapping[str, Alternatives]:
+def _dense(call: AttentionCall) -> Mapping[str, Alternatives]:
     rng = np.random.default_rng(_RNG_SEED)
     full = rng.random((call.batch, call.q_heads, call.q_len, call.kv_len)) < 0.4
     return {"dense": (masks.Dense(full),), "dense for all heads": (masks.Dense(full[:, :1]),)}
 
 
-def _selection(call: Call) -> Mapping[str, Alternatives]:
+def _selection(call: AttentionCall) -> Mapping[str, Alternatives]:
     rng = np.random.default_rng(_RNG_SEED)
     keep = rng.random((call.batch, call.q_heads, call.q_len, -(-call.kv_len // 3))) < 0.5
     groups = masks.BlockSelection(keep[:, : call.kv_heads], 3)
     return {"block selection": (groups,), "block selection by query head": (masks.BlockSelection(keep, 3),)}
 
 
-def _predicate(call: Call) -> Mapping[str, Alternatives]:
+def _predicate(call: AttentionCall) -> Mapping[str, Alternatives]:
     reach = np.array([4, 2], np.int32).reshape(2, 1, 1, 1)
     return {
         "predicate": (masks.Predicate(near, reach),),
@@ -151,11 +151,11 @@ def _predicate(call: Call) -> Mapping[str, Alternatives]:
     }
 
 
-def _custom(call: Call) -> Mapping[str, Alternatives]:
+def _custom(call: AttentionCall) -> Mapping[str, Alternatives]:
     return {"custom": (Near(np.array([4, 2], np.int32)),), "custom without arrays": (Strided(3),)}
 
 
-def _any_of(call: Call) -> Mapping[str, Alternatives]:
+def _any_of(call: AttentionCall) -> Mapping[str, Alternatives]:
     own = ids(call.q_len)
     packed = masks.Causal() & masks.Segments(own)
     either = (
@@ -167,12 +167,12 @@ def _any_of(call: Call) -> Mapping[str, Alternatives]:
     return {"or": either}
 
 
-def _not(call: Call) -> Mapping[str, Alternatives]:
+def _not(call: AttentionCall) -> Mapping[str, Alternatives]:
     own = masks.Segments(ids(call.q_len))
     return {"not": (~masks.SlidingWindow(2, 1), ~own, ~masks.Chunked(5)), "not segments": (~own,)}
 
 
-_DRAWERS: Mapping[AtomKind, Callable[[Call], Mapping[str, Alternatives]]] = {
+_DRAWERS: Mapping[AtomKind, Callable[[AttentionCall], Mapping[str, Alternatives]]] = {
     AtomKind.CAUSAL: lambda _: {"causal": (masks.Causal(),)},
     AtomKind.WINDOW: lambda _: {
         "window": (masks.SlidingWindow(5, 2), masks.SlidingWindow(5, 0), masks.SlidingWindow(0, 5)),
@@ -207,7 +207,7 @@ def wide(kind: AtomKind, tile: int) -> Mapping[str, Alternatives]:
     return drawn.get(kind, {})
 
 
-def positional(call: Call) -> Mapping[str, Mask]:
+def positional(call: AttentionCall) -> Mapping[str, Mask]:
     """One mask of each kind that positions move, by name."""
     kinds = (
         AtomKind.CAUSAL,
@@ -221,7 +221,7 @@ def positional(call: Call) -> Mapping[str, Mask]:
     return {name: alternatives[0] for name, alternatives in found}
 
 
-def placed(kind: PositionKind, mask: Mask, call: Call) -> Iterator[tuple[str, Alternatives]]:
+def placed(kind: PositionKind, mask: Mask, call: AttentionCall) -> Iterator[tuple[str, Alternatives]]:
     """A mask at positions of one kind, by name: neither side's may be ignored, and rows differ where they can.
 
     Queries stand 3 slots ahead where a kernel needs every row to see a key, and else 3 behind.
@@ -248,7 +248,7 @@ def placed(kind: PositionKind, mask: Mask, call: Call) -> Iterator[tuple[str, Al
             yield "the same traced offset", (mask.at(query_offset=jnp.int32(3), kv_offset=jnp.int32(3)),)
 
 
-def emptying(call: Call) -> Mapping[str, Alternatives]:
+def emptying(call: AttentionCall) -> Mapping[str, Alternatives]:
     """Masks under which some rows see nothing and some slots are seen by no row, by name."""
     behind = {"query_offset": -3}
     slots = np.arange(call.kv_len)
@@ -273,6 +273,6 @@ def emptying(call: Call) -> Mapping[str, Alternatives]:
     }
 
 
-def rows_of(mask: Mask, call: Call) -> Mask:
+def rows_of(mask: Mask, call: AttentionCall) -> Mask:
     """The mask itself where lengths are equal, else with the queries at the end of the keys."""
     return mask if call.q_len == call.kv_len else mask.at(query_offset=max(call.kv_len - call.q_len, 0))

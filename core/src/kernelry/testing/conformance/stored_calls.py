@@ -10,7 +10,7 @@ import numpy as np
 from kernelry.kernel.capabilities import Feature
 from kernelry.masks import AtomKind, Dense, Lengths, Mask, PositionKind, SlidingWindow
 from kernelry.request.request import Mode
-from kernelry.testing.conformance.calls import Call
+from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.positive import Named, but, masked
 from kernelry.testing.conformance.subject import Subject
 
@@ -22,7 +22,7 @@ _QUANTISED = "quantised keys"
 _PAGES = "pages"
 
 
-def stored_calls(subject: Subject, base: Call) -> Iterator[Named]:
+def stored_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     """Every such claim, the most telling cases first, as a quick run keeps three of each."""
     ways = sorted(subject.can.kv_quantizations, reverse=True)
     yield from _quantised(subject, base, ways)
@@ -30,7 +30,7 @@ def stored_calls(subject: Subject, base: Call) -> Iterator[Named]:
         yield from _in_pages(subject, base, ways)
 
 
-def _quantised(subject: Subject, base: Call, ways: list[str]) -> Iterator[Named]:
+def _quantised(subject: Subject, base: AttentionCall, ways: list[str]) -> Iterator[Named]:
     for way in ways:
         yield _QUANTISED, f"quantised keys: {way}", (but(masked(subject, base), kv_quantization=way),)
         if subject.can.clean_hidden_slots:
@@ -42,7 +42,7 @@ def _quantised(subject: Subject, base: Call, ways: list[str]) -> Iterator[Named]
         yield from _results(subject, but(masked(subject, base), kv_quantization=way), _QUANTISED)
 
 
-def _in_pages(subject: Subject, base: Call, ways: list[str]) -> Iterator[Named]:
+def _in_pages(subject: Subject, base: AttentionCall, ways: list[str]) -> Iterator[Named]:
     yield _PAGES, "pages", _with_pages(masked(subject, base))
     if subject.can.clean_hidden_slots:
         yield _PAGES, "NaN in hidden slots: pages", _all_with_pages(_hiding(subject, base, 3))
@@ -60,7 +60,7 @@ def _in_pages(subject: Subject, base: Call, ways: list[str]) -> Iterator[Named]:
         yield claim, name, _all_with_pages(calls)
 
 
-def _rows(subject: Subject, base: Call) -> Iterator[tuple[str, tuple[Call, ...]]]:
+def _rows(subject: Subject, base: AttentionCall) -> Iterator[tuple[str, tuple[AttentionCall, ...]]]:
     """Few queries; each row of the batch sees another number of keys."""
     for q_len in _ROWS if subject.can.unequal_lengths else ():
         sized = _sized(subject, base, q_len)
@@ -70,20 +70,20 @@ def _rows(subject: Subject, base: Call) -> Iterator[tuple[str, tuple[Call, ...]]
             yield f"window at traced offsets, T = {q_len}", tuple(but(call, mask=_window(call)) for call in sized)
 
 
-def _results(subject: Subject, call: Call, claim: str) -> Iterator[Named]:
+def _results(subject: Subject, call: AttentionCall, claim: str) -> Iterator[Named]:
     if subject.can.statistics:
         yield claim, f"{claim}: lse", (but(call, partial=True), but(call, partial=True, gradients=frozenset()))
     if Feature.MAX_LOGITS in subject.can.features:
         yield claim, f"{claim}: max logits", (but(call, max_logits=True),)
 
 
-def _hiding(subject: Subject, base: Call, q_len: int) -> tuple[Call, ...]:
+def _hiding(subject: Subject, base: AttentionCall, q_len: int) -> tuple[AttentionCall, ...]:
     """Calls under which whole pages of one row are hidden, and some slots of the other."""
     sized = _sized(subject, base, q_len)
     return tuple(but(call, mask=mask, poison=True) for call in sized for mask in (_lengths(call), _dense(call)))
 
 
-def _sized(subject: Subject, base: Call, q_len: int) -> tuple[Call, ...]:
+def _sized(subject: Subject, base: AttentionCall, q_len: int) -> tuple[AttentionCall, ...]:
     if not subject.can.unequal_lengths:
         return (base,)
     lengths = dict.fromkeys(max(kv_len, base.kv_len) for kv_len in _KV_LENGTHS)
@@ -91,28 +91,28 @@ def _sized(subject: Subject, base: Call, q_len: int) -> tuple[Call, ...]:
     return tuple(but(base, q_len=q_len, kv_len=kv_len, mode=mode) for kv_len in lengths)
 
 
-def _seen(call: Call) -> np.ndarray:
+def _seen(call: AttentionCall) -> np.ndarray:
     return np.array([call.kv_len - 3, call.kv_len // 4], np.int32).clip(1)
 
 
-def _lengths(call: Call) -> Mask:
+def _lengths(call: AttentionCall) -> Mask:
     return Lengths(_seen(call))
 
 
-def _dense(call: Call) -> Mask:
+def _dense(call: AttentionCall) -> Mask:
     return Dense((np.arange(call.kv_len) < _seen(call)[:, None])[:, None, None])
 
 
-def _window(call: Call) -> Mask:
+def _window(call: AttentionCall) -> Mask:
     last = _seen(call) - 1
     return SlidingWindow(5, 0).at(query_offset=jnp.asarray(np.maximum(last - call.q_len + 1, 0)))
 
 
-def _with_pages(call: Call) -> tuple[Call, ...]:
+def _with_pages(call: AttentionCall) -> tuple[AttentionCall, ...]:
     """The call with pages of few slots, or else of more."""
     sizes = dict.fromkeys(max(1, call.kv_len // count) for count in (4, 2, 1))
     return tuple(but(call, page_size=size) for size in sizes)
 
 
-def _all_with_pages(calls: tuple[Call, ...]) -> tuple[Call, ...]:
+def _all_with_pages(calls: tuple[AttentionCall, ...]) -> tuple[AttentionCall, ...]:
     return tuple(paged for call in calls for paged in _with_pages(call))

@@ -14,8 +14,8 @@ from kernelry.kernel.spec import KernelSpec
 from kernelry.request.request import Mode, Operand
 from kernelry.resolution.resolver import explain
 from kernelry.testing.conformance.bench import Bench
-from kernelry.testing.conformance.calls import Call
-from kernelry.testing.conformance.place import Place
+from kernelry.testing.conformance.calls import AttentionCall
+from kernelry.testing.conformance.host import KernelHost
 
 _LENGTHS = (16, 32, 64, 128, 256, 512)
 """Tokens; the first length that a kernel accepts is used in most cases. Windows of 8 slots need 16 tokens."""
@@ -43,12 +43,12 @@ class Subject:
     spec: KernelSpec
     bench: Bench
     quick: bool
-    base: Call | None
+    base: AttentionCall | None
 
     @classmethod
     def of(cls, spec: KernelSpec, quick: bool) -> Subject:
         """Finds the base call."""
-        bench = Bench(spec, Place.of(spec))
+        bench = Bench(spec, KernelHost.of(spec))
         subject = cls(spec, bench, quick, None)
         return dataclasses.replace(subject, base=subject.first(_base_calls(spec.capabilities)))
 
@@ -58,44 +58,44 @@ class Subject:
         return self.spec.capabilities
 
     @property
-    def place(self) -> Place:
+    def host(self) -> KernelHost:
         """Where it is tested."""
-        return self.bench.place
+        return self.bench.host
 
     @property
     def is_slow(self) -> bool:
         """Whether a call takes seconds, as with interpreted kernels, so that a quick run has fewer of them."""
-        return self.place.interpreted
+        return self.host.interpreted
 
     @property
-    def plainest(self) -> Call:
+    def plainest(self) -> AttentionCall:
         """The first call that is tried as the base."""
         return next(iter(_base_calls(self.can)))
 
-    def refusals(self, call: Call) -> tuple[Refusal, ...]:
+    def refusals(self, call: AttentionCall) -> tuple[Refusal, ...]:
         """Why the kernel itself refuses a call; none where it serves it."""
         try:
-            return self.place.refusals(self.spec, call.request(self.place))
+            return self.host.refusals(self.spec, call.request(self.host))
         except KernelryError as error:
             return (Refusal(RefusalCode.FAULT, str(error)),)
         except Exception as error:  # its refusals raised, which core reports as a refusal, too
             return (Refusal(RefusalCode.FAULT, repr(error)),)
 
-    def serves(self, call: Call) -> bool:
+    def serves(self, call: AttentionCall) -> bool:
         """Whether the kernel serves a call without adapters."""
         return not self.refusals(call)
 
-    def serves_adapted(self, call: Call) -> bool:
+    def serves_adapted(self, call: AttentionCall) -> bool:
         """Whether the kernel serves a call through adapters, or without."""
-        with self.place.entered(self.spec, adapters=True):
-            return explain(call.request(self.place), kernel=self.spec.name).plan is not None
+        with self.host.entered(self.spec, adapters=True):
+            return explain(call.request(self.host), kernel=self.spec.name).plan is not None
 
-    def first(self, calls: Iterable[Call]) -> Call | None:
+    def first(self, calls: Iterable[AttentionCall]) -> AttentionCall | None:
         """The first call that is served."""
         return next((call for call in calls if self.serves(call)), None)
 
 
-def _base_calls(can: Capabilities) -> Iterable[Call]:
+def _base_calls(can: Capabilities) -> Iterable[AttentionCall]:
     dims = can.head_dims or Dims()
     dim = dims.padded(_SMALL_DIM) or dims.maximum or _SMALL_DIM
     modes = [mode for mode in _MODES if mode in can.modes] or [Mode.TRAIN]
@@ -103,7 +103,7 @@ def _base_calls(can: Capabilities) -> Iterable[Call]:
     normalization = "softmax" if "softmax" in can.normalizations else min(can.normalizations, default="softmax")
     has_scale = any(feature.value == "scale" for feature in can.features)
     make = functools.partial(
-        Call,
+        AttentionCall,
         q_heads=4,
         kv_heads=2 if can.grouped_heads else 4,
         head_dim=dim,

@@ -12,17 +12,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly, flat
-from kernelry.testing.conformance.calls import Call
-from kernelry.testing.conformance.cases import Case, Skip, Verdict
-from kernelry.testing.conformance.compare import hold, oracle, tolerance_for
+from kernelry.testing.conformance.calls import AttentionCall
+from kernelry.testing.conformance.compare import oracle, tolerance_for, verify
 from kernelry.testing.conformance.positive import but
-from kernelry.testing.conformance.report import Outcome
+from kernelry.testing.conformance.report import Case, Outcome, Skip, Verdict
 from kernelry.testing.conformance.subject import Subject
 
-_Check = Callable[[Bench, Call], None]
+_Check = Callable[[Bench, AttentionCall], None]
 
 
-def transform_cases(subject: Subject, call: Call) -> Iterator[Case]:
+def transform_cases(subject: Subject, call: AttentionCall) -> Iterator[Case]:
     """A case for each transformation, all of the same call."""
     checks: dict[str, _Check] = {
         "determinism": _determinism,
@@ -40,25 +39,25 @@ def transform_cases(subject: Subject, call: Call) -> Iterator[Case]:
             yield Case(name, "transforms", _verdict(check, subject.bench, call))
 
 
-def _verdict(check: _Check, bench: Bench, call: Call) -> Callable[[], Verdict]:
+def _verdict(check: _Check, bench: Bench, call: AttentionCall) -> Callable[[], Verdict]:
     def run() -> Verdict:
-        if bench.place.why_not is not None:
-            raise Skip(bench.place.why_not)
+        if bench.host.why_not is not None:
+            raise Skip(bench.host.why_not)
         check(bench, call)
         return Outcome.PASSED, ""
 
     return run
 
 
-def _given(call: Call, seed: int = 0) -> tuple[Any, Any, Any]:
+def _given(call: AttentionCall, seed: int = 0) -> tuple[Any, Any, Any]:
     return call.arrays(seed), call.mask, call.cotangents(seed)
 
 
-def _hold(bench: Bench, call: Call, found: Any, seed: int = 0) -> None:
-    hold(Answer(*found), oracle(call, seed=seed), call, tolerance_for(bench.spec.capabilities, call))
+def _hold(bench: Bench, call: AttentionCall, found: Any, seed: int = 0) -> None:
+    verify(Answer(*found), oracle(call, seed=seed), call, tolerance_for(bench.spec.capabilities, call))
 
 
-def _determinism(bench: Bench, call: Call) -> None:
+def _determinism(bench: Bench, call: AttentionCall) -> None:
     """Running a program twice, and tracing the same call again, give the same bits."""
     given = _given(call)
     program = bench.compiled(flat(bench.program(call)), *given)
@@ -69,31 +68,31 @@ def _determinism(bench: Bench, call: Call) -> None:
             assert np.array_equal(np.asarray(mine), np.asarray(theirs), equal_nan=True), f"{name} gave different bits"
 
 
-def _eager(bench: Bench, call: Call) -> None:
+def _eager(bench: Bench, call: AttentionCall) -> None:
     forward = but(call, gradients=frozenset())
-    with bench.place.entered(bench.spec):
+    with bench.host.entered(bench.spec):
         out = bench.attend(forward, forward.arrays(), forward.mask)
     _hold(bench, forward, (out, None, None, {}))
 
 
-def _stacked(call: Call) -> tuple[Any, Any, Any]:
+def _stacked(call: AttentionCall) -> tuple[Any, Any, Any]:
     pair = [(call.arrays(seed), call.cotangents(seed)) for seed in (0, 1)]
     arrays, cotangents = jax.tree.map(lambda *each: jnp.stack(each), *pair)
     return arrays, call.mask, cotangents
 
 
-def _hold_both(bench: Bench, call: Call, found: Any) -> None:
+def _hold_both(bench: Bench, call: AttentionCall, found: Any) -> None:
     for seed in (0, 1):
         _hold(bench, call, jax.tree.map(lambda leaf, seed=seed: leaf[seed], found), seed)
 
 
-def _vmap(bench: Bench, call: Call) -> None:
+def _vmap(bench: Bench, call: AttentionCall) -> None:
     mapped = jax.vmap(flat(bench.program(call)), in_axes=(0, None, 0))
     given = _stacked(call)
     _hold_both(bench, call, bench.compiled(mapped, *given)(*given))
 
 
-def _scan(bench: Bench, call: Call) -> None:
+def _scan(bench: Bench, call: AttentionCall) -> None:
     program = flat(bench.program(call))
 
     def scanned(arrays: Any, mask: Any, cotangents: Any) -> Any:
@@ -104,7 +103,7 @@ def _scan(bench: Bench, call: Call) -> None:
     _hold_both(bench, call, bench.compiled(scanned, *given)(*given))
 
 
-def _remat(bench: Bench, call: Call) -> None:
+def _remat(bench: Bench, call: AttentionCall) -> None:
     wanted = sorted(operand.value for operand in call.wanted)
 
     def program(arrays: Any, mask: Any, cotangents: Any) -> Any:
@@ -116,7 +115,7 @@ def _remat(bench: Bench, call: Call) -> None:
     _hold(bench, call, bench.compiled(program, *given)(*given))
 
 
-def _donation(bench: Bench, call: Call) -> None:
+def _donation(bench: Bench, call: AttentionCall) -> None:
     """Donated arrays may be overwritten by results, but not before they are last read."""
     given = _given(call)
     with warnings.catch_warnings():
@@ -125,7 +124,7 @@ def _donation(bench: Bench, call: Call) -> None:
     _hold(bench, call, found)
 
 
-def _exported(bench: Bench, call: Call) -> None:
+def _exported(bench: Bench, call: AttentionCall) -> None:
     """A program exported for any batch size gives the same results as one for this batch size."""
     given = _given(call)
     [batch] = jax.export.symbolic_shape("b")
@@ -134,13 +133,13 @@ def _exported(bench: Bench, call: Call) -> None:
         rows = leaf.ndim > 1 and leaf.shape[0] == call.batch
         return jax.ShapeDtypeStruct((batch, *leaf.shape[1:]) if rows else leaf.shape, leaf.dtype)  # type: ignore[no-untyped-call]
 
-    with bench.place.entered(bench.spec):
+    with bench.host.entered(bench.spec):
         program = jax.export.export(jax.jit(flat(bench.program(call))))(*jax.tree.map(shape_of, given))
     lowered = jax.jit(program.call).lower(*given)
-    _hold(bench, call, compile_quickly(lowered, bench.place.target.platform)(*given))
+    _hold(bench, call, compile_quickly(lowered, bench.host.target.platform)(*given))
 
 
-def _sharded(bench: Bench, call: Call) -> None:
+def _sharded(bench: Bench, call: AttentionCall) -> None:
     devices = jax.devices()
     if len(devices) < call.batch:
         raise Skip(f"needs {call.batch} devices, here {'is' if len(devices) == 1 else 'are'} {len(devices)}")

@@ -25,7 +25,7 @@ _ANY = Policy()
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class KernelHost:
     """Where the calls of the kit resolve.
 
     Args:
@@ -39,7 +39,7 @@ class Place:
     why_not: str | None = None
 
     @classmethod
-    def of(cls, spec: KernelSpec) -> Place:
+    def of(cls, spec: KernelSpec) -> KernelHost:
         """Finds out how a kernel can be tested on this machine."""
         here, can = current_target(), spec.capabilities
         if here.platform in can.platforms:

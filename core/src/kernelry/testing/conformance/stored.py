@@ -58,7 +58,7 @@ def quantized(array: np.ndarray, how: str) -> QuantizedArray:
     scale = (np.abs(array).max(axis=axes, keepdims=True, initial=0) / largest).astype(_SCALE_DTYPES[kind.axis])
     values = np.clip(array / np.where(scale == 0, 1, scale.astype(np.float64)), -largest, largest)
     whole = np.rint(values) if kind.dtype.startswith("int") else values
-    return QuantizedArray(whole.astype(kind.dtype), scale)  # type: ignore[arg-type]  # NumPy until `Call.arrays` converts it
+    return QuantizedArray(whole.astype(kind.dtype), scale)  # type: ignore[arg-type]  # NumPy until `AttentionCall.arrays` converts it
 
 
 def numbers(stored: _Stored) -> np.ndarray:

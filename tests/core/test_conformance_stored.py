@@ -14,12 +14,12 @@ from kernelry import masks
 from kernelry.plugin import Refusal, RefusalCode
 from kernelry.storage import QUANTIZATIONS, PagedArray, QuantizedArray
 from kernelry.testing.conformance import Outcome, cases_of, run_case
-from kernelry.testing.conformance.calls import Call
-from kernelry.testing.conformance.held import TABLE, as_given, quantized
+from kernelry.testing.conformance.calls import AttentionCall
+from kernelry.testing.conformance.stored import TABLE, as_given, quantized
 
 WAYS = sorted(QUANTIZATIONS)
 SEEN = np.array([13, 3], np.int32)
-CALL = Call(kv_heads=2, mask=masks.Lengths(SEEN), page_size=4)
+CALL = AttentionCall(kv_heads=2, mask=masks.Lengths(SEEN), page_size=4)
 """Row 1 sees nothing of three of its four pages."""
 HIDDEN = np.broadcast_to(np.arange(16) >= SEEN[:, None], (2, 16))
 
@@ -98,7 +98,7 @@ def test_what_is_not_declared_is_refused_and_served_through_adapters():
 
 
 def test_the_arrays_of_a_plain_call_are_as_before():
-    arrays = Call().arrays()
+    arrays = AttentionCall().arrays()
     assert set(arrays) == {"query", "key", "value"}
     rng = np.random.default_rng(0)
     np.testing.assert_array_equal(arrays["query"], rng.standard_normal((2, 16, 4, 8)).astype(np.float32))
