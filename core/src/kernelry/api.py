@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Iterable
 from numbers import Real
@@ -28,10 +27,10 @@ from kernelry.masks.fit import as_mask, check_fits
 from kernelry.masks.form import MaskForm
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
-from kernelry.request.checks import is_finite
 from kernelry.request.context_parallel import ContextParallel
-from kernelry.request.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of
-from kernelry.request.request import Mode, Operand, Request, dtype_name, precision_name
+from kernelry.request.operands import as_array, as_keys, check_qkv
+from kernelry.request.options import CallOptions
+from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import current_target
 from kernelry.resolution.resolver import resolve
 from kernelry.storage import PagedArray, QuantizedArray
@@ -98,44 +97,56 @@ def attention(
       NoKernelError: no installed kernel serves the call; the message says why for each.
       KernelRefusedError: the kernel named refuses it.
     """
-    arrays, form = _arrays(query, key, value, mask, bias, sinks)
-    check_kernel_name(kernel)
-    _check_numbers(normalization, scale=scale, soft_cap=soft_cap, dropout_rate=dropout_rate)
-    if bias is not None and soft_cap is not None:
-        warnings.warn("the soft cap caps bias too: a mask written as a bias comes back into sight", stacklevel=2)
-    batch, q_len, q_heads, head_dim = arrays.query.shape
-    _, kv_len, kv_heads, value_dim = arrays.value.shape
-    scope = current_scope()
-    target = scope.target or current_target()
-    request = Request(
-        target=target,
-        mode=Mode.parse(mode),
-        batch=size_of(batch),
-        q_len=size_of(q_len),
-        kv_len=size_of(kv_len),
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=dtype_name(arrays.query.dtype),
-        mask=form,
-        scale=None if scale is None else float(scale),  # type: ignore[arg-type]
-        bias=None if arrays.bias is None else tuple(map(size_of, arrays.bias.shape)),
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        sinks=sinks is not None,
-        dropout_rate=float(dropout_rate),
-        gradients=gradients,  # type: ignore[arg-type]
+    options = CallOptions(
+        mode=mode,
+        scale=scale,
+        soft_cap=soft_cap,
+        dropout_rate=dropout_rate,
+        gradients=gradients,
         normalization=normalization,
-        logits_dtype=_logits_dtype(logits_dtype),
-        precision=precision_name(precision),
+        logits_dtype=logits_dtype,
+        precision=precision,
         partial=return_partial,
         max_logits=return_max_logits,
+    )
+    return attention_with_options(
+        query, key, value, mask=mask, bias=bias, sinks=sinks, dropout_rng=dropout_rng, options=options, kernel=kernel
+    )
+
+
+def attention_with_options(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any,
+    options: CallOptions,
+    kernel: str = AUTO,
+    bias: Any = None,
+    sinks: Any = None,
+    dropout_rng: Any = None,
+) -> Any:
+    """`attention` for caches and layers, which hold its options as one value."""
+    arrays, form = _arrays(query, key, value, mask, bias, sinks)
+    check_kernel_name(kernel)
+    options = options.checked()
+    _check_normalization(options.normalization)
+    if bias is not None and options.soft_cap is not None:
+        warnings.warn("the soft cap caps bias too: a mask written as a bias comes back into sight", stacklevel=3)
+    scope = current_scope()
+    target = scope.target or current_target()
+    request = options.request(
+        arrays.query,
+        arrays.key,
+        arrays.value,
+        mask=form,
+        target=target,
+        sinks=sinks is not None,
+        bias=None if arrays.bias is None else tuple(map(size_of, arrays.bias.shape)),
         interpret=scope.interpret and target.platform == "cpu",
-        kv_quantization=quantization_of(arrays.key),
-        page_size=page_size_of(arrays.key),
         context_parallel=_shared_out(scope.context_parallel),
     )
-    arrays = dataclasses.replace(arrays, dropout_rng=unwrapped(dropout_rng) if dropout_rate else None)
+    arrays = dataclasses.replace(arrays, dropout_rng=unwrapped(dropout_rng) if options.dropout_rate else None)
     _check_given(request, arrays)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
@@ -162,24 +173,6 @@ def _shared_out(context: ContextParallel | None) -> str | None:
     if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[context.axis] is jax.sharding.AxisType.Manual:
         raise ArgumentError(f"{context!r}: inside a shard_map over {context.axis!r} every sequence is a part of one.")
     return None if sizes[context.axis] == 1 else str(dataclasses.replace(context, size=sizes[context.axis]))
-
-
-def _logits_dtype(dtype: Any) -> str:
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        raise ArgumentError(f"logits_dtype={dtype!r} is no dtype.") from None
-    if not jnp.issubdtype(found, jnp.floating):
-        raise ArgumentError(f"logits_dtype must be floating, got {found}.")
-    if found == jnp.float64 and jax.dtypes.canonicalize_dtype(found) != found:
-        raise ArgumentError("logits_dtype=float64 needs 64-bit types, which are off: set JAX_ENABLE_X64=1.")
-    return dtype_name(found)
-
-
-def _is_finite(number: Any) -> bool:
-    if isinstance(number, jax.Array | np.ndarray) and number.ndim == 0:
-        return math.isfinite(number)  # 1 / jnp.sqrt(64) is a number, too
-    return is_finite(number) or (isinstance(number, Real) and not isinstance(number, int) and math.isfinite(number))
 
 
 def _is_key(value: Any) -> bool:
@@ -264,18 +257,7 @@ def _bias(bias: Any, full: tuple[int, ...]) -> jax.Array:
     return array
 
 
-def _check_numbers(normalization: str, **given: Any) -> None:
-    numbers = [(name, unwrapped(number)) for name, number in given.items()]
-    for name, number in numbers:
-        if isinstance(number, jax.core.Tracer):
-            instead = "multiply query by it and pass scale=1.0, or " if name == "scale" else ""
-            raise ArgumentError(
-                f"{name} must be a Python number, got a traced array: {instead}make it static, as in "
-                f"jax.jit(f, static_argnames={name!r})."
-            )
-    for name, number in numbers:
-        if number is not None and not _is_finite(number):
-            raise ArgumentError(f"{name} must be a finite number, got {number!r}.")
+def _check_normalization(name: Any) -> None:
     known = installed.registry().normalizations
-    if not isinstance(normalization, str) or normalization not in known:
-        raise ArgumentError(f"unknown normalization {normalization!r}{nearest(str(normalization), known)}")
+    if not isinstance(name, str) or name not in known:
+        raise ArgumentError(f"unknown normalization {name!r}{nearest(str(name), known)}")

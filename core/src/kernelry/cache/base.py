@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from abc import abstractmethod
-from typing import Any, Protocol, Self, TypedDict, Unpack, final
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernelry.api import attention
+from kernelry.api import attention_with_options
+from kernelry.cache.parts import CachePart, MaskedPart, check_positional, finished, partials_of
 from kernelry.cache.prefix import SharedPrefix
 from kernelry.cache.slots import bytes_of, token_counts
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
-from kernelry.execution.normalization import finalize, merge
 from kernelry.kernel.partial import checking_output
 from kernelry.kernel.spec import AUTO
-from kernelry.masks import Causal, Full, Lengths, Mask
-from kernelry.masks.base import At, children, is_mask
+from kernelry.masks import Causal, Full, Mask
+from kernelry.masks.base import is_mask
 from kernelry.masks.fit import not_a_mask
-from kernelry.request.operands import Keys, as_array
+from kernelry.request.checks import check_sinks
+from kernelry.request.operands import as_array
+from kernelry.request.options import CallOptions
 from kernelry.request.request import Mode
 
 _CAUSAL = Causal()
+_SLOTS_MOVE = "slots of a cache move: use masks of positions, and lengths= for rows of different length"
 
 
-class Options(TypedDict, total=False):
+class AttendOptions(TypedDict, total=False):
     """The keywords of `attend`."""
 
     mask: Mask | None
@@ -42,41 +44,6 @@ class Options(TypedDict, total=False):
     precision: str | jax.lax.Precision | None
     return_partial: bool
     return_max_logits: bool
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Part:
-    """Disjoint keys of a cache.
-
-    Args:
-      key, value: [B, S, K, H] and [B, S, K, D], however they are held.
-      lengths: [B], the slots of each row that hold tokens; None where all do.
-      offset: where slot 0 of each row stands, a number or [B].
-      positions: [B, S], where the slots stand, in place of `offset`.
-      seen: whether the mask of the call certainly shows all its tokens to every query.
-    """
-
-    key: Keys
-    value: Keys
-    lengths: jax.Array | None = None
-    offset: int | jax.Array = 0
-    positions: jax.Array | None = None
-    seen: bool = False
-
-    def mask(self, base: Mask, start: int, query_offset: jax.Array, query_lengths: jax.Array | None) -> Mask:
-        """The mask of the queries over this part, `start` positions further on."""
-        if self.seen:
-            placed: Mask = Full()
-        elif self.positions is None:
-            placed = base.at(query_offset=query_offset, kv_offset=jnp.asarray(self.offset + start, jnp.int32))
-        else:
-            placed = base.at(query_offset=query_offset, kv_positions=self.positions + start)
-        if self.lengths is not None:
-            return placed & Lengths(self.lengths, query_lengths)
-        if query_lengths is not None:
-            return placed & Lengths(self.key.shape[1], query_lengths)
-        return placed
 
 
 class KVCache(Protocol):
@@ -126,7 +93,7 @@ class KVCache(Protocol):
         """
 
     @abstractmethod
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         """The disjoint parts of the keys.
 
         Raises:
@@ -154,7 +121,7 @@ class KVCache(Protocol):
         query: Float[Array, "B T N H"],
         key: Float[Array, "B T K H"],
         value: Float[Array, "B T K D"],
-        **options: Unpack[Options],
+        **options: Unpack[AttendOptions],
     ) -> tuple[Any, Self]:
         """One step: appends the tokens and attends from them.
 
@@ -207,7 +174,7 @@ class KVCache(Protocol):
           ShapeError, NoKernelError, KernelRefusedError: as `kernelry.attention`.
         """
         mask = Full() if mask is None else mask
-        check_mask(mask)
+        _check_mask(mask)
         query = as_array("query", query, 4)
         if query.shape[0] != self.lengths.shape[0]:
             raise ShapeError(f"query must be [B, T, N, H] with B={self.lengths.shape[0]}, got shape {query.shape}.")
@@ -222,35 +189,34 @@ class KVCache(Protocol):
             )
         if prefix is not None and not isinstance(prefix, SharedPrefix):
             raise ShapeError(f"prefix must be a kernelry.cache.SharedPrefix, got {type(prefix).__name__}.")
-        if sinks is not None and return_partial:
-            raise ArgumentError("sinks join the denominator once, at the end: pass them to kernelry.finalize.")
-        call = functools.partial(
-            attention,
+        check_sinks(sinks is not None, return_partial)
+        options = CallOptions(
+            mode=mode,
             scale=scale,
             soft_cap=soft_cap,
-            mode=mode,
-            kernel=kernel,
             logits_dtype=logits_dtype,
             precision=precision,
-            return_max_logits=return_max_logits,
+            partial=return_partial,
+            max_logits=return_max_logits,
         )
         start = 0 if prefix is None else prefix.length
         offset = self.lengths - counts + start
         parts = self.masked_parts(mask, q_len, offset, own, start)
         if len(parts) == 1 and prefix is None and not return_partial:
-            [(part, placed)] = parts
-            result = call(query, part.key, part.value, mask=placed, sinks=sinks)
-            return self._poisoned(result)
-        found = [call(query, part.key, part.value, mask=placed, return_partial=True) for part, placed in parts]
+            [part] = parts
+            return self._poisoned(
+                attention_with_options(
+                    query, part.key, part.value, mask=part.mask, sinks=sinks, options=options, kernel=kernel
+                )
+            )
+        found = partials_of(query, parts, options, kernel=kernel)
         if prefix is not None:
-            found.append(prefix.attend(call, query, offset, _base(mask, q_len), own, return_max_logits))
-        merged = merge([partial[0] if return_max_logits else partial for partial in found])
-        result = merged if return_partial else finalize(merged, sinks)
-        return self._poisoned((result, merged.max_logits) if return_max_logits else result)
+            found.append(prefix.attend(query, offset, _base(mask, q_len), own, options, kernel=kernel))
+        return self._poisoned(finished(found, sinks, options))
 
     def masked_parts(
         self, mask: Mask, q_len: int, offset: jax.Array, lengths: jax.Array | None = None, start: int = 0
-    ) -> tuple[tuple[Part, Mask], ...]:
+    ) -> tuple[MaskedPart, ...]:
         """The disjoint parts of the keys, each with what the last tokens see of it.
 
         Args:
@@ -264,7 +230,7 @@ class KVCache(Protocol):
           ArgumentError: the mask or the number of queries asks for keys that are not kept.
         """
         base = _base(mask, q_len)
-        return tuple((part, part.mask(base, start, offset, lengths)) for part in self.parts(mask, q_len))
+        return tuple(part.masked(base, start, offset, lengths) for part in self.parts(mask, q_len))
 
     def _poisoned(self, result: Any) -> Any:
         """NaN everywhere where something did not fit: an answer without the tokens lost would be a wrong one."""
@@ -277,28 +243,10 @@ def _base(mask: Mask, q_len: int) -> Mask:
     return Full() if q_len == 1 and isinstance(mask, Causal) else mask
 
 
-def check_mask(mask: Any) -> None:
-    """Refuses masks about slots, and masks that say where the keys stand.
-
-    Raises:
-      ArgumentError: it is one.
-      ShapeError: it is not a mask.
-    """
+def _check_mask(mask: Any) -> None:
     if not is_mask(mask):
         instead = not_a_mask(mask)
         if hasattr(mask, "shape"):
-            instead = (
-                f"{mask.dtype} of shape {mask.shape}; slots of a cache move: use masks of positions, and lengths= for "
-                "rows of different length"
-            )
+            instead = f"{mask.dtype} of shape {mask.shape}; {_SLOTS_MOVE}"
         raise ShapeError(f"mask must be a kernelry mask, got {instead}.")
-    if isinstance(mask, At) and mask.kv is not None:
-        raise ArgumentError(f"mask={mask!r} says where keys stand, which the cache knows: leave kv_… out.")
-    inside = children(mask)
-    for part in inside:
-        check_mask(part)
-    if not inside and not mask.positional and not isinstance(mask, Full):
-        raise ArgumentError(
-            f"mask={mask!r} is about the slots of an array, and slots of a cache move: use masks of positions, and "
-            "lengths= for rows of different length."
-        )
+    check_positional(mask, placed="which the cache knows: leave kv_… out", slots=f"and {_SLOTS_MOVE}")

@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.cache.base import KVCache, Part
+from kernelry.cache.base import KVCache
 from kernelry.cache.paged_table import Growth, PageTable, as_rows, first_of_each, grow, is_known, release, share
 from kernelry.cache.paged_view import PagedView
+from kernelry.cache.parts import CachePart
 from kernelry.cache.slots import check_sizes, empty
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.masks import Mask
@@ -274,7 +275,7 @@ class PagedCache(KVCache):
             raise ArgumentError(f"rows={found.tolist()} names a row twice.")
         return PagedView(self, first_of_each(found, self.table.shape[0]), int(layer), int(shared_pages))
 
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         return self.view().parts(base, q_len)
 
     @property

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.cache.base import KVCache, Options, Part
+from kernelry.cache.base import AttendOptions, KVCache
 from kernelry.cache.paged_table import is_known, rows_of
+from kernelry.cache.parts import CachePart
 from kernelry.cache.prefix import SharedPrefix
 from kernelry.cache.slots import check_tokens, token_counts, write
 from kernelry.errors import ArgumentError
@@ -123,12 +124,12 @@ class PagedView(KVCache):
             self, cache=dataclasses.replace(self.cache, keys=keys, values=values, overflowed=overflowed)
         )
 
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         table = self.table  # one array, which key and value share
         key, value = (PagedArray(stored[self.layer], table) for stored in (self.cache.keys, self.cache.values))
-        return (Part(key=key, value=value, lengths=self.lengths),)
+        return (CachePart(key=key, value=value, lengths=self.lengths),)
 
-    def attend(self, query: Float[Array, "B T N H"], **options: Unpack[Options]) -> Any:
+    def attend(self, query: Float[Array, "B T N H"], **options: Unpack[AttendOptions]) -> Any:
         if not self.shared_pages or query.ndim != 4:
             return KVCache.attend(self, query, **options)
         if options.get("prefix") is not None:
@@ -136,7 +137,11 @@ class PagedView(KVCache):
         counts = token_counts(options.get("lengths"), query.shape[0], query.shape[1])
         rest = self._rest(counts)
         # The queries of an empty row see nothing.
-        whole: Options = {**options, "prefix": self._beginning(), "lengths": jnp.where(self.lengths == 0, 0, counts)}
+        whole: AttendOptions = {
+            **options,
+            "prefix": self._beginning(),
+            "lengths": jnp.where(self.lengths == 0, 0, counts),
+        }
         return rest.attend(query, **whole)
 
     def _beginning(self) -> SharedPrefix:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
 
 from kernelry._pytree import pytree, short_repr
+from kernelry.cache.parts import MaskedPart, partials_of
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import Partial
 from kernelry.masks import Causal, Full, Mask
 from kernelry.masks.base import At, children
+from kernelry.request.options import CallOptions
 from kernelry.storage import QuantizedArray
 from kernelry.storage.quantized import Stored
 
@@ -57,26 +58,29 @@ class SharedPrefix:
 
     def attend(
         self,
-        call: Callable[..., Any],
         query: jax.Array,
         query_offset: jax.Array,
         mask: Mask,
         lengths: jax.Array | None,
-        return_max_logits: bool,
+        options: CallOptions,
+        *,
+        kernel: str,
     ) -> Partial:
         """Attends from the queries of all rows at once.
 
         Args:
-          call: `kernelry.attention` with the options of the call.
-          query: [B, T, N, H]. query_offset: [B], where its first token stands.
-          mask: of positions. lengths: [B], the queries of each row that are tokens; None is all.
-          return_max_logits: refused, for the largest logit of each row is lost.
+          query: [B, T, N, H].
+          query_offset: [B], the position of its first token.
+          mask: of positions.
+          lengths: [B], the queries of each row that are tokens; None is all.
+          options: of the call; `max_logits` is refused, for the largest logit of each row is lost.
+          kernel: as in `kernelry.attention`.
 
         Raises:
           ArgumentError: the mask holds arrays, which belong to rows, or says where queries stand, or max_logits are
-            wanted.
+            requested.
         """
-        if return_max_logits:
+        if options.max_logits:
             raise ArgumentError("return_max_logits with prefix= is not available: rows are joined; attend without it.")
         _check_mask(mask)
         batch, q_len = query.shape[:2]
@@ -87,7 +91,8 @@ class SharedPrefix:
         # A causal mask shows the whole prefix to all that stands behind it.
         base = Full() if isinstance(mask, Causal) else mask
         placed = base.at(query_positions=positions.reshape(1, -1), kv_offset=0)
-        partial = call(_joined(query), _one_row(self.key), _one_row(self.value), mask=placed, return_partial=True)
+        part = MaskedPart(_one_row(self.key), _one_row(self.value), placed)
+        [partial] = partials_of(_joined(query), [part], options, kernel=kernel)
         return _apart(partial, batch, q_len, lengths)
 
 

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.cache.base import KVCache, Part
+from kernelry.cache.base import KVCache
+from kernelry.cache.parts import CachePart
 from kernelry.cache.prefix import is_placed
 from kernelry.cache.slots import check_sizes, check_tokens, empty, stored_like, token_counts, write
 from kernelry.errors import ArgumentError, ShapeError
@@ -174,7 +175,7 @@ class RollingCache(KVCache):
             lengths=self.lengths + counts,
         )
 
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         form = base.form
         if is_placed(base) or not _within(form, self.window):
             raise ArgumentError(
@@ -187,7 +188,7 @@ class RollingCache(KVCache):
                 f"it with max_append={q_len}, or attend to a prompt with kernelry.attention, beside prefill."
             )
         return (
-            Part(
+            CachePart(
                 key=self.key,
                 value=self.value,
                 lengths=jnp.minimum(self.lengths, self.capacity),

@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.cache.base import KVCache, Part
+from kernelry.cache.base import KVCache
+from kernelry.cache.parts import CachePart
 from kernelry.cache.slots import (
     check_sizes,
     check_tokens,
@@ -217,10 +218,10 @@ class TwoPartCache(KVCache):
             overflowed=self.overflowed | ~fits,
         )
 
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         return (
-            Part(key=self.prefill_key, value=self.prefill_value, lengths=self.prefill_lengths),
-            Part(
+            CachePart(key=self.prefill_key, value=self.prefill_value, lengths=self.prefill_lengths),
+            CachePart(
                 key=self.decode_key, value=self.decode_value, lengths=self.decode_lengths, offset=self.prefill_lengths
             ),
         )

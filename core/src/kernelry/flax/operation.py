@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from kernelry.config.layer import check_config
+from kernelry.config.layer import check_config, options_of
 from kernelry.config.loading import AttentionConfig
 from kernelry.errors import ArgumentError
-from kernelry.flax.call import Call
+from kernelry.flax.call import LayerCall
 from kernelry.flax.tokens import CachedPart, Tokens
 from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
@@ -113,19 +113,23 @@ class AttentionOp(nnx.Module):
         if not isinstance(tokens, Tokens):
             raise ArgumentError(f"tokens must be kernelry.flax.Tokens, got {type(tokens).__name__}.")
         rate, dropout_rng = self._dropout(deterministic, rngs)
-        call = Call(
-            config=self.config,
+        options = dataclasses.replace(
+            options_of(self.config),
+            mode=mode,
+            dropout_rate=rate,
+            gradients=None if gradients is None else operands_of(gradients),
+            partial=return_partial,
+            max_logits=return_max_logits or self.config.record_max_logits,
+        )
+        call = LayerCall(
             mask=self.mask if mask is None else mask,
             tokens=tokens,
             cached=(cached,) if isinstance(cached, CachedPart) else tuple(cached),
-            mode=mode,
+            moba=self.config.moba,
             bias=bias,
             sinks=self._sinks(sinks, return_partial),
-            dropout_rate=rate,
             dropout_rng=dropout_rng,
-            gradients=None if gradients is None else operands_of(gradients),
-            return_partial=return_partial,
-            max_logits=return_max_logits or self.config.record_max_logits,
+            options=options,
         )
         with policy_of(self.config):
             result, max_logits = call.attend(query, key, value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 import jax
 import jax.numpy as jnp
 
-from kernelry.config.layer import AttentionConfig
+from kernelry.config.layer import AttentionConfig, options_of
 from kernelry.errors import ArgumentError
 from kernelry.masks import BlockSelection, Lengths
 from kernelry.masks.base import Extent, Mask
@@ -20,7 +20,7 @@ from kernelry.masks.words import filled
 from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
-from kernelry.request.operands import page_size_of, quantization_of
+from kernelry.request.options import CallOptions
 from kernelry.request.request import Mode, Request
 from kernelry.request.target import Target
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Call:
+class PhaseCall:
     """One call of a phase: its request, and operands that have the right shapes and no meaning.
 
     Args:
@@ -47,7 +47,7 @@ class Call:
     value: Any
 
 
-def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[Call, ...]:
+def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[PhaseCall, ...]:
     """What train, prefill and decode ask of attention; the first call of each mode is the one that `Phases` names.
 
     Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step stands
@@ -95,7 +95,7 @@ def mask_of(config: AttentionConfig, mode: Mode, extent: Extent) -> Mask:
     return _with_blocks(config, mask, extent) & Lengths(filled(extent.kv_len, (extent.batch,)))
 
 
-def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[..., Call]) -> Call:
+def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[..., PhaseCall]) -> PhaseCall:
     mask = mask_of(config, Mode.DECODE, dataclasses.replace(shape.prompt, q_len=1, kv_len=shape.max_len))
     storage = CacheShape.parse(shape.cache).storage
     return make("decode", Mode.DECODE, mask, *_plain(shape, shape.max_len, storage))
@@ -130,8 +130,8 @@ def _heads(shape: ModelShape) -> tuple[int, int, int, int]:
 
 
 def _from_cache(
-    config: AttentionConfig, shape: ModelShape, make: Callable[..., Call], mode: Mode, name: str
-) -> tuple[Call, ...]:
+    config: AttentionConfig, shape: ModelShape, make: Callable[..., PhaseCall], mode: Mode, name: str
+) -> tuple[PhaseCall, ...]:
     """What `attend` of a cache asks, a call for each of its parts."""
     q_len = 1 if mode is Mode.DECODE else shape.q_len
 
@@ -152,12 +152,12 @@ def cached(config: AttentionConfig, shape: ModelShape, q_len: int) -> list[tuple
             f"cache {str(shape.cache)!r} with moba: blocks are chosen among the keys of one array; use 'contiguous'."
         )
 
-    def parts() -> list[tuple[Mask, Any, Any]]:
+    def masked() -> list[tuple[Mask, Any, Any]]:
         cache = _cache(config, shape)
-        masked = cache.masked_parts(config.mask, q_len, cache.lengths)
-        return [(mask, part.key, part.value) for part, mask in masked]
+        parts = cache.masked_parts(config.mask, q_len, cache.lengths)
+        return [(part.mask, part.key, part.value) for part in parts]
 
-    found: list[tuple[Mask, Any, Any]] = jax.eval_shape(parts)
+    found: list[tuple[Mask, Any, Any]] = jax.eval_shape(masked)
     return found
 
 
@@ -166,7 +166,7 @@ def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
 
     held = CacheShape.parse(shape.cache)
     _, kv_heads, head_dim, value_dim = _heads(shape)
-    facts: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "value_dim": value_dim,
@@ -174,12 +174,12 @@ def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
         "storage": held.storage,
     }
     if held.kind is CacheKind.TWO_PART:
-        return TwoPartCache.create(batch=shape.batch, prefill=shape.q_len, decode=shape.max_len - shape.q_len, **facts)
+        return TwoPartCache.create(batch=shape.batch, prefill=shape.q_len, decode=shape.max_len - shape.q_len, **sizes)
     if held.kind is CacheKind.ROLLING:
-        return RollingCache.create(batch=shape.batch, window=_window(config), **facts)
+        return RollingCache.create(batch=shape.batch, window=_window(config), **sizes)
     assert held.page_size is not None
     pages = shape.batch * -(-shape.max_len // held.page_size)
-    return PagedCache.create(rows=shape.batch, pages=pages, page_size=held.page_size, max_length=shape.max_len, **facts)
+    return PagedCache.create(rows=shape.batch, pages=pages, page_size=held.page_size, max_length=shape.max_len, **sizes)
 
 
 def _window(config: AttentionConfig) -> int:
@@ -213,47 +213,36 @@ def _call(
     *,
     partial: bool = False,
     from_cache: bool = False,
-) -> Call:
-    _, kv_len, kv_heads, head_dim = key.shape
-    request = Request(
-        target=target,
-        mode=mode,
-        batch=shape.batch,
-        q_len=1 if mode is Mode.DECODE else shape.q_len,
-        kv_len=kv_len,
-        q_heads=shape.q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value.shape[-1],
-        dtype=shape.dtype,
-        partial=partial,
-        kv_quantization=quantization_of(key),
-        page_size=page_size_of(key),
-        interpret=current_scope().interpret,
+) -> PhaseCall:
+    q_len = 1 if mode is Mode.DECODE else shape.q_len
+    request = options_in(mode, config, partial=partial, from_cache=from_cache).request(
+        jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
+            (shape.batch, q_len, shape.q_heads, shape.head_dim), shape.dtype
+        ),
+        key,
+        value,
         mask=mask.form,
-        **options_of(config, mode, partial=partial, from_cache=from_cache),
+        target=target,
+        sinks=config.sinks and not partial,  # sinks join once, after the merge of the parts
+        interpret=current_scope().interpret,
     )
-    return Call(name, request, mask, key, value)
+    return PhaseCall(name, request, mask, key, value)
 
 
-def options_of(
-    config: AttentionConfig, mode: Mode, *, partial: bool = False, from_cache: bool = False
-) -> dict[str, Any]:
-    """What a config says of a call besides its mask, as fields of a Request.
+def options_in(mode: Mode, config: AttentionConfig, *, partial: bool = False, from_cache: bool = False) -> CallOptions:
+    """The options of a call of a phase.
 
     Args:
+      mode: of the phase; only training drops out.
       config: the layer's.
-      mode: only training drops out.
-      partial: whether statistics are wanted, of a part of the keys.
+      partial: whether statistics are requested, of a part of the keys.
       from_cache: whether a cache attends, which returns largest logits only where its call asks for them.
     """
-    return {
-        "scale": config.scale,
-        "soft_cap": config.soft_cap,
-        # Sinks join once, after the merge of the parts; Request refuses them in a part.
-        "sinks": config.sinks and not partial,
-        "dropout_rate": config.dropout_rate if mode is Mode.TRAIN else 0.0,
-        "logits_dtype": config.logits_dtype,
-        "precision": config.precision,
-        "max_logits": config.record_max_logits and not from_cache,
-    }
+    options = options_of(config)
+    return dataclasses.replace(
+        options,
+        mode=mode,
+        dropout_rate=options.dropout_rate if mode is Mode.TRAIN else 0.0,
+        partial=partial,
+        max_logits=options.max_logits and not from_cache,
+    )

@@ -105,7 +105,12 @@ def _check_numbers(request: Any) -> None:
         raise ArgumentError(f"dropout_rate must be in [0, 1), got {request.dropout_rate}.")
     if request.soft_cap is not None and request.soft_cap <= 0:
         raise ArgumentError(f"soft_cap must be positive, got {request.soft_cap}; pass None for no cap.")
-    if request.sinks and request.partial:
+    check_sinks(request.sinks, request.partial)
+
+
+def check_sinks(sinks: bool, partial: bool) -> None:
+    """Raises ArgumentError where attention to a part of the keys is given sinks."""
+    if sinks and partial:
         raise ArgumentError(
             "sinks join the denominator once, at the end: pass them to kernelry.finalize, not to parts."
         )
