@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from kernelry._values import size_of, unwrapped
 from kernelry.errors import ArgumentError, PluginError, ShapeError, nearest
-from kernelry.execution.guards import in_reverse_mode, noticed_elsewhere, without_gradient
+from kernelry.execution.guards import in_reverse_mode, naming_forward_mode, noticed_elsewhere, without_gradient
 from kernelry.execution.plan import Plan
 from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.partial import Partial, checking_output
@@ -205,7 +205,8 @@ def _check_given(request: Request, inputs: Inputs) -> None:
 
 @checking_output
 def _run(plan: Plan, arrays: Inputs, request: Request, *, notice: bool) -> Any:
-    partial = plan.run(arrays)
+    with naming_forward_mode(plan.kernel, installed.native_kernels):
+        partial = plan.run(arrays)
     if notice:
         partial = noticed_elsewhere(partial, request, plan.kernel.name)
     result = partial if request.partial else _finalized(partial, request)
