@@ -288,7 +288,7 @@ def test_differentiating_in_decode_mode_is_an_error():
         (masks.Causal() & masks.Lengths(3), ArgumentError, "about the slots of one array"),
         (masks.Segments(np.zeros(3, np.int32)), ArgumentError, "about the slots of one array"),
         (masks.Causal() | ~masks.Dense(np.ones((1, 3), bool)), ArgumentError, "about the slots of one array"),
-        (masks.Causal().at(kv_offset=3), ArgumentError, "says where keys stand"),
+        (masks.Causal().at(kv_offset=3), ArgumentError, "gives the keys' positions"),
         (np.ones((1, 3), bool), ShapeError, "got bool of shape .* slots of a cache move: use masks of positions"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The front end: splits a call into static facts and arrays, resolves, runs."""
+"""The front end: splits a call into its request and its arrays, resolves the request, and runs the plan."""
 
 from __future__ import annotations
 
@@ -67,24 +67,24 @@ def attention(
 
     Args:
       query: [B, T, N, H], floating.
-      key: [B, S, K, H], query's dtype; K divides N. Or a `kernelry.cache.QuantizedArray`.
-      value: [B, S, K, D], query's dtype. Or quantised like key.
-      mask: which keys each query sees; see `kernelry.masks`. None is all of them; booleans [T, S], or of rank 4 and
+      key: [B, S, K, H] of query's dtype, where K divides N; or a `kernelry.cache.QuantizedArray`.
+      value: [B, S, K, D] of query's dtype, or quantised like key.
+      mask: which keys each query sees; see `kernelry.masks`. None means all of them; booleans [T, S], or of rank 4 and
         broadcastable to B N T S, are True where a key is seen.
-      scale: a number; None is H ** -0.5.
+      scale: a number; None means H ** -0.5.
       bias: floating, broadcastable to B N T S, added before the soft cap.
-      soft_cap: a positive number; None is no cap.
+      soft_cap: a positive number; None means no cap.
       sinks: [N], one logit per query head that joins the denominator once, unscaled and unmasked.
-      dropout_rate: on the probabilities, in [0, 1); needs `dropout_rng`.
+      dropout_rate: the rate of dropout on the probabilities, in [0, 1); needs `dropout_rng`.
       dropout_rng: a PRNG key.
       mode: `train`, `prefill` or `decode` (alias `autoregressive`).
-      kernel: a kernel's name, absolutely, or `auto`.
+      kernel: the name of the kernel to use, with no alternative; or `auto`.
       gradients: names of the operands whose gradient is needed, of `query`, `key`, `value`, `bias`
-        and `sinks`; None is all floating arrays in train mode and none otherwise. Differentiating
+        and `sinks`; None means all floating arrays in train mode and none otherwise. Differentiating
         another operand raises ArgumentError.
       normalization: the name of a Normalization.
-      logits_dtype: of logits, softmax and statistics.
-      precision: of the products.
+      logits_dtype: the dtype of logits, softmax and statistics.
+      precision: the precision of the products, as in `jax.lax.Precision`.
       return_partial: return a Partial with statistics, for `kernelry.merge`.
       return_max_logits: return `(result, max_logits)`, [B, N], the largest visible logits.
 
@@ -93,9 +93,9 @@ def attention(
 
     Raises:
       ShapeError: an array's rank, shape or dtype does not fit.
-      ArgumentError: another argument has a value that means nothing.
+      ArgumentError: another argument has an invalid value.
       NoKernelError: no installed kernel serves the call; the message says why for each.
-      KernelRefusedError: the kernel named refuses it.
+      KernelRefusedError: the named kernel cannot serve the call.
     """
     options = CallOptions(
         mode=mode,
@@ -132,7 +132,10 @@ def attention_with_options(
     options = options.checked()
     _check_normalization(options.normalization)
     if bias is not None and options.soft_cap is not None:
-        warnings.warn("the soft cap caps bias too: a mask written as a bias comes back into sight", stacklevel=3)
+        warnings.warn(
+            "the soft cap caps bias too: keys hidden by large negative numbers in bias become visible; pass them as mask=",
+            stacklevel=3,
+        )
     scope = current_scope()
     target = scope.target or current_target()
     request = options.request(
@@ -158,7 +161,7 @@ def attention_with_options(
 
 
 def _shared_out(context: ContextParallel | None) -> str | None:
-    """The request's word for sequences sharded over an axis of the mesh."""
+    """How sequences are sharded over an axis of the mesh, as a request holds it."""
     if context is None or context.size == 1:
         return None
     mesh = jax.sharding.get_abstract_mesh()
@@ -171,7 +174,9 @@ def _shared_out(context: ContextParallel | None) -> str | None:
     if context.size not in (None, sizes[context.axis]):
         raise ArgumentError(f"{context!r}: the axis has size {sizes[context.axis]} in the mesh {sizes}.")
     if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[context.axis] is jax.sharding.AxisType.Manual:
-        raise ArgumentError(f"{context!r}: inside a shard_map over {context.axis!r} every sequence is a part of one.")
+        raise ArgumentError(
+            f"{context!r}: inside a shard_map over {context.axis!r} each device holds only a part of every sequence."
+        )
     return None if sizes[context.axis] == 1 else str(dataclasses.replace(context, size=sizes[context.axis]))
 
 
@@ -222,7 +227,7 @@ def _finalized(partial: Partial, request: Request) -> jax.Array:
     kind = type(normalization)
     raise PluginError(
         f"normalization {request.normalization!r} ({kind.__module__}.{kind.__qualname__}) finalized {request} to "
-        f"{found}, expected {request.dtype} {list(partial.out.shape)} (B T N D). The fault is the normalization's: "
+        f"{found}, expected {request.dtype} {list(partial.out.shape)} (B T N D). This is a bug in the normalization: "
         f"report it to its authors."
     )
 

@@ -1,4 +1,4 @@
-"""What every cache can do: attend to its parts, and append and attend in one step."""
+"""The protocol of key/value caches: append tokens, and attend to the parts of the cache."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class AttendOptions(TypedDict, total=False):
 class KVCache(Protocol):
     """Keys and values of the tokens so far: an immutable pytree, usable under jit, scan and donation.
 
-    `append` comes before `attend`: the queries of `attend` are the last tokens appended. What does not fit is an error
-    where the numbers are known; under jit nothing is written, the rows keep their lengths, `overflowed` is set until
-    `recovered()`, `attend` returns NaN, and `check()` raises outside.
+    `append` comes before `attend`: the queries of `attend` are the last tokens appended. Tokens that do not fit are an
+    error outside of jit. Under jit they are not written, the rows keep their lengths, `overflowed` is set until
+    `recovered()`, `attend` returns NaN, and `check()`, called outside, raises.
     """
 
     __slots__ = ()
@@ -59,16 +59,16 @@ class KVCache(Protocol):
     @property
     @abstractmethod
     def lengths(self) -> Int[Array, " B"]:
-        """The tokens of each row."""
+        """The number of tokens in each row."""
 
     @property
     @abstractmethod
     def overflowed(self) -> jax.Array:
-        """A boolean: whether something did not fit."""
+        """A boolean: whether tokens were appended that did not fit."""
 
     @property
     def bytes(self) -> int:
-        """What its arrays take in memory; an int4 takes half a byte."""
+        """The memory of its arrays, in bytes; an int4 takes half a byte."""
         return bytes_of(self)
 
     @abstractmethod
@@ -82,14 +82,14 @@ class KVCache(Protocol):
         """Writes the next tokens of every row.
 
         Args:
-          key, value: of T tokens a row, held in the cache's dtype.
-          lengths: [B], how many of them are tokens, from the first on; None is all. Under jit, numbers outside
-            [0, T] count as the nearest inside.
+          key, value: T tokens per row, stored in the cache's dtype.
+          lengths: [B], how many of the T are tokens, counted from the first; None means all. Under jit, numbers
+            outside [0, T] are clipped.
 
         Raises:
-          CacheFullError: they do not fit; nothing was written.
+          CacheFullError: the tokens do not fit; nothing was written.
           ShapeError: an array does not fit the cache.
-          ArgumentError: lengths outside [0, T].
+          ArgumentError: lengths are outside [0, T].
         """
 
     @abstractmethod
@@ -97,23 +97,23 @@ class KVCache(Protocol):
         """The disjoint parts of the keys.
 
         Raises:
-          ArgumentError: the mask or the number of queries asks for keys that are not kept.
+          ArgumentError: the mask, or the number of queries, needs keys that are not kept.
         """
 
     def check(self) -> Self:
         """Returns this cache.
 
         Raises:
-          CacheFullError: something did not fit, under jit too.
+          CacheFullError: tokens were appended that did not fit, also under jit.
         """
         if bool(self.overflowed):
             raise CacheFullError(
-                f"{type(self).__name__}: tokens were appended that did not fit, and were not written; make it larger."
+                f"{type(self).__name__}: tokens were appended that did not fit, and not written; create a larger cache."
             )
         return self
 
     def recovered(self) -> Self:
-        """Returns this cache with `overflowed` unset: what did not fit is given up, or will be tried again."""
+        """Returns this cache with `overflowed` unset: the tokens that did not fit are given up, or appended again."""
         return dataclasses.replace(self, overflowed=jnp.zeros_like(self.overflowed))  # type: ignore[type-var]
 
     def decode(
@@ -126,8 +126,8 @@ class KVCache(Protocol):
         """One step: appends the tokens and attends from them.
 
         Args:
-          query, key, value: of the same T tokens a row.
-          options: those of `attend`.
+          query, key, value: the same T tokens per row.
+          options: the keywords of `attend`.
 
         Returns:
           What `attend` returns, and the cache after it.
@@ -156,10 +156,10 @@ class KVCache(Protocol):
         """Attention of the last T tokens of every row to all its tokens; see `kernelry.attention`.
 
         Args:
-          query: [B, T, N, H], of the tokens appended last.
-          mask: of positions only; token i of a row stands at i, after the prefix. None is `Full()`, as in
-            `kernelry.attention`: the queries see each other.
-          lengths: [B], how many of the T queries are tokens, as given to `append`; the others are 0.
+          query: [B, T, N, H], the tokens appended last.
+          mask: a mask of positions; token i of a row has position i, counted from the end of the prefix. None means
+            `Full()`, as in `kernelry.attention`: the queries see each other.
+          lengths: [B], how many of the T queries are tokens, as given to `append`; the result of the others is 0.
           prefix: keys that every row sees before its own.
           scale, soft_cap, sinks, kernel, logits_dtype, precision: as in `kernelry.attention`.
           mode: `prefill` for the chunks of a prompt.
@@ -169,8 +169,8 @@ class KVCache(Protocol):
           [B, T, N, D] in query's dtype, or a Partial; with `return_max_logits` a pair.
 
         Raises:
-          ArgumentError: the mask is about slots, or asks for keys that are not kept, or a row that is not empty holds
-            fewer tokens than there are queries.
+          ArgumentError: the mask is about slots, or needs keys that are not kept, or a row that is not empty has fewer
+            tokens than there are queries.
           ShapeError, NoKernelError, KernelRefusedError: as `kernelry.attention`.
         """
         mask = Full() if mask is None else mask
@@ -184,8 +184,8 @@ class KVCache(Protocol):
         short = (self.lengths > 0) & (self.lengths < counts)
         if not isinstance(short, jax.core.Tracer) and bool(short.any()):
             raise ArgumentError(
-                f"attend: {counts.tolist()} queries are the last tokens of each row, and the rows hold "
-                f"{self.lengths.tolist()}: pass lengths=, how many of the queries are tokens."
+                f"attend: {counts.tolist()} queries are the last tokens of each row, and the rows have "
+                f"{self.lengths.tolist()} tokens: pass lengths=, how many of the queries are tokens."
             )
         if prefix is not None and not isinstance(prefix, SharedPrefix):
             raise ShapeError(f"prefix must be a kernelry.cache.SharedPrefix, got {type(prefix).__name__}.")
@@ -220,26 +220,26 @@ class KVCache(Protocol):
         """The disjoint parts of the keys, each with what the last tokens see of it.
 
         Args:
-          mask: of positions.
-          q_len: T, the tokens that attend.
-          offset: [B], where the first of them stands.
-          lengths: [B], how many of them are tokens; None is all.
-          start: where the first token of every row stands.
+          mask: a mask of positions.
+          q_len: T, the number of tokens that attend.
+          offset: [B], the position of the first of them.
+          lengths: [B], how many of them are tokens; None means all.
+          start: the position of the first token of every row.
 
         Raises:
-          ArgumentError: the mask or the number of queries asks for keys that are not kept.
+          ArgumentError: the mask, or the number of queries, needs keys that are not kept.
         """
         base = _base(mask, q_len)
         return tuple(part.masked(base, start, offset, lengths) for part in self.parts(mask, q_len))
 
     def _poisoned(self, result: Any) -> Any:
-        """NaN everywhere where something did not fit: an answer without the tokens lost would be a wrong one."""
+        """NaN everywhere if tokens did not fit: a result without them would be wrong."""
         bad = self.overflowed
         return jax.tree.map(lambda array: jnp.where(bad, jnp.asarray(jnp.nan, array.dtype), array), result)
 
 
 def _base(mask: Mask, q_len: int) -> Mask:
-    """One token sees all before it: the lengths say so, and kernels that know nothing else can serve."""
+    """One token sees all before it, which the lengths alone express: so kernels without a causal mask can serve."""
     return Full() if q_len == 1 and isinstance(mask, Causal) else mask
 
 
@@ -249,4 +249,4 @@ def _check_mask(mask: Any) -> None:
         if hasattr(mask, "shape"):
             instead = f"{mask.dtype} of shape {mask.shape}; {_SLOTS_MOVE}"
         raise ShapeError(f"mask must be a kernelry mask, got {instead}.")
-    check_positional(mask, placed="which the cache knows: leave kv_… out", slots=f"and {_SLOTS_MOVE}")
+    check_positional(mask, placed="which the cache itself decides: leave kv_… out", slots=f"and {_SLOTS_MOVE}")

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 class PagedView(KVCache):
     """Some rows and one layer of a PagedCache; `cache.view(rows, layer, shared_pages)` makes one.
 
-    What is written is in the `cache` of the view that `write` and `append` return.
+    `write` and `append` return a view whose `cache` has the new tokens.
 
     Args:
-      cache: whose rows they are.
-      rows: int32 [B]; None is all. The number of rows stands for a row that is empty.
-      layer: which one.
+      cache: the cache that the rows belong to.
+      rows: int32 [B]; None means all. A number beyond the last row means an empty row.
+      layer: the number of the layer.
       shared_pages: how many pages at the beginning all rows share.
     """
 
@@ -92,11 +92,11 @@ class PagedView(KVCache):
         """Writes the last tokens of each row, which `allocate` has made room for.
 
         Args:
-          key, value: of T tokens a row.
-          lengths: [B], how many of them are tokens, from the first on; None is all.
+          key, value: T tokens per row.
+          lengths: [B], how many of the T are tokens, counted from the first; None means all.
 
         Raises:
-          ArgumentError: a row has fewer tokens, or they stand in a page that was shared since `allocate`. Under jit
+          ArgumentError: a row has fewer tokens, or they are in a page that was shared since `allocate`. Under jit
             nothing is written then, and `overflowed` is set.
           ShapeError: an array does not fit the cache.
         """
@@ -125,7 +125,7 @@ class PagedView(KVCache):
         )
 
     def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
-        table = self.table  # one array, which key and value share
+        table = self.table  # one array, shared by key and value
         key, value = (PagedArray(stored[self.layer], table) for stored in (self.cache.keys, self.cache.values))
         return (CachePart(key=key, value=value, lengths=self.lengths),)
 
@@ -133,7 +133,7 @@ class PagedView(KVCache):
         if not self.shared_pages or query.ndim != 4:
             return KVCache.attend(self, query, **options)
         if options.get("prefix") is not None:
-            raise ArgumentError("shared_pages and prefix= are both what all rows begin with: pass one of them.")
+            raise ArgumentError("shared_pages and prefix= both say what all rows begin with: pass one of them.")
         counts = token_counts(options.get("lengths"), query.shape[0], query.shape[1])
         rest = self._rest(counts)
         # The queries of an empty row see nothing.
@@ -152,18 +152,18 @@ class PagedView(KVCache):
         return SharedPrefix(_only_row(key.gather()), _only_row(value.gather()))
 
     def _rest(self, counts: Int[Array, " B"]) -> PagedCache:
-        """What each row holds after the shared pages, as a cache of its own that is only read."""
+        """The tokens of each row after the shared pages, as a separate cache that is only read."""
         table, lengths, shared = self.table, self.lengths, self.shared_pages
         tokens = shared * self.cache.page_size
         begins = table[:, :shared]
         same = (begins == begins[jnp.argmax(lengths > 0)][None]).all(axis=1)
-        # A causal mask shows them to all queries: these stand behind, or are the last of the shared tokens.
+        # A causal mask shows the shared tokens to all queries: those that come later, or are the last shared token.
         behind = lengths - jnp.maximum(counts, 1) >= tokens - 1
         wrong = (lengths > 0) & ~(same & behind)
         if is_known(wrong) and wrong.any():
             raise ArgumentError(
                 f"shared_pages={shared}: rows {np.flatnonzero(wrong).tolist()} do not begin with the same {tokens} "
-                "tokens as the first one, with the queries behind them: fork them from one row, or share fewer pages."
+                "tokens as the first one, followed by the queries: fork them from one row, or share fewer pages."
             )
         return dataclasses.replace(
             self.cache,
@@ -178,7 +178,7 @@ class PagedView(KVCache):
         return array if self.rows is None else array.at[self.rows].get(mode="fill", fill_value=0)
 
     def counts(self, key: Any, value: Any, lengths: Any) -> Int[Array, " B"]:
-        """Checks tokens for the rows, and counts them."""
+        """Checks tokens for the rows, and returns their number in each."""
         batch = self.lengths.shape[0]
         check_tokens(key, value, None, (self.cache.keys[self.layer], self.cache.values[self.layer]), batch)
         return token_counts(lengths, batch, key.shape[1])

@@ -103,17 +103,17 @@ def finished(partials: Sequence[Partial], sinks: jax.Array | None, options: Call
 
 
 def check_positional(mask: Mask, *, placed: str, slots: str) -> None:
-    """Refuses a mask that says where the keys are, or that is about the slots of one array of keys.
+    """Refuses a mask that gives the keys' positions, or that is about the slots of one array of keys.
 
     Args:
-      mask: of a call that attends to parts.
-      placed, slots: what to do instead of each, for the error.
+      mask: the mask of a call that attends to parts.
+      placed, slots: the end of each error, with what to do instead.
 
     Raises:
       ArgumentError: it is one.
     """
     if isinstance(mask, At) and mask.kv is not None:
-        raise ArgumentError(f"mask={mask!r} says where keys stand, {placed}.")
+        raise ArgumentError(f"mask={mask!r} gives the keys' positions, {placed}.")
     inside = children(mask)
     for part in inside:
         check_positional(part, placed=placed, slots=slots)
