@@ -475,7 +475,7 @@ def test_pages_that_do_not_suffice_are_an_error():
 
 def test_a_row_that_becomes_too_long_is_an_error():
     cache = nearly_full()
-    with pytest.raises(CacheFullError, match=r"rows \[3\] would hold \[31\] tokens, and max_length is 30: free them"):
+    with pytest.raises(CacheFullError, match=r"rows \[3\] would have \[31\] tokens, and max_length is 30: free them"):
         cache.append(*tokens(0, 3), lengths=jnp.array([3, 0, 0, 3]))
     appended(cache, [3, 0, 0, 2])
 

@@ -133,7 +133,7 @@ def attention_with_options(
     _check_normalization(options.normalization)
     if bias is not None and options.soft_cap is not None:
         warnings.warn(
-            "the soft cap caps bias too: keys hidden by large negative numbers in bias become visible; pass them as mask=",
+            "the soft cap caps bias too, so keys that a bias hides become visible: pass a mask as mask=",
             stacklevel=3,
         )
     scope = current_scope()

@@ -1,4 +1,4 @@
-"""The parts of a key/value cache that a layer is given, each with what the queries see of it."""
+"""The masks of the parts of a key/value cache that a layer is given."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def masked_parts(
     Args:
       query: [B, T, N, H].
       cached: disjoint parts of the keys.
-      own: the key and value of the query's own tokens, where they are not cached yet: the last part.
+      own: the key and value of the query's own tokens if they are not cached yet; the last part.
       base: the mask of the layer or of the call.
-      tokens: what the call knows of the query's tokens.
+      tokens: what is known of the query's tokens.
       bias: broadcastable to [B, N, T, slots of all parts], or None.
 
     Raises:
-      ArgumentError: the tokens or the mask say something that parts cannot honour.
+      ArgumentError: parts do not support something in the tokens or the mask.
       ShapeError: an array does not fit.
     """
     check_mask(base)
@@ -64,7 +64,7 @@ def masked_parts(
 
 
 def _own_mask(base: Mask, tokens: Tokens) -> Mask:
-    """The keys stand where the queries stand."""
+    """The mask of the query's own tokens: keys and queries have the same positions."""
     if tokens.positions is not None:
         mask = base.at(query_positions=tokens.positions, kv_positions=tokens.positions)
     else:
@@ -87,19 +87,19 @@ def _earlier(base: Mask, tokens: Tokens, part: CachedPart, number: int, q_len: i
         return Full()  # everything in a cache is earlier than the query
     if part.positions is None:
         raise ArgumentError(
-            f"the mask {base!r} compares positions, and cached part {number} does not say where its keys stand: pass "
+            f"the mask {base!r} compares positions, and cached part {number} has no positions: pass "
             "CachedPart(positions=…), and query_offset= or positions= in Tokens."
         )
     if not tokens.is_located:
         raise ArgumentError(
-            f"cached part {number} says where its keys stand, but nothing says where the query does: pass "
+            f"cached part {number} has positions, but the query's are unknown: pass "
             "Tokens(query_offset=…) or Tokens(positions=…)."
         )
     return placed(base, dataclasses.replace(tokens, kv_positions=part.positions), q_len, part.key.shape[1])
 
 
 def _split(name: str, array: Any, lengths: tuple[int, ...]) -> Iterator[Any]:
-    """Splits the last dimension at the parts; where it is 1, a bias is the same for all keys."""
+    """Splits the last dimension between the parts; if it is 1, a bias is the same for all keys."""
     if array is None or (name == "bias" and np.shape(array)[-1:] == (1,)):
         return iter([array] * len(lengths))
     ends = np.cumsum(lengths).tolist()
@@ -113,11 +113,11 @@ def _split(name: str, array: Any, lengths: tuple[int, ...]) -> Iterator[Any]:
 
 def _check_tokens(tokens: Tokens, cached: tuple[CachedPart, ...]) -> None:
     if tokens.kv_positions is not None:
-        raise ArgumentError("kv_positions with cached=: each part says where its keys stand, CachedPart(positions=…).")
+        raise ArgumentError("kv_positions with cached=: each part has positions of its own, CachedPart(positions=…).")
     if tokens.bidirectional is not None:
         raise ArgumentError(
-            "bidirectional with cached= would need flags of every part: concatenate the parts, pass them as key and "
-            "value, and query_offset=."
+            "bidirectional with cached= would need flags for every part: concatenate the parts, pass them as key and "
+            "value, and pass query_offset=."
         )
     for number, part in enumerate(cached):
         if not isinstance(part, CachedPart):

@@ -23,15 +23,15 @@ from kernelry.request.request import Operand
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCall:
-    """What an attention layer was asked.
+    """The arguments of a call of an attention layer.
 
     Args:
-      mask: the layer's, or the call's own; perhaps booleans.
+      mask: the mask of the layer or of the call; may be booleans.
       tokens: what is known of the tokens.
       cached: parts of a key/value cache; empty for none.
       moba: how blocks of keys are chosen, or None.
       bias, sinks, dropout_rng: as in `kernelry.attention`.
-      options: the others.
+      options: its other options.
     """
 
     mask: Any
@@ -75,7 +75,7 @@ class LayerCall:
         return finished(partials_of(query, parts, self.options, dropout_rng=self.dropout_rng), self.sinks, self.options)
 
     def _check_cached(self, query: Any) -> None:
-        """Checks what no part sees: MoBA, and the sinks, which join after the merge."""
+        """Checks what the calls for the parts do not: MoBA, and the sinks, which join after the merge."""
         if self.moba is not None:
             raise ArgumentError(
                 "config.moba with cached= would choose among the blocks of several arrays: concatenate the parts, pass "

@@ -1,4 +1,4 @@
-"""What a model asks of attention: the calls of training, prefill and decode, from a config and a shape."""
+"""The calls of attention in training, prefill and decode, from a model's config and shape."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class PhaseCall:
-    """One call of a phase: its request, and operands that have the right shapes and no meaning.
+    """One call of a phase: its request, and operands of the right shapes without values.
 
     Args:
-      name: which call of the model it is, for people.
-      request: what is asked.
-      mask: a mask of that form.
+      name: which call of the model it is, for display.
+      request: the request.
+      mask: a mask of the request's form.
       key, value: trees of `jax.ShapeDtypeStruct`.
     """
 
@@ -48,10 +48,10 @@ class PhaseCall:
 
 
 def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[PhaseCall, ...]:
-    """What train, prefill and decode ask of attention; the first call of each mode is the one that `Phases` names.
+    """The calls of training, prefill and decode; the first of each mode is the one that `Phases` names.
 
-    Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step stands
-    anywhere in a cache filled in part.
+    Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step is at any
+    position of a partly filled cache.
     """
     extent = shape.prompt
     prompt = _with_blocks(config, _prompt_mask(config, shape.mask, extent), extent)
@@ -62,7 +62,7 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[P
     kind = CacheShape.parse(shape.cache).kind
     if kind is CacheKind.CONTIGUOUS:
         return train, itself, _contiguous_step(config, shape, make)
-    # A rolling cache holds the end of a prompt only.
+    # A rolling cache keeps only the end of a prompt.
     read = () if kind is CacheKind.ROLLING else _from_cache(config, shape, make, Mode.PREFILL, "prefill from the cache")
     prefill = (*read, itself) if kind is CacheKind.TWO_PART else (itself, *read)
     return train, *prefill, *_from_cache(config, shape, make, Mode.DECODE, "decode")
@@ -83,9 +83,9 @@ def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> M
 
 
 def mask_of(config: AttentionConfig, mode: Mode, extent: Extent) -> Mask:
-    """What a layer sees of keys that are passed as one array; only the form of its arrays matters.
+    """The mask of a layer over keys that are passed as one array; only the form of its arrays matters.
 
-    A decode step, and a prompt with more keys than queries, stands anywhere in them.
+    A decode step, and a prompt with more keys than queries, may be at any position.
     """
     mask = config.mask
     if mode is Mode.DECODE or extent.q_len != extent.kv_len:
@@ -102,13 +102,13 @@ def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[
 
 
 def _anywhere() -> jax.Array:
-    """An offset known only at run time, as in a loop over tokens: a JAX array is not static."""
+    """An offset known only at run time, as in a loop over tokens: JAX arrays are not static."""
     return jnp.zeros((), jnp.int32)
 
 
 def _plain(shape: ModelShape, length: int, storage: str | None) -> tuple[Any, Any]:
-    """Keys and values of one array each, [B, S, K, H] and [B, S, K, D]."""
-    # Imported here, as everything of caches below, because training needs none.
+    """The shapes of keys and values in one array each, [B, S, K, H] and [B, S, K, D]."""
+    # Imported here, like the caches below, because training needs none.
     from kernelry.cache.slots import empty
 
     _, kv_heads, head_dim, value_dim = _heads(shape)
@@ -132,7 +132,7 @@ def _heads(shape: ModelShape) -> tuple[int, int, int, int]:
 def _from_cache(
     config: AttentionConfig, shape: ModelShape, make: Callable[..., PhaseCall], mode: Mode, name: str
 ) -> tuple[PhaseCall, ...]:
-    """What `attend` of a cache asks, a call for each of its parts."""
+    """The calls that `attend` of a cache makes, one for each of its parts."""
     q_len = 1 if mode is Mode.DECODE else shape.q_len
 
     found = cached(config, shape, q_len)
@@ -142,10 +142,10 @@ def _from_cache(
 
 
 def cached(config: AttentionConfig, shape: ModelShape, q_len: int) -> list[tuple[Mask, Any, Any]]:
-    """What T tokens see of each part of a cache, with the part's keys and values.
+    """The mask of T tokens over each part of a cache, with the part's keys and values.
 
     Raises:
-      ArgumentError: the config asks for what the cache does not keep.
+      ArgumentError: the config needs keys that the cache does not keep.
     """
     if config.moba is not None:
         raise ArgumentError(
@@ -186,14 +186,14 @@ def _window(config: AttentionConfig) -> int:
     window = config.window or config.chunk_size
     if window is None:
         raise ArgumentError(
-            f"cache 'rolling' keeps the last tokens for layers with a window or chunks, and type {config.type.value!r} "
-            "looks at all; use 'two-part' or 'paged:16'."
+            f"cache 'rolling' keeps only the last tokens, for layers with a window or chunks, and type "
+            f"{config.type.value!r} sees all tokens; use 'two-part' or 'paged:16'."
         )
     return window
 
 
 def _with_blocks(config: AttentionConfig, mask: Mask, extent: Extent) -> Mask:
-    """Adds MoBA's choice of blocks, of which only the form matters here."""
+    """Adds MoBA's selection of blocks, of which only the form matters here."""
     if config.moba is None:
         return mask
     blocks = -(-extent.kv_len // config.moba.chunk_size)
@@ -233,10 +233,10 @@ def options_in(mode: Mode, config: AttentionConfig, *, partial: bool = False, fr
     """The options of a call of a phase.
 
     Args:
-      mode: of the phase; only training drops out.
-      config: the layer's.
+      mode: the mode of the phase; only training has dropout.
+      config: the config of the layer.
       partial: whether statistics are requested, of a part of the keys.
-      from_cache: whether a cache attends, which returns largest logits only where its call asks for them.
+      from_cache: whether a cache attends, which returns the largest logits only if its own call requests them.
     """
     options = options_of(config)
     return dataclasses.replace(

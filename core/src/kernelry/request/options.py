@@ -1,4 +1,4 @@
-"""What a call asks besides its arrays and its mask, and the Request that follows from all of them."""
+"""The options of a call besides its arrays and its mask, and the Request that they all make."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CallOptions:
         """Returns these options as a Request holds them: numbers are Python's floats, dtypes and precisions names.
 
         Raises:
-          ArgumentError: a value means nothing.
+          ArgumentError: a value is invalid.
         """
         numbers = {name: unwrapped(getattr(self, name)) for name in _NUMBERS}
         for name, number in numbers.items():
@@ -91,7 +91,7 @@ class CallOptions:
           mask, target, sinks, bias, interpret, context_parallel: as in Request.
 
         Raises:
-          ArgumentError: they make no request.
+          ArgumentError: they do not make a valid request.
         """
         batch, q_len, q_heads, head_dim = query.shape
         _, kv_len, kv_heads, value_dim = value.shape
