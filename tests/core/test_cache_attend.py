@@ -370,9 +370,7 @@ def test_what_is_no_array_or_prefix_is_a_shape_error(make):
         cache.attend(query, prefix=query, mask=mask)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "words"), [("flot32", "got 'flot32'"), (jnp.int32, "got int32; a storage quantises")]
-)
+@pytest.mark.parametrize(("dtype", "words"), [("flot32", "got 'flot32'"), (jnp.int32, "got int32; to quantise keys")])
 def test_caches_hold_floating_numbers(dtype, words):
     with pytest.raises(ArgumentError, match=words):
         TwoPartCache.create(batch=1, prefill=2, decode=1, kv_heads=1, head_dim=4, dtype=dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernelry.api import attention_with_options
-from kernelry.cache.parts import CachePart, MaskedPart, check_positional, finished, partials_of
+from kernelry.cache.parts import CachePart, MaskedPart, check_positional, finished, over_earlier_keys, partials_of
 from kernelry.cache.prefix import SharedPrefix
 from kernelry.cache.slots import bytes_of, token_counts
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
@@ -240,7 +240,7 @@ class KVCache(Protocol):
 
 def _base(mask: Mask, q_len: int) -> Mask:
     """One token sees all before it, which the lengths alone express: so kernels without a causal mask can serve."""
-    return Full() if q_len == 1 and isinstance(mask, Causal) else mask
+    return over_earlier_keys(mask) if q_len == 1 else mask
 
 
 def _check_mask(mask: Any) -> None:

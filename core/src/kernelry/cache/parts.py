@@ -14,7 +14,7 @@ from kernelry.errors import ArgumentError
 from kernelry.execution.normalization import finalize, merge
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import AUTO
-from kernelry.masks import Full, Lengths, Mask
+from kernelry.masks import Causal, Full, Lengths, Mask
 from kernelry.masks.base import At, children
 from kernelry.request.operands import Keys
 from kernelry.request.options import CallOptions
@@ -65,6 +65,11 @@ class MaskedPart:
     value: Keys
     mask: Mask
     bias: jax.Array | None = None
+
+
+def over_earlier_keys(mask: Mask) -> Mask:
+    """The mask of queries over keys that are all earlier than they are: a causal mask hides none of those."""
+    return Full() if isinstance(mask, Causal) else mask
 
 
 def partials_of(

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.cache.parts import MaskedPart, partials_of
+from kernelry.cache.parts import MaskedPart, over_earlier_keys, partials_of
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import Partial
-from kernelry.masks import Causal, Full, Mask
+from kernelry.masks import Mask
 from kernelry.masks.base import At, children
 from kernelry.request.options import CallOptions
 from kernelry.storage import QuantizedArray
@@ -88,9 +88,7 @@ class SharedPrefix:
         if lengths is not None:
             # The result of a query that is not a token is not used.
             query = jnp.where(_real(lengths, q_len)[..., None, None], query, 0)
-        # A causal mask shows the whole prefix to every query after it.
-        base = Full() if isinstance(mask, Causal) else mask
-        placed = base.at(query_positions=positions.reshape(1, -1), kv_offset=0)
+        placed = over_earlier_keys(mask).at(query_positions=positions.reshape(1, -1), kv_offset=0)
         part = MaskedPart(_one_row(self.key), _one_row(self.value), placed)
         [partial] = partials_of(_joined(query), [part], options, kernel=kernel)
         return _apart(partial, batch, q_len, lengths)

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from kernelry.cache.parts import MaskedPart, check_positional
+from kernelry.cache.parts import MaskedPart, check_positional, over_earlier_keys
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax.layout import check_mask, chosen, length_of, placed
 from kernelry.flax.tokens import CachedPart, Tokens
-from kernelry.masks import Causal, Full, Mask, Segments
+from kernelry.masks import Mask, Segments
 from kernelry.masks.base import is_positional
 from kernelry.request.operands import as_array
 
@@ -81,10 +81,10 @@ def _cached_mask(base: Mask, tokens: Tokens, part: CachedPart, number: int, q_le
 
 
 def _earlier(base: Mask, tokens: Tokens, part: CachedPart, number: int, q_len: int) -> Mask:
+    if part.positions is None:
+        base = over_earlier_keys(base)
     if not is_positional(base):
         return base
-    if part.positions is None and isinstance(base, Causal):
-        return Full()  # everything in a cache is earlier than the query
     if part.positions is None:
         raise ArgumentError(
             f"the mask {base!r} compares positions, and cached part {number} has no positions: pass "
