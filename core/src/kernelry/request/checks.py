@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 """Of the arrays that attention is computed in."""
 
 _DTYPES = ("dtype", "logits_dtype")
-_FLAGS = ("sinks", "partial", "max_logits", "interpret")
 
 
 def check_sizes(request: Any) -> None:
@@ -42,15 +41,15 @@ def check_sizes(request: Any) -> None:
         raise ArgumentError(f"kv_heads={request.kv_heads} must divide q_heads={request.q_heads}.")
 
 
-def check_kinds(request: Any) -> None:
-    """Raises ArgumentError where a name is no text, a flag no bool, or a number no number."""
+def check_kinds(request: Any, flags: Iterable[str]) -> None:
+    """Raises ArgumentError where a name is not a string, a flag not a bool, or a number not a number."""
     if not isinstance(request.normalization, str):
         raise ArgumentError(f"normalization must be a name, got {request.normalization!r}.")
     for name in _DTYPES:
         dtype = getattr(request, name)
         if not isinstance(dtype, str) or not is_dtype(dtype):
             raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}{spelled(dtype)}.")
-    for name in _FLAGS:
+    for name in flags:
         if type(getattr(request, name)) is not bool:
             raise ArgumentError(f"{name} must be True or False, got {_shown(getattr(request, name))}.")
     if request.precision is not None and not isinstance(request.precision, str):
