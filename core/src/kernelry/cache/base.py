@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from kernelry.api import attention_with_options
 from kernelry.cache.parts import CachePart, MaskedPart, check_positional, finished, over_earlier_keys, partials_of
 from kernelry.cache.prefix import SharedPrefix
-from kernelry.cache.slots import bytes_of, token_counts
+from kernelry.cache.slots import bytes_of, is_known, token_counts
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.kernel.partial import checking_output
 from kernelry.kernel.spec import AUTO
@@ -182,7 +182,7 @@ class KVCache(Protocol):
         counts = token_counts(lengths, query.shape[0], q_len)
         own = None if lengths is None else counts
         short = (self.lengths > 0) & (self.lengths < counts)
-        if not isinstance(short, jax.core.Tracer) and bool(short.any()):
+        if is_known(short) and short.any():
             raise ArgumentError(
                 f"attend: {counts.tolist()} queries are the last tokens of each row, and the rows have "
                 f"{self.lengths.tolist()} tokens: pass lengths=, how many of the queries are tokens."

@@ -19,13 +19,12 @@ from kernelry.cache.paged_table import (
     allocated,
     as_rows,
     first_of_each,
-    is_known,
     release,
     share,
 )
 from kernelry.cache.paged_view import PagedView
 from kernelry.cache.parts import CachePart
-from kernelry.cache.slots import check_sizes, empty
+from kernelry.cache.slots import check_sizes, empty, is_known
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.masks import Mask
 from kernelry.storage import Quantization

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from kernelry.cache.slots import is_known
 from kernelry.errors import ArgumentError, ShapeError
 
 
@@ -166,11 +167,6 @@ def as_rows(name: str, rows: Any, count: int) -> Int[Array, " n"]:
     if is_known(outside) and outside.any():
         raise ArgumentError(f"{name}={np.asarray(rows).tolist()} is out of range: the cache has rows 0 … {count - 1}.")
     return jnp.where(outside, count, array)
-
-
-def is_known(*arrays: jax.Array) -> bool:
-    """False for arrays traced under jit."""
-    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def _refer(references: Int[Array, " P"], entries: Int[Array, "n M"], by: int) -> Int[Array, " P"]:

@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernelry._pytree import pytree, short_repr
 from kernelry.cache.base import AttendOptions, KVCache
-from kernelry.cache.paged_table import is_known, rows_of
+from kernelry.cache.paged_table import rows_of
 from kernelry.cache.parts import CachePart
 from kernelry.cache.prefix import SharedPrefix
-from kernelry.cache.slots import check_tokens, token_counts, write
+from kernelry.cache.slots import check_tokens, is_known, token_counts, write
 from kernelry.errors import ArgumentError
 from kernelry.masks import Mask
 from kernelry.storage import PagedArray, QuantizedArray
@@ -180,7 +180,7 @@ class PagedView(KVCache):
     def counts(self, key: Any, value: Any, lengths: Any) -> Int[Array, " B"]:
         """Checks tokens for the rows, and returns their number in each."""
         batch = self.lengths.shape[0]
-        check_tokens(key, value, None, (self.cache.keys[self.layer], self.cache.values[self.layer]), batch)
+        check_tokens(key, value, (self.cache.keys[self.layer], self.cache.values[self.layer]), batch)
         return token_counts(lengths, batch, key.shape[1])
 
 

@@ -124,12 +124,12 @@ class RollingCache(KVCache):
         """Replaces all rows by a prompt of any length, of which the last S tokens are kept.
 
         Args:
-          key, value: of T tokens a row.
-          lengths: [B], how many of them are tokens, from the first on; None is all.
+          key, value: T tokens per row.
+          lengths: [B], how many of the T are tokens, counted from the first; None means all.
 
         Raises:
           ShapeError: an array does not fit the cache.
-          ArgumentError: lengths outside [0, T].
+          ArgumentError: lengths are outside [0, T].
         """
         counts = self._counts(key, value, lengths)
         if key.shape[1] == 0:
@@ -151,19 +151,19 @@ class RollingCache(KVCache):
         """Writes the next tokens of every row over the oldest.
 
         Args:
-          key, value: of T ≤ max_append tokens a row.
-          lengths: [B], how many of them are tokens, from the first on; None is all.
+          key, value: T ≤ max_append tokens per row.
+          lengths: [B], how many of the T are tokens, counted from the first; None means all.
 
         Raises:
           ShapeError: an array does not fit the cache.
-          ArgumentError: lengths outside [0, T].
+          ArgumentError: lengths are outside [0, T].
         """
         counts = self._counts(key, value, lengths)
         tokens = key.shape[1]
         if tokens > self.max_append:
             raise ShapeError(
-                f"RollingCache: append takes up to max_append={self.max_append} tokens a row, got {tokens}: create it "
-                f"with max_append={tokens}, or start a prompt with prefill."
+                f"RollingCache: append takes up to max_append={self.max_append} tokens per row, got {tokens}: create "
+                f"it with max_append={tokens}, or start a prompt with prefill."
             )
         place = jnp.arange(tokens, dtype=jnp.int32)[None]
         slots = (self.lengths[:, None] + place) % self.capacity
@@ -207,7 +207,7 @@ class RollingCache(KVCache):
     def _counts(self, key: Any, value: Any, lengths: Any) -> jax.Array:
         """Checks tokens, and returns their number in each row."""
         batch = self.lengths.shape[0]
-        check_tokens(key, value, None, (self.key, self.value), batch)
+        check_tokens(key, value, (self.key, self.value), batch)
         return token_counts(lengths, batch, known_length("key", key))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kernelry.errors import ArgumentError, CacheFullError, ShapeError
+from kernelry.errors import ArgumentError, ShapeError
 from kernelry.storage import Quantization, QuantizedArray
 from kernelry.storage.quantized import Stored
 
@@ -81,7 +81,7 @@ def token_counts(lengths: Any, batch: int, tokens: int) -> Int[Array, " B"]:
     found = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if found.shape != (batch,) or not jnp.issubdtype(found.dtype, jnp.integer):
         raise ShapeError(f"lengths must be integers [B] = [{batch}], got {found.dtype} of shape {found.shape}.")
-    if not isinstance(found, jax.core.Tracer):
+    if is_known(found):
         known = np.asarray(found)  # NumPy, because under jit JAX would trace operations on constants, too
         if ((known < 0) | (known > tokens)).any():
             raise ArgumentError(
@@ -112,7 +112,7 @@ def _bits(dtype: np.dtype) -> int:
     return int(jnp.iinfo(dtype).bits)  # type: ignore[no-untyped-call]
 
 
-def check_tokens(key: Any, value: Any, lengths: Any, like: tuple[Stored, Stored], batch: int) -> None:
+def check_tokens(key: Any, value: Any, like: tuple[Stored, Stored], batch: int) -> None:
     """Checks tokens to be written against a cache of [B, S, K, H] and [B, S, K, D].
 
     Raises:
@@ -129,15 +129,8 @@ def check_tokens(key: Any, value: Any, lengths: Any, like: tuple[Stored, Stored]
             )
     if key.shape[1] != value.shape[1]:
         raise ShapeError(f"key has T={key.shape[1]} tokens and value {value.shape[1]}.")
-    if lengths is not None and jnp.shape(lengths) != (batch,):
-        raise ShapeError(f"lengths must be [B] = [{batch}], got shape {jnp.shape(lengths)}.")
 
 
-def refuse_if_known(overflows: jax.Array, message: str) -> None:
-    """Raises if it is known, outside of jit, that tokens do not fit.
-
-    Raises:
-      CacheFullError: with the message.
-    """
-    if not isinstance(overflows, jax.core.Tracer) and bool(overflows):
-        raise CacheFullError(message)
+def is_known(array: jax.Array | np.ndarray) -> bool:
+    """Whether the numbers of an array are known: False for arrays traced under jit."""
+    return not isinstance(array, jax.core.Tracer)

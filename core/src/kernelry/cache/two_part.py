@@ -18,7 +18,7 @@ from kernelry.cache.slots import (
     check_sizes,
     check_tokens,
     empty,
-    refuse_if_known,
+    is_known,
     token_counts,
     write,
     write_first,
@@ -149,12 +149,11 @@ class TwoPartCache(KVCache):
                 decode_lengths=nothing,
             )
         fits = self._fits(nothing, counts, self._prefill_slots, "prefill")
-        slots, kept = _slots(nothing, counts, key.shape[1], fits)
-        rows = _rows(counts)
+        keys, values = _written((self.prefill_key, self.prefill_value), (key, value), nothing, counts, fits)
         return dataclasses.replace(
             self,
-            prefill_key=write(self.prefill_key, key, rows, slots, kept),
-            prefill_value=write(self.prefill_value, value, rows, slots, kept),
+            prefill_key=keys,
+            prefill_value=values,
             prefill_lengths=jnp.where(fits, counts, self.prefill_lengths),
             decode_lengths=jnp.where(fits, nothing, self.decode_lengths),
             overflowed=self.overflowed | ~fits,
@@ -183,19 +182,19 @@ class TwoPartCache(KVCache):
         """
         counts = self._counts(key, value, lengths, self._prefill_slots, "prefill")
         behind = (counts > 0) & (self.decode_lengths > 0)
-        if not isinstance(behind, jax.core.Tracer) and bool(behind.any()):
+        if is_known(behind) and behind.any():
             raise ArgumentError(
                 f"prefill_chunk: rows {np.flatnonzero(behind).tolist()} have decoded, and their decoded tokens "
                 "follow the prompt: use append, or replace all rows by prefill."
             )
         fits = self._fits(self.prefill_lengths, counts, self._prefill_slots, "prefill") & ~behind.any()
-        slots, kept = _slots(self.prefill_lengths, counts, key.shape[1], fits)
-        rows = _rows(counts)
+        before = self.prefill_lengths
+        keys, values = _written((self.prefill_key, self.prefill_value), (key, value), before, counts, fits)
         return dataclasses.replace(
             self,
-            prefill_key=write(self.prefill_key, key, rows, slots, kept),
-            prefill_value=write(self.prefill_value, value, rows, slots, kept),
-            prefill_lengths=self.prefill_lengths + jnp.where(fits, counts, 0),
+            prefill_key=keys,
+            prefill_value=values,
+            prefill_lengths=before + jnp.where(fits, counts, 0),
             overflowed=self.overflowed | ~fits,
         )
 
@@ -208,13 +207,13 @@ class TwoPartCache(KVCache):
     ) -> Self:
         counts = self._counts(key, value, lengths, self._decode_slots, "decode")
         fits = self._fits(self.decode_lengths, counts, self._decode_slots, "decode")
-        slots, kept = _slots(self.decode_lengths, counts, key.shape[1], fits)
-        rows = _rows(counts)
+        before = self.decode_lengths
+        keys, values = _written((self.decode_key, self.decode_value), (key, value), before, counts, fits)
         return dataclasses.replace(
             self,
-            decode_key=write(self.decode_key, key, rows, slots, kept),
-            decode_value=write(self.decode_value, value, rows, slots, kept),
-            decode_lengths=self.decode_lengths + jnp.where(fits, counts, 0),
+            decode_key=keys,
+            decode_value=values,
+            decode_lengths=before + jnp.where(fits, counts, 0),
             overflowed=self.overflowed | ~fits,
         )
 
@@ -237,7 +236,7 @@ class TwoPartCache(KVCache):
     def _counts(self, key: Any, value: Any, lengths: Any, slots: int, part: str) -> jax.Array:
         """Checks tokens for one part, and returns their number in each row."""
         batch = self.prefill_lengths.shape[0]
-        check_tokens(key, value, None, (self.prefill_key, self.prefill_value), batch)
+        check_tokens(key, value, (self.prefill_key, self.prefill_value), batch)
         tokens = known_length("key", key)
         if lengths is None and tokens > slots:  # known under jit, too
             raise CacheFullError(
@@ -249,21 +248,19 @@ class TwoPartCache(KVCache):
     def _fits(self, before: jax.Array, counts: jax.Array, slots: int, part: str) -> jax.Array:
         after = before + counts
         overflows = (after > slots).any()
-        if not isinstance(overflows, jax.core.Tracer):
-            refuse_if_known(
-                overflows,
-                f"TwoPartCache: {np.asarray(counts).tolist()} more tokens do not fit: {slots} slots of the "
-                f"{part} part already have {np.asarray(before).tolist()} tokens; nothing was written. Create "
-                f"it with a larger {part}=.",
+        if is_known(overflows) and overflows:
+            raise CacheFullError(
+                f"TwoPartCache: {counts.tolist()} more tokens do not fit: the {slots} slots of the {part} part already "
+                f"have {before.tolist()} tokens; nothing was written. Create it with a larger {part}=."
             )
         return ~overflows
 
 
-def _rows(counts: jax.Array) -> jax.Array:
-    return jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
-
-
-def _slots(before: jax.Array, counts: jax.Array, tokens: int, fits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The slots of T tokens that follow those of each row, and which of them are written."""
-    place = jnp.arange(tokens, dtype=jnp.int32)[None]
-    return before[:, None] + place, (place < counts[:, None]) & fits
+def _written(
+    stored: tuple[Stored, Stored], new: tuple[Any, Any], before: jax.Array, counts: jax.Array, fits: jax.Array
+) -> tuple[Stored, Stored]:
+    """Keys and values with the first counts[b] of the new tokens in the slots that follow before[b], if they fit."""
+    place = jnp.arange(new[0].shape[1], dtype=jnp.int32)[None]
+    rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
+    slots, kept = before[:, None] + place, (place < counts[:, None]) & fits
+    return write(stored[0], new[0], rows, slots, kept), write(stored[1], new[1], rows, slots, kept)
