@@ -170,5 +170,5 @@ def as_rows(name: str, rows: Any, count: int) -> Int[Array, " n"]:
 
 
 def _refer(references: Int[Array, " P"], entries: Int[Array, "n M"], by: int) -> Int[Array, " P"]:
-    """Adds a number to the references of every page among the entries; −1 is no page."""
+    """Adds a number to the references of every page among the entries; −1 is not a page."""
     return references.at[jnp.where(entries < 0, references.shape[0], entries)].add(by, mode="drop")

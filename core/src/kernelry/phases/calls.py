@@ -164,22 +164,24 @@ def cached(config: AttentionConfig, shape: ModelShape, q_len: int) -> list[tuple
 def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
     from kernelry.cache import PagedCache, RollingCache, TwoPartCache
 
-    held = CacheShape.parse(shape.cache)
+    asked = CacheShape.parse(shape.cache)
     _, kv_heads, head_dim, value_dim = _heads(shape)
     sizes: dict[str, Any] = {
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "value_dim": value_dim,
         "dtype": shape.dtype,
-        "storage": held.storage,
+        "storage": asked.storage,
     }
-    if held.kind is CacheKind.TWO_PART:
+    if asked.kind is CacheKind.TWO_PART:
         return TwoPartCache.create(batch=shape.batch, prefill=shape.q_len, decode=shape.max_len - shape.q_len, **sizes)
-    if held.kind is CacheKind.ROLLING:
+    if asked.kind is CacheKind.ROLLING:
         return RollingCache.create(batch=shape.batch, window=_window(config), **sizes)
-    assert held.page_size is not None
-    pages = shape.batch * -(-shape.max_len // held.page_size)
-    return PagedCache.create(rows=shape.batch, pages=pages, page_size=held.page_size, max_length=shape.max_len, **sizes)
+    assert asked.page_size is not None
+    pages = shape.batch * -(-shape.max_len // asked.page_size)
+    return PagedCache.create(
+        rows=shape.batch, pages=pages, page_size=asked.page_size, max_length=shape.max_len, **sizes
+    )
 
 
 def _window(config: AttentionConfig) -> int:
