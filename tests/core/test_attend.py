@@ -61,6 +61,8 @@ FORWARD = {
     "jacfwd": lambda f: jax.jacfwd(lambda scale: f(X * scale))(1.0),
     "vmap of jvp": lambda f: jax.vmap(lambda q: jax.jvp(f, (q,), (q,)))(X[None]),
     "scan": lambda f: jax.jvp(lambda q: jax.lax.scan(lambda c, _: (f(c), None), q, None, length=2)[0], (X,), (X,)),
+    "jit of jacfwd": lambda f: jax.jit(jax.jacfwd(lambda scale: f(X * scale)))(1.0),
+    "jit of vmap of jvp": lambda f: jax.jit(jax.vmap(lambda q: jax.jvp(f, (q,), (q,))))(X[None]),
     "grad of jvp": lambda f: jax.grad(lambda q: jax.jvp(f, (q,), (X,))[1].sum())(X),
 }
 
@@ -162,6 +164,17 @@ def traced(returned, *, gradients=None, **arguments):
         if gradients is None:
             return jax.eval_shape(functools.partial(attend, mode="prefill"), Q, K, V)
         return jax.eval_shape(differentiated, Q, K, V, bias)
+
+
+def test_other_errors_of_type_in_a_kernel_stay_as_they_are():
+    def forward(*_, **__):
+        raise TypeError("can't do this")
+
+    body = Returns(None)
+    body.forward = forward
+    spec = dataclasses.replace(CARELESS, name="fails", load=lambda: body)
+    with kernelry.use(kernels=[spec]), pytest.raises(TypeError, match="can't do this"):
+        kernelry.attention(X, X, X, kernel="fails")
 
 
 def test_bodies_of_kernels_that_are_made_again_and_again_are_let_go():

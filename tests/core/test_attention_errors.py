@@ -82,7 +82,7 @@ def test_misfits_raise_shape_errors_that_name_the_argument(change, words):
         ({"dropout_rate": "a"}, "dropout_rate must be a finite number"),
         ({"kernel": None}, "kernel must be a name or 'auto', got None"),
         ({"precision": "hihgest"}, "did you mean 'highest'"),
-        ({"logits_dtype": "foo"}, "logits_dtype='foo' is no dtype"),
+        ({"logits_dtype": "foo"}, "logits_dtype='foo' is not a dtype"),
         ({"logits_dtype": jnp.int32}, "logits_dtype must be floating, got int32"),
         ({"logits_dtype": "float64"}, "logits_dtype=float64 needs 64-bit types"),
         ({"normalization": None}, "unknown normalization None"),

@@ -285,10 +285,10 @@ def test_differentiating_in_decode_mode_is_an_error():
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        (masks.Causal() & masks.Lengths(3), ArgumentError, "about the slots of an array"),
-        (masks.Segments(np.zeros(3, np.int32)), ArgumentError, "about the slots of an array"),
-        (masks.Causal() | ~masks.Dense(np.ones((1, 3), bool)), ArgumentError, "about the slots of an array"),
-        (masks.Causal().at(kv_offset=3), ArgumentError, "says where keys stand"),
+        (masks.Causal() & masks.Lengths(3), ArgumentError, "about the slots of one array"),
+        (masks.Segments(np.zeros(3, np.int32)), ArgumentError, "about the slots of one array"),
+        (masks.Causal() | ~masks.Dense(np.ones((1, 3), bool)), ArgumentError, "about the slots of one array"),
+        (masks.Causal().at(kv_offset=3), ArgumentError, "gives the keys' positions"),
         (np.ones((1, 3), bool), ShapeError, "got bool of shape .* slots of a cache move: use masks of positions"),
     ],
 )
@@ -370,9 +370,7 @@ def test_what_is_no_array_or_prefix_is_a_shape_error(make):
         cache.attend(query, prefix=query, mask=mask)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "words"), [("flot32", "got 'flot32'"), (jnp.int32, "got int32; a storage quantises")]
-)
+@pytest.mark.parametrize(("dtype", "words"), [("flot32", "got 'flot32'"), (jnp.int32, "got int32; to quantise keys")])
 def test_caches_hold_floating_numbers(dtype, words):
     with pytest.raises(ArgumentError, match=words):
         TwoPartCache.create(batch=1, prefill=2, decode=1, kv_heads=1, head_dim=4, dtype=dtype)

@@ -475,7 +475,7 @@ def test_pages_that_do_not_suffice_are_an_error():
 
 def test_a_row_that_becomes_too_long_is_an_error():
     cache = nearly_full()
-    with pytest.raises(CacheFullError, match=r"rows \[3\] would hold \[31\] tokens, and max_length is 30: free them"):
+    with pytest.raises(CacheFullError, match=r"rows \[3\] would have \[31\] tokens, and max_length is 30: free them"):
         cache.append(*tokens(0, 3), lengths=jnp.array([3, 0, 0, 3]))
     appended(cache, [3, 0, 0, 2])
 
@@ -523,7 +523,7 @@ def test_as_many_pages_may_be_shared_as_a_row_has():
         (lambda c: c.fork(0, 7), ArgumentError, "target=7 is out of range"),
         (lambda c: c.fork(-1, 0), ArgumentError, "source=-1 is out of range"),
         (lambda c: c.fork(0, 1, 10), ArgumentError, r"length=10 must lie within 0 … \[9\]"),
-        (lambda c: c.fork(np.array([0, 1]), 2), ShapeError, "source and target must be as many, got 2 and 1"),
+        (lambda c: c.fork(np.array([0, 1]), 2), ShapeError, "source and target must have the same length, got 2 and 1"),
         (lambda c: c.fork(np.array([0, 1]), np.array([2, 2])), ArgumentError, r"target=\[2, 2\] names a row twice"),
         (lambda c: c.view(layer=1), ArgumentError, r"layer=1 is out of range: the cache has layers 0 … 0"),
         (lambda c: c.view(shared_pages=9), ArgumentError, "shared_pages=9 must be an integer, 0 … 8"),

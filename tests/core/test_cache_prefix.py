@@ -154,10 +154,10 @@ def traced(**options):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (masks.PrefixLM(np.array([1, 2, 3])), "holds arrays, which belong to rows"),
-        (masks.Causal() & masks.BlockSelection(np.ones((B, 1, 1, 3), bool), 8), "holds arrays"),
-        (masks.Causal().at(query_offset=4), "says where queries stand; .* leave .at out"),
-        (masks.Full() & masks.Causal().at(query_offset=jnp.int32(4)), "says where queries stand"),
+        (masks.PrefixLM(np.array([1, 2, 3])), "has arrays, which belong to rows"),
+        (masks.Causal() & masks.BlockSelection(np.ones((B, 1, 1, 3), bool), 8), "has arrays"),
+        (masks.Causal().at(query_offset=4), "gives the queries' positions; .* leave .at out"),
+        (masks.Full() & masks.Causal().at(query_offset=jnp.int32(4)), "gives the queries' positions"),
     ],
 )
 def test_masks_of_rows_are_refused(mask, message):

@@ -187,7 +187,7 @@ def test_more_queries_than_max_append_are_refused():
 
 def test_more_tokens_than_max_append_are_refused():
     with pytest.raises(
-        ShapeError, match=r"max_append=3 tokens a row, got 4: create it with max_append=4, or .* prefill"
+        ShapeError, match=r"max_append=3 tokens per row, got 4: create it with max_append=4, or .* prefill"
     ):
         rolling().append(*tokens(4))
 

@@ -168,7 +168,7 @@ def test_overflow_raises_and_leaves_the_cache_as_it_was(method):
     cache = nearly_full() if method == "append" else begun()
     before = leaves(cache)
     part = {"append": "decode", "prefill_chunk": "prefill"}[method]
-    with pytest.raises(CacheFullError, match=rf"\[2, 2, 0\] more tokens .* {part} part; .* larger {part}="):
+    with pytest.raises(CacheFullError, match=rf"\[2, 2, 0\] more tokens .* {part} part .* larger {part}="):
         getattr(cache, method)(*tokens(2), lengths=np.array([2, 2, 0]))
     assert_unchanged(cache, before)
 
@@ -202,7 +202,7 @@ def test_a_row_that_decoded_takes_no_more_of_a_prompt():
     ("method", "part"), [("append", "decode"), ("prefill", "prefill"), ("prefill_chunk", "prefill")]
 )
 def test_more_tokens_than_slots_are_refused_while_tracing(method, part):
-    with pytest.raises(CacheFullError, match=rf"4 tokens a row do not fit .* larger {part}="):
+    with pytest.raises(CacheFullError, match=rf"4 tokens per row do not fit .* larger {part}="):
         jax.eval_shape(getattr(two_part(prefill=3, decode=2), method), *tokens(4))
 
 

@@ -248,7 +248,7 @@ def test_an_array_is_no_mask_with_parts_either():
     ("tokens", "message"),
     [
         ({"bidirectional": np.ones((B, T), bool)}, "concatenate the parts"),
-        ({"kv_positions": np.arange(9), "query_offset": 3}, r"each part says where its keys stand"),
+        ({"kv_positions": np.arange(9), "query_offset": 3}, r"each part has positions of its own"),
     ],
 )
 def test_tokens_that_parts_cannot_honour_are_refused(tokens, message):

@@ -263,13 +263,13 @@ def test_caches_are_written_as_they_are_read(text):
         ({"cache": "paged:x"}, "a paged cache needs its page size"),
         (
             {"cache": CacheShape(storage="int8"), "two_part": True, "max_len": 6},
-            "leaves no slot for that; raise max_len",
+            "leaves no slot for these; raise max_len",
         ),
         ({"cache": "rolling:int9"}, "unknown dtype 'int9'; did you mean 'int8'?"),
         ({"cache": "paged:4", "two_part": True}, "two_part=True and cache='paged:4' are two caches"),
         ({"mask": "segmnts"}, "did you mean 'segments'?"),
         ({"mask": np.ones(3)}, "mask must be a kernelry mask or an expression such as 'segments', got ndarray"),
-        ({"cache": "rolling"}, "type 'global' looks at all; use 'two-part' or 'paged:16'"),
+        ({"cache": "rolling"}, "type 'global' sees all tokens; use 'two-part' or 'paged:16'"),
     ],
 )
 def test_caches_and_masks_that_mean_nothing_say_what_to_write(facts, words):
@@ -289,7 +289,7 @@ def test_caches_and_masks_that_mean_nothing_say_what_to_write(facts, words):
         ({"max_len": 10**30}, "max_len must be an integer"),
         ({"batch": np.ones(3)}, "got an array of shape (3,)."),
         ({"q_heads": 4, "kv_heads": 3}, "kv_heads=3 must divide q_heads=4."),
-        ({"batch": 2**31 - 1, "max_len": 2**31 - 1}, "which no machine can hold; ask for smaller sizes."),
+        ({"batch": 2**31 - 1, "max_len": 2**31 - 1}, "too large for any machine; use smaller sizes."),
         ({"dtype": "fp32"}, "dtype must be the name of a dtype, e.g. bfloat16, got 'fp32'; write 'float32'."),
         ({"dtype": float}, "got <class 'float'>."),
         ({"two_part": 1}, "two_part must be True or False, got 1."),

@@ -70,6 +70,12 @@ def _identity(array: Any, **_params: Any) -> Any:
     return array
 
 
+def is_forward_mode_of_custom_vjp(error: TypeError) -> bool:
+    """Whether JAX raised it because a function with a `custom_vjp` is differentiated in forward mode."""
+    # 0.10 … 0.12 tell it from other TypeErrors by its text alone.
+    return str(error).startswith("can't apply forward-mode autodiff (jvp) to a custom_vjp function")
+
+
 @final
 class Marker:
     """A linear primitive that is the identity and leaves no operation in a program: it says how an array is used.

@@ -1,4 +1,4 @@
-"""The front end: splits a call into static facts and arrays, resolves, runs.
+"""The front end: splits a call into its request and its arrays, resolves the request, and runs the plan.
 
 Internal: `kernelry` exports `attention`.
 """
@@ -6,7 +6,6 @@ Internal: `kernelry` exports `attention`.
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Iterable
 from numbers import Real
@@ -19,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from kernelry._values import size_of, unwrapped
 from kernelry.errors import ArgumentError, PluginError, ShapeError, nearest
-from kernelry.execution.guards import in_reverse_mode, noticed_elsewhere, without_gradient
+from kernelry.execution.guards import in_reverse_mode, naming_forward_mode, noticed_elsewhere, without_gradient
 from kernelry.execution.plan import Plan
 from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.partial import Partial, checking_output
@@ -31,10 +30,10 @@ from kernelry.masks.fit import as_mask, check_fits
 from kernelry.masks.form import MaskForm
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
-from kernelry.request.checks import is_finite
 from kernelry.request.context_parallel import ContextParallel
-from kernelry.request.operands import as_array, as_keys, check_qkv, page_size_of, quantization_of
-from kernelry.request.request import Mode, Operand, Request, dtype_name, precision_name
+from kernelry.request.operands import as_array, as_keys, check_qkv
+from kernelry.request.options import CallOptions
+from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import current_target
 from kernelry.resolution.resolver import resolve
 from kernelry.storage import PagedArray, QuantizedArray
@@ -71,24 +70,24 @@ def attention(
 
     Args:
       query: [B, T, N, H], floating.
-      key: [B, S, K, H], query's dtype; K divides N. Or a `kernelry.cache.QuantizedArray`.
-      value: [B, S, K, D], query's dtype. Or quantised like key.
-      mask: which keys each query sees; see `kernelry.masks`. None is all of them; booleans [T, S], or of rank 4 and
+      key: [B, S, K, H] of query's dtype, where K divides N; or a `kernelry.cache.QuantizedArray`.
+      value: [B, S, K, D] of query's dtype, or quantised like key.
+      mask: which keys each query sees; see `kernelry.masks`. None means all of them; booleans [T, S], or of rank 4 and
         broadcastable to B N T S, are True where a key is seen.
-      scale: a number; None is H ** -0.5.
+      scale: a number; None means H ** -0.5.
       bias: floating, broadcastable to B N T S, added before the soft cap.
-      soft_cap: a positive number; None is no cap.
+      soft_cap: a positive number; None means no cap.
       sinks: [N], one logit per query head that joins the denominator once, unscaled and unmasked.
-      dropout_rate: on the probabilities, in [0, 1); needs `dropout_rng`.
+      dropout_rate: the rate of dropout on the probabilities, in [0, 1); needs `dropout_rng`.
       dropout_rng: a PRNG key.
       mode: `train`, `prefill` or `decode` (alias `autoregressive`).
-      kernel: a kernel's name, absolutely, or `auto`.
+      kernel: the name of the kernel to use, with no alternative; or `auto`.
       gradients: names of the operands whose gradient is needed, of `query`, `key`, `value`, `bias`
-        and `sinks`; None is all floating arrays in train mode and none otherwise. Differentiating
+        and `sinks`; None means all floating arrays in train mode and none otherwise. Differentiating
         another operand raises ArgumentError.
       normalization: the name of a Normalization.
-      logits_dtype: of logits, softmax and statistics.
-      precision: of the products.
+      logits_dtype: the dtype of logits, softmax and statistics.
+      precision: the precision of the products, as in `jax.lax.Precision`.
       return_partial: return a Partial with statistics, for `kernelry.merge`.
       return_max_logits: return `(result, max_logits)`, [B, N], the largest visible logits.
 
@@ -97,48 +96,63 @@ def attention(
 
     Raises:
       ShapeError: an array's rank, shape or dtype does not fit.
-      ArgumentError: another argument has a value that means nothing.
+      ArgumentError: another argument has an invalid value.
       NoKernelError: no installed kernel serves the call; the message says why for each.
-      KernelRefusedError: the kernel named refuses it.
+      KernelRefusedError: the named kernel cannot serve the call.
     """
-    arrays, form = _arrays(query, key, value, mask, bias, sinks)
-    check_kernel_name(kernel)
-    _check_numbers(normalization, scale=scale, soft_cap=soft_cap, dropout_rate=dropout_rate)
-    if bias is not None and soft_cap is not None:
-        warnings.warn("the soft cap caps bias too: a mask written as a bias comes back into sight", stacklevel=2)
-    batch, q_len, q_heads, head_dim = arrays.query.shape
-    _, kv_len, kv_heads, value_dim = arrays.value.shape
-    scope = current_scope()
-    target = scope.target or current_target()
-    request = Request(
-        target=target,
-        mode=Mode.parse(mode),
-        batch=size_of(batch),
-        q_len=size_of(q_len),
-        kv_len=size_of(kv_len),
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=dtype_name(arrays.query.dtype),
-        mask=form,
-        scale=None if scale is None else float(scale),  # type: ignore[arg-type]
-        bias=None if arrays.bias is None else tuple(map(size_of, arrays.bias.shape)),
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        sinks=sinks is not None,
-        dropout_rate=float(dropout_rate),
-        gradients=gradients,  # type: ignore[arg-type]
+    options = CallOptions(
+        mode=mode,
+        scale=scale,
+        soft_cap=soft_cap,
+        dropout_rate=dropout_rate,
+        gradients=gradients,
         normalization=normalization,
-        logits_dtype=_logits_dtype(logits_dtype),
-        precision=precision_name(precision),
+        logits_dtype=logits_dtype,
+        precision=precision,
         partial=return_partial,
         max_logits=return_max_logits,
+    )
+    return attention_with_options(
+        query, key, value, mask=mask, bias=bias, sinks=sinks, dropout_rng=dropout_rng, options=options, kernel=kernel
+    )
+
+
+def attention_with_options(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any,
+    options: CallOptions,
+    kernel: str = AUTO,
+    bias: Any = None,
+    sinks: Any = None,
+    dropout_rng: Any = None,
+) -> Any:
+    """`attention` for caches and layers, which hold its options as one value."""
+    arrays, form = _arrays(query, key, value, mask, bias, sinks)
+    check_kernel_name(kernel)
+    options = options.checked()
+    _check_normalization(options.normalization)
+    if bias is not None and options.soft_cap is not None:
+        warnings.warn(
+            "the soft cap caps bias too, so keys that a bias hides become visible: pass a mask as mask=",
+            stacklevel=3,
+        )
+    scope = current_scope()
+    target = scope.target or current_target()
+    request = options.request(
+        arrays.query,
+        arrays.key,
+        arrays.value,
+        mask=form,
+        target=target,
+        sinks=sinks is not None,
+        bias=None if arrays.bias is None else tuple(map(size_of, arrays.bias.shape)),
         interpret=scope.interpret and target.platform == "cpu",
-        kv_quantization=quantization_of(arrays.key),
-        page_size=page_size_of(arrays.key),
         context_parallel=_shared_out(scope.context_parallel),
     )
-    arrays = dataclasses.replace(arrays, dropout_rng=unwrapped(dropout_rng) if dropout_rate else None)
+    arrays = dataclasses.replace(arrays, dropout_rng=unwrapped(dropout_rng) if options.dropout_rate else None)
     _check_given(request, arrays)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
@@ -150,7 +164,7 @@ def attention(
 
 
 def _shared_out(context: ContextParallel | None) -> str | None:
-    """The request's word for sequences sharded over an axis of the mesh."""
+    """How sequences are sharded over an axis of the mesh, as a request holds it."""
     if context is None or context.size == 1:
         return None
     mesh = jax.sharding.get_abstract_mesh()
@@ -163,26 +177,10 @@ def _shared_out(context: ContextParallel | None) -> str | None:
     if context.size not in (None, sizes[context.axis]):
         raise ArgumentError(f"{context!r}: the axis has size {sizes[context.axis]} in the mesh {sizes}.")
     if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[context.axis] is jax.sharding.AxisType.Manual:
-        raise ArgumentError(f"{context!r}: inside a shard_map over {context.axis!r} every sequence is a part of one.")
+        raise ArgumentError(
+            f"{context!r}: inside a shard_map over {context.axis!r} each device holds only a part of every sequence."
+        )
     return None if sizes[context.axis] == 1 else str(dataclasses.replace(context, size=sizes[context.axis]))
-
-
-def _logits_dtype(dtype: Any) -> str:
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        raise ArgumentError(f"logits_dtype={dtype!r} is no dtype.") from None
-    if not jnp.issubdtype(found, jnp.floating):
-        raise ArgumentError(f"logits_dtype must be floating, got {found}.")
-    if found == jnp.float64 and jax.dtypes.canonicalize_dtype(found) != found:
-        raise ArgumentError("logits_dtype=float64 needs 64-bit types, which are off: set JAX_ENABLE_X64=1.")
-    return dtype_name(found)
-
-
-def _is_finite(number: Any) -> bool:
-    if isinstance(number, jax.Array | np.ndarray) and number.ndim == 0:
-        return math.isfinite(number)  # 1 / jnp.sqrt(64) is a number, too
-    return is_finite(number) or (isinstance(number, Real) and not isinstance(number, int) and math.isfinite(number))
 
 
 def _is_key(value: Any) -> bool:
@@ -215,7 +213,8 @@ def _check_given(request: Request, inputs: Inputs) -> None:
 
 @checking_output
 def _run(plan: Plan, arrays: Inputs, request: Request, *, notice: bool) -> Any:
-    partial = plan.run(arrays)
+    with naming_forward_mode(plan.kernel, installed.native_kernels):
+        partial = plan.run(arrays)
     if notice:
         partial = noticed_elsewhere(partial, request, plan.kernel.name)
     result = partial if request.partial else _finalized(partial, request)
@@ -231,7 +230,7 @@ def _finalized(partial: Partial, request: Request) -> jax.Array:
     kind = type(normalization)
     raise PluginError(
         f"normalization {request.normalization!r} ({kind.__module__}.{kind.__qualname__}) finalized {request} to "
-        f"{found}, expected {request.dtype} {list(partial.out.shape)} (B T N D). The fault is the normalization's: "
+        f"{found}, expected {request.dtype} {list(partial.out.shape)} (B T N D). This is a bug in the normalization: "
         f"report it to its authors."
     )
 
@@ -267,18 +266,7 @@ def _bias(bias: Any, full: tuple[int, ...]) -> jax.Array:
     return array
 
 
-def _check_numbers(normalization: str, **given: Any) -> None:
-    numbers = [(name, unwrapped(number)) for name, number in given.items()]
-    for name, number in numbers:
-        if isinstance(number, jax.core.Tracer):
-            instead = "multiply query by it and pass scale=1.0, or " if name == "scale" else ""
-            raise ArgumentError(
-                f"{name} must be a Python number, got a traced array: {instead}make it static, as in "
-                f"jax.jit(f, static_argnames={name!r})."
-            )
-    for name, number in numbers:
-        if number is not None and not _is_finite(number):
-            raise ArgumentError(f"{name} must be a finite number, got {number!r}.")
+def _check_normalization(name: Any) -> None:
     known = installed.registry().normalizations
-    if not isinstance(normalization, str) or normalization not in known:
-        raise ArgumentError(f"unknown normalization {normalization!r}{nearest(str(normalization), known)}")
+    if not isinstance(name, str) or name not in known:
+        raise ArgumentError(f"unknown normalization {name!r}{nearest(str(name), known)}")

@@ -15,7 +15,7 @@ from kernelry.aot.work import Work
 from kernelry.api import attention
 from kernelry.config.layer import AttentionConfig
 from kernelry.errors import KernelryError, PluginError
-from kernelry.phases.calls import Call, calls
+from kernelry.phases.calls import PhaseCall, calls
 from kernelry.phases.model_shape import ModelShape
 from kernelry.policy.scope import use
 from kernelry.request.request import Mode, Request
@@ -110,7 +110,7 @@ def check_layers(
     """
     where = Target.parse(target) if isinstance(target, str) else target
     shapes = (shape,) if isinstance(shape, ModelShape) else tuple(shape)
-    asked: dict[Request, Call] = {}
+    asked: dict[Request, PhaseCall] = {}
     for sizes in shapes:
         for call in calls(config, sizes, where):
             name = f"{call.name}{_distinguished(sizes, shapes)}"
@@ -130,7 +130,7 @@ def _distinguished(shape: ModelShape, shapes: Sequence[ModelShape]) -> str:
     return f" ({', '.join(f'{name}={getattr(shape, name)}' for name in varied)})" if varied else ""
 
 
-def _report(config: AttentionConfig, call: Call) -> LayerReport:
+def _report(config: AttentionConfig, call: PhaseCall) -> LayerReport:
     work = Work.of(call.request, call.mask, config.moba)
     resolution = explain(call.request, policy=config.policy)
     if resolution.plan is None:
@@ -151,7 +151,7 @@ def _report(config: AttentionConfig, call: Call) -> LayerReport:
     return LayerReport(call.name, resolution, compilation, work, missing)
 
 
-def _program(call: Call) -> Callable[..., Any]:
+def _program(call: PhaseCall) -> Callable[..., Any]:
     """Attention as the phase calls it; in training with its gradients."""
     request = call.request
     structure = jax.tree.structure(call.mask)
@@ -187,7 +187,7 @@ def _program(call: Call) -> Callable[..., Any]:
     return jax.value_and_grad(loss, argnums=differentiated)
 
 
-def _arguments(call: Call) -> tuple[Any, ...]:
+def _arguments(call: PhaseCall) -> tuple[Any, ...]:
     request = call.request
 
     def array(*shape: int, dtype: str = request.dtype) -> Any:

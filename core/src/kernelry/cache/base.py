@@ -1,34 +1,35 @@
-"""What every cache can do: attend to its parts, and append and attend in one step."""
+"""The protocol of key/value caches: append tokens, and attend to the parts of the cache."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from abc import abstractmethod
-from typing import Any, Protocol, Self, TypedDict, Unpack, final
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernelry.api import attention
+from kernelry.api import attention_with_options
+from kernelry.cache.parts import CachePart, MaskedPart, check_positional, finished, over_earlier_keys, partials_of
 from kernelry.cache.prefix import SharedPrefix
-from kernelry.cache.slots import bytes_of, token_counts
+from kernelry.cache.slots import bytes_of, is_known, token_counts
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
-from kernelry.execution.normalization import finalize, merge
 from kernelry.kernel.partial import checking_output
 from kernelry.kernel.spec import AUTO
-from kernelry.masks import Causal, Full, Lengths, Mask
+from kernelry.masks import Causal, Full, Mask
 from kernelry.masks.base import is_mask
-from kernelry.masks.composition import At, children
 from kernelry.masks.fit import not_a_mask
-from kernelry.request.operands import Keys, as_array
+from kernelry.request.checks import check_sinks
+from kernelry.request.operands import as_array
+from kernelry.request.options import CallOptions
 from kernelry.request.request import Mode
 
 _CAUSAL = Causal()
+_SLOTS_MOVE = "slots of a cache move: use masks of positions, and lengths= for rows of different length"
 
 
-class Options(TypedDict, total=False):
+class AttendOptions(TypedDict, total=False):
     """The keywords of `attend`."""
 
     mask: Mask | None
@@ -45,47 +46,12 @@ class Options(TypedDict, total=False):
     return_max_logits: bool
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Part:
-    """Disjoint keys of a cache.
-
-    Args:
-      key, value: [B, S, K, H] and [B, S, K, D], however they are held.
-      lengths: [B], the slots of each row that hold tokens; None where all do.
-      offset: where slot 0 of each row stands, a number or [B].
-      positions: [B, S], where the slots stand, in place of `offset`.
-      seen: whether the mask of the call certainly shows all its tokens to every query.
-    """
-
-    key: Keys
-    value: Keys
-    lengths: jax.Array | None = None
-    offset: int | jax.Array = 0
-    positions: jax.Array | None = None
-    seen: bool = False
-
-    def mask(self, base: Mask, start: int, query_offset: jax.Array, query_lengths: jax.Array | None) -> Mask:
-        """The mask of the queries over this part, `start` positions further on."""
-        if self.seen:
-            placed: Mask = Full()
-        elif self.positions is None:
-            placed = base.at(query_offset=query_offset, kv_offset=jnp.asarray(self.offset + start, jnp.int32))
-        else:
-            placed = base.at(query_offset=query_offset, kv_positions=self.positions + start)
-        if self.lengths is not None:
-            return placed & Lengths(self.lengths, query_lengths)
-        if query_lengths is not None:
-            return placed & Lengths(self.key.shape[1], query_lengths)
-        return placed
-
-
 class KVCache(Protocol):
     """Keys and values of the tokens so far: an immutable pytree, usable under jit, scan and donation.
 
-    `append` comes before `attend`: the queries of `attend` are the last tokens appended. What does not fit is an error
-    where the numbers are known; under jit nothing is written, the rows keep their lengths, `overflowed` is set until
-    `recovered()`, `attend` returns NaN, and `check()` raises outside.
+    `append` comes before `attend`: the queries of `attend` are the last tokens appended. Tokens that do not fit are an
+    error outside of jit. Under jit they are not written, the rows keep their lengths, `overflowed` is set until
+    `recovered()`, `attend` returns NaN, and `check()`, called outside, raises.
     """
 
     __slots__ = ()
@@ -93,16 +59,16 @@ class KVCache(Protocol):
     @property
     @abstractmethod
     def lengths(self) -> Int[Array, " B"]:
-        """The tokens of each row."""
+        """The number of tokens in each row."""
 
     @property
     @abstractmethod
     def overflowed(self) -> jax.Array:
-        """A boolean: whether something did not fit."""
+        """A boolean: whether tokens were appended that did not fit."""
 
     @property
     def bytes(self) -> int:
-        """What its arrays take in memory; an int4 takes half a byte."""
+        """The memory of its arrays, in bytes; an int4 takes half a byte."""
         return bytes_of(self)
 
     @abstractmethod
@@ -116,38 +82,38 @@ class KVCache(Protocol):
         """Writes the next tokens of every row.
 
         Args:
-          key, value: of T tokens a row, held in the cache's dtype.
-          lengths: [B], how many of them are tokens, from the first on; None is all. Under jit, numbers outside
-            [0, T] count as the nearest inside.
+          key, value: T tokens per row, stored in the cache's dtype.
+          lengths: [B], how many of the T are tokens, counted from the first; None means all. Under jit, numbers
+            outside [0, T] are clipped.
 
         Raises:
-          CacheFullError: they do not fit; nothing was written.
+          CacheFullError: the tokens do not fit; nothing was written.
           ShapeError: an array does not fit the cache.
-          ArgumentError: lengths outside [0, T].
+          ArgumentError: lengths are outside [0, T].
         """
 
     @abstractmethod
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         """The disjoint parts of the keys.
 
         Raises:
-          ArgumentError: the mask or the number of queries asks for keys that are not kept.
+          ArgumentError: the mask, or the number of queries, needs keys that are not kept.
         """
 
     def check(self) -> Self:
         """Returns this cache.
 
         Raises:
-          CacheFullError: something did not fit, under jit too.
+          CacheFullError: tokens were appended that did not fit, also under jit.
         """
         if bool(self.overflowed):
             raise CacheFullError(
-                f"{type(self).__name__}: tokens were appended that did not fit, and were not written; make it larger."
+                f"{type(self).__name__}: tokens were appended that did not fit, and not written; create a larger cache."
             )
         return self
 
     def recovered(self) -> Self:
-        """Returns this cache with `overflowed` unset: what did not fit is given up, or will be tried again."""
+        """Returns this cache with `overflowed` unset: the tokens that did not fit are given up, or appended again."""
         return dataclasses.replace(self, overflowed=jnp.zeros_like(self.overflowed))  # type: ignore[type-var]
 
     def decode(
@@ -155,13 +121,13 @@ class KVCache(Protocol):
         query: Float[Array, "B T N H"],
         key: Float[Array, "B T K H"],
         value: Float[Array, "B T K D"],
-        **options: Unpack[Options],
+        **options: Unpack[AttendOptions],
     ) -> tuple[Any, Self]:
         """One step: appends the tokens and attends from them.
 
         Args:
-          query, key, value: of the same T tokens a row.
-          options: those of `attend`.
+          query, key, value: the same T tokens per row.
+          options: the keywords of `attend`.
 
         Returns:
           What `attend` returns, and the cache after it.
@@ -190,10 +156,10 @@ class KVCache(Protocol):
         """Attention of the last T tokens of every row to all its tokens; see `kernelry.attention`.
 
         Args:
-          query: [B, T, N, H], of the tokens appended last.
-          mask: of positions only; token i of a row stands at i, after the prefix. None is `Full()`, as in
-            `kernelry.attention`: the queries see each other.
-          lengths: [B], how many of the T queries are tokens, as given to `append`; the others are 0.
+          query: [B, T, N, H], the tokens appended last.
+          mask: a mask of positions; token i of a row has position i, counted from the end of the prefix. None means
+            `Full()`, as in `kernelry.attention`: the queries see each other.
+          lengths: [B], how many of the T queries are tokens, as given to `append`; the result of the others is 0.
           prefix: keys that every row sees before its own.
           scale, soft_cap, sinks, kernel, logits_dtype, precision: as in `kernelry.attention`.
           mode: `prefill` for the chunks of a prompt.
@@ -203,12 +169,12 @@ class KVCache(Protocol):
           [B, T, N, D] in query's dtype, or a Partial; with `return_max_logits` a pair.
 
         Raises:
-          ArgumentError: the mask is about slots, or asks for keys that are not kept, or a row that is not empty holds
-            fewer tokens than there are queries.
+          ArgumentError: the mask is about slots, or needs keys that are not kept, or a row that is not empty has fewer
+            tokens than there are queries.
           ShapeError, NoKernelError, KernelRefusedError: as `kernelry.attention`.
         """
         mask = Full() if mask is None else mask
-        check_mask(mask)
+        _check_mask(mask)
         query = as_array("query", query, 4)
         if query.shape[0] != self.lengths.shape[0]:
             raise ShapeError(f"query must be [B, T, N, H] with B={self.lengths.shape[0]}, got shape {query.shape}.")
@@ -216,90 +182,71 @@ class KVCache(Protocol):
         counts = token_counts(lengths, query.shape[0], q_len)
         own = None if lengths is None else counts
         short = (self.lengths > 0) & (self.lengths < counts)
-        if not isinstance(short, jax.core.Tracer) and bool(short.any()):
+        if is_known(short) and short.any():
             raise ArgumentError(
-                f"attend: {counts.tolist()} queries are the last tokens of each row, and the rows hold "
-                f"{self.lengths.tolist()}: pass lengths=, how many of the queries are tokens."
+                f"attend: {counts.tolist()} queries are the last tokens of each row, and the rows have "
+                f"{self.lengths.tolist()} tokens: pass lengths=, how many of the queries are tokens."
             )
         if prefix is not None and not isinstance(prefix, SharedPrefix):
             raise ShapeError(f"prefix must be a kernelry.cache.SharedPrefix, got {type(prefix).__name__}.")
-        if sinks is not None and return_partial:
-            raise ArgumentError("sinks join the denominator once, at the end: pass them to kernelry.finalize.")
-        call = functools.partial(
-            attention,
+        check_sinks(sinks is not None, return_partial)
+        options = CallOptions(
+            mode=mode,
             scale=scale,
             soft_cap=soft_cap,
-            mode=mode,
-            kernel=kernel,
             logits_dtype=logits_dtype,
             precision=precision,
-            return_max_logits=return_max_logits,
+            partial=return_partial,
+            max_logits=return_max_logits,
         )
         start = 0 if prefix is None else prefix.length
         offset = self.lengths - counts + start
         parts = self.masked_parts(mask, q_len, offset, own, start)
         if len(parts) == 1 and prefix is None and not return_partial:
-            [(part, placed)] = parts
-            result = call(query, part.key, part.value, mask=placed, sinks=sinks)
-            return self._poisoned(result)
-        found = [call(query, part.key, part.value, mask=placed, return_partial=True) for part, placed in parts]
+            [part] = parts
+            return self._poisoned(
+                attention_with_options(
+                    query, part.key, part.value, mask=part.mask, sinks=sinks, options=options, kernel=kernel
+                )
+            )
+        found = partials_of(query, parts, options, kernel=kernel)
         if prefix is not None:
-            found.append(prefix.attend(call, query, offset, _base(mask, q_len), own, return_max_logits))
-        merged = merge([partial[0] if return_max_logits else partial for partial in found])
-        result = merged if return_partial else finalize(merged, sinks)
-        return self._poisoned((result, merged.max_logits) if return_max_logits else result)
+            found.append(prefix.attend(query, offset, _base(mask, q_len), own, options, kernel=kernel))
+        return self._poisoned(finished(found, sinks, options))
 
     def masked_parts(
         self, mask: Mask, q_len: int, offset: jax.Array, lengths: jax.Array | None = None, start: int = 0
-    ) -> tuple[tuple[Part, Mask], ...]:
+    ) -> tuple[MaskedPart, ...]:
         """The disjoint parts of the keys, each with what the last tokens see of it.
 
         Args:
-          mask: of positions.
-          q_len: T, the tokens that attend.
-          offset: [B], where the first of them stands.
-          lengths: [B], how many of them are tokens; None is all.
-          start: where the first token of every row stands.
+          mask: a mask of positions.
+          q_len: T, the number of tokens that attend.
+          offset: [B], the position of the first of them.
+          lengths: [B], how many of them are tokens; None means all.
+          start: the position of the first token of every row.
 
         Raises:
-          ArgumentError: the mask or the number of queries asks for keys that are not kept.
+          ArgumentError: the mask, or the number of queries, needs keys that are not kept.
         """
         base = _base(mask, q_len)
-        return tuple((part, part.mask(base, start, offset, lengths)) for part in self.parts(mask, q_len))
+        return tuple(part.masked(base, start, offset, lengths) for part in self.parts(mask, q_len))
 
     def _poisoned(self, result: Any) -> Any:
-        """NaN everywhere where something did not fit: an answer without the tokens lost would be a wrong one."""
+        """NaN everywhere if tokens did not fit: a result without them would be wrong."""
         bad = self.overflowed
         return jax.tree.map(lambda array: jnp.where(bad, jnp.asarray(jnp.nan, array.dtype), array), result)
 
 
 def _base(mask: Mask, q_len: int) -> Mask:
-    """One token sees all before it: the lengths say so, and kernels that know nothing else can serve."""
-    return Full() if q_len == 1 and isinstance(mask, Causal) else mask
+    """One token sees all before it, which the lengths alone express: so kernels without a causal mask can serve."""
+    return over_earlier_keys(mask) if q_len == 1 else mask
 
 
-def check_mask(mask: Any) -> None:
-    """Refuses masks about slots, and masks that say where the keys stand.
-
-    Raises:
-      ArgumentError: it is one.
-      ShapeError: it is not a mask.
-    """
+def _check_mask(mask: Any) -> None:
     if not is_mask(mask):
         instead = not_a_mask(mask)
         if hasattr(mask, "shape"):
-            instead = (
-                f"{mask.dtype} of shape {mask.shape}; slots of a cache move: use masks of positions, and lengths= for "
-                "rows of different length"
-            )
+            instead = f"{mask.dtype} of shape {mask.shape}; {_SLOTS_MOVE}"
         raise ShapeError(f"mask must be a kernelry mask, got {instead}.")
-    if isinstance(mask, At) and mask.kv is not None:
-        raise ArgumentError(f"mask={mask!r} says where keys stand, which the cache knows: leave kv_… out.")
-    inside = children(mask)
-    for part in inside:
-        check_mask(part)
-    if not inside and not mask.positional and not isinstance(mask, Full):
-        raise ArgumentError(
-            f"mask={mask!r} is about the slots of an array, and slots of a cache move: use masks of positions, and "
-            "lengths= for rows of different length."
-        )
+    check_positional(mask, placed="which the cache itself decides: leave kv_… out", slots=f"and {_SLOTS_MOVE}")

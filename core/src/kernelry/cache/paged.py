@@ -1,4 +1,4 @@
-"""A cache whose rows hold pages of one pool: rows grow, end and fork without a slot reserved in vain."""
+"""A cache whose rows take pages from one pool: no slot is reserved before a row needs it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.cache.base import KVCache, Part
-from kernelry.cache.paged_table import Growth, PageTable, as_rows, first_of_each, grow, is_known, release, share
+from kernelry.cache.base import KVCache
+from kernelry.cache.paged_table import (
+    Allocation,
+    PageTable,
+    allocated,
+    as_rows,
+    first_of_each,
+    release,
+    share,
+)
 from kernelry.cache.paged_view import PagedView
-from kernelry.cache.slots import check_sizes, empty
+from kernelry.cache.parts import CachePart
+from kernelry.cache.slots import check_sizes, empty, is_known
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.masks import Mask
 from kernelry.storage import Quantization
@@ -28,7 +37,7 @@ from kernelry.storage.quantized import Stored
 class PagedCache(KVCache):
     """Keys and values of R rows and any number of layers in P pages, found through one table.
 
-    Token i of row r stands, in every layer l, at keys[l][table[r, i // page_size], i % page_size]:
+    Token i of row r is, in every layer l, at keys[l][table[r, i // page_size], i % page_size]:
 
         lengths  table               pages of 4 slots
         r=0  6   2  0 −1 −1          0: r₀t₄ r₀t₅  ·    ·         references  1
@@ -36,20 +45,20 @@ class PagedCache(KVCache):
         r=2  0  −1 −1 −1 −1          2: r₀t₀ r₀t₁ r₀t₂ r₀t₃                   2 (row 1 is a fork of row 0)
 
     A page is shared by the rows that were forked, until one of them writes to it: a partly filled page that is shared
-    is copied first. What stands in free slots is arbitrary and never seen.
+    is copied first. The contents of free slots are arbitrary and never seen.
 
-    All is traceable, and with the cache donated (`jax.jit(…, donate_argnums=…)`) pages are written in place. A step of
-    a model with several layers is `allocate` once, and then in each layer `view(layer=…)`, its `write` and `attend`; a
-    cache of one layer has `append` and `decode`, which do both. After an overflow under jit `allocate` and `write` do
-    nothing: the cache stays as it was before the step that failed.
+    Every operation is traceable, and if the cache is donated (`jax.jit(…, donate_argnums=…)`) pages are written in
+    place. A step of a model with several layers calls `allocate` once, and in each layer `view(layer=…)` with its
+    `write` and `attend`; a cache of one layer has `append` and `decode`, which do both. After an overflow under jit,
+    `allocate` and `write` do nothing: the cache stays as it was before the step that failed.
 
     Args:
       keys, values: one entry per layer, [P, page_size, K, H] and [P, page_size, K, D], arrays or QuantizedArrays.
-      table: int32 [R, M], with −1 where there is no page.
-      lengths: int32 [R], the tokens of each row.
-      references: int32 [P], how many entries of the table point to each page; 0 is free.
-      overflowed: a boolean, whether something did not fit.
-      max_length: the most tokens of a row.
+      table: int32 [R, M]; −1 where there is no page.
+      lengths: int32 [R], the number of tokens in each row.
+      references: int32 [P], how many entries of the table point to each page; 0 means free.
+      overflowed: a boolean, whether tokens did not fit.
+      max_length: the largest number of tokens in a row.
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
@@ -58,7 +67,7 @@ class PagedCache(KVCache):
     keys: tuple[Stored, ...]
     values: tuple[Stored, ...]
     table: Int[Array, "R M"]
-    # field() because a dataclass would take the protocol's property for a default.
+    # field(), or the dataclass would take the protocol's property as the default.
     lengths: Int[Array, " R"] = dataclasses.field()
     references: Int[Array, " P"]
     overflowed: Bool[Array, ""] = dataclasses.field()
@@ -82,14 +91,14 @@ class PagedCache(KVCache):
         """Makes an empty cache.
 
         Args:
-          rows, pages, layers: R, P and how many layers there are.
-          page_size, max_length: in tokens; the table has room for ceil(max_length / page_size) pages a row.
-          kv_heads, head_dim, value_dim: K, H and D; D is H where it is not given.
-          dtype: of the pages, where they are not quantised.
-          storage: how they are quantised, e.g. `int8`; None is not at all.
+          rows, pages, layers: R, P and the number of layers.
+          page_size, max_length: in tokens; the table has ceil(max_length / page_size) entries per row.
+          kv_heads, head_dim, value_dim: K, H and D; `value_dim=None` means H.
+          dtype: the dtype of the pages if they are not quantised.
+          storage: how they are quantised, e.g. `int8`; None means not at all.
 
         Raises:
-          ArgumentError: a number is no positive integer, or a storage is unknown.
+          ArgumentError: a size is not a positive integer, or the storage is unknown.
         """
         width = head_dim if value_dim is None else value_dim
         check_sizes(
@@ -121,35 +130,35 @@ class PagedCache(KVCache):
 
     @property
     def free_pages(self) -> Int[Array, ""]:
-        """How many pages nothing points to."""
+        """The number of pages that no row uses."""
         return (self.references == 0).sum(dtype=jnp.int32)
 
     def allocate(self, counts: Int[Array, " R"]) -> Self:
-        """Extends row r by counts[r] tokens, which `write` is to write, in all layers.
+        """Extends row r by counts[r] tokens in all layers, for `write` to fill.
 
-        Takes the lowest free pages, row after row, and copies the last page of a row where it is partly filled and, the
-        rows before it done, still shared. Either all of it is done or nothing.
+        Takes the lowest free pages, row after row. The last page of a row is copied if it is partly filled and, after
+        the rows before it, still shared. Either all rows are extended or none.
 
         Args:
           counts: [R], not negative.
 
         Raises:
           CacheFullError: there are too few pages, or a row would become too long.
-          ShapeError, ArgumentError: counts are not [R], or negative.
+          ShapeError, ArgumentError: counts are not integers [R], or one is negative.
         """
         counts = self._counts(counts)
-        growth = grow(self._pages, counts, self.page_size, self.max_length)
-        if is_known(growth.needed):
-            self._refuse(growth, counts)
-        done = growth.fits & ~self.overflowed
-        source, target = growth.source, jnp.where(done, growth.target, self.references.shape[0])
+        allocation = allocated(self._pages, counts, self.page_size, self.max_length)
+        if is_known(allocation.needed):
+            self._refuse(allocation, counts)
+        done = allocation.fits & ~self.overflowed
+        source, target = allocation.source, jnp.where(done, allocation.target, self.references.shape[0])
 
         def copied(pages: jax.Array) -> jax.Array:
             return pages.at[target].set(pages.at[source].get(mode="clip"), mode="drop")
 
         keys, values = jax.tree.map(copied, (self.keys, self.values))
-        after = jax.tree.map(lambda new, old: jnp.where(done, new, old), growth.table, self._pages)
-        overflowed = self.overflowed | ~growth.fits
+        after = jax.tree.map(lambda new, old: jnp.where(done, new, old), allocation.table, self._pages)
+        overflowed = self.overflowed | ~allocation.fits
         return dataclasses.replace(self._with(after), keys=keys, values=values, overflowed=overflowed)
 
     def write(
@@ -181,29 +190,29 @@ class PagedCache(KVCache):
         *,
         lengths: Int[Array, " R"] | None = None,
     ) -> Self:
-        """Frees all rows and appends.
+        """Frees all rows, then appends.
 
         Raises:
-          CacheFullError, ShapeError, ArgumentError: as `append`.
+          CacheFullError, ShapeError, ArgumentError: as for `append`.
         """
         freed, counts = self.free(jnp.arange(self.table.shape[0])), self.view().counts(key, value, lengths)
-        growth = grow(freed._pages, counts, self.page_size, self.max_length)
-        if is_known(growth.needed):
+        allocation = allocated(freed._pages, counts, self.page_size, self.max_length)
+        if is_known(allocation.needed):
             return freed.append(key, value, lengths=lengths)  # an error where they do not fit
-        done = growth.fits & ~self.overflowed
+        done = allocation.fits & ~self.overflowed
         pages = jax.tree.map(lambda new, old: jnp.where(done, new, old), freed._pages, self._pages)
-        kept = dataclasses.replace(self._with(pages), overflowed=self.overflowed | ~growth.fits)
+        kept = dataclasses.replace(self._with(pages), overflowed=self.overflowed | ~allocation.fits)
         return kept.append(key, value, lengths=lengths)
 
     def free(self, rows: int | Int[Array, "*n"]) -> Self:
         """Empties rows; pages that no other row shares become free.
 
         Args:
-          rows: a row or rows [n]. Out of range they are an error, and under jit ignored.
+          rows: a row or rows [n]. One out of range is an error; under jit it is ignored.
 
         Raises:
           ArgumentError: a row is out of range.
-          ShapeError: they are no integers.
+          ShapeError: the rows are not integers.
         """
         return self._with(release(self._pages, as_rows("rows", rows, self.table.shape[0])))
 
@@ -219,20 +228,20 @@ class PagedCache(KVCache):
         the rows of a beam search, and `fork(r, r, n)` shortens row r to n tokens, e.g. when drafted ones are rejected.
 
         Args:
-          source, target: a row or rows [n], the targets different. Out of range they are an error; under jit such a
-            source is empty, such a target ignored, and of a target that is named twice the first counts.
-          length: how many tokens of the source; None is all. More than it has are an error, and under jit all.
+          source, target: a row or rows [n]; all targets differ. One out of range is an error; under jit such a source
+            is empty, such a target is ignored, and of a target given twice the first counts.
+          length: how many tokens of the source; None means all. More than it has is an error, and under jit means all.
 
         Raises:
           ArgumentError: a row or a length is out of range, or two targets are the same.
-          ShapeError: they are no integers, or do not go together.
+          ShapeError: they are not integers, or of different lengths.
         """
         rows = self.table.shape[0]
         froms, tos = as_rows("source", source, rows), as_rows("target", target, rows)
         if froms.shape != tos.shape:
-            raise ShapeError(f"source and target must be as many, got {froms.shape[0]} and {tos.shape[0]}.")
+            raise ShapeError(f"source and target must have the same length, got {froms.shape[0]} and {tos.shape[0]}.")
         if is_known(tos) and len(set(tos.tolist())) < tos.shape[0]:
-            raise ArgumentError(f"target={tos.tolist()} names a row twice, which can be the fork of one row only.")
+            raise ArgumentError(f"target={tos.tolist()} names a row twice; a row can be the fork of one row only.")
         have = self.lengths.at[froms].get(mode="fill", fill_value=0)
         if length is None:
             return self._with(share(self._pages, froms, tos, have, self.page_size))
@@ -248,17 +257,18 @@ class PagedCache(KVCache):
         return self._with(share(self._pages, froms, tos, wanted, self.page_size))
 
     def view(self, rows: Int[Array, " B"] | None = None, layer: int = 0, shared_pages: int = 0) -> PagedView:
-        """Shows some rows and one layer as a cache that attends, and writes.
+        """Returns some rows and one layer as a cache, to attend to and to write.
 
         Args:
-          rows: [B], different; None is all. Out of range or named twice they are an error, and under jit empty.
-          layer: which one.
-          shared_pages: that many pages at the beginning are the same in every row that is not empty, all of them full:
-            they are attended to once for all rows (cascade attention). Where that is not so it is an error, and under
+          rows: [B], all different; None means all rows. One out of range or given twice is an error; under jit it is
+            an empty row.
+          layer: the number of the layer.
+          shared_pages: how many full pages at the beginning are the same in every row that is not empty: they are
+            attended to once for all rows (cascade attention). If they are not the same, that is an error, and under
             jit the result is NaN.
 
         Raises:
-          ArgumentError: a row, the layer or the pages are out of range, or a row is named twice.
+          ArgumentError: a row, the layer or shared_pages is out of range, or a row is given twice.
           ShapeError: rows are not integers [B].
         """
         if not isinstance(layer, int | np.integer) or not 0 <= layer < len(self.keys):
@@ -274,7 +284,7 @@ class PagedCache(KVCache):
             raise ArgumentError(f"rows={found.tolist()} names a row twice.")
         return PagedView(self, first_of_each(found, self.table.shape[0]), int(layer), int(shared_pages))
 
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         return self.view().parts(base, q_len)
 
     @property
@@ -298,17 +308,17 @@ class PagedCache(KVCache):
             )
         return counts
 
-    def _refuse(self, growth: Growth, counts: Int[Array, " R"]) -> None:
-        """Raises CacheFullError where it is known that rows do not fit."""
-        long = np.flatnonzero(growth.too_long).tolist()
+    def _refuse(self, allocation: Allocation, counts: Int[Array, " R"]) -> None:
+        """Raises CacheFullError if rows do not fit, which must be known."""
+        long = np.flatnonzero(allocation.too_long).tolist()
         if long:
             after = [int(self.lengths[row]) + int(counts[row]) for row in long]
             raise CacheFullError(
-                f"PagedCache: rows {long} would hold {after} tokens, and max_length is {self.max_length}: free them, "
+                f"PagedCache: rows {long} would have {after} tokens, and max_length is {self.max_length}: free them, "
                 "or create the cache with a larger max_length."
             )
-        if growth.needed > growth.free:
+        if allocation.needed > allocation.free:
             raise CacheFullError(
-                f"PagedCache: {growth.needed} more pages are needed, and {growth.free} of {self.references.shape[0]} "
-                "are free: free rows, or create the cache with more pages."
+                f"PagedCache: {allocation.needed} more pages are needed, and {allocation.free} of "
+                f"{self.references.shape[0]} are free: free rows, or create the cache with more pages."
             )

@@ -1,4 +1,4 @@
-"""Which page holds which tokens: arithmetic on a page table, without the pages."""
+"""Which page holds which tokens: arithmetic on the page table, without the pages themselves."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from kernelry.cache.slots import is_known
 from kernelry.errors import ArgumentError, ShapeError
 
 
 class PageTable(NamedTuple):
-    """Where the tokens of every row stand.
+    """The pages of every row.
 
     Law: references[p] is the number of entries that are p; a page with none is free.
 
     Args:
-      entries: int32 [R, M], the page of each run of page_size tokens, −1 where there is none.
-      lengths: int32 [R], the tokens of each row.
+      entries: int32 [R, M], the page of each run of page_size tokens; −1 where there is none.
+      lengths: int32 [R], the number of tokens in each row.
       references: int32 [P].
     """
 
@@ -28,14 +29,14 @@ class PageTable(NamedTuple):
     references: Int[Array, " P"]
 
 
-class Growth(NamedTuple):
-    """What extending rows takes.
+class Allocation(NamedTuple):
+    """The pages that extending rows takes.
 
     Args:
-      table: the table afterwards; it means nothing where it does not fit.
-      source, target: [R], the page that each row copies, and where to; P where it copies none.
-      needed, free: pages.
-      too_long: [R], the rows that would exceed their longest length.
+      table: the table afterwards; undefined if the rows do not fit.
+      source, target: [R], the page that each row copies, and the page it copies it to; P where it copies none.
+      needed, free: numbers of pages.
+      too_long: [R], the rows that would exceed the largest length.
     """
 
     table: PageTable
@@ -47,16 +48,16 @@ class Growth(NamedTuple):
 
     @property
     def fits(self) -> Bool[Array, ""]:
-        """Whether the pages suffice and no row becomes too long."""
+        """Whether there are enough pages and no row becomes too long."""
         return (self.needed <= self.free) & ~self.too_long.any()
 
 
-def grow(table: PageTable, counts: Int[Array, " R"], page_size: int, max_length: int) -> Growth:
+def allocated(table: PageTable, counts: Int[Array, " R"], page_size: int, max_length: int) -> Allocation:
     """Extends row r by counts[r] tokens, row after row, each taking the lowest free pages.
 
     Args:
       table: the table before.
-      counts: of tokens; a negative one counts as too long.
+      counts: [R], numbers of tokens; a negative one counts as too long.
       page_size, max_length: in tokens.
     """
     entries, before, references = table
@@ -81,13 +82,15 @@ def grow(table: PageTable, counts: Int[Array, " R"], page_size: int, max_length:
     source = jnp.where(copies, last, pages)
     target = jnp.where(copies, entry(entries, held - 1), pages)
     references = jnp.where(free & (jnp.cumsum(free) <= needed), 1, references).at[source].add(-1, mode="drop")
-    return Growth(PageTable(entries, after, references), source, target, needed, free.sum(dtype=jnp.int32), too_long)
+    return Allocation(
+        PageTable(entries, after, references), source, target, needed, free.sum(dtype=jnp.int32), too_long
+    )
 
 
 def _copies(last: Int[Array, " R"], writes: Bool[Array, " R"], references: Int[Array, " P"]) -> Bool[Array, " R"]:
-    """Which rows copy their last page before they write to it: those that share it when their turn comes.
+    """Which rows copy their last page before they write to it: those that still share it when their turn comes.
 
-    Of k entries that point to a page, the first k − 1 rows that write to it copy it; a k-th finds it its own.
+    Of k entries that point to a page, the first k − 1 rows that write to it copy it; the k-th has it for itself.
     """
     earlier = jnp.tril(last[:, None] == last[None], -1) & writes[None]
     return writes & (earlier.sum(axis=1, dtype=jnp.int32) < references.at[last].get(mode="clip") - 1)
@@ -107,13 +110,13 @@ def release(table: PageTable, rows: Int[Array, " n"]) -> PageTable:
 def share(
     table: PageTable, source: Int[Array, " n"], target: Int[Array, " n"], lengths: Int[Array, " n"], page_size: int
 ) -> PageTable:
-    """Lets each target row, emptied first, hold the pages of the first tokens of its source row.
+    """Gives each target row, emptied first, the pages of the first tokens of its source row.
 
     Args:
       table: the table before.
-      source: rows, all as they were before; out of range they are empty.
-      target: rows; those out of range, and any but the first that names a row, are ignored.
-      lengths: of tokens, clipped to those of the source.
+      source: rows, as they were before; one out of range is empty.
+      target: rows; one out of range, and any repetition of a row, is ignored.
+      lengths: numbers of tokens, clipped to those of the source.
       page_size: in tokens.
     """
     count, slots = table.lengths.shape[0], jnp.arange(table.entries.shape[1], dtype=jnp.int32)
@@ -130,19 +133,19 @@ def share(
 
 
 def first_of_each(rows: Int[Array, " n"], count: int) -> Int[Array, " n"]:
-    """Puts out of range, at `count`, every row that stands in the list before."""
+    """Replaces every repetition of a row by `count`, which is out of range."""
     again = jnp.tril(rows[:, None] == rows[None], -1).any(axis=1)
     return jnp.where(again, count, rows)
 
 
 def entry(entries: Int[Array, "R M"], slots: Int[Array, " R"]) -> Int[Array, " R"]:
-    """Returns entries[r, slots[r]], of slots clipped to the table."""
+    """Returns entries[r, slots[r]], with the slots clipped to the table."""
     found: jax.Array = jnp.take_along_axis(entries, slots[:, None], axis=1, mode="clip")[:, 0]
     return found
 
 
 def rows_of(entries: Int[Array, "R M"], rows: Int[Array, " n"]) -> Int[Array, "n M"]:
-    """Returns rows of the table; those out of range have no pages."""
+    """Returns rows of the table; one out of range has no pages."""
     return entries.at[rows].get(mode="fill", fill_value=-1)
 
 
@@ -150,11 +153,11 @@ def as_rows(name: str, rows: Any, count: int) -> Int[Array, " n"]:
     """Reads the numbers of rows, one or [n].
 
     Returns:
-      int32 [n]; what is out of range under jit is `count`, which indexing ignores.
+      int32 [n]; under jit a row out of range becomes `count`, which indexing ignores.
 
     Raises:
-      ShapeError: they are no integers, or [n, …].
-      ArgumentError: it is known that one is out of range.
+      ShapeError: they are not integers, or have two dimensions or more.
+      ArgumentError: one is known to be out of range.
     """
     given = rows if isinstance(rows, jax.Array) else np.asarray(rows)
     if given.ndim > 1 or (given.size and not jnp.issubdtype(given.dtype, jnp.integer)):
@@ -166,11 +169,6 @@ def as_rows(name: str, rows: Any, count: int) -> Int[Array, " n"]:
     return jnp.where(outside, count, array)
 
 
-def is_known(*arrays: jax.Array) -> bool:
-    """False for arrays traced under jit."""
-    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
-
-
 def _refer(references: Int[Array, " P"], entries: Int[Array, "n M"], by: int) -> Int[Array, " P"]:
-    """Counts entries in or out; −1 is none."""
+    """Adds a number to the references of every page among the entries; −1 is not a page."""
     return references.at[jnp.where(entries < 0, references.shape[0], entries)].add(by, mode="drop")

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.cache.base import KVCache, Options, Part
-from kernelry.cache.paged_table import is_known, rows_of
+from kernelry.cache.base import AttendOptions, KVCache
+from kernelry.cache.paged_table import rows_of
+from kernelry.cache.parts import CachePart
 from kernelry.cache.prefix import SharedPrefix
-from kernelry.cache.slots import check_tokens, token_counts, write
+from kernelry.cache.slots import check_tokens, is_known, token_counts, write
 from kernelry.errors import ArgumentError
 from kernelry.masks import Mask
 from kernelry.storage import PagedArray, QuantizedArray
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 class PagedView(KVCache):
     """Some rows and one layer of a PagedCache; `cache.view(rows, layer, shared_pages)` makes one.
 
-    What is written is in the `cache` of the view that `write` and `append` return.
+    `write` and `append` return a view whose `cache` has the new tokens.
 
     Args:
-      cache: whose rows they are.
-      rows: int32 [B]; None is all. The number of rows stands for a row that is empty.
-      layer: which one.
+      cache: the cache that the rows belong to.
+      rows: int32 [B]; None means all. A number beyond the last row means an empty row.
+      layer: the number of the layer.
       shared_pages: how many pages at the beginning all rows share.
     """
 
@@ -91,11 +92,11 @@ class PagedView(KVCache):
         """Writes the last tokens of each row, which `allocate` has made room for.
 
         Args:
-          key, value: of T tokens a row.
-          lengths: [B], how many of them are tokens, from the first on; None is all.
+          key, value: T tokens per row.
+          lengths: [B], how many of the T are tokens, counted from the first; None means all.
 
         Raises:
-          ArgumentError: a row has fewer tokens, or they stand in a page that was shared since `allocate`. Under jit
+          ArgumentError: a row has fewer tokens, or they are in a page that was shared since `allocate`. Under jit
             nothing is written then, and `overflowed` is set.
           ShapeError: an array does not fit the cache.
         """
@@ -123,20 +124,24 @@ class PagedView(KVCache):
             self, cache=dataclasses.replace(self.cache, keys=keys, values=values, overflowed=overflowed)
         )
 
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
-        table = self.table  # one array, which key and value share
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
+        table = self.table  # one array, shared by key and value
         key, value = (PagedArray(stored[self.layer], table) for stored in (self.cache.keys, self.cache.values))
-        return (Part(key=key, value=value, lengths=self.lengths),)
+        return (CachePart(key=key, value=value, lengths=self.lengths),)
 
-    def attend(self, query: Float[Array, "B T N H"], **options: Unpack[Options]) -> Any:
+    def attend(self, query: Float[Array, "B T N H"], **options: Unpack[AttendOptions]) -> Any:
         if not self.shared_pages or query.ndim != 4:
             return KVCache.attend(self, query, **options)
         if options.get("prefix") is not None:
-            raise ArgumentError("shared_pages and prefix= are both what all rows begin with: pass one of them.")
+            raise ArgumentError("shared_pages and prefix= both say what all rows begin with: pass one of them.")
         counts = token_counts(options.get("lengths"), query.shape[0], query.shape[1])
         rest = self._rest(counts)
         # The queries of an empty row see nothing.
-        whole: Options = {**options, "prefix": self._beginning(), "lengths": jnp.where(self.lengths == 0, 0, counts)}
+        whole: AttendOptions = {
+            **options,
+            "prefix": self._beginning(),
+            "lengths": jnp.where(self.lengths == 0, 0, counts),
+        }
         return rest.attend(query, **whole)
 
     def _beginning(self) -> SharedPrefix:
@@ -147,18 +152,18 @@ class PagedView(KVCache):
         return SharedPrefix(_only_row(key.gather()), _only_row(value.gather()))
 
     def _rest(self, counts: Int[Array, " B"]) -> PagedCache:
-        """What each row holds after the shared pages, as a cache of its own that is only read."""
+        """The tokens of each row after the shared pages, as a separate cache that is only read."""
         table, lengths, shared = self.table, self.lengths, self.shared_pages
         tokens = shared * self.cache.page_size
         begins = table[:, :shared]
         same = (begins == begins[jnp.argmax(lengths > 0)][None]).all(axis=1)
-        # A causal mask shows them to all queries: these stand behind, or are the last of the shared tokens.
+        # A causal mask shows the shared tokens to all queries: those that come later, or are the last shared token.
         behind = lengths - jnp.maximum(counts, 1) >= tokens - 1
         wrong = (lengths > 0) & ~(same & behind)
         if is_known(wrong) and wrong.any():
             raise ArgumentError(
                 f"shared_pages={shared}: rows {np.flatnonzero(wrong).tolist()} do not begin with the same {tokens} "
-                "tokens as the first one, with the queries behind them: fork them from one row, or share fewer pages."
+                "tokens as the first one, followed by the queries: fork them from one row, or share fewer pages."
             )
         return dataclasses.replace(
             self.cache,
@@ -173,9 +178,9 @@ class PagedView(KVCache):
         return array if self.rows is None else array.at[self.rows].get(mode="fill", fill_value=0)
 
     def counts(self, key: Any, value: Any, lengths: Any) -> Int[Array, " B"]:
-        """Checks tokens for the rows, and counts them."""
+        """Checks tokens for the rows, and returns their number in each."""
         batch = self.lengths.shape[0]
-        check_tokens(key, value, None, (self.cache.keys[self.layer], self.cache.values[self.layer]), batch)
+        check_tokens(key, value, (self.cache.keys[self.layer], self.cache.values[self.layer]), batch)
         return token_counts(lengths, batch, key.shape[1])
 
 

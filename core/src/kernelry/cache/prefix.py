@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
 
 from kernelry._pytree import pytree, short_repr
+from kernelry.cache.parts import MaskedPart, over_earlier_keys, partials_of
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import Partial
-from kernelry.masks import Causal, Full, Mask
+from kernelry.masks import Mask
 from kernelry.masks.composition import At, children
+from kernelry.request.options import CallOptions
 from kernelry.storage import QuantizedArray
 from kernelry.storage.quantized import Stored
 
@@ -22,16 +23,16 @@ from kernelry.storage.quantized import Stored
 @pytree("key", "value")
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class SharedPrefix:
-    """The keys and values of tokens that stand before the tokens of every row, at 0 … P − 1.
+    """The keys and values of tokens that precede those of every row, at positions 0 … P − 1.
 
-    The queries of all rows attend to them as the queries of one row (cascade attention): the keys are read once, not
-    once a row, and the result is merged with what each row sees of its own.
+    The queries of all rows attend to them as if they were one row (cascade attention): the keys are read once, not
+    once per row, and the result is merged with attention to the keys of each row.
 
     Args:
       key, value: [P, K, H] and [P, K, D], arrays or QuantizedArrays.
 
     Raises:
-      ShapeError: a rank or a length is another one.
+      ShapeError: a rank is not 3, or the lengths differ.
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
@@ -52,55 +53,57 @@ class SharedPrefix:
 
     @property
     def length(self) -> int:
-        """P, its tokens."""
+        """P, the number of tokens."""
         return int(self.key.shape[0])
 
     def attend(
         self,
-        call: Callable[..., Any],
         query: jax.Array,
         query_offset: jax.Array,
         mask: Mask,
         lengths: jax.Array | None,
-        return_max_logits: bool,
+        options: CallOptions,
+        *,
+        kernel: str,
     ) -> Partial:
         """Attends from the queries of all rows at once.
 
         Args:
-          call: `kernelry.attention` with the options of the call.
-          query: [B, T, N, H]. query_offset: [B], where its first token stands.
-          mask: of positions. lengths: [B], the queries of each row that are tokens; None is all.
-          return_max_logits: refused, for the largest logit of each row is lost.
+          query: [B, T, N, H].
+          query_offset: [B], the position of its first token.
+          mask: a mask of positions.
+          lengths: [B], how many queries of each row are tokens; None means all.
+          options: the options of the call, without `max_logits`: the largest logit of each row is not available.
+          kernel: as in `kernelry.attention`.
 
         Raises:
-          ArgumentError: the mask holds arrays, which belong to rows, or says where queries stand, or max_logits are
-            wanted.
+          ArgumentError: the mask has arrays, which belong to rows, or gives the queries' positions, or max_logits are
+            requested.
         """
-        if return_max_logits:
+        if options.max_logits:
             raise ArgumentError("return_max_logits with prefix= is not available: rows are joined; attend without it.")
         _check_mask(mask)
         batch, q_len = query.shape[:2]
         positions = query_offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
         if lengths is not None:
-            # A query that is no token stands before everything; what it sees is not used.
+            # The result of a query that is not a token is not used.
             query = jnp.where(_real(lengths, q_len)[..., None, None], query, 0)
-        # A causal mask shows the whole prefix to all that stands behind it.
-        base = Full() if isinstance(mask, Causal) else mask
-        placed = base.at(query_positions=positions.reshape(1, -1), kv_offset=0)
-        partial = call(_joined(query), _one_row(self.key), _one_row(self.value), mask=placed, return_partial=True)
+        placed = over_earlier_keys(mask).at(query_positions=positions.reshape(1, -1), kv_offset=0)
+        part = MaskedPart(_one_row(self.key), _one_row(self.value), placed)
+        [partial] = partials_of(_joined(query), [part], options, kernel=kernel)
         return _apart(partial, batch, q_len, lengths)
 
 
 def _check_mask(mask: Mask) -> None:
-    """Refuses masks that mean something else for the queries of all rows in one."""
+    """Refuses masks that mean something different once the rows are joined."""
     if any(jnp.ndim(leaf) for leaf in jax.tree.leaves(mask)):
-        raise ArgumentError(f"mask={mask!r} holds arrays, which belong to rows; with prefix= rows are joined.")
+        raise ArgumentError(f"mask={mask!r} has arrays, which belong to rows; with prefix= rows are joined.")
     if is_placed(mask):
-        raise ArgumentError(f"mask={mask!r} says where queries stand; with prefix= rows are joined: leave .at out.")
+        raise ArgumentError(f"mask={mask!r} gives the queries' positions; with prefix= rows are joined: leave .at out.")
 
 
 def is_placed(mask: Mask) -> bool:
-    """True where something inside says where queries or keys stand."""
+    """Whether the mask, or one inside it, gives positions of queries or keys."""
     return isinstance(mask, At) or any(is_placed(part) for part in children(mask))
 
 
@@ -110,7 +113,7 @@ def _joined(query: jax.Array) -> jax.Array:
 
 
 def _real(lengths: jax.Array, q_len: int) -> jax.Array:
-    """Which queries [B, T] are tokens."""
+    """The queries [B, T] that are tokens."""
     return jnp.arange(q_len, dtype=jnp.int32)[None] < lengths[:, None]
 
 

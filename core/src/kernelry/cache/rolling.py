@@ -1,4 +1,4 @@
-"""A cache of the last tokens only, for layers that look no further back."""
+"""A cache of the most recent tokens, for layers that look no further back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.cache.base import KVCache, Part
+from kernelry.cache.base import KVCache
+from kernelry.cache.parts import CachePart
 from kernelry.cache.prefix import is_placed
 from kernelry.cache.slots import check_sizes, check_tokens, empty, stored_like, token_counts, write
 from kernelry.errors import ArgumentError, ShapeError
@@ -27,20 +28,21 @@ from kernelry.storage.quantized import Stored
 class RollingCache(KVCache):
     """A ring of the last tokens, for windows and chunks: memory O(window) however long a row becomes.
 
-    The token at position p stands in slot p mod S, with S = window + max_append − 1, so that of up to `max_append`
-    tokens appended at once the first still finds its window. With window 3 and max_append 2, S is 4, and after 6 tokens
-    the slots stand at
+    The token at position p is in slot p mod S, where S = window + max_append − 1, so that of up to `max_append` tokens
+    appended at once the first still has its whole window. With window 3 and max_append 2, S is 4, and after 6 tokens
+    the positions of the slots are
 
         4 5 2 3
 
-    It never overflows. A prompt of any length goes into `prefill`, which keeps its end; attention over the prompt
-    itself is `kernelry.attention(query, key, value, mask=…, mode="prefill")` beside it, `& Lengths(lengths)` for rows
-    of different length. Or the prompt comes in chunks of up to max_append tokens, each through `append` and `attend`.
+    It never overflows. A prompt of any length goes through `prefill`, which keeps its end; attention over the prompt
+    itself is a separate `kernelry.attention(query, key, value, mask=…, mode="prefill")`, with `& Lengths(lengths)` for
+    rows of different length. Or the prompt is processed in chunks of up to max_append tokens, each by `append` and
+    `attend`.
 
     Args:
       key, value: [B, S, K, H] and [B, S, K, D], arrays or QuantizedArrays.
-      lengths: int32 [B], the tokens of each row so far, those forgotten too.
-      window: how many positions a query sees, its own among them: `SlidingWindow(window − 1)`, `Chunked(window)`.
+      lengths: int32 [B], the number of tokens in each row so far, including those no longer kept.
+      window: how many positions a query sees, including its own: `SlidingWindow(window − 1)`, `Chunked(window)`.
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
@@ -48,7 +50,7 @@ class RollingCache(KVCache):
 
     key: Stored
     value: Stored
-    lengths: Int32[Array, " B"] = dataclasses.field()  # or the property of KVCache would be its default
+    lengths: Int32[Array, " B"] = dataclasses.field()  # or the property of KVCache would be the default
     window: int
 
     @classmethod
@@ -67,17 +69,17 @@ class RollingCache(KVCache):
         """Makes an empty cache.
 
         Args:
-          batch: B, its rows.
-          window: how many positions a query sees, its own among them.
+          batch: B, the number of rows.
+          window: how many positions a query sees, including its own.
           kv_heads: K.
-          head_dim, value_dim: H and D; None is H.
-          max_append: the most tokens that `append` takes for a row.
-          dtype: of plain keys and values, the queries'.
+          head_dim, value_dim: H and D; `value_dim=None` means H.
+          max_append: the largest number of tokens per row that `append` takes.
+          dtype: the dtype of keys and values that are not quantised: the queries'.
           storage: None, or how they are quantised: `int8`, `int4` or `float8_e4m3fn`, with `:heads_and_head_dim` for
-            one scale a token.
+            one scale per token.
 
         Raises:
-          ArgumentError: a size or a storage means nothing.
+          ArgumentError: a size is not a positive integer, or the storage is unknown.
         """
         width = head_dim if value_dim is None else value_dim
         check_sizes(
@@ -104,12 +106,12 @@ class RollingCache(KVCache):
 
     @property
     def capacity(self) -> int:
-        """S, its slots."""
+        """S, the number of slots."""
         return known_length("RollingCache: key", self.key)
 
     @property
     def max_append(self) -> int:
-        """The most tokens that `append` takes for a row."""
+        """The largest number of tokens per row that `append` takes."""
         return self.capacity - self.window + 1
 
     def prefill(
@@ -119,15 +121,15 @@ class RollingCache(KVCache):
         *,
         lengths: Array | None = None,
     ) -> Self:
-        """Starts all rows afresh with a prompt of any length, of which the last S tokens are kept.
+        """Replaces all rows by a prompt of any length, of which the last S tokens are kept.
 
         Args:
-          key, value: of T tokens a row.
-          lengths: [B], how many of them are tokens, from the first on; None is all.
+          key, value: T tokens per row.
+          lengths: [B], how many of the T are tokens, counted from the first; None means all.
 
         Raises:
           ShapeError: an array does not fit the cache.
-          ArgumentError: lengths outside [0, T].
+          ArgumentError: lengths are outside [0, T].
         """
         counts = self._counts(key, value, lengths)
         if key.shape[1] == 0:
@@ -149,19 +151,19 @@ class RollingCache(KVCache):
         """Writes the next tokens of every row over the oldest.
 
         Args:
-          key, value: of T ≤ max_append tokens a row.
-          lengths: [B], how many of them are tokens, from the first on; None is all.
+          key, value: T ≤ max_append tokens per row.
+          lengths: [B], how many of the T are tokens, counted from the first; None means all.
 
         Raises:
           ShapeError: an array does not fit the cache.
-          ArgumentError: lengths outside [0, T].
+          ArgumentError: lengths are outside [0, T].
         """
         counts = self._counts(key, value, lengths)
         tokens = key.shape[1]
         if tokens > self.max_append:
             raise ShapeError(
-                f"RollingCache: append takes up to max_append={self.max_append} tokens a row, got {tokens}: create it "
-                f"with max_append={tokens}, or start a prompt with prefill."
+                f"RollingCache: append takes up to max_append={self.max_append} tokens per row, got {tokens}: create "
+                f"it with max_append={tokens}, or start a prompt with prefill."
             )
         place = jnp.arange(tokens, dtype=jnp.int32)[None]
         slots = (self.lengths[:, None] + place) % self.capacity
@@ -174,7 +176,7 @@ class RollingCache(KVCache):
             lengths=self.lengths + counts,
         )
 
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         form = base.form
         if is_placed(base) or not _within(form, self.window):
             raise ArgumentError(
@@ -184,10 +186,10 @@ class RollingCache(KVCache):
         if q_len > self.max_append:
             raise ArgumentError(
                 f"RollingCache: {q_len} queries look back further than max_append={self.max_append} lets them: create "
-                f"it with max_append={q_len}, or attend to a prompt with kernelry.attention, beside prefill."
+                f"it with max_append={q_len}, or attend to a prompt with kernelry.attention and pass it to prefill."
             )
         return (
-            Part(
+            CachePart(
                 key=self.key,
                 value=self.value,
                 lengths=jnp.minimum(self.lengths, self.capacity),
@@ -197,20 +199,20 @@ class RollingCache(KVCache):
         )
 
     def _positions(self, lengths: jax.Array) -> jax.Array:
-        """Where the slots [B, S] stand after so many tokens: the last position of those that share a slot."""
+        """The positions of the slots [B, S] after so many tokens: the last of those that share a slot."""
         last = lengths[:, None] - 1
         slot = jnp.arange(self.capacity, dtype=jnp.int32)[None]
         return last - (last - slot) % self.capacity
 
     def _counts(self, key: Any, value: Any, lengths: Any) -> jax.Array:
-        """Checks tokens, and counts them."""
+        """Checks tokens, and returns their number in each row."""
         batch = self.lengths.shape[0]
-        check_tokens(key, value, None, (self.key, self.value), batch)
+        check_tokens(key, value, (self.key, self.value), batch)
         return token_counts(lengths, batch, known_length("key", key))
 
 
 def _within(form: MaskForm, window: int) -> bool:
-    """Whether a mask certainly shows a query no key `window` positions before it, nor further back."""
+    """Whether a mask certainly hides every key `window` or more positions before the query."""
     return any(_looks_back(atom, window) for atom in form.atoms)
 
 

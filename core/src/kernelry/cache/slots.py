@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kernelry.errors import ArgumentError, CacheFullError, ShapeError
+from kernelry.errors import ArgumentError, ShapeError
 from kernelry.storage import Quantization, QuantizedArray
 from kernelry.storage.quantized import Stored
 
@@ -30,13 +30,13 @@ def _floating(dtype: Any) -> np.dtype:
         raise ArgumentError(f"dtype must be that of the queries, e.g. bfloat16, got {dtype!r}.") from None
     if not jnp.issubdtype(found, jnp.floating):
         raise ArgumentError(
-            f"dtype must be floating, as the queries are, got {found}; a storage quantises keys and values."
+            f"dtype must be floating, as the queries are, got {found}; to quantise keys and values pass storage=."
         )
     return found
 
 
 def stored_like(array: Float[Array, ...], like: Stored) -> Stored:
-    """Holds new tokens as a cache holds its own."""
+    """Converts new tokens to the dtype or quantisation of a cache's."""
     if isinstance(like, QuantizedArray):
         return QuantizedArray.quantize(array, like.quantization, scale_dtype=like.scale.dtype)
     return array.astype(like.dtype)
@@ -70,19 +70,19 @@ def write_first(stored: Stored, new: Float[Array, "B T K H"]) -> Stored:
 
 
 def token_counts(lengths: Any, batch: int, tokens: int) -> Int[Array, " B"]:
-    """How many of the T tokens that a call passes for a row are tokens; None is all.
+    """How many of the T tokens that a call passes for each row count; None means all.
 
     Raises:
-      ShapeError: lengths are no integers [B].
-      ArgumentError: numbers known, outside of jit, are not in [0, T]; under jit they are clipped.
+      ShapeError: lengths are not integers [B].
+      ArgumentError: outside of jit, one is not in [0, T]; under jit they are clipped.
     """
     if lengths is None:
         return jnp.full(batch, tokens, jnp.int32)
     found = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if found.shape != (batch,) or not jnp.issubdtype(found.dtype, jnp.integer):
         raise ShapeError(f"lengths must be integers [B] = [{batch}], got {found.dtype} of shape {found.shape}.")
-    if not isinstance(found, jax.core.Tracer):
-        known = np.asarray(found)  # numbers that are known stay so under jit, where JAX's own operations are traced
+    if is_known(found):
+        known = np.asarray(found)  # NumPy, because under jit JAX would trace operations on constants, too
         if ((known < 0) | (known > tokens)).any():
             raise ArgumentError(
                 f"lengths must lie in [0, {tokens}], the tokens passed for a row, got {known.tolist()}."
@@ -94,7 +94,7 @@ def check_sizes(name: str, **sizes: Any) -> None:
     """Checks the sizes of a new cache.
 
     Raises:
-      ArgumentError: one is no integer ≥ 1.
+      ArgumentError: one is not an integer ≥ 1.
     """
     for what, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
@@ -102,7 +102,7 @@ def check_sizes(name: str, **sizes: Any) -> None:
 
 
 def bytes_of(tree: Any) -> int:
-    """The bytes of all arrays in a tree, small integers packed."""
+    """The bytes of all arrays in a tree, with small integers packed."""
     return sum(-(-leaf.size * _bits(leaf.dtype) // 8) for leaf in jax.tree.leaves(tree))
 
 
@@ -112,7 +112,7 @@ def _bits(dtype: np.dtype) -> int:
     return int(jnp.iinfo(dtype).bits)  # type: ignore[no-untyped-call]
 
 
-def check_tokens(key: Any, value: Any, lengths: Any, like: tuple[Stored, Stored], batch: int) -> None:
+def check_tokens(key: Any, value: Any, like: tuple[Stored, Stored], batch: int) -> None:
     """Checks tokens to be written against a cache of [B, S, K, H] and [B, S, K, D].
 
     Raises:
@@ -129,15 +129,8 @@ def check_tokens(key: Any, value: Any, lengths: Any, like: tuple[Stored, Stored]
             )
     if key.shape[1] != value.shape[1]:
         raise ShapeError(f"key has T={key.shape[1]} tokens and value {value.shape[1]}.")
-    if lengths is not None and jnp.shape(lengths) != (batch,):
-        raise ShapeError(f"lengths must be [B] = [{batch}], got shape {jnp.shape(lengths)}.")
 
 
-def refuse_if_known(overflows: jax.Array, message: str) -> None:
-    """Raises where it is known, outside of jit, that something does not fit.
-
-    Raises:
-      CacheFullError: with the message.
-    """
-    if not isinstance(overflows, jax.core.Tracer) and bool(overflows):
-        raise CacheFullError(message)
+def is_known(array: jax.Array | np.ndarray) -> bool:
+    """Whether the numbers of an array are known: False for arrays traced under jit."""
+    return not isinstance(array, jax.core.Tracer)

@@ -1,4 +1,4 @@
-"""A cache of two parts: the prompt, and what was decoded after it."""
+"""A cache of two parts: the prompt, and the tokens decoded after it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.cache.base import KVCache, Part
+from kernelry.cache.base import KVCache
+from kernelry.cache.parts import CachePart
 from kernelry.cache.slots import (
     check_sizes,
     check_tokens,
     empty,
-    refuse_if_known,
+    is_known,
     token_counts,
     write,
     write_first,
@@ -43,18 +44,18 @@ from kernelry.storage.quantized import Stored
 class TwoPartCache(KVCache):
     """A part for prompts and a part for the tokens decoded after them, attended to one by one and merged.
 
-    Slot s of the prefill part stands at s; slot j of the decode part of row b at prefill_lengths[b] + j. So a short
-    prompt leaves slots unused, and rows of different length decode side by side without moving a key. Of P = 4 and
-    C = 3, a row with 2 prompt tokens that decoded 2 stands at
+    Slot s of the prefill part has position s; slot j of the decode part of row b has position prefill_lengths[b] + j.
+    So a short prompt leaves slots unused, and rows of different length decode together without moving a key. With
+    P = 4 and C = 3, the positions in a row with 2 prompt tokens that decoded 2 are
 
         prefill 0 1 . .   decode 2 3 .
 
     Args:
       prefill_key, prefill_value: [B, P, K, H] and [B, P, K, D], arrays or QuantizedArrays.
-      prefill_lengths: int32 [B], the slots of each row that hold tokens, from the first on.
-      decode_key, decode_value: [B, C, K, H] and [B, C, K, D], held like the prefill part.
+      prefill_lengths: int32 [B], how many slots of each row have tokens, counted from the first.
+      decode_key, decode_value: [B, C, K, H] and [B, C, K, D], stored like the prefill part.
       decode_lengths: int32 [B].
-      overflowed: a boolean; stays set, also over `prefill`.
+      overflowed: a boolean; `prefill` does not unset it.
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
@@ -66,7 +67,7 @@ class TwoPartCache(KVCache):
     decode_key: Stored
     decode_value: Stored
     decode_lengths: Int32[Array, " B"]
-    overflowed: Bool[Array, ""] = dataclasses.field()  # or the property of KVCache would be its default
+    overflowed: Bool[Array, ""] = dataclasses.field()  # or the property of KVCache would be the default
 
     @classmethod
     def create(
@@ -84,16 +85,16 @@ class TwoPartCache(KVCache):
         """Makes an empty cache.
 
         Args:
-          batch: B, its rows.
+          batch: B, the number of rows.
           prefill, decode: P and C, the slots of each part.
           kv_heads: K.
-          head_dim, value_dim: H and D; None is H.
-          dtype: of plain keys and values, the queries'.
+          head_dim, value_dim: H and D; `value_dim=None` means H.
+          dtype: the dtype of keys and values that are not quantised: the queries'.
           storage: None, or how they are quantised: `int8`, `int4` or `float8_e4m3fn`, with `:heads_and_head_dim` for
-            one scale a token.
+            one scale per token.
 
         Raises:
-          ArgumentError: a size or a storage means nothing.
+          ArgumentError: a size is not a positive integer, or the storage is unknown.
         """
         width = head_dim if value_dim is None else value_dim
         check_sizes(
@@ -126,16 +127,16 @@ class TwoPartCache(KVCache):
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Self:
-        """Starts all rows afresh with a prompt, or its first chunk.
+        """Replaces all rows by a prompt, or its first chunk.
 
         Args:
-          key, value: of T tokens a row, held in the cache's dtype.
-          lengths: [B], how many of them are tokens, from the first on; None is all.
+          key, value: T tokens per row, stored in the cache's dtype.
+          lengths: [B], how many of the T are tokens, counted from the first; None means all.
 
         Raises:
-          CacheFullError: they do not fit; nothing was written.
+          CacheFullError: the tokens do not fit; nothing was written.
           ShapeError: an array does not fit the cache.
-          ArgumentError: lengths outside [0, T].
+          ArgumentError: lengths are outside [0, T].
         """
         counts = self._counts(key, value, lengths, self._prefill_slots, "prefill")
         nothing = jnp.zeros_like(counts)
@@ -148,12 +149,11 @@ class TwoPartCache(KVCache):
                 decode_lengths=nothing,
             )
         fits = self._fits(nothing, counts, self._prefill_slots, "prefill")
-        slots, kept = _slots(nothing, counts, key.shape[1], fits)
-        rows = _rows(counts)
+        keys, values = _written((self.prefill_key, self.prefill_value), (key, value), nothing, counts, fits)
         return dataclasses.replace(
             self,
-            prefill_key=write(self.prefill_key, key, rows, slots, kept),
-            prefill_value=write(self.prefill_value, value, rows, slots, kept),
+            prefill_key=keys,
+            prefill_value=values,
             prefill_lengths=jnp.where(fits, counts, self.prefill_lengths),
             decode_lengths=jnp.where(fits, nothing, self.decode_lengths),
             overflowed=self.overflowed | ~fits,
@@ -166,35 +166,35 @@ class TwoPartCache(KVCache):
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Self:
-        """Writes the next chunk of the prompts; the first comes to an empty cache, or through `prefill`.
+        """Writes the next chunk of the prompts; the first goes to an empty cache, or through `prefill`.
 
-        A row that has decoded takes no more of a prompt, for its decoded tokens stand behind it: under jit that is an
+        A row that has decoded takes no more of a prompt, because its decoded tokens follow it: under jit that is an
         overflow.
 
         Args:
-          key, value: of T tokens a row.
-          lengths: [B], how many of them are tokens, from the first on; 0 leaves a row alone, None is all.
+          key, value: T tokens per row.
+          lengths: [B], how many of the T are tokens, counted from the first; 0 leaves a row as it is, None means all.
 
         Raises:
-          CacheFullError: they do not fit; nothing was written.
+          CacheFullError: the tokens do not fit; nothing was written.
           ShapeError: an array does not fit the cache.
           ArgumentError: a row has decoded, or lengths are outside [0, T].
         """
         counts = self._counts(key, value, lengths, self._prefill_slots, "prefill")
         behind = (counts > 0) & (self.decode_lengths > 0)
-        if not isinstance(behind, jax.core.Tracer) and bool(behind.any()):
+        if is_known(behind) and behind.any():
             raise ArgumentError(
-                f"prefill_chunk: rows {np.flatnonzero(behind).tolist()} have decoded, and their tokens stand behind "
-                "the prompt: use append, or start afresh with prefill."
+                f"prefill_chunk: rows {np.flatnonzero(behind).tolist()} have decoded, and their decoded tokens "
+                "follow the prompt: use append, or replace all rows by prefill."
             )
         fits = self._fits(self.prefill_lengths, counts, self._prefill_slots, "prefill") & ~behind.any()
-        slots, kept = _slots(self.prefill_lengths, counts, key.shape[1], fits)
-        rows = _rows(counts)
+        before = self.prefill_lengths
+        keys, values = _written((self.prefill_key, self.prefill_value), (key, value), before, counts, fits)
         return dataclasses.replace(
             self,
-            prefill_key=write(self.prefill_key, key, rows, slots, kept),
-            prefill_value=write(self.prefill_value, value, rows, slots, kept),
-            prefill_lengths=self.prefill_lengths + jnp.where(fits, counts, 0),
+            prefill_key=keys,
+            prefill_value=values,
+            prefill_lengths=before + jnp.where(fits, counts, 0),
             overflowed=self.overflowed | ~fits,
         )
 
@@ -207,20 +207,20 @@ class TwoPartCache(KVCache):
     ) -> Self:
         counts = self._counts(key, value, lengths, self._decode_slots, "decode")
         fits = self._fits(self.decode_lengths, counts, self._decode_slots, "decode")
-        slots, kept = _slots(self.decode_lengths, counts, key.shape[1], fits)
-        rows = _rows(counts)
+        before = self.decode_lengths
+        keys, values = _written((self.decode_key, self.decode_value), (key, value), before, counts, fits)
         return dataclasses.replace(
             self,
-            decode_key=write(self.decode_key, key, rows, slots, kept),
-            decode_value=write(self.decode_value, value, rows, slots, kept),
-            decode_lengths=self.decode_lengths + jnp.where(fits, counts, 0),
+            decode_key=keys,
+            decode_value=values,
+            decode_lengths=before + jnp.where(fits, counts, 0),
             overflowed=self.overflowed | ~fits,
         )
 
-    def parts(self, base: Mask, q_len: int) -> tuple[Part, ...]:
+    def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         return (
-            Part(key=self.prefill_key, value=self.prefill_value, lengths=self.prefill_lengths),
-            Part(
+            CachePart(key=self.prefill_key, value=self.prefill_value, lengths=self.prefill_lengths),
+            CachePart(
                 key=self.decode_key, value=self.decode_value, lengths=self.decode_lengths, offset=self.prefill_lengths
             ),
         )
@@ -234,13 +234,13 @@ class TwoPartCache(KVCache):
         return known_length("TwoPartCache: decode_key", self.decode_key)
 
     def _counts(self, key: Any, value: Any, lengths: Any, slots: int, part: str) -> jax.Array:
-        """Checks tokens for one part, and counts them."""
+        """Checks tokens for one part, and returns their number in each row."""
         batch = self.prefill_lengths.shape[0]
-        check_tokens(key, value, None, (self.prefill_key, self.prefill_value), batch)
+        check_tokens(key, value, (self.prefill_key, self.prefill_value), batch)
         tokens = known_length("key", key)
         if lengths is None and tokens > slots:  # known under jit, too
             raise CacheFullError(
-                f"TwoPartCache: {tokens} tokens a row do not fit into the {slots} slots of the {part} part; "
+                f"TwoPartCache: {tokens} tokens per row do not fit into the {slots} slots of the {part} part; "
                 f"nothing was written. Create it with a larger {part}=."
             )
         return token_counts(lengths, batch, tokens)
@@ -248,21 +248,19 @@ class TwoPartCache(KVCache):
     def _fits(self, before: jax.Array, counts: jax.Array, slots: int, part: str) -> jax.Array:
         after = before + counts
         overflows = (after > slots).any()
-        if not isinstance(overflows, jax.core.Tracer):
-            refuse_if_known(
-                overflows,
-                f"TwoPartCache: {np.asarray(counts).tolist()} more tokens do not fit beside the "
-                f"{np.asarray(before).tolist()} in the {slots} slots of the {part} part; nothing was written. Create "
-                f"it with a larger {part}=.",
+        if is_known(overflows) and overflows:
+            raise CacheFullError(
+                f"TwoPartCache: {counts.tolist()} more tokens do not fit: the {slots} slots of the {part} part already "
+                f"have {before.tolist()} tokens; nothing was written. Create it with a larger {part}=."
             )
         return ~overflows
 
 
-def _rows(counts: jax.Array) -> jax.Array:
-    return jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
-
-
-def _slots(before: jax.Array, counts: jax.Array, tokens: int, fits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The slots of T tokens behind those of each row, and which of them are written."""
-    place = jnp.arange(tokens, dtype=jnp.int32)[None]
-    return before[:, None] + place, (place < counts[:, None]) & fits
+def _written(
+    stored: tuple[Stored, Stored], new: tuple[Any, Any], before: jax.Array, counts: jax.Array, fits: jax.Array
+) -> tuple[Stored, Stored]:
+    """Keys and values with the first counts[b] of the new tokens in the slots that follow before[b], if they fit."""
+    place = jnp.arange(new[0].shape[1], dtype=jnp.int32)[None]
+    rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
+    slots, kept = before[:, None] + place, (place < counts[:, None]) & fits
+    return write(stored[0], new[0], rows, slots, kept), write(stored[1], new[1], rows, slots, kept)

@@ -21,7 +21,7 @@ from kernelry.kernel.spec import AUTO
 from kernelry.masks import Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import names_in, parse_form
-from kernelry.phases.calls import cached, mask_of, options_of
+from kernelry.phases.calls import cached, mask_of, options_in
 from kernelry.phases.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
 from kernelry.policy.switches import Switches
 from kernelry.registry import installed
@@ -174,13 +174,12 @@ def explain(
     if read is not None:
         own = mask_of(read, phase, extent) if page_size is None else _mask_of_pages(read, extent, page_size)
         names["config"] = lambda: own
-        said = {"mask": own.form, **options_of(read, phase, partial=partial, from_cache=page_size is not None)}
-    overrides = {
-        "mask": None if mask is None else parse_form(mask, names, anywhere=anywhere),
-        "soft_cap": soft_cap,
-        "sinks": sinks,
-    }
-    given = {name: value for name, value in overrides.items() if value is not None}
+        fields = options_in(phase, read, partial=partial, from_cache=page_size is not None).fields()
+        fields = {name: value for name, value in fields.items() if name not in ("mode", "partial")}
+        said = {"mask": own.form, "sinks": read.sinks and not partial, **fields}
+    form = None if mask is None else parse_form(mask, names, anywhere=anywhere)
+    written = {"mask": form, "soft_cap": soft_cap, "sinks": sinks}
+    given = {name: value for name, value in written.items() if value is not None}
     request = Request(
         target=Target.parse(target) if target else home_target(),
         mode=phase,

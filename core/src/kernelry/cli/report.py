@@ -191,7 +191,7 @@ class Asked:
     @classmethod
     def of(cls, source: str, said: Mapping[str, Any], instead: Mapping[str, Any]) -> Asked:
         """Compares what a config says and what was given instead, both as fields of a request."""
-        neutral = {**NEUTRAL, "scale": None}
+        neutral = {**NEUTRAL, "scale": None, "gradients": None}
         taken = {name: value for name, value in said.items() if instead.get(name, value) == value}
         asked = {name: value for name, value in taken.items() if value != neutral[name]}
         overridden = {name: str(said[name]) for name in instead if name not in taken}

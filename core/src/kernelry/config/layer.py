@@ -13,6 +13,7 @@ from kernelry.masks.base import Mask
 from kernelry.policy.policy import Policy, Tilings
 from kernelry.policy.rules import Condition, Rule, check_tiling
 from kernelry.request.checks import DTYPES, is_finite
+from kernelry.request.options import CallOptions
 from kernelry.request.request import precision_name
 
 
@@ -206,6 +207,18 @@ def _policy(config: AttentionConfig) -> Policy:
         thresholds=dict(config.thresholds),
         forbidden_adapters=config.forbid_adapters,
         tilings=config.tilings,
+    )
+
+
+def options_of(config: AttentionConfig) -> CallOptions:
+    """Returns the options of a call that a config gives; the caller sets the others, such as the mode."""
+    return CallOptions(
+        scale=config.scale,
+        soft_cap=config.soft_cap,
+        dropout_rate=config.dropout_rate,
+        logits_dtype=config.logits_dtype,
+        precision=config.precision,
+        max_logits=config.record_max_logits,
     )
 
 

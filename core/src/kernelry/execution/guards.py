@@ -7,16 +7,18 @@ and transposes it only in reverse mode.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from typing import Any, NoReturn, final
 
 import jax
 
-from kernelry._compat import Marker, platforms_of
+from kernelry._compat import Marker, is_forward_mode_of_custom_vjp, platforms_of
 from kernelry.errors import ArgumentError
+from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs, KernelSpec
 from kernelry.request.request import Operand, Request
@@ -58,6 +60,10 @@ class _OneWay:
     forward_over_reverse: bool
     alternatives: Callable[[], str]
 
+    @classmethod
+    def of(cls, kernel: KernelSpec, alternatives: Callable[[], str]) -> _OneWay:
+        return cls(kernel.name, kernel.capabilities.forward_over_reverse, alternatives)
+
 
 def in_reverse_mode(
     inputs: Inputs, wanted: Set[Operand], kernel: KernelSpec, alternatives: Callable[[], str]
@@ -70,9 +76,27 @@ def in_reverse_mode(
       kernel: what runs, which has a backward pass and no other derivative.
       alternatives: says, for an error, what to pass to get a kernel that JAX differentiates itself.
     """
-    guard = functools.partial(_once, _OneWay(kernel.name, kernel.capabilities.forward_over_reverse, alternatives))
+    guard = functools.partial(_once, _OneWay.of(kernel, alternatives))
     guarded: dict[str, Any] = {operand.value: guard(getattr(inputs, operand.value)) for operand in wanted}
     return dataclasses.replace(inputs, **guarded)
+
+
+@contextlib.contextmanager
+def naming_forward_mode(kernel: KernelSpec, alternatives: Callable[[], str]) -> Iterator[None]:
+    """Around the run of a kernel: turns JAX's error about forward mode into the one that names other kernels.
+
+    JAX raises its own where it batches the kernel before it computes or lowers a tangent, as in a jitted jax.jacfwd:
+    a tangent that is only batched may be transposed later, so its marker cannot refuse there.
+
+    Args:
+      kernel, alternatives: as for `in_reverse_mode`.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if kernel.capabilities.gradient is not Gradient.BACKWARD or not is_forward_mode_of_custom_vjp(error):
+            raise
+        _no_forward_mode(_OneWay.of(kernel, alternatives), error)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -109,11 +133,11 @@ def _not_again_jvp(kernel: _OneWay, primals: Any, tangents: Any) -> tuple[jax.Ar
     return primals[0], _forward_only.bind(tangents[0], kernel=kernel)
 
 
-def _no_forward_mode(kernel: _OneWay) -> NoReturn:
+def _no_forward_mode(kernel: _OneWay, cause: TypeError | None = None) -> NoReturn:
     raise ArgumentError(
         f"kernel {kernel.name!r} has gradients in reverse mode (jax.grad, jax.vjp) and no derivative in forward mode "
         f"(jax.jvp, jax.linearize, jax.jacfwd): pass {kernel.alternatives()}, which has both."
-    )
+    ) from cause
 
 
 def _no_second_reverse(kernel: _OneWay) -> NoReturn:

@@ -56,35 +56,35 @@ def attention_fn(
 ) -> Float[Array, "*batch T N D"]:
     """Attention with Flax's arguments, for `attention_fn=` of its attention modules.
 
-    Bind what Flax knows nothing of (`layer_mask` and what follows it) with `functools.partial`:
+    Bind the arguments that Flax does not pass (`layer_mask` and those after it) with `functools.partial`:
 
         nnx.MultiHeadAttention(…, attention_fn=partial(attention_fn, layer_mask=masks.SlidingWindow(127)))
 
-    A row that sees no key is 0 (Flax: the mean of all values), and softmax is always in float32.
+    A row that sees no key is 0 (in Flax it is the mean of all values), and softmax is always in float32.
 
     Args:
       query, key, value: with any number of batch dimensions; K divides N.
       bias: floating, broadcastable to [*batch, N, T, S].
       mask: a kernelry mask; or an array broadcastable to [*batch, N, T, S], boolean or 0 and 1.
       dropout_rng, dropout_rate, deterministic: dropout on the probabilities.
-      broadcast_dropout: must be False where there is dropout.
-      dtype: query, key and value are cast to it; None is what they promote to.
-      precision: of the products.
-      module: must be None: no attention weights exist that it could keep.
+      broadcast_dropout: must be False if there is dropout.
+      dtype: query, key and value are cast to it; None means the dtype they promote to.
+      precision: the precision of the products.
+      module: must be None: attention weights are never computed, so a module cannot keep them.
       is_causal: adds `masks.Causal()`; needs T = S.
-      input_positions: must be None: rotary embedding is the model's own business.
-      force_fp32_for_softmax: is the case anyway.
+      input_positions: must be None: apply rotary embedding in the model.
+      force_fp32_for_softmax: has no effect: softmax is always in float32.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
-      layer_mask: is added to `mask`; None adds nothing.
+      layer_mask: a mask combined with `mask` by `&`; None means no other mask.
       scale, soft_cap, sinks, mode, kernel: as in `kernelry.attention`.
-      config: how kernels are chosen, unless an enclosing `use(policy=…)` says so. Its options of
-        the layer must be left at their defaults: Flax's module and the arguments above say those.
+      config: how kernels are chosen, unless an enclosing `use(policy=…)` decides. Its options of
+        the layer must have their defaults: Flax's module and the arguments above give those.
 
     Returns:
       [*batch, T, N, D] in the dtype of the computation.
 
     Raises:
-      ArgumentError: an argument of Flax that has no meaning here.
+      ArgumentError: an argument of Flax that is not supported.
       ShapeError: an array does not fit.
     """
     _check_servable(
@@ -126,7 +126,7 @@ def attention_fn(
 
 
 _WHY_NOT = {
-    "module": "sow_weights=True asks for the attention weights, which a fused kernel never forms: leave it False",
+    "module": "sow_weights=True asks for the attention weights, which a fused kernel never computes: leave it False",
     "input_positions": "attention_fn applies no rotary embedding: apply it in the model, or pass "
     "attention_fn=flax.nnx.dot_product_attention_with_rope",
     "einsum_dot_general": "a kernel computes its own products: leave it None, or use precision=",
@@ -146,19 +146,19 @@ def _check_precision(precision: Any) -> None:
         raise ArgumentError(f"precision={precision} differs for the two operands: pass one precision for both.")
 
 
-_OF_THE_CHOICE = frozenset({"kernel", "rules", "thresholds", "forbid_adapters", "source", "tilings"})
+_CHOOSING = frozenset({"kernel", "rules", "thresholds", "forbid_adapters", "source", "tilings"})
 
 
 def _check_config(config: AttentionConfig) -> None:
-    """An option that only AttentionOp reads must not be lost here."""
+    """Refuses options that only AttentionOp reads, so that none is ignored."""
     check_config(config)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in given.items():
-        if name not in _OF_THE_CHOICE and value != getattr(_SHIPPED, name):
+        if name not in _CHOOSING and value != getattr(_SHIPPED, name):
             shown = getattr(value, "value", value)
             raise ArgumentError(
-                f"attention_fn takes from a config how kernels are chosen, and got config.{name}={shown!r}: bind what "
-                "the layer is with functools.partial (layer_mask=config.mask, soft_cap=, scale=, sinks=), or use "
+                f"attention_fn only reads how kernels are chosen from a config, and got config.{name}={shown!r}: bind "
+                "the layer's options with functools.partial (layer_mask=config.mask, scale=, soft_cap=, sinks=) or use "
                 "kernelry.flax.AttentionOp."
             )
 
@@ -184,7 +184,7 @@ def _folded(array: jax.Array) -> jax.Array:
 
 
 def _on_logits(name: str, array: Any, batch: tuple[int, ...]) -> jax.Array:
-    """Lays an array that broadcasts to [*batch, N, T, S] out as B N T S, each 1 where it can be."""
+    """Reshapes an array that broadcasts to [*batch, N, T, S] to B N T S; a dimension that can be 1 is."""
     missing = len(batch) + 3 - array.ndim
     padded = jnp.asarray(array).reshape((1,) * missing + array.shape) if missing >= 0 else None
     if padded is None or any(have not in (1, want) for have, want in zip(padded.shape[:-3], batch, strict=True)):
@@ -202,14 +202,14 @@ def _mask(mask: Any, is_causal: bool, batch: tuple[int, ...], q_len: int, kv_len
         if not hasattr(mask, "ndim"):
             raise ShapeError(f"mask must be an array or a kernelry mask, got {not_a_mask(mask)}.")
         visible = _on_logits("mask", mask, batch)
-        # Flax's mask makers give 0 and 1 in float32 unless told otherwise.
+        # Flax's functions that make masks return 0 and 1 in float32 by default.
         given = Dense(visible if visible.dtype == jnp.bool_ else visible > 0)
     if not is_causal:
         return given
     if q_len != kv_len:
         raise ShapeError(
-            f"is_causal=True with T={q_len} and S={kv_len} does not say where the queries stand (Flax takes them for "
-            f"the first {q_len}, which hides a cache from a decode step): pass is_causal=False and bind "
-            f"layer_mask=masks.Causal().at(query_offset={max(kv_len - q_len, 0)}), or where they do stand."
+            f"is_causal=True with T={q_len} and S={kv_len} does not give the queries' positions (Flax takes the "
+            f"first {q_len}, which hides a cache from a decode step): pass is_causal=False and bind "
+            f"layer_mask=masks.Causal().at(query_offset={max(kv_len - q_len, 0)}), or their real positions."
         )
     return given & Causal()

@@ -22,16 +22,16 @@ def mask_of(base: Any, tokens: Tokens, query: jax.Array, key: jax.Array, moba: M
     """Composes ((base & segments) | bidirectional spans) & indexer & MoBA's blocks.
 
     Args:
-      base: the mask of the layer or of the call, or booleans as `kernelry.attention` takes them; it is
-        placed where the tokens stand, as far as it does not say so itself.
-      tokens: what the call knows of its tokens.
+      base: the mask of the layer or of the call, or booleans as `kernelry.attention` takes them; it
+        gets the positions of the tokens unless it has positions of its own.
+      tokens: what is known of the tokens.
       query: [B, T, N, H].
       key: [B, S, K, H].
       moba: the choice of blocks, or None.
 
     Raises:
-      ArgumentError: MoBA with keys that do not stand in their slots.
-      ShapeError: something does not fit, or T ≠ S without `query_offset`.
+      ArgumentError: MoBA with keys whose positions are not their slots.
+      ShapeError: an array does not fit, or T ≠ S without `query_offset`.
     """
     batch, q_len, q_heads, _ = as_array("query", query, 4).shape
     _, kv_len, kv_heads, _ = as_keys("key", key).shape
@@ -53,7 +53,7 @@ def check_mask(mask: Any) -> None:
 
 
 def placed(base: Mask, tokens: Tokens, q_len: int, kv_len: int) -> Mask:
-    """Puts a mask where the tokens stand; the innermost `.at` wins."""
+    """Gives a mask the positions of the tokens; the innermost `.at` wins."""
     kv = tokens.kv_positions
     if tokens.positions is not None:
         same = kv is None and q_len == kv_len
@@ -91,7 +91,7 @@ def _spans(tokens: Tokens, q_len: int, kv_len: int) -> Mask:
 
 
 def _both_sides(ids: Any, tokens: Tokens, q_len: int, kv_len: int) -> tuple[Any, Any]:
-    """Reads the queries' ids out of those of the keys; None beside them where they are the same."""
+    """The ids of the queries and of the keys, from those of the keys; None for the keys if they are the same."""
     offset, apart = tokens.query_offset, tokens.kv_positions is not None
     if isinstance(offset, int) and not apart and not 0 <= offset <= kv_len - q_len:
         raise ShapeError(
@@ -102,8 +102,8 @@ def _both_sides(ids: Any, tokens: Tokens, q_len: int, kv_len: int) -> tuple[Any,
         return ids, None
     if offset is None or apart:
         raise ShapeError(
-            f"segment_ids and bidirectional are one per key, and with T={q_len} and S={kv_len} nothing says which are "
-            "the queries' own: pass query_offset=, the slot of the first query among the keys (and no kv_positions), "
+            f"segment_ids and bidirectional are one per key, and with T={q_len} and S={kv_len} those of the "
+            "queries are unknown: pass query_offset=, the slot of the first query among the keys, and no kv_positions, "
             "or masks.Segments(query_ids, kv_ids) in mask= instead."
         )
     return (
@@ -112,7 +112,7 @@ def _both_sides(ids: Any, tokens: Tokens, q_len: int, kv_len: int) -> tuple[Any,
 
 
 def _taken(ids: Any, slots: Any) -> jax.Array:
-    """Takes ids [S] or [B, S] at slots [T] or [B, T]; a slot beyond the keys has none, −1."""
+    """Takes ids [S] or [B, S] at slots [T] or [B, T]; a slot beyond the keys has the id −1."""
     ids, slots = jnp.atleast_2d(ids), jnp.atleast_2d(slots)
     rows, kv_len = max(ids.shape[0], slots.shape[0]), ids.shape[1]
     slots = jnp.broadcast_to(slots, (rows, slots.shape[1]))
@@ -131,8 +131,8 @@ def _blocks(tokens: Tokens, query: jax.Array, key: jax.Array, moba: MoBA) -> Mas
     q_len, kv_len = query.shape[1], key.shape[1]
     if tokens.kv_positions is not None or (tokens.positions is not None and q_len == kv_len):
         raise ArgumentError(
-            "moba averages blocks of consecutive keys, so key s must stand at position s: pass the keys in order, and "
-            "leave positions and kv_positions out (query_offset says where fewer queries than keys stand)."
+            "moba averages blocks of consecutive keys, so key s must have position s: pass the keys in order, and "
+            "leave positions and kv_positions out (query_offset places fewer queries than keys)."
         )
     return select_blocks(
         query,
@@ -150,7 +150,7 @@ def _query_positions(tokens: Tokens, q_len: int, kv_len: int) -> Any:
         return slots_from(tokens.query_offset, q_len)
     if q_len != kv_len:
         raise ShapeError(
-            f"moba needs to know where the queries stand, and T={q_len} ≠ S={kv_len}: pass query_offset=, e.g. "
+            f"moba needs the queries' positions, and T={q_len} ≠ S={kv_len}: pass query_offset=, e.g. "
             f"{max(kv_len - q_len, 0)}."
         )
     return np.arange(q_len)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from kernelry.config.layer import check_config
+from kernelry.config.layer import check_config, options_of
 from kernelry.config.loading import AttentionConfig
 from kernelry.errors import ArgumentError
-from kernelry.flax.call import Call
+from kernelry.flax.call import LayerCall
 from kernelry.flax.tokens import CachedPart, Tokens
 from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
@@ -38,20 +38,20 @@ _NO_TOKENS = Tokens()
 class AttentionOp(nnx.Module):
     """Attention as a config describes it; `kernelry.attention` as an nnx module.
 
-    A policy given by an enclosing `kernelry.use(policy=…)` goes before the config's. The output is
+    A policy given by an enclosing `kernelry.use(policy=…)` has priority over the config's. The output is
     named `context` for `jax.checkpoint` policies. With `config.record_max_logits` each call appends
     its largest visible logits [B, N] to the nnx.Intermediate `max_logits`, as `sow` does: read them
-    with `nnx.capture` or `nnx.pop(model, nnx.Intermediate)`, once per step; in linen they are in the
+    once per step with `nnx.capture` or `nnx.pop(model, nnx.Intermediate)`; in linen they are in the
     collection `intermediates`.
 
     Args:
       config: the options of the layer, and how kernels are chosen.
       mask: which keys each query sees, in place of `config.mask`.
-      sink_heads: N for a learned sink logit per query head, which starts at 0 in the parameter
-        `sinks`, whatever `config.sinks` says; None for none of its own. `config.sinks` demands
+      sink_heads: N, for a learned sink logit per query head, which starts at 0 in the parameter
+        `sinks`, whatever `config.sinks` is; None for no such parameter. `config.sinks` requires
         sinks: the parameter, or those of the call.
       deterministic: no dropout; `model.train()` and `model.eval()` set it.
-      rngs: where dropout draws from (stream `dropout`), unless a call brings its own.
+      rngs: where dropout draws from (stream `dropout`), unless a call passes its own.
     """
 
     def __init__(
@@ -93,39 +93,43 @@ class AttentionOp(nnx.Module):
         A query sees ((mask & segments) | bidirectional spans) & indexer & MoBA's blocks.
 
         Args:
-          query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, D]. Beside `cached`, key and value
-            are those of the query's own tokens, or None where these are cached already.
+          query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, D]. With `cached`, key and value
+            are those of the query's own tokens, or None if these are cached already.
           tokens: segments, positions and what else is known of the tokens.
-          cached: parts of a key/value cache; the query sees those slots of each that hold tokens.
-          mask: takes the place of the module's own; without `cached` also booleans, as in `kernelry.attention`. The
-            tokens say where it stands, as far as it does not.
+          cached: parts of a key/value cache; the query sees those slots of each that have tokens.
+          mask: replaces the module's own; without `cached` also booleans, as in `kernelry.attention`. It gets the
+            positions of the tokens unless it has positions of its own.
           mode: `train`, `prefill` or `decode` (alias `autoregressive`).
           bias: broadcastable to B N T S; with `cached`, S counts the slots of all parts, key's last.
-          sinks: [N], where the module has none of its own.
-          deterministic: no dropout; None is what the module says.
-          rngs: a key, or where to draw one; None is the module's own stream.
+          sinks: [N], if the module has none of its own.
+          deterministic: no dropout; None means the module's setting.
+          rngs: a key, or where to draw one; None means the module's own stream.
           gradients, return_partial, return_max_logits: as in `kernelry.attention`.
 
         Raises:
           ArgumentError: arguments that do not go together, with what to pass instead.
-          ShapeError: an array does not fit, or T ≠ S and nothing says where the queries stand.
+          ShapeError: an array does not fit, or T ≠ S and the queries' positions are unknown.
         """
         if not isinstance(tokens, Tokens):
             raise ArgumentError(f"tokens must be kernelry.flax.Tokens, got {type(tokens).__name__}.")
         rate, dropout_rng = self._dropout(deterministic, rngs)
-        call = Call(
-            config=self.config,
+        options = dataclasses.replace(
+            options_of(self.config),
+            mode=mode,
+            dropout_rate=rate,
+            gradients=None if gradients is None else operands_of(gradients),
+            partial=return_partial,
+            max_logits=return_max_logits or self.config.record_max_logits,
+        )
+        call = LayerCall(
             mask=self.mask if mask is None else mask,
             tokens=tokens,
             cached=(cached,) if isinstance(cached, CachedPart) else tuple(cached),
-            mode=mode,
+            moba=self.config.moba,
             bias=bias,
             sinks=self._sinks(sinks, return_partial),
-            dropout_rate=rate,
             dropout_rng=dropout_rng,
-            gradients=None if gradients is None else operands_of(gradients),
-            return_partial=return_partial,
-            max_logits=return_max_logits or self.config.record_max_logits,
+            options=options,
         )
         with policy_of(self.config):
             result, max_logits = call.attend(query, key, value)
@@ -136,11 +140,11 @@ class AttentionOp(nnx.Module):
 
     def _sinks(self, given: Any, return_partial: bool) -> Any:
         if self.sinks is not None and given is not None:
-            raise ArgumentError("sinks= meets the module's own, from sink_heads=: leave one of them out.")
+            raise ArgumentError("sinks= and the module's own, from sink_heads=, are both given: leave one of them out.")
         sinks = given if self.sinks is None else self.sinks[...]
         if sinks is None and self.config.sinks and not return_partial:
             raise ArgumentError(
-                "config.sinks is on and there are no sinks: build AttentionOp with sink_heads=, the number of query "
+                "config.sinks is True and there are no sinks: build AttentionOp with sink_heads=, the number of query "
                 "heads, for a parameter, or pass sinks= to the call."
             )
         return sinks
@@ -183,9 +187,8 @@ def attention_op_as_linen(
     """Returns an `AttentionOp` as a linen module; it draws dropout from the collection `dropout`.
 
     Args:
-      config, mask, sink_heads, deterministic: as in `AttentionOp`; calls take the same arguments,
-        too.
-      name: the linen module's.
+      config, mask, sink_heads, deterministic: as in `AttentionOp`, whose arguments calls take, too.
+      name: the name of the linen module.
     """
     module: nnx.bridge.ToLinen = nnx.bridge.to_linen(
         AttentionOp, config, mask=mask, sink_heads=sink_heads, deterministic=deterministic, name=name
@@ -195,7 +198,7 @@ def attention_op_as_linen(
 
 @contextlib.contextmanager
 def policy_of(config: AttentionConfig) -> Iterator[None]:
-    """Puts the config's policy in force, unless an enclosing `use` has given one."""
+    """Applies the config's policy, unless an enclosing `use` has given one."""
     if current_scope().policy is not None:
         yield
         return

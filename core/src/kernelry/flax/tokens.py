@@ -1,4 +1,4 @@
-"""What a call knows of its tokens, and the parts of a key/value cache: two frozen pytrees."""
+"""The tokens of a call, and the parts of a key/value cache: two frozen pytrees."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from kernelry.errors import ArgumentError, ShapeError
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokens:
-    """Where the tokens of a call stand and to what they belong; one value serves every layer.
+    """The positions and segments of the tokens of a call; the same value serves every layer.
 
     Packed sequences need only `segment_ids`. Leave `positions` out unless tokens are permuted, as
     in load-balanced context parallelism: traced positions rule kernels out, and chunks are counted
-    from position 0. Python ints and NumPy arrays stay static where they say where tokens stand,
-    also through jit; JAX arrays are traced.
+    from position 0. Offsets and positions that are Python ints or NumPy arrays stay static, also
+    through jit; JAX arrays are traced.
 
     Args:
       segment_ids: integers [B, S] or [S] of the keys: a query sees the keys of its own segment;
-        negative is padding. The query's are the same where T = S, else those from `query_offset` on.
+        a negative id is padding. The query's are the same if T = S, else those from `query_offset` on.
         With a cache: the query's own, [B, T].
       query_offset: the slot of the first query among the keys, an int or integers, scalar or [B]:
         the length of the previous chunks in chunked prefill, the index of the step in decode.
-      positions: integers [T] or [B, T], where the queries stand.
-      kv_positions: integers [S] or [B, S], where the keys stand; None is the query's positions
-        where they are given and T = S, else 0 … S − 1.
+      positions: integers [T] or [B, T], the positions of the queries.
+      kv_positions: integers [S] or [B, S], the positions of the keys; None means the queries'
+        positions if they are given and T = S, else 0 … S − 1.
       bidirectional: booleans [B, S] or [S]: the keys of each run of True see each other, whatever
-        the mask and the segments say.
+        the mask and the segments are.
       indexer: booleans [B, T, S] or [B, 1, T, S]: the keys that stay visible.
 
     Raises:
       ArgumentError: positions together with query_offset, or kv_positions with neither.
-      ShapeError: indexer is no such array.
+      ShapeError: indexer is not such an array.
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
@@ -53,10 +53,10 @@ class Tokens:
 
     def __post_init__(self) -> None:
         if self.positions is not None and self.query_offset is not None:
-            raise ArgumentError("Tokens got both positions and query_offset; each says where the queries stand.")
+            raise ArgumentError("Tokens got both positions and query_offset, which say the same: pass one of them.")
         if self.kv_positions is not None and self.positions is None and self.query_offset is None:
             raise ArgumentError(
-                "Tokens got kv_positions, but not where the queries stand: add positions= or query_offset=."
+                "Tokens got kv_positions, but not the queries' positions: add positions= or query_offset=."
             )
         offset = self.query_offset
         if isinstance(offset, np.integer | np.ndarray) and offset.ndim == 0 and offset.dtype.kind in "iu":
@@ -66,7 +66,7 @@ class Tokens:
 
     @property
     def is_located(self) -> bool:
-        """Whether this says where the queries stand."""
+        """Whether this gives the queries' positions."""
         return self.positions is not None or self.query_offset is not None
 
 
@@ -82,7 +82,7 @@ def _check_indexer(indexer: Any) -> None:
 
 
 _PLACES = ("query_offset", "positions", "kv_positions")
-"""The fields that are static where they are Python's or NumPy's, as in `Mask.at`."""
+"""The fields that are static if they are Python's or NumPy's, as in `Mask.at`."""
 
 
 @final
@@ -113,7 +113,7 @@ def _flatten_with_keys(tokens: Tokens) -> tuple[tuple[tuple[Any, Any], ...], tup
 
 
 def _unflatten(static: tuple[Any, ...], leaves: Iterable[Any]) -> Tokens:
-    # Past __init__: JAX puts sentinels and batched arrays into containers.
+    # Without __init__: JAX puts sentinels and batched arrays into containers.
     tokens = object.__new__(Tokens)
     for field, known, leaf in zip(dataclasses.fields(Tokens), static, leaves, strict=True):
         value = known.array if isinstance(known, _Constant) else known
@@ -128,15 +128,15 @@ jax.tree_util.register_pytree_with_keys(Tokens, _flatten_with_keys, _unflatten)
 @pytree("key", "value", "segment_ids", "positions")
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class CachedPart:
-    """A part of a key/value cache: that of the prefill, that of the tokens decoded since, a shared prefix.
+    """A part of a key/value cache: the prompt, the tokens decoded since, or a shared prefix.
 
     Args:
       key: [B, S, K, H].
       value: [B, S, K, D].
-      segment_ids: integers [B, S] or [S]; the slots that hold tokens have the query's id, which is
-        1 unless `Tokens.segment_ids` says otherwise. None: every slot holds a token.
-      positions: integers [S] or [B, S], where the keys stand. None: before every query, which is
-        enough for masks that see all that came before.
+      segment_ids: integers [B, S] or [S]; the slots that have tokens have the query's id, which is
+        1 unless `Tokens.segment_ids` is given. None: every slot has a token.
+      positions: integers [S] or [B, S], the positions of the keys. None: before every query, which
+        is enough for masks that see everything earlier.
     """
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash

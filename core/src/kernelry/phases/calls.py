@@ -1,4 +1,4 @@
-"""What a model asks of attention: the calls of training, prefill and decode, from a config and a shape."""
+"""The calls of attention in training, prefill and decode, from a model's config and shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 import jax
 import jax.numpy as jnp
 
-from kernelry.config.layer import AttentionConfig
+from kernelry.config.layer import AttentionConfig, options_of
 from kernelry.errors import ArgumentError
 from kernelry.masks import BlockSelection, Lengths
 from kernelry.masks.arrays import filled
@@ -20,7 +20,7 @@ from kernelry.masks.parse import parse_shaped
 from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
-from kernelry.request.operands import page_size_of, quantization_of
+from kernelry.request.options import CallOptions
 from kernelry.request.request import Mode, Request
 from kernelry.request.target import Target
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Call:
-    """One call of a phase: its request, and operands that have the right shapes and no meaning.
+class PhaseCall:
+    """One call of a phase: its request, and operands of the right shapes without values.
 
     Args:
-      name: which call of the model it is, for people.
-      request: what is asked.
-      mask: a mask of that form.
+      name: which call of the model it is, for display.
+      request: the request.
+      mask: a mask of the request's form.
       key, value: trees of `jax.ShapeDtypeStruct`.
     """
 
@@ -47,11 +47,11 @@ class Call:
     value: Any
 
 
-def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[Call, ...]:
-    """What train, prefill and decode ask of attention; the first call of each mode is the one that `Phases` names.
+def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[PhaseCall, ...]:
+    """The calls of training, prefill and decode; the first of each mode is the one that `Phases` names.
 
-    Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step stands
-    anywhere in a cache filled in part.
+    Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step is at any
+    position of a partly filled cache.
     """
     extent = shape.prompt
     prompt = _with_blocks(config, _prompt_mask(config, shape.mask, extent), extent)
@@ -62,7 +62,7 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[C
     kind = CacheShape.parse(shape.cache).kind
     if kind is CacheKind.CONTIGUOUS:
         return train, itself, _contiguous_step(config, shape, make)
-    # A rolling cache holds the end of a prompt only.
+    # A rolling cache keeps only the end of a prompt.
     read = () if kind is CacheKind.ROLLING else _from_cache(config, shape, make, Mode.PREFILL, "prefill from the cache")
     prefill = (*read, itself) if kind is CacheKind.TWO_PART else (itself, *read)
     return train, *prefill, *_from_cache(config, shape, make, Mode.DECODE, "decode")
@@ -83,9 +83,9 @@ def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> M
 
 
 def mask_of(config: AttentionConfig, mode: Mode, extent: Extent) -> Mask:
-    """What a layer sees of keys that are passed as one array; only the form of its arrays matters.
+    """The mask of a layer over keys that are passed as one array; only the form of its arrays matters.
 
-    A decode step, and a prompt with more keys than queries, stands anywhere in them.
+    A decode step, and a prompt with more keys than queries, may be at any position.
     """
     mask = config.mask
     if mode is Mode.DECODE or extent.q_len != extent.kv_len:
@@ -95,20 +95,20 @@ def mask_of(config: AttentionConfig, mode: Mode, extent: Extent) -> Mask:
     return _with_blocks(config, mask, extent) & Lengths(filled(extent.kv_len, (extent.batch,)))
 
 
-def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[..., Call]) -> Call:
+def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[..., PhaseCall]) -> PhaseCall:
     mask = mask_of(config, Mode.DECODE, dataclasses.replace(shape.prompt, q_len=1, kv_len=shape.max_len))
     storage = CacheShape.parse(shape.cache).storage
     return make("decode", Mode.DECODE, mask, *_plain(shape, shape.max_len, storage))
 
 
 def _anywhere() -> jax.Array:
-    """An offset known only at run time, as in a loop over tokens: a JAX array is not static."""
+    """An offset known only at run time, as in a loop over tokens: JAX arrays are not static."""
     return jnp.zeros((), jnp.int32)
 
 
 def _plain(shape: ModelShape, length: int, storage: str | None) -> tuple[Any, Any]:
-    """Keys and values of one array each, [B, S, K, H] and [B, S, K, D]."""
-    # Imported here, as everything of caches below, because training needs none.
+    """The shapes of keys and values in one array each, [B, S, K, H] and [B, S, K, D]."""
+    # Imported here, like the caches below, because training needs none.
     from kernelry.cache.slots import empty
 
     _, kv_heads, head_dim, value_dim = _heads(shape)
@@ -130,9 +130,9 @@ def _heads(shape: ModelShape) -> tuple[int, int, int, int]:
 
 
 def _from_cache(
-    config: AttentionConfig, shape: ModelShape, make: Callable[..., Call], mode: Mode, name: str
-) -> tuple[Call, ...]:
-    """What `attend` of a cache asks, a call for each of its parts."""
+    config: AttentionConfig, shape: ModelShape, make: Callable[..., PhaseCall], mode: Mode, name: str
+) -> tuple[PhaseCall, ...]:
+    """The calls that `attend` of a cache makes, one for each of its parts."""
     q_len = 1 if mode is Mode.DECODE else shape.q_len
 
     found = cached(config, shape, q_len)
@@ -142,58 +142,60 @@ def _from_cache(
 
 
 def cached(config: AttentionConfig, shape: ModelShape, q_len: int) -> list[tuple[Mask, Any, Any]]:
-    """What T tokens see of each part of a cache, with the part's keys and values.
+    """The mask of T tokens over each part of a cache, with the part's keys and values.
 
     Raises:
-      ArgumentError: the config asks for what the cache does not keep.
+      ArgumentError: the config needs keys that the cache does not keep.
     """
     if config.moba is not None:
         raise ArgumentError(
             f"cache {str(shape.cache)!r} with moba: blocks are chosen among the keys of one array; use 'contiguous'."
         )
 
-    def parts() -> list[tuple[Mask, Any, Any]]:
+    def masked() -> list[tuple[Mask, Any, Any]]:
         cache = _cache(config, shape)
-        masked = cache.masked_parts(config.mask, q_len, cache.lengths)
-        return [(mask, part.key, part.value) for part, mask in masked]
+        parts = cache.masked_parts(config.mask, q_len, cache.lengths)
+        return [(part.mask, part.key, part.value) for part in parts]
 
-    found: list[tuple[Mask, Any, Any]] = jax.eval_shape(parts)
+    found: list[tuple[Mask, Any, Any]] = jax.eval_shape(masked)
     return found
 
 
 def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
     from kernelry.cache import PagedCache, RollingCache, TwoPartCache
 
-    held = CacheShape.parse(shape.cache)
+    asked = CacheShape.parse(shape.cache)
     _, kv_heads, head_dim, value_dim = _heads(shape)
-    facts: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "value_dim": value_dim,
         "dtype": shape.dtype,
-        "storage": held.storage,
+        "storage": asked.storage,
     }
-    if held.kind is CacheKind.TWO_PART:
-        return TwoPartCache.create(batch=shape.batch, prefill=shape.q_len, decode=shape.max_len - shape.q_len, **facts)
-    if held.kind is CacheKind.ROLLING:
-        return RollingCache.create(batch=shape.batch, window=_window(config), **facts)
-    assert held.page_size is not None
-    pages = shape.batch * -(-shape.max_len // held.page_size)
-    return PagedCache.create(rows=shape.batch, pages=pages, page_size=held.page_size, max_length=shape.max_len, **facts)
+    if asked.kind is CacheKind.TWO_PART:
+        return TwoPartCache.create(batch=shape.batch, prefill=shape.q_len, decode=shape.max_len - shape.q_len, **sizes)
+    if asked.kind is CacheKind.ROLLING:
+        return RollingCache.create(batch=shape.batch, window=_window(config), **sizes)
+    assert asked.page_size is not None
+    pages = shape.batch * -(-shape.max_len // asked.page_size)
+    return PagedCache.create(
+        rows=shape.batch, pages=pages, page_size=asked.page_size, max_length=shape.max_len, **sizes
+    )
 
 
 def _window(config: AttentionConfig) -> int:
     window = config.window or config.chunk_size
     if window is None:
         raise ArgumentError(
-            f"cache 'rolling' keeps the last tokens for layers with a window or chunks, and type {config.type.value!r} "
-            "looks at all; use 'two-part' or 'paged:16'."
+            f"cache 'rolling' keeps only the last tokens, for layers with a window or chunks, and type "
+            f"{config.type.value!r} sees all tokens; use 'two-part' or 'paged:16'."
         )
     return window
 
 
 def _with_blocks(config: AttentionConfig, mask: Mask, extent: Extent) -> Mask:
-    """Adds MoBA's choice of blocks, of which only the form matters here."""
+    """Adds MoBA's selection of blocks, of which only the form matters here."""
     if config.moba is None:
         return mask
     blocks = -(-extent.kv_len // config.moba.chunk_size)
@@ -213,47 +215,36 @@ def _call(
     *,
     partial: bool = False,
     from_cache: bool = False,
-) -> Call:
-    _, kv_len, kv_heads, head_dim = key.shape
-    request = Request(
-        target=target,
-        mode=mode,
-        batch=shape.batch,
-        q_len=1 if mode is Mode.DECODE else shape.q_len,
-        kv_len=kv_len,
-        q_heads=shape.q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value.shape[-1],
-        dtype=shape.dtype,
-        partial=partial,
-        kv_quantization=quantization_of(key),
-        page_size=page_size_of(key),
-        interpret=current_scope().interpret,
+) -> PhaseCall:
+    q_len = 1 if mode is Mode.DECODE else shape.q_len
+    request = options_in(mode, config, partial=partial, from_cache=from_cache).request(
+        jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
+            (shape.batch, q_len, shape.q_heads, shape.head_dim), shape.dtype
+        ),
+        key,
+        value,
         mask=mask.form,
-        **options_of(config, mode, partial=partial, from_cache=from_cache),
+        target=target,
+        sinks=config.sinks and not partial,  # sinks join once, after the merge of the parts
+        interpret=current_scope().interpret,
     )
-    return Call(name, request, mask, key, value)
+    return PhaseCall(name, request, mask, key, value)
 
 
-def options_of(
-    config: AttentionConfig, mode: Mode, *, partial: bool = False, from_cache: bool = False
-) -> dict[str, Any]:
-    """What a config says of a call besides its mask, as fields of a Request.
+def options_in(mode: Mode, config: AttentionConfig, *, partial: bool = False, from_cache: bool = False) -> CallOptions:
+    """The options of a call of a phase.
 
     Args:
-      config: the layer's.
-      mode: only training drops out.
-      partial: whether statistics are wanted, of a part of the keys.
-      from_cache: whether a cache attends, which returns largest logits only where its call asks for them.
+      mode: the mode of the phase; only training has dropout.
+      config: the config of the layer.
+      partial: whether statistics are requested, of a part of the keys.
+      from_cache: whether a cache attends, which returns the largest logits only if its own call requests them.
     """
-    return {
-        "scale": config.scale,
-        "soft_cap": config.soft_cap,
-        # Sinks join once, after the merge of the parts; Request refuses them in a part.
-        "sinks": config.sinks and not partial,
-        "dropout_rate": config.dropout_rate if mode is Mode.TRAIN else 0.0,
-        "logits_dtype": config.logits_dtype,
-        "precision": config.precision,
-        "max_logits": config.record_max_logits and not from_cache,
-    }
+    options = options_of(config)
+    return dataclasses.replace(
+        options,
+        mode=mode,
+        dropout_rate=options.dropout_rate if mode is Mode.TRAIN else 0.0,
+        partial=partial,
+        max_logits=options.max_logits and not from_cache,
+    )

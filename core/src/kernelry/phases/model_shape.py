@@ -1,4 +1,4 @@
-"""The facts of a model that its config does not hold: sizes, cache, and what else is masked."""
+"""What a model's config does not say: sizes, the cache, and what else is masked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LARGEST_ARRAY = 2**60
 
 @final
 class CacheKind(enum.Enum):
-    """How the keys that a decode step reads are held."""
+    """How the keys that a decode step reads are stored."""
 
     CONTIGUOUS = "contiguous"
     TWO_PART = "two-part"
@@ -32,16 +32,16 @@ class CacheKind(enum.Enum):
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class CacheShape:
-    """How the keys that a decode step reads are held, written `two-part`, `rolling:int8` or `paged:16:int8`.
+    """How the keys that a decode step reads are stored, written `two-part`, `rolling:int8` or `paged:16:int8`.
 
     Args:
       kind: `contiguous` is one array [B, S, K, H] passed to `kernelry.attention` with `Lengths`; the others are
         `kernelry.cache.TwoPartCache`, `RollingCache` and `PagedCache`.
       page_size: the slots of a page of a paged cache; None for the others.
-      storage: how keys and values are quantised, e.g. `int8`; None is not at all.
+      storage: how keys and values are quantised, e.g. `int8`; None means not at all.
 
     Raises:
-      ArgumentError: page_size and kind do not go together, or a storage is unknown.
+      ArgumentError: page_size does not go with the kind, or the storage is unknown.
     """
 
     kind: CacheKind = CacheKind.CONTIGUOUS
@@ -63,7 +63,7 @@ class CacheShape:
         """Reads `kind[:storage]` or `paged:page_size[:storage]`.
 
         Raises:
-          ArgumentError: it is neither, or a storage is unknown.
+          ArgumentError: it is neither, or the storage is unknown.
         """
         if isinstance(text, CacheShape):
             return text
@@ -87,24 +87,24 @@ class CacheShape:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The facts of a model that its config does not hold.
+    """What a model's config does not say.
 
     Args:
-      q_len: T, the tokens of a training sequence and of a prompt.
+      q_len: T, the length of a training sequence and of a prompt.
       max_len: S, the slots of the cache that a decode step reads.
       batch: B.
-      q_heads, kv_heads: N and K; `kv_heads=None` is N.
-      head_dim, value_dim: H and D; `value_dim=None` is H.
-      dtype: of query, key and value, and of a cache that is not quantised.
+      q_heads, kv_heads: N and K; `kv_heads=None` means N.
+      head_dim, value_dim: H and D; `value_dim=None` means H.
+      dtype: the dtype of query, key and value, and of a cache that is not quantised.
       two_part: the same as `cache="two-part"`.
       cache: a CacheShape, or its text.
       mask: what training and prefill see besides the config's mask: a mask that fits [B, T], or an expression such as
-        `segments`. In an expression the word `config` is the config's mask, e.g. `(config & segments) | spans`;
-        without the word it is added by `&`.
+        `segments`. In an expression the word `config` means the config's mask, e.g. `(config & segments) | spans`;
+        without that word it is combined with the config's mask by `&`.
 
     Raises:
-      ArgumentError: a size is no integer from 1 to 2**31 - 1, the heads, the prompt and its cache, or the mask do not
-        fit, or the dtype, the cache or the mask means nothing.
+      ArgumentError: a size is not an integer from 1 to 2**31 - 1, the heads, the prompt and its cache, or the mask do
+        not fit, or the dtype, the cache or the mask is invalid.
     """
 
     q_len: int
@@ -136,8 +136,8 @@ class ModelShape:
             raise ArgumentError(f"two_part=True and cache={str(cache)!r} are two caches; leave one of them out.")
         if two_part and self.max_len == self.q_len:
             raise ArgumentError(
-                f"cache 'two-part' holds the prompt of q_len={self.q_len} tokens apart from what is decoded after it, "
-                f"and max_len={self.max_len} leaves no slot for that; raise max_len."
+                f"cache 'two-part' keeps the prompt of q_len={self.q_len} tokens apart from those decoded after it, "
+                f"and max_len={self.max_len} leaves no slot for these; raise max_len."
             )
         if not isinstance(self.mask, str) and not is_mask(self.mask):
             raise ArgumentError(
@@ -151,7 +151,7 @@ class ModelShape:
 
     @property
     def prompt(self) -> Extent:
-        """What the mask of training and of a prompt fits: B, N, K, and T twice."""
+        """The sizes that the mask of training and of a prompt must fit: B, N, K, and T twice."""
         heads = {"q_heads": self.q_heads, "kv_heads": self.kv_heads or self.q_heads}
         return Extent(batch=self.batch, q_len=self.q_len, kv_len=self.q_len, **heads)
 
@@ -179,7 +179,7 @@ def _check_sizes(shape: ModelShape) -> None:
 
 
 def _check_arrays(shape: ModelShape, cache: CacheShape) -> None:
-    """Refuses sizes of which each is possible, and the arrays that they make together are not."""
+    """Refuses sizes that are possible one by one, but whose arrays would be too large."""
     page = cache.page_size or 1
     slots = -(-shape.max_len // page) * page
     kv_width = (shape.kv_heads or shape.q_heads) * max(shape.head_dim, shape.value_dim or 1)
@@ -187,8 +187,8 @@ def _check_arrays(shape: ModelShape, cache: CacheShape) -> None:
     largest = shape.batch * max(slots * kv_width, query)
     if largest > _LARGEST_ARRAY:
         raise ArgumentError(
-            f"batch={shape.batch}, q_len={shape.q_len}, max_len={shape.max_len} and the heads make arrays of {largest} "
-            "elements, which no machine can hold; ask for smaller sizes."
+            f"batch={shape.batch}, q_len={shape.q_len}, max_len={shape.max_len} and the heads give arrays of {largest} "
+            "elements, too large for any machine; use smaller sizes."
         )
 
 
@@ -201,5 +201,5 @@ def _dtype(dtype: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written; an array by its shape, since a ModelShape holds none."""
+    """A value as text; an array by its shape."""
     return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)

@@ -1,4 +1,4 @@
-"""Training, prefill and decode of one model, resolved together: what must agree, and what does not."""
+"""Training, prefill and decode of one model, resolved together, and what does not agree between them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Phases:
       prefill: the prompt.
       decode: one token that reads the cache, or its first part.
       disagreements: one sentence each; empty where all agree.
-      more: what else prefill and decode ask of a cache: its other parts, and a prompt that is read from it.
+      more: the other calls of prefill and decode: other parts of a cache, and a prompt that is read from it.
     """
 
     train: Resolution
@@ -68,19 +68,19 @@ def resolve_phases(
 ) -> Phases:
     """Resolves training, prefill and decode of one model, and compares them.
 
-    Compared are the cache's layout as prefill and decode read it (dtype, heads, dimensions), the
-    statistics of a cache in two parts, and what the mask means. Nothing is raised where a phase
-    has no kernel; that is a disagreement.
+    It compares the cache's layout as prefill and decode read it (dtype, heads, dimensions), the
+    statistics of a cache in two parts, and what the mask means. A phase without a kernel is not an
+    error; it is a disagreement.
 
     Args:
       config: the layer's options and policy.
       shape: the sizes, the cache and the mask.
-      target: the hardware; None is that of `use`, else the one at hand.
-      kernels: the kernels to choose among; None is the installed ones.
+      target: the hardware; None means that of `use`, else the current device.
+      kernels: the kernels to choose from; None means the installed ones.
       changes: as in `kernelry.explain`.
 
     Raises:
-      ArgumentError, ConfigError: a size, the cache, the mask or the target means nothing.
+      ArgumentError, ConfigError: a size, the cache, the mask or the target is invalid.
     """
     check_config(config)
     if not isinstance(shape, ModelShape):
@@ -111,7 +111,7 @@ _LAYOUT = ("dtype", "kv_heads", "head_dim", "value_dim")
 
 
 def _layout(prefill: Resolution, decode: Resolution) -> Iterator[str]:
-    """A cache is written once: where one phase's kernel reads it otherwise, it is rewritten at every step."""
+    """A cache is written once: if the kernel of one phase reads it differently, it is copied at every step."""
     if prefill.plan is None or decode.plan is None:
         return
     for name in _LAYOUT:
@@ -128,7 +128,7 @@ def _through(plan: Plan) -> str:
 
 
 def _statistics(resolutions: Iterable[Resolution]) -> Iterator[str]:
-    """Parts merge in either form of the statistics, but each must have one."""
+    """Parts can be merged from either form of the statistics, but each must have one."""
     for resolution in resolutions:
         if resolution.plan is None or not resolution.request.partial:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 """Of the arrays that attention is computed in."""
 
 _DTYPES = ("dtype", "logits_dtype")
-_FLAGS = ("sinks", "partial", "max_logits", "interpret")
 
 
 def check_sizes(request: Any) -> None:
@@ -42,15 +41,15 @@ def check_sizes(request: Any) -> None:
         raise ArgumentError(f"kv_heads={request.kv_heads} must divide q_heads={request.q_heads}.")
 
 
-def check_kinds(request: Any) -> None:
-    """Raises ArgumentError where a name is no text, a flag no bool, or a number no number."""
+def check_kinds(request: Any, flags: Iterable[str]) -> None:
+    """Raises ArgumentError where a name is not a string, a flag not a bool, or a number not a number."""
     if not isinstance(request.normalization, str):
         raise ArgumentError(f"normalization must be a name, got {request.normalization!r}.")
     for name in _DTYPES:
         dtype = getattr(request, name)
         if not isinstance(dtype, str) or not is_dtype(dtype):
             raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}{spelled(dtype)}.")
-    for name in _FLAGS:
+    for name in flags:
         if type(getattr(request, name)) is not bool:
             raise ArgumentError(f"{name} must be True or False, got {_shown(getattr(request, name))}.")
     if request.precision is not None and not isinstance(request.precision, str):
@@ -105,7 +104,12 @@ def _check_numbers(request: Any) -> None:
         raise ArgumentError(f"dropout_rate must be in [0, 1), got {request.dropout_rate}.")
     if request.soft_cap is not None and request.soft_cap <= 0:
         raise ArgumentError(f"soft_cap must be positive, got {request.soft_cap}; pass None for no cap.")
-    if request.sinks and request.partial:
+    check_sinks(request.sinks, request.partial)
+
+
+def check_sinks(sinks: bool, partial: bool) -> None:
+    """Raises ArgumentError where attention to a part of the keys is given sinks."""
+    if sinks and partial:
         raise ArgumentError(
             "sinks join the denominator once, at the end: pass them to kernelry.finalize, not to parts."
         )

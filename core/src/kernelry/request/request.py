@@ -175,7 +175,7 @@ class Request:
         self.mask.check_positions(self.batch, self.q_len, self.kv_len)
         for name in ("dtype", "logits_dtype"):
             object.__setattr__(self, name, named_dtype(getattr(self, name)))
-        check_kinds(self)
+        check_kinds(self, _FLAGS)
         if self.kv_quantization is not None:
             kind = Quantization.parse(self.kv_quantization).of_heads(self.kv_heads)
             object.__setattr__(self, "kv_quantization", str(kind))
@@ -323,6 +323,8 @@ NEUTRAL: Mapping[str, Any] = {
     "context_parallel": None,
 }
 """The value of each optional field that asks nothing of a kernel (softmax is declared all the same)."""
+
+_FLAGS = tuple(name for name, neutral in NEUTRAL.items() if neutral is False)
 
 
 def _plain(size: int) -> int | str:

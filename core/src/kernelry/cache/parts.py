@@ -1,0 +1,126 @@
+"""The disjoint parts of cached keys: what the queries see of each, and attention to all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+
+from kernelry.api import attention_with_options
+from kernelry.errors import ArgumentError
+from kernelry.execution.normalization import finalize, merge
+from kernelry.kernel.partial import Partial
+from kernelry.kernel.spec import AUTO
+from kernelry.masks import Causal, Full, Lengths, Mask
+from kernelry.masks.composition import At, children
+from kernelry.request.operands import Keys
+from kernelry.request.options import CallOptions
+from kernelry.request.request import Operand, operands_of
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CachePart:
+    """Disjoint keys of a cache, and where they are.
+
+    Args:
+      key, value: [B, S, K, H] and [B, S, K, D], however they are stored.
+      lengths: [B], the slots of each row that hold tokens; None where all do.
+      offset: the position of slot 0 of each row, a number or [B].
+      positions: [B, S], the position of each slot, in place of `offset`.
+      seen: whether the mask of the call certainly shows all its tokens to every query.
+    """
+
+    key: Keys
+    value: Keys
+    lengths: jax.Array | None = None
+    offset: int | jax.Array = 0
+    positions: jax.Array | None = None
+    seen: bool = False
+
+    def masked(self, base: Mask, start: int, query_offset: jax.Array, query_lengths: jax.Array | None) -> MaskedPart:
+        """This part, `start` positions further on, with what the queries see of it."""
+        if self.seen:
+            mask: Mask = Full()
+        elif self.positions is None:
+            mask = base.at(query_offset=query_offset, kv_offset=jnp.asarray(self.offset + start, jnp.int32))
+        else:
+            mask = base.at(query_offset=query_offset, kv_positions=self.positions + start)
+        if self.lengths is not None:
+            mask = mask & Lengths(self.lengths, query_lengths)
+        elif query_lengths is not None:
+            mask = mask & Lengths(self.key.shape[1], query_lengths)
+        return MaskedPart(self.key, self.value, mask)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class MaskedPart:
+    """Disjoint keys with their values, what the queries see of them, and the bias on their logits."""
+
+    key: Keys
+    value: Keys
+    mask: Mask
+    bias: jax.Array | None = None
+
+
+def over_earlier_keys(mask: Mask) -> Mask:
+    """The mask of queries over keys that are all earlier than they are: a causal mask hides none of those."""
+    return Full() if isinstance(mask, Causal) else mask
+
+
+def partials_of(
+    query: jax.Array,
+    parts: Iterable[MaskedPart],
+    options: CallOptions,
+    *,
+    kernel: str = AUTO,
+    dropout_rng: jax.Array | None = None,
+) -> list[Partial]:
+    """Attends to each part; `finished` makes the result of the call."""
+    gradients = None if options.gradients is None else operands_of(options.gradients) - {Operand.SINKS}
+    asked = dataclasses.replace(options, partial=True, gradients=gradients)
+    found = []
+    for number, part in enumerate(parts):
+        result = attention_with_options(
+            query,
+            part.key,
+            part.value,
+            mask=part.mask,
+            bias=part.bias,
+            # The parts hold different keys, so they must not drop the same slots.
+            dropout_rng=None if dropout_rng is None else jax.random.fold_in(dropout_rng, number),
+            options=asked,
+            kernel=kernel,
+        )
+        found.append(result[0] if asked.max_logits else result)
+    return found
+
+
+def finished(partials: Sequence[Partial], sinks: jax.Array | None, options: CallOptions) -> Any:
+    """Merges attention to all parts and lets the sinks join; returns what `kernelry.attention` would."""
+    merged = merge(partials)
+    result = merged if options.partial else finalize(merged, sinks)
+    return (result, merged.max_logits) if options.max_logits else result
+
+
+def check_positional(mask: Mask, *, placed: str, slots: str) -> None:
+    """Refuses a mask that gives the keys' positions, or that is about the slots of one array of keys.
+
+    Args:
+      mask: the mask of a call that attends to parts.
+      placed, slots: the end of each error, with what to do instead.
+
+    Raises:
+      ArgumentError: it is one.
+    """
+    if isinstance(mask, At) and mask.kv is not None:
+        raise ArgumentError(f"mask={mask!r} gives the keys' positions, {placed}.")
+    inside = children(mask)
+    for part in inside:
+        check_positional(part, placed=placed, slots=slots)
+    if not inside and not mask.positional and not isinstance(mask, Full):
+        raise ArgumentError(f"mask={mask!r} is about the slots of one array of keys, {slots}.")
