@@ -33,8 +33,8 @@ from kernelry.request.request import Operand, Request
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Part:
-    """A kernel and the request it serves: one part of the keys; `duties` is what core adds to it."""
+class BoundKernel:
+    """A kernel with the request that it serves over one part of the keys; `duties` is what core adds to it."""
 
     kernel: KernelSpec
     request: Request
@@ -47,11 +47,21 @@ class Part:
         Raises:
           PluginError: what it returned is no Partial, or has a wrong shape or dtype, or lacks a statistic.
         """
-        if self.is_narrow and _has_backward(self) and not statistics:
+        if self.is_narrow and self.has_backward and not statistics:
             partial = _narrow(self, inputs)
         else:
             partial = self.run(inputs, statistics=statistics)
         return _zero_in_empty_rows(partial) if Duty.EMPTY_ROWS in self.duties else partial
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether core may call its `backward`."""
+        return self.kernel.capabilities.gradient is Gradient.BACKWARD
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether its `forward` alone would lack a derivative that is asked for."""
+        return self.kernel.capabilities.backward_only and bool(self.request.gradients)
 
     @property
     def is_narrow(self) -> bool:
@@ -160,7 +170,7 @@ def _described(found: Any) -> str:
 
 
 def attend(
-    parts: tuple[Part, ...], inputs: tuple[Inputs, ...], *, sinks: jax.Array | None, statistics: bool
+    parts: tuple[BoundKernel, ...], inputs: tuple[Inputs, ...], *, sinks: jax.Array | None, statistics: bool
 ) -> Partial:
     """Attends to all parts.
 
@@ -176,9 +186,9 @@ def attend(
     if any(part.is_narrow for part in parts):
         inputs, sinks = narrowed((inputs, sinks))
     inputs, sinks = varying_alike((inputs, sinks))
-    if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not _needs_backward(parts[0]):
+    if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not parts[0].needs_backward:
         return parts[0].forward(inputs[0], statistics=False)
-    if any(part.request.gradients and _has_backward(part) for part in parts):
+    if any(part.request.gradients and part.has_backward for part in parts):
         whole = _differentiated(parts, statistics, inputs, sinks)
     else:
         whole = _whole(_run(parts, inputs), sinks)[0]
@@ -194,31 +204,22 @@ def _with_rest(partial: Partial) -> Partial:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow(part: Part, inputs: Inputs) -> Partial:
+def _narrow(part: BoundKernel, inputs: Inputs) -> Partial:
     """A kernel's own derivative, traced without 64-bit types as its forward is."""
     return part.run(inputs, statistics=False)
 
 
-def _narrow_forward(part: Part, inputs: Inputs) -> tuple[Partial, Callable[[Partial], tuple[Inputs]]]:
+def _narrow_forward(part: BoundKernel, inputs: Inputs) -> tuple[Partial, Callable[[Partial], tuple[Inputs]]]:
     with part.types():
         return jax.vjp(functools.partial(part.run, statistics=False), inputs)
 
 
-def _narrow_backward(part: Part, pull: Callable[[Partial], tuple[Inputs]], d_partial: Partial) -> tuple[Inputs]:
+def _narrow_backward(part: BoundKernel, pull: Callable[[Partial], tuple[Inputs]], d_partial: Partial) -> tuple[Inputs]:
     with part.types():
         return pull(d_partial)
 
 
 _narrow.defvjp(_narrow_forward, _narrow_backward)
-
-
-def _has_backward(part: Part) -> bool:
-    return part.kernel.capabilities.gradient is Gradient.BACKWARD
-
-
-def _needs_backward(part: Part) -> bool:
-    """Whether the kernel's `forward` alone would lack a derivative that is asked for."""
-    return part.kernel.capabilities.backward_only and bool(part.request.gradients)
 
 
 def _zero_in_empty_rows(partial: Partial) -> Partial:
@@ -227,7 +228,7 @@ def _zero_in_empty_rows(partial: Partial) -> Partial:
     return dataclasses.replace(partial, out=jnp.where(heads_last(empty), 0, partial.out))
 
 
-def _run(parts: tuple[Part, ...], inputs: tuple[Inputs, ...]) -> list[Partial]:
+def _run(parts: tuple[BoundKernel, ...], inputs: tuple[Inputs, ...]) -> list[Partial]:
     return [part.forward(arrays, statistics=True) for part, arrays in zip(parts, inputs, strict=True)]
 
 
@@ -249,27 +250,34 @@ def _whole(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, _
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiated(
-    parts: tuple[Part, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
+    parts: tuple[BoundKernel, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
 ) -> Partial:
-    return _whole([to_lse(partial) for partial in _run(parts, inputs)], sinks)[0]
+    whole, _ = _whole([to_lse(partial) for partial in _run(parts, inputs)], sinks)
+    return whole if statistics else _rounded(whole)
+
+
+def _rounded(whole: Partial) -> Partial:
+    """The output as the caller gets it, so that a wider one is not kept for the backward pass."""
+    return dataclasses.replace(whole, out=whole.out.astype(whole.dtype))
 
 
 _Residuals = tuple[tuple[Inputs, ...], jax.Array | None, jax.Array, _Lse, list[jax.Array]]
 
 
 def _forward(
-    parts: tuple[Part, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
+    parts: tuple[BoundKernel, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
 ) -> tuple[Partial, _Residuals]:
     partials = [to_lse(partial) for partial in _run(parts, inputs)]
     # Empty rows are remembered per part and before sinks: a global lse that is finite thanks to a
     # sink or another part would make a vendor's backward explode on a row that is empty here.
     empty = [jnp.isneginf(partial.lse) for partial in partials]  # type: ignore[arg-type]
     whole, lse = _whole(partials, sinks)
+    whole = whole if statistics else _rounded(whole)
     return whole, (inputs, sinks, whole.out, lse, empty)
 
 
 def _backward(
-    parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
+    parts: tuple[BoundKernel, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
 ) -> tuple[tuple[Inputs, ...], jax.Array | None]:
     with unchecked():
         found = _cotangents(parts, statistics, residuals, d_whole)
@@ -277,7 +285,7 @@ def _backward(
 
 
 def _cotangents(
-    parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
+    parts: tuple[BoundKernel, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
 ) -> tuple[tuple[Inputs, ...], jax.Array | None]:
     inputs, sinks, out, (lse, rest), empty = residuals
     assert lse is not None

@@ -115,7 +115,7 @@ class Capabilities:
       normalizations: e.g. `softmax`.
       gradient: how it is differentiated.
       backward_only: whether `forward` has no derivative of its own, so that core differentiates every call by
-        `backward`.
+        `backward`. Core then applies the sinks, too: the kernel is given none where a gradient is asked for.
       gradients: the operands it has gradients of.
       forward_over_reverse: of a kernel with `gradient=BACKWARD`, whether JAX can differentiate its forward and backward
         passes in forward mode, as `jax.hessian` does; elsewhere second derivatives are an error.

@@ -102,6 +102,7 @@ BLOCKWISE = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax", "softmax_max_sum"}),
         gradient=Gradient.BACKWARD,
+        backward_only=True,
         gradients=frozenset(Operand),
         forward_over_reverse=True,
         lse_cotangent=True,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TypeAlias, final
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from kernelry.plugin import Inputs, Request, log_sum
+from kernelry.plugin import Inputs, Partial, Request, log_sum
 from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.blockwise.keys import reader_of
 from kernelry_dot_product.blockwise.loops import scanned, visited
@@ -23,19 +21,8 @@ _Running: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """Σ p·v [b, k, R, D], max [b, k, R], Σ p [b, k, R], of R = G·block_q rows."""
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Result:
-    """Attention without sinks, float32."""
-
-    out: Float[Array, "B T N D"]
-    lse: Float[Array, "B N T"]
-    lse_rest: Float[Array, "B N T"]
-    max_logits: Float[Array, "B N"] | None
-
-
-def forward(inputs: Inputs, request: Request, grid: Grid) -> Result:
-    """Attends, step by step over batch and heads, one block of queries at a time."""
+def forward(inputs: Inputs, request: Request, grid: Grid) -> Partial:
+    """Attends without sinks, step by step over batch and heads, one block of queries at a time; in float32."""
     tiles = Tiles.of(request, grid, inputs)
     visits = visits_of_queries(kinds_of(inputs.mask, grid))
     reader = reader_of(inputs, request, grid)
@@ -66,7 +53,8 @@ def forward(inputs: Inputs, request: Request, grid: Grid) -> Result:
     if request.max_logits:
         max_logits = grid.join_queries(top).max(axis=1, initial=-jnp.inf)
     lse, rest = (grid.join_queries(each).swapaxes(1, 2) for each in (lse, rest))
-    return Result(grid.join_queries(out), lse, rest, max_logits)
+    out = grid.join_queries(out)
+    return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype, lse_rest=rest)
 
 
 def _nothing(query: jax.Array, value_dim: int, zero: jax.Array) -> _Running:
