@@ -5,10 +5,19 @@ was written for, `contract = (1, 1)`, and implements hooks of `kernelry.registry
 """
 
 from kernelry._pytree import pytree
-from kernelry.execution.normalization import Normalization, log_sum, lse_with_sinks, with_sinks
-from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
+from kernelry.execution.normalization import Normalization, log_sum, with_sinks
+from kernelry.kernel.blocks import largest_divisor, round_up, too_many_rows, uneven_lengths
+from kernelry.kernel.capabilities import (
+    Capabilities,
+    Dims,
+    Feature,
+    Gradient,
+    Statistic,
+    Tolerance,
+    standard_tolerances,
+)
 from kernelry.kernel.environment import Environment, Knowledge, Vendor
-from kernelry.kernel.partial import Partial, checked, unchecked
+from kernelry.kernel.partial import Partial
 from kernelry.kernel.refusal import Refusal, RefusalCode, array_refusals
 from kernelry.kernel.spec import Gradients, Inputs, Kernel, KernelSpec, Tiling
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
@@ -66,15 +75,17 @@ __all__ = [
     "Vendor",
     "array_refusals",
     "cast_finite",
-    "checked",
     "decided_at_run_time",
     "hookimpl",
     "is_lasting",
+    "largest_divisor",
     "load_balanced_order",
     "log_sum",
-    "lse_with_sinks",
     "pytree",
+    "round_up",
+    "standard_tolerances",
     "static_block_map",
-    "unchecked",
+    "too_many_rows",
+    "uneven_lengths",
     "with_sinks",
 ]

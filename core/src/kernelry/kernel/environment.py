@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import final
+
+from kernelry.kernel.refusal import Refusal, RefusalCode
+
+_RELEASE = re.compile(r"(\d+(\.\d+)*)?")
+"""The numbers that a version begins with; it always matches."""
 
 
 @final
@@ -31,6 +37,17 @@ class Vendor:
     def missing(self) -> bool:
         """True only when the distribution was looked for and not found."""
         return self.knowledge is Knowledge.PROBED and self.version is None
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """The numbers of the version, (2, 21) for `2.21rc1`, to compare with those of a release; () without one."""
+        return tuple(map(int, re.findall(r"\d+", _RELEASE.match(self.version or "")[0])))  # type: ignore[index]
+
+    def refusals(self, remedy: str) -> Iterator[Refusal]:
+        """Refuses a request where the distribution is missing; `remedy` is the pip command that brings it."""
+        if self.missing:
+            detail = f"{self.distribution.replace('_', '-')} is not installed"
+            yield Refusal(RefusalCode.VENDOR_MISSING, detail, remedy)
 
 
 @final

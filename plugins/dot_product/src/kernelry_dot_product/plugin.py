@@ -16,17 +16,13 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    Tolerance,
     hookimpl,
+    standard_tolerances,
 )
 
 contract = (1, 1)
 
-_TOLERANCES = (
-    Tolerance("float32", 2e-6, 2e-5, "float32 products and sums"),
-    Tolerance("bfloat16", 1e-2, 4e-2, "inputs, probabilities and output are rounded to 8 bits of mantissa"),
-    Tolerance("float16", 2e-3, 1e-2, "inputs, probabilities and output are rounded to 11 bits of mantissa"),
-)
+_TOLERANCES = standard_tolerances("float32", "bfloat16", "float16")
 _EVERYWHERE = Capabilities(
     platforms=frozenset({"cpu", "gpu", "tpu"}),
     interpret=True,

@@ -32,8 +32,8 @@ from transformer_engine.jax.attention import (
 from transformer_engine.jax.sharding import MeshResource, global_mesh_resource, global_shard_guard, num_of_devices
 
 from kernelry.errors import ConfigError
-from kernelry.plugin import Request
-from kernelry_cudnn_te.cudnn_te.facts import FIRST_WITH_ALL, Facts, release_of
+from kernelry.plugin import Knowledge, Request, Vendor
+from kernelry_cudnn_te.cudnn_te.facts import FIRST_WITH_ALL, Facts
 
 __all__ = [
     "VERSION",
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 VERSION: str = transformer_engine.__version__
+_RELEASE = Vendor("transformer_engine", VERSION, Knowledge.PROBED).release
 
 
 def static_arguments(facts: Facts, request: Request, segments: int) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def entered_mesh() -> Any:
 
 
 def _check_ring(facts: Facts) -> None:
-    if facts.packed and release_of(VERSION) < FIRST_WITH_ALL:
+    if facts.packed and _RELEASE < FIRST_WITH_ALL:
         wanted = ".".join(map(str, FIRST_WITH_ALL))
         raise ConfigError(f"cudnn_te: packed rows in a ring want transformer-engine {wanted}, found {VERSION}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import final
 
@@ -16,20 +15,11 @@ ATOMS = frozenset({AtomKind.CAUSAL, AtomKind.WINDOW, AtomKind.LENGTHS, AtomKind.
 FIRST_WITH_ALL = (2, 20)
 """The release that has maximum logits, and packed rows right in a ring whatever the lengths of their segments."""
 
-_RELEASE = re.compile(r"(\d+)(?:\.(\d+))?")
-
 SEGMENTS = 32
 """Of a packed row, unless a tiling says another number."""
 
 UNBOUNDED = -1
 """transformer-engine's word for a window without an end."""
-
-
-def release_of(version: str) -> tuple[int, int]:
-    """Returns (2, 21) for `2.21rc1` and `2.21.0.dev1+abc`."""
-    found = _RELEASE.match(version)
-    assert found is not None, version  # a distribution's version begins so
-    return int(found[1]), int(found[2] or 0)
 
 
 @final

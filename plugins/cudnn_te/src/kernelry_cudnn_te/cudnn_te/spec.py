@@ -19,10 +19,10 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    Tolerance,
+    standard_tolerances,
 )
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
-from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, SEGMENTS, is_packed, refusals, release_of
+from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, SEGMENTS, is_packed, refusals
 from kernelry_cudnn_te.head_dims import HOPPER, LATENT, too_wide
 
 _DISTRIBUTION = "transformer_engine"
@@ -43,11 +43,10 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
 
 def _version(request: Request, environment: Environment) -> Iterator[Refusal]:
     vendor = environment.vendor(_DISTRIBUTION)
-    if vendor.missing:
-        yield Refusal(RefusalCode.VENDOR_MISSING, "transformer-engine is not installed", _INSTALL)
+    yield from vendor.refusals(_INSTALL)
     if vendor.version is None:
         return
-    release = release_of(vendor.version)
+    release = vendor.release[:2]
     if release < _FIRST:
         detail = f"transformer-engine {vendor.version} < {_text(_FIRST)}"
         yield Refusal(RefusalCode.VENDOR_VERSION, detail, _INSTALL)
@@ -123,9 +122,10 @@ CUDNN_TE = KernelSpec(
         gradients=_ALL,
         empty_rows=True,
         context_parallel=frozenset({"all_gather", "ring"}),
-        tolerances=(
-            Tolerance("bfloat16", 1e-2, 4e-2, "not measured: what dot_product needs at 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "not measured: what dot_product needs at 11 bits of mantissa"),
+        tolerances=standard_tolerances(
+            "bfloat16",
+            "float16",
+            rounded="not measured: as in dot_product, inputs, probabilities and output",
         ),
     ),
     load="kernelry_cudnn_te.cudnn_te.kernel:CudnnTeKernel",

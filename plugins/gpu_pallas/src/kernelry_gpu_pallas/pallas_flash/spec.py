@@ -15,7 +15,7 @@ from kernelry.plugin import (
     Refusal,
     Request,
     Statistic,
-    Tolerance,
+    standard_tolerances,
 )
 from kernelry_gpu_pallas.pallas_flash.tilings import refusals, search_space
 from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
@@ -52,10 +52,11 @@ PALLAS_FLASH = KernelSpec(
         lse_cotangent=True,
         empty_rows=True,
         clean_hidden_slots=True,
-        tolerances=(
-            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
-            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities, output and Σ out · d_out have 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
+        tolerances=standard_tolerances(
+            "float32",
+            "bfloat16",
+            "float16",
+            rounded="probabilities, output and Σ out · d_out",
         ),
     ),
     load="kernelry_gpu_pallas.pallas_flash.kernel:PallasFlashKernel",

@@ -19,7 +19,8 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    Tolerance,
+    standard_tolerances,
+    uneven_lengths,
 )
 from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
 
@@ -40,15 +41,7 @@ _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return (*_uneven(request), *_many_segments(request))
-
-
-def _uneven(request: Request) -> Iterator[Refusal]:
-    if request.q_len % SMALLEST_BLOCK:
-        detail = f"q_len={request.q_len} is not a multiple of {SMALLEST_BLOCK}, the smallest block_q"
-        padded = -(-request.q_len // SMALLEST_BLOCK) * SMALLEST_BLOCK
-        sizes = (("q_len", padded), ("kv_len", padded))
-        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, f"pad to {padded}", sizes)
+    return (*uneven_lengths(request, SMALLEST_BLOCK, alike=True), *_many_segments(request))
 
 
 def _many_segments(request: Request) -> Iterator[Refusal]:
@@ -97,12 +90,12 @@ PALLAS_MHA = KernelSpec(
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
-        tolerances=(
-            Tolerance(
-                "float32", 2e-6, 2e-5, "float32 products and sums in another order; for logits to 1e3, see the README"
-            ),
-            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities, output and Σ out · d_out have 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
+        tolerances=standard_tolerances(
+            "float32",
+            "bfloat16",
+            "float16",
+            rounded="probabilities, output and Σ out · d_out",
+            note="for logits to 1e3, see the README",
         ),
     ),
     load="kernelry_gpu_pallas.pallas_mha.kernel:PallasMhaKernel",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray, Request, Tiling
+from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray, Request, Tiling, round_up
 from kernelry_tpu_splash.operands import visible
 from kernelry_tpu_splash.ragged.layout import Blocks
 from kernelry_tpu_splash.ragged.pallas import Facts, Operands, attend
@@ -51,7 +51,7 @@ class RaggedKernel(Kernel):
 
 def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
     seen = visible(inputs, request)
-    padded = -(-request.kv_len // blocks.slots) * blocks.slots
+    padded = round_up(request.kv_len, blocks.slots)
     seen = _lengthened(seen, padded)
     any_row = jnp.broadcast_to(seen.any(axis=(1, 2)), (request.batch, padded))
     first, end = _bounds(any_row)

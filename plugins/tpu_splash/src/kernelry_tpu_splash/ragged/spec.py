@@ -18,7 +18,8 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    Tolerance,
+    standard_tolerances,
+    too_many_rows,
 )
 from kernelry_tpu_splash.lanes import LANES
 from kernelry_tpu_splash.ragged.layout import MOST_PAGES, block_sizes, table_bytes, unit_of, vector_bytes
@@ -38,14 +39,7 @@ _MOST_TABLE_BYTES = 896 * 2**10
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return (*_rows(request), *_pages(request), *_memory(request))
-
-
-def _rows(request: Request) -> Iterator[Refusal]:
-    rows = request.q_len * request.groups
-    if rows > _MOST_ROWS:
-        detail = f"q_len={request.q_len} × {request.groups} query heads per key head = {rows} rows > {_MOST_ROWS}"
-        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "attend to a prompt with mode='prefill'")
+    return (*too_many_rows(request, _MOST_ROWS), *_pages(request), *_memory(request))
 
 
 def _pages(request: Request) -> Iterator[Refusal]:
@@ -107,10 +101,7 @@ RAGGED = KernelSpec(
         clean_hidden_slots=True,
         kv_quantizations=frozenset({"int8:head_dim", "int8:heads_and_head_dim"}),
         pages=True,
-        tolerances=(
-            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
-            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities and output are rounded to 8 bits of mantissa"),
-        ),
+        tolerances=standard_tolerances("float32", "bfloat16", rounded="probabilities and output"),
     ),
     load="kernelry_tpu_splash.ragged.kernel:RaggedKernel",
     refusals=_refusals,
