@@ -1,4 +1,4 @@
-"""Runs kernels over parts of the keys; holds the only custom_vjp of core.
+"""Runs kernels over parts of the keys, inside the only custom_vjp around attention.
 
 Without statistics a kernel's `forward` is called bare, so the program and its derivative are the
 kernel's own. With statistics, a kernel that declares `gradient=BACKWARD` is differentiated by its
@@ -45,7 +45,7 @@ class BoundKernel:
         """Runs the kernel.
 
         Raises:
-          PluginError: what it returned is no Partial, or has a wrong shape or dtype, or lacks a statistic.
+          PluginError: what it returned is not a Partial, or has a wrong shape or dtype, or lacks a statistic.
         """
         if self.is_narrow and self.has_backward and not statistics:
             partial = _narrow(self, inputs)
@@ -65,7 +65,7 @@ class BoundKernel:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether 64-bit types are on and nothing here has them: a kernel then runs as it would without them.
+        """Whether 64-bit types are enabled but not used here: the kernel then runs as if they were not.
 
         Vendors' index maps and block numbers are int32, and do not trace together with the int64 of Python's integers.
         """
@@ -91,7 +91,7 @@ class BoundKernel:
         """Runs the kernel's backward; see `Kernel.backward`.
 
         Raises:
-          PluginError: what it returned is no Gradients, or has a wrong shape or dtype, or lacks the bias's.
+          PluginError: what it returned is not Gradients, or has a wrong shape or dtype, or lacks the bias's.
         """
         if d_lse is not None and Duty.LSE_GRADIENT in self.duties:
             # delta = Σ out · d_out is what a backward subtracts from the cotangents of the probabilities. The last
@@ -137,9 +137,9 @@ def _faults_of_partial(found: Partial, inputs: Inputs, request: Request, statist
 
 
 def _faults_of_gradients(found: Gradients, inputs: Inputs, request: Request) -> Iterator[str]:
-    wanted = {"query": "B T N H", "key": "B S K H", "value": "B S K D"}
-    wanted |= {"bias": "the bias's own"} if Operand.BIAS in request.gradients else {}
-    for name, letters in wanted.items():
+    expected = {"query": "B T N H", "key": "B S K H", "value": "B S K D"}
+    expected |= {"bias": "the bias's own"} if Operand.BIAS in request.gradients else {}
+    for name, letters in expected.items():
         operand = getattr(inputs, name)
         if isinstance(operand, jax.Array):  # quantised and paged keys have no gradient
             yield from _fault(f"the gradient of {name}", getattr(found, name), letters, operand.shape)
@@ -148,7 +148,7 @@ def _faults_of_gradients(found: Gradients, inputs: Inputs, request: Request) -> 
 def _fault(
     name: str, found: Any, letters: str, shape: tuple[int, ...], dtypes: tuple[str, ...] | None = None
 ) -> Iterator[str]:
-    """Says what is wrong with an array; any floating dtype will do where none is named."""
+    """Says what is wrong with an array; without `dtypes` any floating one is right."""
     if _is_array(found) and found.shape == shape and _has_dtype(found, dtypes):
         return
     kinds = " or ".join(dict.fromkeys(dtypes)) if dtypes else "floating"
@@ -223,7 +223,7 @@ _narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 def _zero_in_empty_rows(partial: Partial) -> Partial:
-    """Gives rows that see nothing the output 0, whatever the kernel left there."""
+    """Gives rows that see nothing the output 0, whatever the kernel returned there."""
     empty = jnp.isneginf(partial.lse) if partial.lse is not None else jnp.equal(partial.sum, 0)  # type: ignore[arg-type]
     return dataclasses.replace(partial, out=jnp.where(heads_last(empty), 0, partial.out))
 

@@ -53,11 +53,11 @@ class Vendor:
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Environment:
-    """The vendor facts of the place where a request would run.
+    """The vendor facts of the machine where a request would run.
 
-    At home, questions are answered by looking; for a foreign Target they are assumed in the
-    kernel's favour, and for a candidate that is not about to win they are not asked. `versions`
-    holds facts stated beforehand, e.g. by a test or a recorded machine; they win over looking.
+    On this machine, questions are answered by looking; for the Target of another one the answers are assumed in the
+    kernel's favour, and for a candidate that is not about to win nothing is asked. `versions` are facts stated
+    beforehand, e.g. by a test or of a recorded machine; they override what is found here.
     """
 
     knowledge: Knowledge = Knowledge.PROBED
@@ -93,7 +93,7 @@ class Environment:
         return bool(self._unanswered)
 
     def fresh(self) -> Environment:
-        """Returns an equal Environment that was not asked anything yet."""
+        """Returns an equal Environment that was asked nothing so far."""
         return dataclasses.replace(self)
 
     def without_probing(self) -> Environment:

@@ -22,7 +22,7 @@ from kernelry.masks.base import Mask
 from kernelry.request.request import Request
 
 AUTO = "auto"
-"""What stands for a kernel's name where the policy is to choose."""
+"""Given in place of a kernel's name, so that the policy chooses."""
 
 
 @final
@@ -205,7 +205,7 @@ def check_kernel_name(kernel: Any) -> None:
     name = getattr(kernel, "name", None)
     if not isinstance(name, str):
         raise ArgumentError(f"kernel must be a name or 'auto', got {kernel!r}.")
-    adding = ", inside kernelry.use(kernels=[spec]) where no plugin brings it" if isinstance(kernel, KernelSpec) else ""
+    adding = ", inside kernelry.use(kernels=[spec]) where no plugin has it" if isinstance(kernel, KernelSpec) else ""
     raise ArgumentError(
         f"kernel must be a name or 'auto', got {type(kernel).__name__} {name!r}; write kernel={name!r}{adding}."
     )

@@ -25,7 +25,7 @@ _FLAGS = ("sinks", "partial", "max_logits", "interpret")
 
 
 def check_sizes(request: Any) -> None:
-    """Raises ArgumentError where a size is no integer, is negative, or the heads do not fit."""
+    """Raises ArgumentError where a size is not an integer or negative, or the heads do not fit."""
     for name in _SIZES:
         size = getattr(request, name)
         if type(size) is not int and not (name in SYMBOLIC and isinstance(size, SymbolicSize)):
@@ -43,7 +43,7 @@ def check_sizes(request: Any) -> None:
 
 
 def check_kinds(request: Any) -> None:
-    """Raises ArgumentError where a name is no text, a flag no bool, or a number no number."""
+    """Raises ArgumentError where a name, a flag or a number has another type."""
     if not isinstance(request.normalization, str):
         raise ArgumentError(f"normalization must be a name, got {request.normalization!r}.")
     for name in _DTYPES:
