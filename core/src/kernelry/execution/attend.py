@@ -177,7 +177,7 @@ def attend(
     Args:
       parts: what runs over each part of the keys.
       inputs: the arrays of each part; the query is the same.
-      sinks: [N], when core itself must apply them.
+      sinks: [N], where the kernels do not take them; else they are in the inputs.
       statistics: whether the result needs them.
 
     Returns:
@@ -185,6 +185,8 @@ def attend(
     """
     if any(part.is_narrow for part in parts):
         inputs, sinks = narrowed((inputs, sinks))
+    if inputs[0].sinks is not None and parts[0].needs_backward:
+        sinks, inputs = inputs[0].sinks, tuple(dataclasses.replace(arrays, sinks=None) for arrays in inputs)
     inputs, sinks = varying_alike((inputs, sinks))
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not parts[0].needs_backward:
         return parts[0].forward(inputs[0], statistics=False)

@@ -71,7 +71,7 @@ class Plan:
             inputs = step.adapter.prepare(inputs, step.before, step.after)
         duties = frozenset(step.adapter.duty for step in self.steps if step.adapter.duty is not None)
         kernel = BoundKernel(self.kernel, self.inner_request, self.tiling, duties - {Duty.SINKS})
-        sinks = inputs.sinks if Duty.SINKS in duties or kernel.needs_backward else None
+        sinks = inputs.sinks if Duty.SINKS in duties else None
         if sinks is not None:
             inputs = dataclasses.replace(inputs, sinks=None)
         partial = attend((kernel,), (inputs,), sinks=sinks, statistics=self.request.partial)

@@ -22,7 +22,7 @@ from kernelry.plugin import (
     standard_tolerances,
 )
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
-from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, SEGMENTS, is_packed, refusals
+from kernelry_cudnn_te.cudnn_te.settings import ATOMS, FIRST_WITH_ALL, SEGMENTS, is_packed, refusals
 from kernelry_cudnn_te.head_dims import HOPPER, LATENT, too_wide
 
 _DISTRIBUTION = "transformer_engine"

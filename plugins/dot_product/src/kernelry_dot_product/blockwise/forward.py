@@ -11,7 +11,7 @@ from kernelry.plugin import Inputs, Partial, Request, log_sum
 from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.blockwise.keys import reader_of
 from kernelry_dot_product.blockwise.loops import scanned, visited
-from kernelry_dot_product.blockwise.tile import Place, Tiles, product, zero_of
+from kernelry_dot_product.blockwise.tile import TileIndex, Tiles, product, zero_of
 from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_queries
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ def forward(inputs: Inputs, request: Request, grid: Grid) -> Partial:
             def visit(masked: bool, at: jax.Array, running: _Running) -> _Running:
                 column = order[at]
                 key, value = reader.read(held, step, column)
-                return _add(tiles, Place(step, row, column), query, key, value, running, masked)
+                return _add(tiles, TileIndex(step, row, column), query, key, value, running, masked)
 
             start = _nothing(query, request.value_dim, zero)
             return None, _finished(visited(own, visit, (full, some), start, grid.columns))
@@ -64,17 +64,17 @@ def _nothing(query: jax.Array, value_dim: int, zero: jax.Array) -> _Running:
 
 
 def _add(
-    tiles: Tiles, place: Place, query: jax.Array, key: jax.Array, value: jax.Array, running: _Running, masked: bool
+    tiles: Tiles, index: TileIndex, query: jax.Array, key: jax.Array, value: jax.Array, running: _Running, masked: bool
 ) -> _Running:
     total, top, weight = running
-    tile = tiles(place, query, key, value, masked)
+    tile = tiles(index, query, key, value, masked)
     highest = jnp.maximum(top, tile.logits.max(axis=-1))
     probability = jnp.exp(tile.logits - highest[..., None])
     before = jnp.exp(top - highest)
     weight = weight * before + probability.sum(axis=-1)
     rate = tiles.request.dropout_rate
     if rate:
-        probability = jnp.where(tiles.kept(place, probability.shape), probability / (1.0 - rate), 0.0)
+        probability = jnp.where(tiles.kept(index, probability.shape), probability / (1.0 - rate), 0.0)
     more = product("BKRS,BKSD->BKRD", probability.astype(tile.value.dtype), tile.value, tiles.request)
     return total * before[..., None] + more, highest, weight
 

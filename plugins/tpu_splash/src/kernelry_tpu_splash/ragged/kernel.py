@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray, Request, Tiling, round_up
 from kernelry_tpu_splash.operands import visible
 from kernelry_tpu_splash.ragged.layout import Blocks
-from kernelry_tpu_splash.ragged.pallas import Facts, Operands, attend
+from kernelry_tpu_splash.ragged.pallas import KernelSettings, Operands, attend
 
 _SCOPE = "kernelry.ragged"
 
@@ -25,14 +25,14 @@ class RaggedKernel(Kernel):
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope(_SCOPE):
             blocks = Blocks.of(request, tiling)
-            facts = Facts(
+            settings = KernelSettings(
                 blocks,
                 request.scale,
                 request.soft_cap,
                 request.mask.may_hide_slots(request.q_len, request.kv_len) or bool(request.kv_len % blocks.slots),
                 request.is_interpreted,
             )
-            out, top, total = attend(_operands(inputs, request, blocks), facts)
+            out, top, total = attend(_operands(inputs, request, blocks), settings)
             max_logits = _by_head(top, request).max(axis=2) if request.max_logits else None
             if statistics:
                 unnormalised = _by_query(out, request)

@@ -24,7 +24,7 @@ UNBOUNDED = -1
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Facts:
+class TeSettings:
     """What a call is told that is no array.
 
     Args:
@@ -44,7 +44,7 @@ class Facts:
     shared: Shared | None = None
 
     @classmethod
-    def of(cls, request: Request) -> Facts:
+    def of(cls, request: Request) -> TeSettings:
         """Reads a request that `refusals` has let pass."""
         band = _band(request)
         kinds = {atom.kind for atom in request.mask.atoms}
