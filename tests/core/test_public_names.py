@@ -122,6 +122,7 @@ PLUGIN = {
     "log_sum",
     "pytree",
     "round_up",
+    "signature_of",
     "standard_tolerances",
     "with_sinks",
 }

@@ -1,7 +1,15 @@
 """Everything a plugin author imports.
 
-A plugin is a module named by an entry point in group `kernelry.plugins`. It states the contract it
-was written for, `contract = (1, 1)`, and implements hooks of `kernelry.registry.hooks` with `@hookimpl`.
+A plugin is a module named by an entry point in group `kernelry.plugins`. It states the contract it was written for,
+`contract = (1, 1)`, and implements the hooks of `kernelry.registry.hooks` with `@hookimpl`.
+
+- A kernel is a `KernelSpec` with `Capabilities`, and a body that is a `Kernel`: `Inputs` in, a `Partial` out.
+- What most specs repeat: `uneven_lengths`, `too_many_rows`, `array_refusals` and `Vendor.refusals` refuse a request,
+  `standard_tolerances` declares what rounding costs and `signature_of` what a program must contain, `round_up` and
+  `largest_divisor` choose blocks.
+- What bodies share: `log_sum` and `with_sinks` for statistics, `cast_finite`, `static_block_map` and
+  `decided_at_run_time` for the blocks that a mask leaves, `pytree` for their own containers.
+- A mask is a `Mask`; it sees slots as a `Side` and says its `MaskForm`. A `Normalization` merges and finishes Partials.
 """
 
 from kernelry._pytree import pytree
@@ -19,7 +27,7 @@ from kernelry.kernel.capabilities import (
 from kernelry.kernel.environment import Environment, Knowledge, Vendor
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.refusal import Refusal, RefusalCode, array_refusals
-from kernelry.kernel.spec import Gradients, Inputs, Kernel, KernelSpec, Tiling
+from kernelry.kernel.spec import Gradients, Inputs, Kernel, KernelSpec, Tiling, signature_of
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.masks.blocks import static_block_map
 from kernelry.masks.predicate import is_lasting
@@ -83,6 +91,7 @@ __all__ = [
     "log_sum",
     "pytree",
     "round_up",
+    "signature_of",
     "standard_tolerances",
     "static_block_map",
     "too_many_rows",

@@ -1,10 +1,10 @@
 """Runs kernels over parts of the keys, inside the only custom_vjp around attention.
 
-Without statistics a kernel's `forward` is called bare, so the program and its derivative are the
-kernel's own. With statistics, a kernel that declares `gradient=BACKWARD` is differentiated by its
-`backward` with the output and lse of the whole attention (all parts merged, sinks included):
-probabilities are exp(logits − lse) and delta is Σ out · d_out, so each part's unmodified backward
-yields its exact share, and d_sink = −Σ exp(sink − lse) · delta.
+Without statistics a kernel's `forward` is called bare, so the program and its derivative are the kernel's own. With
+statistics, and always where it declares `backward_only`, a kernel with `gradient=BACKWARD` is differentiated by its
+`backward` with the output and lse of the whole attention (all parts merged, sinks included): probabilities are
+exp(logits − lse) and delta is Σ out · d_out, so each part's unmodified backward yields its exact share, and
+d_sink = −Σ exp(sink − lse) · delta.
 """
 
 from __future__ import annotations

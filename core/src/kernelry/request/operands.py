@@ -25,7 +25,8 @@ def as_array(name: str, array: Any, rank: int) -> jax.Array:
     Raises:
       ShapeError: it is not an array, not floating, or of another rank.
     """
-    array = unwrapped(array)
+    if not isinstance(array, jax.Array):
+        array = unwrapped(array)
     if not isinstance(array, jax.Array | np.ndarray):
         raise ShapeError(f"{name} must be an array, got {type(array).__name__}{_instead(name, array)}.")
     if array.ndim != rank:

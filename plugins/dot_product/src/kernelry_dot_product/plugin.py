@@ -17,6 +17,7 @@ from kernelry.plugin import (
     Statistic,
     Tiling,
     hookimpl,
+    signature_of,
     standard_tolerances,
 )
 
@@ -54,15 +55,11 @@ _NARROW = 512
 """Slots: under a window of at most so many, small blocks skip more than they cost: benchmarks/blockwise.py."""
 
 
-def _dot_product_signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.dot_product",)
-
-
 DOT_PRODUCT = KernelSpec(
     name="dot_product",
     capabilities=_EVERYWHERE,
     load="kernelry_dot_product.dot_product:DotProductKernel",
-    signature=_dot_product_signature,
+    signature=signature_of("kernelry.dot_product"),
     summary="dense attention in plain XLA; every feature, every platform; memory O(T·S)",
 )
 
@@ -74,10 +71,6 @@ def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
     # The queries of a group stand together in a tile.
     blocks = dict.fromkeys((max(1, rows // request.groups), block_kv) for rows, block_kv in sizes)
     return tuple(Tiling.of(block_q=block_q, block_kv=block_kv) for block_q, block_kv in blocks)
-
-
-def _blockwise_signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.blockwise",)
 
 
 BLOCKWISE = KernelSpec(
@@ -110,7 +103,7 @@ BLOCKWISE = KernelSpec(
     ),
     load="kernelry_dot_product.blockwise:BlockwiseKernel",
     tilings=_blockwise_tilings,
-    signature=_blockwise_signature,
+    signature=signature_of("kernelry.blockwise"),
     summary="tile by tile in plain XLA, forward and backward; memory O(T·block), work where the mask holds anything",
 )
 

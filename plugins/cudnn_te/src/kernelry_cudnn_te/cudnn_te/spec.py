@@ -19,6 +19,7 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
+    signature_of,
     standard_tolerances,
 )
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
@@ -96,10 +97,6 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
     return tuple(dict.fromkeys(Tiling.of(max_segments=min(most, request.q_len)) for most in _SEGMENTS))
 
 
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("te_fused_attn_forward_ffi", "kernelry.cudnn_te")
-
-
 _ALL = frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS, Operand.SINKS})
 
 CUDNN_TE = KernelSpec(
@@ -131,6 +128,6 @@ CUDNN_TE = KernelSpec(
     load="kernelry_cudnn_te.cudnn_te.kernel:CudnnTeKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.cudnn_te", "te_fused_attn_forward_ffi"),
     summary="cuDNN's fused attention through transformer-engine; packed segments, sinks, bias, dropout; 16-bit dtypes",
 )

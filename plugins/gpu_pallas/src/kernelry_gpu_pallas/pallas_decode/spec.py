@@ -13,6 +13,7 @@ from kernelry.plugin import (
     Refusal,
     Request,
     Statistic,
+    signature_of,
     standard_tolerances,
     too_many_rows,
 )
@@ -25,10 +26,6 @@ _MOST_ROWS = 64
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
     return (*mask_refusals(request.mask), *(tuple(too_many_rows(request, _MOST_ROWS)) or refusals(request)))
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.pallas_decode",) if request.is_interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_decode")
 
 
 PALLAS_DECODE = KernelSpec(
@@ -57,6 +54,6 @@ PALLAS_DECODE = KernelSpec(
     load="kernelry_gpu_pallas.pallas_decode.kernel:PallasDecodeKernel",
     refusals=_refusals,
     tilings=search_space,
-    signature=_signature,
+    signature=signature_of("kernelry.pallas_decode", "__gpu$xla.gpu.triton"),
     summary="decode in Pallas for NVIDIA GPUs, keys split among programs: arrays and pages, int8 as it is, any mask",
 )

@@ -15,6 +15,7 @@ from kernelry.plugin import (
     Refusal,
     Request,
     Statistic,
+    signature_of,
     standard_tolerances,
 )
 from kernelry_gpu_pallas.pallas_flash.tilings import refusals, search_space
@@ -23,10 +24,6 @@ from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
     return (*mask_refusals(request.mask), *refusals(request))
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.pallas_flash",) if request.is_interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_flash")
 
 
 PALLAS_FLASH = KernelSpec(
@@ -62,6 +59,6 @@ PALLAS_FLASH = KernelSpec(
     load="kernelry_gpu_pallas.pallas_flash.kernel:PallasFlashKernel",
     refusals=_refusals,
     tilings=search_space,
-    signature=_signature,
+    signature=signature_of("kernelry.pallas_flash", "__gpu$xla.gpu.triton"),
     summary="flash attention in Pallas for NVIDIA GPUs: any mask in registers, hidden blocks skipped, any lengths",
 )

@@ -19,6 +19,7 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
+    signature_of,
     standard_tolerances,
     uneven_lengths,
 )
@@ -71,10 +72,6 @@ def _tiling(request: Request, forward: int, backward: int) -> Tiling:
     )
 
 
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.pallas_mha",) if request.is_interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_mha")
-
-
 PALLAS_MHA = KernelSpec(
     name="pallas_mha",
     capabilities=Capabilities(
@@ -101,6 +98,6 @@ PALLAS_MHA = KernelSpec(
     load="kernelry_gpu_pallas.pallas_mha.kernel:PallasMhaKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.pallas_mha", "__gpu$xla.gpu.triton"),
     summary="JAX's Pallas Triton attention for NVIDIA GPUs; full and causal; lengths in multiples of 16",
 )

@@ -19,6 +19,7 @@ from kernelry.plugin import (
     RefusalCode,
     Request,
     Statistic,
+    signature_of,
     standard_tolerances,
     uneven_lengths,
 )
@@ -72,10 +73,6 @@ def _no_room(request: Request) -> Iterator[Refusal]:
     yield Refusal(RefusalCode.HEAD_DIM, detail)
 
 
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("mosaic_gpu_v2", "kernelry.tokamax_mosaic")
-
-
 TOKAMAX_MOSAIC = KernelSpec(
     name=NAME,
     capabilities=Capabilities(
@@ -99,6 +96,6 @@ TOKAMAX_MOSAIC = KernelSpec(
     load="kernelry_gpu_pallas.tokamax_mosaic.kernel:TokamaxMosaicKernel",
     refusals=_refusals,
     tilings=tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.tokamax_mosaic", "mosaic_gpu_v2"),
     summary="tokamax's Mosaic GPU attention for Hopper and Blackwell; masks of ranges, dense masks, bias",
 )

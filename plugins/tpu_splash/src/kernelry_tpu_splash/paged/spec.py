@@ -17,6 +17,7 @@ from kernelry.plugin import (
     Request,
     Tiling,
     largest_divisor,
+    signature_of,
     standard_tolerances,
 )
 from kernelry_tpu_splash.lanes import LANES, SUBLANES
@@ -58,10 +59,6 @@ def why_not_combined(request: Request) -> str | None:
     return None
 
 
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("tpu_custom_call", "kernelry.paged")
-
-
 PAGED = KernelSpec(
     name="paged",
     capabilities=Capabilities(
@@ -82,7 +79,7 @@ PAGED = KernelSpec(
     load="kernelry_tpu_splash.paged.kernel:PagedKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.paged", "tpu_custom_call"),
     summary="JAX's paged and ragged paged attention for TPUs; one query a row; turns all pages around first",
     known_failures=(
         ("serves a plain call", "keys and values must stand in pages, which the kit's plain calls have not"),

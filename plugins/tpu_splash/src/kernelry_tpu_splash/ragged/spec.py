@@ -18,6 +18,7 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
+    signature_of,
     standard_tolerances,
     too_many_rows,
 )
@@ -77,10 +78,6 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
     return tuple(Tiling.of(block_kv=size) for size in block_sizes(request, _BLOCKS))
 
 
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.ragged",) if request.is_interpreted else ("tpu_custom_call", "kernelry.ragged")
-
-
 RAGGED = KernelSpec(
     name="ragged",
     capabilities=Capabilities(
@@ -106,6 +103,6 @@ RAGGED = KernelSpec(
     load="kernelry_tpu_splash.ragged.kernel:RaggedKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.ragged", "tpu_custom_call"),
     summary="decode on TPUs that reads the blocks each row sees: arrays and pages, int8 as it is, any mask",
 )

@@ -18,6 +18,7 @@ from kernelry.plugin import (
     Statistic,
     Tiling,
     largest_divisor,
+    signature_of,
     standard_tolerances,
     uneven_lengths,
 )
@@ -44,10 +45,6 @@ def _tiling(request: Request, block: int) -> Tiling:
     block_q, block_kv = (largest_divisor(length, block, LANES) for length in (request.q_len, request.kv_len))
     blocks = {**dict.fromkeys(_BLOCK_NAMES_Q, block_q), **dict.fromkeys(_BLOCK_NAMES_KV, block_kv)}
     return Tiling.of(**blocks, **LAYOUTS, **_BACKWARD_KERNELS)
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.splash",) if request.is_interpreted else ("tpu_custom_call", "kernelry.splash")
 
 
 SPLASH = KernelSpec(
@@ -78,6 +75,6 @@ SPLASH = KernelSpec(
     load="kernelry_tpu_splash.splash.kernel:SplashKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.splash", "tpu_custom_call"),
     summary="JAX's splash attention for TPUs; computes static masks, skips hidden blocks; lengths in multiples of 128",
 )

@@ -16,6 +16,7 @@ from kernelry.plugin import (
     Request,
     Tiling,
     largest_divisor,
+    signature_of,
     uneven_lengths,
 )
 from kernelry_tpu_splash.blocks import LAYOUTS, SIZES
@@ -62,10 +63,6 @@ def _tiling(request: Request, block: int) -> Tiling:
     return Tiling.of(**blocks, **LAYOUTS, dq_reduction_steps=steps)
 
 
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.tokamax_splash",) if request.is_interpreted else ("tpu_custom_call", "kernelry.tokamax_splash")
-
-
 TOKAMAX_SPLASH = KernelSpec(
     name="tokamax_splash",
     capabilities=dataclasses.replace(
@@ -77,6 +74,6 @@ TOKAMAX_SPLASH = KernelSpec(
     load="kernelry_tpu_splash.tokamax_splash.kernel:TokamaxSplashKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.tokamax_splash", "tpu_custom_call"),
     summary="tokamax's splash attention for TPUs; like splash, with its own sinks, maximum logits and dense masks",
 )
