@@ -195,7 +195,7 @@ def test_a_kernel_that_reads_both_needs_no_adapter():
     ("facts", "code", "words"),
     [
         ({"kv_quantization": "int8"}, RefusalCode.KV_QUANTIZATION, "kv_quantization=int8:head_dim is not declared"),
-        ({"page_size": PAGE}, RefusalCode.PAGES, "keys and values stand in pages of page_size=4"),
+        ({"page_size": PAGE}, RefusalCode.PAGES, "keys and values are in pages of page_size=4"),
     ],
 )
 def test_without_adapters_a_kernel_that_declares_neither_refuses(facts, code, words):

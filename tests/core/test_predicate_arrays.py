@@ -292,7 +292,7 @@ def test_a_request_knows_what_a_function_held_that_is_gone():
 
 def test_a_function_that_is_gone_and_was_not_asked_is_refused():
     (refusal,) = array_refusals(holding([]).atom)
-    assert "is a function that is gone; keep the mask while its form is in use" in str(refusal)
+    assert "is a function that no longer exists; keep the mask while its form is in use" in str(refusal)
 
 
 def test_equal_functions_stay_equal():

@@ -285,7 +285,7 @@ def test_where_there_are_no_kernels_the_reason_is_the_true_one(monkeypatch, shel
 
     assert reason(discovery.build(())) == "no kernels are installed"
     assert reason(shelf.build(())) == "KERNELRY_PLUGINS leaves out broken, healthy"
-    bring_none = "the plugins that are loaded bring none that can be used: run kernelry doctor"
+    bring_none = "the plugins that are loaded provide none that can be used: run kernelry doctor"
     assert reason(shelf.build(("broken",))) == f"KERNELRY_PLUGINS leaves out healthy; {bring_none}"
     monkeypatch.undo()
     found = kernelry.explain(fresh_request, kernels=())

@@ -133,7 +133,7 @@ def test_biases_that_cudnn_cannot_read(options, reason):
         ({"mode": "decode"}, "mode=decode is not prefill or train"),
         ({"target": "cpu", "interpret": True}, "platform=cpu is not gpu"),
         ({"kv_quantization": "int8:head_dim"}, "kv_quantization=int8:head_dim is not declared"),
-        ({"page_size": 16}, "keys and values stand in pages of page_size=16"),
+        ({"page_size": 16}, "keys and values are in pages of page_size=16"),
         ({"batch": 0}, "batch=0"),
     ],
 )

@@ -16,7 +16,7 @@ from kernelry import masks
 from kernelry.kernel.environment import Environment
 from kernelry.parallel import load_balanced_order
 from kernelry.request.request import Request
-from kernelry_cudnn_te.cudnn_te.facts import Facts
+from kernelry_cudnn_te.cudnn_te.settings import TeSettings
 
 SEGMENTS = masks.Segments(jnp.asarray([0, 0, 1, 1]))
 LENGTHS = masks.Lengths(jnp.asarray([3]))
@@ -165,7 +165,7 @@ def test_packed_rows_are_passed_around_and_not_gathered():
 def test_the_order_of_tokens_is_read_from_their_positions(order):
     places = load_balanced_order(64, 4, order)
     mask = masks.Causal().at(query_positions=places, kv_positions=places)
-    assert Facts.of(_request(q_len=64, mask=mask, context_parallel="ring:context:4")).shared.order == order
+    assert TeSettings.of(_request(q_len=64, mask=mask, context_parallel="ring:context:4")).shared.order == order
 
 
 @pytest.mark.parametrize(

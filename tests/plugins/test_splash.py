@@ -26,7 +26,7 @@ from policies import NO_ADAPTERS
 import kernelry
 from kernelry import masks, testing
 from kernelry.errors import ConfigError, KernelRefusedError
-from kernelry.execution.attend import Part, attend
+from kernelry.execution.attend import BoundKernel, attend
 from kernelry.kernel.spec import Inputs
 from kernelry.request.request import Request
 from kernelry_tpu_splash.computed_masks import ComputedMask, SlotMask, query_positions
@@ -138,7 +138,7 @@ def _part(query, key, value, mask):
         mask=mask,
         interpret=True,
     )
-    return Part(SPLASH, request, SPLASH.tilings(request)[0]), Inputs(query, key, value, mask.canonical())
+    return BoundKernel(SPLASH, request, SPLASH.tilings(request)[0]), Inputs(query, key, value, mask.canonical())
 
 
 def _in_two_parts(query, key, value, sinks):

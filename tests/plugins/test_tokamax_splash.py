@@ -164,12 +164,12 @@ def test_three_parts_of_dq_are_added_to_in_place(name, kv_heads, make_arrays, mo
     request = Request(q_len=512, q_heads=2, kv_heads=kv_heads, head_dim=32, mask=mask)
     inputs = Inputs(query, key, value, mask.canonical())
     tiling = Tiling.of(**SMALL, q_layout=1, k_layout=1, v_layout=1, dq_reduction_steps=3)
-    made = body._Facts.config
+    made = body._KernelSettings.config
 
     def with_interpreter(facts, lengths):
         return dataclasses.replace(made(facts, lengths), interpret=pltpu.InterpretParams())
 
-    monkeypatch.setattr(body._Facts, "config", with_interpreter)
+    monkeypatch.setattr(body._KernelSettings, "config", with_interpreter)
     body._built.cache_clear()
     wanted = kernelry.attention(query, key, value, mask=mask, kernel="dot_product", return_partial=True, gradients=())
     found = TOKAMAX_SPLASH.body().backward(inputs, request, tiling, wanted.out, wanted.lse, d_out, None)

@@ -1,16 +1,33 @@
 """Everything a plugin author imports.
 
-A plugin is a module named by an entry point in group `kernelry.plugins`. It states the contract it
-was written for, `contract = (1, 1)`, and implements hooks of `kernelry.registry.hooks` with `@hookimpl`.
+A plugin is a module named by an entry point in group `kernelry.plugins`. It states the contract it was written for,
+`contract = (1, 1)`, and implements the hooks of `kernelry.registry.hooks` with `@hookimpl`.
+
+- A kernel is a `KernelSpec` with `Capabilities`, and a body that is a `Kernel`: `Inputs` in, a `Partial` out.
+- What most specs repeat: `uneven_lengths`, `too_many_rows`, `array_refusals` and `Vendor.refusals` refuse a request,
+  `standard_tolerances` declares what rounding costs and `signature_of` what a program must contain, `round_up` and
+  `largest_divisor` choose blocks.
+- What bodies share: `log_sum` and `with_sinks` for statistics, `cast_finite`, `static_block_map` and
+  `decided_at_run_time` for the blocks that a mask leaves, `pytree` for their own containers.
+- A mask is a `Mask`; it sees slots as a `Side` and says its `MaskForm`. A `Normalization` merges and finishes Partials.
 """
 
 from kernelry._pytree import pytree
-from kernelry.execution.normalization import Normalization, log_sum, lse_with_sinks, with_sinks
-from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
+from kernelry.execution.normalization import Normalization, log_sum, with_sinks
+from kernelry.kernel.blocks import largest_divisor, round_up, too_many_rows, uneven_lengths
+from kernelry.kernel.capabilities import (
+    Capabilities,
+    Dims,
+    Feature,
+    Gradient,
+    Statistic,
+    Tolerance,
+    standard_tolerances,
+)
 from kernelry.kernel.environment import Environment, Knowledge, Vendor
-from kernelry.kernel.partial import Partial, checked, unchecked
+from kernelry.kernel.partial import Partial
 from kernelry.kernel.refusal import Refusal, RefusalCode, array_refusals
-from kernelry.kernel.spec import Gradients, Inputs, Kernel, KernelSpec, Tiling
+from kernelry.kernel.spec import Gradients, Inputs, Kernel, KernelSpec, Tiling, signature_of
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.masks.base import Placeholder
 from kernelry.masks.blocks import static_block_map
@@ -72,15 +89,18 @@ __all__ = [
     "Vendor",
     "array_refusals",
     "cast_finite",
-    "checked",
     "decided_at_run_time",
     "hookimpl",
     "is_lasting",
+    "largest_divisor",
     "load_balanced_order",
     "log_sum",
-    "lse_with_sinks",
     "pytree",
+    "round_up",
+    "signature_of",
+    "standard_tolerances",
     "static_block_map",
-    "unchecked",
+    "too_many_rows",
+    "uneven_lengths",
     "with_sinks",
 ]

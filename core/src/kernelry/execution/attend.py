@@ -1,10 +1,10 @@
-"""Runs kernels over parts of the keys; holds the only custom_vjp of core.
+"""Runs kernels over parts of the keys, inside the only custom_vjp around attention.
 
-Without statistics a kernel's `forward` is called bare, so the program and its derivative are the
-kernel's own. With statistics, a kernel that declares `gradient=BACKWARD` is differentiated by its
-`backward` with the output and lse of the whole attention (all parts merged, sinks included):
-probabilities are exp(logits − lse) and delta is Σ out · d_out, so each part's unmodified backward
-yields its exact share, and d_sink = −Σ exp(sink − lse) · delta.
+Without statistics a kernel's `forward` is called bare, so the program and its derivative are the kernel's own. With
+statistics, and always where it declares `backward_only`, a kernel with `gradient=BACKWARD` is differentiated by its
+`backward` with the output and lse of the whole attention (all parts merged, sinks included): probabilities are
+exp(logits − lse) and delta is Σ out · d_out, so each part's unmodified backward yields its exact share, and
+d_sink = −Σ exp(sink − lse) · delta.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from kernelry.request.request import Operand, Request
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Part:
-    """A kernel and the request it serves: one part of the keys; `duties` is what core adds to it."""
+class BoundKernel:
+    """A kernel with the request that it serves over one part of the keys; `duties` is what core adds to it."""
 
     kernel: KernelSpec
     request: Request
@@ -45,17 +45,27 @@ class Part:
         """Runs the kernel.
 
         Raises:
-          PluginError: what it returned is no Partial, or has a wrong shape or dtype, or lacks a statistic.
+          PluginError: what it returned is not a Partial, or has a wrong shape or dtype, or lacks a statistic.
         """
-        if self.is_narrow and _has_backward(self) and not statistics:
+        if self.is_narrow and self.has_backward and not statistics:
             partial = _narrow(self, inputs)
         else:
             partial = self.run(inputs, statistics=statistics)
         return _zero_in_empty_rows(partial) if Duty.EMPTY_ROWS in self.duties else partial
 
     @property
+    def has_backward(self) -> bool:
+        """Whether core may call its `backward`."""
+        return self.kernel.capabilities.gradient is Gradient.BACKWARD
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether its `forward` alone would lack a derivative that is asked for."""
+        return self.kernel.capabilities.backward_only and bool(self.request.gradients)
+
+    @property
     def is_narrow(self) -> bool:
-        """Whether 64-bit types are on and nothing here has them: a kernel then runs as it would without them.
+        """Whether 64-bit types are enabled but not used here: the kernel then runs as if they were not.
 
         Vendors' index maps and block numbers are int32, and do not trace together with the int64 of Python's integers.
         """
@@ -81,7 +91,7 @@ class Part:
         """Runs the kernel's backward; see `Kernel.backward`.
 
         Raises:
-          PluginError: what it returned is no Gradients, or has a wrong shape or dtype, or lacks the bias's.
+          PluginError: what it returned is not Gradients, or has a wrong shape or dtype, or lacks the bias's.
         """
         if d_lse is not None and Duty.LSE_GRADIENT in self.duties:
             # delta = Σ out · d_out is what a backward subtracts from the cotangents of the probabilities. The last
@@ -127,9 +137,9 @@ def _faults_of_partial(found: Partial, inputs: Inputs, request: Request, statist
 
 
 def _faults_of_gradients(found: Gradients, inputs: Inputs, request: Request) -> Iterator[str]:
-    wanted = {"query": "B T N H", "key": "B S K H", "value": "B S K D"}
-    wanted |= {"bias": "the bias's own"} if Operand.BIAS in request.gradients else {}
-    for name, letters in wanted.items():
+    expected = {"query": "B T N H", "key": "B S K H", "value": "B S K D"}
+    expected |= {"bias": "the bias's own"} if Operand.BIAS in request.gradients else {}
+    for name, letters in expected.items():
         operand = getattr(inputs, name)
         if isinstance(operand, jax.Array):  # quantised and paged keys have no gradient
             yield from _fault(f"the gradient of {name}", getattr(found, name), letters, operand.shape)
@@ -138,7 +148,7 @@ def _faults_of_gradients(found: Gradients, inputs: Inputs, request: Request) -> 
 def _fault(
     name: str, found: Any, letters: str, shape: tuple[int, ...], dtypes: tuple[str, ...] | None = None
 ) -> Iterator[str]:
-    """Says what is wrong with an array; any floating dtype will do where none is named."""
+    """Says what is wrong with an array; without `dtypes` any floating one is right."""
     if _is_array(found) and found.shape == shape and _has_dtype(found, dtypes):
         return
     kinds = " or ".join(dict.fromkeys(dtypes)) if dtypes else "floating"
@@ -160,14 +170,14 @@ def _described(found: Any) -> str:
 
 
 def attend(
-    parts: tuple[Part, ...], inputs: tuple[Inputs, ...], *, sinks: jax.Array | None, statistics: bool
+    parts: tuple[BoundKernel, ...], inputs: tuple[Inputs, ...], *, sinks: jax.Array | None, statistics: bool
 ) -> Partial:
     """Attends to all parts.
 
     Args:
       parts: what runs over each part of the keys.
       inputs: the arrays of each part; the query is the same.
-      sinks: [N], when core itself must apply them.
+      sinks: [N], where the kernels do not take them; else they are in the inputs.
       statistics: whether the result needs them.
 
     Returns:
@@ -175,10 +185,12 @@ def attend(
     """
     if any(part.is_narrow for part in parts):
         inputs, sinks = narrowed((inputs, sinks))
+    if inputs[0].sinks is not None and parts[0].needs_backward:
+        sinks, inputs = inputs[0].sinks, tuple(dataclasses.replace(arrays, sinks=None) for arrays in inputs)
     inputs, sinks = varying_alike((inputs, sinks))
-    if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not _needs_backward(parts[0]):
+    if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not parts[0].needs_backward:
         return parts[0].forward(inputs[0], statistics=False)
-    if any(part.request.gradients and _has_backward(part) for part in parts):
+    if any(part.request.gradients and part.has_backward for part in parts):
         whole = _differentiated(parts, statistics, inputs, sinks)
     else:
         whole = _whole(_run(parts, inputs), sinks)[0]
@@ -194,17 +206,17 @@ def _with_rest(partial: Partial) -> Partial:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow(part: Part, inputs: Inputs) -> Partial:
+def _narrow(part: BoundKernel, inputs: Inputs) -> Partial:
     """A kernel's own derivative, traced without 64-bit types as its forward is."""
     return part.run(inputs, statistics=False)
 
 
-def _narrow_forward(part: Part, inputs: Inputs) -> tuple[Partial, Callable[[Partial], tuple[Inputs]]]:
+def _narrow_forward(part: BoundKernel, inputs: Inputs) -> tuple[Partial, Callable[[Partial], tuple[Inputs]]]:
     with part.types():
         return jax.vjp(functools.partial(part.run, statistics=False), inputs)
 
 
-def _narrow_backward(part: Part, pull: Callable[[Partial], tuple[Inputs]], d_partial: Partial) -> tuple[Inputs]:
+def _narrow_backward(part: BoundKernel, pull: Callable[[Partial], tuple[Inputs]], d_partial: Partial) -> tuple[Inputs]:
     with part.types():
         return pull(d_partial)
 
@@ -212,22 +224,13 @@ def _narrow_backward(part: Part, pull: Callable[[Partial], tuple[Inputs]], d_par
 _narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
-def _has_backward(part: Part) -> bool:
-    return part.kernel.capabilities.gradient is Gradient.BACKWARD
-
-
-def _needs_backward(part: Part) -> bool:
-    """Whether the kernel's `forward` alone would lack a derivative that is asked for."""
-    return part.kernel.capabilities.backward_only and bool(part.request.gradients)
-
-
 def _zero_in_empty_rows(partial: Partial) -> Partial:
-    """Gives rows that see nothing the output 0, whatever the kernel left there."""
+    """Gives rows that see nothing the output 0, whatever the kernel returned there."""
     empty = jnp.isneginf(partial.lse) if partial.lse is not None else jnp.equal(partial.sum, 0)  # type: ignore[arg-type]
     return dataclasses.replace(partial, out=jnp.where(heads_last(empty), 0, partial.out))
 
 
-def _run(parts: tuple[Part, ...], inputs: tuple[Inputs, ...]) -> list[Partial]:
+def _run(parts: tuple[BoundKernel, ...], inputs: tuple[Inputs, ...]) -> list[Partial]:
     return [part.forward(arrays, statistics=True) for part, arrays in zip(parts, inputs, strict=True)]
 
 
@@ -249,27 +252,34 @@ def _whole(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, _
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiated(
-    parts: tuple[Part, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
+    parts: tuple[BoundKernel, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
 ) -> Partial:
-    return _whole([to_lse(partial) for partial in _run(parts, inputs)], sinks)[0]
+    whole, _ = _whole([to_lse(partial) for partial in _run(parts, inputs)], sinks)
+    return whole if statistics else _rounded(whole)
+
+
+def _rounded(whole: Partial) -> Partial:
+    """The output as the caller gets it, so that a wider one is not kept for the backward pass."""
+    return dataclasses.replace(whole, out=whole.out.astype(whole.dtype))
 
 
 _Residuals = tuple[tuple[Inputs, ...], jax.Array | None, jax.Array, _Lse, list[jax.Array]]
 
 
 def _forward(
-    parts: tuple[Part, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
+    parts: tuple[BoundKernel, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
 ) -> tuple[Partial, _Residuals]:
     partials = [to_lse(partial) for partial in _run(parts, inputs)]
     # Empty rows are remembered per part and before sinks: a global lse that is finite thanks to a
     # sink or another part would make a vendor's backward explode on a row that is empty here.
     empty = [jnp.isneginf(partial.lse) for partial in partials]  # type: ignore[arg-type]
     whole, lse = _whole(partials, sinks)
+    whole = whole if statistics else _rounded(whole)
     return whole, (inputs, sinks, whole.out, lse, empty)
 
 
 def _backward(
-    parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
+    parts: tuple[BoundKernel, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
 ) -> tuple[tuple[Inputs, ...], jax.Array | None]:
     with unchecked():
         found = _cotangents(parts, statistics, residuals, d_whole)
@@ -277,7 +287,7 @@ def _backward(
 
 
 def _cotangents(
-    parts: tuple[Part, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
+    parts: tuple[BoundKernel, ...], statistics: bool, residuals: _Residuals, d_whole: Partial
 ) -> tuple[tuple[Inputs, ...], jax.Array | None]:
     inputs, sinks, out, (lse, rest), empty = residuals
     assert lse is not None

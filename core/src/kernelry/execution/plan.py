@@ -8,7 +8,7 @@ from typing import Any, final
 from jax.ad_checkpoint import checkpoint_name
 
 from kernelry.execution.adapters.base import Adapter, Cost, Duty
-from kernelry.execution.attend import Part, attend
+from kernelry.execution.attend import BoundKernel, attend
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs, KernelSpec, Tiling
 from kernelry.request.request import Request
@@ -69,11 +69,11 @@ class Plan:
         for step in self.steps:
             inputs = step.adapter.prepare(inputs, step.before, step.after)
         duties = frozenset(step.adapter.duty for step in self.steps if step.adapter.duty is not None)
+        kernel = BoundKernel(self.kernel, self.inner_request, self.tiling, duties - {Duty.SINKS})
         sinks = inputs.sinks if Duty.SINKS in duties else None
         if sinks is not None:
             inputs = dataclasses.replace(inputs, sinks=None)
-        part = Part(self.kernel, self.inner_request, self.tiling, duties - {Duty.SINKS})
-        partial = attend((part,), (inputs,), sinks=sinks, statistics=self.request.partial)
+        partial = attend((kernel,), (inputs,), sinks=sinks, statistics=self.request.partial)
         for step in reversed(self.steps):
             partial = step.adapter.restore(partial, step.before, step.after)
         return _named(partial)

@@ -11,6 +11,7 @@ import enum
 from collections.abc import Callable, Iterator
 from typing import final
 
+from kernelry.kernel.blocks import round_up
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionKind
 from kernelry.masks.predicate import holds_traced
@@ -74,8 +75,7 @@ class Dims:
 
     def padded(self, value: int) -> int | None:
         """Returns the smallest dim taken that is at least `value`; None where there is none."""
-        least = max(value, self.minimum)
-        dim = -(-least // self.multiple_of) * self.multiple_of
+        dim = round_up(max(value, self.minimum), self.multiple_of)
         return None if self.maximum is not None and dim > self.maximum else dim
 
 
@@ -88,6 +88,35 @@ class Tolerance:
     forward: float
     gradient: float
     reason: str
+
+
+_STANDARD = {
+    "float64": (2e-6, 2e-5, 0),
+    "float32": (2e-6, 2e-5, 0),
+    "bfloat16": (1e-2, 4e-2, 8),
+    "float16": (2e-3, 1e-2, 11),
+}
+"""Errors of the forward pass and of gradients, for values of about 1, and the bits of a mantissa that make them."""
+
+
+def standard_tolerances(
+    *dtypes: str, rounded: str = "inputs, probabilities and output", note: str = ""
+) -> tuple[Tolerance, ...]:
+    """Returns the tolerances of a kernel that sums in float32: what rounding to each dtype costs, and no more.
+
+    Args:
+      dtypes: those of the kernel; of `float64`, too, logits and statistics are float32.
+      rounded: what a 16-bit kernel rounds to the dtype.
+      note: what else is to be said of the wide ones, e.g. how large logits may be.
+    """
+    found = []
+    for dtype in dtypes:
+        forward, gradient, bits = _STANDARD[dtype]
+        reason = f"{rounded} are rounded to {bits} bits of mantissa"
+        if not bits:
+            reason = "; ".join(filter(None, ("float32 products and sums, in another order than the oracle's", note)))
+        found.append(Tolerance(dtype, forward, gradient, reason))
+    return tuple(found)
 
 
 @final
@@ -109,13 +138,13 @@ class Capabilities:
       symbolic_sizes: which of `batch`, `q_len` and `kv_len` may be symbolic, as in an exported program: it reads them
         from the arrays, not from the request.
       atoms: the mask atoms it understands.
-      positions: the ways of giving positions it understands, besides the default.
+      positions: the ways of giving positions it understands, in addition to the default.
       features: the optional request fields it honours.
       statistics: what it can return in a Partial.
       normalizations: e.g. `softmax`.
       gradient: how it is differentiated.
       backward_only: whether `forward` has no derivative of its own, so that core differentiates every call by
-        `backward`.
+        `backward`. Core then applies the sinks, too: the kernel is given none where a gradient is asked for.
       gradients: the operands it has gradients of.
       forward_over_reverse: of a kernel with `gradient=BACKWARD`, whether JAX can differentiate its forward and backward
         passes in forward mode, as `jax.hessian` does; elsewhere second derivatives are an error.
@@ -167,7 +196,7 @@ class Capabilities:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Check:
+class FieldCheck:
     """Decides some fields of a Request against the Capabilities."""
 
     fields: tuple[str, ...]
@@ -284,7 +313,7 @@ def _storage(can: Capabilities, request: Request) -> Iterator[Refusal]:
         detail = f"kv_quantization={request.kv_quantization} is not {_either(can.kv_quantizations)}"
         yield Refusal(RefusalCode.KV_QUANTIZATION, detail)
     if request.page_size is not None and not can.pages:
-        yield Refusal(RefusalCode.PAGES, f"keys and values stand in pages of page_size={request.page_size}")
+        yield Refusal(RefusalCode.PAGES, f"keys and values are in pages of page_size={request.page_size}")
 
 
 def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:
@@ -292,18 +321,18 @@ def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:
         return
     strategy = ContextParallel.parse(request.context_parallel).strategy
     if strategy not in can.context_parallel:
-        known = f"not {_either(can.context_parallel)}" if can.context_parallel else "beyond it: it runs on one device"
-        yield Refusal(RefusalCode.CONTEXT_PARALLEL, f"context_parallel={request.context_parallel} is {known}")
+        why = f"not {_either(can.context_parallel)}" if can.context_parallel else "not supported: it runs on one device"
+        yield Refusal(RefusalCode.CONTEXT_PARALLEL, f"context_parallel={request.context_parallel} is {why}")
 
 
-def _feature(feature: Feature, code: RefusalCode) -> Check:
+def _feature(feature: Feature, code: RefusalCode) -> FieldCheck:
     def run(can: Capabilities, request: Request) -> Iterator[Refusal]:
         value = getattr(request, feature.value)
         neutral = request.default_scale if feature is Feature.SCALE else NEUTRAL[feature.value]
         if value != neutral and feature not in can.features:
             yield Refusal(code, f"{feature.value}={value} is not supported")
 
-    return Check((feature.value,), run)
+    return FieldCheck((feature.value,), run)
 
 
 def _either(names: object) -> str:
@@ -311,26 +340,26 @@ def _either(names: object) -> str:
     return " or ".join(listed) if listed else "declared"
 
 
-CHECKS: tuple[Check, ...] = (
-    Check(("target", "interpret"), _platform),
-    Check(("mode",), _mode),
-    Check(("dtype",), _dtype),
-    Check(("head_dim", "value_dim"), _head_dims),
-    Check(("q_heads", "kv_heads"), _heads),
-    Check(("batch", "q_len", "kv_len"), _lengths),
-    Check(("mask",), _mask),
+CHECKS: tuple[FieldCheck, ...] = (
+    FieldCheck(("target", "interpret"), _platform),
+    FieldCheck(("mode",), _mode),
+    FieldCheck(("dtype",), _dtype),
+    FieldCheck(("head_dim", "value_dim"), _head_dims),
+    FieldCheck(("q_heads", "kv_heads"), _heads),
+    FieldCheck(("batch", "q_len", "kv_len"), _lengths),
+    FieldCheck(("mask",), _mask),
     _feature(Feature.SCALE, RefusalCode.SCALE),
     _feature(Feature.BIAS, RefusalCode.BIAS),
     _feature(Feature.SOFT_CAP, RefusalCode.SOFT_CAP),
     _feature(Feature.SINKS, RefusalCode.SINKS),
     _feature(Feature.DROPOUT, RefusalCode.DROPOUT),
-    Check(("normalization",), _normalization),
+    FieldCheck(("normalization",), _normalization),
     _feature(Feature.LOGITS_DTYPE, RefusalCode.LOGITS_DTYPE),
     _feature(Feature.PRECISION, RefusalCode.PRECISION),
-    Check(("gradients",), _gradients),
-    Check(("partial",), _partial),
-    Check(("kv_quantization", "page_size"), _storage),
-    Check(("context_parallel",), _context_parallel),
+    FieldCheck(("gradients",), _gradients),
+    FieldCheck(("partial",), _partial),
+    FieldCheck(("kv_quantization", "page_size"), _storage),
+    FieldCheck(("context_parallel",), _context_parallel),
     _feature(Feature.MAX_LOGITS, RefusalCode.MAX_LOGITS),
 )
 """Every check of core. A field of Request that no check decides fails a test."""

@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import final
+
+from kernelry.kernel.refusal import Refusal, RefusalCode
+
+_RELEASE = re.compile(r"(\d+(\.\d+)*)?")
+"""The numbers that a version begins with; it always matches."""
 
 
 @final
@@ -32,15 +38,26 @@ class Vendor:
         """True only when the distribution was looked for and not found."""
         return self.knowledge is Knowledge.PROBED and self.version is None
 
+    @property
+    def release(self) -> tuple[int, ...]:
+        """The numbers of the version, (2, 21) for `2.21rc1`, to compare with those of a release; () without one."""
+        return tuple(map(int, re.findall(r"\d+", _RELEASE.match(self.version or "")[0])))  # type: ignore[index]
+
+    def refusals(self, remedy: str) -> Iterator[Refusal]:
+        """Refuses a request where the distribution is missing; `remedy` is the pip command that brings it."""
+        if self.missing:
+            detail = f"{self.distribution.replace('_', '-')} is not installed"
+            yield Refusal(RefusalCode.VENDOR_MISSING, detail, remedy)
+
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Environment:
-    """The vendor facts of the place where a request would run.
+    """The vendor facts of the machine where a request would run.
 
-    At home, questions are answered by looking; for a foreign Target they are assumed in the
-    kernel's favour, and for a candidate that is not about to win they are not asked. `versions`
-    holds facts stated beforehand, e.g. by a test or a recorded machine; they win over looking.
+    On this machine, questions are answered by looking; for the Target of another one the answers are assumed in the
+    kernel's favour, and for a candidate that is not about to win nothing is asked. `versions` are facts stated
+    beforehand, e.g. by a test or of a recorded machine; they override what is found here.
     """
 
     knowledge: Knowledge = Knowledge.PROBED
@@ -76,7 +93,7 @@ class Environment:
         return bool(self._unanswered)
 
     def fresh(self) -> Environment:
-        """Returns an equal Environment that was not asked anything yet."""
+        """Returns an equal Environment that was asked nothing so far."""
         return dataclasses.replace(self)
 
     def without_probing(self) -> Environment:

@@ -124,8 +124,8 @@ def _wrong_types(can: Capabilities) -> Iterator[Mistake]:
         )
         yield Mistake(detail, "write minimum_generation=(('gpu', 80),)")
     if not _are_tolerances(can.tolerances):
-        wanted = "a tuple of Tolerances, each a dtype's name and two numbers"
-        detail = f"tolerances must be {wanted}, got {short(can.tolerances)}"
+        expected = "a tuple of Tolerances, each a dtype's name and two numbers"
+        detail = f"tolerances must be {expected}, got {short(can.tolerances)}"
         yield Mistake(detail, "write tolerances=(Tolerance('float32', forward, gradient, reason),)")
 
 

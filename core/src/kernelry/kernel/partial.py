@@ -32,8 +32,8 @@ class Partial:
       max_logits: [B, N], the largest visible logit; −inf where nothing is visible. No gradient.
       dtype: the dtype that `finalize` returns, the query's.
       lse_rest: [B, N, T], what rounding to float32 took from `lse`: log Σ exp(logits) = lse + lse_rest. It matters
-        where logits are so large that adding a logarithm changes nothing, beyond ±1e7: there lse cannot say how many
-        keys it stands for. The Partials that `attention` returns have it wherever they have `lse`, 0 from a kernel that
+        where logits are so large that adding a logarithm changes nothing, beyond ±1e7: there lse does not tell how many
+        keys it sums over. The Partials that `attention` returns have it wherever they have `lse`, 0 from a kernel that
         does not return it; None, in a Partial made by hand, counts as 0. No gradient.
     """
 
@@ -56,9 +56,10 @@ class Partial:
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Where JAX looks for NaN or inf after every operation: not at what is on its way to a result.
+    """Switches off JAX's search for NaN and inf after every operation (`jax_debug_nans`), where it is on.
 
-    A hidden key has a logit of −inf, a row that sees nothing has lse −inf, and a page that is not there holds NaN.
+    Intermediate values may hold them: a hidden key has a logit of −inf, a row that sees nothing has lse −inf, and a
+    page that does not exist holds NaN.
     """
     with contextlib.ExitStack() as stack:
         for check in (jax.debug_nans, jax.debug_infs):
@@ -68,12 +69,12 @@ def unchecked() -> Iterator[None]:
 
 
 def checked(tree: Any) -> Any:
-    """Lets JAX look at these arrays, by copying them, where it looks for NaN or inf; else they are as they were."""
+    """Copies arrays where JAX searches for NaN or inf, so that it searches them; elsewhere returns them as they are."""
     return jax.tree.map(jnp.copy, tree) if _is_checking() else tree
 
 
 def checking_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Lets JAX look at the output that a function returns, alone or first in a tuple, and at nothing before it."""
+    """Has JAX search for NaN and inf only in what a function returns, or in the first of a tuple that it returns."""
 
     @functools.wraps(function)
     def run(*arguments: _P.args, **options: _P.kwargs) -> _R:
@@ -98,5 +99,5 @@ def _with_checked_output(result: Any) -> Any:
 
 
 def heads_last(statistic: jax.Array) -> jax.Array:
-    """Lays a statistic [B, N, T] beside an output: [B, T, N, 1]."""
+    """Returns a statistic [B, N, T] as [B, T, N, 1], which broadcasts against an output [B, T, N, D]."""
     return statistic.swapaxes(1, 2)[..., None]

@@ -49,7 +49,7 @@ def _targets(text: str) -> frozenset[str]:
 
 
 def _scopes(name: str, *, anything: bool) -> Iterator[str]:
-    """The scopes around an operation; none around one that does no work, unless anything will do."""
+    """The scopes around an operation; none around one that does no work, unless `anything` is set."""
     *around, operation = name.split("/")
     if not anything and operation not in _WORK and "pallas_call" not in around:
         return

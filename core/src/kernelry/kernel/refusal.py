@@ -82,7 +82,7 @@ class Refusal:
 
 
 def array_refusals(atom: Atom) -> Iterator[Refusal]:
-    """For kernels that evaluate a PREDICATE where they have no array but positions: one that needs others is refused.
+    """Refuses a PREDICATE that needs arrays, for kernels that evaluate one where they have positions alone.
 
     Args:
       atom: of any kind; only PREDICATE and CUSTOM are looked at.
@@ -91,7 +91,7 @@ def array_refusals(atom: Atom) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
     held = arrays_held(atom)
     if held is None:
-        detail = f"mask atom {atom} is a function that is gone"
+        detail = f"mask atom {atom} is a function that no longer exists"
         yield Refusal(RefusalCode.MASK_ATOM, detail, "keep the mask while its form is in use")
         return
     for shape in held[:1]:

@@ -22,7 +22,7 @@ from kernelry.masks.base import Mask
 from kernelry.request.request import Request
 
 AUTO = "auto"
-"""What stands for a kernel's name where the policy is to choose."""
+"""Given in place of a kernel's name, so that the policy chooses."""
 
 
 @final
@@ -97,8 +97,8 @@ class Tiling:
 class Kernel(Protocol):
     """The body of a kernel.
 
-    `forward` without statistics must be differentiable by JAX where the kernel declares any
-    gradient at all.
+    Where the kernel declares a gradient, JAX must be able to differentiate `forward` without statistics, or the kernel
+    declares `backward_only`. Then it needs no derivative of its own: core differentiates every call by `backward`.
     """
 
     @abstractmethod
@@ -127,7 +127,7 @@ class Kernel(Protocol):
 
 
 def _no_backward(kernel: Kernel) -> Gradients:
-    raise NotImplementedError(f"{type(kernel).__name__} declares a backward and has none")
+    raise NotImplementedError(f"{type(kernel).__name__} declares gradient=BACKWARD and has no backward")
 
 
 def no_refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -138,6 +138,21 @@ def no_refusals(request: Request, environment: Environment) -> tuple[Refusal, ..
 def one_tiling(request: Request) -> tuple[Tiling, ...]:
     """The tilings of a kernel without tunables."""
     return (Tiling(),)
+
+
+def signature_of(scope: str, custom_call: str | None = None) -> Callable[[Request], tuple[str, ...]]:
+    """Returns the `signature` of a KernelSpec whose body sets a scope around its work.
+
+    Args:
+      scope: what its `jax.named_scope` is called, e.g. `kernelry.splash`.
+      custom_call: the target that its program calls, e.g. `tpu_custom_call`, which interpret mode does not; None where
+        its work is XLA's.
+    """
+    return functools.partial(_signature, scope, custom_call)
+
+
+def _signature(scope: str, custom_call: str | None, request: Request) -> tuple[str, ...]:
+    return (scope,) if custom_call is None or request.is_interpreted else (custom_call, scope)
 
 
 @final
@@ -152,7 +167,7 @@ class KernelSpec:
         kernel is first chosen. A function that returns the body serves notebooks and tests.
       refusals: what data cannot say: divisibility, vendor probes.
       tilings: the search space for a request, the default first.
-      signature: texts that a lowered program must contain if this kernel really ran.
+      signature: texts that a lowered program must contain if this kernel really ran; see `signature_of`.
       summary: one line for listings.
       known_failures: (name of a conformance case, reason) pairs: what the author knows to be wrong. A case listed
         here that passes fails the kit, so that the list is kept honest.
@@ -205,7 +220,7 @@ def check_kernel_name(kernel: Any) -> None:
     name = getattr(kernel, "name", None)
     if not isinstance(name, str):
         raise ArgumentError(f"kernel must be a name or 'auto', got {kernel!r}.")
-    adding = ", inside kernelry.use(kernels=[spec]) where no plugin brings it" if isinstance(kernel, KernelSpec) else ""
+    adding = ", inside kernelry.use(kernels=[spec]) where no plugin has it" if isinstance(kernel, KernelSpec) else ""
     raise ArgumentError(
         f"kernel must be a name or 'auto', got {type(kernel).__name__} {name!r}; write kernel={name!r}{adding}."
     )

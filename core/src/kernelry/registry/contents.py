@@ -1,4 +1,4 @@
-"""What the installed plugins bring, and what is wrong with them, as data."""
+"""What the installed plugins provide, and what is wrong with them, as data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FaultKind(enum.Enum):
 
 
 _ENVIRONMENT = "the environment"
-"""Stands for a distribution in the faults of environment variables."""
+"""Given as the distribution in faults of environment variables."""
 
 _NVIDIA = "an NVIDIA GPU and pip install 'jax[cuda12]' or 'jax[cuda13]'"
 _NEEDED_BY = {
@@ -106,7 +106,7 @@ class InstalledKernel:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Registry:
-    """Everything that the installed plugins bring.
+    """Everything that the installed plugins provide.
 
     Args:
       kernels: by name; names claimed twice are left out.
@@ -198,7 +198,7 @@ def _unknown_kernel(found: Registry, switches: Switches) -> Iterator[Fault]:
     name = switches.kernel
     if name is None or name in found.kernels:
         return
-    detail = f"KERNELRY_KERNEL={name} is not a kernel that an installed plugin brings{nearest(name, found.kernels)}"
+    detail = f"KERNELRY_KERNEL={name} is not a kernel that an installed plugin provides{nearest(name, found.kernels)}"
     try:
         found.check_name(name)
     except PluginError as error:

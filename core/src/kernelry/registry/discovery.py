@@ -1,4 +1,4 @@
-"""Finds plugins, isolates broken ones, and lists what the others bring."""
+"""Finds plugins, isolates broken ones, and lists what the others provide."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CORE_NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
 def find() -> Registry:
     """Scans the entry points of this process and loads what the switches allow."""
     points = importlib_metadata.entry_points(group=GROUP)
-    # The first call may stand under a trace, which would leak tracers into constants of plugin modules.
+    # The first call may be made while JAX traces, which would leak tracers into constants of plugin modules.
     with jax.ensure_compile_time_eval():
         registry = build(points, Switches.unchecked().plugins)
     for fault in registry.faults:
@@ -135,7 +135,7 @@ class _Builder:
             self._fault(FaultKind.IMPORT_ERROR, name, detail, f"reinstall or upgrade {self.distributions[name]}")
 
     def _loaded(self, name: str, point: importlib_metadata.EntryPoint) -> Any:
-        """Imports what an entry point names; None, with a fault, where there is no such thing or it is no plugin."""
+        """Imports what an entry point names; None, with a fault, where it does not exist or is not a plugin."""
         match = point.pattern.match(point.value)
         if match is None:
             self._wrong_entry_point(name, point, "is not of the form package.module or package.module:attribute")
@@ -233,8 +233,8 @@ class _Builder:
                 continue
             yield plugin, result
 
-    def _wrong_return(self, plugin: str, hook: str, wanted: str, got: Any) -> None:
-        detail = f"{hook} must return {wanted}, got {short(got)}"
+    def _wrong_return(self, plugin: str, hook: str, expected: str, got: Any) -> None:
+        detail = f"{hook} must return {expected}, got {short(got)}"
         fix = f"upgrade {self.distributions[plugin]} or report it"
         if isinstance(got, KernelSpec):
             fix = f"write return [spec] with the one spec in a list, or {fix}"
@@ -248,8 +248,8 @@ class _Builder:
                 continue
             wrong = [(index, item) for index, item in enumerate(result) if not isinstance(item, KernelSpec)]
             if wrong:
-                wanted = f"a list of KernelSpec, and item {wrong[0][0]} is not one"
-                self._wrong_return(plugin, "kernelry_kernels", wanted, wrong[0][1])
+                expected = f"a list of KernelSpec, and item {wrong[0][0]} is not one"
+                self._wrong_return(plugin, "kernelry_kernels", expected, wrong[0][1])
                 continue
             usable = [spec for spec in result if self._is_hashable(plugin, spec) and self._is_usable(plugin, spec)]
             specs.extend(InstalledKernel(spec, plugin, self.distributions[plugin]) for spec in usable)
@@ -259,8 +259,8 @@ class _Builder:
         try:
             hash(spec)
         except TypeError as error:
-            wanted = "KernelSpecs of hashable data (tuples and frozensets, no lists and sets)"
-            self._wrong_return(plugin, "kernelry_kernels", wanted, f"{spec.name!r}: {error}")
+            expected = "KernelSpecs of hashable data (tuples and frozensets, no lists and sets)"
+            self._wrong_return(plugin, "kernelry_kernels", expected, f"{spec.name!r}: {error}")
             return False
         return True
 
@@ -292,12 +292,12 @@ class _Builder:
                 self._fault(FaultKind.DUPLICATE_KERNEL, plugin, *claim_of(name, claimants))
         return {name: found[0] for name, found in sorted(claims.items()) if name not in contested}, contested
 
-    def _mapping(self, hook: str, wanted: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
+    def _mapping(self, hook: str, expected: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
         claims: dict[str, list[tuple[str, Any]]] = {}
         for plugin, result in self._results(hook):
             named = isinstance(result, Mapping) and all(isinstance(name, str) for name in result)
             if not named or not all(fits(value) for value in result.values()):
-                self._wrong_return(plugin, hook, wanted, result)
+                self._wrong_return(plugin, hook, expected, result)
                 continue
             for name, value in result.items():
                 claims.setdefault(name, []).append((plugin, value))

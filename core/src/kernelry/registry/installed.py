@@ -35,15 +35,15 @@ _PLAIN_NORMALIZATIONS = ("softmax", "softmax_max_sum")
 
 @functools.lru_cache(maxsize=1)
 def registry() -> Registry:
-    """Returns what the installed plugins bring; the entry points are scanned once."""
-    # Imported here because `import kernelry` needs neither pluggy nor importlib-metadata, nor these rooms.
+    """Returns what the installed plugins provide; the entry points are scanned once."""
+    # Imported here because `import kernelry` needs neither pluggy nor importlib-metadata, nor these modules.
     from kernelry.registry import discovery
 
     return discovery.find()
 
 
 def not_installed(spec: KernelSpec, source: str) -> InstalledKernel:
-    """Lets a kernel that no plugin registers stand among the others; `source` says who gave it."""
+    """Returns a kernel that no plugin registers as if it were installed; `source` says where it was given."""
     from kernelry.registry.contents import InstalledKernel
 
     return InstalledKernel(spec, source, f"given to {source}")
@@ -82,7 +82,7 @@ def why_none() -> str:
     if not found.plugins:
         return "no kernels are installed"
     left_out = [plugin.name for plugin in found.plugins if not plugin.enabled]
-    faulty = "the plugins that are loaded bring none that can be used: run kernelry doctor"
+    faulty = "the plugins that are loaded provide none that can be used: run kernelry doctor"
     excluded = f"KERNELRY_PLUGINS leaves out {', '.join(left_out)}"
     return "; ".join([excluded] * bool(left_out) + [faulty] * (len(left_out) < len(found.plugins)))
 

@@ -24,7 +24,7 @@ _DTYPES = ("dtype", "logits_dtype")
 
 
 def check_sizes(request: Any) -> None:
-    """Raises ArgumentError where a size is no integer, is negative, or the heads do not fit."""
+    """Raises ArgumentError where a size is not an integer or negative, or the heads do not fit."""
     for name in _SIZES:
         size = getattr(request, name)
         if type(size) is not int and not (name in SYMBOLIC and isinstance(size, SymbolicSize)):

@@ -48,7 +48,7 @@ class ContextParallel:
         """Reads what `str` writes of one with a size, e.g. `ring:context:4`.
 
         Raises:
-          ArgumentError: it is nothing of the kind.
+          ArgumentError: it has another form.
         """
         parts = text.split(":") if isinstance(text, str) else []
         if len(parts) != 3 or not parts[2].isdecimal():
@@ -57,7 +57,7 @@ class ContextParallel:
 
 
 def load_balanced_order(length: int, size: int, order: str = "dual_chunk") -> np.ndarray:
-    """Returns which token stands in each slot, [length], so that causal attention costs every device the same.
+    """Returns the token of each slot, [length], so that causal attention costs every device the same.
 
     Args:
       length: of the whole sequence.

@@ -23,9 +23,10 @@ def as_array(name: str, array: Any, rank: int) -> jax.Array:
     """Returns a floating array, unwrapped.
 
     Raises:
-      ShapeError: it is none, or of another rank.
+      ShapeError: it is not an array, not floating, or of another rank.
     """
-    array = unwrapped(array)
+    if not isinstance(array, jax.Array):
+        array = unwrapped(array)
     if not isinstance(array, jax.Array | np.ndarray):
         raise ShapeError(f"{name} must be an array, got {type(array).__name__}{_instead(name, array)}.")
     if array.ndim != rank:
@@ -65,7 +66,7 @@ def as_keys(name: str, keys: Any) -> Keys:
     """Returns keys or values as they are held.
 
     Raises:
-      ShapeError: they are nothing of the kind, or of another rank.
+      ShapeError: they are none of these, or of another rank.
     """
     if not isinstance(keys, QuantizedArray | PagedArray):
         return as_array(name, keys, 4)

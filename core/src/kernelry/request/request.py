@@ -74,7 +74,7 @@ def operands_of(gradients: Any) -> frozenset[Operand]:
     """Reads the names of the operands whose gradient is needed.
 
     Raises:
-      ArgumentError: it is no sequence of names, or there is no such operand.
+      ArgumentError: it is not a sequence of names, or there is no such operand.
     """
     if isinstance(gradients, str) or not isinstance(gradients, Iterable) or getattr(gradients, "ndim", 1) == 0:
         raise ArgumentError(f"gradients must be names of operands, e.g. ('query', 'bias'), got {gradients!r}.")
@@ -87,7 +87,7 @@ _CPU = Target("cpu")
 _FULL = MaskForm()
 _QKV = frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE})
 _STORED = frozenset({Operand.KEY, Operand.VALUE})
-"""The operands that may be quantised or stand in pages, and then have no gradient."""
+"""The operands that may be quantised or in pages, and then have no gradient."""
 
 
 @final
@@ -107,7 +107,7 @@ class Request:
       head_dim, value_dim: H and D; `value_dim=None` is H.
       dtype: of query, key and value, e.g. `bfloat16`.
       mask: the static side of the mask; of a Mask only the form is kept, so its arrays may be of other sizes. Where
-        T ≠ S it must say where the queries stand, as in a call.
+        T ≠ S it must say the positions of the queries, as in a call.
       scale: the factor on the logits; None is H ** -0.5.
       bias: the bias's shape, each of its four dimensions 1 or that of B N T S; None without bias.
       soft_cap: the logits' cap; None without.
@@ -119,10 +119,10 @@ class Request:
       logits_dtype: of logits, softmax and statistics.
       precision: of the products, as in `jax.lax.Precision`; None is JAX's default.
       partial: whether the result is a Partial with statistics instead of an array.
-      max_logits: whether the largest visible logit per batch row and head is wanted.
+      max_logits: whether the largest visible logit per batch row and head is asked for.
       interpret: whether accelerator kernels may run on CPU in interpret mode.
       kv_quantization: how keys and values are quantised, e.g. `int8:head_dim`; None where they are not.
-      page_size: the slots of a page, where keys and values stand in pages; None where they do not.
+      page_size: the slots of a page, where keys and values are in pages; None where they are not.
       context_parallel: how sequences sharded over a mesh axis are attended to, e.g. `ring:context:4`; None where they
         are whole on each device.
     """

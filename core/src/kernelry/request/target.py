@@ -39,7 +39,7 @@ _VENDORS = {"nvidia": "gpu", "amd": "gpu"}
 
 
 def platform_meant(name: str) -> str | None:
-    """Returns the platform that a name stands for: another name of it, a kind of it, or a misspelling.
+    """Returns the platform that a name means: another name of it, a kind of it, or a misspelling.
 
     None says that this may be a platform of its own, which a JAX plugin brings.
     """

@@ -16,17 +16,14 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    Tolerance,
     hookimpl,
+    signature_of,
+    standard_tolerances,
 )
 
 contract = (1, 1)
 
-_TOLERANCES = (
-    Tolerance("float32", 2e-6, 2e-5, "float32 products and sums"),
-    Tolerance("bfloat16", 1e-2, 4e-2, "inputs, probabilities and output are rounded to 8 bits of mantissa"),
-    Tolerance("float16", 2e-3, 1e-2, "inputs, probabilities and output are rounded to 11 bits of mantissa"),
-)
+_TOLERANCES = standard_tolerances("float32", "bfloat16", "float16")
 _EVERYWHERE = Capabilities(
     platforms=frozenset({"cpu", "gpu", "tpu"}),
     interpret=True,
@@ -58,15 +55,11 @@ _NARROW = 512
 """Slots: under a window of at most so many, small blocks skip more than they cost: benchmarks/blockwise.py."""
 
 
-def _dot_product_signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.dot_product",)
-
-
 DOT_PRODUCT = KernelSpec(
     name="dot_product",
     capabilities=_EVERYWHERE,
     load="kernelry_dot_product.dot_product:DotProductKernel",
-    signature=_dot_product_signature,
+    signature=signature_of("kernelry.dot_product"),
     summary="dense attention in plain XLA; every feature, every platform; memory O(T·S)",
 )
 
@@ -78,10 +71,6 @@ def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
     # The queries of a group are together in a tile.
     blocks = dict.fromkeys((max(1, rows // request.groups), block_kv) for rows, block_kv in sizes)
     return tuple(Tiling.of(block_q=block_q, block_kv=block_kv) for block_q, block_kv in blocks)
-
-
-def _blockwise_signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.blockwise",)
 
 
 BLOCKWISE = KernelSpec(
@@ -102,6 +91,7 @@ BLOCKWISE = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax", "softmax_max_sum"}),
         gradient=Gradient.BACKWARD,
+        backward_only=True,
         gradients=frozenset(Operand),
         forward_over_reverse=True,
         lse_cotangent=True,
@@ -113,7 +103,7 @@ BLOCKWISE = KernelSpec(
     ),
     load="kernelry_dot_product.blockwise:BlockwiseKernel",
     tilings=_blockwise_tilings,
-    signature=_blockwise_signature,
+    signature=signature_of("kernelry.blockwise"),
     summary="tile by tile in plain XLA, forward and backward; memory O(T·block), work where the mask holds anything",
 )
 

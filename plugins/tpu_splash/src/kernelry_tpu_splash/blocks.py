@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from kernelry.errors import ConfigError
-from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
+from kernelry.plugin import Tiling
 from kernelry_tpu_splash.lanes import LANES
 
 SIZES = (512, 1024, 256, 128)
@@ -16,20 +14,6 @@ siblings); 2048 runs out of vector memory on v5e."""
 
 LAYOUTS = {"q_layout": 1, "k_layout": 1, "v_layout": 1}
 """1 has the head dimension last, 2 the sequence: the vendors' QKVLayout."""
-
-
-def uneven_lengths(request: Request) -> Iterator[Refusal]:
-    """Lengths that no block divides."""
-    for name, length, block in (("q_len", request.q_len, "block_q"), ("kv_len", request.kv_len, "block_kv")):
-        if length % LANES:
-            padded = -(-length // LANES) * LANES
-            detail = f"{name}={length} is not a multiple of {LANES}, the smallest {block}"
-            yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, f"pad to {padded}", ((name, padded),))
-
-
-def largest_divisor(length: int, block: int) -> int:
-    """The largest multiple of 128, at most `block`, that divides the length."""
-    return next(size for size in range(block, 0, -LANES) if length % size == 0)
 
 
 def checked_sizes(kernel: str, tiling: Tiling, lengths: tuple[int, int]) -> dict[str, int]:

@@ -140,12 +140,12 @@ class ComputedMask:
         """T where the kernel evaluates a mask; None where every block is full."""
         return None if self.function is None else self.lengths[0]
 
-    def build(self, kept: Callable[..., _T], *facts: Any) -> _T:
+    def build(self, kept: Callable[..., _T], *settings: Any) -> _T:
         """Calls a function that has a cache with the mask and more, around the cache where it would hold too much."""
         if self.function is None or self.function.is_lasting:
-            return kept(self, *facts)
+            return kept(self, *settings)
         plain: Callable[..., _T] = inspect.unwrap(kept)
-        return plain(self, *facts)
+        return plain(self, *settings)
 
     def kinds(self, block_q: int, block_kv: int) -> np.ndarray:
         """Classifies blocks, [T / block_q, S / block_kv] of BlockKind."""

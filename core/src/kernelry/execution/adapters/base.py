@@ -53,7 +53,7 @@ class Adapter(Protocol):
     """Rewrites a request that a kernel refuses into one that it may serve.
 
     The array part (`prepare`, `restore`) changes inputs and outputs as ordinary JAX; the resolved
-    program contains exactly these operations and the kernel's own. A statistics adapter has a
+    program contains the kernel's operations and exactly these. A statistics adapter has a
     `duty`: core works on the kernel's statistics, inside its one custom_vjp.
 
     Args:

@@ -1,4 +1,4 @@
-"""Serves quantised keys and values with a kernel that wants plain ones."""
+"""Serves quantised keys and values with a kernel that reads only plain ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serves masks that may leave rows without a key with a kernel that leaves nonsense there."""
+"""Serves masks that may leave rows without a key with a kernel whose output there is undefined."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kernelry.request.request import Request
 class EmptyRowsFromLse(Adapter):
     """Finds the rows that see nothing by their lse, −inf, and gives them output 0 and zero gradients.
 
-    A kernel that is differentiated by JAX cannot be helped: its derivative runs through the nonsense.
+    A kernel that is differentiated by JAX cannot be helped: its derivative runs through that output.
     """
 
     name: ClassVar[str] = "empty_rows_from_lse"

@@ -1,4 +1,4 @@
-"""Serves keys and values in pages with a kernel that wants them side by side."""
+"""Serves keys and values in pages with a kernel that reads only arrays."""
 
 from __future__ import annotations
 

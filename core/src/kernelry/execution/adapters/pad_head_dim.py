@@ -1,9 +1,9 @@
-"""Serves any head dim with a kernel that wants certain ones."""
+"""Serves any head dim with a kernel that takes only certain ones."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, final
+from typing import ClassVar, Protocol, final
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +17,13 @@ from kernelry.kernel.spec import Inputs
 from kernelry.request.request import Request
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class PadHeadDim(Adapter):
-    """Puts zeros behind the columns of queries and keys, and of values, and cuts the output back.
+class WidenHeads(Adapter, Protocol):
+    """The array part of adapters that widen heads: columns of zeros behind those of queries and keys, and of values.
 
-    Zeros add nothing to a product; the scale stays what it was.
+    Zeros add nothing to a product; the scale stays what it was. The output is cut back.
     """
 
-    name: ClassVar[str] = "pad_head_dim"
-    cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.HEAD_DIM, RefusalCode.SPLIT_HEAD_DIM})
     on_keys: ClassVar[bool] = True
-
-    def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
-        dims = capabilities.head_dims
-        if dims is None:
-            return None
-        asked = [size for refusal in refusals if refusal.code in self.cures for size in refusal.pad_to]
-        head_dim = max([request.head_dim, *(size for name, size in asked if name == "head_dim")])
-        value_dim = max([request.value_dim, *(size for name, size in asked if name == "value_dim")])
-        if not capabilities.split_head_dim:
-            head_dim = value_dim = max(head_dim, value_dim)
-        wide, wide_value = dims.padded(head_dim), dims.padded(value_dim)
-        if wide is None or wide_value is None or (wide, wide_value) == (request.head_dim, request.value_dim):
-            return None
-        return dataclasses.replace(request, head_dim=wide, value_dim=wide_value)
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
         more = after.head_dim - before.head_dim
@@ -64,6 +46,29 @@ class PadHeadDim(Adapter):
             extra_bytes=before.batch * elements * itemsize(before.dtype),
             extra_flops=2 * before.batch * pairs * (more + more_values),
         )
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class PadHeadDim(WidenHeads):
+    """Widens heads to the nearest dims that the kernel takes."""
+
+    name: ClassVar[str] = "pad_head_dim"
+    cures: ClassVar[frozenset[RefusalCode]] = frozenset({RefusalCode.HEAD_DIM, RefusalCode.SPLIT_HEAD_DIM})
+
+    def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
+        dims = capabilities.head_dims
+        if dims is None:
+            return None
+        asked = [size for refusal in refusals if refusal.code in self.cures for size in refusal.pad_to]
+        head_dim = max([request.head_dim, *(size for name, size in asked if name == "head_dim")])
+        value_dim = max([request.value_dim, *(size for name, size in asked if name == "value_dim")])
+        if not capabilities.split_head_dim:
+            head_dim = value_dim = max(head_dim, value_dim)
+        wide, wide_value = dims.padded(head_dim), dims.padded(value_dim)
+        if wide is None or wide_value is None or (wide, wide_value) == (request.head_dim, request.value_dim):
+            return None
+        return dataclasses.replace(request, head_dim=wide, value_dim=wide_value)
 
 
 def _widened(array: jax.Array, columns: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Serves grouped heads with a kernel that wants as many key/value heads as query heads."""
+"""Serves grouped heads with a kernel that needs as many key/value heads as query heads."""
 
 from __future__ import annotations
 

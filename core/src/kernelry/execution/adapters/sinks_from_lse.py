@@ -1,4 +1,4 @@
-"""Serves sinks with a kernel that knows nothing of them but returns its statistics."""
+"""Serves sinks with a kernel that does not take them but returns its statistics."""
 
 from __future__ import annotations
 

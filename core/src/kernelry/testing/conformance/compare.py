@@ -6,7 +6,7 @@ from typing import Any, final
 
 import numpy as np
 
-from kernelry.kernel.capabilities import Capabilities, Tolerance
+from kernelry.kernel.capabilities import Capabilities, Tolerance, standard_tolerances
 from kernelry.testing.conformance.bench import Answer
 from kernelry.testing.conformance.calls import QKV, AttentionCall
 from kernelry.testing.reference import reference_attention, reference_gradients
@@ -19,12 +19,7 @@ SANE = {
 }
 """Larger tolerances would hide wrong results."""
 
-_DEFAULT = {
-    "float32": Tolerance("float32", 2e-6, 2e-5, "float32 products and sums"),
-    "bfloat16": Tolerance("bfloat16", 1e-2, 4e-2, "8 bits of mantissa"),
-    "float16": Tolerance("float16", 2e-3, 1e-2, "11 bits of mantissa"),
-    "float64": Tolerance("float64", 2e-6, 2e-5, "float32 statistics"),
-}
+_DEFAULT = {mine.dtype: mine for mine in standard_tolerances(*SANE)}
 
 _BIASED_OUT = 1e-2
 """The error of a logit of −2e4: float32 has steps of 2e-3 there, and kernels in base 2 round it again."""

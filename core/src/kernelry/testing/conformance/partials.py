@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.execution.attend import Part, attend
+from kernelry.execution.attend import BoundKernel, attend
 from kernelry.execution.normalization import finalize, merge, to_lse
 from kernelry.kernel.capabilities import Feature, Gradient, Statistic
 from kernelry.kernel.partial import Partial
@@ -137,7 +137,7 @@ def _one_backward(bench: Bench, call: AttentionCall, placed: tuple[Mask, Mask]) 
         parts = []
         for mask in placed:
             request = but(call, mask=mask).request(bench.host)
-            parts.append(Part(bench.spec, request, bench.spec.tilings(request)[0]))
+            parts.append(BoundKernel(bench.spec, request, bench.spec.tilings(request)[0]))
 
         def forward(moving: dict[str, Any]) -> Any:
             query, *kv = (moving[name] for name in QKV)

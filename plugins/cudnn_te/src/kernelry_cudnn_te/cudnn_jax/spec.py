@@ -14,7 +14,7 @@ from kernelry.plugin import (
     PositionKind,
     Request,
     Statistic,
-    Tolerance,
+    standard_tolerances,
 )
 from kernelry_cudnn_te.cudnn_jax.limits import refusals
 
@@ -42,9 +42,10 @@ CUDNN_JAX = KernelSpec(
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS}),
-        tolerances=(
-            Tolerance("bfloat16", 1e-2, 4e-2, "not measured: what dot_product needs at 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "not measured: what dot_product needs at 11 bits of mantissa"),
+        tolerances=standard_tolerances(
+            "bfloat16",
+            "float16",
+            rounded="not measured: as in dot_product, inputs, probabilities and output",
         ),
     ),
     load="kernelry_cudnn_te.cudnn_jax.kernel:CudnnJaxKernel",

@@ -32,8 +32,8 @@ from transformer_engine.jax.attention import (
 from transformer_engine.jax.sharding import MeshResource, global_mesh_resource, global_shard_guard, num_of_devices
 
 from kernelry.errors import ConfigError
-from kernelry.plugin import Request
-from kernelry_cudnn_te.cudnn_te.facts import FIRST_WITH_ALL, Facts, release_of
+from kernelry.plugin import Knowledge, Request, Vendor
+from kernelry_cudnn_te.cudnn_te.settings import FIRST_WITH_ALL, TeSettings
 
 __all__ = [
     "VERSION",
@@ -49,9 +49,10 @@ __all__ = [
 ]
 
 VERSION: str = transformer_engine.__version__
+_RELEASE = Vendor("transformer_engine", VERSION, Knowledge.PROBED).release
 
 
-def static_arguments(facts: Facts, request: Request, segments: int) -> dict[str, Any]:
+def static_arguments(settings: TeSettings, request: Request, segments: int) -> dict[str, Any]:
     """The arguments of a call other than arrays, by transformer-engine's names.
 
     Args:
@@ -60,23 +61,23 @@ def static_arguments(facts: Facts, request: Request, segments: int) -> dict[str,
     biased = request.bias is not None
     told = {
         "attn_bias_type": AttnBiasType.POST_SCALE_BIAS if biased else AttnBiasType.NO_BIAS,
-        "attn_mask_type": AttnMaskType[f"{facts.mask_type}_mask".replace("no_mask_mask", "no_mask").upper()],
-        "qkv_layout": QKVLayout.THD_THD_THD if facts.packed else QKVLayout.BSHD_BSHD_BSHD,
+        "attn_mask_type": AttnMaskType[f"{settings.mask_type}_mask".replace("no_mask_mask", "no_mask").upper()],
+        "qkv_layout": QKVLayout.THD_THD_THD if settings.packed else QKVLayout.BSHD_BSHD_BSHD,
         "softmax_type": AttnSoftmaxType.LEARNABLE_SOFTMAX if request.sinks else AttnSoftmaxType.VANILLA_SOFTMAX,
         "scaling_factor": request.scale,
         "dropout_probability": request.dropout_rate,
         # Without it there are no statistics, and probabilities are not dropped.
         "is_training": bool(request.gradients or request.partial or request.dropout_rate),
         "max_segments_per_seq": segments,
-        "window_size": facts.window,
+        "window_size": settings.window,
     }
     if request.max_logits:
         told["return_max_logit"] = True
-    if facts.shared is not None:
-        _check_ring(facts)
-        told["context_parallel_strategy"] = CPStrategy[facts.shared.strategy.upper()]
-        told["context_parallel_causal_load_balanced"] = facts.shared.order is not None
-        told["context_parallel_axis"] = facts.shared.axis
+    if settings.shared is not None:
+        _check_ring(settings)
+        told["context_parallel_strategy"] = CPStrategy[settings.shared.strategy.upper()]
+        told["context_parallel_causal_load_balanced"] = settings.shared.order is not None
+        told["context_parallel_axis"] = settings.shared.axis
     return told
 
 
@@ -87,13 +88,13 @@ def described(packed: bool, first: Any, second: Any) -> Any:
     return SequenceDescriptor.from_seqlens((first, second))
 
 
-def why_declined(**facts: Any) -> str | None:
+def why_declined(**settings: Any) -> str | None:
     """Returns transformer-engine's reason for having no kernel, empty where it gives none; None where it has one."""
-    if is_fused_attn_kernel_available(**_known(is_fused_attn_kernel_available, facts)):
+    if is_fused_attn_kernel_available(**_known(is_fused_attn_kernel_available, settings)):
         return None
     helper = cpp_extensions.FusedAttnHelper
-    window = facts["window_size"] or (-1, -1)
-    answer = helper(**_known(helper, {**facts, "window_size": window})).get_fused_attn_backend()
+    window = settings["window_size"] or (-1, -1)
+    answer = helper(**_known(helper, {**settings, "window_size": window})).get_fused_attn_backend()
     return str(answer[1]) if isinstance(answer, tuple) else ""
 
 
@@ -156,8 +157,8 @@ def entered_mesh() -> Any:
         return pxla.thread_resources.env.physical_mesh.abstract_mesh
 
 
-def _check_ring(facts: Facts) -> None:
-    if facts.packed and release_of(VERSION) < FIRST_WITH_ALL:
+def _check_ring(settings: TeSettings) -> None:
+    if settings.packed and _RELEASE < FIRST_WITH_ALL:
         wanted = ".".join(map(str, FIRST_WITH_ALL))
         raise ConfigError(f"cudnn_te: packed rows in a ring need transformer-engine {wanted}, found {VERSION}")
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, final
 
 from kernelry.plugin import Request
-from kernelry_cudnn_te.cudnn_te.facts import SEGMENTS, Facts
+from kernelry_cudnn_te.cudnn_te.settings import SEGMENTS, TeSettings
 
 
 def why_not_here() -> str | None:
@@ -31,13 +31,13 @@ def why_not_here() -> str | None:
 class Asked:
     """The question, by value: each is put once per process."""
 
-    facts: Facts
+    settings: TeSettings
     request: Request
 
     @classmethod
     def of(cls, request: Request) -> Asked:
         """The question of a request."""
-        return cls(Facts.of(request), request)
+        return cls(TeSettings.of(request), request)
 
     @property
     def __name__(self) -> str:
@@ -61,10 +61,10 @@ class Asked:
         from kernelry_cudnn_te.cudnn_te.largest import request_of_heads
 
         request = request_of_heads(self.request) if self.request.max_logits else self.request
-        segments = min(SEGMENTS, request.q_len) if self.facts.packed else 1
+        segments = min(SEGMENTS, request.q_len) if self.settings.packed else 1
         bias = (None,) * 4 if request.bias is None else (*request.bias[:2], request.q_len, request.kv_len)
         return {
-            **_vendor.static_arguments(self.facts, request, segments),
+            **_vendor.static_arguments(self.settings, request, segments),
             "batch_size": request.batch,
             "q_dtype": request.dtype,
             "kv_dtype": request.dtype,
@@ -74,7 +74,7 @@ class Asked:
             "kv_max_seqlen": request.kv_len,
             "head_dim_qk": request.head_dim,
             "head_dim_v": request.value_dim,
-            "bottom_right_diagonal": self.facts.bottom_right,
+            "bottom_right_diagonal": self.settings.bottom_right,
             "attn_scale": request.scale,
             **dict(zip(("bias_batch", "bias_heads", "bias_seqlen_q", "bias_seqlen_kv"), bias, strict=True)),
         }

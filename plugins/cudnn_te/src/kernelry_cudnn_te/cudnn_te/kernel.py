@@ -18,10 +18,10 @@ from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
 from kernelry_cudnn_te.arrays import rounded
 from kernelry_cudnn_te.cudnn_te import _vendor
 from kernelry_cudnn_te.cudnn_te.across_devices import Shared
-from kernelry_cudnn_te.cudnn_te.facts import Facts
 from kernelry_cudnn_te.cudnn_te.largest import apart, folded, joined
 from kernelry_cudnn_te.cudnn_te.mesh import alike, resources, with_sequences
 from kernelry_cudnn_te.cudnn_te.sequences import Sequences
+from kernelry_cudnn_te.cudnn_te.settings import TeSettings
 from kernelry_cudnn_te.cudnn_te.vmapped import computed_alone, together
 
 _SCOPE = "kernelry.cudnn_te"
@@ -51,8 +51,8 @@ class CudnnTeKernel(Kernel):
         d_lse: Float[Array, "B N T"] | None,
     ) -> Gradients:
         with jax.named_scope(_SCOPE):
-            call = _Call.of(with_sequences(inputs, Shared.of(request)), request, tiling, statistics=True)
-            auxiliary = lse.swapaxes(1, 2) if call.facts.packed else lse
+            call = _FusedAttnCall.of(with_sequences(inputs, Shared.of(request)), request, tiling, statistics=True)
+            auxiliary = lse.swapaxes(1, 2) if call.settings.packed else lse
             arrays = call.arrays | {
                 "softmax_aux": auxiliary[..., None],
                 "rng_state": jnp.zeros((_vendor.num_of_devices(), 4), jnp.uint32),  # read for dropout alone
@@ -65,11 +65,11 @@ class CudnnTeKernel(Kernel):
 
 
 def _forward(inputs: Inputs, request: Request, tiling: Tiling, statistics: bool) -> Partial:
-    call = _Call.of(inputs, request, tiling, statistics)
+    call = _FusedAttnCall.of(inputs, request, tiling, statistics)
     lse = largest = None
     if statistics:
         out, lse, largest = _vendor.forward_with_statistics(call.arrays, call.told, call.resource)
-        lse = (lse.swapaxes(1, 2) if call.facts.packed else lse)[..., 0]
+        lse = (lse.swapaxes(1, 2) if call.settings.packed else lse)[..., 0]
     else:
         out = _vendor.forward(call.arrays, call.told, call.resource, functools.partial(_receive, call.alone))
         if request.max_logits:
@@ -98,10 +98,10 @@ def _receive(alone: str, result: Any, pull: Any, cotangent: Any) -> tuple[Any, A
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Call:
+class _FusedAttnCall:
     """transformer-engine's arguments: arrays, other arguments, and what the axes of the mesh mean."""
 
-    facts: Facts
+    settings: TeSettings
     sequences: Sequences
     arrays: dict[str, Any]
     told: dict[str, Any]
@@ -109,25 +109,25 @@ class _Call:
     alone: str
 
     @classmethod
-    def of(cls, inputs: Inputs, request: Request, tiling: Tiling, statistics: bool) -> _Call:
-        facts = Facts.of(request)
-        segments = tiling["max_segments"] if facts.packed else 1
+    def of(cls, inputs: Inputs, request: Request, tiling: Tiling, statistics: bool) -> _FusedAttnCall:
+        settings = TeSettings.of(request)
+        segments = tiling["max_segments"] if settings.packed else 1
         if segments > request.q_len:
             raise ConfigError(f"tiling: max_segments={segments} of cudnn_te > q_len={request.q_len}")
-        sequences, alone = Sequences.of(inputs, request, facts, segments), computed_alone(request, facts)
+        sequences, alone = Sequences.of(inputs, request, settings, segments), computed_alone(request, settings)
         # Where the compiler partitions a call, transformer-engine takes them to be cut as the queries are.
         lengths = [alike(array, inputs.query) for array in (sequences.queries, sequences.keys)]
         arrays = {
             "qkv": (inputs.query, inputs.key, inputs.value),
             "bias": None if inputs.bias is None else _whole(inputs.bias, request),
-            "sequence_descriptor": _vendor.described(facts.packed, *lengths),
+            "sequence_descriptor": _vendor.described(settings.packed, *lengths),
             "seed": _seed(inputs, request),
             "softmax_offset": None if inputs.sinks is None else _offset(inputs.sinks),
         }
-        told = _vendor.static_arguments(facts, request, segments)
-        resource = resources(request, facts.shared)
+        told = _vendor.static_arguments(settings, request, segments)
+        resource = resources(request, settings.shared)
         told = {**told, "is_training": True} if statistics else told
-        return cls(facts, sequences, together(arrays, alone), told, resource, alone)
+        return cls(settings, sequences, together(arrays, alone), told, resource, alone)
 
 
 def _whole(bias: Float[Array, "#B #N #T #S"], request: Request) -> Float[Array, "#B #N T S"]:

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Int
 from kernelry.masks import Lengths, Segments
 from kernelry.plugin import Inputs, Request, load_balanced_order
 from kernelry_cudnn_te.cudnn_te.across_devices import Shared
-from kernelry_cudnn_te.cudnn_te.facts import Facts
 from kernelry_cudnn_te.cudnn_te.mesh import along
+from kernelry_cudnn_te.cudnn_te.settings import TeSettings
 
 
 @final
@@ -35,16 +35,16 @@ class Sequences:
     in_order: Bool[Array, " B"] | None = None
 
     @classmethod
-    def of(cls, inputs: Inputs, request: Request, facts: Facts, most_segments: int) -> Sequences:
+    def of(cls, inputs: Inputs, request: Request, settings: TeSettings, most_segments: int) -> Sequences:
         """Reads the masks with arrays."""
-        if facts.packed:
-            return _packed(inputs, request, facts.shared, most_segments)
-        if facts.padding:
-            return _padded(inputs, request, facts)
+        if settings.packed:
+            return _packed(inputs, request, settings.shared, most_segments)
+        if settings.padding:
+            return _padded(inputs, request, settings)
         return cls(*(jnp.full(request.batch, length, jnp.int32) for length in (request.q_len, request.kv_len)))
 
 
-def _padded(inputs: Inputs, request: Request, facts: Facts) -> Sequences:
+def _padded(inputs: Inputs, request: Request, settings: TeSettings) -> Sequences:
     """Lengths; a query behind all keys that it may see counts as padding, too.
 
     So cuDNN computes no row without a key, whose statistics, and gradients with them, would be its own affair.
@@ -52,8 +52,8 @@ def _padded(inputs: Inputs, request: Request, facts: Facts) -> Sequences:
     lengths = next((mask for mask in inputs.mask if isinstance(mask, Lengths)), None)
     keys = _clipped(None if lengths is None else lengths.kv_lengths, request.kv_len, request.batch)
     queries = _clipped(None if lengths is None else lengths.query_lengths, request.q_len, request.batch)
-    if facts.left is not None:
-        queries = jnp.minimum(queries, keys + jnp.int32(facts.left))
+    if settings.left is not None:
+        queries = jnp.minimum(queries, keys + jnp.int32(settings.left))
     queries = jnp.where(keys > 0, queries, 0)
     live = jnp.arange(request.q_len, dtype=jnp.int32)[None] < queries[:, None]
     return Sequences(queries, jnp.where(queries > 0, keys, 0), live)

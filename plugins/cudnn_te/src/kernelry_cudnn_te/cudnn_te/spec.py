@@ -19,10 +19,11 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    Tolerance,
+    signature_of,
+    standard_tolerances,
 )
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
-from kernelry_cudnn_te.cudnn_te.facts import ATOMS, FIRST_WITH_ALL, SEGMENTS, is_packed, refusals, release_of
+from kernelry_cudnn_te.cudnn_te.settings import ATOMS, FIRST_WITH_ALL, SEGMENTS, is_packed, refusals
 from kernelry_cudnn_te.head_dims import HOPPER, LATENT, too_wide
 
 _DISTRIBUTION = "transformer_engine"
@@ -43,11 +44,10 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
 
 def _version(request: Request, environment: Environment) -> Iterator[Refusal]:
     vendor = environment.vendor(_DISTRIBUTION)
-    if vendor.missing:
-        yield Refusal(RefusalCode.VENDOR_MISSING, "transformer-engine is not installed", _INSTALL)
+    yield from vendor.refusals(_INSTALL)
     if vendor.version is None:
         return
-    release = release_of(vendor.version)
+    release = vendor.release[:2]
     if release < _FIRST:
         detail = f"transformer-engine {vendor.version} < {_text(_FIRST)}"
         yield Refusal(RefusalCode.VENDOR_VERSION, detail, _INSTALL)
@@ -97,10 +97,6 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
     return tuple(dict.fromkeys(Tiling.of(max_segments=min(most, request.q_len)) for most in _SEGMENTS))
 
 
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("te_fused_attn_forward_ffi", "kernelry.cudnn_te")
-
-
 _ALL = frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS, Operand.SINKS})
 
 CUDNN_TE = KernelSpec(
@@ -123,14 +119,15 @@ CUDNN_TE = KernelSpec(
         gradients=_ALL,
         empty_rows=True,
         context_parallel=frozenset({"all_gather", "ring"}),
-        tolerances=(
-            Tolerance("bfloat16", 1e-2, 4e-2, "not measured: what dot_product needs at 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "not measured: what dot_product needs at 11 bits of mantissa"),
+        tolerances=standard_tolerances(
+            "bfloat16",
+            "float16",
+            rounded="not measured: as in dot_product, inputs, probabilities and output",
         ),
     ),
     load="kernelry_cudnn_te.cudnn_te.kernel:CudnnTeKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.cudnn_te", "te_fused_attn_forward_ffi"),
     summary="cuDNN's fused attention through transformer-engine; packed segments, sinks, bias, dropout; 16-bit dtypes",
 )

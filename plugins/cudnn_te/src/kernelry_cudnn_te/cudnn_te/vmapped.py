@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 
 from kernelry.errors import KernelRefusedError
 from kernelry.plugin import Request
-from kernelry_cudnn_te.cudnn_te.facts import Facts
+from kernelry_cudnn_te.cudnn_te.settings import TeSettings
 
 _together: Any = Primitive("kernelry_cudnn_te_together")
 _together.multiple_results = True
@@ -39,15 +39,15 @@ def together(tree: Any, alone: str) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def computed_alone(request: Request, facts: Facts) -> str:
+def computed_alone(request: Request, settings: TeSettings) -> str:
     """Names what transformer-engine computes for one batch only; empty where it has rules for more."""
     given = {
-        "packed rows": facts.packed,
+        "packed rows": settings.packed,
         "a bias": request.bias is not None,
         "sinks": request.sinks,
         "dropout": bool(request.dropout_rate),
         "max_logits": request.max_logits,
-        "context_parallel": facts.shared is not None,
+        "context_parallel": settings.shared is not None,
     }
     return ", ".join(name for name, present in given.items() if present)
 

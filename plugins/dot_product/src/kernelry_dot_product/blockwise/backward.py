@@ -13,7 +13,7 @@ from kernelry.plugin import Gradients, Inputs, Operand, Request
 from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.blockwise.keys import plain
 from kernelry_dot_product.blockwise.loops import scanned, visited
-from kernelry_dot_product.blockwise.tile import Place, Tile, Tiles, bias_window, padded_bias, product, zero_of
+from kernelry_dot_product.blockwise.tile import Tile, TileIndex, Tiles, bias_window, padded_bias, product, zero_of
 from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_keys
 
 _Sums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
@@ -71,9 +71,9 @@ def backward(
             column, key, value, order, full, some = blocks
 
             def visit(masked: bool, at: jax.Array, now: _Sums) -> _Sums:
-                place = Place(step, order[at], column)
-                row = rows.at(place.row)
-                return _add(tiles, place, tiles(place, row.query, key, value, masked), row, now)
+                index = TileIndex(step, order[at], column)
+                row = rows.at(index.row)
+                return _add(tiles, index, tiles(index, row.query, key, value, masked), row, now)
 
             now: _Sums = (sums[0], _zeros_turned(key, zero), _zeros_turned(value, zero), sums[1])
             d_query, d_key, d_value, d_bias = visited(own, visit, (full, some), now, grid.rows)
@@ -124,14 +124,14 @@ def _zeros_turned(array: jax.Array, zero: jax.Array) -> jax.Array:
     return jnp.full(_turned(array).shape, zero)
 
 
-def _add(tiles: Tiles, place: Place, tile: Tile, row: _Rows, sums: _Sums) -> _Sums:
+def _add(tiles: Tiles, index: TileIndex, tile: Tile, row: _Rows, sums: _Sums) -> _Sums:
     d_query, d_key, d_value, d_bias = sums
     request = tiles.request
     probability = jnp.exp(tile.logits - row.lse[..., None])
     d_probability = product("BKRD,BKSD->BKRS", row.d_out, tile.value, request)
     kept = probability
     if request.dropout_rate:
-        keep = tiles.kept(place, probability.shape)
+        keep = tiles.kept(index, probability.shape)
         factor = 1.0 / (1.0 - request.dropout_rate)
         kept = jnp.where(keep, probability * factor, 0.0)
         d_probability = jnp.where(keep, d_probability * factor, 0.0)
@@ -141,10 +141,10 @@ def _add(tiles: Tiles, place: Place, tile: Tile, row: _Rows, sums: _Sums) -> _Su
         if tile.visible is not None:
             d_logits = jnp.where(tile.visible, tiles.apart(d_logits), 0.0).reshape(d_logits.shape)
     if d_bias is not None:
-        d_bias = _with_bias(d_bias, tiles, place, d_logits)
+        d_bias = _with_bias(d_bias, tiles, index, d_logits)
     d_logits, kept = d_logits.astype(row.query.dtype), kept.astype(row.query.dtype)
     more = product("BKRS,BKSH->BKRH", d_logits, tile.key, request)
-    d_query = d_query.at[place.row].add(more)
+    d_query = d_query.at[index.row].add(more)
     d_key = d_key + _over_rows("BKHR,BKRS->BKHS", row.query_turned, d_logits, tiles)
     d_value = d_value + _over_rows("BKDR,BKRS->BKDS", row.d_out_turned, kept, tiles)
     return d_query, d_key, d_value, d_bias
@@ -160,12 +160,12 @@ def _over_rows(equation: str, turned: jax.Array, tile: jax.Array, tiles: Tiles) 
     return product(equation, turned, tile, tiles.request)
 
 
-def _with_bias(d_bias: jax.Array, tiles: Tiles, place: Place, d_logits: jax.Array) -> jax.Array:
+def _with_bias(d_bias: jax.Array, tiles: Tiles, index: TileIndex, d_logits: jax.Array) -> jax.Array:
     """Adds a tile's share, summed over the dimensions along which the bias is the same."""
     tile = tiles.apart(d_logits)
     batch, heads, groups, rows, slots = tile.shape
     tile = tile.reshape(batch, heads * groups, rows, slots)
-    starts, sizes = bias_window(d_bias.shape, tiles.grid, place)
+    starts, sizes = bias_window(d_bias.shape, tiles.grid, index)
     shared = tuple(axis for axis, size in enumerate(sizes) if size == 1)
     share = tile.sum(axis=shared, keepdims=True) if shared else tile
     return lax.dynamic_update_slice(d_bias, lax.dynamic_slice(d_bias, starts, sizes) + share, starts)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TypeAlias, final
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from kernelry.plugin import Inputs, Request, log_sum
+from kernelry.plugin import Inputs, Partial, Request, log_sum
 from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.blockwise.keys import reader_of
 from kernelry_dot_product.blockwise.loops import scanned, visited
-from kernelry_dot_product.blockwise.tile import Place, Tiles, product, zero_of
+from kernelry_dot_product.blockwise.tile import TileIndex, Tiles, product, zero_of
 from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_queries
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
@@ -23,19 +21,8 @@ _Running: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """Σ p·v [b, k, R, D], max [b, k, R], Σ p [b, k, R], of R = G·block_q rows."""
 
 
-@final
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Result:
-    """Attention without sinks, float32."""
-
-    out: Float[Array, "B T N D"]
-    lse: Float[Array, "B N T"]
-    lse_rest: Float[Array, "B N T"]
-    max_logits: Float[Array, "B N"] | None
-
-
-def forward(inputs: Inputs, request: Request, grid: Grid) -> Result:
-    """Attends, step by step over batch and heads, one block of queries at a time."""
+def forward(inputs: Inputs, request: Request, grid: Grid) -> Partial:
+    """Attends without sinks, step by step over batch and heads, one block of queries at a time; in float32."""
     tiles = Tiles.of(request, grid, inputs)
     visits = visits_of_queries(kinds_of(inputs.mask, grid))
     reader = reader_of(inputs, request, grid)
@@ -52,7 +39,7 @@ def forward(inputs: Inputs, request: Request, grid: Grid) -> Result:
             def visit(masked: bool, at: jax.Array, running: _Running) -> _Running:
                 column = order[at]
                 key, value = reader.read(held, step, column)
-                return _add(tiles, Place(step, row, column), query, key, value, running, masked)
+                return _add(tiles, TileIndex(step, row, column), query, key, value, running, masked)
 
             start = _nothing(query, request.value_dim, zero)
             return None, _finished(visited(own, visit, (full, some), start, grid.columns))
@@ -66,7 +53,8 @@ def forward(inputs: Inputs, request: Request, grid: Grid) -> Result:
     if request.max_logits:
         max_logits = grid.join_queries(top).max(axis=1, initial=-jnp.inf)
     lse, rest = (grid.join_queries(each).swapaxes(1, 2) for each in (lse, rest))
-    return Result(grid.join_queries(out), lse, rest, max_logits)
+    out = grid.join_queries(out)
+    return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype, lse_rest=rest)
 
 
 def _nothing(query: jax.Array, value_dim: int, zero: jax.Array) -> _Running:
@@ -76,17 +64,17 @@ def _nothing(query: jax.Array, value_dim: int, zero: jax.Array) -> _Running:
 
 
 def _add(
-    tiles: Tiles, place: Place, query: jax.Array, key: jax.Array, value: jax.Array, running: _Running, masked: bool
+    tiles: Tiles, index: TileIndex, query: jax.Array, key: jax.Array, value: jax.Array, running: _Running, masked: bool
 ) -> _Running:
     total, top, weight = running
-    tile = tiles(place, query, key, value, masked)
+    tile = tiles(index, query, key, value, masked)
     highest = jnp.maximum(top, tile.logits.max(axis=-1))
     probability = jnp.exp(tile.logits - highest[..., None])
     before = jnp.exp(top - highest)
     weight = weight * before + probability.sum(axis=-1)
     rate = tiles.request.dropout_rate
     if rate:
-        probability = jnp.where(tiles.kept(place, probability.shape), probability / (1.0 - rate), 0.0)
+        probability = jnp.where(tiles.kept(index, probability.shape), probability / (1.0 - rate), 0.0)
     more = product("BKRS,BKSD->BKRD", probability.astype(tile.value.dtype), tile.value, tiles.request)
     return total * before[..., None] + more, highest, weight
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernelry.plugin import Axis, BlockGrid, Mode, Request, Side
+from kernelry.plugin import Axis, BlockGrid, Mode, Request, Side, largest_divisor, round_up
 
 _ALIGNED = 8
 """Slots: blocks shorter than asked are a multiple of it, so that rows of a block stay aligned to vectors."""
@@ -56,7 +56,7 @@ class Grid:
         if request.page_size is not None:
             block_kv = max(1, block_kv // request.page_size) * request.page_size
         room = max(1, _TILE_BYTES // max(1, 4 * request.groups * block_q * block_kv))
-        heads = _divisor(request.kv_heads, room)
+        heads = largest_divisor(request.kv_heads, room)
         # Rows of a decoding batch are of all lengths: each goes through its own blocks.
         by_row = request.mode is Mode.DECODE or "batch" in request.symbolic_sizes
         together = heads == request.kv_heads and not by_row
@@ -68,7 +68,7 @@ class Grid:
             batch=batch,
             kv_heads=request.kv_heads,
             groups=request.groups,
-            step_batch=_divisor(batch, room // heads) if together else 1,
+            step_batch=largest_divisor(batch, room // heads) if together else 1,
             step_heads=heads,
         )
 
@@ -188,12 +188,7 @@ def _even(length: int, block: int) -> int:
         return length
     blocks = -(-length // block)
     least = -(-length // blocks)
-    return min(block, -(-least // _ALIGNED) * _ALIGNED)
-
-
-def _divisor(number: int, most: int) -> int:
-    """The largest divisor that is at most `most`, at least 1."""
-    return next(size for size in range(min(number, max(most, 1)), 0, -1) if number % size == 0)
+    return min(block, round_up(least, _ALIGNED))
 
 
 def _padded(array: jax.Array, more: int, fill: float) -> jax.Array:

@@ -16,7 +16,7 @@ from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.softmax import visible_of
 
 
-class Place(NamedTuple):
+class TileIndex(NamedTuple):
     """Where a tile is: its step over batch and heads, its block of queries, its block of keys."""
 
     step: Any
@@ -70,9 +70,9 @@ class Tiles:
         hides = request.mask.may_hide_slots(request.q_len, request.kv_len) or bool(grid.kv_padding)
         return cls(request, grid, dataclasses.replace(inputs, bias=padded_bias(inputs.bias, grid)), hides)
 
-    def __call__(self, place: Place, query: jax.Array, key: jax.Array, value: jax.Array, masked: bool) -> Tile:
+    def __call__(self, index: TileIndex, query: jax.Array, key: jax.Array, value: jax.Array, masked: bool) -> Tile:
         """Multiplies query [b, k, G·block_q, H] and key [b, k, block_kv, H]."""
-        visible = self._visible(place) if masked else None
+        visible = self._visible(index) if masked else None
         if visible is not None and self.hides:
             seen = visible.any(axis=(2, 3))[..., None]
             key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
@@ -80,7 +80,7 @@ class Tiles:
         if not self.scaled:
             logits = logits * jnp.float32(self.request.scale)
         if self.inputs.bias is not None:
-            logits = (self.apart(logits) + self._bias(place)).reshape(logits.shape)
+            logits = (self.apart(logits) + self._bias(index)).reshape(logits.shape)
         if self.request.soft_cap is not None:
             cap = jnp.float32(self.request.soft_cap)
             logits = cap * jnp.tanh(logits / cap)
@@ -93,29 +93,29 @@ class Tiles:
         batch, heads, _, slots = tile.shape
         return tile.reshape(batch, heads, self.request.groups, self.grid.block_q, slots)
 
-    def kept(self, place: Place, shape: tuple[int, ...]) -> Bool[Array, "b k R S"]:
+    def kept(self, index: TileIndex, shape: tuple[int, ...]) -> Bool[Array, "b k R S"]:
         """Which probabilities dropout keeps; the same in the backward pass."""
         assert self.inputs.dropout_rng is not None
-        tile = (place.step * self.grid.rows + place.row) * self.grid.columns + place.column
+        tile = (index.step * self.grid.rows + index.row) * self.grid.columns + index.column
         key = jax.random.fold_in(self.inputs.dropout_rng, tile)
         return jax.random.bernoulli(key, 1.0 - self.request.dropout_rate, shape)
 
-    def _visible(self, place: Place) -> Bool[Array, "#b #k #G T S"] | None:
-        query = self.grid.query_side(place.row, self.request.q_heads)
-        visible = visible_of(self.inputs.mask, query, self.grid.kv_side(place.column))
+    def _visible(self, index: TileIndex) -> Bool[Array, "#b #k #G T S"] | None:
+        query = self.grid.query_side(index.row, self.request.q_heads)
+        visible = visible_of(self.inputs.mask, query, self.grid.kv_side(index.column))
         if self.grid.kv_padding:
-            inside = self.grid.kv_inside(place.column)[None, None, None]
+            inside = self.grid.kv_inside(index.column)[None, None, None]
             visible = inside if visible is None else visible & inside
         if visible is None:
             return None
-        visible = self.grid.of_step(jnp.asarray(visible), place.step)
+        visible = self.grid.of_step(jnp.asarray(visible), index.step)
         visible = jnp.broadcast_to(visible, (*visible.shape[:2], self.grid.block_q, self.grid.block_kv))
         return by_group(visible, self.grid)
 
-    def _bias(self, place: Place) -> Float[Array, "#b #k #G #T #S"]:
+    def _bias(self, index: TileIndex) -> Float[Array, "#b #k #G #T #S"]:
         bias = self.inputs.bias
         assert bias is not None
-        starts, sizes = bias_window(bias.shape, self.grid, place)
+        starts, sizes = bias_window(bias.shape, self.grid, index)
         return by_group(cast_finite(lax.dynamic_slice(bias, starts, sizes), jnp.float32), self.grid)
 
 
@@ -147,13 +147,13 @@ def padded_bias(bias: jax.Array | None, grid: Grid) -> jax.Array | None:
     return jnp.pad(bias, ((0, 0), (0, 0), (0, more_q), (0, more_kv)))
 
 
-def bias_window(shape: tuple[int, ...], grid: Grid, place: Place) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+def bias_window(shape: tuple[int, ...], grid: Grid, index: TileIndex) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Where a tile's part of a padded bias begins, and its shape."""
     parts = (
-        (grid.batch_start(place.step), grid.step_batch),
-        (grid.head_start(place.step) * grid.groups, grid.step_heads * grid.groups),
-        (place.row * grid.block_q, grid.block_q),
-        (place.column * grid.block_kv, grid.block_kv),
+        (grid.batch_start(index.step), grid.step_batch),
+        (grid.head_start(index.step) * grid.groups, grid.step_heads * grid.groups),
+        (index.row * grid.block_q, grid.block_q),
+        (index.column * grid.block_kv, grid.block_kv),
     )
     found = tuple(part if size != 1 else (0, 1) for size, part in zip(shape, parts, strict=True))
     return tuple(jnp.asarray(start, jnp.int32) for start, _ in found), tuple(size for _, size in found)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from kernelry.plugin import (
     Capabilities,
     Dims,
@@ -13,10 +11,11 @@ from kernelry.plugin import (
     Mode,
     PositionKind,
     Refusal,
-    RefusalCode,
     Request,
     Statistic,
-    Tolerance,
+    signature_of,
+    standard_tolerances,
+    too_many_rows,
 )
 from kernelry_gpu_pallas.pallas_decode.tilings import refusals, search_space
 from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
@@ -26,18 +25,7 @@ _MOST_ROWS = 64
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return (*mask_refusals(request.mask), *(tuple(_rows(request)) or refusals(request)))
-
-
-def _rows(request: Request) -> Iterator[Refusal]:
-    rows = request.q_len * request.groups
-    if rows > _MOST_ROWS:
-        detail = f"q_len={request.q_len} × {request.groups} query heads per key head = {rows} rows > {_MOST_ROWS}"
-        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "attend to a prompt with mode='prefill'")
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.pallas_decode",) if request.is_interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_decode")
+    return (*mask_refusals(request.mask), *(tuple(too_many_rows(request, _MOST_ROWS)) or refusals(request)))
 
 
 PALLAS_DECODE = KernelSpec(
@@ -61,15 +49,11 @@ PALLAS_DECODE = KernelSpec(
         clean_hidden_slots=True,
         kv_quantizations=frozenset({"int8:head_dim", "int8:heads_and_head_dim"}),
         pages=True,
-        tolerances=(
-            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
-            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities and output are rounded to 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "probabilities and output are rounded to 11 bits of mantissa"),
-        ),
+        tolerances=standard_tolerances("float32", "bfloat16", "float16", rounded="probabilities and output"),
     ),
     load="kernelry_gpu_pallas.pallas_decode.kernel:PallasDecodeKernel",
     refusals=_refusals,
     tilings=search_space,
-    signature=_signature,
+    signature=signature_of("kernelry.pallas_decode", "__gpu$xla.gpu.triton"),
     summary="decode in Pallas for NVIDIA GPUs, keys split among programs: arrays and pages, int8 as it is, any mask",
 )

@@ -34,8 +34,8 @@ class Parts:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Facts:
-    """What the kernel knows while it is traced."""
+class _KernelSettings:
+    """What is static in the kernel, and the arrays that it reads."""
 
     rows: Rows
     key: Cache
@@ -51,21 +51,21 @@ class _Facts:
 
 def attend(inputs: Inputs, request: Request, tiling: Tiling) -> Parts:
     """Attends to each part; what no query of a row sees is neither fetched nor computed."""
-    facts = _facts(inputs, request, tiling)
-    rows, splits = facts.rows, facts.splits
+    settings = _settings(inputs, request, tiling)
+    rows, splits = settings.rows, settings.splits
     query = (None, None, rows.padded, power_of_two(request.head_dim))
     operands = [
-        (_visits(inputs, request, facts.block_kv), pl.BlockSpec((None, 2), of_row(2, shared=False))),
+        (_visits(inputs, request, settings.block_kv), pl.BlockSpec((None, 2), of_row(2, shared=False))),
         (rows.stacked(inputs.query), pl.BlockSpec(query, _of_head)),
-        *facts.key.operands,
-        *facts.value.operands,
-        *facts.mask.operands,
+        *settings.key.operands,
+        *settings.value.operands,
+        *settings.mask.operands,
     ]
     shape = (request.batch, request.kv_heads, splits, rows.padded)
     width = power_of_two(request.value_dim)
     by_part = pl.BlockSpec((None, None, None, rows.padded), _of_part)
     total, top, weight = pl.pallas_call(
-        functools.partial(_part, facts=facts),
+        functools.partial(_part, settings=settings),
         grid=(splits, request.kv_heads, request.batch),
         in_specs=[spec for _, spec in operands],
         out_specs=(pl.BlockSpec((None, None, None, rows.padded, width), _of_part_and_width), by_part, by_part),
@@ -78,12 +78,12 @@ def attend(inputs: Inputs, request: Request, tiling: Tiling) -> Parts:
         name="pallas_decode",
     )(*(array for array, _ in operands))
     count = rows.count
-    return Parts(facts.logits, total[..., :count, : request.value_dim], top[..., :count], weight[..., :count])
+    return Parts(settings.logits, total[..., :count, : request.value_dim], top[..., :count], weight[..., :count])
 
 
-def _facts(inputs: Inputs, request: Request, tiling: Tiling) -> _Facts:
+def _settings(inputs: Inputs, request: Request, tiling: Tiling) -> _KernelSettings:
     rows = Rows.of(request)
-    return _Facts(
+    return _KernelSettings(
         rows,
         Cache.of(inputs.key),
         Cache.of(inputs.value),
@@ -121,24 +121,24 @@ def _visits(inputs: Inputs, request: Request, block_kv: int) -> Int32[Array, "B 
     return jnp.broadcast_to(jnp.stack([jnp.minimum(first, last), last], axis=-1), (request.batch, 2))
 
 
-def _part(*refs: Any, facts: _Facts) -> None:
+def _part(*refs: Any, settings: _KernelSettings) -> None:
     """One part of the keys of one row and one key/value head."""
     waiting = iter(refs)
     visits, query_ref = next(waiting), next(waiting)
-    key_refs, value_refs = ([next(waiting) for _ in cache.operands] for cache in (facts.key, facts.value))
-    mask_refs = [next(waiting) for _ in facts.mask.operands]
+    key_refs, value_refs = ([next(waiting) for _ in cache.operands] for cache in (settings.key, settings.value))
+    mask_refs = [next(waiting) for _ in settings.mask.operands]
     total_ref, top_ref, weight_ref = waiting
-    rows, split, head = facts.rows, pl.program_id(0), pl.program_id(1)
-    query = load(query_ref, Slots(0, rows.padded, rows.count), facts.head_dim)
+    rows, split, head = settings.rows, pl.program_id(0), pl.program_id(1)
+    query = load(query_ref, Slots(0, rows.padded, rows.count), settings.head_dim)
 
     def visit(block: Any, running: Any) -> Any:
         total, top, weight = running
-        slots = Slots(block * facts.block_kv, facts.block_kv, facts.kv_len)
-        key, value = facts.key.read(iter(key_refs), slots), facts.value.read(iter(value_refs), slots)
-        logits, _ = facts.logits(query, key.held.astype(query.dtype), None, key.scale)
+        slots = Slots(block * settings.block_kv, settings.block_kv, settings.kv_len)
+        key, value = settings.key.read(iter(key_refs), slots), settings.value.read(iter(value_refs), slots)
+        logits, _ = settings.logits(query, key.held.astype(query.dtype), None, key.scale)
         if key.absent is not None:
             logits = jnp.where(key.absent[None, :], jnp.nan, logits)
-        visible = facts.mask.visible(mask_refs, head, slots)
+        visible = settings.mask.visible(mask_refs, head, slots)
         if slots.inside is not None:
             inside = slots.inside[None, :]
             visible = inside if visible is None else visible & inside
@@ -146,19 +146,19 @@ def _part(*refs: Any, facts: _Facts) -> None:
         if visible is not None:
             visible = jnp.broadcast_to(visible, logits.shape)
             logits = jnp.where(visible, logits, -jnp.inf)
-            if facts.hides:
+            if settings.hides:
                 held = cleaned(held, visible)
                 seen = visible.astype(jnp.int32).max(axis=0) > 0
                 scale = None if scale is None else jnp.where(seen, scale, 0.0)
         highest = jnp.maximum(top, logits.max(axis=1))
-        probability = facts.logits.power(logits - highest[:, None])
-        before = facts.logits.power(top - highest)
+        probability = settings.logits.power(logits - highest[:, None])
+        before = settings.logits.power(top - highest)
         weighted = probability if scale is None else probability * scale[None, :]
-        more = facts.logits.product(weighted.astype(held.dtype), held)
+        more = settings.logits.product(weighted.astype(held.dtype), held)
         return total * before[:, None] + more, highest, weight * before + probability.sum(axis=1)
 
     first, end = visits[0], visits[1]
-    share = jax.lax.div(end - first + facts.splits - 1, facts.splits)
+    share = jax.lax.div(end - first + settings.splits - 1, settings.splits)
     start = first + split * share
     width = total_ref.shape[-1]
     nothing = (

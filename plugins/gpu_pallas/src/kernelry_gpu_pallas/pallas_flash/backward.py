@@ -19,7 +19,7 @@ from kernelry.plugin import Gradients, Inputs, Request, Tiling
 from kernelry_gpu_pallas.blocks import power_of_two
 from kernelry_gpu_pallas.logits import cleaned
 from kernelry_gpu_pallas.pallas_flash.operands import At, Operands, Sizes
-from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, KernelSettings, over_runs, pairs, visible_in
 from kernelry_gpu_pallas.runs import Runs
 from kernelry_gpu_pallas.slots import Slots, load, store
 from kernelry_gpu_pallas.tile_masks import TileMask
@@ -56,10 +56,10 @@ def backward(
 
 def _of_queries(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) -> jax.Array:
     sizes = Sizes.of(request, tiling["block_q_dq"], tiling["block_kv_dq"])
-    operands, facts = _operands(inputs, request, whole, Runs.of_queries(inputs.mask, sizes.grid), sizes)
+    operands, settings = _operands(inputs, request, whole, Runs.of_queries(inputs.mask, sizes.grid), sizes)
     width = power_of_two(request.head_dim)
     found: jax.Array = pl.pallas_call(
-        functools.partial(_query_block, facts=facts),
+        functools.partial(_query_block, settings=settings),
         grid=(sizes.grid.rows, request.q_heads, request.batch),
         in_specs=operands.specs,
         out_specs=operands.spec((None, sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST)),
@@ -73,10 +73,10 @@ def _of_queries(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole)
 
 def _of_keys(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) -> tuple[jax.Array, jax.Array]:
     sizes = Sizes.of(request, tiling["block_q_dkv"], tiling["block_kv_dkv"], by_keys=True)
-    operands, facts = _operands(inputs, request, whole, Runs.of_keys(inputs.mask, sizes.grid), sizes)
+    operands, settings = _operands(inputs, request, whole, Runs.of_keys(inputs.mask, sizes.grid), sizes)
     widths = (power_of_two(width) for width in (request.head_dim, request.value_dim))
     d_key, d_value = pl.pallas_call(
-        functools.partial(_key_block, facts=facts),
+        functools.partial(_key_block, settings=settings),
         grid=(sizes.grid.columns, request.kv_heads, request.batch),
         in_specs=operands.specs,
         out_specs=tuple(
@@ -94,7 +94,9 @@ def _of_keys(inputs: Inputs, request: Request, tiling: Tiling, whole: _Whole) ->
     return d_key, d_value
 
 
-def _operands(inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes: Sizes) -> tuple[Operands, Facts]:
+def _operands(
+    inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes: Sizes
+) -> tuple[Operands, KernelSettings]:
     mask = TileMask.of(inputs.mask, request)
     operands = Operands(sizes)
     operands.add_inputs(inputs, runs, mask)
@@ -102,16 +104,16 @@ def _operands(inputs: Inputs, request: Request, whole: _Whole, runs: Runs, sizes
     operands.add_rows("lse", whole.lse)
     operands.add_rows("delta", whole.delta)
     outputs = ("d_key", "d_value") if sizes.by_keys else ("d_query",)
-    return operands, Facts.of(request, operands, mask, outputs, scaled=True)
+    return operands, KernelSettings.of(request, operands, mask, outputs, scaled=True)
 
 
 def _compiler_params(tiling: Tiling) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(num_warps=tiling["num_warps_backward"], num_stages=tiling["num_stages_backward"])
 
 
-def _query_block(*all_refs: Any, facts: Facts) -> None:
+def _query_block(*all_refs: Any, settings: KernelSettings) -> None:
     """Computes dQ of one block of queries of one head."""
-    refs, sizes = facts.named(all_refs), facts.sizes
+    refs, sizes = settings.named(all_refs), settings.sizes
     query_slots = Slots(pl.program_id(0) * sizes.block_q, sizes.block_q, sizes.q_len)
     rows = _Rows.read(refs, ONE_HEAD, query_slots, sizes)
 
@@ -119,18 +121,18 @@ def _query_block(*all_refs: Any, facts: Facts) -> None:
         kv_slots = Slots(column * sizes.block_kv, sizes.block_kv, sizes.kv_len)
         key = load(refs["key"].at[kv_slots.window, :], kv_slots, sizes.head_dim)
         value = load(refs["value"].at[kv_slots.window, :], kv_slots, sizes.value_dim)
-        _, d_logits, visible = _tile(facts, refs, ONE_HEAD, rows, (query_slots, kv_slots), (key, value), masked)
-        if visible is not None and facts.hides:
+        _, d_logits, visible = _tile(settings, refs, ONE_HEAD, rows, (query_slots, kv_slots), (key, value), masked)
+        if visible is not None and settings.hides:
             key = cleaned(key, visible)
-        return d_query + facts.logits.product(d_logits.astype(key.dtype), key)
+        return d_query + settings.logits.product(d_logits.astype(key.dtype), key)
 
     start = jnp.zeros((sizes.block_q, power_of_two(sizes.head_dim)), jnp.float32)
-    store(refs["d_query"], over_runs(refs, visit, start) * facts.logits.scale, query_slots, sizes.head_dim)
+    store(refs["d_query"], over_runs(refs, visit, start) * settings.logits.scale, query_slots, sizes.head_dim)
 
 
-def _key_block(*all_refs: Any, facts: Facts) -> None:
+def _key_block(*all_refs: Any, settings: KernelSettings) -> None:
     """Computes dK and dV of one block of keys of one head: the sum over the query heads that read it."""
-    refs, sizes = facts.named(all_refs), facts.sizes
+    refs, sizes = settings.named(all_refs), settings.sizes
     kv_slots = Slots(pl.program_id(0) * sizes.block_kv, sizes.block_kv, sizes.kv_len)
     key = load(refs["key"], kv_slots, sizes.head_dim)
     value = load(refs["value"], kv_slots, sizes.value_dim)
@@ -140,10 +142,10 @@ def _key_block(*all_refs: Any, facts: Facts) -> None:
             d_key, d_value = sums
             query_slots = Slots(row * sizes.block_q, sizes.block_q, sizes.q_len)
             rows = _Rows.read(refs, head, query_slots, sizes)
-            probability, d_logits, _ = _tile(facts, refs, head, rows, (query_slots, kv_slots), (key, value), masked)
-            d_value = d_value + facts.logits.product(probability.astype(value.dtype), rows.d_out, turn_one=True)
-            query = rows.alive if masked and facts.empties else rows.query
-            d_key = d_key + facts.logits.product(d_logits.astype(key.dtype), query, turn_one=True)
+            probability, d_logits, _ = _tile(settings, refs, head, rows, (query_slots, kv_slots), (key, value), masked)
+            d_value = d_value + settings.logits.product(probability.astype(value.dtype), rows.d_out, turn_one=True)
+            query = rows.alive if masked and settings.empties else rows.query
+            d_key = d_key + settings.logits.product(d_logits.astype(key.dtype), query, turn_one=True)
             return d_key, d_value
 
         return over_runs(refs, visit, sums)
@@ -154,7 +156,7 @@ def _key_block(*all_refs: Any, facts: Facts) -> None:
     d_key, d_value = (
         jax.lax.fori_loop(0, sizes.heads, over_head, start) if sizes.heads > 1 else over_head(ONE_HEAD, start)
     )
-    store(refs["d_key"], d_key * facts.logits.scale, kv_slots, sizes.head_dim)
+    store(refs["d_key"], d_key * settings.logits.scale, kv_slots, sizes.head_dim)
     store(refs["d_value"], d_value, kv_slots, sizes.value_dim)
 
 
@@ -191,7 +193,7 @@ class _Rows:
 
 
 def _tile(
-    facts: Facts,
+    settings: KernelSettings,
     refs: dict[str, Any],
     head: Any,
     rows: _Rows,
@@ -202,13 +204,13 @@ def _tile(
     """Probabilities of a tile, the cotangents of its logits, and what of it is visible."""
     key, value = kv
     bias = pairs(refs["bias"], head, *slots, other=0.0) if "bias" in refs else None
-    logits, slope = facts.logits(rows.query, key, bias)
-    visible = visible_in(facts.mask, refs, head, *slots) if masked else None
+    logits, slope = settings.logits(rows.query, key, bias)
+    visible = visible_in(settings.mask, refs, head, *slots) if masked else None
     if visible is not None:
         logits = jnp.where(visible, logits, -jnp.inf)
     # At most 1, though a logit as large as 1e9 may round to more than it did in the forward pass.
-    probability = facts.logits.power(jnp.minimum(logits - rows.lse[:, None], 0.0))
-    d_logits = probability * (facts.logits.product(rows.d_out, value, turn_other=True) - rows.delta[:, None])
+    probability = settings.logits.power(jnp.minimum(logits - rows.lse[:, None], 0.0))
+    d_logits = probability * (settings.logits.product(rows.d_out, value, turn_other=True) - rows.delta[:, None])
     if slope is not None:
         d_logits = d_logits * slope
     if visible is not None:

@@ -16,7 +16,7 @@ from kernelry.plugin import Inputs, Request, Tiling, log_sum
 from kernelry_gpu_pallas.blocks import power_of_two
 from kernelry_gpu_pallas.logits import LOWEST, cleaned
 from kernelry_gpu_pallas.pallas_flash.operands import At, Operands, Sizes
-from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, Facts, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, KernelSettings, over_runs, pairs, visible_in
 from kernelry_gpu_pallas.runs import Runs
 from kernelry_gpu_pallas.slots import Slots, load, store
 from kernelry_gpu_pallas.tile_masks import TileMask
@@ -46,7 +46,7 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
         wanted["lse"] = wanted["lse_rest"] = rows
     if request.max_logits:
         wanted["top"] = rows
-    facts = Facts.of(request, operands, mask, tuple(wanted))
+    settings = KernelSettings.of(request, operands, mask, tuple(wanted))
     width = power_of_two(request.value_dim)
     specs = {
         "out": operands.spec((None, sizes.block_q, None, width), (At.ROW, At.BLOCK, At.HEAD, At.FIRST)),
@@ -54,7 +54,7 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
     for name in ("lse", "lse_rest", "top"):
         specs[name] = operands.spec((None, None, sizes.block_q), (At.ROW, At.HEAD, At.BLOCK))
     found = pl.pallas_call(
-        functools.partial(_block, facts=facts),
+        functools.partial(_block, settings=settings),
         grid=(sizes.grid.rows, request.q_heads, request.batch),
         in_specs=operands.specs,
         out_specs=tuple(specs[name] for name in wanted),
@@ -67,9 +67,9 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
     return Result(by_name["out"], by_name.get("lse"), by_name.get("lse_rest"), by_name.get("top"))
 
 
-def _block(*all_refs: Any, facts: Facts) -> None:
+def _block(*all_refs: Any, settings: KernelSettings) -> None:
     """One block of queries of one head."""
-    refs, sizes = facts.named(all_refs), facts.sizes
+    refs, sizes = settings.named(all_refs), settings.sizes
     query_slots = Slots(pl.program_id(0) * sizes.block_q, sizes.block_q, sizes.q_len)
     query = load(refs["query"], query_slots, sizes.head_dim)
 
@@ -79,16 +79,16 @@ def _block(*all_refs: Any, facts: Facts) -> None:
         key = load(refs["key"].at[kv_slots.window, :], kv_slots, sizes.head_dim)
         value = load(refs["value"].at[kv_slots.window, :], kv_slots, sizes.value_dim)
         bias = pairs(refs["bias"], ONE_HEAD, query_slots, kv_slots, other=0.0) if "bias" in refs else None
-        logits, _ = facts.logits(query, key, bias)
-        visible = visible_in(facts.mask, refs, ONE_HEAD, query_slots, kv_slots) if masked else None
+        logits, _ = settings.logits(query, key, bias)
+        visible = visible_in(settings.mask, refs, ONE_HEAD, query_slots, kv_slots) if masked else None
         if visible is not None:
             logits = jnp.where(visible, logits, -jnp.inf)
-            if facts.hides:
+            if settings.hides:
                 value = cleaned(value, visible)
         highest = jnp.maximum(top, logits.max(axis=1))
-        probability = facts.logits.power(logits - highest[:, None])
-        before = facts.logits.power(top - highest)
-        more = facts.logits.product(probability.astype(value.dtype), value)
+        probability = settings.logits.power(logits - highest[:, None])
+        before = settings.logits.power(top - highest)
+        more = settings.logits.product(probability.astype(value.dtype), value)
         return total * before[:, None] + more, highest, weight * before + probability.sum(axis=1)
 
     start = (
@@ -99,7 +99,7 @@ def _block(*all_refs: Any, facts: Facts) -> None:
     total, top, weight = over_runs(refs, visit, start)
     empty = weight == 0
     divisor = jnp.where(empty, 1.0, weight)
-    largest = jnp.where(empty, 0.0, top * facts.logits.unit)
+    largest = jnp.where(empty, 0.0, top * settings.logits.unit)
     store(refs["out"], total / divisor[:, None], query_slots, sizes.value_dim)
     if "lse" in refs:
         lse, rest = log_sum(largest, divisor)

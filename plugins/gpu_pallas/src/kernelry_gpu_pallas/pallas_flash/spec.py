@@ -15,7 +15,8 @@ from kernelry.plugin import (
     Refusal,
     Request,
     Statistic,
-    Tolerance,
+    signature_of,
+    standard_tolerances,
 )
 from kernelry_gpu_pallas.pallas_flash.tilings import refusals, search_space
 from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
@@ -23,10 +24,6 @@ from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
     return (*mask_refusals(request.mask), *refusals(request))
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.pallas_flash",) if request.is_interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_flash")
 
 
 PALLAS_FLASH = KernelSpec(
@@ -52,15 +49,16 @@ PALLAS_FLASH = KernelSpec(
         lse_cotangent=True,
         empty_rows=True,
         clean_hidden_slots=True,
-        tolerances=(
-            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
-            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities, output and Σ out · d_out have 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
+        tolerances=standard_tolerances(
+            "float32",
+            "bfloat16",
+            "float16",
+            rounded="probabilities, output and Σ out · d_out",
         ),
     ),
     load="kernelry_gpu_pallas.pallas_flash.kernel:PallasFlashKernel",
     refusals=_refusals,
     tilings=search_space,
-    signature=_signature,
+    signature=signature_of("kernelry.pallas_flash", "__gpu$xla.gpu.triton"),
     summary="flash attention in Pallas for NVIDIA GPUs: any mask in registers, hidden blocks skipped, any lengths",
 )

@@ -23,8 +23,8 @@ ONE_HEAD = np.int32(0)
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Facts:
-    """What a kernel knows while it is traced.
+class KernelSettings:
+    """What is static in a kernel.
 
     Args:
       sizes, logits, mask: of the call.
@@ -42,7 +42,7 @@ class Facts:
     @classmethod
     def of(
         cls, request: Request, operands: Operands, mask: TileMask, outputs: tuple[str, ...], *, scaled: bool = False
-    ) -> Facts:
+    ) -> KernelSettings:
         """Those of a kernel with these operands and outputs; see `Logits.of` for `scaled`."""
         lengths = request.q_len, request.kv_len
         return cls(

@@ -19,7 +19,9 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    Tolerance,
+    signature_of,
+    standard_tolerances,
+    uneven_lengths,
 )
 from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
 
@@ -40,15 +42,7 @@ _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return (*_uneven(request), *_many_segments(request))
-
-
-def _uneven(request: Request) -> Iterator[Refusal]:
-    if request.q_len % SMALLEST_BLOCK:
-        detail = f"q_len={request.q_len} is not a multiple of {SMALLEST_BLOCK}, the smallest block_q"
-        padded = -(-request.q_len // SMALLEST_BLOCK) * SMALLEST_BLOCK
-        sizes = (("q_len", padded), ("kv_len", padded))
-        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, f"pad to {padded}", sizes)
+    return (*uneven_lengths(request, SMALLEST_BLOCK, alike=True), *_many_segments(request))
 
 
 def _many_segments(request: Request) -> Iterator[Refusal]:
@@ -78,10 +72,6 @@ def _tiling(request: Request, forward: int, backward: int) -> Tiling:
     )
 
 
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.pallas_mha",) if request.is_interpreted else ("__gpu$xla.gpu.triton", "kernelry.pallas_mha")
-
-
 PALLAS_MHA = KernelSpec(
     name="pallas_mha",
     capabilities=Capabilities(
@@ -97,17 +87,17 @@ PALLAS_MHA = KernelSpec(
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
-        tolerances=(
-            Tolerance(
-                "float32", 2e-6, 2e-5, "float32 products and sums in another order; for logits to 1e3, see the README"
-            ),
-            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities, output and Σ out · d_out have 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
+        tolerances=standard_tolerances(
+            "float32",
+            "bfloat16",
+            "float16",
+            rounded="probabilities, output and Σ out · d_out",
+            note="for logits to 1e3, see the README",
         ),
     ),
     load="kernelry_gpu_pallas.pallas_mha.kernel:PallasMhaKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.pallas_mha", "__gpu$xla.gpu.triton"),
     summary="JAX's Pallas Triton attention for NVIDIA GPUs; full and causal; lengths in multiples of 16",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from kernelry.errors import ConfigError
-from kernelry.plugin import AtomKind, Request, Tiling
+from kernelry.plugin import AtomKind, Request, Tiling, round_up
 
 NAME = "tokamax_mosaic"
 
@@ -168,7 +168,7 @@ def _blackwell_backward_problems(request: Request, q_dkv: int, kv_dq: int, stage
 
 
 def _padded(request: Request, step: int) -> tuple[int, int]:
-    head, value = (-(-dim // step) * step for dim in (request.head_dim, request.value_dim))
+    head, value = (round_up(dim, step) for dim in (request.head_dim, request.value_dim))
     return head, value
 
 

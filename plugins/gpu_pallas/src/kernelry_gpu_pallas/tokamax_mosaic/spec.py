@@ -19,7 +19,9 @@ from kernelry.plugin import (
     RefusalCode,
     Request,
     Statistic,
-    Tolerance,
+    signature_of,
+    standard_tolerances,
+    uneven_lengths,
 )
 from kernelry_gpu_pallas.tokamax_mosaic.blocks import BLACKWELL, HOPPER, NAME, STEP, tilings
 from kernelry_gpu_pallas.tokamax_mosaic.visibility import RANGES, mask_refusals
@@ -33,8 +35,8 @@ _FIRST_FOR_BLACKWELL = (0, 0, 17)
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
     return (
         *_generation(request),
-        *_missing(request, environment),
-        *_uneven(request),
+        *_vendor(request, environment),
+        *uneven_lengths(request, STEP, "which blocks divide"),
         *mask_refusals(request),
         *_no_room(request),
     )
@@ -52,29 +54,13 @@ def _generation(request: Request) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.GENERATION, detail)
 
 
-def _missing(request: Request, environment: Environment) -> Iterator[Refusal]:
+def _vendor(request: Request, environment: Environment) -> Iterator[Refusal]:
     tokamax = environment.vendor("tokamax")
-    if tokamax.missing:
-        yield Refusal(RefusalCode.VENDOR_MISSING, "tokamax is not installed", _REMEDY)
-    elif (
-        request.target.generation == BLACKWELL and tokamax.version and _numbers(tokamax.version) < _FIRST_FOR_BLACKWELL
-    ):
+    yield from tokamax.refusals(_REMEDY)
+    if tokamax.version and request.target.generation == BLACKWELL and tokamax.release < _FIRST_FOR_BLACKWELL:
         wanted = ".".join(map(str, _FIRST_FOR_BLACKWELL))
         detail = f"tokamax {tokamax.version} < {wanted}, the first whose kernels for Blackwell are served"
         yield Refusal(RefusalCode.VENDOR_VERSION, detail, f"pip install 'tokamax>={wanted}' (Python 3.12 or later)")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-
-
-def _uneven(request: Request) -> Iterator[Refusal]:
-    for name in ("q_len", "kv_len"):
-        length = getattr(request, name)
-        if length % STEP:
-            padded = -(-length // STEP) * STEP
-            detail = f"{name}={length} is not a multiple of {STEP}, which blocks divide"
-            yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, f"pad to {padded}", ((name, padded),))
 
 
 def _no_room(request: Request) -> Iterator[Refusal]:
@@ -85,10 +71,6 @@ def _no_room(request: Request) -> Iterator[Refusal]:
     sizes = f"head_dim={request.head_dim} value_dim={request.value_dim}{with_bias}{backward}"
     detail = f"{sizes}: the smallest blocks need more memory than a multiprocessor has"
     yield Refusal(RefusalCode.HEAD_DIM, detail)
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("mosaic_gpu_v2", "kernelry.tokamax_mosaic")
 
 
 TOKAMAX_MOSAIC = KernelSpec(
@@ -109,14 +91,11 @@ TOKAMAX_MOSAIC = KernelSpec(
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS}),
-        tolerances=(
-            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities, output and Σ out · d_out have 8 bits of mantissa"),
-            Tolerance("float16", 2e-3, 1e-2, "probabilities, output and Σ out · d_out have 11 bits of mantissa"),
-        ),
+        tolerances=standard_tolerances("bfloat16", "float16", rounded="probabilities, output and Σ out · d_out"),
     ),
     load="kernelry_gpu_pallas.tokamax_mosaic.kernel:TokamaxMosaicKernel",
     refusals=_refusals,
     tilings=tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.tokamax_mosaic", "mosaic_gpu_v2"),
     summary="tokamax's Mosaic GPU attention for Hopper and Blackwell; masks of ranges, dense masks, bias",
 )

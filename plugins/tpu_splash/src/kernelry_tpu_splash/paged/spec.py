@@ -16,7 +16,9 @@ from kernelry.plugin import (
     RefusalCode,
     Request,
     Tiling,
-    Tolerance,
+    largest_divisor,
+    signature_of,
+    standard_tolerances,
 )
 from kernelry_tpu_splash.lanes import LANES, SUBLANES
 
@@ -43,7 +45,7 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
     if request.page_size is None:
         return (Tiling(),)
     pages = -(-request.kv_len // request.page_size)
-    sizes = dict.fromkeys(_largest_divisor(pages, max(1, slots // request.page_size)) for slots in _BLOCKS)
+    sizes = dict.fromkeys(largest_divisor(pages, slots // request.page_size) for slots in _BLOCKS)
     ways = (1, 2) if why_not_combined(request) is None else (1,)
     return tuple(Tiling.of(pages_per_block=size, combined=combined) for combined in ways for size in sizes)
 
@@ -55,14 +57,6 @@ def why_not_combined(request: Request) -> str | None:
     if request.kv_heads & (request.kv_heads - 1):
         return f"kv_heads={request.kv_heads} is not a power of two"
     return None
-
-
-def _largest_divisor(count: int, most: int) -> int:
-    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("tpu_custom_call", "kernelry.paged")
 
 
 PAGED = KernelSpec(
@@ -80,12 +74,12 @@ PAGED = KernelSpec(
         empty_rows=True,
         clean_hidden_slots=True,
         pages=True,
-        tolerances=(Tolerance("bfloat16", 1e-2, 4e-2, "probabilities and output are rounded to 8 bits of mantissa"),),
+        tolerances=standard_tolerances("bfloat16", rounded="probabilities and output"),
     ),
     load="kernelry_tpu_splash.paged.kernel:PagedKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.paged", "tpu_custom_call"),
     summary="JAX's paged and ragged paged attention for TPUs; one query a row; transposes all pages first",
     known_failures=(
         ("serves a plain call", "keys and values must be in pages, and in the kit's plain calls they are not"),

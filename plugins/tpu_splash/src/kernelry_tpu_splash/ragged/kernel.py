@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray, Request, Tiling
+from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray, Request, Tiling, round_up
 from kernelry_tpu_splash.operands import visible
 from kernelry_tpu_splash.ragged.layout import Blocks
-from kernelry_tpu_splash.ragged.pallas import Facts, Operands, attend
+from kernelry_tpu_splash.ragged.pallas import KernelSettings, Operands, attend
 
 _SCOPE = "kernelry.ragged"
 
@@ -25,14 +25,14 @@ class RaggedKernel(Kernel):
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope(_SCOPE):
             blocks = Blocks.of(request, tiling)
-            facts = Facts(
+            settings = KernelSettings(
                 blocks,
                 request.scale,
                 request.soft_cap,
                 request.mask.may_hide_slots(request.q_len, request.kv_len) or bool(request.kv_len % blocks.slots),
                 request.is_interpreted,
             )
-            out, top, total = attend(_operands(inputs, request, blocks), facts)
+            out, top, total = attend(_operands(inputs, request, blocks), settings)
             max_logits = _by_head(top, request).max(axis=2) if request.max_logits else None
             if statistics:
                 unnormalised = _by_query(out, request)
@@ -51,7 +51,7 @@ class RaggedKernel(Kernel):
 
 def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
     seen = visible(inputs, request)
-    padded = -(-request.kv_len // blocks.slots) * blocks.slots
+    padded = round_up(request.kv_len, blocks.slots)
     seen = _lengthened(seen, padded)
     any_row = jnp.broadcast_to(seen.any(axis=(1, 2)), (request.batch, padded))
     first, end = _bounds(any_row)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernelry.errors import ConfigError
-from kernelry.plugin import Request, Tiling
+from kernelry.plugin import Request, Tiling, round_up
 from kernelry_tpu_splash.lanes import LANES, SUBLANES
 
 _FLOAT32_BYTES = _INT32_BYTES = 4
@@ -130,7 +130,7 @@ def vector_bytes(request: Request) -> int:
     """What the smallest block takes in vector memory: two of keys and of values, and what is carried along, twice."""
     unit, itemsize = unit_of(request), _bytes_of_element(request)
     heads = _heads_of_block(request.kv_heads, itemsize)
-    rows = -(-request.q_len * request.groups // SUBLANES) * SUBLANES
+    rows = round_up(request.q_len * request.groups, SUBLANES)
     carried = heads * rows * (request.value_dim + 2 * LANES) * _FLOAT32_BYTES
     held = 2 * heads * (request.head_dim + request.value_dim) * itemsize + _converted_bytes(request)
     return unit * held + 2 * carried
@@ -140,7 +140,7 @@ def table_bytes(request: Request) -> int:
     """What the table of pages takes in scalar memory; 0 without pages."""
     if request.page_size is None:
         return 0
-    rows = -(-request.batch // SUBLANES) * SUBLANES
+    rows = round_up(request.batch, SUBLANES)
     return rows * -(-request.kv_len // request.page_size // LANES) * LANES * _INT32_BYTES
 
 
@@ -160,7 +160,7 @@ def _bytes_of_element(request: Request) -> int:
 
 def _padded(request: Request) -> int:
     """S in whole units."""
-    return -(-request.kv_len // unit_of(request)) * unit_of(request)
+    return round_up(request.kv_len, unit_of(request))
 
 
 def unit_of(request: Request) -> int:

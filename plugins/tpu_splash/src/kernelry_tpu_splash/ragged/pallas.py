@@ -50,8 +50,8 @@ class Operands:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Facts:
-    """What the kernel is built from.
+class KernelSettings:
+    """What is static in the kernel.
 
     Args:
       blocks: what a step reads.
@@ -68,11 +68,11 @@ class Facts:
 
 
 def attend(
-    operands: Operands, facts: Facts
+    operands: Operands, settings: KernelSettings
 ) -> tuple[Float[Array, "B K R D"], Float[Array, "B K R"], Float[Array, "B K R"]]:
     """Returns the unnormalised output, the largest logits and the sums, in float32; −inf and 0 of nothing."""
     batch, kv_heads, rows, head_dim = operands.query.shape
-    blocks = facts.blocks
+    blocks = settings.blocks
     value_dim = operands.value.shape[3 if not blocks.value.has_slots_last else 2]
     steps = jnp.maximum(operands.count.max(), 1)
     heads = blocks.heads
@@ -100,7 +100,7 @@ def attend(
     specs.append(pl.BlockSpec((1, min(heads, shared[1]), shared[2], blocks.slots), _over_slots(shared)))
     sizes = ((rows, value_dim), (rows, LANES), (rows, LANES))
     out, top, total = pl.pallas_call(
-        functools.partial(_step, facts=facts, paged=operands.table is not None),
+        functools.partial(_step, settings=settings, paged=operands.table is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(batch, kv_heads // heads, steps),
@@ -110,7 +110,7 @@ def attend(
         ),
         out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, *size), jnp.float32) for size in sizes],  # type: ignore[no-untyped-call]
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        interpret=facts.interpret,
+        interpret=settings.interpret,
         name="kernelry_ragged",
     )(*prefetched, *given)
     return out, top[..., 0], total[..., 0]
@@ -142,9 +142,9 @@ def _over_slots(shared: tuple[int, ...]) -> Any:
     return index
 
 
-def _step(*refs: Any, facts: Facts, paged: bool) -> None:
+def _step(*refs: Any, settings: KernelSettings, paged: bool) -> None:
     """One block of one row: `refs` are the scalars, the inputs, the outputs and what is carried along."""
-    blocks = facts.blocks
+    blocks = settings.blocks
     waiting = iter(refs)
     first, count = next(waiting), next(waiting)
     table = next(waiting) if paged else None
@@ -169,11 +169,11 @@ def _step(*refs: Any, facts: Facts, paged: bool) -> None:
             seen = visible[0, min(head, visible.shape[1] - 1)] != 0
             factors = [scale[0, min(head, scale.shape[1] - 1)][None] for scale in scales] or [None, None]
             key = _head(held_keys, head, blocks.key, query.dtype)
-            logits = _product(query[0, head], key, by_columns=blocks.key.has_slots_last) * facts.scale
+            logits = _product(query[0, head], key, by_columns=blocks.key.has_slots_last) * settings.scale
             if factors[0] is not None:
                 logits = logits * factors[0]
-            if facts.soft_cap is not None:
-                logits = facts.soft_cap * jnp.tanh(logits / facts.soft_cap)
+            if settings.soft_cap is not None:
+                logits = settings.soft_cap * jnp.tanh(logits / settings.soft_cap)
             if absent is not None:
                 logits = jnp.where(absent, jnp.nan, logits)
             logits = jnp.where(seen, logits, -jnp.inf)
@@ -188,10 +188,10 @@ def _step(*refs: Any, facts: Facts, paged: bool) -> None:
             )
             maxima[head] = jnp.broadcast_to(now, maxima.shape[1:])
             value = _head(held_values, head, blocks.value, query.dtype)
-            if facts.hides:
+            if settings.hides:
                 value = _cleaned(value, seen, blocks.value)
             if factors[1] is not None:
-                weights = weights * (jnp.where(seen, factors[1], 0) if facts.hides else factors[1])
+                weights = weights * (jnp.where(seen, factors[1], 0) if settings.hides else factors[1])
             more = _product(weights.astype(value.dtype), value, by_columns=not blocks.value.has_slots_last)
             sums[head] = shrink * sums[head] + more
 

@@ -18,7 +18,9 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    Tolerance,
+    signature_of,
+    standard_tolerances,
+    too_many_rows,
 )
 from kernelry_tpu_splash.lanes import LANES
 from kernelry_tpu_splash.ragged.layout import MOST_PAGES, block_sizes, table_bytes, unit_of, vector_bytes
@@ -38,14 +40,7 @@ _MOST_TABLE_BYTES = 896 * 2**10
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return (*_rows(request), *_pages(request), *_memory(request))
-
-
-def _rows(request: Request) -> Iterator[Refusal]:
-    rows = request.q_len * request.groups
-    if rows > _MOST_ROWS:
-        detail = f"q_len={request.q_len} × {request.groups} query heads per key head = {rows} rows > {_MOST_ROWS}"
-        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "attend to a prompt with mode='prefill'")
+    return (*too_many_rows(request, _MOST_ROWS), *_pages(request), *_memory(request))
 
 
 def _pages(request: Request) -> Iterator[Refusal]:
@@ -83,10 +78,6 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
     return tuple(Tiling.of(block_kv=size) for size in block_sizes(request, _BLOCKS))
 
 
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.ragged",) if request.is_interpreted else ("tpu_custom_call", "kernelry.ragged")
-
-
 RAGGED = KernelSpec(
     name="ragged",
     capabilities=Capabilities(
@@ -107,14 +98,11 @@ RAGGED = KernelSpec(
         clean_hidden_slots=True,
         kv_quantizations=frozenset({"int8:head_dim", "int8:heads_and_head_dim"}),
         pages=True,
-        tolerances=(
-            Tolerance("float32", 2e-6, 2e-5, "float32 products and sums, in another order than the oracle's"),
-            Tolerance("bfloat16", 1e-2, 4e-2, "probabilities and output are rounded to 8 bits of mantissa"),
-        ),
+        tolerances=standard_tolerances("float32", "bfloat16", rounded="probabilities and output"),
     ),
     load="kernelry_tpu_splash.ragged.kernel:RaggedKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.ragged", "tpu_custom_call"),
     summary="decode on TPUs that reads the blocks each row sees: arrays and pages, int8 as it is, any mask",
 )

@@ -17,10 +17,14 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    Tolerance,
+    largest_divisor,
+    signature_of,
+    standard_tolerances,
+    uneven_lengths,
 )
-from kernelry_tpu_splash.blocks import LAYOUTS, SIZES, largest_divisor, uneven_lengths
+from kernelry_tpu_splash.blocks import LAYOUTS, SIZES
 from kernelry_tpu_splash.computed_masks import COMPUTED, SEGMENTS, mask_refusals
+from kernelry_tpu_splash.lanes import LANES
 
 _BACKWARD_KERNELS = {"backward_kernels": 2}
 """2: one over dQ, one over dK and dV. 1: fused; dQ then comes in S / block_kv_dkv parts that are summed."""
@@ -30,7 +34,7 @@ _BLOCK_NAMES_KV = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return (*uneven_lengths(request), *mask_refusals(request.mask))
+    return (*uneven_lengths(request, LANES), *mask_refusals(request.mask))
 
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
@@ -38,13 +42,9 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
 
 
 def _tiling(request: Request, block: int) -> Tiling:
-    block_q, block_kv = largest_divisor(request.q_len, block), largest_divisor(request.kv_len, block)
+    block_q, block_kv = (largest_divisor(length, block, LANES) for length in (request.q_len, request.kv_len))
     blocks = {**dict.fromkeys(_BLOCK_NAMES_Q, block_q), **dict.fromkeys(_BLOCK_NAMES_KV, block_kv)}
     return Tiling.of(**blocks, **LAYOUTS, **_BACKWARD_KERNELS)
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.splash",) if request.is_interpreted else ("tpu_custom_call", "kernelry.splash")
 
 
 SPLASH = KernelSpec(
@@ -65,16 +65,16 @@ SPLASH = KernelSpec(
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
-        tolerances=(
-            Tolerance(
-                "float32", 2e-6, 2e-5, "float32 products and sums in another order; for logits to 1e4, see the README"
-            ),
-            Tolerance("bfloat16", 1e-2, 4e-2, "scaled queries, output and gradients are rounded to 8 bits of mantissa"),
+        tolerances=standard_tolerances(
+            "float32",
+            "bfloat16",
+            rounded="scaled queries, output and gradients",
+            note="for logits to 1e4, see the README",
         ),
     ),
     load="kernelry_tpu_splash.splash.kernel:SplashKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.splash", "tpu_custom_call"),
     summary="JAX's splash attention for TPUs; computes static masks, skips hidden blocks; lengths in multiples of 128",
 )

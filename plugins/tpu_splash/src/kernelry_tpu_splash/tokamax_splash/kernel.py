@@ -87,13 +87,13 @@ def _run(one_row: Any, inputs: Inputs, request: Request, tiling: Tiling, statist
     Returns:
       What it returns, arrays [B, heads, …]. Under a dense mask that differs by head, keys and values are repeated.
     """
-    facts = _Facts(request.soft_cap, tiling, statistics, request.is_interpreted)
+    settings = _KernelSettings(request.soft_cap, tiling, statistics, request.is_interpreted)
     query, key, value = heads_first(inputs, request)
     if any(atom.kind is AtomKind.DENSE for atom in request.mask.atoms):
         return _run_dense(
-            one_row, facts, visible(inputs, request, q_len=request.q_len), request, (query, key, value), more
+            one_row, settings, visible(inputs, request, q_len=request.q_len), request, (query, key, value), more
         )
-    kernel, positions = ComputedMask.of(inputs, request).build(_built, facts), query_positions(inputs, request)
+    kernel, positions = ComputedMask.of(inputs, request).build(_built, settings), query_positions(inputs, request)
     rows = segment_rows(inputs)
 
     def placed(q: Any, k: Any, v: Any, ids: Any, where: Any, own: Any) -> Any:
@@ -104,7 +104,7 @@ def _run(one_row: Any, inputs: Inputs, request: Request, tiling: Tiling, statist
 
 def _run_dense(
     one_row: Any,
-    facts: _Facts,
+    settings: _KernelSettings,
     seen: Bool[Array, "#B #N T S"],
     request: Request,
     arrays: tuple[jax.Array, jax.Array, jax.Array],
@@ -119,7 +119,7 @@ def _run_dense(
         seen, arrays, more = jax.tree.map(_rows_of_heads, (seen, (query, key, value), more))
 
     def masked(own_mask: Any, q: Any, k: Any, v: Any, own: Any) -> Any:
-        return one_row(_dense_kernel(own_mask[0], facts), q, k, v, None, own)
+        return one_row(_dense_kernel(own_mask[0], settings), q, k, v, None, own)
 
     if seen.shape[0] == 1:
         result = jax.vmap(functools.partial(masked, seen[0]))(*arrays, more)
@@ -144,7 +144,7 @@ def _summed(share: Float[Array, "B N S D"], request: Request) -> Float[Array, "B
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Facts:
+class _KernelSettings:
     """What a vendor's kernel is built from besides its mask."""
 
     soft_cap: float | None
@@ -184,22 +184,22 @@ class _Facts:
 
 
 @functools.lru_cache(maxsize=256)
-def _built(mask: ComputedMask, facts: _Facts) -> _vendor.SplashAttentionKernel:
+def _built(mask: ComputedMask, settings: _KernelSettings) -> _vendor.SplashAttentionKernel:
     """The kernel of a mask without arrays; where queries stand may still be missing."""
-    config = facts.config(mask.lengths)
+    config = settings.config(mask.lengths)
     # The arrays are NumPy's: they belong to no device, no mesh and no trace, so the cache outlives them all.
     forward = of_rows(mask.kinds(config.block_q, config.block_kv), mask.asked)
     kinds = mask.kinds(config.block_q_dkv, config.block_kv_dkv)
     backward = of_columns(kinds, mask.asked, walks=config.dq_reduction_steps is not None)
-    return facts.kernel(forward, backward, config, mask.function)
+    return settings.kernel(forward, backward, config, mask.function)
 
 
-def _dense_kernel(seen: Bool[Array, "T S"], facts: _Facts) -> _vendor.SplashAttentionKernel:
-    config = facts.config((seen.shape[0], seen.shape[1]))
+def _dense_kernel(seen: Bool[Array, "T S"], settings: _KernelSettings) -> _vendor.SplashAttentionKernel:
+    config = settings.config((seen.shape[0], seen.shape[1]))
     walks = config.dq_reduction_steps is not None
     forward = of_booleans(seen, config.block_q, config.block_kv, of_keys=False, walks=True)
     backward = of_booleans(seen, config.block_q_dkv, config.block_kv_dkv, of_keys=True, walks=walks)
-    return facts.kernel(forward, backward, config, None)
+    return settings.kernel(forward, backward, config, None)
 
 
 def _at(kernel: _vendor.SplashAttentionKernel, positions: jax.Array | None) -> _vendor.SplashAttentionKernel:

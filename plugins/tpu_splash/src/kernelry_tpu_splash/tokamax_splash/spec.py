@@ -5,9 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from kernelry.plugin import AtomKind, Environment, Feature, KernelSpec, Operand, Refusal, RefusalCode, Request, Tiling
-from kernelry_tpu_splash.blocks import LAYOUTS, SIZES, largest_divisor, uneven_lengths
+from kernelry.plugin import (
+    AtomKind,
+    Environment,
+    Feature,
+    KernelSpec,
+    Operand,
+    Refusal,
+    RefusalCode,
+    Request,
+    Tiling,
+    largest_divisor,
+    signature_of,
+    uneven_lengths,
+)
+from kernelry_tpu_splash.blocks import LAYOUTS, SIZES
 from kernelry_tpu_splash.computed_masks import mask_refusals
+from kernelry_tpu_splash.lanes import LANES
 from kernelry_tpu_splash.splash.spec import SPLASH
 
 _BLOCK_NAMES_Q = ("block_q", "block_q_dkv")
@@ -18,13 +32,8 @@ _MOST_PARTS = 16
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return (*_missing(environment), *uneven_lengths(request), *_sinks(request), *_mask(request))
-
-
-def _missing(environment: Environment) -> Iterator[Refusal]:
-    if environment.vendor("tokamax").missing:
-        remedy = "pip install 'kernelry-tpu-splash[tokamax]'"
-        yield Refusal(RefusalCode.VENDOR_MISSING, "tokamax is not installed", remedy)
+    missing = environment.vendor("tokamax").refusals("pip install 'kernelry-tpu-splash[tokamax]'")
+    return (*missing, *uneven_lengths(request, LANES), *_sinks(request), *_mask(request))
 
 
 def _sinks(request: Request) -> Iterator[Refusal]:
@@ -48,14 +57,10 @@ def _tilings(request: Request) -> tuple[Tiling, ...]:
 
 
 def _tiling(request: Request, block: int) -> Tiling:
-    block_q, block_kv = largest_divisor(request.q_len, block), largest_divisor(request.kv_len, block)
+    block_q, block_kv = (largest_divisor(length, block, LANES) for length in (request.q_len, request.kv_len))
     blocks = {**dict.fromkeys(_BLOCK_NAMES_Q, block_q), **dict.fromkeys(_BLOCK_NAMES_KV, block_kv)}
     steps = 1 if request.kv_len // block_kv <= _MOST_PARTS else 3
     return Tiling.of(**blocks, **LAYOUTS, dq_reduction_steps=steps)
-
-
-def _signature(request: Request) -> tuple[str, ...]:
-    return ("kernelry.tokamax_splash",) if request.is_interpreted else ("tpu_custom_call", "kernelry.tokamax_splash")
 
 
 TOKAMAX_SPLASH = KernelSpec(
@@ -69,6 +74,6 @@ TOKAMAX_SPLASH = KernelSpec(
     load="kernelry_tpu_splash.tokamax_splash.kernel:TokamaxSplashKernel",
     refusals=_refusals,
     tilings=_tilings,
-    signature=_signature,
+    signature=signature_of("kernelry.tokamax_splash", "tpu_custom_call"),
     summary="tokamax's splash attention for TPUs; like splash, with its own sinks, maximum logits and dense masks",
 )

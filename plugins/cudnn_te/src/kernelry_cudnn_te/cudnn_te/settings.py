@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import final
 
@@ -16,8 +15,6 @@ ATOMS = frozenset({AtomKind.CAUSAL, AtomKind.WINDOW, AtomKind.LENGTHS, AtomKind.
 FIRST_WITH_ALL = (2, 20)
 """The release that has maximum logits, and packed rows right in a ring whatever the lengths of their segments."""
 
-_RELEASE = re.compile(r"(\d+)(?:\.(\d+))?")
-
 SEGMENTS = 32
 """Of a packed row, unless a tiling says another number."""
 
@@ -25,16 +22,9 @@ UNBOUNDED = -1
 """transformer-engine's word for a window without an end."""
 
 
-def release_of(version: str) -> tuple[int, int]:
-    """Returns (2, 21) for `2.21rc1` and `2.21.0.dev1+abc`."""
-    found = _RELEASE.match(version)
-    assert found is not None, version  # a distribution's version begins so
-    return int(found[1]), int(found[2] or 0)
-
-
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class Facts:
+class TeSettings:
     """The arguments of a call other than arrays.
 
     Args:
@@ -54,7 +44,7 @@ class Facts:
     shared: Shared | None = None
 
     @classmethod
-    def of(cls, request: Request) -> Facts:
+    def of(cls, request: Request) -> TeSettings:
         """Reads a request that `refusals` has let pass."""
         band = _band(request)
         kinds = {atom.kind for atom in request.mask.atoms}
