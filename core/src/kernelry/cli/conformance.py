@@ -1,4 +1,4 @@
-"""The verb `conformance`: holds kernels to what they declare."""
+"""The verb `conformance`: tests kernels against what they declare."""
 
 from __future__ import annotations
 

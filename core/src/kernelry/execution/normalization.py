@@ -124,7 +124,7 @@ def to_max_sum(partial: Partial) -> Partial:
 def log_sum(top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns top + log(total), and what rounding took from it, which has no gradient.
 
-    Beside a top of −3e38 the logarithm vanishes: the difference is that between a mean of the values and their sum.
+    With a top of −3e38 the logarithm vanishes: the difference is that between a mean of the values and their sum.
     """
     log = jnp.log(total)
     lse = top + log

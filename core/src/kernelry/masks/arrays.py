@@ -26,7 +26,7 @@ def as_array(value: Any) -> ArrayLike:
 
 
 def as_integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:
-    """Checks an integer array, and makes a NumPy one int32, as JAX would without a word.
+    """Checks an integer array, and makes a NumPy one int32, as JAX would silently.
 
     Raises:
       ShapeError: not integers, or the wrong rank.

@@ -302,7 +302,7 @@ def use(
     Args:
       kernel: the kernel to use, absolutely; `auto` lifts an outer scope's choice.
       policy: replaces the policy.
-      target: answers for that hardware instead of the one at hand.
+      target: answers for that hardware instead of the local one.
       kernels: adds kernels that no plugin registers.
       tiling: overrides tunables by name.
       strict: a lock file, as `kernelry lock` writes it; a resolution that is not the one written

@@ -27,7 +27,7 @@ def run(
     known_failures: Mapping[str, str] = _NONE,
     progress: Progress | None = None,
 ) -> Report:
-    """Holds a kernel to what it declares.
+    """Tests a kernel against what it declares.
 
     Args:
       spec: the kernel; it need not be installed.

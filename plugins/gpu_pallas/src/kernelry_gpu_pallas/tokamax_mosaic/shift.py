@@ -21,10 +21,10 @@ _SMALL = 2.0**13
 """Rows whose largest bias is below it stay: 8192 · log2(e) is off by 5e-4, and a bias in bfloat16 would be rounded."""
 
 _LARGE = 1e16
-"""Beside it products of queries and keys vanish, in float64 too; what is less than the largest bias has no weight."""
+"""Next to it, products of queries and keys vanish, in float64 too; what is less than the largest bias has no weight."""
 
 _FAR, _FARTHER = -(2.0**40), -(2.0**41)
-"""The largest bias of a row beyond 1e16, and others: powers of two, times log2(e) without an error of rounding, beside
+"""The largest bias of a row beyond 1e16, and others: powers of two, times log2(e) without an error of rounding, next to
 which products below 2**15 vanish."""
 
 _WEIGHTLESS = -(2.0**28)
@@ -41,7 +41,7 @@ class Shifted:
     Args:
       bias: [#B, #N, T, S], in its own dtype.
       shift: [#B, #N, T], what was subtracted from a row.
-      is_far: [#B, #N, T], whether products of queries and keys vanish beside the row's bias.
+      is_far: [#B, #N, T], whether products of queries and keys vanish next to the row's bias.
     """
 
     __hash__ = None  # type: ignore[assignment]
