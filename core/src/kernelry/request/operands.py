@@ -127,12 +127,18 @@ def _narrowed(path: tuple[Any, ...], array: Any) -> Any:
     return jnp.clip(array, ends.min, ends.max).astype(narrow)
 
 
-def check_qkv(query: jax.Array, key: Keys, value: Keys) -> None:
-    """Checks that query, key and value go together.
+def checked_qkv(query: Any, key: Any, value: Any) -> tuple[jax.Array, Keys, Keys]:
+    """Returns query, key and value, unwrapped.
 
     Raises:
-      ShapeError: they do not.
+      ShapeError: one of them is none of its kind, or they do not go together.
     """
+    q, k, v = as_array("query", query, 4), as_keys("key", key), as_keys("value", value)
+    _check_together(q, k, v)
+    return q, k, v
+
+
+def _check_together(query: jax.Array, key: Keys, value: Keys) -> None:
     _check_alike(key, value)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if any(type(size) is not int for size in array.shape[2:]):

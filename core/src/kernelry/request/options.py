@@ -52,7 +52,7 @@ class CallOptions:
         Raises:
           ArgumentError: a value is invalid.
         """
-        numbers = {name: unwrapped(getattr(self, name)) for name in _NUMBERS}
+        numbers = {name: _unwrapped(getattr(self, name)) for name in _NUMBERS}
         for name, number in numbers.items():
             _check_static(name, number)
         for name, number in numbers.items():
@@ -95,11 +95,12 @@ class CallOptions:
         """
         batch, q_len, q_heads, head_dim = query.shape
         _, kv_len, kv_heads, value_dim = value.shape
+        batch, q_len, kv_len = (size if type(size) is int else size_of(size) for size in (batch, q_len, kv_len))
         return Request(
             target=target,
-            batch=size_of(batch),
-            q_len=size_of(q_len),
-            kv_len=size_of(kv_len),
+            batch=batch,
+            q_len=q_len,
+            kv_len=kv_len,
             q_heads=q_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -117,6 +118,10 @@ class CallOptions:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(CallOptions))
+
+
+def _unwrapped(number: Any) -> Any:
+    return number if number is None or type(number) in (float, int) else unwrapped(number)
 
 
 def _check_static(name: str, number: Any) -> None:
