@@ -32,9 +32,8 @@ from kernelry.plugin import (
     Tiling,
 )
 from kernelry.policy.measurements import Measurement, Measurements
-from kernelry.policy.policy import Policy
+from kernelry.policy.policy import Policy, Switches
 from kernelry.policy.rules import Condition, Range, Rule
-from kernelry.policy.switches import Switches
 
 PLAIN = Capabilities(
     platforms=frozenset({"cpu"}),
