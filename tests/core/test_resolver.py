@@ -15,7 +15,7 @@ import pytest
 import kernelry
 from kernelry import Request, masks
 from kernelry.errors import ConfigError, KernelRefusedError, NoKernelError, PluginError
-from kernelry.kernel.environment import Environment, Knowledge
+from kernelry.kernel.spec import Environment, Knowledge
 from kernelry.plugin import (
     AtomKind,
     Capabilities,

@@ -31,9 +31,8 @@ from kernelry.masks.fit import canonical_for
 from kernelry.masks.form import MaskForm
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
+from kernelry.request.arguments import CallOptions, as_array, checked_qkv
 from kernelry.request.context_parallel import ContextParallel
-from kernelry.request.operands import as_array, checked_qkv
-from kernelry.request.options import CallOptions
 from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import current_target
 from kernelry.resolution.resolver import resolve

@@ -27,7 +27,7 @@ from kernelry.execution.normalization import lse_with_sinks, merge, to_lse, with
 from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.partial import Partial, checked, heads_last, unchecked
 from kernelry.kernel.spec import Gradients, Inputs, KernelSpec, Tiling
-from kernelry.request.operands import narrowed
+from kernelry.request.arguments import narrowed
 from kernelry.request.request import Operand, Request
 
 

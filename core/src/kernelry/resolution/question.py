@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, final
 
 from kernelry.errors import ArgumentError, nearest
 from kernelry.execution.plan import Plan
-from kernelry.kernel.environment import Environment, Knowledge
 from kernelry.kernel.refusal import Refusal, RefusalCode
-from kernelry.kernel.spec import AUTO, KernelSpec, check_kernel_name
+from kernelry.kernel.spec import AUTO, Environment, KernelSpec, Knowledge, check_kernel_name
 from kernelry.policy.policy import Policy, check_policy
 from kernelry.policy.rules import Rule, first_match
 from kernelry.policy.scope import Scope, current_scope

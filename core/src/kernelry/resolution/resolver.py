@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from kernelry.errors import nearest
 from kernelry.execution.adapters.base import itemsize
 from kernelry.execution.plan import Plan
-from kernelry.kernel.environment import Environment
 from kernelry.kernel.refusal import RefusalCode
-from kernelry.kernel.spec import AUTO, KernelSpec
+from kernelry.kernel.spec import AUTO, Environment, KernelSpec
 from kernelry.policy.policy import Policy, Switches
 from kernelry.policy.rules import Rule
 from kernelry.policy.scope import current_recorders
