@@ -16,7 +16,7 @@ from kernelry.cli import check, report
 from kernelry.config import load_config
 from kernelry.phases.calls import calls
 from kernelry.policy.lock import Lock
-from kernelry.policy.switches import Switches
+from kernelry.policy.policy import Switches
 from kernelry.registry import contents, discovery, installed
 
 pytestmark = pytest.mark.versions
@@ -90,7 +90,7 @@ def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch
 
 
 def test_doctor_and_list_answer_where_a_variable_is_wrong(run, monkeypatch):
-    monkeypatch.setattr("kernelry.policy.switches._of_process", lambda: Switches._read({"KERNELRY_STRICT": "maybe"}))
+    monkeypatch.setattr("kernelry.policy.policy._of_process", lambda: Switches._read({"KERNELRY_STRICT": "maybe"}))
     status, out, _ = run("doctor")
     [fault] = json.loads(run("doctor", "--json")[1])["faults"]
     assert status == 1

@@ -18,7 +18,7 @@ from kernelry.cli import lock as verb
 from kernelry.config import load_config
 from kernelry.errors import ArgumentError, ConfigError
 from kernelry.policy.lock import Lock
-from kernelry.policy.switches import Switches
+from kernelry.policy.policy import Switches
 from kernelry.registry import discovery, installed
 
 app = typer.Typer()

@@ -11,9 +11,8 @@ import pytest
 import kernelry
 from kernelry import Request
 from kernelry.plugin import Capabilities, Dims, Feature, Gradient, Kernel, KernelSpec, Mode, Operand
-from kernelry.policy.policy import Policy
+from kernelry.policy.policy import Policy, Switches
 from kernelry.policy.rules import Condition, Rule
-from kernelry.policy.switches import Switches
 from kernelry.resolution.resolver import array_bytes
 
 PLAIN = Capabilities(

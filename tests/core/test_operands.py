@@ -8,7 +8,7 @@ import pytest
 import kernelry
 from kernelry import masks
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.request.operands import page_size_of, quantization_of
+from kernelry.request.arguments import page_size_of, quantization_of
 from kernelry.storage import PagedArray, QuantizedArray
 
 pytestmark = pytest.mark.versions

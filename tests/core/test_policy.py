@@ -11,9 +11,8 @@ from kernelry.config import load_config
 from kernelry.errors import ConfigError
 from kernelry.masks import MaskForm
 from kernelry.policy.measurements import Measurement, Measurements
-from kernelry.policy.policy import Policy
+from kernelry.policy.policy import Policy, Switches
 from kernelry.policy.rules import AnyRange, Condition, Range, Rule
-from kernelry.policy.switches import Switches
 from kernelry_dot_product.plugin import DOT_PRODUCT
 
 REQUEST = Request(q_len=8)

@@ -10,7 +10,7 @@ import pytest
 import kernelry
 from kernelry import cli
 from kernelry.errors import KernelRefusedError, NoKernelError, PluginError
-from kernelry.policy.switches import Switches
+from kernelry.policy.policy import Switches
 from kernelry.registry import discovery, installed
 from kernelry.registry.contents import FaultKind
 

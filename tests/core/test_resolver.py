@@ -15,7 +15,7 @@ import pytest
 import kernelry
 from kernelry import Request, masks
 from kernelry.errors import ConfigError, KernelRefusedError, NoKernelError, PluginError
-from kernelry.kernel.environment import Environment, Knowledge
+from kernelry.kernel.spec import Environment, Knowledge
 from kernelry.plugin import (
     AtomKind,
     Capabilities,
@@ -32,9 +32,8 @@ from kernelry.plugin import (
     Tiling,
 )
 from kernelry.policy.measurements import Measurement, Measurements
-from kernelry.policy.policy import Policy
+from kernelry.policy.policy import Policy, Switches
 from kernelry.policy.rules import Condition, Range, Rule
-from kernelry.policy.switches import Switches
 
 PLAIN = Capabilities(
     platforms=frozenset({"cpu"}),

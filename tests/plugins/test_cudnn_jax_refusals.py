@@ -11,7 +11,7 @@ from policies import NO_ADAPTERS
 
 import kernelry
 from kernelry import masks
-from kernelry.kernel.environment import Environment, Knowledge, _answer
+from kernelry.kernel.spec import Environment, Knowledge, _answer
 from kernelry.plugin import RefusalCode
 from kernelry.request.request import Request
 from kernelry_cudnn_te.cudnn_jax import probes

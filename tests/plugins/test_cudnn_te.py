@@ -13,7 +13,7 @@ from policies import NO_ADAPTERS
 
 import kernelry
 from kernelry import masks
-from kernelry.kernel.environment import Environment
+from kernelry.kernel.spec import Environment
 from kernelry.parallel import load_balanced_order
 from kernelry.request.request import Request
 from kernelry_cudnn_te.cudnn_te.settings import TeSettings

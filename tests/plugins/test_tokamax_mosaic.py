@@ -23,8 +23,7 @@ from pairs import covering
 import kernelry
 from kernelry import masks, testing
 from kernelry.errors import ConfigError, PluginError
-from kernelry.kernel.environment import Environment
-from kernelry.kernel.spec import Inputs
+from kernelry.kernel.spec import Environment, Inputs
 from kernelry.plugin import Operand, Tiling
 from kernelry.request.request import Request
 from kernelry_gpu_pallas.plugin import TOKAMAX_MOSAIC

@@ -19,8 +19,7 @@ from pairs import covering, sweep_but
 import kernelry
 from kernelry import masks, testing
 from kernelry.errors import ConfigError
-from kernelry.kernel.environment import Environment
-from kernelry.kernel.spec import Inputs
+from kernelry.kernel.spec import Environment, Inputs
 from kernelry.plugin import Tiling
 from kernelry.request.request import Request
 from kernelry_tpu_splash.plugin import TOKAMAX_SPLASH

@@ -15,15 +15,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def abstract_device() -> Any | None:
-    """Returns the device description of the active mesh, or None where no mesh is active.
+def abstract_device(mesh: jax.sharding.AbstractMesh) -> Any | None:
+    """Returns the device description of an abstract mesh, or None where it has none.
 
-    A concrete mesh made current by `jax.set_mesh` and an abstract one made current by
-    `jax.sharding.use_abstract_mesh` both show here.
+    `jax.sharding.get_abstract_mesh` shows a concrete mesh made current by `jax.set_mesh`, too.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     # AbstractMesh.abstract_device is public from 0.12; 0.10 has it undocumented (drop with 0.11).
-    return None if mesh.empty else getattr(mesh, "abstract_device", None)
+    return getattr(mesh, "abstract_device", None)
 
 
 def platforms_of(context: Any) -> tuple[str, ...]:

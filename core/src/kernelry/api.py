@@ -5,6 +5,7 @@ Internal: `kernelry` exports `attention`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterable
@@ -26,13 +27,12 @@ from kernelry.kernel.spec import AUTO, Inputs, check_kernel_name
 from kernelry.masks.arrays import missing_axes
 from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask
-from kernelry.masks.fit import as_mask, check_fits
+from kernelry.masks.fit import canonical_for
 from kernelry.masks.form import MaskForm
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
+from kernelry.request.arguments import CallOptions, as_array, checked_qkv
 from kernelry.request.context_parallel import ContextParallel
-from kernelry.request.operands import as_array, as_keys, check_qkv
-from kernelry.request.options import CallOptions
 from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import current_target
 from kernelry.resolution.resolver import resolve
@@ -153,10 +153,12 @@ def attention_with_options(
         context_parallel=_shared_out(scope.context_parallel),
     )
     arrays = dataclasses.replace(arrays, dropout_rng=unwrapped(dropout_rng) if options.dropout_rate else None)
-    _check_given(request, arrays)
+    given = frozenset(operand for operand in Operand if getattr(arrays, operand.value) is not None)
+    _check_given(request, arrays, given)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None
-    arrays = without_gradient(arrays, request.gradients)
+    if not given <= request.gradients:
+        arrays = without_gradient(arrays, given - request.gradients)
     spec = resolution.plan.kernel
     if spec.capabilities.gradient is Gradient.BACKWARD:
         arrays = in_reverse_mode(arrays, request.gradients, spec, installed.native_kernels)
@@ -199,23 +201,24 @@ def _not_a_key(value: Any) -> str:
     return repr(value)
 
 
-def _check_given(request: Request, inputs: Inputs) -> None:
+def _check_given(request: Request, inputs: Inputs, given: frozenset[Operand]) -> None:
     if request.dropout_rate and inputs.dropout_rng is None:
         raise ArgumentError(f"dropout_rate={request.dropout_rate} needs dropout_rng=, a PRNG key.")
     if inputs.dropout_rng is not None and not _is_key(inputs.dropout_rng):
         raise ArgumentError(
             f"dropout_rng must be one PRNG key, e.g. jax.random.key(0), got {_not_a_key(inputs.dropout_rng)}."
         )
-    absent = sorted(operand.value for operand in request.gradients if getattr(inputs, operand.value) is None)
+    absent = sorted(operand.value for operand in request.gradients - given)
     if absent:
         raise ArgumentError(f"gradients names {', '.join(absent)}, which this call does not pass; leave it out.")
 
 
 @checking_output
 def _run(plan: Plan, arrays: Inputs, request: Request, *, notice: bool) -> Any:
-    with naming_forward_mode(plan.kernel, installed.native_kernels):
+    one_way = plan.kernel.capabilities.gradient is Gradient.BACKWARD
+    with naming_forward_mode(plan.kernel, installed.native_kernels) if one_way else contextlib.nullcontext():
         partial = plan.run(arrays)
-    if notice:
+    if notice and isinstance(partial.out, jax.core.Tracer):
         partial = noticed_elsewhere(partial, request, plan.kernel.name)
     result = partial if request.partial else _finalized(partial, request)
     return (result, partial.max_logits) if request.max_logits else result
@@ -236,18 +239,16 @@ def _finalized(partial: Partial, request: Request) -> jax.Array:
 
 
 def _arrays(query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any) -> tuple[Inputs, MaskForm]:
-    q, k, v = as_array("query", query, 4), as_keys("key", key), as_keys("value", value)
-    check_qkv(q, k, v)
+    q, k, v = checked_qkv(query, key, value)
     extent = Extent(batch=q.shape[0], q_heads=q.shape[2], kv_heads=k.shape[2], q_len=q.shape[1], kv_len=k.shape[1])
-    mask = as_mask(mask, extent)
-    check_fits(mask, extent)
+    form, conjunction = canonical_for(mask, extent)
     if bias is not None:
         bias = _bias(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     if sinks is not None:
         sinks = as_array("sinks", sinks, 1)
         if sinks.shape != (q.shape[2],):
             raise ShapeError(f"sinks must be [N] = [{q.shape[2]}], one logit per query head, got shape {sinks.shape}.")
-    return Inputs(q, k, v, mask.canonical(), bias, sinks), mask.form
+    return Inputs(q, k, v, conjunction, bias, sinks), form
 
 
 def _bias(bias: Any, full: tuple[int, ...]) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import unchecked
 from kernelry.masks import BlockSelection, Mask
-from kernelry.request.operands import known_length
+from kernelry.request.arguments import known_length
 
 
 def select_blocks(

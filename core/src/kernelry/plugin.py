@@ -24,10 +24,19 @@ from kernelry.kernel.capabilities import (
     Tolerance,
     standard_tolerances,
 )
-from kernelry.kernel.environment import Environment, Knowledge, Vendor
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.refusal import Refusal, RefusalCode, array_refusals
-from kernelry.kernel.spec import Gradients, Inputs, Kernel, KernelSpec, Tiling, signature_of
+from kernelry.kernel.spec import (
+    Environment,
+    Gradients,
+    Inputs,
+    Kernel,
+    KernelSpec,
+    Knowledge,
+    Tiling,
+    Vendor,
+    signature_of,
+)
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.masks.base import Placeholder
 from kernelry.masks.blocks import static_block_map
@@ -37,8 +46,8 @@ from kernelry.masks.predicate import is_lasting
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
 from kernelry.policy.policy import Policy
 from kernelry.registry.hooks import CONTRACT, hookimpl
+from kernelry.request.arguments import cast_finite
 from kernelry.request.context_parallel import ContextParallel, load_balanced_order
-from kernelry.request.operands import cast_finite
 from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import Target
 from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedArray

@@ -9,8 +9,8 @@ import transformer_engine_stand_in as stand_in
 
 import kernelry
 from kernelry import masks
-from kernelry.kernel import environment
-from kernelry.kernel.environment import Environment, Knowledge
+from kernelry.kernel import spec as kernel_spec
+from kernelry.kernel.spec import Environment, Knowledge
 from kernelry.request.request import Request
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
 
@@ -20,9 +20,9 @@ SERVED = pytest.mark.te(served=True)
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    environment._answer.cache_clear()
+    kernel_spec._answer.cache_clear()
     yield
-    environment._answer.cache_clear()
+    kernel_spec._answer.cache_clear()
 
 
 @pytest.fixture

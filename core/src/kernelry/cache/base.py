@@ -20,9 +20,8 @@ from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Full, Mask
 from kernelry.masks.base import is_mask
 from kernelry.masks.fit import not_a_mask
+from kernelry.request.arguments import CallOptions, as_array
 from kernelry.request.checks import check_sinks
-from kernelry.request.operands import as_array
-from kernelry.request.options import CallOptions
 from kernelry.request.request import Mode
 
 _CAUSAL = Causal()

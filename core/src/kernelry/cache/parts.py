@@ -16,8 +16,7 @@ from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Full, Lengths, Mask
 from kernelry.masks.composition import At, children
-from kernelry.request.operands import Keys
-from kernelry.request.options import CallOptions
+from kernelry.request.arguments import CallOptions, Keys
 from kernelry.request.request import Operand, operands_of
 
 

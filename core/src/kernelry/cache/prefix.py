@@ -14,7 +14,7 @@ from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
 from kernelry.masks.composition import At, children
-from kernelry.request.options import CallOptions
+from kernelry.request.arguments import CallOptions
 from kernelry.storage import QuantizedArray
 from kernelry.storage.quantized import Stored
 

@@ -17,7 +17,7 @@ from kernelry.cache.prefix import is_placed
 from kernelry.cache.slots import check_sizes, check_tokens, empty, stored_like, token_counts, write
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks import Atom, AtomKind, Mask, MaskForm
-from kernelry.request.operands import known_length
+from kernelry.request.arguments import known_length
 from kernelry.storage import Quantization
 from kernelry.storage.quantized import Stored
 

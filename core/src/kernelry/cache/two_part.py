@@ -25,7 +25,7 @@ from kernelry.cache.slots import (
 )
 from kernelry.errors import ArgumentError, CacheFullError
 from kernelry.masks import Mask
-from kernelry.request.operands import known_length
+from kernelry.request.arguments import known_length
 from kernelry.storage import Quantization
 from kernelry.storage.quantized import Stored
 

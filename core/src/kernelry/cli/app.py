@@ -23,7 +23,7 @@ from kernelry.masks.base import Extent
 from kernelry.masks.parse import names_in, parse_form
 from kernelry.phases.calls import cached, mask_of, options_in
 from kernelry.phases.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
-from kernelry.policy.switches import Switches
+from kernelry.policy.policy import Switches
 from kernelry.registry import installed
 from kernelry.registry.contents import backend_fault
 from kernelry.request.checks import spelled

@@ -17,7 +17,7 @@ from kernelry.phases.calls import calls
 from kernelry.phases.model_shape import ModelShape
 from kernelry.phases.resolving import resolve_phases
 from kernelry.policy.lock import Entry, Lock, Origin, changed_fields
-from kernelry.policy.switches import LOCK_FILE
+from kernelry.policy.policy import LOCK_FILE
 from kernelry.request.request import Request
 from kernelry.request.target import Target, current_target
 from kernelry.resolution.explanation import Resolution

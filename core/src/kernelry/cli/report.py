@@ -14,7 +14,7 @@ from rich.table import Table
 
 from kernelry._version import __version__
 from kernelry.cli.output import Text
-from kernelry.policy.switches import Switches
+from kernelry.policy.policy import Switches
 from kernelry.registry import installed
 from kernelry.registry.contents import Fault, InstalledKernel, Registry, switch_faults
 from kernelry.registry.hooks import CONTRACT

@@ -12,8 +12,8 @@ from kernelry.kernel.spec import AUTO
 from kernelry.masks.base import Mask
 from kernelry.policy.policy import Policy, Tilings
 from kernelry.policy.rules import Condition, Rule, check_tiling
+from kernelry.request.arguments import CallOptions
 from kernelry.request.checks import DTYPES, is_finite
-from kernelry.request.options import CallOptions
 from kernelry.request.request import precision_name
 
 

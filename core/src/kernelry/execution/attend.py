@@ -27,7 +27,7 @@ from kernelry.execution.normalization import lse_with_sinks, merge, to_lse, with
 from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.partial import Partial, checked, heads_last, unchecked
 from kernelry.kernel.spec import Gradients, Inputs, KernelSpec, Tiling
-from kernelry.request.operands import narrowed
+from kernelry.request.arguments import narrowed
 from kernelry.request.request import Operand, Request
 
 
@@ -187,7 +187,8 @@ def attend(
         inputs, sinks = narrowed((inputs, sinks))
     if inputs[0].sinks is not None and parts[0].needs_backward:
         sinks, inputs = inputs[0].sinks, tuple(dataclasses.replace(arrays, sinks=None) for arrays in inputs)
-    inputs, sinks = varying_alike((inputs, sinks))
+    if not jax.sharding.get_abstract_mesh().empty:  # inside a shard_map there is a mesh
+        inputs, sinks = varying_alike((inputs, sinks))
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not parts[0].needs_backward:
         return parts[0].forward(inputs[0], statistics=False)
     if any(part.request.gradients and part.has_backward for part in parts):

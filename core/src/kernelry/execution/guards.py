@@ -18,7 +18,6 @@ import jax
 
 from kernelry._compat import Marker, is_forward_mode_of_custom_vjp, platforms_of
 from kernelry.errors import ArgumentError
-from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs, KernelSpec
 from kernelry.request.request import Operand, Request
@@ -28,14 +27,11 @@ _PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
 """What JAX calls a platform when it lowers, and kernelry's name of it."""
 
 
-def without_gradient(inputs: Inputs, wanted: Set[Operand]) -> Inputs:
+def without_gradient(inputs: Inputs, unwanted: Set[Operand]) -> Inputs:
     """Makes differentiating the operands that are not wanted an error, instead of a silent zero."""
-    guarded: dict[str, Any] = {
-        operand.value: _guard(operand.value, array)
-        for operand in Operand
-        if operand not in wanted and (array := getattr(inputs, operand.value)) is not None
-    }
-    return dataclasses.replace(inputs, **guarded) if guarded else inputs
+    names = [operand.value for operand in Operand if operand in unwanted]
+    guarded: dict[str, Any] = {name: _guard(name, getattr(inputs, name)) for name in names}
+    return dataclasses.replace(inputs, **guarded)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -94,7 +90,7 @@ def naming_forward_mode(kernel: KernelSpec, alternatives: Callable[[], str]) -> 
     try:
         yield
     except TypeError as error:
-        if kernel.capabilities.gradient is not Gradient.BACKWARD or not is_forward_mode_of_custom_vjp(error):
+        if not is_forward_mode_of_custom_vjp(error):
             raise
         _no_forward_mode(_OneWay.of(kernel, alternatives), error)
 
@@ -174,12 +170,10 @@ def noticed_elsewhere(partial: Partial, request: Request, kernel: str) -> Partia
     """Notices when a program is lowered for another platform than its kernel was chosen for.
 
     Args:
-      partial: the result of a call; where it is not of a program that is being traced nothing is done.
+      partial: the result of a call, in a program that is being traced.
       request: what the kernel was chosen for.
       kernel: its name.
     """
-    if not isinstance(partial.out, jax.core.Tracer):
-        return partial
     return dataclasses.replace(partial, out=_placed.bind(partial.out, request=request, kernel=kernel))
 
 

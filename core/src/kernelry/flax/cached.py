@@ -15,7 +15,7 @@ from kernelry.flax.layout import check_mask, chosen, length_of, placed
 from kernelry.flax.tokens import CachedPart, Tokens
 from kernelry.masks import Mask, Segments
 from kernelry.masks.composition import is_positional
-from kernelry.request.operands import as_array
+from kernelry.request.arguments import as_array
 
 _ACTIVE = 1
 """The segment id of a query that names none, as in MaxText's decoding."""

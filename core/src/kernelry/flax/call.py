@@ -14,8 +14,8 @@ from kernelry.errors import ArgumentError
 from kernelry.flax.cached import masked_parts
 from kernelry.flax.layout import mask_of
 from kernelry.flax.tokens import CachedPart, Tokens
+from kernelry.request.arguments import CallOptions
 from kernelry.request.checks import check_sinks
-from kernelry.request.options import CallOptions
 from kernelry.request.request import Operand
 
 

@@ -15,7 +15,7 @@ from kernelry.masks import BidirectionalSpans, Dense, Mask, Segments
 from kernelry.masks.base import Extent, is_mask
 from kernelry.masks.fit import as_mask, not_a_mask
 from kernelry.moba import select_blocks
-from kernelry.request.operands import as_array, as_keys
+from kernelry.request.arguments import as_array, as_keys
 
 
 def mask_of(base: Any, tokens: Tokens, query: jax.Array, key: jax.Array, moba: MoBA | None) -> Mask:

@@ -9,7 +9,6 @@ The names below are public, its modules are internal. Imports `storage` and what
 
 from kernelry.masks.band import Causal, Full, SlidingWindow
 from kernelry.masks.base import Extent, Mask
-from kernelry.masks.blocks import BlockKind
 from kernelry.masks.chunked import BlockCausal, Chunked
 from kernelry.masks.dense import Dense
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionForm, PositionKind
@@ -17,6 +16,7 @@ from kernelry.masks.ids import BidirectionalSpans, Segments
 from kernelry.masks.lengths import Lengths
 from kernelry.masks.predicate import Predicate
 from kernelry.masks.prefix import PrefixLM
+from kernelry.masks.run_time import BlockKind
 from kernelry.masks.selection import BlockSelection
 from kernelry.masks.side import Axis, Side
 

@@ -226,8 +226,9 @@ def _visibility(atom: Atom, q_len: int, kv_len: int) -> Visibility:
     from kernelry.masks.composition import Visibility
 
     left, right = atom.params
-    if atom.query.start is not None and atom.kv.start is not None:
-        queries, slots = (atom.query.start, q_len), (atom.kv.start, kv_len)
+    first_query, first_key = atom.query.start, atom.kv.start
+    if first_query is not None and first_key is not None:
+        queries, slots = (first_query, q_len), (first_key, kv_len)
         return Visibility(not _all_see(queries, slots, left, right), not _all_see(slots, queries, right, left))
     query, kv = atom.query.positions(q_len), atom.kv.positions(kv_len)
     assert query is not None

@@ -177,11 +177,15 @@ class Mask(Protocol):
     @property
     def form(self) -> MaskForm:
         """The canonical static summary of this mask."""
-        return MaskForm(tuple(conjunct.atom for conjunct in self.conjuncts()))
+        from kernelry.masks.composition import canonical_of
+
+        return canonical_of(self)[0]
 
     def canonical(self) -> tuple[Mask, ...]:
         """The conjunction this mask is, aligned with `form.atoms`; the masks carry the arrays."""
-        return tuple(conjunct.located_mask for conjunct in self.conjuncts())
+        from kernelry.masks.composition import canonical_of
+
+        return canonical_of(self)[1]
 
     def materialize(self, q_len: int, kv_len: int, *, q_heads: int | None = None) -> ArrayLike:
         """Returns the mask as booleans [B or 1, N or 1, T, S]; NumPy unless arrays are JAX's.

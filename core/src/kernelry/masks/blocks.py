@@ -9,7 +9,6 @@ Other masks, and masks at two sets of positions, are evaluated, one row of block
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import operator
 from typing import final
@@ -24,16 +23,8 @@ from kernelry.masks.composition import Conjunct
 from kernelry.masks.form import Atom, AtomKind, MaskForm
 from kernelry.masks.functions import FunctionRef
 from kernelry.masks.predicate import functions_in
+from kernelry.masks.run_time import BlockKind
 from kernelry.masks.side import Axis, Side
-
-
-@final
-class BlockKind(enum.IntEnum):
-    """What a block of the mask holds."""
-
-    EMPTY = 0
-    PARTIAL = 1
-    FULL = 2
 
 
 def block_map_of(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: int) -> np.ndarray:

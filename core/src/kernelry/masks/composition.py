@@ -177,6 +177,15 @@ def conjuncts_of(mask: Mask) -> tuple[Conjunct, ...]:
     return _conjunction(mask, (None, None), negated=False)
 
 
+def canonical_of(mask: Mask) -> tuple[MaskForm, tuple[Mask, ...]]:
+    """Returns a mask's form and, aligned with the form's atoms, the conjunction that it is."""
+    if isinstance(mask, At | And | Or | Not | Full):
+        conjuncts = conjuncts_of(mask)
+        return MaskForm(tuple(c.atom for c in conjuncts)), tuple(c.located_mask for c in conjuncts)
+    alone = mask.canonical_mask  # there is nothing to compare it with
+    return MaskForm((_atom_at(alone, None, None),)), (alone,)
+
+
 def _conjunction(mask: Mask, places: Places, *, negated: bool) -> tuple[Conjunct, ...]:
     match mask:
         case At(mask=inside, query=query, kv=kv):
@@ -200,12 +209,15 @@ def _of_atom(mask: Mask, places: Places) -> Conjunct:
     mask = mask.canonical_mask
     query, kv = places if mask.positional else (None, None)
     query_read = query if mask.uses_query_positions else None
-    atom = atom_of(mask)
-    if mask.positional:
-        atom = dataclasses.replace(atom, query=_position_form(query_read), kv=_position_form(kv))
+    atom = _atom_at(mask, query_read, kv)
     leaves, structure = jax.tree.flatten(mask)
     key = (structure, tuple(map(id, leaves)), _identity(query_read), _identity(kv))
     return Conjunct(mask, atom, query, kv, key)
+
+
+def _atom_at(mask: Mask, query: Positions | None, kv: Positions | None) -> Atom:
+    atom = atom_of(mask)
+    return dataclasses.replace(atom, query=_position_form(query), kv=_position_form(kv)) if mask.positional else atom
 
 
 def _negation(conjunct: Conjunct) -> Conjunct:

@@ -13,8 +13,9 @@ from kernelry._values import unwrapped
 from kernelry.errors import ShapeError
 from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask, is_mask
-from kernelry.masks.composition import At, children
+from kernelry.masks.composition import At, canonical_of, children
 from kernelry.masks.dense import Dense
+from kernelry.masks.form import MaskForm
 
 
 def as_mask(mask: Any, extent: Extent) -> Mask:
@@ -95,6 +96,17 @@ def _by_name(text: str) -> str:
 def is_mask_class(value: Any) -> bool:
     """True for the classes of masks, without the protocol itself."""
     return isinstance(value, type) and Mask in value.__mro__ and value is not Mask
+
+
+def canonical_for(mask: Any, extent: Extent) -> tuple[MaskForm, tuple[Mask, ...]]:
+    """Reads what a call gives as its mask: its form and, aligned with the form's atoms, the conjunction that it is.
+
+    Raises:
+      ShapeError: it is not a mask, an array does not fit, or a positional mask meets T ≠ S without `.at`.
+    """
+    meant = as_mask(mask, extent)
+    check_fits(meant, extent)
+    return canonical_of(meant)
 
 
 def check_fits(mask: Mask, extent: Extent) -> None:

@@ -1,8 +1,9 @@
-"""What masks that depend on arrays say of whole blocks, when the program runs."""
+"""What a block of a mask holds, and what masks that depend on arrays say of whole blocks when the program runs."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import TYPE_CHECKING, final
 
 import jax
@@ -12,6 +13,15 @@ from jaxtyping import Array, Bool
 if TYPE_CHECKING:
     from kernelry.masks.base import Mask
     from kernelry.masks.composition import Conjunct
+
+
+@final
+class BlockKind(enum.IntEnum):
+    """What a block of the mask holds."""
+
+    EMPTY = 0
+    PARTIAL = 1
+    FULL = 2
 
 
 @final

@@ -20,7 +20,7 @@ from kernelry.masks.parse import parse_shaped
 from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
-from kernelry.request.options import CallOptions
+from kernelry.request.arguments import CallOptions
 from kernelry.request.request import Mode, Request
 from kernelry.request.target import Target
 

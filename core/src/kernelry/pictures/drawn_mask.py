@@ -14,10 +14,10 @@ from jaxtyping import Bool, Int, Int8
 
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.base import Extent, Mask
-from kernelry.masks.blocks import BlockKind
 from kernelry.masks.composition import At, children
 from kernelry.masks.fit import check_fits
 from kernelry.masks.positions import Positions, StaticOffsets, StaticPositions, TracedOffset, TracedPositions
+from kernelry.masks.run_time import BlockKind
 from kernelry.masks.side import Axis, Side
 
 _DEFAULT_LENGTH = 8

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kernelry.masks.base import Mask
-from kernelry.masks.blocks import BlockKind
+from kernelry.masks.run_time import BlockKind
 from kernelry.pictures.drawn_mask import DrawnMask
 
 COLUMNS = 64

@@ -14,7 +14,7 @@ from kernelry.execution.normalization import Normalization
 from kernelry.kernel.spec import KernelSpec
 from kernelry.masks.base import Mask
 from kernelry.policy.lock import Lock
-from kernelry.policy.switches import KNOWN_SWITCHES, Switches
+from kernelry.policy.policy import KNOWN_SWITCHES, Switches
 from kernelry.request.target import home_target
 
 

@@ -20,7 +20,7 @@ from kernelry.execution.normalization import LogSumExp, MaxSum, Normalization
 from kernelry.kernel.mistakes import mistakes, short
 from kernelry.kernel.spec import KernelSpec
 from kernelry.masks.base import Mask
-from kernelry.policy.switches import Switches
+from kernelry.policy.policy import Switches
 from kernelry.registry import hooks
 from kernelry.registry.contents import Fault, FaultKind, InstalledKernel, Plugin, Registry, claim_of
 from kernelry.registry.hooks import CONTRACT, PROJECT

@@ -133,7 +133,8 @@ def current_target() -> Target:
 
     The active abstract mesh's device, else `jax_default_device`, else the default backend.
     """
-    device = _compat.abstract_device()
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else _compat.abstract_device(mesh)
     if device is not None:
         return Target.of_device(device.platform, device.device_kind)
     default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]

@@ -17,9 +17,8 @@ from kernelry.errors import ConfigError
 from kernelry.execution.adapters.base import CURED_ON_KEYS, Adapter, Cost
 from kernelry.execution.plan import Step
 from kernelry.kernel.capabilities import Capabilities
-from kernelry.kernel.environment import Environment
 from kernelry.kernel.refusal import Refusal, RefusalCode
-from kernelry.kernel.spec import KernelSpec, Tiling
+from kernelry.kernel.spec import Environment, KernelSpec, Tiling
 from kernelry.policy.policy import Policy
 from kernelry.request.request import Request
 from kernelry.resolution.explanation import Candidate

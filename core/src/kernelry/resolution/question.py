@@ -1,4 +1,4 @@
-"""A question: a request with everything that decides which kernel it gets, and the order in which kernels are tried."""
+"""A question: a request with everything that decides which kernel it gets; the order of the kernels, and the choice."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
-from kernelry.errors import ArgumentError
-from kernelry.kernel.environment import Environment, Knowledge
-from kernelry.kernel.spec import AUTO, KernelSpec, check_kernel_name
+from kernelry.errors import ArgumentError, nearest
+from kernelry.execution.plan import Plan
+from kernelry.kernel.refusal import Refusal, RefusalCode
+from kernelry.kernel.spec import AUTO, Environment, KernelSpec, Knowledge, check_kernel_name
 from kernelry.policy.policy import Policy, check_policy
 from kernelry.policy.rules import Rule, first_match
 from kernelry.policy.scope import Scope, current_scope
 from kernelry.registry import installed
 from kernelry.request.request import Request
 from kernelry.request.target import home_target
+from kernelry.resolution.adapting import consider
+from kernelry.resolution.explanation import Candidate, Resolution
 
 if TYPE_CHECKING:
     from kernelry.policy.measurements import Measurements
@@ -174,6 +177,40 @@ class Order:
     excluded: tuple[str, ...] = ()
     approved: frozenset[str] = frozenset()
     is_forced: bool = False
+
+
+def choose(question: Question) -> Resolution:
+    """Asks the kernels in order and chooses the first that serves, or none."""
+    plan: Plan | None = None
+    fallback: Plan | None = None  # the best of those that serve through too much work
+    candidates: list[Candidate] = []
+    pool, environment = question.pool, question.known_environment
+    order = question.order(pool)
+    for name in order.names:
+        if name not in pool:
+            candidates.append(_absent(name, pool))
+            continue
+        looking = environment if plan is None else environment.without_probing()
+        tunables = question.tiling_for(name, order.decided_by)
+        candidate, tiling = consider(pool[name], question.request, question.policy, looking, tunables)
+        if plan is None and not candidate.refusals:
+            found = Plan(pool[name].spec, candidate.steps, question.request, tiling)
+            if name in order.approved or not question.policy.demotes(found.extra_work):
+                plan = found
+            else:
+                note = f"its adapters add {found.extra_work:.1f} times the work: ranked below kernels that need less"
+                candidate = dataclasses.replace(candidate, notes=(*candidate.notes, note))
+                fallback = fallback or found
+        candidates.append(candidate)
+    plan = plan or fallback
+    return Resolution(question.request, plan, tuple(candidates), order.decided_by, order.excluded, order.is_forced)
+
+
+def _absent(name: str, pool: Mapping[str, InstalledKernel]) -> Candidate:
+    remedy = installed.how_to_get(name)
+    hint = nearest(name, pool) if remedy is None else ""
+    detail = f"no installed plugin brings a kernel of that name{hint}"
+    return Candidate(name, "not installed", (Refusal(RefusalCode.NOT_INSTALLED, detail, remedy),))
 
 
 def _check_names(names: Sequence[str], pool: Mapping[str, InstalledKernel]) -> None:

@@ -6,29 +6,24 @@ import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kernelry.errors import nearest
 from kernelry.execution.adapters.base import itemsize
 from kernelry.execution.plan import Plan
-from kernelry.kernel.environment import Environment
-from kernelry.kernel.refusal import Refusal, RefusalCode
-from kernelry.kernel.spec import AUTO, KernelSpec
-from kernelry.policy.policy import Policy
+from kernelry.kernel.refusal import RefusalCode
+from kernelry.kernel.spec import AUTO, Environment, KernelSpec
+from kernelry.policy.policy import Policy, Switches
 from kernelry.policy.rules import Rule
 from kernelry.policy.scope import current_recorders
-from kernelry.policy.switches import Switches
 from kernelry.registry import installed
 from kernelry.request.request import Request
-from kernelry.resolution.adapting import consider
-from kernelry.resolution.explanation import Candidate, Resolution, refusal_error
-from kernelry.resolution.question import Question
+from kernelry.resolution.explanation import Resolution, refusal_error
+from kernelry.resolution.question import Question, choose
 
 if TYPE_CHECKING:
     from kernelry.policy.lock import Lock
     from kernelry.policy.measurements import Measurements
-    from kernelry.registry.contents import InstalledKernel
 
 _logger = logging.getLogger("kernelry")
 
@@ -137,7 +132,7 @@ def _explained(question: Question) -> Resolution:
 
     @functools.cache
     def ask(neighbour: Request) -> str | None:
-        return _choose(dataclasses.replace(unprobed, request=neighbour)).kernel
+        return choose(dataclasses.replace(unprobed, request=neighbour)).kernel
 
     changes = nearest_changes(question.request, resolution.kernel, ask, question.policy.length_bounds)
     return dataclasses.replace(resolution, changes=changes)
@@ -145,40 +140,7 @@ def _explained(question: Question) -> Resolution:
 
 @functools.lru_cache(maxsize=8192)
 def _resolved(question: Question) -> Resolution:
-    return _choose(question)
-
-
-def _choose(question: Question) -> Resolution:
-    plan: Plan | None = None
-    fallback: Plan | None = None  # the best of those that serve through too much work
-    candidates: list[Candidate] = []
-    pool, environment = question.pool, question.known_environment
-    order = question.order(pool)
-    for name in order.names:
-        if name not in pool:
-            candidates.append(_absent(name, pool))
-            continue
-        looking = environment if plan is None else environment.without_probing()
-        tunables = question.tiling_for(name, order.decided_by)
-        candidate, tiling = consider(pool[name], question.request, question.policy, looking, tunables)
-        if plan is None and not candidate.refusals:
-            found = Plan(pool[name].spec, candidate.steps, question.request, tiling)
-            if name in order.approved or not question.policy.demotes(found.extra_work):
-                plan = found
-            else:
-                note = f"its adapters add {found.extra_work:.1f} times the work: ranked below kernels that need less"
-                candidate = dataclasses.replace(candidate, notes=(*candidate.notes, note))
-                fallback = fallback or found
-        candidates.append(candidate)
-    plan = plan or fallback
-    return Resolution(question.request, plan, tuple(candidates), order.decided_by, order.excluded, order.is_forced)
-
-
-def _absent(name: str, pool: Mapping[str, InstalledKernel]) -> Candidate:
-    remedy = installed.how_to_get(name)
-    hint = nearest(name, pool) if remedy is None else ""
-    detail = f"no installed plugin brings a kernel of that name{hint}"
-    return Candidate(name, "not installed", (Refusal(RefusalCode.NOT_INSTALLED, detail, remedy),))
+    return choose(question)
 
 
 _ELSEWHERE = frozenset({RefusalCode.PLATFORM, RefusalCode.NOT_INSTALLED})

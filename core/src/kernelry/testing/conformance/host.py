@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from typing import final
 
 from kernelry.execution.adapters.order import ADAPTERS
-from kernelry.kernel.environment import Environment, Knowledge
 from kernelry.kernel.refusal import Refusal
-from kernelry.kernel.spec import KernelSpec
+from kernelry.kernel.spec import Environment, KernelSpec, Knowledge
 from kernelry.policy.policy import Policy
 from kernelry.policy.scope import interpret, use
 from kernelry.request.request import Request
