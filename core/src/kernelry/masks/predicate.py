@@ -122,11 +122,8 @@ def _held(atom: Atom) -> Held | None:
 
 def note_arrays(form: MaskForm) -> None:
     """Asks the functions in a form that may outlive them."""
-    for atom in form.atoms:
+    for atom in form.walk():
         arrays_held(atom)
-        for inside in atom.params:
-            if isinstance(inside, MaskForm):
-                note_arrays(inside)
 
 
 def functions_in(mask: Mask) -> Iterator[Callable[..., Any]]:
