@@ -15,7 +15,7 @@ import typer
 from kernelry import _version
 from kernelry.cli import check, conformance, lock, mask, options, report
 from kernelry.cli.output import Json, show, survive_narrow_encodings
-from kernelry.config.loading import AttentionConfig
+from kernelry.config.layer import AttentionConfig
 from kernelry.errors import KernelryError, followed, sentence
 from kernelry.kernel.spec import AUTO
 from kernelry.masks import Mask
