@@ -13,7 +13,7 @@ from kernelry.cache.parts import MaskedPart, over_earlier_keys, partials_of
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
-from kernelry.masks.composition import At, children
+from kernelry.masks.composition import At, walk
 from kernelry.request.options import CallOptions
 from kernelry.storage.quantized import Stored
 
@@ -104,7 +104,7 @@ def _check_mask(mask: Mask) -> None:
 
 def is_placed(mask: Mask) -> bool:
     """Whether the mask, or one inside it, gives positions of queries or keys."""
-    return isinstance(mask, At) or any(is_placed(part) for part in children(mask))
+    return any(isinstance(part, At) for part in walk(mask))
 
 
 def _joined(query: jax.Array) -> jax.Array:
