@@ -181,7 +181,7 @@ def compile_for(
       ConfigError: there is no such target, or it has fewer devices than the mesh.
       KernelryError: the function asked for attention that no kernel serves there.
     """
-    where = Target.parse(target) if isinstance(target, str) else target
+    where = Target.parse(target)
     mesh = _mesh(where, mesh_shape or {"device": 1})
     placed = _placed(mesh, arguments, PartitionSpec() if specs is None else specs)  # type: ignore[no-untyped-call]
     start = time.perf_counter()

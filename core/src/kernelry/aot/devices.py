@@ -275,7 +275,7 @@ def topology_of(target: Target | str) -> tuple[Any, ...]:
       NoCompilerError: the vendor's compiler is not installed.
       ConfigError: the target does not name a device to compile for.
     """
-    where = Target.parse(target) if isinstance(target, str) else target
+    where = Target.parse(target)
     if where.platform not in _DESCRIBED:
         raise ConfigError(
             f"target {str(where)!r}: programs are compiled ahead of time for tpu:kind and gpu:kind, "

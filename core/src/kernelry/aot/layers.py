@@ -108,7 +108,7 @@ def check_layers(
     Raises:
       ConfigError: there is no such target.
     """
-    where = Target.parse(target) if isinstance(target, str) else target
+    where = Target.parse(target)
     shapes = (shape,) if isinstance(shape, ModelShape) else tuple(shape)
     asked: dict[Request, PhaseCall] = {}
     for sizes in shapes:

@@ -18,7 +18,7 @@ from kernelry.cache.prefix import SharedPrefix
 from kernelry.cache.slots import check_tokens, is_known, token_counts, write
 from kernelry.errors import ArgumentError
 from kernelry.masks import Mask
-from kernelry.storage import PagedArray, QuantizedArray
+from kernelry.storage import PagedArray
 from kernelry.storage.quantized import Stored
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class PagedView(KVCache):
         first = jnp.argmax(self.lengths > 0)
         table = self.table[first][None, : self.shared_pages]
         key, value = (PagedArray(stored[self.layer], table) for stored in (self.cache.keys, self.cache.values))
-        return SharedPrefix(_only_row(key.gather()), _only_row(value.gather()))
+        return SharedPrefix(*jax.tree.map(lambda array: array[0], (key.gather(), value.gather())))
 
     def _rest(self, counts: Int[Array, " B"]) -> PagedCache:
         """The tokens of each row after the shared pages, as a separate cache that is only read."""
@@ -182,10 +182,3 @@ class PagedView(KVCache):
         batch = self.lengths.shape[0]
         check_tokens(key, value, (self.cache.keys[self.layer], self.cache.values[self.layer]), batch)
         return token_counts(lengths, batch, key.shape[1])
-
-
-def _only_row(stored: Stored) -> Stored:
-    """[1, P, K, H] → [P, K, H]."""
-    if isinstance(stored, QuantizedArray):
-        return QuantizedArray(stored.values[0], stored.scale[0])
-    return stored[0]

@@ -15,7 +15,7 @@ from kernelry.execution.normalization import finalize, merge
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Full, Lengths, Mask
-from kernelry.masks.composition import At, children
+from kernelry.masks.composition import At, children, walk
 from kernelry.request.arguments import CallOptions, Keys
 from kernelry.request.request import Operand, operands_of
 
@@ -116,10 +116,8 @@ def check_positional(mask: Mask, *, placed: str, slots: str) -> None:
     Raises:
       ArgumentError: it is one.
     """
-    if isinstance(mask, At) and mask.kv is not None:
-        raise ArgumentError(f"mask={mask!r} gives the keys' positions, {placed}.")
-    inside = children(mask)
-    for part in inside:
-        check_positional(part, placed=placed, slots=slots)
-    if not inside and not mask.positional and not isinstance(mask, Full):
-        raise ArgumentError(f"mask={mask!r} is about the slots of one array of keys, {slots}.")
+    for part in walk(mask):
+        if isinstance(part, At) and part.kv is not None:
+            raise ArgumentError(f"mask={part!r} gives the keys' positions, {placed}.")
+        if not children(part) and not part.positional and not isinstance(part, Full):
+            raise ArgumentError(f"mask={part!r} is about the slots of one array of keys, {slots}.")

@@ -13,9 +13,8 @@ from kernelry.cache.parts import MaskedPart, over_earlier_keys, partials_of
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
-from kernelry.masks.composition import At, children
+from kernelry.masks.composition import At, walk
 from kernelry.request.arguments import CallOptions
-from kernelry.storage import QuantizedArray
 from kernelry.storage.quantized import Stored
 
 
@@ -89,7 +88,8 @@ class SharedPrefix:
             # The result of a query that is not a token is not used.
             query = jnp.where(_real(lengths, q_len)[..., None, None], query, 0)
         placed = over_earlier_keys(mask).at(query_positions=positions.reshape(1, -1), kv_offset=0)
-        part = MaskedPart(_one_row(self.key), _one_row(self.value), placed)
+        key, value = jax.tree.map(lambda array: array[None], (self.key, self.value))
+        part = MaskedPart(key, value, placed)
         [partial] = partials_of(_joined(query), [part], options, kernel=kernel)
         return _apart(partial, batch, q_len, lengths)
 
@@ -104,7 +104,7 @@ def _check_mask(mask: Mask) -> None:
 
 def is_placed(mask: Mask) -> bool:
     """Whether the mask, or one inside it, gives positions of queries or keys."""
-    return isinstance(mask, At) or any(is_placed(part) for part in children(mask))
+    return any(isinstance(part, At) for part in walk(mask))
 
 
 def _joined(query: jax.Array) -> jax.Array:
@@ -115,13 +115,6 @@ def _joined(query: jax.Array) -> jax.Array:
 def _real(lengths: jax.Array, q_len: int) -> jax.Array:
     """The queries [B, T] that are tokens."""
     return jnp.arange(q_len, dtype=jnp.int32)[None] < lengths[:, None]
-
-
-def _one_row(stored: Stored) -> Stored:
-    """[P, K, H] → [1, P, K, H]."""
-    if isinstance(stored, QuantizedArray):
-        return QuantizedArray(stored.values[None], stored.scale[None])
-    return stored[None]
 
 
 def _apart(partial: Partial, batch: int, q_len: int, lengths: jax.Array | None) -> Partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -15,7 +16,7 @@ import typer
 from kernelry import _version
 from kernelry.cli import check, conformance, lock, mask, options, report
 from kernelry.cli.output import Json, show, survive_narrow_encodings
-from kernelry.config.loading import AttentionConfig
+from kernelry.config.layer import AttentionConfig
 from kernelry.errors import KernelryError, followed, sentence
 from kernelry.kernel.spec import AUTO
 from kernelry.masks import Mask
@@ -183,11 +184,7 @@ def explain(
     request = Request(
         target=Target.parse(target) if target else home_target(),
         mode=phase,
-        batch=batch,
-        q_len=q_len,
-        kv_len=q_len if kv_len is None else kv_len,
-        q_heads=heads,
-        kv_heads=heads if kv_heads is None else kv_heads,
+        **dataclasses.asdict(extent),
         head_dim=head_dim,
         value_dim=head_dim if value_dim is None else value_dim,
         dtype=_dtype(dtype),
@@ -197,8 +194,6 @@ def explain(
         context_parallel=context_parallel,
         **{**said, **given},
     )
-    if request.q_heads % request.kv_heads:
-        raise typer.BadParameter(f"--kv-heads {request.kv_heads} must divide --heads {request.q_heads}")
     resolution = explain_request(request, kernel=kernel, policy=None if read is None else read.policy)
     instead = given if mask is None or "config" not in names_in(mask) else {**given, "mask": said["mask"]}
     asked = None if read is None else report.Asked.of(files.source(), said, instead)

@@ -11,7 +11,7 @@ import typer
 
 from kernelry.cli import options
 from kernelry.cli.output import Json, print_json
-from kernelry.config.loading import AttentionConfig
+from kernelry.config.layer import AttentionConfig
 from kernelry.errors import ConfigError, KernelryError, followed
 from kernelry.phases.calls import calls
 from kernelry.phases.model_shape import ModelShape

@@ -14,7 +14,8 @@ from typing import Annotated, Any, final
 
 import typer
 
-from kernelry.config.loading import AttentionConfig, load_config, read_maxtext
+from kernelry.config.layer import AttentionConfig
+from kernelry.config.loading import load_config, read_maxtext
 from kernelry.config.maxtext import Caller
 from kernelry.errors import ConfigError, sentence
 from kernelry.kernel.refusal import RefusalCode

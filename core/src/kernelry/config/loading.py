@@ -30,9 +30,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
+from kernelry.config.layer import AttentionConfig, MoBA
 from kernelry.config.lines import Keys, TableLines, toml_lines, yaml_lines
-from kernelry.config.maxtext import Caller, from_maxtext, read_options
+from kernelry.config.maxtext import Caller, read_options
 from kernelry.errors import ConfigError, nearest, sentence
 from kernelry.execution.adapters.order import ADAPTERS
 from kernelry.policy.policy import SHIPPED_THRESHOLDS
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
     from kernelry.config.schema import AttentionTable, RuleTable
-
-__all__ = ["AttentionConfig", "AttentionType", "MoBA", "from_maxtext", "load_config", "load_maxtext"]
 
 
 def load_config(

@@ -9,7 +9,7 @@ import jax
 
 from kernelry.api import attention_with_options
 from kernelry.cache.parts import finished, partials_of
-from kernelry.config.loading import MoBA
+from kernelry.config.layer import MoBA
 from kernelry.errors import ArgumentError
 from kernelry.flax.cached import masked_parts
 from kernelry.flax.layout import mask_of

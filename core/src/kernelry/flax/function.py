@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernelry.api import attention
-from kernelry.config.layer import check_config
-from kernelry.config.loading import AttentionConfig
+from kernelry.config.layer import AttentionConfig, check_config
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax.operation import policy_of
 from kernelry.kernel.spec import AUTO

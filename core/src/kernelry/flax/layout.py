@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.config.loading import MoBA
+from kernelry.config.layer import MoBA
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax.tokens import Tokens
 from kernelry.masks import BidirectionalSpans, Dense, Mask, Segments

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from kernelry.config.layer import check_config, options_of
-from kernelry.config.loading import AttentionConfig
+from kernelry.config.layer import AttentionConfig, check_config, options_of
 from kernelry.errors import ArgumentError
 from kernelry.flax.call import LayerCall
 from kernelry.flax.tokens import CachedPart, Tokens

@@ -13,7 +13,7 @@ from typing import final
 
 from kernelry.kernel.blocks import round_up
 from kernelry.kernel.refusal import Refusal, RefusalCode
-from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionKind
+from kernelry.masks.form import Atom, AtomKind, PositionKind
 from kernelry.masks.predicate import holds_traced
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import NEUTRAL, Mode, Operand, Request
@@ -263,7 +263,7 @@ def _lengths(can: Capabilities, request: Request) -> Iterator[Refusal]:
 
 
 def _mask(can: Capabilities, request: Request) -> Iterator[Refusal]:
-    for atom in _all_atoms(request.mask):
+    for atom in request.mask.walk():
         if not can.takes(atom):
             yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} is not {_either(a.value for a in can.atoms)}")
         elif can.gradient is Gradient.BACKWARD and holds_traced(atom):
@@ -276,14 +276,6 @@ def _mask(can: Capabilities, request: Request) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.EMPTY_ROWS, f"mask={request.mask} may leave rows that see no key")
     if not can.clean_hidden_slots and request.mask.may_hide_slots(request.q_len, request.kv_len):
         yield Refusal(RefusalCode.HIDDEN_SLOTS, f"mask={request.mask} may hide slots that hold NaN or inf")
-
-
-def _all_atoms(form: MaskForm) -> Iterator[Atom]:
-    for atom in form.atoms:
-        yield atom
-        for inside in atom.params:
-            if isinstance(inside, MaskForm):
-                yield from _all_atoms(inside)
 
 
 def _normalization(can: Capabilities, request: Request) -> Iterator[Refusal]:

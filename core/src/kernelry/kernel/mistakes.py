@@ -11,13 +11,11 @@ from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec
 from typing import Any, final
 
-import jax.numpy as jnp
-
 from kernelry.errors import nearest
 from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
 from kernelry.kernel.spec import AUTO, KernelSpec
 from kernelry.masks.form import AtomKind, PositionKind
-from kernelry.request.checks import DTYPES, is_dtype
+from kernelry.request.checks import DTYPES, SYMBOLIC, is_dtype, spelled
 from kernelry.request.context_parallel import STRATEGIES
 from kernelry.request.request import Mode, Operand
 from kernelry.request.target import PLATFORMS, platform_meant
@@ -40,7 +38,6 @@ _SETS: dict[str, type | tuple[type, ...]] = {
 """What the sets of Capabilities hold; a set of anything else holds nothing that a request could have."""
 
 _FLAGS = tuple(field.name for field in dataclasses.fields(Capabilities) if isinstance(field.default, bool))
-_SIZES = ("batch", "q_len", "kv_len")
 
 _NEEDED = {
     "platforms": "frozenset({'gpu'})",
@@ -54,8 +51,6 @@ _NEEDED = {
 _DEFINED = re.compile(r"^(?:class +|def +)?(\w+)", re.MULTILINE)
 _FROM_ELSEWHERE = re.compile(r"import\s*\(?\s*\*|__getattr__|__dict__|globals|setattr|vars|exec")
 """How a module gets names that are not written in it."""
-
-_SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
 @final
@@ -242,11 +237,11 @@ def _unknown_words(can: Capabilities) -> Iterator[Mistake]:
             yield _unknown("platforms", platform, f"write {meant!r}")
     for dtype in sorted({*can.dtypes, *(tolerance.dtype for tolerance in can.tolerances)}):
         if not is_dtype(dtype):
-            yield _unknown("dtypes", dtype, _dtype_meant(dtype))
+            yield _unknown("dtypes", dtype, spelled(dtype).removeprefix("; ") or _one_of(dtype, DTYPES))
     for name, values, known in (
         ("kv_quantizations", can.kv_quantizations, QUANTIZATIONS),
         ("context_parallel", can.context_parallel, STRATEGIES),
-        ("symbolic_sizes", can.symbolic_sizes, _SIZES),
+        ("symbolic_sizes", can.symbolic_sizes, SYMBOLIC),
     ):
         for value in sorted(set(values) - set(known)):
             yield _unknown(name, value, _one_of(value, known))
@@ -254,14 +249,6 @@ def _unknown_words(can: Capabilities) -> Iterator[Mistake]:
 
 def _unknown(field: str, word: str, fix: str) -> Mistake:
     return Mistake(f"{field}: {word!r} is unknown, so no request has it", fix, usable=True)
-
-
-def _dtype_meant(name: str) -> str:
-    try:
-        meant = _SHORT_DTYPES.get(name.lower()) or str(jnp.dtype(name).name)  # numpy reads half, f4 and the like
-    except (TypeError, ValueError):
-        return _one_of(name, DTYPES)
-    return f"write {meant!r}"
 
 
 def _one_of(word: str, known: Iterable[str]) -> str:

@@ -19,10 +19,15 @@ _SHOWN = 64
 _INT32 = np.iinfo(np.int32)
 
 
+def is_array(value: Any) -> bool:
+    """True for arrays of NumPy and JAX."""
+    return isinstance(value, jax.Array | np.ndarray)
+
+
 def as_array(value: Any) -> ArrayLike:
     """NumPy unless it is JAX's already; unwrapped."""
     value = unwrapped(value)
-    return value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
+    return value if is_array(value) else np.asarray(value)
 
 
 def as_integers(name: str, value: Any, ranks: tuple[int, ...]) -> ArrayLike:

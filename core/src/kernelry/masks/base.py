@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernelry.errors import ArgumentError, KernelryError, ShapeError
+from kernelry.masks.arrays import is_array
 from kernelry.masks.form import OPERANDS, Atom, AtomKind, MaskForm, register_mask
 from kernelry.masks.functions import is_told_by_tiles
 from kernelry.masks.positions import from_arguments
@@ -118,7 +119,7 @@ class Mask(Protocol):
     def atom(self) -> Atom:
         """The static side, at default positions: by default CUSTOM, with the word and the fields without arrays."""
         fields = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        plain = (value for value in fields if not any(map(_is_array, jax.tree.leaves(value))))
+        plain = (value for value in fields if not any(map(is_array, jax.tree.leaves(value))))
         return Atom(AtomKind.CUSTOM, (self.word or type(self).__name__, *plain))
 
     def check(self, extent: Extent) -> None:
@@ -341,10 +342,6 @@ class Mask(Protocol):
 
 
 register_mask(None, Mask)  # type: ignore[type-abstract]
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray)
 
 
 def atom_of(mask: Mask) -> Atom:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, final
 
 import jax
@@ -160,10 +160,16 @@ def children(mask: Mask) -> tuple[Mask, ...]:
     return (mask.mask,) if isinstance(mask, Not | At) else ()
 
 
+def walk(mask: Mask) -> Iterator[Mask]:
+    """The mask, then all masks inside it."""
+    yield mask
+    for part in children(mask):
+        yield from walk(part)
+
+
 def is_positional(mask: Mask) -> bool:
     """True where some atom inside is a predicate over positions."""
-    inside = children(mask)
-    return any(is_positional(part) for part in inside) if inside else mask.positional
+    return any(part.positional for part in walk(mask))
 
 
 Places = tuple[Positions | None, Positions | None]

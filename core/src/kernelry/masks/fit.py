@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 from typing import Any, cast
 
-import jax
 import numpy as np
 
 from kernelry._values import unwrapped
 from kernelry.errors import ShapeError
+from kernelry.masks.arrays import is_array
 from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask, is_mask
 from kernelry.masks.composition import At, canonical_of, children
@@ -39,11 +39,6 @@ def as_mask(mask: Any, extent: Extent) -> Mask:
             "[B, S] write mask[:, None, None], for [B, T, S] mask[:, None], for [T, S] mask[None, None]."
         )
     return Dense(array)
-
-
-def is_array(value: Any) -> bool:
-    """True for arrays of NumPy and JAX."""
-    return isinstance(value, jax.Array | np.ndarray)
 
 
 def not_a_mask(value: Any) -> str:

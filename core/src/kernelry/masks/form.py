@@ -200,9 +200,11 @@ class Atom:
     @property
     def position_kinds(self) -> frozenset[PositionKind]:
         """The ways positions are given, here and inside ANY_OF and NOT."""
-        own = {self.query.kind, self.kv.kind}
-        inside = (a.position_kinds for p in self.params if isinstance(p, MaskForm) for a in p.atoms)
-        return frozenset(own.union(*inside))
+        return frozenset(kind for atom in self.walk() for kind in (atom.query.kind, atom.kv.kind))
+
+    def walk(self) -> tuple[Atom, ...]:
+        """This atom, and those inside ANY_OF and NOT."""
+        return (self, *(atom for param in self.params if isinstance(param, MaskForm) for atom in param.walk()))
 
     @property
     def sort_key(self) -> tuple[str, str]:
@@ -324,6 +326,10 @@ class MaskForm:
         """
         taken = tuple(i for i, atom in enumerate(self.atoms) if wanted(atom))
         return taken, tuple(i for i in range(len(self.atoms)) if i not in taken)
+
+    def walk(self) -> tuple[Atom, ...]:
+        """The atoms, and those inside ANY_OF and NOT."""
+        return tuple(inside for atom in self.atoms for inside in atom.walk())
 
     @property
     def position_kinds(self) -> frozenset[PositionKind]:

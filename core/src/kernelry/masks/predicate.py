@@ -13,7 +13,7 @@ from kernelry._pytree import importable_name, pytree, title_of
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.arrays import as_array, described, module_of
 from kernelry.masks.base import Extent, Mask
-from kernelry.masks.composition import children
+from kernelry.masks.composition import children, walk
 from kernelry.masks.form import OPERANDS, Atom, AtomKind, MaskForm
 from kernelry.masks.functions import FunctionRef, Held, held_by, imported
 from kernelry.masks.side import ArrayLike, Side
@@ -122,20 +122,15 @@ def _held(atom: Atom) -> Held | None:
 
 def note_arrays(form: MaskForm) -> None:
     """Asks the functions in a form that may outlive them."""
-    for atom in form.atoms:
+    for atom in form.walk():
         arrays_held(atom)
-        for inside in atom.params:
-            if isinstance(inside, MaskForm):
-                note_arrays(inside)
 
 
 def functions_in(mask: Mask) -> Iterator[Callable[..., Any]]:
     """What a form only names of a mask: the functions of predicates, the classes of other masks."""
-    inside = children(mask)
-    for part in inside:
-        yield from functions_in(part)
-    if not inside:
-        yield mask.fn if isinstance(mask, Predicate) else type(mask)
+    for part in walk(mask):
+        if not children(part):
+            yield part.fn if isinstance(part, Predicate) else type(part)
 
 
 def is_lasting(mask: Mask) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, final
 from kernelry.errors import ArgumentError, nearest
 from kernelry.masks.base import Extent, Mask, is_mask
 from kernelry.masks.fit import check_fits
-from kernelry.request.checks import is_dtype, spelled
+from kernelry.request.checks import is_dtype, shown, spelled
 from kernelry.request.request import named_dtype
 from kernelry.storage import Quantization
 
@@ -123,7 +123,7 @@ class ModelShape:
         _check_sizes(self)
         object.__setattr__(self, "dtype", _dtype(self.dtype))
         if type(self.two_part) is not bool:
-            raise ArgumentError(f"two_part must be True or False, got {_shown(self.two_part)}.")
+            raise ArgumentError(f"two_part must be True or False, got {shown(self.two_part)}.")
         if self.max_len < self.q_len:
             raise ArgumentError(
                 f"max_len={self.max_len} slots cannot hold the prompt of q_len={self.q_len} tokens; raise max_len."
@@ -173,7 +173,7 @@ def _check_sizes(shape: ModelShape) -> None:
         if size is None and name in ("kv_heads", "value_dim"):
             continue
         if type(size) is not int or not 1 <= size <= LARGEST_SIZE:
-            raise ArgumentError(f"{name} must be an integer from 1 to {LARGEST_SIZE}, got {_shown(size)}.")
+            raise ArgumentError(f"{name} must be an integer from 1 to {LARGEST_SIZE}, got {shown(size)}.")
     if shape.kv_heads is not None and shape.q_heads % shape.kv_heads:
         raise ArgumentError(f"kv_heads={shape.kv_heads} must divide q_heads={shape.q_heads}.")
 
@@ -196,10 +196,5 @@ def _dtype(dtype: Any) -> str:
     """The full name of a dtype."""
     name = named_dtype(dtype)
     if not isinstance(name, str) or not is_dtype(name):
-        raise ArgumentError(f"dtype must be the name of a dtype, e.g. bfloat16, got {_shown(dtype)}{spelled(dtype)}.")
+        raise ArgumentError(f"dtype must be the name of a dtype, e.g. bfloat16, got {shown(dtype)}{spelled(dtype)}.")
     return name
-
-
-def _shown(value: Any) -> str:
-    """A value as text; an array by its shape."""
-    return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)

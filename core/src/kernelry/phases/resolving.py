@@ -85,20 +85,15 @@ def resolve_phases(
     check_config(config)
     if not isinstance(shape, ModelShape):
         raise ArgumentError(f"shape must be a kernelry.ModelShape, got {type(shape).__name__}.")
+    where = current_scope().target or current_target() if target is None else Target.parse(target)
     found = [
         explain(call.request, kernels=kernels, policy=config.policy, changes=changes)
-        for call in calls(config, shape, _target(target))
+        for call in calls(config, shape, where)
     ]
     train, prefill, decode = (next(r for r in found if r.request.mode is mode) for mode in Mode)
     more = tuple(resolution for resolution in found if not any(resolution is r for r in (train, prefill, decode)))
     disagreements = (*_unserved(found), *_layout(prefill, decode), *_statistics(found), *_meaning(config))
     return Phases(train, prefill, decode, tuple(dict.fromkeys(disagreements)), more)
-
-
-def _target(target: Target | str | None) -> Target:
-    if isinstance(target, str):
-        return Target.parse(target)
-    return target or current_scope().target or current_target()
 
 
 def _unserved(resolutions: Iterable[Resolution]) -> Iterator[str]:

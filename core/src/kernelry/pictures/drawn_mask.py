@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, Int8
 
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.base import Extent, Mask
-from kernelry.masks.composition import At, children
+from kernelry.masks.composition import At, children, walk
 from kernelry.masks.fit import check_fits
 from kernelry.masks.positions import Positions, StaticOffsets, StaticPositions, TracedOffset, TracedPositions
 from kernelry.masks.run_time import BlockKind
@@ -143,7 +143,7 @@ def _placed(mask: Mask, query: Positions | None, kv: Positions | None) -> Iterat
 
 
 def _extent(mask: Mask, q_len: int | None, kv_len: int | None) -> Extent:
-    sizes = [_sizes(inside) for inside in _all_inside(mask)]
+    sizes = [_sizes(inside) for inside in walk(mask)]
     rows, heads, queries, keys = (max((size.get(letter, 0) for size in sizes), default=0) for letter in "BNTS")
     rows, heads = max(rows, 1), max(heads, 1)
     q_len = (queries or None) if q_len is None else q_len
@@ -159,12 +159,6 @@ def _extent(mask: Mask, q_len: int | None, kv_len: int | None) -> Extent:
         q_len=either if q_len is None else q_len,
         kv_len=either if kv_len is None else kv_len,
     )
-
-
-def _all_inside(mask: Mask) -> Iterator[Mask]:
-    yield mask
-    for part in children(mask):
-        yield from _all_inside(part)
 
 
 def _sizes(mask: Mask) -> dict[str, int]:

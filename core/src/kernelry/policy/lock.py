@@ -250,7 +250,7 @@ class Lock:
         if difference is not None:
             raise ConfigError(
                 f"strict mode: {difference}. Run kernelry lock to accept this (its --batch, --mask and --cache say "
-                "what a model asks for; in Python, kernelry.lock.Lock.of(resolutions of record()).write(path, "
+                "what a model asks for; in Python, kernelry.config.Lock.of(resolutions of record()).write(path, "
                 "merge=True)), or restore what decided before."
             )
 

@@ -325,7 +325,7 @@ def use(
         _check_spec(spec)
     if not isinstance(context_parallel, ContextParallel | None):
         raise ArgumentError(f"use(context_parallel=…) takes a ContextParallel, got {context_parallel!r}.")
-    where = Target.parse(target) if isinstance(target, str) else target
+    where = None if target is None else Target.parse(target)
     written = None if strict is None else _lock(strict)
 
     def inside(outer: Scope) -> Scope:

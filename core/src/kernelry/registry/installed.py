@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from kernelry.request.checks import DTYPES
+
 if TYPE_CHECKING:
     from kernelry.kernel.spec import KernelSpec
     from kernelry.registry.contents import InstalledKernel, Plugin, Registry
@@ -29,7 +31,6 @@ _MADE_FOR = {
     "gpu": ("kernelry-gpu-pallas", "kernelry-cudnn-te"),
     "tpu": ("kernelry-tpu-splash",),
 }
-_PLAIN_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PLAIN_NORMALIZATIONS = ("softmax", "softmax_max_sum")
 
 
@@ -110,7 +111,7 @@ def without_plain_kernel(platform: str, names: Collection[str]) -> str | None:
 
 def advice_on(request: Request, names: Collection[str]) -> str | None:
     """Returns what to do where no kernel serves a request that a plain kernel would; None where it would not."""
-    served = request.dtype in _PLAIN_DTYPES and request.normalization in _PLAIN_NORMALIZATIONS
+    served = request.dtype in DTYPES and request.normalization in _PLAIN_NORMALIZATIONS
     if not served or request.context_parallel is not None:
         return None
     return without_plain_kernel(request.target.platform, names)

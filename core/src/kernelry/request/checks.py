@@ -51,7 +51,7 @@ def check_kinds(request: Any, flags: Iterable[str]) -> None:
             raise ArgumentError(f"{name} must be the name of a dtype, e.g. bfloat16, got {dtype!r}{spelled(dtype)}.")
     for name in flags:
         if type(getattr(request, name)) is not bool:
-            raise ArgumentError(f"{name} must be True or False, got {_shown(getattr(request, name))}.")
+            raise ArgumentError(f"{name} must be True or False, got {shown(getattr(request, name))}.")
     if request.precision is not None and not isinstance(request.precision, str):
         raise ArgumentError(f"precision must be a name or None, got {request.precision!r}.")
     _check_numbers(request)
@@ -115,7 +115,7 @@ def check_sinks(sinks: bool, partial: bool) -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as it is written; an array by its shape, since a Request holds none."""
     return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)
 
@@ -130,7 +130,7 @@ def _check_bias(request: Any) -> None:
         type(have) in (int, SymbolicSize) and have in (1, want) for have, want in zip(shape, full.values(), strict=True)
     ):
         sizes = " ".join(f"{name}={size}" for name, size in full.items())
-        raise ArgumentError(f"bias must be its shape, each dimension 1 or that of {sizes}, got {_shown(shape)}.")
+        raise ArgumentError(f"bias must be its shape, each dimension 1 or that of {sizes}, got {shown(shape)}.")
 
 
 def check_storage(request: Any, differentiated: Set[Any]) -> None:

@@ -65,12 +65,14 @@ class Target:
     topology: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Target:
+    def parse(cls, text: str | Target) -> Target:
         """Reads the grammar `platform[:kind[:topology]]`; a JAX device kind is an alias too.
 
         Raises:
           ConfigError: the platform or the kind is unknown.
         """
+        if isinstance(text, Target):
+            return text
         if not isinstance(text, str):
             raise ConfigError(f"a target is a name such as 'gpu:h100', got {text!r}.")
         if "," in text:

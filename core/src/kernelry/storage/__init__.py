@@ -1,6 +1,6 @@
 """How keys and values are stored: plain arrays, quantised ones, and pages with a table.
 
-Internal; `kernelry.cache` and `kernelry.plugin` export what others may use. Imports `errors` and JAX.
+Internal; `kernelry.cache` and `kernelry.plugin` export what others may use. Imports `_pytree`, `errors` and JAX.
 """
 
 from kernelry.storage.paged import PagedArray

@@ -68,9 +68,8 @@ class PagedArray:
 
     def gather(self) -> Stored:
         """Copies the pages of every row side by side, [B, S, K, H]; NaN where there is no page."""
-        if isinstance(self.pages, QuantizedArray):
-            return QuantizedArray(_beside(self.pages.values, self.table), _beside(self.pages.scale, self.table))
-        return _beside(self.pages, self.table)
+        gathered: Stored = jax.tree.map(lambda pages: _gathered(pages, self.table), self.pages)
+        return gathered
 
     def __repr__(self) -> str:
         if not hasattr(self.pages, "shape") or not hasattr(self.table, "shape"):  # what jax.tree.map put there
@@ -78,7 +77,7 @@ class PagedArray:
         return f"PagedArray(pages={list(self.pages.shape)}, table={list(self.table.shape)})"
 
 
-def _beside(pages: jax.Array, table: jax.Array) -> jax.Array:
+def _gathered(pages: jax.Array, table: jax.Array) -> jax.Array:
     pages, table = jnp.asarray(pages), jnp.asarray(table)  # both may be NumPy's
     found = pages.at[jnp.where(table < 0, pages.shape[0], table)].get(mode="fill", fill_value=_nothing(pages.dtype))
     rows, count, page_size, *rest = found.shape

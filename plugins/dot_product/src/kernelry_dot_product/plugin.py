@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from kernelry.plugin import (
     QUANTIZATIONS,
     AtomKind,
@@ -23,7 +25,6 @@ from kernelry.plugin import (
 
 contract = (1, 1)
 
-_TOLERANCES = standard_tolerances("float32", "bfloat16", "float16")
 _EVERYWHERE = Capabilities(
     platforms=frozenset({"cpu", "gpu", "tpu"}),
     interpret=True,
@@ -45,7 +46,7 @@ _EVERYWHERE = Capabilities(
     lse_cotangent=True,
     empty_rows=True,
     clean_hidden_slots=True,
-    tolerances=_TOLERANCES,
+    tolerances=standard_tolerances("float32", "bfloat16", "float16"),
 )
 _TILINGS = ((512, 512), (64, 64), (128, 128), (256, 256), (512, 256), (1024, 512))
 """(G·block_q, block_kv) in slots, the fastest on CPU first: benchmarks/blockwise.py."""
@@ -75,31 +76,17 @@ def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
 
 BLOCKWISE = KernelSpec(
     name="blockwise",
-    capabilities=Capabilities(
-        platforms=frozenset({"cpu", "gpu", "tpu"}),
-        interpret=True,
-        modes=frozenset(Mode),
+    capabilities=dataclasses.replace(
+        _EVERYWHERE,
         dtypes=frozenset({"float16", "bfloat16", "float32"}),
-        head_dims=Dims(),
-        split_head_dim=True,
-        grouped_heads=True,
-        unequal_lengths=True,
+        empty_arrays=False,
         symbolic_sizes=frozenset({"batch"}),
-        atoms=frozenset(AtomKind),
-        positions=frozenset(PositionKind),
         features=frozenset(Feature) - {Feature.LOGITS_DTYPE},
-        statistics=frozenset({Statistic.LSE}),
-        normalizations=frozenset({"softmax", "softmax_max_sum"}),
         gradient=Gradient.BACKWARD,
         backward_only=True,
-        gradients=frozenset(Operand),
         forward_over_reverse=True,
-        lse_cotangent=True,
-        empty_rows=True,
-        clean_hidden_slots=True,
         kv_quantizations=QUANTIZATIONS,
         pages=True,
-        tolerances=_TOLERANCES,
     ),
     load="kernelry_dot_product.blockwise:BlockwiseKernel",
     tilings=_blockwise_tilings,

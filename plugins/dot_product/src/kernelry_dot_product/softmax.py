@@ -1,4 +1,4 @@
-"""Softmax attention over one dense block of logits, with everything section 3 of the design asks.
+"""Softmax attention over one dense block of logits, with every option of a request.
 
 Shapes inside: queries of one key/value head are together, so B K G T S, with N = K·G.
 """

@@ -27,17 +27,13 @@ ATOMS = frozenset(AtomKind) - {AtomKind.BLOCK_SELECTION, AtomKind.CUSTOM}
 
 def mask_refusals(form: MaskForm) -> Iterator[Refusal]:
     """Atoms that only look as if they could be evaluated so: predicates that are handed arrays, or hold some."""
-    for atom in form.atoms:
+    for atom in form.walk():
         yield from array_refusals(atom)
-        for inside in atom.params:
-            if isinstance(inside, MaskForm):
-                yield from mask_refusals(inside)
 
 
 def dense_masks(form: MaskForm) -> int:
     """How many masks a tile reads a boolean of each query and key from."""
-    inside = sum(dense_masks(part) for atom in form.atoms for part in atom.params if isinstance(part, MaskForm))
-    return inside + sum(atom.kind is AtomKind.DENSE for atom in form.atoms)
+    return sum(atom.kind is AtomKind.DENSE for atom in form.walk())
 
 
 @final

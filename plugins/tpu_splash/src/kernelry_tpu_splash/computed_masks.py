@@ -63,7 +63,7 @@ def _atom_refusals(atom: Atom, *, alone: bool) -> Iterator[Refusal]:
             yield Refusal(RefusalCode.POSITIONS, f"mask atom {atom} has traced positions next to another atom")
     if not dataclasses.replace(atom, query=PositionForm(), kv=PositionForm()).is_static:
         yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
-    for inside in _atoms_in(atom):
+    for inside in atom.walk():
         if "operands" not in inside.params:  # said above
             yield from array_refusals(inside)
     for form in _positions_in(atom):
@@ -73,17 +73,9 @@ def _atom_refusals(atom: Atom, *, alone: bool) -> Iterator[Refusal]:
 
 
 def _positions_in(atom: Atom) -> Iterator[PositionForm]:
-    for inside in _atoms_in(atom):
+    for inside in atom.walk():
         yield inside.query
         yield inside.kv
-
-
-def _atoms_in(atom: Atom) -> Iterator[Atom]:
-    yield atom
-    for form in atom.params:
-        if isinstance(form, MaskForm):
-            for inside in form.atoms:
-                yield from _atoms_in(inside)
 
 
 @final

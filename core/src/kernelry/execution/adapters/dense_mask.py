@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import ClassVar, final
 
 from kernelry.execution.adapters.base import Adapter, Cost, visible_of
@@ -34,20 +33,11 @@ class DenseMask(Adapter):
         return dataclasses.replace(inputs, mask=(Dense(visible_of(inputs.mask, before)),))
 
     def cost(self, before: Request, after: Request) -> Cost:
-        atoms = tuple(_inside(before.mask))
+        atoms = [atom for atom in before.mask.walk() if atom.kind not in (AtomKind.ANY_OF, AtomKind.NOT)]
         rows = before.batch if any(_differs_by_row(atom) for atom in atoms) else 1
         heads = before.q_heads if any(_may_differ_by_head(atom) for atom in atoms) else 1
         pairs = rows * heads * before.q_len * before.kv_len
         return Cost(extra_bytes=pairs, extra_flops=pairs * len(before.mask.atoms))
-
-
-def _inside(form: MaskForm) -> Iterator[Atom]:
-    for atom in form.atoms:
-        nested = [part for part in atom.params if isinstance(part, MaskForm)]
-        if not nested:
-            yield atom
-        for part in nested:
-            yield from _inside(part)
 
 
 def _may_differ_by_head(atom: Atom) -> bool:

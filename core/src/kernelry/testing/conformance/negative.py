@@ -11,6 +11,7 @@ from kernelry.errors import KernelRefusedError
 from kernelry.kernel.capabilities import Capabilities, Feature, Gradient
 from kernelry.kernel.refusal import RefusalCode
 from kernelry.masks import AtomKind, Causal, PositionKind
+from kernelry.request.checks import DTYPES
 from kernelry.request.request import Mode, Operand
 from kernelry.storage import QUANTIZATIONS
 from kernelry.testing.conformance import samples
@@ -22,8 +23,6 @@ from kernelry.testing.conformance.subject import Subject
 
 Undeclared: TypeAlias = tuple[str, AttentionCall, RefusalCode]
 """What is not declared, a call that needs it, and the reason that must be among the refusals."""
-
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def undeclared_calls(subject: Subject, base: AttentionCall) -> Iterator[Undeclared]:
@@ -67,7 +66,7 @@ def _kinds(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
     for mode in Mode:
         if mode not in can.modes:
             yield f"mode {mode.value}", but(base, mode=mode, gradients=frozenset()), RefusalCode.MODE
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         if dtype not in can.dtypes:
             yield f"dtype {dtype}", but(base, dtype=dtype), RefusalCode.DTYPE
     for name in ("softmax", "softmax_max_sum"):

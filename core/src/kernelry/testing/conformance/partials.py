@@ -14,7 +14,7 @@ from kernelry.execution.normalization import finalize, merge, to_lse
 from kernelry.kernel.capabilities import Feature, Gradient, Statistic
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs
-from kernelry.masks import Causal, Mask
+from kernelry.masks import Causal, Dense, Lengths, Mask, Segments
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly
 from kernelry.testing.conformance.calls import QKV, AttentionCall
@@ -73,12 +73,10 @@ def partial_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
 
 
 def _nothing(call: AttentionCall) -> Iterator[Mask]:
-    from kernelry import masks
-
     yield Causal().at(query_offset=-call.q_len)
-    yield masks.Segments(np.full(call.q_len, -1, np.int32))
-    yield masks.Lengths(np.zeros(call.batch, np.int32))
-    yield masks.Dense(np.zeros((1, 1, call.q_len, call.kv_len), bool))
+    yield Segments(np.full(call.q_len, -1, np.int32))
+    yield Lengths(np.zeros(call.batch, np.int32))
+    yield Dense(np.zeros((1, 1, call.q_len, call.kv_len), bool))
 
 
 def _returns(bench: Bench, call: AttentionCall, statistic: Statistic) -> Callable[[], Verdict]:
@@ -103,9 +101,7 @@ def _merges(bench: Bench, call: AttentionCall, placed: tuple[Mask, Mask]) -> Cal
 
     def check() -> Verdict:
         length = call.kv_len
-        mask = Causal() if placed[0] is not placed[1] else call.mask
-        if placed[0] is not placed[1]:
-            mask = Causal().at(query_offset=0)
+        mask = call.mask if placed[0] is placed[1] else Causal().at(query_offset=0)
         whole = but(call, kv_len=2 * length, mask=mask)
         arrays, cotangents = whole.arrays(), whole.cotangents()
 

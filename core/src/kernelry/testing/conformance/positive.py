@@ -15,8 +15,8 @@ from kernelry.masks import AtomKind, Causal, Mask, PositionKind
 from kernelry.request.request import Mode, Operand
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.calls import AttentionCall
+from kernelry.testing.conformance.stored import MaskedOut
 from kernelry.testing.conformance.subject import Subject
-from kernelry.testing.reference import reference_mask
 
 Named: TypeAlias = tuple[str, str, tuple[AttentionCall, ...]]
 """The claim, the name of a case, and calls of which the first that is served tests the claim."""
@@ -173,20 +173,20 @@ def _edges(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     drawn = {name: tuple(but(base, mask=mask) for mask in calls) for name, calls in samples.emptying(base).items()}
     served = [(name, call) for name, calls in drawn.items() if (call := subject.first(calls))]
     most = 2 if subject.quick else len(served)
-    for name, call in [(n, c) for n, c in served if _has_empty_rows(c)][:most]:
+    for name, call in [(n, c) for n, c in served if MaskedOut.of(c).queries.any()][:most]:
         if subject.can.empty_rows:
             yield "empty rows", f"empty rows: {name}", (call,)
     first = tuple(call for _, call in served)  # none where such masks hide slots, too, and an adapter must clean those
     if first and subject.can.empty_rows and Feature.SINKS in subject.can.features:
         yield "empty rows", "empty rows with sinks", tuple(but(call, sinks=True) for call in first)
     if first and subject.can.empty_rows and Feature.MAX_LOGITS in subject.can.features:
-        blank = [call for call in first if not _visible(call).any(axis=(2, 3)).all()]
+        blank = [call for call in first if MaskedOut.of(call).queries.all(axis=1).any()]
         yield (
             "max logits",
             "max logits where nothing is visible",
             tuple(but(c, max_logits=True) for c in blank or first),
         )
-    for name, call in [(n, c) for n, c in served if _hides(c)][:most]:
+    for name, call in [(n, c) for n, c in served if MaskedOut.of(c).slots.any()][:most]:
         if subject.can.clean_hidden_slots:
             yield "hidden slots", f"NaN in hidden slots: {name}", (but(call, poison=True),)
 
@@ -221,19 +221,6 @@ def together(subject: Subject, call: AttentionCall) -> tuple[AttentionCall, tupl
         if subject.serves(more):
             call, names = more, (*names, name)
     return call, names
-
-
-def _visible(call: AttentionCall) -> np.ndarray:
-    return reference_mask(call.mask, call.batch, call.q_heads, call.q_len, call.kv_len)
-
-
-def _has_empty_rows(call: AttentionCall) -> bool:
-    return not _visible(call).any(axis=3).all()
-
-
-def _hides(call: AttentionCall) -> bool:
-    groups = (call.batch, call.kv_heads, call.q_heads // call.kv_heads, call.q_len, call.kv_len)
-    return not _visible(call).reshape(groups).any(axis=(2, 3)).all()
 
 
 def why_not_float64(call: AttentionCall) -> str | None:

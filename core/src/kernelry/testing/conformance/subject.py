@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import final
 
 from kernelry.errors import KernelryError
-from kernelry.kernel.capabilities import Capabilities, Dims, Gradient
+from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import KernelSpec
 from kernelry.request.request import Mode, Operand
@@ -101,7 +101,7 @@ def _base_calls(can: Capabilities) -> Iterable[AttentionCall]:
     modes = [mode for mode in _MODES if mode in can.modes] or [Mode.TRAIN]
     dtypes = [dtype for dtype in _DTYPES if dtype in can.dtypes] or ["float32"]
     normalization = "softmax" if "softmax" in can.normalizations else min(can.normalizations, default="softmax")
-    has_scale = any(feature.value == "scale" for feature in can.features)
+    has_scale = Feature.SCALE in can.features
     make = functools.partial(
         AttentionCall,
         q_heads=4,

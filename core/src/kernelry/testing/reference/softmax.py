@@ -39,7 +39,7 @@ class AttentionArguments:
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Softmax:
-    """What the formulas of 3.1 give; slots that no query may see hold zeros instead of their values.
+    """What the formulas give; slots that no query may see hold zeros instead of their values.
 
     Args:
       query: [B, T, N, H]. key: [B, S, N, H], value: [B, S, N, D], repeated to query's heads.
@@ -74,7 +74,7 @@ class Softmax:
 
 
 def softmax_of(arguments: AttentionArguments) -> Softmax:
-    """Computes logits, statistics and probabilities in float64, in the order of 3.1."""
+    """Computes logits, statistics and probabilities in float64."""
     query, key, value = (np.asarray(array, np.float64) for array in (arguments.query, arguments.key, arguments.value))
     batch, q_len, q_heads, head_dim = query.shape
     visible = reference_mask(arguments.mask, batch, q_heads, q_len, key.shape[1])
