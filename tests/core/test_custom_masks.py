@@ -9,6 +9,7 @@ import pytest
 
 import kernelry
 from kernelry import masks, pictures
+from kernelry.errors import ArgumentError
 from kernelry.masks import AtomKind
 from kernelry.plugin import BlockGrid, Capabilities, Mask, decided_at_run_time, pytree
 from kernelry.testing import reference_attention
@@ -128,3 +129,15 @@ def test_custom_masks_are_not_decided_at_run_time_and_serve_all_the_same(mask):
 def test_sizes_of_a_custom_mask_follow_from_its_axes():
     assert Heavy(np.ones((2, 7), int)).sizes() == {"B": 2, "S": 7}
     assert pictures.text(Heavy(np.array([1, 0, 1]))).splitlines()[1] == "3 queries (rows), 3 keys (columns)"
+
+
+def test_a_mask_that_is_not_a_pytree_says_how_it_becomes_one():
+    @dataclasses.dataclass(frozen=True)
+    class Even(Mask):
+        positional: ClassVar[bool] = True
+
+        def evaluate(self, query, kv):
+            return (query.positions - kv.positions) % 2 == 0
+
+    with pytest.raises(ArgumentError, match=r"Even is not a pytree: decorate the class Even with @kernelry.plugin"):
+        _ = Even().form

@@ -108,7 +108,7 @@ def test_adapters_that_more_than_double_memory_are_a_warning(logged):
     [line] = logged(request, (_spec("padded", head_dims=Dims(minimum=128, maximum=128)),))[logging.WARNING]
     assert "adapters of padded more than double the memory" in line
     assert "pad_head_dim" in line
-    assert f"to {array_bytes(request)}" in line
+    assert f"the {array_bytes(request) / 2**20:.1f} MiB of its arrays" in line
 
 
 def test_adapters_that_add_little_are_no_warning(logged):

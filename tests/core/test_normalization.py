@@ -3,6 +3,8 @@
 That merged parts are the whole, gradients included, and the laws of `merge` are in test_laws.py.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,3 +156,18 @@ def test_finalize_of_an_array_is_an_error():
 def test_finalize_refuses_sinks_that_are_not_one_per_head(shape):
     with pytest.raises(ShapeError, match="one logit per query head"):
         kernelry.finalize(_partial(), jnp.zeros(shape))
+
+
+def test_mistakes_with_partials_say_what_to_pass():
+    part = kernelry.Partial(jnp.zeros((1, 2, 3, 4)), lse=jnp.zeros((1, 3, 2)), dtype="float32")
+    for mistake, told in (
+        (lambda: kernelry.merge(None), "merge takes a sequence of Partials, got None."),
+        (lambda: kernelry.merge([jnp.zeros(3)]), "attention(…, return_partial=True)"),
+        (lambda: kernelry.merge([(part, None)]), "returns (partial, max_logits); pass the first"),
+        (lambda: kernelry.finalize(jnp.zeros(3)), "attention(…, return_partial=True)"),
+        (lambda: kernelry.finalize(dataclasses.replace(part, lse=None, max=part.lse)), "this Partial lacks sum"),
+        (lambda: kernelry.merge([part, dataclasses.replace(part, lse=part.lse[..., :1])]), "whose lse has one shape"),
+    ):
+        with pytest.raises(kernelry.errors.KernelryError) as caught:
+            mistake()
+        assert told in str(caught.value)

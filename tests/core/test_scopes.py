@@ -308,3 +308,11 @@ def test_a_call_of_a_compiled_function_only_compares():
         key = kernelry.policy.scope._jax_key.value
         _traced(ZERO)
         assert kernelry.policy.scope._jax_key.value is key
+
+
+def test_a_scope_that_is_not_open_cannot_be_left():
+    scope = kernelry.use("dot_product")
+    with pytest.raises(ArgumentError, match="this scope is not open"):
+        scope.__exit__(None, None, None)
+    with pytest.raises(ArgumentError, match=r"use\(kernels=…\) takes a sequence of KernelSpecs, got 3"):
+        kernelry.use(kernels=3)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -97,6 +98,9 @@ def to_lse(partial: Partial) -> Partial:
     if partial.lse is not None:
         return partial
     if partial.max is None or partial.sum is None:
+        if (partial.max is None) != (partial.sum is None):
+            missing = "sum" if partial.sum is None else "max"
+            raise ArgumentError(f"this Partial lacks {missing}: its statistics are lse, or max and sum.")
         raise ArgumentError("this Partial holds no statistics; ask for them with return_partial=True.")
     some = partial.sum > 0
     divisor = jnp.where(some, partial.sum, 1.0)
@@ -177,6 +181,8 @@ def merge(partials: Sequence[Partial]) -> Partial:
     """
     if isinstance(partials, Partial):
         raise ArgumentError("merge takes a sequence of Partials, got one Partial; write merge([partial]).")
+    if not isinstance(partials, Iterable):
+        raise ArgumentError(f"merge takes a sequence of Partials, got {_not_a_partial(partials)}.")
     partials = tuple(partials)
     _check_parts(partials)
     form: Normalization = MaxSum() if all(partial.max is not None for partial in partials) else LogSumExp()
@@ -196,7 +202,7 @@ def finalize(partial: Partial, sinks: Float[Array, " N"] | None = None) -> Float
       ShapeError: sinks are not [N].
     """
     if not isinstance(partial, Partial):
-        raise ArgumentError(f"finalize takes a Partial, got {type(partial).__name__}.")
+        raise ArgumentError(f"finalize takes a Partial, got {_not_a_partial(partial)}.")
     sinks = None if sinks is None else jnp.asarray(sinks)
     if sinks is not None and jnp.shape(sinks) != (partial.out.shape[2],):
         raise ShapeError(
@@ -210,15 +216,28 @@ def _check_parts(partials: Sequence[Partial]) -> None:
         raise ArgumentError("merge got no partials; there is no shape to give an empty result.")
     for partial in partials:
         if not isinstance(partial, Partial):
-            raise ArgumentError(f"merge takes Partials, got {type(partial).__name__}.")
+            raise ArgumentError(f"merge takes Partials, got {_not_a_partial(partial)}.")
     outputs = sorted({f"{part.dtype}{list(part.out.shape)}" for part in partials})
     if len(outputs) > 1:
         raise ShapeError(f"merge takes parts of one attention, for the same queries; got outputs {', '.join(outputs)}.")
+    for name in ("lse", "lse_rest", "max", "sum", "max_logits"):
+        shapes = {array.shape for part in partials if (array := getattr(part, name)) is not None}
+        if len(shapes) > 1:
+            found = " and ".join(map(str, sorted(shapes)))
+            raise ShapeError(f"merge takes parts whose {name} has one shape, got {found}.")
     without = sum(part.max_logits is None for part in partials)
     if 0 < without < len(partials):
         raise ArgumentError(
             f"{without} of {len(partials)} partials hold no max_logits; ask for them in every part or in none."
         )
+
+
+def _not_a_partial(value: object) -> str:
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of shape {value.shape}; ask for a Partial with attention(…, return_partial=True)"
+    if isinstance(value, tuple) and value and isinstance(value[0], Partial):
+        return "a tuple: with return_max_logits=True a call returns (partial, max_logits); pass the first"
+    return repr(value) if value is None else f"a {type(value).__name__}"
 
 
 def _finite(statistic: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
@@ -254,6 +254,8 @@ class Opener(Generic[_T]):
     def _left(self) -> _Opening:
         """The scope that ends: the innermost of this task; of all where another task or thread closes a generator."""
         here = [opening for opening in _open_here() if opening in self._entered]
+        if not self._entered:
+            raise ArgumentError("this scope is not open: it was left already, or never entered.")
         return here[-1] if here else self._entered[-1]
 
     def __call__(self, function: _Function) -> _Function:
@@ -319,6 +321,8 @@ def use(
     check_policy(policy)
     if isinstance(kernels, KernelSpec):
         raise ArgumentError(f"use(kernels=…) takes a sequence; write kernels=[spec] for {kernels.name!r}.")
+    if not isinstance(kernels, Iterable):
+        raise ArgumentError(f"use(kernels=…) takes a sequence of KernelSpecs, got {kernels!r}.")
     if not isinstance(tiling, dict | None):
         raise ArgumentError(f"use(tiling=…) takes tunables by name, e.g. {{'block_q': 128}}, got {tiling!r}.")
     for spec in kernels:

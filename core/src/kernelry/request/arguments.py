@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from kernelry._values import size_of, unwrapped
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.form import MaskForm
-from kernelry.request.checks import is_finite
+from kernelry.request.checks import is_finite, spelled
 from kernelry.request.request import Mode, Operand, Request, dtype_name, precision_name
 from kernelry.request.target import Target
 from kernelry.storage import PagedArray, QuantizedArray
@@ -336,7 +336,7 @@ def _logits_dtype(dtype: Any) -> str:
     try:
         found = jnp.dtype(dtype)
     except TypeError:
-        raise ArgumentError(f"logits_dtype={dtype!r} is not a dtype.") from None
+        raise ArgumentError(f"logits_dtype={dtype!r} is not a dtype{spelled(dtype)}.") from None
     if not jnp.issubdtype(found, jnp.floating):
         raise ArgumentError(f"logits_dtype must be floating, got {found}.")
     if found == jnp.float64 and jax.dtypes.canonicalize_dtype(found) != found:

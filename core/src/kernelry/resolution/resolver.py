@@ -181,12 +181,12 @@ def _warn_of_memory(resolution: Resolution, plan: Plan) -> None:
     own, extra = array_bytes(resolution.request), plan.cost.extra_bytes
     if extra > own:
         _logger.warning(
-            "adapters of %s more than double the memory of %s: %s add %d bytes to %d",
+            "adapters of %s more than double the memory of %s: %s, %.1f MiB on top of the %.1f MiB of its arrays",
             resolution.kernel,
             resolution.request,
             ", ".join(step.adapter.name for step in plan.steps),
-            extra,
-            own,
+            extra / 2**20,
+            own / 2**20,
         )
 
 
