@@ -100,7 +100,7 @@ def to_lse(partial: Partial) -> Partial:
     if partial.max is None or partial.sum is None:
         if (partial.max is None) != (partial.sum is None):
             missing = "sum" if partial.sum is None else "max"
-            raise ArgumentError(f"this Partial lacks {missing}: its statistics are lse, or max and sum.")
+            raise ArgumentError(f"this Partial lacks {missing}; return_partial=True gives lse, or max and sum.")
         raise ArgumentError("this Partial holds no statistics; ask for them with return_partial=True.")
     some = partial.sum > 0
     divisor = jnp.where(some, partial.sum, 1.0)

@@ -347,7 +347,12 @@ register_mask(None, Mask)  # type: ignore[type-abstract]
 def atom_of(mask: Mask) -> Atom:
     """A mask's atom; that of a custom mask says whether it needs arrays."""
     atom = mask.atom
-    if atom.kind is not AtomKind.CUSTOM or OPERANDS in atom.params or is_told_by_tiles(mask):
+    if atom.kind is not AtomKind.CUSTOM:
+        return atom
+    if any(leaf is mask for leaf in jax.tree.leaves(mask)):
+        kind = type(mask).__name__
+        raise ArgumentError(f"{kind} is not a pytree: decorate the class {kind} with @kernelry.plugin.pytree().")
+    if OPERANDS in atom.params or is_told_by_tiles(mask):
         return atom
     return dataclasses.replace(atom, params=(*atom.params, OPERANDS))
 

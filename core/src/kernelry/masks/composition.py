@@ -15,7 +15,6 @@ import jax
 
 from kernelry._pytree import pytree
 from kernelry._values import SymbolicSize
-from kernelry.errors import ArgumentError
 from kernelry.masks.band import Band, Full, band_atom
 from kernelry.masks.base import Mask, atom_of
 from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionForm
@@ -218,9 +217,6 @@ def _of_atom(mask: Mask, places: Places) -> Conjunct:
     query_read = query if mask.uses_query_positions else None
     atom = _atom_at(mask, query_read, kv)
     leaves, structure = jax.tree.flatten(mask)
-    if any(leaf is mask for leaf in leaves):
-        kind = type(mask).__name__
-        raise ArgumentError(f"{kind} is not a pytree: decorate the class {kind} with @kernelry.plugin.pytree().")
     key = (structure, tuple(map(id, leaves)), _identity(query_read), _identity(kv))
     return Conjunct(mask, atom, query, kv, key)
 

@@ -254,9 +254,9 @@ class Opener(Generic[_T]):
     def _left(self) -> _Opening:
         """The scope that ends: the innermost of this task; of all where another task or thread closes a generator."""
         here = [opening for opening in _open_here() if opening in self._entered]
-        if not self._entered:
-            raise ArgumentError("this scope is not open: it was left already, or never entered.")
-        return here[-1] if here else self._entered[-1]
+        if self._entered:
+            return here[-1] if here else self._entered[-1]
+        raise ArgumentError("this scope is not open: it was left already, or never entered.")
 
     def __call__(self, function: _Function) -> _Function:
         """Returns the function with each call of it inside the scope.
@@ -307,22 +307,18 @@ def use(
       target: answers for that hardware instead of the local one.
       kernels: adds kernels that no plugin registers.
       tiling: overrides tunables by name.
-      strict: a lock file, as `kernelry lock` writes it; a resolution that is not the one written
-        there is a ConfigError.
-      context_parallel: says that query, key and value are sharded along their sequences, and how to attend to them;
-        a size of 1 takes it back.
+      strict: a lock file, as `kernelry lock` writes it; a resolution that differs from it is a ConfigError.
+      context_parallel: how to attend to sequences that are sharded over a mesh axis; a size of 1 takes it back.
 
     Raises:
       ArgumentError: an argument is of another kind, or a KernelSpec cannot be hashed or used.
       ConfigError: the target is unknown, or the lock file cannot be read.
     """
-    if kernel is not None:
-        check_kernel_name(kernel)
+    check_kernel_name(AUTO if kernel is None else kernel)
     check_policy(policy)
-    if isinstance(kernels, KernelSpec):
-        raise ArgumentError(f"use(kernels=…) takes a sequence; write kernels=[spec] for {kernels.name!r}.")
     if not isinstance(kernels, Iterable):
-        raise ArgumentError(f"use(kernels=…) takes a sequence of KernelSpecs, got {kernels!r}.")
+        given = f"one; write kernels=[spec] for {kernels.name!r}" if isinstance(kernels, KernelSpec) else repr(kernels)
+        raise ArgumentError(f"use(kernels=…) takes a sequence of KernelSpecs, got {given}.")
     if not isinstance(tiling, dict | None):
         raise ArgumentError(f"use(tiling=…) takes tunables by name, e.g. {{'block_q': 128}}, got {tiling!r}.")
     for spec in kernels:
