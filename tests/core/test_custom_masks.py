@@ -109,7 +109,7 @@ def test_the_band_around_a_custom_mask_narrows_bands_and_implies_them():
 
 
 def test_a_word_that_two_classes_claim_answers_for_neither():
-    [first] = type("First", (Recent,), {"word": "test.claimed"})(3).form.atoms
+    [first] = pytree()(type("First", (Recent,), {"word": "test.claimed"}))(3).form.atoms
     assert first.mask_class.band_around(first) == (3, 0)
     type("Second", (Recent,), {"word": "test.claimed"})
     assert first.mask_class.band_around(first) == (None, None)
