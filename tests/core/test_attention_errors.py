@@ -246,7 +246,10 @@ MISTAKES = [
         "kernel 'mine' cannot be used: signature must be a function, got None; pass a function as signature=; "
         "capabilities must be Capabilities, got None; pass a Capabilities.",
     ),
-    (lambda: used(kernels=SPEC), "use(kernels=…) takes a sequence of KernelSpecs, got one; write kernels=[spec] for 'mine'."),
+    (
+        lambda: used(kernels=SPEC),
+        "use(kernels=…) takes a sequence of KernelSpecs, got one; write kernels=[spec] for 'mine'.",
+    ),
     (
         lambda: used(policy=AttentionConfig()),
         "policy must be a Policy, got AttentionConfig; write policy=config.policy.",
