@@ -102,7 +102,8 @@ def _probabilities(bound):
     if bound["bias"] is not None:
         assert bound["bias"].shape[1:] == logits.shape[1:], "the vendor's backward pass mixes heads up otherwise"
         logits = logits + bound["bias"].astype(jnp.float32)
-    logits = (logits * LOG2_E) / LOG2_E  # what rounds and overflows in the vendor's kernels does so here
+    # What rounds and overflows in the vendor's kernels does so here; fused with what follows, a product is not rounded.
+    logits = jax.lax.optimization_barrier((logits * LOG2_E) / LOG2_E)
     rows, slots = np.arange(logits.shape[1])[None, :, None], np.arange(logits.shape[2])[None, None]
     visible = jnp.asarray(rows >= slots if bound["is_causal"] else np.ones((1, *logits.shape[1:]), bool))
     if bound["mask"] is not None:
