@@ -67,7 +67,7 @@ class MaskedPart:
 
 
 def over_earlier_keys(mask: Mask) -> Mask:
-    """The mask of queries over keys that are all earlier than they are: a causal mask hides none of those."""
+    """The mask for keys that all come before the queries: a causal mask hides none of them."""
     return Full() if isinstance(mask, Causal) else mask
 
 

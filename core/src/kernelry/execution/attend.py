@@ -1,4 +1,4 @@
-"""Runs kernels over parts of the keys, inside the only custom_vjp around attention.
+"""Runs kernels over parts of the keys, inside the custom_vjps of core.
 
 Without statistics a kernel's `forward` is called bare, so the program and its derivative are the kernel's own. With
 statistics, and always where it declares `backward_only`, a kernel with `gradient=BACKWARD` is differentiated by its
