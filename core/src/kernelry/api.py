@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,15 @@ from jaxtyping import Array, Bool, Float
 from kernelry._values import size_of, unwrapped
 from kernelry.errors import ArgumentError, PluginError, ShapeError, nearest
 from kernelry.execution.guards import in_reverse_mode, naming_forward_mode, noticed_elsewhere, without_gradient
-from kernelry.execution.plan import Plan
 from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.partial import Partial, checking_output
-from kernelry.kernel.spec import AUTO, Inputs, check_kernel_name
+from kernelry.kernel.spec import AUTO, Inputs, KernelSpec, check_kernel_name
 from kernelry.masks.arrays import missing_axes
 from kernelry.masks.band import Full
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.fit import canonical_for
 from kernelry.masks.form import MaskForm
-from kernelry.policy.scope import current_scope
+from kernelry.policy.scope import Scope, current_scope
 from kernelry.registry import installed
 from kernelry.request.arguments import CallOptions, as_array, checked_qkv
 from kernelry.request.context_parallel import ContextParallel
@@ -37,6 +37,10 @@ from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import current_target
 from kernelry.resolution.resolver import resolve
 from kernelry.storage import PagedArray, QuantizedArray
+
+if TYPE_CHECKING:
+    from kernelry.mesh.finding import MeshFacts
+    from kernelry.resolution.explanation import Resolution
 
 _FULL = Full()
 
@@ -141,6 +145,7 @@ def attention_with_options(
         )
     scope = current_scope()
     target = scope.target or current_target()
+    facts = _mesh_facts(scope, arrays)
     request = options.request(
         arrays.query,
         arrays.key,
@@ -151,6 +156,8 @@ def attention_with_options(
         bias=None if arrays.bias is None else tuple(map(size_of, arrays.bias.shape)),
         interpret=scope.interpret and target.platform == "cpu",
         context_parallel=_shared_out(scope.context_parallel),
+        sharding=None if facts is None else facts.text,
+        partitioned=facts is not None and facts.partitioned,
     )
     arrays = dataclasses.replace(arrays, dropout_rng=unwrapped(dropout_rng) if options.dropout_rate else None)
     given = frozenset(operand for operand in Operand if getattr(arrays, operand.value) is not None)
@@ -162,7 +169,37 @@ def attention_with_options(
     spec = resolution.plan.kernel
     if spec.capabilities.gradient is Gradient.BACKWARD:
         arrays = in_reverse_mode(arrays, request.gradients, spec, installed.native_kernels)
-    return _run(resolution.plan, arrays, request, notice=scope.target is None)
+    if facts is not None and facts.partitioned and not spec.capabilities.partitioned_by_xla:
+        _warn_of_repeated_work(spec.name)
+    run = _runner(resolution, request, facts)
+    return _run(spec, run, arrays, request, notice=scope.target is None)
+
+
+def _mesh_facts(scope: Scope, arrays: Inputs) -> MeshFacts | None:
+    """What a mesh means for a call; None where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if scope.sharding is None and mesh.empty and jax.typeof(arrays.query).sharding.mesh.empty:
+        return None
+    from kernelry.mesh.finding import mesh_facts  # imported where there is a mesh
+
+    return mesh_facts(scope.sharding, arrays.query, arrays.key)
+
+
+def _runner(resolution: Resolution, request: Request, facts: MeshFacts | None) -> Callable[[Inputs], Partial]:
+    if facts is None or facts.sharding is None or request.context_parallel is not None:
+        assert resolution.plan is not None
+        return resolution.plan.run
+    from kernelry.mesh.call import run_on_mesh  # imported where there is a mesh
+
+    return functools.partial(run_on_mesh, resolution, request, facts=facts)
+
+
+def _warn_of_repeated_work(kernel: str) -> None:
+    warnings.warn(
+        f"kernel {kernel!r} is not partitioned by XLA, so every device of the active mesh computes the whole call: say "
+        'how it is sharded, e.g. with kernelry.use(sharding=kernelry.parallel.Sharding(batch="data", heads="model")).',
+        stacklevel=4,
+    )
 
 
 def _shared_out(context: ContextParallel | None) -> str | None:
@@ -214,12 +251,14 @@ def _check_given(request: Request, inputs: Inputs, given: frozenset[Operand]) ->
 
 
 @checking_output
-def _run(plan: Plan, arrays: Inputs, request: Request, *, notice: bool) -> Any:
-    one_way = plan.kernel.capabilities.gradient is Gradient.BACKWARD
-    with naming_forward_mode(plan.kernel, installed.native_kernels) if one_way else contextlib.nullcontext():
-        partial = plan.run(arrays)
+def _run(
+    kernel: KernelSpec, run: Callable[[Inputs], Partial], arrays: Inputs, request: Request, *, notice: bool
+) -> Any:
+    one_way = kernel.capabilities.gradient is Gradient.BACKWARD
+    with naming_forward_mode(kernel, installed.native_kernels) if one_way else contextlib.nullcontext():
+        partial = run(arrays)
     if notice and isinstance(partial.out, jax.core.Tracer):
-        partial = noticed_elsewhere(partial, request, plan.kernel.name)
+        partial = noticed_elsewhere(partial, request, kernel.name)
     result = partial if request.partial else _finalized(partial, request)
     return (result, partial.max_logits) if request.max_logits else result
 

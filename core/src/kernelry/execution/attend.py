@@ -194,7 +194,7 @@ def attend(
     if any(part.request.gradients and part.has_backward for part in parts):
         whole = _differentiated(parts, statistics, inputs, sinks)
     else:
-        whole = _whole(_run(parts, inputs), sinks)[0]
+        whole = whole_of(_run(parts, inputs), sinks)[0]
     return _with_rest(whole) if statistics else dataclasses.replace(whole, lse_rest=None)
 
 
@@ -239,7 +239,7 @@ _Lse = tuple[jax.Array | None, jax.Array | None]
 """lse, and what rounding took from it, as far as it is known."""
 
 
-def _whole(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, _Lse]:
+def whole_of(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, _Lse]:
     """Merges partials and applies sinks; returns the result and the lse that includes the sinks."""
     merged = partials[0] if len(partials) == 1 else merge(partials)
     if sinks is None:
@@ -255,7 +255,7 @@ def _whole(partials: list[Partial], sinks: jax.Array | None) -> tuple[Partial, _
 def _differentiated(
     parts: tuple[BoundKernel, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
 ) -> Partial:
-    whole, _ = _whole([to_lse(partial) for partial in _run(parts, inputs)], sinks)
+    whole, _ = whole_of([to_lse(partial) for partial in _run(parts, inputs)], sinks)
     return whole if statistics else _rounded(whole)
 
 
@@ -274,7 +274,7 @@ def _forward(
     # Empty rows are remembered per part and before sinks: a global lse that is finite thanks to a
     # sink or another part would make a vendor's backward explode on a row that is empty here.
     empty = [jnp.isneginf(partial.lse) for partial in partials]  # type: ignore[arg-type]
-    whole, lse = _whole(partials, sinks)
+    whole, lse = whole_of(partials, sinks)
     whole = whole if statistics else _rounded(whole)
     return whole, (inputs, sinks, whole.out, lse, empty)
 

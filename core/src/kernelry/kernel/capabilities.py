@@ -154,6 +154,8 @@ class Capabilities:
       kv_quantizations: the quantised keys and values it reads as they are, e.g. `int8:head_dim`.
       pages: whether it reads keys and values through a table of pages.
       context_parallel: the strategies by which it attends across devices itself, e.g. `ring`.
+      partitioned_by_xla: whether XLA partitions it over the automatic axes of a mesh; other kernels compute the whole
+        call on every device, or do not compile, unless the call says how it is sharded.
       tolerances: per dtype.
     """
 
@@ -183,6 +185,7 @@ class Capabilities:
     kv_quantizations: frozenset[str] = frozenset()
     pages: bool = False
     context_parallel: frozenset[str] = frozenset()
+    partitioned_by_xla: bool = False
     tolerances: tuple[Tolerance, ...] = ()
 
     def takes(self, atom: Atom) -> bool:
@@ -292,11 +295,12 @@ def _gradients(can: Capabilities, request: Request) -> Iterator[Refusal]:
 
 
 def _partial(can: Capabilities, request: Request) -> Iterator[Refusal]:
-    if not request.partial:
+    if not (request.partial or request.statistics):
         return
     if not can.statistics:
-        yield Refusal(RefusalCode.STATISTICS, "return_partial needs statistics, which it does not return")
-    elif request.gradients and can.gradient is Gradient.BACKWARD and not can.lse_cotangent:
+        asked = "return_partial" if request.partial else "attention to keys of several devices"
+        yield Refusal(RefusalCode.STATISTICS, f"{asked} needs statistics, which it does not return")
+    elif request.partial and request.gradients and can.gradient is Gradient.BACKWARD and not can.lse_cotangent:
         yield Refusal(RefusalCode.STATISTICS_GRADIENT, "no gradient through the lse of a Partial")
 
 
@@ -315,6 +319,16 @@ def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:
     if strategy not in can.context_parallel:
         why = f"not {_either(can.context_parallel)}" if can.context_parallel else "not supported: it runs on one device"
         yield Refusal(RefusalCode.CONTEXT_PARALLEL, f"context_parallel={request.context_parallel} is {why}")
+
+
+def _sharding(can: Capabilities, request: Request) -> Iterator[Refusal]:
+    """A kernel is asked about the shards of a call that says how it is sharded; of others XLA must find out."""
+    if request.sharding is not None:
+        yield Refusal(RefusalCode.SHARDING, f"sharding={request.sharding}: ask about a shard of it")
+    if request.partitioned and not can.partitioned_by_xla and can.platforms == {"tpu"} and not request.is_interpreted:
+        detail = "XLA does not partition it over the automatic axes of the active mesh"
+        remedy = 'say how the call is sharded, e.g. kernelry.use(sharding=kernelry.parallel.Sharding(batch="data"))'
+        yield Refusal(RefusalCode.SHARDING, detail, remedy)
 
 
 def _feature(feature: Feature, code: RefusalCode) -> FieldCheck:
@@ -349,9 +363,10 @@ CHECKS: tuple[FieldCheck, ...] = (
     _feature(Feature.LOGITS_DTYPE, RefusalCode.LOGITS_DTYPE),
     _feature(Feature.PRECISION, RefusalCode.PRECISION),
     FieldCheck(("gradients",), _gradients),
-    FieldCheck(("partial",), _partial),
+    FieldCheck(("partial", "statistics"), _partial),
     FieldCheck(("kv_quantization", "page_size"), _storage),
     FieldCheck(("context_parallel",), _context_parallel),
+    FieldCheck(("sharding", "partitioned"), _sharding),
     _feature(Feature.MAX_LOGITS, RefusalCode.MAX_LOGITS),
 )
 """Every check of core. A field of Request that no check decides fails a test."""

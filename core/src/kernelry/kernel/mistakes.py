@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import re
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec
 from typing import Any, final
 
-from kernelry.errors import nearest
+from kernelry.errors import ArgumentError, nearest
 from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
 from kernelry.kernel.spec import AUTO, KernelSpec
 from kernelry.masks.form import AtomKind, PositionKind
@@ -262,3 +263,30 @@ def short(value: Any) -> str:
         return f"the KernelSpec {value.name!r}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}… ({type(value).__name__})"
+
+
+def check_given(spec: object) -> None:
+    """Checks what `kernelry.use(kernels=[…])` is given.
+
+    Raises:
+      ArgumentError: it is not a KernelSpec, cannot be hashed, or cannot be used.
+    """
+    if not isinstance(spec, KernelSpec):
+        raise ArgumentError(f"use(kernels=…) takes KernelSpecs, got {spec!r}.")
+    try:
+        hash(spec)
+    except TypeError as error:
+        raise ArgumentError(
+            f"use(kernels=…): kernel {spec.name!r} cannot be hashed ({error}); write its capabilities with frozenset "
+            "and tuple."
+        ) from error
+    _check_usable(spec)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_usable(spec: KernelSpec) -> None:
+    """Looks at a spec once, where it passes: a scope may be entered in every step."""
+    fatal = [mistake for mistake in mistakes(spec) if not mistake.usable]
+    if fatal:
+        said = "; ".join(f"{mistake.detail}; {mistake.fix}" for mistake in fatal)
+        raise ArgumentError(f"use(kernels=…): kernel {spec.name!r} cannot be used: {said}.")

@@ -45,6 +45,7 @@ class RefusalCode(enum.Enum):
     KV_QUANTIZATION = "kv_quantization"
     PAGES = "pages"
     CONTEXT_PARALLEL = "context_parallel"
+    SHARDING = "sharding"
     VENDOR_MISSING = "vendor_missing"
     VENDOR_VERSION = "vendor_version"
     VENDOR_DECLINES = "vendor_declines"

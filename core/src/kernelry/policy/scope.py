@@ -27,6 +27,7 @@ from kernelry.request.target import Target
 
 if TYPE_CHECKING:
     from kernelry.policy.lock import Lock
+    from kernelry.request.sharding import Sharding
     from kernelry.resolution.explanation import Resolution
 
 _T = TypeVar("_T")
@@ -46,6 +47,7 @@ class Scope:
     interpret: bool = False
     strict: Lock | None = None
     context_parallel: ContextParallel | None = None
+    sharding: Sharding | None = None
 
 
 @final
@@ -295,6 +297,7 @@ def use(
     tiling: dict[str, int] | None = None,
     strict: str | Path | Lock | None = None,
     context_parallel: ContextParallel | None = None,
+    sharding: Sharding | str | None = None,
 ) -> Opener[None]:
     """Overrides choices for the calls inside, also for functions that are already jitted.
 
@@ -309,6 +312,8 @@ def use(
       tiling: overrides tunables by name.
       strict: a lock file, as `kernelry lock` writes it; a resolution that differs from it is a ConfigError.
       context_parallel: how to attend to sequences that are sharded over a mesh axis; a size of 1 takes it back.
+      sharding: how calls are cut over the axes of a mesh, as a `kernelry.parallel.Sharding` or its text; an empty one
+        takes it back.
 
     Raises:
       ArgumentError: an argument is of another kind, or a KernelSpec cannot be hashed or used.
@@ -321,10 +326,14 @@ def use(
         raise ArgumentError(f"use(kernels=…) takes a sequence of KernelSpecs, got {given}.")
     if not isinstance(tiling, dict | None):
         raise ArgumentError(f"use(tiling=…) takes tunables by name, e.g. {{'block_q': 128}}, got {tiling!r}.")
-    for spec in kernels:
-        _check_spec(spec)
+    if kernels:
+        from kernelry.kernel.mistakes import check_given  # imported for kernels that no plugin registers
+
+        for spec in kernels:
+            check_given(spec)
     if not isinstance(context_parallel, ContextParallel | None):
         raise ArgumentError(f"use(context_parallel=…) takes a ContextParallel, got {context_parallel!r}.")
+    cut = None if sharding is None else _sharding(sharding)
     where = None if target is None else Target.parse(target)
     written = None if strict is None else _lock(strict)
 
@@ -338,9 +347,18 @@ def use(
             tiling=tuple(sorted({**dict(outer.tiling), **(tiling or {})}.items())),
             strict=written or outer.strict,
             context_parallel=context_parallel or outer.context_parallel,
+            sharding=cut or outer.sharding,
         )
 
     return _changing(inside)
+
+
+def _sharding(given: object) -> Sharding:
+    from kernelry.request.sharding import Sharding  # imported where calls are sharded
+
+    if isinstance(given, str | Sharding):
+        return Sharding.parse(given)
+    raise ArgumentError(f"use(sharding=…) takes a kernelry.parallel.Sharding, got {given!r}.")
 
 
 def _lock(strict: object) -> Lock:
@@ -356,30 +374,6 @@ def _changing(inside: Callable[[Scope], Scope]) -> Opener[None]:
         return dataclasses.replace(outer, scope=inside(outer.scope))
 
     return Opener(lambda: (change, None))
-
-
-def _check_spec(spec: object) -> None:
-    if not isinstance(spec, KernelSpec):
-        raise ArgumentError(f"use(kernels=…) takes KernelSpecs, got {spec!r}.")
-    try:
-        hash(spec)
-    except TypeError as error:
-        raise ArgumentError(
-            f"use(kernels=…): kernel {spec.name!r} cannot be hashed ({error}); write its capabilities with frozenset "
-            "and tuple."
-        ) from error
-    _check_usable(spec)
-
-
-@functools.lru_cache(maxsize=256)
-def _check_usable(spec: KernelSpec) -> None:
-    """Looks at a spec once, where it passes: a scope may be entered in every step."""
-    from kernelry.kernel.mistakes import mistakes  # imported for kernels that no plugin registers
-
-    fatal = [mistake for mistake in mistakes(spec) if not mistake.usable]
-    if fatal:
-        said = "; ".join(f"{mistake.detail}; {mistake.fix}" for mistake in fatal)
-        raise ArgumentError(f"use(kernels=…): kernel {spec.name!r} cannot be used: {said}.")
 
 
 def interpret() -> Opener[None]:

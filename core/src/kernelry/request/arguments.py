@@ -276,12 +276,14 @@ class CallOptions:
         bias: tuple[int, ...] | None = None,
         interpret: bool = False,
         context_parallel: str | None = None,
+        sharding: str | None = None,
+        partitioned: bool = False,
     ) -> Request:
         """Returns the request of a call with these options.
 
         Args:
           query, key, value: its arrays, or their shapes.
-          mask, target, sinks, bias, interpret, context_parallel: as in Request.
+          mask, target, sinks, bias, interpret, context_parallel, sharding, partitioned: as in Request.
 
         Raises:
           ArgumentError: they do not make a valid request.
@@ -306,6 +308,8 @@ class CallOptions:
             kv_quantization=quantization_of(key),
             page_size=page_size_of(key),
             context_parallel=context_parallel,
+            sharding=sharding,
+            partitioned=partitioned,
             **self.fields(),
         )
 

@@ -123,8 +123,13 @@ class Request:
       interpret: whether accelerator kernels may run on CPU in interpret mode.
       kv_quantization: how keys and values are quantised, e.g. `int8:head_dim`; None where they are not.
       page_size: the slots of a page, where keys and values are in pages; None where they are not.
-      context_parallel: how sequences sharded over a mesh axis are attended to, e.g. `ring:context:4`; None where they
-        are whole on each device.
+      context_parallel: how a kernel attends across devices itself to sequences sharded over a mesh axis, e.g.
+        `ring:context:4`; None where it need not.
+      statistics: whether the kernel's statistics are needed, though no gradient goes through them: the call is one of
+        several whose results are merged.
+      sharding: which mesh axes share out the call, with their sizes, e.g. `batch=d:4 sequence=c:8 ring`; all sizes in
+        the request are those of the whole call. None where it runs on one device.
+      partitioned: whether XLA is to partition the call over a mesh, for which no sharding is given.
     """
 
     target: Target = _CPU
@@ -153,6 +158,9 @@ class Request:
     kv_quantization: str | None = None
     page_size: int | None = None
     context_parallel: str | None = None
+    statistics: bool = False
+    sharding: str | None = None
+    partitioned: bool = False
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -181,6 +189,8 @@ class Request:
             object.__setattr__(self, "kv_quantization", str(kind))
         if self.context_parallel is not None:
             object.__setattr__(self, "context_parallel", str(ContextParallel.parse(self.context_parallel)))
+        if self.sharding is not None:
+            object.__setattr__(self, "sharding", self._located(self.sharding))
         self._fill("gradients", self._default_gradients)
         object.__setattr__(self, "gradients", operands_of(self.gradients))
         check_storage(self, _STORED & self.gradients)
@@ -203,6 +213,14 @@ class Request:
         form = meant.form
         note_arrays(form)  # the request may outlive the mask
         return form
+
+    def _located(self, text: str) -> str | None:
+        from kernelry.request.sharding import Sharding  # imported where a call is sharded
+
+        given = Sharding.parse(text)
+        located = given.on(dict(given.sizes))
+        located.check(batch=self.batch, q_len=self.q_len, kv_len=self.kv_len, q_heads=self.q_heads)
+        return None if located.is_empty else str(located)
 
     def __hash__(self) -> int:
         return self._hash
@@ -321,6 +339,9 @@ NEUTRAL: Mapping[str, Any] = {
     "kv_quantization": None,
     "page_size": None,
     "context_parallel": None,
+    "statistics": False,
+    "sharding": None,
+    "partitioned": False,
 }
 """The value of each optional field that asks nothing of a kernel (softmax is declared all the same)."""
 

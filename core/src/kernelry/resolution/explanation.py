@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from kernelry.errors import KernelRefusedError, NoKernelError, PluginError
 from kernelry.execution.adapters.base import Cost
@@ -13,6 +13,9 @@ from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.policy.rules import Rule
 from kernelry.registry import installed
 from kernelry.request.request import Request
+
+if TYPE_CHECKING:
+    from kernelry.resolution.shards import ShardedResolution
 
 SCHEMA = 1
 """The version of `Resolution.to_json`."""
@@ -89,6 +92,8 @@ class Resolution:
       excluded: installed kernels that were not considered.
       forced: whether a name was asked for, so that no other kernel may take its place.
       changes: for each other kernel that one changed fact would choose, the nearest such change; filled by `explain`.
+      shards: of a call on a mesh, what its devices are asked and the answers. Then `plan` is the one of the most pairs
+        of shards, and `candidates` are those asked about these pairs.
     """
 
     request: Request
@@ -98,6 +103,7 @@ class Resolution:
     excluded: tuple[str, ...] = ()
     forced: bool = False
     changes: tuple[Change, ...] = ()
+    shards: ShardedResolution | None = None
 
     @property
     def rule(self) -> str:

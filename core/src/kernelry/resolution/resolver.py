@@ -140,7 +140,11 @@ def _explained(question: Question) -> Resolution:
 
 @functools.lru_cache(maxsize=8192)
 def _resolved(question: Question) -> Resolution:
-    return choose(question)
+    if question.request.sharding is None:
+        return choose(question)
+    from kernelry.resolution.shards import choose_sharded  # imported where a call is sharded
+
+    return choose_sharded(question)
 
 
 _ELSEWHERE = frozenset({RefusalCode.PLATFORM, RefusalCode.NOT_INSTALLED})

@@ -1,0 +1,284 @@
+"""One call of attention on a mesh: which sharding holds, how its arrays are cut, and what each device runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from kernelry.execution.plan import Plan
+from kernelry.kernel.partial import Partial
+from kernelry.kernel.spec import Inputs
+from kernelry.masks.base import Mask
+from kernelry.masks.composition import canonical_of, is_positional
+from kernelry.masks.form import Atom
+from kernelry.masks.shard_pairs import leaf_axes
+from kernelry.mesh.cutting import order_positions, with_traced_positions, with_traced_rows
+from kernelry.mesh.finding import MeshFacts
+from kernelry.mesh.steps import Operands, Source, Steps, TracedMask, attend_in_steps
+from kernelry.request.request import Request
+from kernelry.request.sharding import Axes, Sharding
+from kernelry.resolution.explanation import Resolution
+from kernelry.resolution.shards import ShardedResolution, Shards
+from kernelry.storage import PagedArray
+
+
+def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts: MeshFacts) -> Partial:
+    """Runs the plans of a call's shards inside a shard_map.
+
+    Args:
+      resolution: of the call, with its shards; without any where a mesh with explicit axes cuts nothing.
+      request: the whole call's.
+      inputs: the whole arrays.
+      facts: the mesh that cuts them.
+    """
+    assert facts.sharding is not None
+    whole = ShardedResolution(Shards(facts.sharding, (request,)), (resolution,))
+    found = resolution.shards or whole
+    shards = found.shards
+    plans = tuple(resolution.plan for resolution in found.resolutions)
+    assert all(plan is not None for plan in plans)
+    cutting = _Cutting(request, shards.sharding)
+    if shards.table is None:
+        masks = _whole_masks(request, shards.sharding, inputs.mask)
+        operands, specs = cutting.operands(inputs, masks)
+        body: Any = _Whole(cutting, plans[0], _structures(masks))  # type: ignore[arg-type]
+    else:
+        traced = {piece.index for pieces in shards.table.classes for piece in pieces if piece.traced}
+        masks = tuple(with_traced_positions(inputs.mask[index], request, shards.sharding) for index in sorted(traced))
+        operands, specs = cutting.operands(inputs, masks)
+        steps = Steps(
+            plans,  # type: ignore[arg-type]
+            shards.table,
+            request.mask,
+            tuple(None if index in traced else mask for index, mask in enumerate(inputs.mask)),
+            tuple(
+                TracedMask(index, jax.tree.structure(mask), tuple(leaf_axes(mask)))
+                for index, mask in zip(sorted(traced), masks, strict=True)
+            ),
+            shards.sharding.ring or shards.sharding.kv_axes,
+            shards.sharding.size(shards.sharding.ring or shards.sharding.kv_axes),
+            _source(shards.sharding),
+            request.partial,
+        )
+        body = _InSteps(cutting, steps)
+    return _mapped(body, operands, specs, cutting.results(), facts)
+
+
+def _source(sharding: Sharding) -> Source:
+    if not sharding.sequence:
+        return Source.OWN
+    if not sharding.kv_axes:
+        return Source.WHOLE
+    return Source.GATHERED if sharding.strategy == "all_gather" else Source.RING
+
+
+def _mapped(body: Any, operands: Operands, specs: Operands, results: Partial, facts: MeshFacts) -> Partial:
+    active = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in facts.mesh.axis_types:
+        operands = jax.tree.map(lambda array, spec: _resharded(array, spec, facts.mesh), operands, specs)
+    run = jax.shard_map(
+        body,
+        mesh=facts.mesh if active.empty else None,
+        in_specs=(specs,),
+        out_specs=results,
+        axis_names=facts.names,
+        check_vma=False,
+    )
+    found: Partial = run(operands)
+    return found
+
+
+def _resharded(array: Any, spec: PartitionSpec, mesh: Any) -> Any:
+    return jax.sharding.reshard(array, jax.sharding.NamedSharding(mesh, spec))
+
+
+def _structures(masks: tuple[Mask, ...]) -> tuple[Any, ...]:
+    return tuple(jax.tree.structure(mask) for mask in masks)
+
+
+def _whole_masks(request: Request, sharding: Sharding, masks: tuple[Mask, ...]) -> tuple[Mask, ...]:
+    """The masks of a call whose devices have whole sequences, aligned with the form that a shard is asked about."""
+    pairs: list[tuple[Atom, Mask]] = []
+    for mask in masks:
+        placed = with_traced_rows(_ordered(mask, request, sharding), sharding)
+        form, (alone,) = canonical_of(placed)
+        pairs.append((form.atoms[0], alone))
+    return tuple(mask for _, mask in sorted(pairs, key=lambda pair: pair[0].sort_key))
+
+
+def _ordered(mask: Mask, request: Request, sharding: Sharding) -> Mask:
+    positions = order_positions(request, sharding) if sharding.exchanged else None
+    if positions is None or not is_positional(mask):
+        return mask
+    return mask.at(query_positions=positions, kv_positions=positions)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Cutting:
+    """Which axes cut which dimensions of a call's arrays."""
+
+    request: Request
+    sharding: Sharding
+
+    @property
+    def kv_head_axes(self) -> Axes:
+        """The axes that cut K before the strategy moves anything; none where K does not divide over them."""
+        heads = self.sharding.heads
+        return heads if self.request.kv_heads % self.sharding.size(heads) == 0 else ()
+
+    def operands(self, inputs: Inputs, masks: tuple[Mask, ...]) -> tuple[Operands, Operands]:
+        """The arrays, and their PartitionSpecs."""
+        cut = self.sharding
+        letters = [leaf_axes(mask) for mask in masks]
+        leaves = tuple(
+            tuple(
+                self._with_repeated_heads(leaf, axes) for leaf, axes in zip(jax.tree.leaves(mask), named, strict=True)
+            )
+            for mask, named in zip(masks, letters, strict=True)
+        )
+        arrays = Operands(inputs.query, inputs.key, inputs.value, inputs.bias, inputs.sinks, inputs.dropout_rng, leaves)
+        specs = Operands(
+            PartitionSpec(_one(cut.batch), _one(cut.sequence), _one(cut.heads)),
+            self._keys(inputs.key),
+            self._keys(inputs.value),
+            None if inputs.bias is None else self.spec("BNTS", inputs.bias),
+            None if inputs.sinks is None else PartitionSpec(_one(cut.head_axes)),
+            None if inputs.dropout_rng is None else PartitionSpec(),
+            tuple(
+                tuple(self.spec(axes, leaf) for axes, leaf in zip(named, of_mask, strict=True))
+                for named, of_mask in zip(letters, leaves, strict=True)
+            ),
+        )
+        return arrays, specs
+
+    def _keys(self, keys: Any) -> Any:
+        heads = _one(self.kv_head_axes)
+        if isinstance(keys, PagedArray):
+            pages = jax.tree.map(lambda array: _spec(array, (None, None, heads, None)), keys.pages)
+            return dataclasses.replace(keys, pages=pages, table=PartitionSpec())
+        return jax.tree.map(
+            lambda array: _spec(array, (_one(self.sharding.batch), _one(self.sharding.kv_axes), heads, None)), keys
+        )
+
+    def spec(self, letters: str, array: Any) -> PartitionSpec:
+        """Of an array whose dimensions have letters, from the right; sizes of 1 are not cut."""
+        cut = self.sharding
+        travels = cut.kv_axes if len(letters) <= 2 and (cut.ring or not cut.sequence) else ()
+        axes = {"B": cut.batch, "N": cut.head_axes, "K": cut.head_axes, "T": cut.ring, "S": travels}
+        rank = jnp.ndim(array)
+        named = letters[len(letters) - rank :]
+        return _spec(array, tuple(_one(axes.get(letter, ())) for letter in named))
+
+    def _with_repeated_heads(self, leaf: Any, letters: str) -> Any:
+        """A leaf that differs by key/value head, for as many as there are after they are repeated."""
+        rank = jnp.ndim(leaf)
+        place = letters[len(letters) - rank :].find("N") if rank else -1
+        asked = self.request
+        repeats = self.sharding.kv_repeats(asked.q_heads, asked.kv_heads)
+        if place < 0 or repeats == 1 or leaf.shape[place] != asked.kv_heads:
+            return leaf
+        return jnp.repeat(jnp.asarray(leaf), repeats, axis=place)
+
+    def results(self) -> Partial:
+        """The PartitionSpecs of a Partial."""
+        cut = self.sharding
+        batch, heads, length = _one(cut.batch), _one(cut.heads), _one(cut.sequence)
+        statistic = PartitionSpec(batch, heads, length) if self.request.partial else None
+        return Partial(
+            PartitionSpec(batch, length, heads),  # type: ignore[arg-type]
+            lse=statistic,  # type: ignore[arg-type]
+            lse_rest=statistic,  # type: ignore[arg-type]
+            max_logits=PartitionSpec(batch, _one(cut.head_axes)) if self.request.max_logits else None,  # type: ignore[arg-type]
+            dtype=self.request.dtype,
+        )
+
+    def on_device(self, operands: Operands) -> Operands:
+        """A device's arrays as attention is computed: key/value heads repeated, heads exchanged for tokens."""
+        cut = self.sharding
+        repeats = cut.kv_repeats(self.request.q_heads, self.request.kv_heads)
+        key, value = (self._own_heads(keys, repeats) for keys in (operands.key, operands.value))
+        rng = operands.dropout_rng
+        apart = (*cut.batch, *cut.head_axes)
+        if rng is not None and apart:
+            rng = jax.random.fold_in(rng, lax.axis_index(apart))
+        arrays = dataclasses.replace(operands, key=key, value=value, dropout_rng=rng)
+        if not cut.exchanged:
+            return arrays
+        exchanged = (
+            jax.tree.map(lambda array: _exchanged(array, cut.exchanged, 2, 1), keys)
+            for keys in (arrays.query, key, value)
+        )
+        query, key, value = exchanged
+        return dataclasses.replace(arrays, query=query, key=key, value=value)
+
+    def _own_heads(self, keys: Any, repeats: int) -> Any:
+        if repeats == 1:
+            return keys
+        repeated = jax.tree.map(lambda array: jnp.repeat(array, repeats, axis=2), keys)
+        if self.kv_head_axes == self.sharding.heads:
+            return repeated
+        mine = self.request.kv_heads * repeats // self.sharding.size(self.sharding.heads)
+        first = lax.axis_index(self.sharding.heads) * mine
+        return jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, first, mine, axis=2), repeated)
+
+    def returned(self, partial: Partial) -> Partial:
+        """A device's result with tokens exchanged for heads again."""
+        cut = self.sharding.exchanged
+        named = {"lse": partial.lse, "lse_rest": partial.lse_rest} if self.request.partial else {}
+        out = _exchanged(partial.out, cut, 1, 2) if cut else partial.out
+        statistics = {
+            name: _exchanged(array, cut, 2, 1) if cut and array is not None else array for name, array in named.items()
+        }
+        return Partial(out, max_logits=partial.max_logits, dtype=partial.dtype, **statistics)
+
+
+def _exchanged(array: jax.Array, axes: Axes, split: int, concatenated: int) -> jax.Array:
+    found: jax.Array = lax.all_to_all(array, axes, split_axis=split, concat_axis=concatenated, tiled=True)
+    return found
+
+
+def _one(axes: Axes) -> Any:
+    """Axes as one entry of a PartitionSpec."""
+    return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+def _spec(array: Any, entries: Sequence[Any]) -> PartitionSpec:
+    shape = jnp.shape(array)
+    return PartitionSpec(*(None if size == 1 else entry for size, entry in zip(shape, entries, strict=True)))
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Whole:
+    """What a device runs that has all keys which its queries may see."""
+
+    cutting: _Cutting
+    plan: Plan
+    structures: tuple[Any, ...]
+
+    def __call__(self, operands: Operands) -> Partial:
+        own = self.cutting.on_device(operands)
+        masks = tuple(
+            jax.tree.unflatten(structure, leaves) for structure, leaves in zip(self.structures, own.leaves, strict=True)
+        )
+        inputs = Inputs(own.query, own.key, own.value, masks, own.bias, own.sinks, own.dropout_rng)
+        return self.cutting.returned(self.plan.run(inputs))
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class _InSteps:
+    """What a device runs whose queries meet keys of others."""
+
+    cutting: _Cutting
+    steps: Steps
+
+    def __call__(self, operands: Operands) -> Partial:
+        return self.cutting.returned(attend_in_steps(self.steps, self.cutting.on_device(operands)))

@@ -1,0 +1,237 @@
+"""A call on a mesh, as its devices see it: one request for each class of pairs of shards, and their resolutions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import final
+
+from kernelry.kernel.refusal import Refusal, RefusalCode
+from kernelry.masks.form import Atom, MaskForm, PositionForm, PositionKind
+from kernelry.masks.shard_pairs import EMPTY, PairTable, ShardGrid, class_form, pair_table, why_not_cut
+from kernelry.request.context_parallel import ContextParallel
+from kernelry.request.request import Operand, Request
+from kernelry.request.sharding import Sharding
+from kernelry.resolution.explanation import Candidate, Resolution
+from kernelry.resolution.question import Question, choose
+
+_AUTO = ("ring", "ulysses", "all_gather")
+"""What `auto` tries, in this order: a ring holds least memory, and serves any mask that can be cut."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shards:
+    """How a request is cut.
+
+    Args:
+      sharding: the sharding, with sizes and a strategy.
+      requests: what a device is asked: one for each class of `table`, or the only one.
+      table: the classes of pairs of shards; None where each device has all keys that its queries may see.
+    """
+
+    sharding: Sharding
+    requests: tuple[Request, ...]
+    table: PairTable | None = None
+
+    def pairs(self, place: int) -> int:
+        """How many pairs of shards are of a class."""
+        return 1 if self.table is None else sum(row.count(place) for row in self.table.table)
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardedResolution:
+    """The resolutions of a call's shards, aligned with `shards.requests`."""
+
+    shards: Shards
+    resolutions: tuple[Resolution, ...]
+
+
+class _NotCutError(Exception):
+    """A request that a strategy does not serve, with the reason."""
+
+    def __init__(self, detail: str, remedy: str | None = None) -> None:
+        self.refusal = Refusal(RefusalCode.SHARDING, detail, remedy)
+        super().__init__(detail)
+
+
+def choose_sharded(question: Question) -> Resolution:
+    """Asks about the shards of a call that says how it is sharded; `auto` takes the first strategy that serves it."""
+    request = question.request
+    assert request.sharding is not None
+    sharding = Sharding.parse(request.sharding)
+    refused: list[Candidate] = []
+    first: Resolution | None = None
+    for strategy in _strategies(sharding):
+        named = dataclasses.replace(sharding, strategy=strategy)
+        if strategy == "native":
+            found = _native(question, named)
+        else:
+            try:
+                found = _of_shards(question, cut(request, named))
+            except _NotCutError as error:
+                refused.append(Candidate(strategy, "kernelry", (error.refusal,)))
+                continue
+        if found.plan is not None:
+            return found
+        first = first or found
+    return first or Resolution(request, None, tuple(refused), "the sharding")
+
+
+def _strategies(sharding: Sharding) -> tuple[str, ...]:
+    if sharding.strategy != "auto":
+        return (sharding.strategy,)
+    if not sharding.sequence:
+        return ("ring",)  # only a name: nothing is passed around
+    return ("all_gather",) if sharding.kv_axes == () else _AUTO
+
+
+def _of_shards(question: Question, shards: Shards) -> Resolution:
+    request = question.request
+    found = tuple(choose(dataclasses.replace(question, request=part)) for part in shards.requests)
+    unserved = next((resolution for resolution in found if resolution.plan is None), None)
+    most = max(range(len(found)), key=shards.pairs, default=None)
+    if most is None:  # every pair is empty
+        raise _NotCutError(f"mask={request.mask} shows nothing to any query", "pass a mask that shows some key")
+    shown = unserved or found[most]
+    return dataclasses.replace(shown, request=request, shards=ShardedResolution(shards, found))
+
+
+def _native(question: Question, sharding: Sharding) -> Resolution:
+    """Asks the kernels that attend across devices themselves."""
+    request = question.request
+    if len(sharding.sequence) != 1 or sharding.kv_sequence is not None:
+        raise _NotCutError("strategy=native takes one axis that cuts queries and keys alike")
+    (axis,) = sharding.sequence
+    mask = _placed(request.mask, sharding.order, request)
+    answers = (
+        choose(
+            dataclasses.replace(
+                question,
+                request=dataclasses.replace(
+                    request,
+                    sharding=None,
+                    mask=mask,
+                    context_parallel=str(ContextParallel(axis, strategy, sharding.size((axis,)))),
+                ),
+            )
+        )
+        for strategy in ("ring", "all_gather")
+    )
+    found = next(answers)
+    return found if found.plan is not None else next(answers)
+
+
+def cut(request: Request, sharding: Sharding) -> Shards:
+    """Returns what each device is asked.
+
+    Args:
+      request: the whole call.
+      sharding: with sizes, and a strategy other than `auto` and `native`.
+
+    Raises:
+      _NotCutError: the strategy does not serve the request.
+    """
+    for refusal in _refusals(request, sharding):
+        raise _NotCutError(refusal.detail, refusal.remedy)
+    shape = _local_shape(request, sharding)
+    if not sharding.ring and not (sharding.kv_axes and not sharding.sequence):
+        mask = _placed(request.mask, sharding.order, request) if sharding.exchanged else request.mask
+        mask = _with_traced_rows(mask, sharding)
+        return Shards(sharding, (dataclasses.replace(request, **shape, mask=mask, sharding=None),))
+    table = pair_table(request.mask, grid_of(request, sharding))
+    asked = dataclasses.replace(
+        request,
+        sharding=None,
+        sinks=False,
+        statistics=True,
+        gradients=request.gradients - {Operand.SINKS},
+        mask=MaskForm(),
+        **shape,
+    )
+    forms = (class_form(request.mask, pieces) for pieces in table.classes)
+    return Shards(sharding, tuple(dataclasses.replace(asked, mask=form) for form in forms), table)
+
+
+def grid_of(request: Request, sharding: Sharding) -> ShardGrid:
+    """The shards of queries and keys along the axes of a ring, or of keys alone."""
+    ring = sharding.size(sharding.ring)
+    keys = ring if sharding.sequence else sharding.size(sharding.kv_axes)
+    order = sharding.order if request.q_len == request.kv_len else "contiguous"
+    return ShardGrid(q_len=request.q_len, kv_len=request.kv_len, q_shards=ring, kv_shards=keys, order=order)
+
+
+def _local_shape(request: Request, sharding: Sharding) -> dict[str, object]:
+    heads = sharding.size(sharding.head_axes)
+    repeats = sharding.kv_repeats(request.q_heads, request.kv_heads)
+    batch, ring = sharding.size(sharding.batch), sharding.size(sharding.ring)
+    keys = ring if sharding.sequence else sharding.size(sharding.kv_axes)
+    bias = request.bias
+    if bias is not None:
+        cuts = (batch, heads, ring, keys)
+        bias = tuple(size if size == 1 else size // cut for size, cut in zip(bias, cuts, strict=True))
+    return {
+        "batch": request.batch // batch,
+        "q_len": request.q_len // ring,
+        "kv_len": request.kv_len // keys,
+        "q_heads": request.q_heads // heads,
+        "kv_heads": request.kv_heads * repeats // heads,
+        "bias": bias,
+    }
+
+
+def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
+    code = RefusalCode.SHARDING
+    if request.symbolic_sizes:
+        yield Refusal(code, f"sharding={sharding} of a symbolic {request.symbolic_sizes[0]}", "export it for a number")
+    heads = sharding.size(sharding.head_axes)
+    if request.q_heads % heads:
+        detail = f"heads N={request.q_heads} do not divide over {' and '.join(sharding.head_axes)}: "
+        yield Refusal(code, detail + f"{request.q_heads} % {heads} = {request.q_heads % heads}", _FEWER_HEADS)
+    if request.page_size is not None and (sharding.batch or sharding.cuts_sequences):
+        detail = f"pages of page_size={request.page_size} with sharding={sharding}: a row's pages may be anywhere in the pool"
+        yield Refusal(code, detail, "share out its heads alone, or give each shard a cache with a pool of its own")
+    why = why_not_cut(request.mask)
+    if why is not None and not sharding.is_empty:
+        yield Refusal(code, f"mask={request.mask} cannot be cut: {why}")
+    if sharding.cuts_sequences and sharding.kv_axes and request.normalization != "softmax":
+        yield Refusal(code, f"normalization={request.normalization} of keys on several devices")
+
+
+_FEWER_HEADS = "share heads out over fewer devices, or let the strategy be ring"
+
+
+def _placed(form: MaskForm, order: str, request: Request) -> MaskForm:
+    """The form with the positions of an order where it has none."""
+    if order == "contiguous" or request.q_len != request.kv_len:
+        return form
+    raise _NotCutError(
+        f"tokens in {order} order where each device has whole sequences",
+        "give the mask positions, mask.at(query_positions=order, kv_positions=order), or keep tokens contiguous",
+    )
+
+
+def _with_traced_rows(form: MaskForm, sharding: Sharding) -> MaskForm:
+    """Static positions that differ between batch rows differ between shards of the batch."""
+    return spread_rows(form) if sharding.batch else form
+
+
+@functools.lru_cache(maxsize=256)
+def spread_rows(form: MaskForm) -> MaskForm:
+    """The form with static positions of several batch rows as arrays."""
+    return MaskForm(tuple(sorted(map(_without_rows, form.atoms), key=lambda atom: atom.sort_key)))
+
+
+def _without_rows(atom: Atom) -> Atom:
+    params = tuple(spread_rows(param) if isinstance(param, MaskForm) else param for param in atom.params)
+    return dataclasses.replace(atom, params=params, query=_rowless(atom.query), kv=_rowless(atom.kv))
+
+
+def _rowless(positions: PositionForm) -> PositionForm:
+    rows = len(positions.value) if isinstance(positions.value, tuple) else 1
+    return PositionForm(PositionKind.TRACED) if rows > 1 else positions
+
+
+__all__ = ["EMPTY", "ShardedResolution", "Shards", "choose_sharded", "cut", "grid_of", "spread_rows"]
