@@ -1,23 +1,56 @@
-"""Attention across devices: how sequences are shared out, and in which order.
+"""Attention on a mesh: which axes cut a call, how queries meet the keys of other devices, and the order of tokens.
 
-A load-balanced causal mask is `Causal()` at permuted positions:
+    with jax.set_mesh(mesh), kernelry.use(sharding=Sharding(batch="data", heads="tensor", sequence="context")):
+        kernelry.attention(query, key, value, mask=masks.Causal())
 
-    order = load_balanced_order(T, size)
-    with kernelry.use(context_parallel=ContextParallel("context", "ring")):
-        kernelry.attention(
-            reorder_for_load_balance(query, size), …, mask=masks.Causal().at(query_positions=order, kv_positions=order)
-        )
+A load-balanced causal mask is `Causal()` at permuted positions: put the tokens in that order and say so,
+
+    sharding = Sharding(sequence="context", order="dual_chunk")
+    query, key, value = (reorder_for_load_balance(array, size) for array in (query, key, value))
+    out = undo_reorder(shard_attention(query, key, value, mask=masks.Causal(), sharding=sharding), size)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernelry.api import attention
+from kernelry.policy.scope import use
 from kernelry.request.context_parallel import ContextParallel, load_balanced_order
+from kernelry.request.sharding import Sharding
 
-__all__ = ["ContextParallel", "load_balanced_order", "reorder_for_load_balance", "undo_reorder"]
+__all__ = [
+    "ContextParallel",
+    "Sharding",
+    "load_balanced_order",
+    "reorder_for_load_balance",
+    "shard_attention",
+    "undo_reorder",
+]
+
+
+def shard_attention(query: Any, key: Any, value: Any, *, sharding: Sharding | str | None = None, **options: Any) -> Any:
+    """`kernelry.attention` with a sharding for this call alone.
+
+    Args:
+      query, key, value: as in `kernelry.attention`, whole arrays of any sharding.
+      sharding: how the call is cut over the axes of the active mesh, or its text; None is that of `kernelry.use`.
+      options: the other arguments of `kernelry.attention`.
+
+    Returns:
+      What `kernelry.attention` returns, cut as query is.
+
+    Raises:
+      ShapeError: a size does not divide over its axes; the message has the arithmetic.
+      ArgumentError: the mesh has no such axis, or another argument is invalid.
+      NoKernelError: no installed kernel serves the shards; the message says why for each.
+    """
+    with use(sharding=sharding):
+        return attention(query, key, value, **options)
 
 
 def reorder_for_load_balance(array: jax.Array, size: int, *, axis: int = 1, order: str = "dual_chunk") -> jax.Array:

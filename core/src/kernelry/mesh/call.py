@@ -113,7 +113,7 @@ def _whole_masks(request: Request, sharding: Sharding, masks: tuple[Mask, ...]) 
 
 
 def _ordered(mask: Mask, request: Request, sharding: Sharding) -> Mask:
-    positions = order_positions(request, sharding) if sharding.exchanged else None
+    positions = order_positions(request, sharding)
     if positions is None or not is_positional(mask):
         return mask
     return mask.at(query_positions=positions, kv_positions=positions)

@@ -113,8 +113,8 @@ def _spec(name: str, array: jax.Array, explicit: frozenset[str]) -> tuple[Any, .
     )
     if len(found) == 4 and found[3]:
         raise ArgumentError(
-            f"{name} is cut along its head dim over {found[3]}: reshard it, e.g. by jax.sharding.reshard, so that batch, "
-            "sequence or heads are cut instead."
+            f"{name} is cut along its head dim over {found[3]}: reshard it, e.g. by jax.sharding.reshard, so that "
+            "batch, sequence or heads are cut instead."
         )
     return found
 

@@ -9,7 +9,16 @@ from typing import final
 
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, MaskForm, PositionForm, PositionKind
-from kernelry.masks.shard_pairs import EMPTY, PairTable, ShardGrid, class_form, pair_table, why_not_cut
+from kernelry.masks.positions import StaticPositions
+from kernelry.masks.shard_pairs import (
+    EMPTY,
+    PairTable,
+    ShardGrid,
+    class_form,
+    load_balanced_order,
+    pair_table,
+    why_not_cut,
+)
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import Operand, Request
 from kernelry.request.sharding import Sharding
@@ -105,7 +114,7 @@ def _native(question: Question, sharding: Sharding) -> Resolution:
     if len(sharding.sequence) != 1 or sharding.kv_sequence is not None:
         raise _NotCutError("strategy=native takes one axis that cuts queries and keys alike")
     (axis,) = sharding.sequence
-    mask = _placed(request.mask, sharding.order, request)
+    mask = _ordered(request, sharding)
     answers = (
         choose(
             dataclasses.replace(
@@ -138,8 +147,7 @@ def cut(request: Request, sharding: Sharding) -> Shards:
         raise _NotCutError(refusal.detail, refusal.remedy)
     shape = _local_shape(request, sharding)
     if not sharding.ring and not (sharding.kv_axes and not sharding.sequence):
-        mask = _placed(request.mask, sharding.order, request) if sharding.exchanged else request.mask
-        mask = _with_traced_rows(mask, sharding)
+        mask = _with_traced_rows(_ordered(request, sharding), sharding)
         return Shards(sharding, (dataclasses.replace(request, **shape, mask=mask, sharding=None),))
     table = pair_table(request.mask, grid_of(request, sharding))
     asked = dataclasses.replace(
@@ -191,7 +199,7 @@ def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
         detail = f"heads N={request.q_heads} do not divide over {' and '.join(sharding.head_axes)}: "
         yield Refusal(code, detail + f"{request.q_heads} % {heads} = {request.q_heads % heads}", _FEWER_HEADS)
     if request.page_size is not None and (sharding.batch or sharding.cuts_sequences):
-        detail = f"pages of page_size={request.page_size} with sharding={sharding}: a row's pages may be anywhere in the pool"
+        detail = f"sharding={sharding} of pages of page_size={request.page_size}: they may be anywhere in the pool"
         yield Refusal(code, detail, "share out its heads alone, or give each shard a cache with a pool of its own")
     why = why_not_cut(request.mask)
     if why is not None and not sharding.is_empty:
@@ -203,14 +211,25 @@ def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
 _FEWER_HEADS = "share heads out over fewer devices, or let the strategy be ring"
 
 
-def _placed(form: MaskForm, order: str, request: Request) -> MaskForm:
-    """The form with the positions of an order where it has none."""
-    if order == "contiguous" or request.q_len != request.kv_len:
-        return form
-    raise _NotCutError(
-        f"tokens in {order} order where each device has whole sequences",
-        "give the mask positions, mask.at(query_positions=order, kv_positions=order), or keep tokens contiguous",
-    )
+def _ordered(request: Request, sharding: Sharding) -> MaskForm:
+    """The mask's form with the positions of an order where it has none."""
+    if sharding.order == "contiguous" or request.q_len != request.kv_len:
+        return request.mask
+    order = load_balanced_order(request.q_len, sharding.size(sharding.ordered), sharding.order)
+    return _at(request.mask, StaticPositions.of_array(order).form)
+
+
+def _at(form: MaskForm, where: PositionForm) -> MaskForm:
+    return MaskForm(tuple(sorted((_atom_at(atom, where) for atom in form.atoms), key=lambda atom: atom.sort_key)))
+
+
+def _atom_at(atom: Atom, where: PositionForm) -> Atom:
+    params = tuple(_at(param, where) if isinstance(param, MaskForm) else param for param in atom.params)
+    atom = dataclasses.replace(atom, params=params)
+    if not atom.mask_class.positional:
+        return atom
+    query = where if atom.query == PositionForm() and atom.mask_class.uses_query_positions else atom.query
+    return dataclasses.replace(atom, query=query, kv=where if atom.kv == PositionForm() else atom.kv)
 
 
 def _with_traced_rows(form: MaskForm, sharding: Sharding) -> MaskForm:
