@@ -90,9 +90,12 @@ class Steps:
         table = np.asarray(self.table.table)
         devices = np.arange(self.size)
         full = [d for d in range(self.size) if (table[devices, (devices - d) % self.size] != EMPTY).any()]
-        gaps = [(after - before, after) for before, after in zip(full, [*full[1:], full[0] + self.size], strict=True)]
-        _, start = max(gaps, key=lambda gap: gap[0])
-        start = start % self.size
+        following = [*full[1:], full[0] + self.size]
+        gaps = [
+            (after - before, after == self.size, after % self.size)
+            for before, after in zip(full, following, strict=True)
+        ]
+        start = max(gaps)[2]  # behind the longest gap; a device's own keys first where gaps are alike
         last = max((d - start) % self.size for d in full)
         return tuple((start + step) % self.size for step in range(last + 1))
 
