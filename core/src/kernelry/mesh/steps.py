@@ -86,7 +86,7 @@ def _backward(steps: Steps, residuals: Any, d_whole: Partial) -> tuple[Operands]
         d_out, d_lse = lax.psum((d_out, d_lse), steps.axes)  # type: ignore[no-untyped-call]
         seen = lax.psum(seen.astype(jnp.int32), steps.axes) > 0  # type: ignore[no-untyped-call]
     d_out = jnp.where(heads_last(seen), d_out, 0)  # so that a NaN in an empty row's cotangent stops here
-    whole = Whole(out, lse, rest, d_out, d_lse)
+    whole = Whole.of(out, lse, rest, d_out, d_lse)
     shares = _shares(steps, operands, empty, whole)
     found = {name: share.astype(getattr(operands, name).dtype) for name, share in shares.items()}
     named = {name: found.get(name) for name in ("query", "key", "value", "bias")}
@@ -241,7 +241,7 @@ def _sent_sums(steps: Steps, sums: Shares, by: int) -> Shares:
 def _of_sinks(steps: Steps, sinks: jax.Array, whole: Whole) -> jax.Array:
     delta = jnp.einsum("BTND,BTND->BNT", whole.out.astype(jnp.float32), whole.d_out.astype(jnp.float32))
     nothing = jnp.isneginf(whole.lse)  # no key and no sink
-    exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, whole.lse) - whole.rest
+    exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, whole.lse)
     share = -(jnp.where(nothing, 0.0, jnp.exp(exponent)) * delta).sum(axis=(0, 2))
     if steps.source is Source.OWN:
         share = share / steps.size  # every device has all of it, and they are summed
