@@ -1,6 +1,6 @@
 """What a mesh costs on simulated CPU devices: bytes sent, from program text and by formula, and the wrap at P = 1.
 
-Run: make benchmark-parallel. Times are of a CPU; bytes and counts are those of any device.
+Run: make benchmark. Times are of a CPU; bytes and counts are those of any device.
 """
 
 import functools
@@ -9,9 +9,6 @@ import statistics
 import time
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -40,9 +37,11 @@ def forward(query, key, value):
 
 
 def gradients(query, key, value):
-    return jax.vjp(forward, query, key, value)[1](query)
+    out, pull = jax.vjp(forward, query, key, value)
+    return out, pull(jnp.cos(out))
 
 
+@functools.cache
 def mesh_of(devices):
     return jax.make_mesh((devices,), ("c",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
@@ -93,7 +92,7 @@ def _bytes(line, devices):
 
 
 def formula(strategy, devices):
-    """Bytes that a device has to send, forward and backward together."""
+    """Bytes that a device has to send, forward and backward together; a ring also sends keys again, as under remat."""
     tokens = T // devices
     keys, query = 2 * B * tokens * K * H * 4, B * tokens * N * H * 4
     repeats = next(r for r in range(1, N // K + 1) if K * r % devices == 0)
@@ -101,7 +100,8 @@ def formula(strategy, devices):
         return (devices - 1) * (keys + keys)  # gradients are float32, as the keys are here
     if strategy == "ring":
         return (devices - 1) * keys + (devices - 1) * keys + devices * keys
-    return 2 * (2 * query + repeats * keys) * (devices - 1) // devices
+    exchanged = 2 * query + repeats * keys  # query and output, or their gradients
+    return 2 * exchanged * (devices - 1) // devices
 
 
 def report_bytes():
@@ -171,6 +171,7 @@ def report_wrap():
 
 
 def main():
+    jax.config.update("jax_num_cpu_devices", 8)
     report_bytes()
     report_wrap()
 
