@@ -7,11 +7,11 @@ from typing import Any, final
 
 import jax.numpy as jnp
 
-from kernelry.aot.devices import DEVICE_RATES
 from kernelry.aot.pairs import PairCounts, count_pairs
 from kernelry.config.layer import MoBA
 from kernelry.masks.base import Mask
 from kernelry.request.request import Mode, Operand, Request
+from kernelry.resolution.published import DEVICE_RATES
 from kernelry.storage import Quantization
 
 
