@@ -17,14 +17,14 @@ from kernelry.kernel.spec import Inputs
 from kernelry.masks.base import Mask
 from kernelry.masks.composition import canonical_of, is_positional
 from kernelry.masks.form import Atom
-from kernelry.masks.shard_pairs import leaf_axes
-from kernelry.mesh.cutting import order_positions, with_traced_positions, with_traced_rows
+from kernelry.masks.spread import leaf_axes, spread_in_order
+from kernelry.mesh.cutting import order_positions, with_traced_rows
 from kernelry.mesh.finding import MeshFacts
 from kernelry.mesh.steps import Operands, Source, Steps, TracedMask, attend_in_steps
 from kernelry.request.request import Request
 from kernelry.request.sharding import Axes, Sharding
 from kernelry.resolution.explanation import Resolution
-from kernelry.resolution.shards import ShardedResolution, Shards
+from kernelry.resolution.shards import ShardedResolution, Shards, grid_of
 from kernelry.storage import PagedArray
 
 
@@ -49,8 +49,9 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
         operands, specs = cutting.operands(inputs, masks)
         body: Any = _Whole(cutting, plans[0], _structures(masks))  # type: ignore[arg-type]
     else:
+        tokens = grid_of(request, shards.sharding).tokens or (None, None)
         traced = {piece.index for pieces in shards.table.classes for piece in pieces if piece.traced}
-        masks = tuple(with_traced_positions(inputs.mask[index], request, shards.sharding) for index in sorted(traced))
+        masks = tuple(spread_in_order(inputs.mask[index], *tokens) for index in sorted(traced))
         operands, specs = cutting.operands(inputs, masks)
         steps = Steps(
             plans,  # type: ignore[arg-type]

@@ -9,16 +9,9 @@ from typing import final
 
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, MaskForm, PositionForm, PositionKind
-from kernelry.masks.positions import StaticPositions
-from kernelry.masks.shard_pairs import (
-    EMPTY,
-    PairTable,
-    ShardGrid,
-    class_form,
-    load_balanced_order,
-    pair_table,
-    why_not_cut,
-)
+from kernelry.masks.positions import StaticPositions, load_balanced_order
+from kernelry.masks.shard_pairs import EMPTY, PairTable, ShardGrid, class_form, pair_table
+from kernelry.masks.spread import why_not_cut
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import Operand, Request
 from kernelry.request.sharding import Sharding
@@ -168,7 +161,14 @@ def grid_of(request: Request, sharding: Sharding) -> ShardGrid:
     ring = sharding.size(sharding.ring)
     keys = ring if sharding.sequence else sharding.size(sharding.kv_axes)
     order = sharding.order if request.q_len == request.kv_len else "contiguous"
-    return ShardGrid(q_len=request.q_len, kv_len=request.kv_len, q_shards=ring, kv_shards=keys, order=order)
+    return ShardGrid(
+        q_len=request.q_len,
+        kv_len=request.kv_len,
+        q_shards=ring,
+        kv_shards=keys,
+        order=order,
+        order_size=sharding.size(sharding.ordered),
+    )
 
 
 def _local_shape(request: Request, sharding: Sharding) -> dict[str, object]:
