@@ -11,8 +11,8 @@ from kernelry.aot.pairs import PairCounts, count_pairs
 from kernelry.config.layer import MoBA
 from kernelry.masks.base import Mask
 from kernelry.request.request import Mode, Operand, Request
+from kernelry.resolution.communication import key_bytes
 from kernelry.resolution.published import DEVICE_RATES
-from kernelry.storage import Quantization
 
 
 @final
@@ -89,15 +89,4 @@ def _bytes(request: Request, seen: PairCounts, gradients: frozenset[Operand]) ->
     numbers += sum(count for operand, count in written.items() if operand in gradients)
     if gradients:
         numbers += seen.queries * request.q_heads * request.value_dim  # the cotangent of out
-    return size * numbers + seen.keys * _key_bytes(request)
-
-
-def _key_bytes(request: Request) -> float:
-    """Bytes of the key and the value of one token, as they are stored."""
-    numbers = request.kv_heads * (request.head_dim + request.value_dim)
-    if request.kv_quantization is None:
-        return float(jnp.dtype(request.dtype).itemsize * numbers)
-    quantization = Quantization.parse(request.kv_quantization)
-    scales = 2 * (request.kv_heads if quantization.axis == "head_dim" else 1)
-    values = numbers * (0.5 if quantization.dtype == "int4" else 1.0)
-    return float(values + scales * jnp.dtype(jnp.bfloat16).itemsize)
+    return size * numbers + seen.keys * key_bytes(request)

@@ -38,6 +38,7 @@ from kernelry.masks.run_time import BlockGrid, decided_at_run_time
 from kernelry.masks.shard_pairs import EMPTY, PairClass, PairTable, aligned_masks
 from kernelry.request.request import Operand, Request
 from kernelry.request.sharding import Axes
+from kernelry.resolution.shards import ring_offsets
 
 
 @final
@@ -99,14 +100,7 @@ class Steps:
         """The steps: how far before a device the keys of each come from; a run that covers all that show something."""
         if self.source is Source.OWN:
             return (0,)
-        table = np.asarray(self.table.table)
-        devices = np.arange(self.size)
-        full = [d for d in range(self.size) if (table[devices, (devices - d) % self.size] != EMPTY).any()]
-        gaps = [(after - before, after) for before, after in zip(full, [*full[1:], full[0] + self.size], strict=True)]
-        _, start = max(gaps, key=lambda gap: gap[0])
-        start = start % self.size
-        last = max((d - start) % self.size for d in full)
-        return tuple((start + step) % self.size for step in range(last + 1))
+        return ring_offsets(self.table)
 
 
 @final

@@ -116,6 +116,12 @@ class Resolution:
         return None if self.plan is None else self.plan.kernel.name
 
     @property
+    def plans(self) -> tuple[Plan, ...]:
+        """All that will run: of a call on a mesh, one for each class of pairs of shards."""
+        answers = (self,) if self.shards is None else self.shards.resolutions
+        return tuple(answer.plan for answer in answers if answer.plan is not None)
+
+    @property
     def winner(self) -> Candidate | None:
         """The winner."""
         return next((c for c in self.candidates if c.name == self.kernel), None)
@@ -144,7 +150,9 @@ class Resolution:
         """The decision in one line, as logged."""
         through = "".join(f" through {step.adapter.name}" for step in self.plan.steps) if self.plan else ""
         refused = ", ".join(candidate.name for candidate in self.refused)
-        return f"{self.request} → {self.kernel or 'no kernel'}{through} ({self.rule}; refused: {refused or 'none'})"
+        others = sorted({plan.kernel.name for plan in self.plans} - {str(self.kernel)})
+        chosen = " and ".join([f"{self.kernel or 'no kernel'}{through}", *others])
+        return f"{self.request} → {chosen} ({self.rule}; refused: {refused or 'none'})"
 
     def __str__(self) -> str:
         return self.explain()
@@ -165,19 +173,8 @@ class Resolution:
         """
         if self.plan is None:
             raise NoKernelError(f"nothing was resolved for {self.request}", self)
-        wanted = self.plan.kernel.signature(self.plan.inner_request)
-        if isinstance(wanted, str):  # each of its letters is in every program
-            raise PluginError(f"kernel {self.kernel!r}: signature must return a tuple of texts, got {wanted!r}.")
-        if not wanted:
-            raise PluginError(f"kernel {self.kernel!r} has an empty signature: nothing could prove that it ran.")
-        from kernelry.kernel.proof import missing  # calls need no proof
-
-        lacking = missing(wanted, program)
-        if lacking:
-            raise PluginError(
-                f"the program does not contain {', '.join(map(repr, lacking))}, the signature of kernel "
-                f"{self.kernel!r}: another kernel ran, or this program is not the one that was resolved."
-            )
+        for plan in self.plans:
+            _verify(plan, program)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data, described in docs/explanations.md; `schema` grows when a key changes its meaning."""
@@ -191,7 +188,40 @@ class Resolution:
             "forced": self.forced,
             "changes": [change.to_json() for change in self.changes],
             "advice": self.advice,
+            "shards": None if self.shards is None else _shards_json(self),
         }
+
+
+def _shards_json(resolution: Resolution) -> dict[str, Any]:
+    from kernelry.resolution.account import shards_json  # a call on one device needs no account of several
+
+    return shards_json(resolution)
+
+
+def _verify(plan: Plan, program: Any) -> None:
+    name = plan.kernel.name
+    wanted = plan.kernel.signature(plan.inner_request)
+    if isinstance(wanted, str):  # each of its letters is in every program
+        raise PluginError(f"kernel {name!r}: signature must return a tuple of texts, got {wanted!r}.")
+    if not wanted:
+        raise PluginError(f"kernel {name!r} has an empty signature: nothing could prove that it ran.")
+    from kernelry.kernel.proof import missing  # calls need no proof
+
+    lacking = missing(wanted, program)
+    if lacking:
+        raise PluginError(
+            f"the program does not contain {', '.join(map(repr, lacking))}, the signature of kernel "
+            f"{name!r}: another kernel ran, or this program is not the one that was resolved."
+        )
+
+
+def told_of_shards(resolution: Resolution) -> tuple[str, ...]:
+    """What the devices of a call on a mesh do, line by line; nothing on one device."""
+    if resolution.shards is None:
+        return ()
+    from kernelry.resolution.account import told_shards
+
+    return tuple(told_shards(resolution))
 
 
 def answer_of(resolution: Resolution, candidate: Candidate) -> tuple[str, ...]:
@@ -235,6 +265,7 @@ def refusal_error(resolution: Resolution) -> NoKernelError:
 def _told(
     resolution: Resolution, candidates: Sequence[Candidate], elsewhere: Sequence[Candidate] = ()
 ) -> Iterator[str]:
+    yield from (f"  {line}" for line in told_of_shards(resolution))
     yield f"  decided by: {resolution.rule}"
     for candidate in candidates:
         mark, source = ("→", f" [{candidate.distribution}]") if candidate.name == resolution.kernel else (" ", "")

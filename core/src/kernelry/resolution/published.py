@@ -57,15 +57,15 @@ class Link:
 
 
 def _torus(chip: float, links: int) -> tuple[Link, ...]:
-    source = f"published: {chip:g} GB/s per chip both ways, docs.cloud.google.com/tpu/docs, over {links} links"
+    source = f"Google Cloud: {chip:g} GB/s per chip both ways, over {links} links"
     return (Link("one ICI link", chip * 1e9 / 2 / links, source),)
 
 
 def _nvlink(both_ways: float) -> Link:
-    return Link("NVLink", both_ways * 1e9 / 2, f"published: {both_ways:g} GB/s per GPU both ways, NVIDIA's data sheet")
+    return Link("NVLink", both_ways * 1e9 / 2, f"NVIDIA: {both_ways:g} GB/s per GPU both ways")
 
 
-_NDR = Link("InfiniBand NDR", 50e9, "published: 400 Gbit/s per port, NVIDIA ConnectX-7, one port per GPU")
+_NDR = Link("InfiniBand NDR", 50e9, "NVIDIA: 400 Gbit/s per ConnectX-7, one for each GPU")
 
 _LINKS: dict[str, tuple[Link, ...]] = {
     "v5e": _torus(400, 4),
@@ -77,7 +77,9 @@ _LINKS: dict[str, tuple[Link, ...]] = {
     "h200": (_nvlink(900), _NDR),
     "b200": (_nvlink(1800),),
 }
-"""A chip of a 2D torus has 4 links, one of a 3D torus 6. Google Cloud publishes no such figure for v4."""
+"""Source: docs.cloud.google.com/tpu/docs, one page per version, "bidirectional ICI bandwidth per chip", of which a chip of
+a 2D torus has 4 links and one of a 3D torus 6 (for v4 there is no such figure); NVIDIA's data sheets of the SXM modules
+and of ConnectX-7, the adapter of DGX H100."""
 
 GPUS_OF_HOST = 8
 """Of HGX and DGX systems; beyond a host NVLink ends."""

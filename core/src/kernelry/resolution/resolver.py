@@ -132,7 +132,7 @@ def _explained(question: Question) -> Resolution:
 
     @functools.cache
     def ask(neighbour: Request) -> str | None:
-        return choose(dataclasses.replace(unprobed, request=neighbour)).kernel
+        return _answer(dataclasses.replace(unprobed, request=neighbour)).kernel
 
     changes = nearest_changes(question.request, resolution.kernel, ask, question.policy.length_bounds)
     return dataclasses.replace(resolution, changes=changes)
@@ -140,6 +140,10 @@ def _explained(question: Question) -> Resolution:
 
 @functools.lru_cache(maxsize=8192)
 def _resolved(question: Question) -> Resolution:
+    return _answer(question)
+
+
+def _answer(question: Question) -> Resolution:
     if question.request.sharding is None:
         return choose(question)
     from kernelry.resolution.shards import choose_sharded  # imported where a call is sharded

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import final
+
+import numpy as np
 
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, MaskForm, PositionForm, PositionKind
@@ -36,6 +39,11 @@ class Shards:
     sharding: Sharding
     requests: tuple[Request, ...]
     table: PairTable | None = None
+
+    @property
+    def devices(self) -> int:
+        """Those of the axes that cut the call."""
+        return math.prod(size for _, size in self.sharding.sizes)
 
     def pairs(self, place: int) -> int:
         """How many pairs of shards are of a class."""
@@ -79,7 +87,9 @@ def choose_sharded(question: Question) -> Resolution:
         if found.plan is not None:
             return found
         first = first or found
-    return first or Resolution(request, None, tuple(refused), "the sharding")
+    if first is not None:
+        return dataclasses.replace(first, candidates=(*first.candidates, *refused))
+    return Resolution(request, None, tuple(refused), "the sharding")
 
 
 def _strategies(sharding: Sharding) -> tuple[str, ...]:
@@ -154,6 +164,22 @@ def cut(request: Request, sharding: Sharding) -> Shards:
     )
     forms = (class_form(request.mask, pieces) for pieces in table.classes)
     return Shards(sharding, tuple(dataclasses.replace(asked, mask=form) for form in forms), table)
+
+
+def ring_offsets(table: PairTable) -> tuple[int, ...]:
+    """The steps of a ring: how far before a device the keys of each come from; a run that covers all that show something.
+
+    Args:
+      table: of as many shards of keys as of queries.
+    """
+    size = len(table.table)
+    classes, devices = np.asarray(table.table), np.arange(size)
+    full = [offset for offset in range(size) if (classes[devices, (devices - offset) % size] != EMPTY).any()]
+    gaps = [(after - before, after) for before, after in zip(full, [*full[1:], full[0] + size], strict=True)]
+    _, start = max(gaps, key=lambda gap: (gap[0], gap[1] % size == 0))  # a device's own keys first, if nothing else says
+    start = start % size
+    last = max((offset - start) % size for offset in full)
+    return tuple((start + step) % size for step in range(last + 1))
 
 
 def grid_of(request: Request, sharding: Sharding) -> ShardGrid:
