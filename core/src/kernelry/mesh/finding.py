@@ -71,8 +71,8 @@ def _said(said: Sharding, active: Any, manual: frozenset[str], query: jax.Array)
 
 
 def _without(sharding: Sharding, manual: frozenset[str]) -> Sharding:
-    def kept(axes: Axes | None) -> Axes | None:
-        return None if axes is None else tuple(axis for axis in axes if axis not in manual)
+    def kept(axes: Axes) -> Axes:
+        return tuple(axis for axis in axes if axis not in manual)
 
     if not manual:
         return sharding
@@ -82,7 +82,7 @@ def _without(sharding: Sharding, manual: frozenset[str]) -> Sharding:
         batch=kept(sharding.batch),
         heads=kept(sharding.heads),
         sequence=kept(sharding.sequence),
-        kv_sequence=kept(sharding.kv_sequence),
+        kv_sequence=None if sharding.kv_sequence is None else kept(sharding.kv_sequence),
         ulysses=kept(sharding.ulysses),
         strategy=strategy,
     )

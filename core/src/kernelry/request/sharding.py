@@ -131,6 +131,7 @@ class Sharding:
             raise ArgumentError(f"a sharding is written e.g. 'batch=d:4 sequence=c:8 ring', got {text!r}.")
         facts: dict[str, Any] = {}
         sizes: dict[str, int] = {}
+        found: Any
         for word in text.split():
             name, equals, value = word.partition("=")
             if not equals and word in _WORDS:
@@ -329,6 +330,6 @@ def _parsed_axes(text: str, value: str, sizes: dict[str, int]) -> Axes:
 def _dimensions(name: str, spec: Any) -> tuple[Axes, Axes, Axes, Axes]:
     if not isinstance(spec, jax.sharding.PartitionSpec | tuple) or len(spec) > 4:
         raise ArgumentError(f"Sharding: the spec of {name} must be a PartitionSpec of four dimensions, got {spec!r}.")
-    found = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec]
-    batch, length, heads, dim = (*found, *((),) * (4 - len(found)))
+    found: list[Axes] = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec]
+    batch, length, heads, dim = found + [()] * (4 - len(found))
     return batch, length, heads, dim

@@ -196,7 +196,9 @@ def shards_json(resolution: Resolution) -> dict[str, Any]:
 
 
 def _pass_json(each: Pass, communication: Communication) -> dict[str, Any]:
-    times = [] if communication.flops is None else [each.times(link, communication.flops) for link in communication.links]
+    times = (
+        [] if communication.flops is None else [each.times(link, communication.flops) for link in communication.links]
+    )
     return {
         "bytes": each.bytes,
         "held": each.held,

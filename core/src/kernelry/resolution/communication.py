@@ -1,8 +1,7 @@
 """What a call on a mesh sends, holds and computes on each device, from its sizes and its mask.
 
-Bytes follow from the collectives that `kernelry.mesh` runs, and from nothing else; arrays of masks, which are small, are
-not counted. Times are those of published rates (`resolution.published`): transfers at the full rate of one link, compute
-at half the peak.
+Bytes follow from the collectives that `kernelry.mesh` runs; arrays of masks, which are small, are not counted. Times
+are those of published rates (`resolution.published`): transfers at the full rate of one link, compute at half the peak.
 """
 
 from __future__ import annotations
@@ -168,7 +167,7 @@ def communication_of(request: Request, shards: Shards) -> Communication:
 
 
 def balances(request: Request, shards: Shards) -> tuple[tuple[Balance, ...], int]:
-    """The work of each order of tokens, in blocks, and the slots of a block; nothing where there is no order to choose."""
+    """The work of each order of tokens, in blocks, and the slots of a block; empty where there is no choice."""
     grid = grid_of(request, shards.sharding)
     is_ring = shards.table is not None and grid.q_shards > 1
     if not is_ring or request.q_len != request.kv_len:
@@ -356,11 +355,15 @@ class _Counted:
             dims = self._key_gradients // (own.batch * own.kv_len * own.kv_heads * _FLOAT32)
             tokens = self.request.batch // cut.size(cut.batch) * self.request.kv_len // cut.size(cut.kv_axes)
             size = tokens * heads * dims * itemsize(own.dtype)
-            found.append(Transfer("all_reduce", f"dK and dV over {','.join(alike)}", 2, _all_reduced(size, cut.size(alike))))
+            found.append(
+                Transfer("all_reduce", f"dK and dV over {','.join(alike)}", 2, _all_reduced(size, cut.size(alike)))
+            )
         if not cut.sequence and cut.kv_axes:
             size = self._rows(own.head_dim + own.value_dim, itemsize(own.dtype))
             over = ",".join(cut.kv_axes)
-            found.append(Transfer("all_reduce", f"d_out and dQ over {over}", 2, _all_reduced(size, cut.size(cut.kv_axes))))
+            found.append(
+                Transfer("all_reduce", f"d_out and dQ over {over}", 2, _all_reduced(size, cut.size(cut.kv_axes)))
+            )
         return found
 
     def _step_flops(self, dims: int) -> tuple[float, ...]:

@@ -77,9 +77,9 @@ _LINKS: dict[str, tuple[Link, ...]] = {
     "h200": (_nvlink(900), _NDR),
     "b200": (_nvlink(1800),),
 }
-"""Source: docs.cloud.google.com/tpu/docs, one page per version, "bidirectional ICI bandwidth per chip", of which a chip of
-a 2D torus has 4 links and one of a 3D torus 6 (for v4 there is no such figure); NVIDIA's data sheets of the SXM modules
-and of ConnectX-7, the adapter of DGX H100."""
+"""Source: docs.cloud.google.com/tpu/docs, one page per version, the bidirectional bandwidth of a chip's ICI, which has
+4 links in a 2D torus and 6 in a 3D torus (for v4 there is no such figure); NVIDIA's data sheets of the SXM modules and
+of ConnectX-7, the adapter of DGX H100."""
 
 GPUS_OF_HOST = 8
 """Of HGX and DGX systems; beyond a host NVLink ends."""

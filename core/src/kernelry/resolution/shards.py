@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -76,14 +76,11 @@ def choose_sharded(question: Question) -> Resolution:
     first: Resolution | None = None
     for strategy in _strategies(sharding):
         named = dataclasses.replace(sharding, strategy=strategy)
-        if strategy == "native":
-            found = _native(question, named)
-        else:
-            try:
-                found = _of_shards(question, cut(request, named))
-            except _NotCutError as error:
-                refused.append(Candidate(strategy, "kernelry", (error.refusal,)))
-                continue
+        try:
+            found = _native(question, named) if strategy == "native" else _of_shards(question, cut(request, named))
+        except _NotCutError as error:
+            refused.append(Candidate(strategy, "kernelry", (error.refusal,)))
+            continue
         if found.plan is not None:
             return found
         first = first or found
@@ -167,7 +164,10 @@ def cut(request: Request, sharding: Sharding) -> Shards:
 
 
 def ring_offsets(table: PairTable) -> tuple[int, ...]:
-    """The steps of a ring: how far before a device the keys of each come from; a run that covers all that show something.
+    """The steps of a ring: how far before a device the keys of each come from.
+
+    It is the shortest run that covers all steps in which some pair shows something, with a device's own keys first
+    where no step can be left out.
 
     Args:
       table: of as many shards of keys as of queries.
@@ -176,7 +176,7 @@ def ring_offsets(table: PairTable) -> tuple[int, ...]:
     classes, devices = np.asarray(table.table), np.arange(size)
     full = [offset for offset in range(size) if (classes[devices, (devices - offset) % size] != EMPTY).any()]
     gaps = [(after - before, after) for before, after in zip(full, [*full[1:], full[0] + size], strict=True)]
-    _, start = max(gaps, key=lambda gap: (gap[0], gap[1] % size == 0))  # a device's own keys first, if nothing else says
+    _, start = max(gaps, key=lambda gap: (gap[0], gap[1] == size))
     start = start % size
     last = max((offset - start) % size for offset in full)
     return tuple((start + step) % size for step in range(last + 1))
@@ -197,7 +197,7 @@ def grid_of(request: Request, sharding: Sharding) -> ShardGrid:
     )
 
 
-def _local_shape(request: Request, sharding: Sharding) -> dict[str, object]:
+def _local_shape(request: Request, sharding: Sharding) -> dict[str, Any]:
     heads = sharding.size(sharding.head_axes)
     repeats = sharding.kv_repeats(request.q_heads, request.kv_heads)
     batch, ring = sharding.size(sharding.batch), sharding.size(sharding.ring)
