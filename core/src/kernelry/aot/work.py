@@ -11,6 +11,7 @@ from kernelry.aot.pairs import PairCounts, count_pairs
 from kernelry.config.layer import MoBA
 from kernelry.masks.base import Mask
 from kernelry.request.request import Mode, Operand, Request
+from kernelry.request.sharding import Sharding
 from kernelry.resolution.communication import key_bytes
 from kernelry.resolution.published import DEVICE_RATES
 
@@ -34,7 +35,7 @@ class Work:
 
     @classmethod
     def of(cls, request: Request, mask: Mask, moba: MoBA | None = None) -> Work:
-        """Counts what a call takes on a single device.
+        """Counts what a call takes on a single device; on a mesh, on the mean one.
 
         Args:
           request: the call.
@@ -44,8 +45,9 @@ class Work:
         gradients = request.gradients if request.mode is Mode.TRAIN else frozenset()
         fewest = None if moba is None else (moba.top_k - 1) * moba.chunk_size + 1
         seen = count_pairs(mask, request.batch, request.q_len, request.kv_len, fewest=fewest)
-        flops = 2.0 * request.q_heads * seen.pairs * _dims(request, gradients)
-        moved = _bytes(request, seen, gradients)
+        devices = 1 if request.sharding is None else Sharding.parse(request.sharding).devices
+        flops = 2.0 * request.q_heads * seen.pairs * _dims(request, gradients) / devices
+        moved = _bytes(request, seen, gradients) / devices
         figures = DEVICE_RATES.get(request.target.kind or "")
         seconds = None if figures is None else max(flops / figures.flops, moved / figures.bandwidth)
         return cls(flops, moved, seconds, seen.assumed)

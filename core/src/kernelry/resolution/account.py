@@ -24,7 +24,7 @@ def told_shards(resolution: Resolution) -> Iterator[str]:
     """
     found = _shards_of(resolution)
     request, shards = resolution.request, found.shards
-    yield f"on {shards.devices} devices: {', '.join(_cuts(shards.sharding))}"
+    yield f"on {shards.sharding.devices} devices: {', '.join(_cuts(shards.sharding))}"
     yield f"each device has {_arithmetic(request, shards)}"
     communication = communication_of(request, shards)
     if shards.table is not None:
@@ -167,7 +167,7 @@ def in_time(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
-def shards_json(resolution: Resolution) -> dict[str, Any]:
+def data_of_shards(resolution: Resolution) -> dict[str, Any]:
     """The same as plain data, described in docs/explanations.md."""
     found = _shards_of(resolution)
     request, shards, table = resolution.request, found.shards, found.shards.table
@@ -184,11 +184,12 @@ def shards_json(resolution: Resolution) -> dict[str, Any]:
     ]
     return {
         "sharding": shards.sharding.to_json(),
-        "devices": shards.devices,
+        "devices": shards.sharding.devices,
         "pairs": pairs,
         "steps": communication.steps,
         "classes": classes,
-        **{name: _pass_json(each, communication) for name, each in communication.passes.items()},
+        "forward": _pass_json(communication.forward, communication),
+        "backward": None if communication.backward is None else _pass_json(communication.backward, communication),
         "links": [dataclasses.asdict(link) for link in communication.links],
         "flops": communication.flops,
         "orders": [_order_json(order, block) for order in orders],

@@ -156,13 +156,13 @@ def communication_of(request: Request, shards: Shards) -> Communication:
     """
     counted = _Counted(request, shards)
     rates = DEVICE_RATES.get(request.target.kind or "")
-    is_timed = rates is not None and itemsize(request.dtype) == 2
+    halves = ("bfloat16", "float16") if request.target.platform == "gpu" else ("bfloat16",)
     return Communication(
         len(counted.offsets),
         counted.forward(),
         counted.backward() if counted.gradients else None,
-        links_between(request.target.kind, shards.devices),
-        rates.flops * PEAK_SHARE if rates is not None and is_timed else None,
+        links_between(request.target.kind, shards.sharding.devices),
+        rates.flops * PEAK_SHARE if rates is not None and request.dtype in halves else None,
     )
 
 

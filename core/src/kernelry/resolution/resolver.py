@@ -18,7 +18,7 @@ from kernelry.policy.rules import Rule
 from kernelry.policy.scope import current_recorders
 from kernelry.registry import installed
 from kernelry.request.request import Request
-from kernelry.resolution.explanation import Resolution, refusal_error
+from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.question import Question, choose
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def resolve(
     question = Question.of(request, kernel, kernels, policy, measurements, environment)
     resolution = _announced(question)
     if resolution.plan is None:
+        from kernelry.resolution.telling import refusal_error  # an error alone needs text
+
         raise refusal_error(resolution)
     lock = question.scope.strict or _lock_of_process()
     if lock is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, final
 
@@ -39,11 +38,6 @@ class Shards:
     sharding: Sharding
     requests: tuple[Request, ...]
     table: PairTable | None = None
-
-    @property
-    def devices(self) -> int:
-        """Those of the axes that cut the call."""
-        return math.prod(size for _, size in self.sharding.sizes)
 
     def pairs(self, place: int) -> int:
         """How many pairs of shards are of a class."""
