@@ -359,11 +359,10 @@ class _Counted:
                 Transfer("all_reduce", f"dK and dV over {','.join(alike)}", 2, _all_reduced(size, cut.size(alike)))
             )
         if not cut.sequence and cut.kv_axes:
-            size = self._rows(own.head_dim + own.value_dim, itemsize(own.dtype))
-            over = ",".join(cut.kv_axes)
-            found.append(
-                Transfer("all_reduce", f"d_out and dQ over {over}", 2, _all_reduced(size, cut.size(cut.kv_axes)))
-            )
+            rows = own.head_dim + own.value_dim
+            size = self._rows(rows, itemsize(own.dtype)) + self._rows(1, _FLOAT32)
+            what = f"d_out, dQ and the rows that see a key over {','.join(cut.kv_axes)}"
+            found.append(Transfer("all_reduce", what, 3, _all_reduced(size, cut.size(cut.kv_axes))))
         return found
 
     def _step_flops(self, dims: int) -> tuple[float, ...]:
