@@ -75,22 +75,22 @@ def _cuts(sharding: Sharding) -> Iterator[str]:
 
 
 def _arithmetic(request: Request, shards: Shards) -> str:
-    """The sizes of a device, e.g. `T=8192/8=1024`."""
+    """The sizes of a device, e.g. `T=8192/8=1024`, or `K=4·2/8=1` where key/value heads are repeated."""
     own = shards.requests[0]
     sizes = (
         ("B", request.batch, own.batch),
         ("T", request.q_len, own.q_len),
         ("S", request.kv_len, own.kv_len),
         ("N", request.q_heads, own.q_heads),
-        ("K", request.kv_heads, own.kv_heads),
     )
-    told = [f"{letter}={_divided(whole, part)}" for letter, whole, part in sizes]
     repeats = shards.sharding.kv_repeats(request.q_heads, request.kv_heads)
-    return " ".join(told) + (f"; key/value heads are repeated {repeats} times" if repeats > 1 else "")
+    repeated = f"{request.kv_heads}·{repeats}" if repeats > 1 else str(request.kv_heads)
+    told = [_divided(letter, str(whole), whole, part) for letter, whole, part in sizes]
+    return " ".join([*told, _divided("K", repeated, request.kv_heads * repeats, own.kv_heads)])
 
 
-def _divided(whole: int, part: int) -> str:
-    return str(whole) if whole == part else f"{whole}/{whole // part}={part}" if whole % part == 0 else f"{part}"
+def _divided(letter: str, shown: str, whole: int, part: int) -> str:
+    return f"{letter}={shown}" if whole == part else f"{letter}={shown}/{whole // max(part, 1)}={part}"
 
 
 def _told_pairs(found: ShardedResolution, communication: Communication) -> Iterator[str]:

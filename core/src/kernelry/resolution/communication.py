@@ -38,7 +38,7 @@ class Transfer:
     Args:
       kind: the collective.
       what: what is sent, e.g. `K and V`.
-      count: how many a device takes part in, one after another.
+      count: how many a device takes part in, one for each array.
       bytes: what a device sends in all of them.
       hides: whether they run while the device computes.
     """
@@ -258,6 +258,15 @@ class _Counted:
         """Bytes of the keys and values of one shard, as they are sent."""
         return round(self._own.batch * self._own.kv_len * key_bytes(self._own))
 
+    @property
+    def _key_arrays(self) -> int:
+        """K and V, and their scales where they are quantised."""
+        return 2 if self.request.kv_quantization is None else 4
+
+    @property
+    def _gradient_arrays(self) -> int:
+        return len(self.gradients & {Operand.KEY, Operand.VALUE})
+
     def _rows(self, dim: int, size: int) -> int:
         """Bytes of an array of a device's queries."""
         return self._own.batch * self._own.q_len * self._own.q_heads * dim * size
@@ -266,8 +275,12 @@ class _Counted:
     def _key_gradients(self) -> int:
         """Bytes of the gradients of one shard of keys and values, in float32."""
         own = self._own
-        dims = own.head_dim * (Operand.KEY in self.gradients) + own.value_dim * (Operand.VALUE in self.gradients)
-        return own.batch * own.kv_len * own.kv_heads * dims * _FLOAT32
+        return own.batch * own.kv_len * own.kv_heads * self._gradient_dims * _FLOAT32
+
+    @property
+    def _gradient_dims(self) -> int:
+        dims = ((Operand.KEY, self.request.head_dim), (Operand.VALUE, self.request.value_dim))
+        return sum(dim for operand, dim in dims if operand in self.gradients)
 
     def forward(self) -> Pass:
         """The forward pass."""
@@ -293,13 +306,14 @@ class _Counted:
         transfers = [*self._exchanges(), *self._gathered_keys(), *self._sent_keys()]
         held = self.forward().held * (2 if cut.exchanged else 1)
         if self._gathered_keys():
-            transfers.append(Transfer("reduce_scatter", "dK and dV in float32", 1, (devices - 1) * gradients))
+            count = self._gradient_arrays
+            transfers.append(Transfer("reduce_scatter", "dK and dV in float32", count, (devices - 1) * gradients))
             held += devices * gradients
         homeward = self._homeward
         if homeward and gradients:
-            count = len(self.offsets) - 1
-            transfers.append(Transfer("permute", "dK and dV in float32", count, count * gradients, hides=True))
-            transfers.append(Transfer("permute", "dK and dV home", 1, gradients))
+            steps, count = len(self.offsets) - 1, self._gradient_arrays
+            transfers.append(Transfer("permute", "dK and dV in float32", steps * count, steps * gradients, hides=True))
+            transfers.append(Transfer("permute", "dK and dV home", count, gradients))
             held += 2 * gradients
         transfers += self._summed()
         flops = self._step_flops(3 * own.head_dim + 2 * own.value_dim)
@@ -317,19 +331,22 @@ class _Counted:
         size = itemsize(own.dtype)
         whole = self._rows(own.head_dim + own.value_dim, size) + self._keys
         devices = cut.size(cut.exchanged)
-        return [Transfer("all_to_all", "Q, K, V and the output", 4, whole * (devices - 1) // devices)]
+        return [
+            Transfer("all_to_all", "Q, K, V and the output", 2 + self._key_arrays, whole * (devices - 1) // devices)
+        ]
 
     def _gathered_keys(self) -> list[Transfer]:
         cut = self.shards.sharding
         if cut.strategy != "all_gather" or not (cut.sequence and cut.kv_axes):
             return []
-        return [Transfer("all_gather", "K and V", 2, (cut.size(cut.kv_axes) - 1) * self._keys)]
+        return [Transfer("all_gather", "K and V", self._key_arrays, (cut.size(cut.kv_axes) - 1) * self._keys)]
 
     def _sent_keys(self) -> list[Transfer]:
         count = sum(self._sends)
-        found = [Transfer("permute", "K and V", count, count * self._keys, hides=True)] if count else []
+        arrays = self._key_arrays
+        found = [Transfer("permute", "K and V", count * arrays, count * self._keys, hides=True)] if count else []
         if self._is_ring and self.offsets[0]:
-            found.append(Transfer("permute", "K and V before the first step", 1, self._keys))
+            found.append(Transfer("permute", "K and V before the first step", arrays, self._keys))
         return found
 
     @property
@@ -345,24 +362,20 @@ class _Counted:
         return tuple(count * self._keys + (gradients if step else 0) for step, count in enumerate(self._sends))
 
     def _summed(self) -> list[Transfer]:
-        """Gradients of what several devices have whole."""
+        """Gradients of what several devices have whole: keys, or queries where only keys are cut."""
         cut, own = self.shards.sharding, self._own
         found = []
-        alike = [*cut.heads] if self.request.kv_heads % cut.size(cut.heads) else []
-        alike += cut.sequence if not cut.kv_axes else ()
-        if alike and self._key_gradients:
-            heads = self.request.kv_heads // (1 if set(cut.heads) & set(alike) else cut.size(cut.heads))
-            dims = self._key_gradients // (own.batch * own.kv_len * own.kv_heads * _FLOAT32)
-            tokens = self.request.batch // cut.size(cut.batch) * self.request.kv_len // cut.size(cut.kv_axes)
-            size = tokens * heads * dims * itemsize(own.dtype)
-            found.append(
-                Transfer("all_reduce", f"dK and dV over {','.join(alike)}", 2, _all_reduced(size, cut.size(alike)))
-            )
+        split = cut.heads if self.request.kv_heads % cut.size(cut.heads) == 0 else ()
+        over = (*(() if split else cut.heads), *(() if cut.kv_axes else cut.sequence))
+        if over and self._gradient_arrays:
+            shares = cut.size((*cut.batch, *cut.kv_axes, *split))
+            numbers = self.request.batch * self.request.kv_len * self.request.kv_heads * self._gradient_dims // shares
+            size = _all_reduced(numbers * itemsize(own.dtype), cut.size(over))
+            found.append(Transfer("all_reduce", f"dK and dV over {','.join(over)}", self._gradient_arrays, size))
         if not cut.sequence and cut.kv_axes:
-            rows = own.head_dim + own.value_dim
-            size = self._rows(rows, itemsize(own.dtype)) + self._rows(1, _FLOAT32)
+            rows = self._rows(own.head_dim + own.value_dim, itemsize(own.dtype)) + self._rows(1, _FLOAT32)
             what = f"d_out, dQ and the rows that see a key over {','.join(cut.kv_axes)}"
-            found.append(Transfer("all_reduce", what, 3, _all_reduced(size, cut.size(cut.kv_axes))))
+            found.append(Transfer("all_reduce", what, 3, _all_reduced(rows, cut.size(cut.kv_axes))))
         return found
 
     def _step_flops(self, dims: int) -> tuple[float, ...]:

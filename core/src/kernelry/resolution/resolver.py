@@ -188,12 +188,12 @@ def _log(resolution: Resolution, policy: Policy) -> None:
 def _warn_of_memory(resolution: Resolution, plan: Plan) -> None:
     if not plan.steps:
         return
-    own, extra = array_bytes(resolution.request), plan.cost.extra_bytes
+    own, extra = array_bytes(plan.request), plan.cost.extra_bytes
     if extra > own:
         _logger.warning(
             "adapters of %s more than double the memory of %s: %s, %.1f MiB on top of the %.1f MiB of its arrays",
             resolution.kernel,
-            resolution.request,
+            plan.request,
             ", ".join(step.adapter.name for step in plan.steps),
             extra / 2**20,
             own / 2**20,

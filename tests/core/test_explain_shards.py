@@ -1,0 +1,509 @@
+"""What is said of a call on a mesh: the devices, the pairs of shards, what is sent, held and hidden; and its errors."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import kernelry
+from kernelry import Request, masks
+from kernelry.errors import ArgumentError, NoKernelError, PluginError, ShapeError
+from kernelry.parallel import Sharding
+from kernelry.plugin import Policy
+from kernelry.policy.lock import Entry, Lock
+from kernelry.resolution.account import in_bytes, in_time
+from kernelry.resolution.communication import balances, blocks_by_pair, communication_of
+from kernelry.resolution.published import DEVICE_RATES, Link, links_between
+from kernelry.resolution.shards import grid_of
+
+CAUSAL = masks.Causal()
+MILLION = Request(
+    target="tpu:v5e",
+    q_len=2**20,
+    q_heads=32,
+    kv_heads=8,
+    head_dim=128,
+    dtype="bfloat16",
+    mask=CAUSAL,
+    sharding="sequence=c:16 ring dual",
+)
+SMALL = Request(batch=4, q_len=256, q_heads=8, kv_heads=4, mask=CAUSAL, sharding="batch=d:2 sequence=c:4 ring")
+
+
+def explained(request, **changed):
+    return kernelry.explain(dataclasses.replace(request, **changed), changes=False)
+
+
+def communication(request, **changed):
+    found = explained(request, **changed)
+    return communication_of(found.request, found.shards.shards)
+
+
+def lines(request, **changed):
+    return str(explained(request, **changed)).splitlines()
+
+
+def line(start, told):
+    return next(each for each in told if each.startswith(start))
+
+
+# Bytes, against the collectives of the program.
+
+SENT = {
+    "ppermute": lambda _: 1,
+    "all_gather": lambda devices: devices - 1,
+    "all_to_all": lambda devices: (devices - 1) / devices,
+    "reduce_scatter": lambda devices: (devices - 1) / devices,
+    "psum": lambda devices: 2 * (devices - 1) / devices,
+}
+"""What a device sends of an operand."""
+
+
+def sent(jaxpr, sizes):
+    """The bytes that a device sends in a program, and how many collectives it takes part in."""
+    count = total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name.removesuffix("_invariant")
+        for inside in jaxprs_in_params(equation.params):
+            more, size = sent(inside, sizes)
+            times = equation.params["length"] if name == "scan" else 1
+            count, total = count + more * times, total + size * times
+        if name not in SENT:
+            continue
+        axes = equation.params.get("axis_name", equation.params.get("axes"))
+        devices = math.prod(sizes[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+        count += len(equation.invars)
+        total += sum(SENT[name](devices) * each.aval.size * each.aval.dtype.itemsize for each in equation.invars)
+    return count, total
+
+
+def programs(request):
+    """The jaxprs of a call and of its gradients on a mesh of devices that are only described."""
+    sharding = Sharding.parse(request.sharding)
+    mesh = jax.sharding.AbstractMesh(*zip(*((size, axis) for axis, size in sharding.sizes), strict=True))
+    query = jnp.zeros((request.batch, request.q_len, request.q_heads, request.head_dim), request.dtype)
+    key = jnp.zeros((request.batch, request.kv_len, request.kv_heads, request.head_dim), request.dtype)
+    mask = masks.SlidingWindow(20, 20) if "window" in str(request.mask) else CAUSAL
+    mask = mask if request.q_len > 1 else CAUSAL.at(query_offset=request.kv_len - 1)
+
+    def attend(query, key, value):
+        out = kernelry.attention(query, key, value, mask=mask, mode=request.mode.value, kernel="blockwise")
+        return out.astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh), kernelry.use(sharding=sharding):
+        yield jax.make_jaxpr(attend)(query, key, key).jaxpr
+        yield jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(query, key, key).jaxpr
+
+
+STRATEGIES = (
+    "batch=d:2 sequence=c:4 ring",
+    "sequence=c:4 ring dual",
+    "sequence=c:2 ring",
+    "batch=d:2 heads=t:2 sequence=c:4 all_gather",
+    "batch=d:2 sequence=c:4 ulysses",
+    "sequence=c:8 ulysses",
+    "sequence=c:4,u:2 ulysses=u:2 usp",
+    "batch=d:2 heads=t:2",
+    "heads=t:8",
+    "batch=d:2 heads=t:8 sequence=c:4 ring",
+    "batch=d:2 heads=t:2 sequence=c:4 kv_sequence=none",
+)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"sharding": text} for text in STRATEGIES),
+        {"sharding": "sequence=c:8 ring", "mask": masks.SlidingWindow(20, 20)},
+        {"sharding": "batch=d:2 kv_sequence=c:4", "q_len": 1, "mask": CAUSAL.at(query_offset=255)},
+    ],
+    ids=lambda changed: changed["sharding"],
+)
+def test_bytes_are_those_of_the_collectives_in_the_program(changed):
+    request = dataclasses.replace(SMALL, kv_len=256, dtype="bfloat16", head_dim=16, value_dim=16, scale=None, **changed)
+    sizes = dict(Sharding.parse(request.sharding).sizes)
+    forward, both = (sent(program, sizes) for program in programs(request))
+    found = communication(request)
+    assert forward == (sum(each.count for each in found.forward.transfers), found.forward.bytes)
+    passes = found.forward.transfers + found.backward.transfers
+    assert both == (sum(each.count for each in passes), sum(each.bytes for each in passes))
+
+
+def test_keys_that_are_quantised_travel_as_they_are_stored():
+    asked = dataclasses.replace(SMALL, mode="prefill", gradients=(), dtype="bfloat16", sharding="sequence=c:4 ring")
+    plain, stored = communication(asked), communication(asked, kv_quantization="int8:head_dim")
+    per_token = 4 * (64 + 64) + 2 * 4 * 2  # a byte for each number, and a scale for each head of K and of V
+    assert stored.forward.bytes == 4 * 4 * 64 * per_token
+    assert plain.forward.bytes == 4 * 4 * 64 * 4 * (64 + 64) * 2
+    assert str(stored.forward.transfers[0]) == "16 permutes of K and V"
+
+
+@pytest.mark.parametrize(
+    ("sharding", "forward", "backward"),
+    [
+        ("sequence=c:4 ring", 2, 2 + 4),
+        ("sequence=c:4 all_gather", 4, 4 + 8),
+        ("batch=d:4", 0, 0),
+        ("sequence=c:4 kv_sequence=none", 0, 0),
+    ],
+)
+def test_what_is_held_is_counted_in_shards_of_keys(sharding, forward, backward):
+    shard = 4 * 64 * 4 * (64 + 64) * 2  # of K and V in bfloat16; their gradients are in float32
+    found = communication(SMALL, dtype="bfloat16", sharding=sharding)
+    assert (found.forward.held, found.backward.held) == (forward * shard, backward * shard)
+
+
+# Steps, orders, and what compute hides.
+
+
+@pytest.mark.parametrize(
+    ("mask", "steps"),
+    [(CAUSAL, 8), (masks.SlidingWindow(127), 2), (masks.SlidingWindow(127, 127), 3), (masks.Full(), 8)],
+    ids=str,
+)
+def test_steps_end_where_the_mask_ends(mask, steps):
+    assert communication(SMALL, q_len=1024, kv_len=1024, mask=mask, sharding="sequence=c:8 ring").steps == steps
+
+
+NOTED = {
+    CAUSAL: {"contiguous": (36, 484, 484, 0.54), "dual_chunk": (260, 260, 260, 1.0), "striped": (288, 288, 288, 1.0)},
+    masks.SlidingWindow(1023): {
+        "contiguous": (36, 72, 72, 0.94),
+        "dual_chunk": (46, 72, 108, 0.62),
+        "striped": (120, 120, 120, 1.0),
+    },
+    masks.Chunked(2048): {
+        "contiguous": (36, 100, 100, 0.68),
+        "dual_chunk": (68, 68, 116, 0.59),
+        "striped": (96, 96, 96, 1.0),
+    },
+}
+"""Blocks of 128, 8192 tokens, 8 devices: the least and the most of a device, what all wait for, the efficiency."""
+
+
+@pytest.mark.parametrize("mask", NOTED, ids=str)
+def test_the_work_of_each_order_is_counted_in_blocks(mask):
+    found = explained(SMALL, q_len=8192, kv_len=8192, mask=mask, sharding="sequence=c:8 ring")
+    orders, block = balances(found.request, found.shards.shards)
+    assert block == 128
+    noted = NOTED[mask]
+    assert {each.order: (each.least, each.most, each.waited) for each in orders} == {k: v[:3] for k, v in noted.items()}
+    assert [each.efficiency for each in orders] == pytest.approx([each[3] for each in noted.values()], abs=0.0051)
+
+
+def test_no_order_is_compared_where_there_is_no_choice():
+    found = explained(SMALL, sharding="batch=d:2 heads=t:2")
+    assert balances(found.request, found.shards.shards) == ((), 0)
+    odd = explained(SMALL, q_len=132, kv_len=132, sharding="sequence=c:4 ring")  # dual chunks would need 2 * 4
+    assert [each.order for each in balances(odd.request, odd.shards.shards)[0]] == ["contiguous", "striped"]
+
+
+@pytest.mark.parametrize("length", [60, 128, 250, 2 * 1009])
+def test_blocks_cover_what_a_mask_shows(length):
+    request = dataclasses.replace(SMALL, q_len=length, kv_len=length, sharding=None)
+    grid = grid_of(request, Sharding.parse("sequence=c:2 ring"))
+    counts, (rows, columns) = blocks_by_pair(CAUSAL.form, grid)
+    half = length // 2
+    visible = np.array([[half * (half + 1) // 2, 0], [half * half, half * (half + 1) // 2]])
+    assert (counts * rows * columns >= visible).all()
+    assert counts[0, 1] == 0
+    assert half % rows == half % columns == 0
+
+
+def test_a_million_tokens_hide_the_ring_behind_compute():
+    found = communication(MILLION)
+    (link,) = found.links
+    forward, backward = (each.times(link, found.flops) for each in (found.forward, found.backward))
+    shard = 2 * 65536 * 8 * 128 * 2
+    assert found.forward.bytes == 16 * shard
+    assert found.backward.bytes == 16 * shard + 16 * 2 * shard
+    assert forward.transfers == pytest.approx(16 * shard / 50e9)
+    assert forward.compute == pytest.approx(5.715, rel=0.01)
+    assert backward.compute == pytest.approx(2.5 * forward.compute)
+    assert forward.not_hidden == 0
+    assert backward.not_hidden == pytest.approx(2 * shard / 50e9)  # the last permute, home
+
+
+def test_what_a_step_cannot_hide_is_waited_for():
+    found = communication(MILLION, q_len=16 * 512, kv_len=16 * 512, q_heads=8)
+    slow = Link("a string", 1e6, "")
+    times = found.forward.times(slow, found.flops)
+    assert times.not_hidden == pytest.approx(times.transfers - times.compute)
+    gathered = communication(MILLION, sharding="sequence=c:16 all_gather")
+    assert gathered.forward.times(slow, gathered.flops).not_hidden == gathered.forward.bytes / 1e6
+
+
+@pytest.mark.parametrize(("kind", "speed"), [("v5e", 50), ("v5p", 100), ("v6e", 100), ("tpu7x", 100), ("h100", 450)])
+def test_links_have_a_published_source(kind, speed):
+    (link,) = links_between(kind, 4)
+    assert link.bandwidth == speed * 1e9
+    assert "per chip both ways" in link.source or "per GPU both ways" in link.source
+    assert kind in DEVICE_RATES
+
+
+def test_gpus_of_several_hosts_are_told_with_their_network():
+    assert [link.name for link in links_between("h100", 16)] == ["NVLink", "InfiniBand NDR"]
+    told = lines(MILLION, target="gpu:h100")
+    assert any("over NVLink: " in each for each in told)
+    assert any("over InfiniBand NDR: " in each for each in told)
+
+
+@pytest.mark.parametrize("target", ["tpu:v4", "cpu", "gpu", "tpu"])
+def test_unknown_links_have_no_times(target):
+    assert links_between(None if ":" not in target else target.partition(":")[2], 16) == ()
+    told = lines(MILLION, target=target)
+    assert "  no times: no rate of the links of this target is published" in told
+    assert not any("compute" in each for each in told[:12])
+
+
+def test_other_dtypes_have_no_times_of_compute():
+    told = lines(MILLION, dtype="float32", target="tpu:v5e")
+    assert line("    over one ICI link", told).endswith("of which no rate is published for this dtype")
+
+
+# Text.
+
+
+def test_what_is_told_of_a_mesh():
+    told = lines(MILLION, q_len=8192, kv_len=8192, batch=8, sharding="batch=d:4 heads=t:2 sequence=c:8 ring dual")
+    assert told[1:6] == [
+        "  on 64 devices: batch over d:4, heads over t:2, sequence over c:8, by ring, dual_chunk",
+        "  each device has B=8/4=2 T=8192/8=1024 S=8192/8=1024 N=32/2=16 K=8/2=4",
+        "  64 pairs of shards: 0 full, 64 partial, 0 skipped, 8 of 8 steps",
+        "    8 of mask=causal → splash",
+        "    28 of mask=causal at query=static → splash through empty_rows_from_lse",
+    ]
+    assert line("  forward", told) == "  forward: sends 33.6 MB, holds 8.39 MB more"
+    assert "    33.6 MB: 16 permutes of K and V" in told
+    assert line("    over", told) == "    over one ICI link: 671 µs, hidden by 709 µs of compute"
+    assert "    8.39 MB: 2 permutes of dK and dV home" in told
+    assert line("  assumed: one", told) == (
+        "  assumed: one ICI link, 50 GB/s in one direction (Google Cloud: 400 GB/s per chip both ways, over 4 links)"
+    )
+    assert "  assumed: compute at 50% of the published 197 TFLOP/s of bfloat16" in told
+    assert "    dual_chunk 260, waits for 260 (1.00)" in told
+    assert line("  the answers", told).endswith("are about 28 pairs, mask=causal at query=static")
+
+
+def test_equal_plans_are_told_once():
+    told = lines(SMALL)
+    assert told[4:7] == ["    4 of mask=causal", "    6 of mask=full", "    each → dot_product"]
+    assert sum("→" in each for each in told) == 2
+
+
+@pytest.mark.parametrize(
+    ("sharding", "words"),
+    [
+        ("batch=d:2 heads=t:2", "on 4 devices: batch over d:2, heads over t:2"),
+        ("sequence=c:4 all_gather", "on 4 devices: sequence over c:4, by all_gather"),
+        ("sequence=c:4 kv_sequence=none", "on 4 devices: sequence over c:4, keys on every device"),
+        ("kv_sequence=c:4", "on 4 devices: keys over c:4"),
+        ("sequence=c:4,u:2 ulysses=u:2 usp", "on 8 devices: sequence over c:4,u:2, by usp with ulysses over u:2"),
+    ],
+)
+def test_each_sharding_is_told_in_words(sharding, words):
+    assert lines(SMALL, sharding=sharding)[1] == f"  {words}"
+
+
+def test_repeated_heads_are_told():
+    told = lines(SMALL, sharding="heads=t:8")
+    assert told[2].endswith("N=8/8=1 K=4·2/8=1")
+
+
+def test_a_call_that_sends_nothing_says_so():
+    assert "  forward: sends nothing" in lines(SMALL, sharding="batch=d:2")
+
+
+def test_traced_positions_are_told_to_leave_no_step_out():
+    told = lines(SMALL, mask=CAUSAL.at(query_positions=jnp.arange(256)))
+    assert any("known at run time only" in each for each in told)
+    assert not any("known at run time only" in each for each in lines(SMALL))
+
+
+def test_one_device_is_told_as_before():
+    assert lines(SMALL, sharding=None)[1].startswith("  decided by: ")
+    assert explained(SMALL, sharding=None).to_json()["shards"] is None
+
+
+@pytest.mark.parametrize(("size", "words"), [(0, "0 B"), (999, "999 B"), (2000, "2 kB"), (4.03e9, "4.03 GB")])
+def test_bytes_in_words(size, words):
+    assert in_bytes(size) == words
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(2, "2 s"), (0.0125, "12.5 ms"), (2e-6, "2 µs"), (5e-9, "5 ns")])
+def test_times_in_words(seconds, words):
+    assert in_time(seconds) == words
+
+
+def test_the_headline_names_every_kernel():
+    found = explained(SMALL)
+    assert " → dot_product (" in found.headline
+    assert " → dot_product and blockwise (" in with_another_kernel(found).headline
+
+
+def with_another_kernel(resolution):
+    """The same resolution, with blockwise for the first class of pairs."""
+    first, *kept = resolution.shards.resolutions
+    other = kernelry.explain(first.request, kernel="blockwise", changes=False)
+    shards = dataclasses.replace(resolution.shards, resolutions=(other, *kept))
+    return dataclasses.replace(resolution, shards=shards)
+
+
+def test_classes_with_other_kernels_are_told_apart():
+    told = str(with_another_kernel(explained(SMALL))).splitlines()
+    assert told[4:6] == ["    4 of mask=causal → blockwise", "    6 of mask=full → dot_product"]
+
+
+def test_changes_are_found_on_a_mesh():
+    changes = {str(each) for each in kernelry.explain(MILLION).changes}
+    assert "dot_product with mode=decode" in changes
+    flash = dataclasses.replace(MILLION, q_len=16 * 1024, kv_len=16 * 1024, sharding="heads=t:2", mask=masks.Full())
+    assert all("q_len" not in each.fields for each in kernelry.explain(flash).changes)
+
+
+# Data.
+
+
+def test_the_json_form_is_plain_and_says_what_the_text_says():
+    request = dataclasses.replace(MILLION, q_len=8192, kv_len=8192)
+    found = json.loads(json.dumps(explained(request).to_json()["shards"]))
+    assert Sharding.from_json(found["sharding"]).located == Sharding.parse(request.sharding)
+    assert found["devices"] == 16
+    assert found["pairs"] == {"full": 0, "partial": 256, "skipped": 0}
+    assert [each["pairs"] for each in found["classes"]] == [16, 120, 120]
+    assert Request.from_json(found["classes"][0]["request"]).q_len == 512
+    assert found["steps"] == len(found["forward"]["step_bytes"]) == 16
+    assert found["forward"]["bytes"] == sum(found["forward"]["step_bytes"])
+    assert found["backward"]["seconds"][0].keys() == {"compute", "transfers", "not_hidden"}
+    assert [each["order"] for each in found["orders"]] == ["contiguous", "dual_chunk", "striped"]
+
+
+def test_a_call_without_gradients_has_no_backward_pass():
+    assert explained(SMALL, mode="prefill").to_json()["shards"]["backward"] is None
+
+
+# Locks and proofs.
+
+
+def test_a_lock_holds_every_class_and_is_read_back(tmp_path):
+    found = explained(SMALL)
+    path = tmp_path / "kernelry.lock.json"
+    lock = Lock.of([found]).write(path)
+    assert Lock.read(path).entries == lock.entries
+    assert lock.entries[0].shards == ("dot_product", "dot_product")
+    assert Lock.read(path).difference(found) is None
+    assert "dot_product, for other pairs of shards blockwise" in Lock.read(path).difference(with_another_kernel(found))
+
+
+def test_locks_of_one_device_are_written_as_before():
+    assert "shards" not in Entry.of(explained(SMALL, sharding=None)).to_json()
+
+
+class Program:
+    def __init__(self, text):
+        self.text = text
+
+    def as_text(self, debug_info=False):
+        return self.text
+
+
+def test_a_program_must_hold_the_kernel_of_every_class():
+    both = with_another_kernel(explained(SMALL))
+    dense = Program('loc("jit(f)/kernelry.dot_product/dot_general")')
+    explained(SMALL).verify(dense)
+    with pytest.raises(PluginError, match="the signature of kernel 'blockwise'"):
+        both.verify(dense)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sharding", "words"),
+    [
+        (
+            {"q_len": 250, "kv_len": 256, "mask": masks.Full()},
+            "sequence=c:8 ring",
+            "query length T=250 does not divide over c: 250 % 8 = 2; pad to 256.",
+        ),
+        ({"batch": 3}, "batch=d:2", "batch B=3 does not divide over d: 3 % 2 = 1; pad to 4."),
+        ({}, "heads=t:16", "heads N=8 does not divide over t: 8 % 16 = 8."),
+        (
+            {"q_len": 264, "kv_len": 264},
+            "sequence=c:8 dual ring",
+            "query length T=264 does not divide over c, two chunks for each device: 264 % 16 = 8; pad to 272.",
+        ),
+        (
+            {"q_len": 1, "kv_len": 250, "mask": masks.Full()},
+            "kv_sequence=c:4",
+            "key length S=250 does not divide over c: 250 % 4 = 2; pad to 252.",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_errors_with_the_arithmetic(sizes, sharding, words):
+    with pytest.raises(ShapeError) as error:
+        dataclasses.replace(SMALL, sharding=sharding, **sizes)
+    assert str(error.value) == words
+
+
+def test_an_axis_without_a_size_is_an_error():
+    with pytest.raises(ArgumentError, match=r"the size of axis 'c' is not said; write e.g. c:8"):
+        dataclasses.replace(SMALL, sharding="sequence=c ring")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"q_heads": 6, "kv_heads": 6, "sharding": "sequence=c:4 ulysses"},
+            "heads N=6 do not divide over c: 6 % 4 = 2",
+        ),
+        ({"page_size": 16, "gradients": (), "sharding": "batch=d:2"}, "sharding=batch=d:2"),
+    ],
+)
+def test_what_a_strategy_cannot_cut_is_refused_by_name(changed, words):
+    request = dataclasses.replace(SMALL, **changed)
+    with pytest.raises(NoKernelError, match="No kernel for ") as error:
+        kernelry.resolve(request)
+    assert words in str(error.value)
+    assert "No plain kernel" not in str(error.value)
+    assert explained(request).advice is None
+
+
+def test_a_kernel_without_statistics_is_refused_in_a_ring():
+    request = dataclasses.replace(
+        SMALL,
+        target="tpu:v5e",
+        mode="decode",
+        dtype="bfloat16",
+        q_len=1,
+        mask=masks.Lengths([256] * 4),
+        gradients=(),
+        sharding="kv_sequence=c:4",
+    )
+    with pytest.raises(NoKernelError) as error:
+        kernelry.resolve(request, kernel="paged")
+    assert "attention to keys of several devices needs statistics, which it does not return" in str(error.value)
+    assert "each device has B=4 T=1 S=256/4=64" in str(error.value)
+
+
+def test_shards_below_a_kernels_smallest_block_are_told_with_their_length():
+    request = dataclasses.replace(SMALL, target="tpu:v5e", dtype="bfloat16", sharding="sequence=c:4 ring")
+    with pytest.raises(NoKernelError) as error:
+        kernelry.resolve(request, kernel="splash", policy=Policy(forbidden_adapters=frozenset({"pad_sequence"})))
+    assert "each device has B=4 T=256/4=64 S=256/4=64" in str(error.value)
+    assert "q_len=64 is not a multiple of 128" in str(error.value)
+    assert "each → no kernel" in str(error.value)
+
+
+def test_memory_of_adapters_is_compared_with_that_of_a_device(caplog):
+    request = dataclasses.replace(MILLION, q_len=512, kv_len=512, q_heads=8, sharding="sequence=c:8 ring")
+    kernelry.resolve(request, kernel="splash")
+    assert "adapters of splash more than double the memory of platform=tpu:v5e mode=train B=1 T=64 S=64" in caplog.text
+    assert "on top of the 0.5 MiB of its arrays" in caplog.text
