@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import kernelry
-from kernelry import Request, masks
-from kernelry.errors import ArgumentError, NoKernelError, PluginError, ShapeError
+from kernelry import ModelShape, Request, aot, cli, masks
+from kernelry.aot import Work, compilation, layers
+from kernelry.aot.compilation import Compilation
+from kernelry.config import AttentionConfig
+from kernelry.errors import ArgumentError, ConfigError, NoKernelError, PluginError, ShapeError
 from kernelry.parallel import Sharding
 from kernelry.plugin import Policy
 from kernelry.policy.lock import Entry, Lock
@@ -507,3 +511,138 @@ def test_memory_of_adapters_is_compared_with_that_of_a_device(caplog):
     kernelry.resolve(request, kernel="splash")
     assert "adapters of splash more than double the memory of platform=tpu:v5e mode=train B=1 T=64 S=64" in caplog.text
     assert "on top of the 0.5 MiB of its arrays" in caplog.text
+
+
+# Models and the command.
+
+SHAPE = ModelShape(q_len=256, max_len=512, batch=4, q_heads=8, kv_heads=4, head_dim=32, dtype="float32")
+
+
+def test_a_decode_step_cuts_its_keys_where_training_cuts_both():
+    phases = kernelry.resolve_phases(
+        AttentionConfig(), dataclasses.replace(SHAPE, sharding="batch=d:2 sequence=c:4 ring dual"), target="cpu"
+    )
+    cut = {mode: getattr(phases, mode).request.sharding for mode in ("train", "prefill", "decode")}
+    assert cut["train"] == cut["prefill"] == "batch=d:2 sequence=c:4 ring dual_chunk"
+    assert cut["decode"] == "batch=d:2 kv_sequence=c:4"
+    assert all(resolution.plan is not None for resolution in phases.all)
+
+
+def test_a_sharding_of_a_model_is_read_back_from_its_shape():
+    shape = dataclasses.replace(SHAPE, sharding=Sharding(heads="t", sequence="c", sizes={"t": 2, "c": 1}))
+    assert shape.sharding == "heads=t:2"
+    assert ModelShape(**shape.to_json()) == shape
+    assert dataclasses.replace(SHAPE, sharding="heads=t:1").sharding is None
+    with pytest.raises(ArgumentError, match="the size of axis 't' is not said"):
+        dataclasses.replace(SHAPE, sharding="heads=t")
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("cache", ["contiguous:int8", "rolling:int4", "paged:16:int8", "two-part"])
+@pytest.mark.parametrize("sharding", ["batch=d:2 heads=t:2", "heads=t:2 sequence=c:2 ring"])
+def test_every_call_of_a_model_is_compiled_as_it_is_cut(cache, sharding, monkeypatch):
+    def traced(target, function, *arguments, specs, sharding):
+        mesh = jax.sharding.AbstractMesh(*zip(*((size, axis) for axis, size in sharding.sizes), strict=True))
+
+        def check(spec, array):
+            jax.sharding.NamedSharding(mesh, spec).shard_shape(array.shape)  # raises where a size does not divide
+
+        jax.tree.map(check, specs, arguments, is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
+        cut.extend(spec for spec in jax.tree.leaves(specs) if any(spec))
+        with jax.sharding.use_abstract_mesh(mesh), kernelry.use(sharding=sharding):
+            jax.eval_shape(function, *arguments)
+        return Compilation(target, 0.0, {}, None)
+
+    cut = []
+    monkeypatch.setattr(layers, "compile_for", traced)
+    config = AttentionConfig(type="local_sliding", window=128, kernel="dot_product", sinks=True)
+    shape = dataclasses.replace(SHAPE, cache=cache, mask="segments", sharding=sharding)
+    reports = aot.check_layers(config, shape, "cpu")
+    served = [report for report in reports if report.resolution.plan is not None]
+    assert {"train", "prefill"} <= {report.name for report in served}
+    assert len(cut) >= 4 * len(served)  # query, key and value, and sinks or what a mask has for each row
+    paged = [report for report in reports if report.resolution.request.page_size is not None]
+    refused = [report for report in paged if "sharding=" in report.verdict]
+    assert len(refused) == len(paged)
+
+
+def test_work_of_a_mesh_is_that_of_the_mean_device():
+    whole = Work.of(dataclasses.replace(SMALL, sharding=None), CAUSAL)
+    assert Work.of(SMALL, CAUSAL).flops * 8 == whole.flops
+    assert Work.of(SMALL, CAUSAL).intensity == whole.intensity
+
+
+def test_a_mesh_larger_than_the_target_is_an_error(monkeypatch):
+    monkeypatch.setattr(compilation, "topology_of", lambda _: ("one", "two"))
+    with pytest.raises(ConfigError, match=r"has 2 of the 4 devices that a mesh of \{'c': 4\} needs; name more"):
+        aot.compile_for("gpu:h100:2", jnp.sin, jnp.ones(4), sharding="sequence=c:4 ring")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kernelry", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        status = cli.main()
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return call
+
+
+def test_the_command_tells_a_mesh_in_80_columns(run):
+    sizes = ("--q-len", 8192, "--batch", 8, "--heads", 32, "--kv-heads", 8)
+    cut = "batch=d:4 heads=t:2 sequence=c:8 ring dual"
+    status, out, _ = run("explain", "--target", "tpu:v5e", *sizes, "--sharding", cut)
+    told = out.splitlines()
+    assert status == 0
+    assert max(map(len, told)) <= 80
+    assert "64 pairs of shards: 0 full, 64 partial, 0 skipped, 8 of 8 steps" in told
+    assert "  over one ICI link: 671 µs, hidden by 709 µs of compute" in told
+    assert "  striped 288, waits for 288 (1.00)" in told
+
+
+def test_the_command_tells_a_mesh_as_json(run):
+    status, out, _ = run("explain", "--q-len", 256, "--sharding", "sequence=c:4 ring", "--json")
+    found = json.loads(out)["shards"]
+    assert (status, found["devices"], found["pairs"]) == (0, 4, {"full": 6, "partial": 4, "skipped": 6})
+
+
+@pytest.mark.parametrize(
+    ("sharding", "words"),
+    [
+        ("sequence=c:8 ring", "query length T=250 does not divide over c: 250 % 8 = 2; pad to 256.\n"),
+        ("sequence=c ring", "the size of axis 'c' is not said; write e.g. c:8.\n"),
+        ("sequense=c:2", "did you mean 'sequence'?\n"),
+        ("sequence=c:2 rings", "did you mean 'ring'?\n"),
+        ("batch=d:two", "'d:two' must be an axis and its size, e.g. data:4.\n"),
+    ],
+)
+def test_the_command_says_what_is_wrong_with_a_sharding(run, sharding, words):
+    status, out, error = run("explain", "--q-len", 250, "--sharding", sharding)
+    assert (status, out) == (2, "")
+    assert error.endswith(words)
+    assert error.count("\n") == 1
+
+
+def test_the_command_locks_and_checks_a_mesh(run, tmp_path):
+    config, file = tmp_path / "c.toml", tmp_path / "kernelry.lock.json"
+    config.write_text("[attention]\nkernel = 'dot_product'\n")
+    cut = ("--sharding", "batch=d:2 sequence=c:4 ring")
+    status, out, _ = run("lock", config, "--target", "cpu", "--q-len", 256, "--batch", 2, *cut, "-o", file)
+    assert status == 0, out
+    data = json.loads(file.read_text())
+    assert {entry["request"]["sharding"] for entry in data["resolutions"]} == {
+        "batch=d:2 sequence=c:4 ring",
+        "batch=d:2 kv_sequence=c:4",
+    }
+    assert run("lock", config, "--check", "-o", file)[:2] == (0, "3 resolutions are unchanged.\n")
+    status, _, error = run("lock", config, "--check", *cut, "-o", file)
+    assert status == 2
+    assert "--sharding" in error
+    train = next(entry for entry in data["resolutions"] if entry["request"]["mode"] == "train")
+    train["shards"][0] = "blockwise"
+    file.write_text(json.dumps(data))
+    status, out, _ = run("lock", config, "--check", "-o", file)
+    assert status == 1
+    assert "says dot_product, for other pairs of shards blockwise (by " in out

@@ -215,7 +215,7 @@ def resolution_parts(resolution: Resolution, asked: Asked | None = None) -> Iter
     if asked is not None:
         yield Text(str(asked))
     for line in told_of_shards(resolution):
-        yield Padding(Text(line.lstrip()), (0, 0, 0, len(line) - len(line.lstrip())))
+        yield Padding(Text(line.lstrip()), (0, 0, 0, len(line) - len(line.lstrip())), expand=False)
     yield Text(f"decided by: {resolution.rule}")
     table = Table(show_lines=True)
     for column in ("", "kernel", "from", "answer"):
