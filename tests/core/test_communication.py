@@ -1,4 +1,4 @@
-"""What a call on a mesh sends, holds and computes: against the collectives of its program, and numbers that were noted."""
+"""What a call on a mesh sends, holds and computes: against the collectives of its program, and numbers noted before."""
 
 import dataclasses
 import math
