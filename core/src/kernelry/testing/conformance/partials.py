@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly
 from kernelry.testing.conformance.calls import QKV, AttentionCall
 from kernelry.testing.conformance.compare import close, oracle, tolerance_for, verify
 from kernelry.testing.conformance.positive import LEVEL, MAGNITUDE, Named, but, masked
-from kernelry.testing.conformance.report import Case, Outcome, Skip, Verdict
+from kernelry.testing.conformance.report import Case, Skip
 from kernelry.testing.conformance.subject import Subject
 
 
@@ -55,21 +56,29 @@ def partial_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
     call = whole if subject.serves(whole) else forward
     bench = subject.bench
     for statistic in sorted(subject.can.statistics, key=lambda statistic: statistic.value):
-        yield Case(f"a Partial holds {statistic.value}", "statistics", _returns(bench, forward, statistic))
-    yield Case("two parts merge into the whole", "merge laws", _merges(bench, call, (base.mask, base.mask)))
+        yield Case(
+            f"a Partial holds {statistic.value}", "statistics", functools.partial(_returns, bench, forward, statistic)
+        )
+    yield Case(
+        "two parts merge into the whole", "merge laws", functools.partial(_merges, bench, call, (base.mask, base.mask))
+    )
     if subject.quick and subject.is_slow:
         return
     placed = (Causal(), Causal().at(kv_offset=base.kv_len))
     if all(subject.serves(but(call, mask=mask)) for mask in placed):
-        yield Case("two causal parts merge into the whole", "merge laws", _merges(bench, call, placed))
+        yield Case(
+            "two causal parts merge into the whole", "merge laws", functools.partial(_merges, bench, call, placed)
+        )
     own = but(base, partial=False)
     shared = Causal(), Causal().at(kv_offset=base.kv_len // 2)
     differentiates = own.wanted and subject.can.gradient is Gradient.BACKWARD and subject.can.empty_rows
     if differentiates and all(subject.serves(but(own, mask=mask)) for mask in shared):
-        yield Case("parts of one backward, with empty rows", "merge laws", _one_backward(bench, own, shared))
+        yield Case(
+            "parts of one backward, with empty rows", "merge laws", functools.partial(_one_backward, bench, own, shared)
+        )
     empty = subject.first(but(call, mask=masks) for masks in _nothing(base))
     if empty is not None and subject.can.empty_rows:
-        yield Case("an empty part changes nothing", "merge laws", _identity(bench, call, empty.mask))
+        yield Case("an empty part changes nothing", "merge laws", functools.partial(_identity, bench, call, empty.mask))
 
 
 def _nothing(call: AttentionCall) -> Iterator[Mask]:
@@ -79,98 +88,78 @@ def _nothing(call: AttentionCall) -> Iterator[Mask]:
     yield Dense(np.zeros((1, 1, call.q_len, call.kv_len), bool))
 
 
-def _returns(bench: Bench, call: AttentionCall, statistic: Statistic) -> Callable[[], Verdict]:
-    def check() -> Verdict:
-        program = bench.compiled(lambda arrays, mask: bench.attend(call, arrays, mask), call.arrays(), call.mask)
-        partial: Partial = program(call.arrays(), call.mask)
-        found = ("lse",) if partial.lse is not None else ("max", "sum") if partial.max is not None else ()
-        assert found, f"it declares {statistic.value} and returned no statistics"
-        many = len(bench.spec.capabilities.statistics) > 1
-        wanted = ("lse",) if statistic is Statistic.LSE else ("max", "sum")
-        assert many or found == wanted, f"it declares {statistic.value} and returned {', '.join(found)}"
-        if partial.max is not None:
-            assert partial.sum is not None, "it returned max without sum"
-        close("lse", to_lse(partial).lse, oracle(call).lse, tolerance_for(bench.spec.capabilities, call).forward)
-        return Outcome.PASSED, ""
-
-    return check
+def _returns(bench: Bench, call: AttentionCall, statistic: Statistic) -> None:
+    program = bench.compiled(lambda arrays, mask: bench.attend(call, arrays, mask), call.arrays(), call.mask)
+    partial: Partial = program(call.arrays(), call.mask)
+    found = ("lse",) if partial.lse is not None else ("max", "sum") if partial.max is not None else ()
+    assert found, f"it declares {statistic.value} and returned no statistics"
+    many = len(bench.spec.capabilities.statistics) > 1
+    wanted = ("lse",) if statistic is Statistic.LSE else ("max", "sum")
+    assert many or found == wanted, f"it declares {statistic.value} and returned {', '.join(found)}"
+    if partial.max is not None:
+        assert partial.sum is not None, "it returned max without sum"
+    close("lse", to_lse(partial).lse, oracle(call).lse, tolerance_for(bench.spec.capabilities, call).forward)
 
 
-def _merges(bench: Bench, call: AttentionCall, placed: tuple[Mask, Mask]) -> Callable[[], Verdict]:
+def _merges(bench: Bench, call: AttentionCall, placed: tuple[Mask, Mask]) -> None:
     """Keys split in two, each part by the kernel, merged: out, lse and gradients are those of the whole."""
+    length = call.kv_len
+    mask = call.mask if placed[0] is placed[1] else Causal().at(query_offset=0)
+    whole = but(call, kv_len=2 * length, mask=mask)
+    arrays, cotangents = whole.arrays(), whole.cotangents()
 
-    def check() -> Verdict:
-        length = call.kv_len
-        mask = call.mask if placed[0] is placed[1] else Causal().at(query_offset=0)
-        whole = but(call, kv_len=2 * length, mask=mask)
-        arrays, cotangents = whole.arrays(), whole.cotangents()
-
-        def forward(moving: dict[str, Any], masks: Any) -> Any:
-            parts = []
-            for index, part in enumerate(masks):
-                slots = slice(index * length, (index + 1) * length)
-                own = {name: array[:, slots] if name in ("key", "value") else array for name, array in moving.items()}
-                parts.append(bench.attend(call, own, part))
-            merged = to_lse(merge(parts))
-            return {"out": finalize(merged), "lse": merged.lse}
-
-        verify(_answer(bench, call, forward, arrays, placed, cotangents), oracle(whole), whole, _tolerance(bench, call))
-        return Outcome.PASSED, ""
-
-    return check
-
-
-def _one_backward(bench: Bench, call: AttentionCall, placed: tuple[Mask, Mask]) -> Callable[[], Verdict]:
-    """Keys split in two, with the out and lse of the whole in each part's backward: +inf where a part is empty."""
-
-    def check() -> Verdict:
-        if bench.host.why_not is not None:
-            raise Skip(bench.host.why_not)
-        length = call.kv_len
-        positions = np.concatenate([np.arange(length), np.arange(length) + length // 2])
-        whole = but(call, kv_len=2 * length, mask=Causal().at(query_offset=0, kv_positions=positions))
-        arrays, cotangents = whole.arrays(), whole.cotangents()
+    def forward(moving: dict[str, Any], masks: Any) -> Any:
         parts = []
-        for mask in placed:
-            request = but(call, mask=mask).request(bench.host)
-            parts.append(BoundKernel(bench.spec, request, bench.spec.tilings(request)[0]))
+        for index, part in enumerate(masks):
+            slots = slice(index * length, (index + 1) * length)
+            own = {name: array[:, slots] if name in ("key", "value") else array for name, array in moving.items()}
+            parts.append(bench.attend(call, own, part))
+        merged = to_lse(merge(parts))
+        return {"out": finalize(merged), "lse": merged.lse}
 
-        def forward(moving: dict[str, Any]) -> Any:
-            query, *kv = (moving[name] for name in QKV)
-            halves = zip(*(jnp.split(array, 2, axis=1) for array in kv), strict=True)
-            given = [
-                Inputs(query, key, value, mask.canonical()) for (key, value), mask in zip(halves, placed, strict=True)
-            ]
-            return finalize(attend(tuple(parts), tuple(given), sinks=None, statistics=False))
-
-        def program(arrays: dict[str, Any], d_out: Any) -> Any:
-            out, pull = jax.vjp(forward, arrays)
-            return out, pull(d_out)[0]
-
-        with bench.host.entered(bench.spec):
-            lowered = jax.jit(program).lower(arrays, cotangents["out"])
-            compiled = compile_quickly(lowered, bench.host.target.platform)
-        out, gradients = compiled(arrays, cotangents["out"])
-        wanted = {operand.value: gradients[operand.value] for operand in whole.wanted}
-        verify(Answer(out, None, None, wanted), oracle(whole), whole, _tolerance(bench, call))
-        return Outcome.PASSED, ""
-
-    return check
+    verify(_answer(bench, call, forward, arrays, placed, cotangents), oracle(whole), whole, _tolerance(bench, call))
 
 
-def _identity(bench: Bench, call: AttentionCall, nothing: Mask) -> Callable[[], Verdict]:
-    def check() -> Verdict:
-        def forward(moving: dict[str, Any], masks: Any) -> Any:
-            parts = [bench.attend(call, moving, mask) for mask in masks]
-            merged = to_lse(merge(parts))
-            return {"out": finalize(merged), "lse": merged.lse}
+def _one_backward(bench: Bench, call: AttentionCall, placed: tuple[Mask, Mask]) -> None:
+    """Keys split in two, with the out and lse of the whole in each part's backward: +inf where a part is empty."""
+    if bench.host.why_not is not None:
+        raise Skip(bench.host.why_not)
+    length = call.kv_len
+    positions = np.concatenate([np.arange(length), np.arange(length) + length // 2])
+    whole = but(call, kv_len=2 * length, mask=Causal().at(query_offset=0, kv_positions=positions))
+    arrays, cotangents = whole.arrays(), whole.cotangents()
+    parts = []
+    for mask in placed:
+        request = but(call, mask=mask).request(bench.host)
+        parts.append(BoundKernel(bench.spec, request, bench.spec.tilings(request)[0]))
 
-        placed = (call.mask, nothing)
-        found = _answer(bench, call, forward, call.arrays(), placed, call.cotangents())
-        verify(found, oracle(call), call, _tolerance(bench, call))
-        return Outcome.PASSED, ""
+    def forward(moving: dict[str, Any]) -> Any:
+        query, *kv = (moving[name] for name in QKV)
+        halves = zip(*(jnp.split(array, 2, axis=1) for array in kv), strict=True)
+        given = [Inputs(query, key, value, mask.canonical()) for (key, value), mask in zip(halves, placed, strict=True)]
+        return finalize(attend(tuple(parts), tuple(given), sinks=None, statistics=False))
 
-    return check
+    def program(arrays: dict[str, Any], d_out: Any) -> Any:
+        out, pull = jax.vjp(forward, arrays)
+        return out, pull(d_out)[0]
+
+    with bench.host.entered(bench.spec):
+        lowered = jax.jit(program).lower(arrays, cotangents["out"])
+        compiled = compile_quickly(lowered, bench.host.target.platform)
+    out, gradients = compiled(arrays, cotangents["out"])
+    wanted = {operand.value: gradients[operand.value] for operand in whole.wanted}
+    verify(Answer(out, None, None, wanted), oracle(whole), whole, _tolerance(bench, call))
+
+
+def _identity(bench: Bench, call: AttentionCall, nothing: Mask) -> None:
+    def forward(moving: dict[str, Any], masks: Any) -> Any:
+        parts = [bench.attend(call, moving, mask) for mask in masks]
+        merged = to_lse(merge(parts))
+        return {"out": finalize(merged), "lse": merged.lse}
+
+    placed = (call.mask, nothing)
+    found = _answer(bench, call, forward, call.arrays(), placed, call.cotangents())
+    verify(found, oracle(call), call, _tolerance(bench, call))
 
 
 def _answer(

@@ -49,13 +49,13 @@ class Case:
     Args:
       name: unique within a kernel; known failures are listed by it.
       claim: the group it is reported under.
-      check: makes the check; raises AssertionError or any other exception where the kernel is wrong, and Skip
-        where this machine cannot tell.
+      check: makes the check, and returns nothing where the kernel is right; raises AssertionError or any other
+        exception where it is wrong, and Skip where this machine cannot tell.
     """
 
     name: str
     claim: str
-    check: Callable[[], Verdict]
+    check: Callable[[], Verdict | None]
 
 
 @final

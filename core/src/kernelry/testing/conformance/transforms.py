@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly, f
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.compare import oracle, tolerance_for, verify
 from kernelry.testing.conformance.positive import but
-from kernelry.testing.conformance.report import Case, Outcome, Skip, Verdict
+from kernelry.testing.conformance.report import Case, Skip
 from kernelry.testing.conformance.subject import Subject
 
 _Check = Callable[[Bench, AttentionCall], None]
@@ -36,17 +37,13 @@ def transform_cases(subject: Subject, call: AttentionCall) -> Iterator[Case]:
         checks["symbolic batch"] = _exported
     for name, check in checks.items():
         if not (subject.quick and subject.is_slow) or name == "determinism":
-            yield Case(name, "transforms", _verdict(check, subject.bench, call))
+            yield Case(name, "transforms", functools.partial(_verdict, check, subject.bench, call))
 
 
-def _verdict(check: _Check, bench: Bench, call: AttentionCall) -> Callable[[], Verdict]:
-    def run() -> Verdict:
-        if bench.host.why_not is not None:
-            raise Skip(bench.host.why_not)
-        check(bench, call)
-        return Outcome.PASSED, ""
-
-    return run
+def _verdict(check: _Check, bench: Bench, call: AttentionCall) -> None:
+    if bench.host.why_not is not None:
+        raise Skip(bench.host.why_not)
+    check(bench, call)
 
 
 def _given(call: AttentionCall, seed: int = 0) -> tuple[Any, Any, Any]:
