@@ -58,7 +58,6 @@ class TwoPartCache(KVCache):
       overflowed: a boolean; `prefill` does not unset it.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
     __repr__ = short_repr
 
     prefill_key: Stored

@@ -50,7 +50,6 @@ class Inputs:
     sinks: Float[Array, " N"] | None = None
     dropout_rng: jax.Array | None = None
 
-    __hash__ = None  # type: ignore[assignment]
     __repr__ = short_repr
 
 

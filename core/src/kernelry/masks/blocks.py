@@ -23,7 +23,7 @@ from kernelry.masks.composition import Conjunct
 from kernelry.masks.form import Atom, AtomKind, MaskForm
 from kernelry.masks.functions import FunctionRef
 from kernelry.masks.predicate import functions_in
-from kernelry.masks.run_time import BlockKind
+from kernelry.masks.run_time import BlockGrid, BlockKind
 from kernelry.masks.side import Axis, Side
 
 
@@ -34,10 +34,9 @@ def block_map_of(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: in
             raise ArgumentError(f"block_map: {name}={size} must be at least 1.")
     conjuncts = mask.conjuncts()
     static = [conjunct for conjunct in conjuncts if conjunct.atom.is_static]
-    shape = (-(-q_len // block_q), -(-kv_len // block_kv))
-    if 0 in shape:
-        return np.zeros(shape, np.int8)
-    grid = _Grid((q_len, kv_len), (block_q, block_kv))
+    grid = BlockGrid(q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv)
+    if 0 in grid.shape:
+        return np.zeros(grid.shape, np.int8)
     whole = _of_form(MaskForm(tuple(conjunct.atom for conjunct in static)), grid)
     kinds = np.where(whole.empty, BlockKind.EMPTY, np.where(whole.full, BlockKind.FULL, BlockKind.PARTIAL))
     for row in np.flatnonzero(~whole.sure.all(axis=1)).tolist():
@@ -75,20 +74,6 @@ def _kept(forms: tuple[MaskForm, ...], functions: tuple[FunctionRef, ...], sizes
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Grid:
-    """T and S, and the slots of a block on each side."""
-
-    lengths: tuple[int, int]
-    blocks: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Blocks of queries and of keys."""
-        return -(-self.lengths[0] // self.blocks[0]), -(-self.lengths[1] // self.blocks[1])
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
 class _Decided:
     """Booleans [blocks of queries, blocks of keys]; a block neither empty nor full is PARTIAL if sure."""
 
@@ -106,7 +91,7 @@ class _Decided:
         return _Decided(self.full, self.empty, self.sure)
 
 
-def _of_form(form: MaskForm, grid: _Grid) -> _Decided:
+def _of_form(form: MaskForm, grid: BlockGrid) -> _Decided:
     """The conjunction of static atoms; those at the same positions together."""
     shape = grid.shape
     whole = _Decided(np.zeros(shape, bool), np.ones(shape, bool), np.ones(shape, bool))
@@ -126,7 +111,7 @@ def _of_form(form: MaskForm, grid: _Grid) -> _Decided:
     return whole
 
 
-def _decided(atom: Atom, grid: _Grid) -> _Decided:
+def _decided(atom: Atom, grid: BlockGrid) -> _Decided:
     if atom.kind is AtomKind.NOT:
         return ~_of_form(atom.params[0], grid)
     if atom.kind is AtomKind.ANY_OF:
@@ -136,26 +121,17 @@ def _decided(atom: Atom, grid: _Grid) -> _Decided:
     return _Decided(nothing, nothing, nothing)
 
 
-def _at_one_place(atoms: list[Atom], grid: _Grid) -> _Decided:
+def _at_one_place(atoms: list[Atom], grid: BlockGrid) -> _Decided:
     """Decides by ranges, which find every FULL block; where they leave one open, looks for a visible element in it."""
-    query, kv = _positions(atoms[0], grid.lengths)
-    ranges = list(zip(_bounds(query, grid.blocks[0]), _bounds(kv, grid.blocks[1]), strict=True))
+    query, kv = atoms[0].positions(grid.q_len, grid.kv_len)
+    ranges = list(zip(_bounds(query, grid.block_q), _bounds(kv, grid.block_kv), strict=True))
     decided = functools.reduce(operator.and_, (_by_ranges(atom, ranges, grid) for atom in atoms))
     for pair in zip(query, kv, strict=True):
         decided = _with_witnesses(decided, atoms, *pair, grid)
     return dataclasses.replace(decided, empty=decided.empty | ~decided.sure, sure=np.ones(grid.shape, bool))
 
 
-def _positions(atom: Atom, lengths: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of queries and of keys, each [batch rows, length]."""
-    query, kv = atom.query.positions(lengths[0]), atom.kv.positions(lengths[1])
-    assert query is not None
-    assert kv is not None
-    rows = max(len(query), len(kv))
-    return np.broadcast_to(query, (rows, lengths[0])), np.broadcast_to(kv, (rows, lengths[1]))
-
-
-def _by_ranges(atom: Atom, ranges: list[tuple[Ranges, Ranges]], grid: _Grid) -> _Decided:
+def _by_ranges(atom: Atom, ranges: list[tuple[Ranges, Ranges]], grid: BlockGrid) -> _Decided:
     rows = [atom.mask_class.of_ranges(atom, (low_q[:, None], high_q[:, None]), kv) for (low_q, high_q), kv in ranges]
     empty = np.logical_and.reduce([np.broadcast_to(row[0], grid.shape) for row in rows])
     full = np.logical_and.reduce([np.broadcast_to(row[1], grid.shape) for row in rows])
@@ -167,7 +143,9 @@ _SAMPLES = 128
 """Of the queries that see a key: enough to find most blocks of 64 slots in any order."""
 
 
-def _with_witnesses(decided: _Decided, atoms: list[Atom], query: np.ndarray, kv: np.ndarray, grid: _Grid) -> _Decided:
+def _with_witnesses(
+    decided: _Decided, atoms: list[Atom], query: np.ndarray, kv: np.ndarray, grid: BlockGrid
+) -> _Decided:
     """Is sure of the blocks in which some key is seen by some query."""
     if decided.sure.all():
         return decided
@@ -176,10 +154,10 @@ def _with_witnesses(decided: _Decided, atoms: list[Atom], query: np.ndarray, kv:
     first = np.searchsorted(query, first, "left", sorter=places)
     last = np.maximum(np.searchsorted(query, last, "right", sorter=places), first)
     sure = decided.sure.copy()
-    if (~sure).sum() * grid.blocks[1] > 8 * len(kv):  # the search below would take longer
+    if (~sure).sum() * grid.block_kv > 8 * len(kv):  # the search below would take longer
         seen = np.flatnonzero(last > first)
         start, width = first[seen], (last - first)[seen]
-        rows, columns = places // grid.blocks[0] * grid.shape[1], seen // grid.blocks[1]
+        rows, columns = places // grid.block_q * grid.columns, seen // grid.block_kv
         for sample in range(_SAMPLES):
             part = 37 * sample % _SAMPLES  # far apart at first
             sure.reshape(-1)[rows[start + width * part // _SAMPLES] + columns] = True
@@ -189,8 +167,8 @@ def _with_witnesses(decided: _Decided, atoms: list[Atom], query: np.ndarray, kv:
     rank[places] = np.arange(len(query))
     for row in np.flatnonzero(~sure.all(axis=1)).tolist():
         columns = np.flatnonzero(~sure[row])
-        slots, starts = _slots(columns, grid.lengths[1], grid.blocks[1])
-        ranks = np.append(np.sort(rank[row * grid.blocks[0] : (row + 1) * grid.blocks[0]]), len(query))
+        slots, starts = _slots(columns, grid.kv_len, grid.block_kv)
+        ranks = np.append(np.sort(rank[row * grid.block_q : (row + 1) * grid.block_q]), len(query))
         visible = ranks[np.searchsorted(ranks, first[slots])] < last[slots]
         sure[row, columns] = np.logical_or.reduceat(visible, starts)
     return dataclasses.replace(decided, sure=sure)
@@ -223,13 +201,13 @@ _FEW = 16
 """Every so many slots of a block, on both sides."""
 
 
-def _evaluated(static: list[Conjunct], row: int, columns: np.ndarray, grid: _Grid, every: int = 1) -> np.ndarray:
+def _evaluated(static: list[Conjunct], row: int, columns: np.ndarray, grid: BlockGrid, every: int = 1) -> np.ndarray:
     """Evaluates the blocks `columns` of one row of blocks, or some of their slots: memory O(block_q · S)."""
-    (q_len, kv_len), (block_q, block_kv) = grid.lengths, grid.blocks
-    slots_q = np.arange(row * block_q, min((row + 1) * block_q, q_len), every, dtype=np.int32)
-    slots_k, _ = _slots(columns, kv_len, block_kv)
-    slots_k = slots_k[slots_k % block_kv % every == 0]
-    starts = np.flatnonzero(slots_k % block_kv == 0)
+    end = min((row + 1) * grid.block_q, grid.q_len)
+    slots_q = np.arange(row * grid.block_q, end, every, dtype=np.int32)
+    slots_k, _ = _slots(columns, grid.kv_len, grid.block_kv)
+    slots_k = slots_k[slots_k % grid.block_kv % every == 0]
+    starts = np.flatnonzero(slots_k % grid.block_kv == 0)
     query, kv = Side.of_slots(Axis.QUERY, slots_q), Side.of_slots(Axis.KV, slots_k.astype(np.int32))
     visible, known = np.ones((1, 1, len(slots_q), kv.slots.size), bool), True
     with jax.ensure_compile_time_eval():  # a predicate may be written with jax.numpy

@@ -99,8 +99,6 @@ class StaticOffsets(Positions):
 class TracedOffset(Positions):
     """Slot i stands at `value + i`; value is a JAX integer array, scalar or [B]."""
 
-    __hash__ = None  # type: ignore[assignment]
-
     value: jax.Array
 
     word: ClassVar[str] = "offset"
@@ -170,8 +168,6 @@ class StaticPositions(Positions):
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class TracedPositions(Positions):
     """Positions given by a JAX integer array, [L] or [B, L]."""
-
-    __hash__ = None  # type: ignore[assignment]
 
     value: jax.Array
 

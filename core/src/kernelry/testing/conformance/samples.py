@@ -80,8 +80,6 @@ class Strided(Mask):
 class Near(Mask):
     """A third party's mask with an array: keys within a distance, integers [B], that is at least 0."""
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
-
     reach: Any
 
     word: ClassVar[str] = "kernelry.testing.near"
