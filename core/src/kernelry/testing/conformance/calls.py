@@ -68,6 +68,11 @@ class AttentionCall:
     peaks: bool = False
 
     @property
+    def pairs(self) -> tuple[int, int, int, int]:
+        """B N T S: the shape of a bias for every pair."""
+        return self.batch, self.q_heads, self.q_len, self.kv_len
+
+    @property
     def wanted(self) -> frozenset[Operand]:
         """The operands with a gradient that this call passes."""
         absent = {Operand.BIAS} if self.bias is None else set()

@@ -17,7 +17,7 @@ from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.compare import close, oracle, tolerance_for
 from kernelry.testing.conformance.longer import longer
-from kernelry.testing.conformance.positive import but
+from kernelry.testing.conformance.positive import but, forms
 from kernelry.testing.conformance.report import Case
 from kernelry.testing.conformance.subject import Subject
 
@@ -39,19 +39,14 @@ def dropout_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
     """One case per promise."""
     if Feature.DROPOUT not in subject.can.features:
         return
-    call = subject.first(_forms(base))
+    call = subject.first(forms(base, dropout_rate=_RATE))
     if call is None:
         return
     yield from _cases(subject, call, "dropout")
     lengths = () if subject.quick else longer(subject, base)
-    call = subject.first(form for length in lengths for form in _forms(length))
+    call = subject.first(form for length in lengths for form in forms(length, dropout_rate=_RATE))
     if call is not None:
         yield from _cases(subject, call, "dropout beyond its tiles")
-
-
-def _forms(call: AttentionCall) -> tuple[AttentionCall, ...]:
-    dropped = but(call, dropout_rate=_RATE)
-    return dropped, but(dropped, gradients=frozenset())
 
 
 def _cases(subject: Subject, call: AttentionCall, name: str) -> Iterator[Case]:

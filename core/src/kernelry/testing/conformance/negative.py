@@ -103,10 +103,9 @@ def _masks(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
 
 
 def _features(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
-    bias = (base.batch, base.q_heads, base.q_len, base.kv_len)
     changes: dict[Feature, tuple[dict[str, Any], RefusalCode]] = {
         Feature.SCALE: ({"scale": 0.7}, RefusalCode.SCALE),
-        Feature.BIAS: ({"bias": bias}, RefusalCode.BIAS),
+        Feature.BIAS: ({"bias": base.pairs}, RefusalCode.BIAS),
         Feature.SOFT_CAP: ({"soft_cap": 2.0}, RefusalCode.SOFT_CAP),
         Feature.SINKS: ({"sinks": True}, RefusalCode.SINKS),
         Feature.DROPOUT: ({"dropout_rate": 0.25}, RefusalCode.DROPOUT),
@@ -126,7 +125,7 @@ def _results(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
         if can.gradient is Gradient.NONE or operand not in can.gradients:
             extra: dict[str, Any] = {"sinks": True} if operand is Operand.SINKS else {}
             if operand is Operand.BIAS:
-                extra = {"bias": (1, base.q_heads, base.q_len, base.kv_len)}
+                extra = {"bias": (1, *base.pairs[1:])}
             needs = but(trained, gradients=frozenset({operand}), **extra)
             yield f"the gradient of {operand.value}", needs, RefusalCode.GRADIENT
     if not can.statistics:

@@ -20,7 +20,7 @@ from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly
 from kernelry.testing.conformance.calls import QKV, AttentionCall
 from kernelry.testing.conformance.compare import close, oracle, tolerance_for, verify
-from kernelry.testing.conformance.positive import LEVEL, MAGNITUDE, Named, but, masked
+from kernelry.testing.conformance.positive import LEVEL, MAGNITUDE, Named, but, forms, masked
 from kernelry.testing.conformance.report import Case, Skip
 from kernelry.testing.conformance.subject import Subject
 
@@ -30,29 +30,24 @@ def statistics_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     if not subject.can.statistics:
         return
     causal = masked(subject, base)
-    yield "statistics", "lse", _forms(causal)
+    yield "statistics", "lse", forms(causal, partial=True)
     if subject.can.empty_rows:
         drawn = (mask for masks in samples.emptying(base).values() for mask in masks)
-        yield "statistics", "lse of empty rows", tuple(c for mask in drawn for c in _forms(but(base, mask=mask)))
+        empty = tuple(call for mask in drawn for call in forms(base, partial=True, mask=mask))
+        yield "statistics", "lse of empty rows", empty
     if Feature.SOFT_CAP in subject.can.features:
-        yield "statistics", "lse under a soft cap", _forms(but(causal, soft_cap=1.2))
+        yield "statistics", "lse under a soft cap", forms(causal, partial=True, soft_cap=1.2)
     if Feature.BIAS in subject.can.features:
-        bias = (base.batch, base.q_heads, base.q_len, base.kv_len)
-        yield "statistics", "lse with bias", _forms(but(causal, bias=bias))
-    yield "statistics", "lse of logits of ±180", _forms(but(causal, magnitude=MAGNITUDE))
-    yield "statistics", "lse of logits around −130", _forms(but(causal, level=LEVEL))
-
-
-def _forms(call: AttentionCall) -> tuple[AttentionCall, ...]:
-    partial = but(call, partial=True)
-    return partial, but(partial, gradients=frozenset())
+        yield "statistics", "lse with bias", forms(causal, partial=True, bias=base.pairs)
+    yield "statistics", "lse of logits of ±180", forms(causal, partial=True, magnitude=MAGNITUDE)
+    yield "statistics", "lse of logits around −130", forms(causal, partial=True, level=LEVEL)
 
 
 def partial_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
     """A case for each law."""
     if not subject.can.statistics:
         return
-    [whole, forward] = _forms(base)
+    [whole, forward] = forms(base, partial=True)
     call = whole if subject.serves(whole) else forward
     bench = subject.bench
     for statistic in sorted(subject.can.statistics, key=lambda statistic: statistic.value):

@@ -71,13 +71,7 @@ class CaseResult:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
-        return {
-            "name": self.name,
-            "claim": self.claim,
-            "outcome": self.outcome.value,
-            "detail": self.detail,
-            "seconds": round(self.seconds, 3),
-        }
+        return {**dataclasses.asdict(self), "outcome": self.outcome.value, "seconds": round(self.seconds, 3)}
 
 
 @final
