@@ -18,6 +18,7 @@ from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernelry._compat import varying_alike
 from kernelry.errors import PluginError
@@ -26,7 +27,6 @@ from kernelry.execution.normalization import lse_with_sinks, merge, to_lse, with
 from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.partial import Partial, checked, heads_last, unchecked
 from kernelry.kernel.spec import Gradients, Inputs, KernelSpec, Tiling
-from kernelry.masks.arrays import is_array
 from kernelry.request.arguments import narrowed
 from kernelry.request.request import Operand, Request
 
@@ -149,7 +149,7 @@ def _fault(
     name: str, found: Any, letters: str, shape: tuple[int, ...], dtypes: tuple[str, ...] | None = None
 ) -> Iterator[str]:
     """Says what is wrong with an array; without `dtypes` any floating one is right."""
-    if is_array(found) and found.shape == shape and _has_dtype(found, dtypes):
+    if _is_array(found) and found.shape == shape and _has_dtype(found, dtypes):
         return
     kinds = " or ".join(dict.fromkeys(dtypes)) if dtypes else "floating"
     yield f"{name} is {_described(found)}, expected {kinds} {list(shape)} ({letters})"
@@ -159,8 +159,12 @@ def _has_dtype(array: Any, dtypes: tuple[str, ...] | None) -> bool:
     return str(array.dtype) in dtypes if dtypes else jnp.issubdtype(array.dtype, jnp.floating)
 
 
+def _is_array(found: object) -> bool:
+    return isinstance(found, jax.Array | np.ndarray)
+
+
 def _described(found: Any) -> str:
-    if is_array(found):
+    if _is_array(found):
         return f"an array {found.dtype} {list(found.shape)}"
     return "missing" if found is None else f"a {type(found).__name__}"
 
