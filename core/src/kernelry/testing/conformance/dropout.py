@@ -136,24 +136,18 @@ def _gradient(bench: Bench, call: AttentionCall) -> None:
     Along the gradients of query and key it rises by their squared length, by finite differences with the same key.
     """
     arrays, cotangents, rng = call.arrays(), call.cotangents(), jax.random.key(3)
-    program = bench.program(call)
-
-    def both(arrays: Any, mask: Any, cotangents: Any, rng: Any) -> Any:
-        found = program(arrays, mask, cotangents, rng)
-        return found.out, dict(found.gradients)
-
-    run = bench.compiled(both, arrays, call.mask, cotangents, rng)
-    out, gradients = run(arrays, call.mask, cotangents, rng)
-    d_value = gradients["value"]
-    outward = np.asarray(out, np.float64) * np.asarray(cotangents["out"], np.float64)
-    inward = np.asarray(arrays["value"], np.float64) * np.asarray(d_value, np.float64)
+    run = bench.compiled(bench.program(call), arrays, call.mask, cotangents, rng)
+    found = run(arrays, call.mask, cotangents, rng)
+    gradients = found.gradients
+    outward = np.asarray(found.out, np.float64) * np.asarray(cotangents["out"], np.float64)
+    inward = np.asarray(arrays["value"], np.float64) * np.asarray(gradients["value"], np.float64)
     allowed = (1e-4 if call.dtype == "float32" else 2e-2) * max(1.0, float(np.abs(outward).sum()))
     distance = abs(outward.sum() - inward.sum())
     assert distance <= allowed, f"⟨out, d_out⟩ and ⟨value, d_value⟩ differ by {distance:.3g} > {allowed:.3g}"
     for name in sorted({"query", "key"} & gradients.keys() if call.dtype == "float32" else ()):
         d_array, step = np.asarray(gradients[name], np.float64), _STEP / np.abs(gradients[name]).max()
         moved = [arrays | {name: arrays[name] + sign * step * gradients[name]} for sign in (1, -1)]
-        up, down = (np.asarray(run(each, call.mask, cotangents, rng)[0], np.float64) for each in moved)
+        up, down = (np.asarray(run(each, call.mask, cotangents, rng).out, np.float64) for each in moved)
         rise = float(((up - down) * np.asarray(cotangents["out"], np.float64)).sum()) / (2 * float(step))
         slope = float((d_array**2).sum())
         assert abs(rise - slope) <= _SLOPE * slope, (

@@ -165,11 +165,11 @@ def _answer(
     def program(arrays: Any, masks: Any, cotangents: Any) -> Any:
         moving = {name: arrays[name] for name in wanted}
         returned, pull = jax.vjp(lambda moving: forward(arrays | moving, masks), moving)
-        return returned["out"], returned["lse"], pull(cotangents)[0] if wanted else {}
+        return Answer(returned["out"], returned["lse"], None, pull(cotangents)[0] if wanted else {})
 
-    out, lse, gradients = bench.compiled(program, arrays, masks, cotangents)(arrays, masks, cotangents)
-    assert bool(jnp.isfinite(out).all()), "out is not finite"
-    return Answer(out, lse, None, gradients)
+    answer: Answer = bench.compiled(program, arrays, masks, cotangents)(arrays, masks, cotangents)
+    assert bool(jnp.isfinite(answer.out).all()), "out is not finite"
+    return answer
 
 
 def _tolerance(bench: Bench, call: AttentionCall) -> Any:
