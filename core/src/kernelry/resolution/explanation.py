@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from kernelry.errors import KernelRefusedError, NoKernelError, PluginError
 from kernelry.execution.adapters.base import Cost
@@ -13,6 +13,9 @@ from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.policy.rules import Rule
 from kernelry.registry import installed
 from kernelry.request.request import Request
+
+if TYPE_CHECKING:
+    from kernelry.resolution.nearest_change import Change
 
 SCHEMA = 1
 """The version of `Resolution.to_json`."""
@@ -49,31 +52,6 @@ class Candidate:
             "adapters": [step.adapter.name for step in self.steps],
             "notes": list(self.notes),
         }
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Change:
-    """A change of one fact of the request after which another kernel is chosen.
-
-    Args:
-      kernel: what would be chosen.
-      fields: the fields of the request that change.
-      condition: how, e.g. `q_len and kv_len ≥ 512`.
-      example: the value tried, as in the request's JSON form where it is plain.
-    """
-
-    kernel: str
-    fields: tuple[str, ...]
-    condition: str
-    example: str
-
-    def __str__(self) -> str:
-        return f"{self.kernel} with {self.condition}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain data."""
-        return {**dataclasses.asdict(self), "fields": list(self.fields)}
 
 
 @final
