@@ -43,19 +43,31 @@ def with_traced_positions(cls: type[Mask], atom: Atom) -> Atom:
     return dataclasses.replace(atom, query=_TRACED if cls.uses_query_positions else _DEFAULT, kv=_TRACED)
 
 
-def spread_in_order(mask: Mask, query_tokens: np.ndarray | None, kv_tokens: np.ndarray | None) -> Mask:
-    """`Mask.spread`, with arrays in place of default positions.
+def spread_in_order(mask: Mask, tokens: tuple[np.ndarray, np.ndarray] | None) -> Mask:
+    """`Mask.spread`, with arrays in place of default positions, as an offset of 0 is.
 
     Args:
-      mask: the mask over the whole call.
-      query_tokens, kv_tokens: the positions that default ones mean, [T] and [S], as `ShardGrid.tokens` has them; None
-        is the slots themselves.
+      mask: a canonical mask over the whole call.
+      tokens: the positions that default ones mean, [T] and [S], as `ShardGrid.tokens` has them; None is the slots.
     """
-    spread = mask.spread()
-    if not is_positional(mask):
-        return spread
-    query, kv = (None if tokens is None else jnp.asarray(tokens, jnp.int32) for tokens in (query_tokens, kv_tokens))
-    return spread.at(query_positions=query, kv_positions=kv)
+    if tokens is None or not is_positional(mask):
+        return mask.spread()
+    query, kv = (TracedPositions(jnp.asarray(side, jnp.int32)) for side in tokens)
+    return _in_order(mask.spread(), query, kv)
+
+
+def _in_order(mask: Mask, query: Positions, kv: Positions) -> Mask:
+    match mask:
+        case At(mask=inside, query=own, kv=other):
+            default = (None, StaticOffset(0))
+            return At(inside, query if own in default else own, kv if other in default else other)
+        case And(parts=parts):
+            return And(tuple(_in_order(part, query, kv) for part in parts))
+        case Or(parts=parts):
+            return Or(tuple(_in_order(part, query, kv) for part in parts))
+        case Not(mask=inside):
+            return Not(_in_order(inside, query, kv))
+    return At(mask, query, kv) if mask.positional else mask
 
 
 def spread_inside(mask: Mask) -> Mask:
