@@ -39,6 +39,10 @@ def in_order(mask, grid):
     return mask.at(query_positions=query, kv_positions=kv)
 
 
+def square(length, shards, order="contiguous"):
+    return ShardGrid(q_len=length, kv_len=length, q_shards=shards, kv_shards=shards, order=order)
+
+
 def has_no_offset_of_zero(mask):
     """An offset of 0 is a default position in forms, and in the whole mask above it is not."""
     places = [(part.query, part.kv) for part in walk(mask) if isinstance(part, At)]
@@ -123,6 +127,25 @@ def test_the_class_of_every_pair_shows_what_the_mask_shows_there(case):
     assert_table_is_right(*case)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Chunked(24),
+        masks.Chunked(64),
+        masks.BlockCausal(24),
+        masks.SlidingWindow(20, 5),
+        masks.Chunked(40) & masks.SlidingWindow(9) & masks.BlockCausal(6).at(query_offset=3),
+        masks.Causal().at(query_positions=np.arange(63, -1, -1), kv_positions=np.arange(0, 192, 3)),
+        masks.SlidingWindow(9, 2).at(query_positions=np.arange(63, -1, -1) * 2, kv_positions=np.arange(63, -1, -1) * 2),
+        masks.SlidingWindow(9).at(query_positions=np.arange(64) // 16, kv_positions=np.arange(64) // 16 * 3),
+    ],
+    ids=str,
+)
+def test_masks_that_reach_over_several_shards(mask, order):
+    assert_table_is_right(mask, square(64, 4, order))
+
+
 @st.composite
 def array_cases(draw):
     grid = draw(grids())
@@ -202,10 +225,6 @@ def test_within_takes_traced_starts():
 def test_lengths_at_the_least_integer_do_not_wrap():
     least = np.iinfo(np.int32).min
     assert not masks.Lengths(least).within(0, 4, 4, 4).materialize(4, 4).any()
-
-
-def square(length, shards, order="contiguous"):
-    return ShardGrid(q_len=length, kv_len=length, q_shards=shards, kv_shards=shards, order=order)
 
 
 @pytest.mark.parametrize("shards", [2, 4, 8])
@@ -345,6 +364,18 @@ def test_blocks_are_counted_within_shards_that_they_do_not_divide():
         assert blocks_per_shard(mask.form, grid, 4)[i, j] == sum(held)
 
 
+def test_blocks_of_what_is_known_without_arrays_are_counted_with_them():
+    causal, packed = masks.Causal(), masks.Causal() & masks.Segments(np.zeros(64, np.int32))
+    spans = masks.BidirectionalSpans(np.zeros(64, np.int32))
+    grid = square(64, 4, "dual_chunk")
+    np.testing.assert_array_equal(blocks_per_shard(packed.form, grid, 4), blocks_per_shard(causal.form, grid, 4))
+    either = causal | masks.SlidingWindow(8, 8)
+    exact = [either.at(**dict.fromkeys(("query_positions", "kv_positions"), grid.tokens[0])).block_map(64, 64, 4, 4)]
+    found = blocks_per_shard(either.form, grid, 4)
+    np.testing.assert_array_equal(found, (exact[0] > 0).reshape(4, 4, 4, 4).sum(axis=(1, 3)))
+    assert (blocks_per_shard((causal & ~spans).form, grid, 4) == blocks_per_shard(causal.form, grid, 4)).all()
+
+
 def test_gathered_keys_take_one_step():
     assert lockstep(np.array([[3], [5]])) == 5
     assert lockstep_efficiency(np.array([[3], [5]])) == 0.8
@@ -454,6 +485,19 @@ class FromStartAnywhere(masks.Mask):
 
 @pytree()
 @dataclasses.dataclass(frozen=True, slots=True)
+class ByTable(masks.Mask):
+    """Reads an array that its code holds at positions: it has none of its own."""
+
+    word: ClassVar[str] = "by_table"
+    positional: ClassVar[bool] = True
+    axes: ClassVar[dict[str, str]] = {}
+
+    def evaluate(self, query, kv):
+        return (jnp.arange(64) % 3 == 0)[kv.positions] & (query.positions >= 0)
+
+
+@pytree()
+@dataclasses.dataclass(frozen=True, slots=True)
 class EvenPositions(masks.Mask):
     """Looks at positions."""
 
@@ -466,7 +510,13 @@ class EvenPositions(masks.Mask):
 
 @pytest.mark.parametrize(
     "mask",
-    [EvenPositions(), EvenPositions() & masks.Causal(), Narrow(np.arange(16) % 3 == 0), FromStart(np.array([3, 11]))],
+    [
+        EvenPositions(),
+        EvenPositions() & masks.Causal(),
+        ByTable(),
+        Narrow(np.arange(16) % 3 == 0),
+        FromStart(np.array([3, 11])),
+    ],
     ids=lambda mask: type(mask).__name__,
 )
 @pytest.mark.parametrize("order", ORDERS)

@@ -115,7 +115,7 @@ def mask_within(mask: Mask, corner: Corner, places: Placed = (None, None)) -> Ma
     if not part.positional:
         return part
     query, kv = (_moved(where, jnp.asarray(start, jnp.int32)) for where, start in zip(places, corner[:2], strict=True))
-    return At(part, query if part.uses_query_positions else None, kv)
+    return At(part, query, kv)
 
 
 def _moved(where: Positions | None, start: jax.Array) -> Positions:
@@ -196,10 +196,10 @@ def _why_not(atom: Atom) -> str | None:
     cls, name = atom.mask_class, atom.params[0]
     if cls is Mask:
         return f"mask {name!r} cannot be cut to shards: no class, or more than one, has this word."
-    if OPERANDS in atom.params and not cls.axes:
+    if OPERANDS in atom.params and cls.axes is None:
         return (
             f"mask {name!r} cannot be cut to shards: {cls.__name__}.axes does not say which axes of B N T S its arrays "
-            "have; declare them."
+            "have; declare them, as {{}} where it has none."
         )
     if cls.positional or any(letter in letters for letters in (cls.axes or {}).values() for letter in "TS"):
         return None
