@@ -10,12 +10,17 @@ from typing import Any, ParamSpec, TypeVar, final
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernelry._pytree import pytree, short_repr
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_A = TypeVar("_A")
+
+REMAT_NAME = "context"
+"""How `jax.checkpoint` policies know what attention's backward pass needs; the name that MaxText uses, too."""
 
 
 @final
@@ -96,6 +101,16 @@ def _with_checked_output(result: Any) -> Any:
     if isinstance(result, Partial):
         return dataclasses.replace(result, out=checked(result.out))
     return checked(result)
+
+
+def named(arrays: _A) -> _A:
+    """Gives an array, or all of a pytree, the name `REMAT_NAME`; adds no operation.
+
+    Name each array once: a policy that saves by name keeps an array that was named twice, and is read under both names,
+    twice.
+    """
+    same: _A = checkpoint_name(arrays, REMAT_NAME)  # type: ignore[no-untyped-call]
+    return same
 
 
 def heads_last(statistic: jax.Array) -> jax.Array:
