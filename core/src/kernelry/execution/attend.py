@@ -67,11 +67,6 @@ class BoundKernel:
         return self.kernel.capabilities.backward_only and bool(self.request.gradients)
 
     @property
-    def names_residuals(self) -> bool:
-        """Whether the derivative of its `forward` alone names what it keeps; a name outside would keep it twice."""
-        return self.kernel.capabilities.names_residuals and bool(self.request.gradients)
-
-    @property
     def is_narrow(self) -> bool:
         """Whether 64-bit types are enabled but not used here: the kernel then runs as if they were not.
 
@@ -199,7 +194,8 @@ def attend(
         inputs, sinks = varying_alike((inputs, sinks))
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not parts[0].needs_backward:
         alone = parts[0].forward(inputs[0], statistics=False)
-        return alone if parts[0].names_residuals else _named(alone)
+        has_name = parts[0].kernel.capabilities.names_residuals and parts[0].request.gradients
+        return alone if has_name else _named(alone)
     if any(part.request.gradients and part.has_backward for part in parts):
         whole = _differentiated(parts, statistics, inputs, sinks)
     else:

@@ -17,7 +17,6 @@ from kernelry._pytree import pytree, short_repr
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_A = TypeVar("_A")
 
 REMAT_NAME = "context"
 """How `jax.checkpoint` policies know what attention's backward pass needs; the name that MaxText uses, too."""
@@ -103,13 +102,12 @@ def _with_checked_output(result: Any) -> Any:
     return checked(result)
 
 
-def named(arrays: _A) -> _A:
-    """Gives an array, or all of a pytree, the name `REMAT_NAME`; adds no operation.
+def named(arrays: _R) -> _R:
+    """Gives arrays the name `REMAT_NAME`; adds no operation.
 
-    Name each array once: a policy that saves by name keeps an array that was named twice, and is read under both names,
-    twice.
+    Name each array once: of one that was named twice, a policy that saves by name keeps both if both are read.
     """
-    same: _A = checkpoint_name(arrays, REMAT_NAME)  # type: ignore[no-untyped-call]
+    same: _R = checkpoint_name(arrays, REMAT_NAME)  # type: ignore[no-untyped-call]
     return same
 
 
