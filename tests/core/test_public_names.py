@@ -71,6 +71,7 @@ PARALLEL = {"ContextParallel", "load_balanced_order", "reorder_for_load_balance"
 PLUGIN = {
     "CONTRACT",
     "QUANTIZATIONS",
+    "REMAT_NAME",
     "Atom",
     "AtomKind",
     "Axis",
@@ -123,6 +124,7 @@ PLUGIN = {
     "uneven_lengths",
     "load_balanced_order",
     "log_sum",
+    "named",
     "pytree",
     "round_up",
     "signature_of",
