@@ -13,7 +13,7 @@ from typing import final
 import numpy as np
 
 from kernelry.execution.adapters.base import itemsize
-from kernelry.kernel.blocks import largest_divisor
+from kernelry.kernel.common import largest_divisor
 from kernelry.masks.blocks import Grid, decided_blocks
 from kernelry.masks.form import MaskForm
 from kernelry.masks.shard_pairs import ShardGrid, lockstep, lockstep_efficiency
