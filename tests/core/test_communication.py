@@ -12,7 +12,8 @@ from jax.extend.core import jaxprs_in_params
 import kernelry
 from kernelry import Request, masks
 from kernelry.parallel import Sharding
-from kernelry.resolution.communication import balances, blocks_by_pair, communication_of
+from kernelry.resolution.balance import balances, blocks_by_pair
+from kernelry.resolution.communication import communication_of
 from kernelry.resolution.published import DEVICE_RATES, Link, links_between
 from kernelry.resolution.shards import grid_of
 

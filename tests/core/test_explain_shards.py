@@ -1,6 +1,7 @@
 """What is said of a call on a mesh: text, data, lock files, proofs, and errors."""
 
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -164,6 +165,35 @@ def test_unknown_links_have_no_times(target):
 def test_other_dtypes_have_no_times_of_compute():
     told = lines(MILLION, dtype="float32", target="tpu:v5e")
     assert line("    over one ICI link", told).endswith("of which no rate is published for this dtype")
+
+
+ANY = (masks.Full(), CAUSAL, masks.SlidingWindow(20, 9), masks.Chunked(64), CAUSAL & masks.Segments([0] * 256), ~CAUSAL)
+ANYHOW = (
+    "heads=t:8",
+    "sequence=c:4",
+    "sequence=c:4 ulysses dual",
+    "sequence=c:256 ring",
+    "batch=d:2 heads=t:2 sequence=c:2 all_gather striped",
+    "sequence=c:4,u:2 ulysses=u:2 usp dual",
+    "batch=d:4 kv_sequence=c:4",
+    "sequence=c:4 native",
+)
+
+
+def test_any_call_on_any_mesh_is_told():
+    targets = itertools.cycle(["cpu", "tpu:v5e", "gpu:h100"])
+    for (mask, sharding), target in zip(itertools.product(ANY, ANYHOW), targets, strict=False):
+        found = explained(SMALL, mask=mask, sharding=sharding, target=target, dtype="bfloat16")
+        assert str(found).startswith(f"platform={target} ")
+        assert json.loads(json.dumps(found.to_json()))["request"]["q_len"] == 256
+        if found.plan is not None and found.shards is not None:
+            assert {"forward", "backward"} <= {each.split(":")[0].strip() for each in str(found).splitlines()}
+
+
+def test_a_call_without_queries_keys_or_rows_is_told():
+    for sizes in ({"q_len": 0, "mask": masks.Full()}, {"kv_len": 0, "mask": masks.Full()}, {"batch": 0}):
+        for sharding in ("batch=d:2", "sequence=c:4 ring", "sequence=c:4 ulysses", "kv_sequence=c:4"):
+            assert str(explained(SMALL, sharding=sharding, **sizes))
 
 
 # Data.

@@ -10,7 +10,8 @@ from kernelry.execution.plan import Plan
 from kernelry.masks.form import PositionKind
 from kernelry.request.request import Request
 from kernelry.request.sharding import Axes, Sharding
-from kernelry.resolution.communication import PEAK_SHARE, Balance, Communication, Pass, balances, communication_of
+from kernelry.resolution.balance import Balance, balances
+from kernelry.resolution.communication import PEAK_SHARE, Communication, Pass, communication_of
 from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.published import Link
 from kernelry.resolution.shards import ShardedResolution, Shards
