@@ -1,6 +1,7 @@
 """What is said of a call on a mesh: text, data, lock files, proofs, and errors."""
 
 import dataclasses
+import io
 import itertools
 import json
 import sys
@@ -8,11 +9,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 import kernelry
 from kernelry import ModelShape, Request, aot, cli, masks
 from kernelry.aot import Work, compilation, layers
 from kernelry.aot.compilation import Compilation
+from kernelry.cli import check
 from kernelry.config import AttentionConfig
 from kernelry.errors import ArgumentError, ConfigError, NoKernelError, PluginError, ShapeError
 from kernelry.parallel import Sharding
@@ -125,6 +128,17 @@ def test_the_headline_names_every_kernel():
     found = explained(SMALL)
     assert " → dot_product (" in found.headline
     assert " → dot_product and blockwise (" in with_another_kernel(found).headline
+    assert with_another_kernel(found).kernels == ("dot_product", "blockwise")
+    assert (found.kernels, explained(SMALL, sharding=None).kernels) == (("dot_product",), ("dot_product",))
+    assert explained(SMALL, q_heads=6, kv_heads=6, sharding="sequence=c:4 ulysses").kernels == ()
+
+
+def test_check_names_every_kernel():
+    found = with_another_kernel(explained(SMALL))
+    report = aot.LayerReport("train", found, None, Work.of(SMALL, CAUSAL))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(check._table("cpu", (report,)))
+    assert "dot_product and" in console.export_text()
 
 
 def with_another_kernel(resolution):
