@@ -89,6 +89,7 @@ PLUGIN = {
     "Kernel",
     "KernelSpec",
     "Knowledge",
+    "ManualAxes",
     "Mask",
     "MaskForm",
     "Mode",

@@ -9,6 +9,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     PositionKind,
@@ -42,6 +43,8 @@ CUDNN_JAX = KernelSpec(
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS}),
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=False,
         tolerances=standard_tolerances(
             "bfloat16",
             "float16",

@@ -10,6 +10,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     PositionKind,
@@ -65,6 +66,8 @@ SPLASH = KernelSpec(
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=False,
         tolerances=standard_tolerances(
             "float32",
             "bfloat16",
