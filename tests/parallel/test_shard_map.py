@@ -3,7 +3,6 @@
 Batch and heads are sharded over two axes; what is the same on several devices has its gradients summed over them.
 """
 
-import contextlib
 import functools
 import itertools
 
@@ -12,56 +11,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from sharded_cases import (
+    BY_HEAD,
+    CAUSAL,
+    PACKED,
+    PLAIN,
+    SPECS,
+    STATISTIC,
+    B,
+    H,
+    N,
+    T,
+    assert_is_the_whole_call,
+    attending,
+    close,
+    derived,
+    mapped,
+    mesh,
+    normal,
+    of_rows,
+    operands,
+    place,
+)
 
 import kernelry
-from kernelry import masks, testing
+from kernelry import masks
 from kernelry.cache import QuantizedArray
 from kernelry.testing import reference_attention, reference_gradients
 
 pytestmark = pytest.mark.versions
 
-SIZES = {"batch": 2, "heads": 2}
-B, T, N, K, H = 2, 128, 4, 2, 16
-PLAIN = ("dot_product", "blockwise")
 TRAIN = (*PLAIN, "splash", "tokamax_splash", "pallas_flash", "pallas_mha")
 DECODE = (*PLAIN, "ragged", "pallas_decode")
-BY_HEAD = P("batch", None, "heads")
-SPECS = {"query": BY_HEAD, "key": BY_HEAD, "value": BY_HEAD, "sinks": P("heads"), "bias": P(None, "heads")}
-STATISTIC = P("batch", "heads")
-IDS = np.stack([np.repeat([0, 1, 2, 1], 32), np.repeat([3, 0, -1], [50, 50, 28])])
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def operands(*, q_len=T, kv_heads=K, dim=H, **more):
-    shapes = {"query": (B, q_len, N, dim), "key": (B, T, kv_heads, dim), "value": (B, T, kv_heads, dim), **more}
-    return {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
-
-
-@functools.cache
-def mesh(kind="Auto"):
-    types = (getattr(jax.sharding.AxisType, kind),) * 2
-    return jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=types)
-
-
-def place(kernel):
-    return contextlib.nullcontext() if kernel in PLAIN else testing.interpret()
-
-
-def close(found, wanted, tolerance, name=""):
-    np.testing.assert_allclose(np.asarray(found), wanted, rtol=tolerance, atol=tolerance, err_msg=name)
-
-
-def of_rows(tree):
-    """Specs of a mask's arrays: those of every row are sharded."""
-    return jax.tree.map(lambda array: P("batch") if np.ndim(array) and array.shape[0] == B else P(), tree)
 
 
 # Kernels × features
 
-CAUSAL, PACKED = masks.Causal(), masks.Causal() & masks.Segments(IDS)
 BIAS = {"bias": (1, N, T, T)}
 CASES = {
     "causal": (CAUSAL, {}, {}),
@@ -143,36 +128,6 @@ def test_a_call_in_a_shard_map_is_the_whole_call(kernel, case, check):
     wanted = reference_gradients(**arrays, mask=mask, d_out=cotangents[0], d_lse=d_lse)
     for name in needed:
         close(gradients[name], getattr(wanted, name), 2e-5, name)
-
-
-def mapped(call, arrays, mask, *, check=True, where=None, **options):
-    """The call inside a shard_map over batch and heads."""
-    in_specs = {name: SPECS[name] for name in arrays}, of_rows(mask)
-    options = {"mesh": where or mesh(), "out_specs": BY_HEAD, **options}
-    return jax.shard_map(call, in_specs=in_specs, check_vma=check, **options)(arrays, mask)
-
-
-def derived(function, arrays, mask, **options):
-    """The output and all gradients of `function(arrays, mask)` in a shard_map, for a cotangent of ones."""
-
-    @jax.jit
-    def run(arrays, mask):
-        found, pull = jax.vjp(lambda arrays: mapped(function, arrays, mask, **options), arrays)
-        return found, pull(jnp.ones_like(found))[0]
-
-    return run(arrays, mask)
-
-
-def assert_is_the_whole_call(found, arrays, mask, **options):
-    out, gradients = found
-    close(out, reference_attention(**arrays, mask=mask, **options).out, 2e-6)
-    wanted = reference_gradients(**arrays, mask=mask, d_out=np.ones(out.shape), **options)
-    for name in gradients:
-        close(gradients[name], getattr(wanted, name), 2e-5, name)
-
-
-def attending(kernel, **options):
-    return lambda arrays, mask: kernelry.attention(**arrays, mask=mask, kernel=kernel, **options)
 
 
 @pytest.mark.parametrize("check", [True, pytest.param(False, marks=pytest.mark.sweep)])
@@ -318,27 +273,7 @@ def test_a_shard_map_over_one_axis_of_a_mesh(kind, kernel):
         found, pull = jax.vjp(call, arrays)
         return found, pull(jnp.ones_like(found))[0]
 
+    placed = {name: jax.device_put(array, jax.NamedSharding(where, P("batch"))) for name, array in arrays.items()}
     with place(kernel):
-        found = run(arrays)
+        found = run(placed)
     assert_is_the_whole_call(found, arrays, CAUSAL)
-
-
-# Third parties
-
-
-@pytest.mark.parametrize("kernel", ["splash", "pallas_flash"])
-def test_a_call_in_a_shard_map_adds_nothing_to_the_compiled_program(kernel):
-    """What it costs to be checked is gone when XLA is done: no collective, and not what made arrays forget."""
-    arrays = operands()
-
-    def text(check):
-        def run(arrays):
-            found, pull = jax.vjp(lambda arrays: mapped(attending(kernel), arrays, CAUSAL, check=check), arrays)
-            return found, pull(jnp.ones_like(found))[0]
-
-        return jax.jit(run).lower(arrays).compile().as_text()
-
-    with place(kernel):
-        found = text(True)
-    for operation in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reverse"):
-        assert f" {operation}(" not in found

@@ -20,6 +20,7 @@ from kernelry.cache.slots import (
     empty,
     is_known,
     token_counts,
+    varying_as,
     write,
     write_first,
 )
@@ -147,7 +148,7 @@ class TwoPartCache(KVCache):
                 prefill_value=write_first(self.prefill_value, value),
                 prefill_lengths=counts,
                 decode_lengths=nothing,
-            )
+            )._varying_as(key, value, counts)
         fits = self._fits(nothing, counts, self._prefill_slots, "prefill")
         keys, values = _written((self.prefill_key, self.prefill_value), (key, value), nothing, counts, fits)
         return dataclasses.replace(
@@ -157,7 +158,7 @@ class TwoPartCache(KVCache):
             prefill_lengths=jnp.where(fits, counts, self.prefill_lengths),
             decode_lengths=jnp.where(fits, nothing, self.decode_lengths),
             overflowed=self.overflowed | ~fits,
-        )
+        )._varying_as(key, value, counts)
 
     def prefill_chunk(
         self,
@@ -196,7 +197,7 @@ class TwoPartCache(KVCache):
             prefill_value=values,
             prefill_lengths=before + jnp.where(fits, counts, 0),
             overflowed=self.overflowed | ~fits,
-        )
+        )._varying_as(key, value, counts)
 
     def append(
         self,
@@ -223,6 +224,16 @@ class TwoPartCache(KVCache):
             CachePart(
                 key=self.decode_key, value=self.decode_value, lengths=self.decode_lengths, offset=self.prefill_lengths
             ),
+        )
+
+    def _varying_as(self, key: Any, value: Any, counts: jax.Array) -> Self:
+        """The cache whose decode part varies over manual axes as it will when such tokens are appended."""
+        return dataclasses.replace(
+            self,
+            decode_key=varying_as(key, self.decode_key),
+            decode_value=varying_as(value, self.decode_value),
+            decode_lengths=varying_as(counts, self.decode_lengths),
+            overflowed=varying_as(counts, self.overflowed),
         )
 
     @property

@@ -33,6 +33,12 @@ def varying_alike(tree: Any) -> Any:
     return jax.tree.map(aligned, tree) if axes else tree
 
 
+def varying_as(like: Any, tree: Any) -> Any:
+    """Makes the arrays of a tree vary over the manual axes of a `shard_map` over which one of another tree does."""
+    axes = _varying_axes(like)
+    return jax.tree.map(lambda leaf: _varying_over(axes, leaf), tree)
+
+
 def are_checked() -> bool:
     """Whether the call is inside a `shard_map` with `check_vma=True`."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
@@ -58,8 +64,7 @@ def unchecked(function: Callable[..., _R], *arrays: Any) -> _R:
 
     nowhere = PartitionSpec()  # type: ignore[no-untyped-call]
     mapped = jax.shard_map(run, in_specs=nowhere, out_specs=nowhere, axis_names=set(), check_vma=False)
-    axes = _varying_axes(arrays)
-    found: _R = jax.tree.map(lambda leaf: _varying_over(axes, leaf), mapped(*arrays))
+    found: _R = varying_as(arrays, mapped(*arrays))
     return found
 
 
