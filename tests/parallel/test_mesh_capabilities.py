@@ -5,15 +5,19 @@ import dataclasses
 import functools
 import re
 
+import cudnn_stand_in
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from pairs import sweep_but
 from sharded_cases import (
     BY_HEAD,
     CAUSAL,
     PLAIN,
     B,
     H,
+    K,
     N,
     assert_is_the_whole_call,
     attending,
@@ -25,8 +29,10 @@ from sharded_cases import (
 )
 
 import kernelry
+from kernelry.cache import PagedCache
 from kernelry.errors import PluginError
 from kernelry.plugin import Capabilities, Kernel, ManualAxes, Partial
+from kernelry.testing import reference_attention, reference_gradients
 
 pytestmark = pytest.mark.versions
 
@@ -54,6 +60,38 @@ def test_being_checked_in_a_shard_map_adds_nothing_to_the_compiled_program(kerne
     assert not set(COLLECTIVES) & set(checked)
 
 
+ACCELERATED = {"splash": "tpu:v5e", "tokamax_splash": "tpu:v5e", "tokamax_mosaic": "gpu:h100", "paged": "tpu:v5e"}
+
+
+@pytest.mark.parametrize("kernel", sweep_but(ACCELERATED, "tokamax_mosaic", "paged"))
+def test_programs_for_accelerators_make_the_same_calls_checked_and_unchecked(kernel):
+    shapes = {
+        "query": (B, 1 if kernel == "paged" else 256, N, 128),
+        **dict.fromkeys(("key", "value"), (B, 256, K, 128)),
+    }
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+
+    def step(arrays, mask):
+        query, key, value = arrays["query"], arrays["key"], arrays["value"]
+        sizes = {"rows": 1, "pages": 16, "page_size": 16, "max_length": 256, "kv_heads": 1, "head_dim": 128}
+        cache = PagedCache.create(**sizes, dtype=jnp.bfloat16).append(key, value)
+        return cache.attend(query, kernel=kernel)
+
+    def gradients(arrays, mask, check):
+        call = functools.partial(mapped, attending(kernel), mask=mask, check=check)
+        found, pull = jax.vjp(call, arrays)
+        return pull(found)
+
+    def calls(check):
+        run = functools.partial(mapped, step) if kernel == "paged" else gradients
+        traced = jax.jit(functools.partial(run, mask=CAUSAL, check=check)).trace(arrays)
+        platform = "tpu" if ACCELERATED[kernel].startswith("tpu") else "cuda"
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.custom_call")
+
+    with kernelry.use(target=ACCELERATED[kernel]):
+        assert calls(True) == calls(False) > 0
+
+
 def test_xla_gathers_nothing_for_a_kernel_that_is_declared_partitioned_by_it():
     """Batch and heads over Auto axes, forward and backward, without a shard_map; several blocks of keys."""
     placed = jax.ShapeDtypeStruct((B, 1024, N, H), jnp.float32, sharding=jax.NamedSharding(mesh(), BY_HEAD))
@@ -71,7 +109,18 @@ def test_xla_gathers_nothing_for_a_kernel_that_is_declared_partitioned_by_it():
     assert (declared, gathering) == ({"dot_product"}, {"blockwise"})
 
 
-# Other people's kernels
+# Kernels
+
+
+@pytest.mark.parametrize("check", [True, pytest.param(False, marks=pytest.mark.sweep)])
+def test_cudnn_jax_in_a_shard_map_is_the_whole_call(check):
+    arrays = {name: array.astype(np.float16) for name, array in operands(sinks=(N,)).items()}
+    with cudnn_stand_in.stand_in():
+        out, gradients = derived(attending("cudnn_jax"), arrays, CAUSAL, check=check)
+    wanted = reference_gradients(**arrays, mask=CAUSAL, d_out=np.ones(out.shape))
+    np.testing.assert_allclose(out, reference_attention(**arrays, mask=CAUSAL).out, rtol=4e-3, atol=4e-3)
+    for name, found in gradients.items():
+        np.testing.assert_allclose(found, getattr(wanted, name), rtol=1e-2, atol=1e-2, err_msg=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +154,20 @@ def test_a_kernel_that_jax_differentiates_need_not_pass_the_check(partial):
 
     with kernelry.use(kernels=[looped(manual_axes=ManualAxes.UNCHECKED)]):
         assert_is_the_whole_call(derived(attend, arrays, CAUSAL), arrays, CAUSAL)
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_a_key_that_differs_by_device_reaches_a_kernel_that_is_not_checked(make_key):
+    def attend(arrays, mask, kernel):
+        key = jax.random.fold_in(make_key(0), jax.lax.axis_index("batch"))
+        return kernelry.attention(**arrays, mask=mask, kernel=kernel, dropout_rate=0.4, dropout_rng=key)
+
+    with kernelry.use(kernels=[looped(manual_axes=ManualAxes.UNCHECKED)]):
+        found, wanted = (
+            derived(functools.partial(attend, kernel=kernel), operands(), CAUSAL)
+            for kernel in ("looped", "dot_product")
+        )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, wanted)
 
 
 def test_a_kernel_is_unchecked_unless_it_declares_otherwise():
