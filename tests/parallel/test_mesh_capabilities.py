@@ -60,6 +60,21 @@ def test_being_checked_in_a_shard_map_adds_nothing_to_the_compiled_program(kerne
     assert not set(COLLECTIVES) & set(checked)
 
 
+@pytest.mark.parametrize("kernel", ["splash", "dot_product"])
+def test_a_mesh_without_a_shard_map_changes_no_program(kernel):
+    def primitives():
+        """How often each is in the program, derivatives that are waiting included."""
+        with place(kernel):
+            return collections.Counter(
+                re.findall(r" = (\w+)", str(jax.make_jaxpr(attending(kernel))(operands(), CAUSAL)))
+            )
+
+    wanted = primitives()
+    with jax.set_mesh(mesh()):
+        assert primitives() == wanted
+    assert wanted["dot_general"] + wanted["pallas_call"]
+
+
 ACCELERATED = {"splash": "tpu:v5e", "tokamax_splash": "tpu:v5e", "tokamax_mosaic": "gpu:h100", "paged": "tpu:v5e"}
 
 
