@@ -101,7 +101,9 @@ def masks_of(sizes=SMALL):
     batch, length = sizes.batch, sizes.q_len
     ids, spans = packed_ids(sizes), np.where(rng.random((batch, length)) < 0.5, np.arange(length) // 7, -1)
     causal = masks.Causal()
-    keep = {heads: rng.random((batch, heads, length, -(-length // 5))) < 0.6 for heads in (sizes.kv_heads, sizes.q_heads)}
+    keep = {
+        heads: rng.random((batch, heads, length, -(-length // 5))) < 0.6 for heads in (sizes.kv_heads, sizes.q_heads)
+    }
     lengths = masks.Lengths(
         np.linspace(length - 1, length // 3, batch).astype(np.int32),
         np.linspace(length, length // 2, batch).astype(np.int32),
@@ -223,9 +225,7 @@ def _run(arrays, mask, cotangents, options, names):
     if not names:
         found, most = _call(arrays, mask, dict(options))
         return found, most, {}
-    found, pull, most = jax.vjp(
-        lambda moving: _call(arrays | moving, mask, dict(options)), moving, has_aux=True
-    )
+    found, pull, most = jax.vjp(lambda moving: _call(arrays | moving, mask, dict(options)), moving, has_aux=True)
     return found, most, pull(cotangents)[0]
 
 

@@ -69,6 +69,18 @@ def write_first(stored: Stored, new: Float[Array, "B T K H"]) -> Stored:
     return written
 
 
+def varying_as(like: Any, tree: Any) -> Any:
+    """Makes arrays vary over the manual axes of a `shard_map` as others do; without a mesh returns them as they are.
+
+    What a later call writes makes them vary, and the carry of a `lax.scan` must do so from its start.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    from kernelry.execution import manual_axes
+
+    return manual_axes.varying_as(like, tree)
+
+
 def token_counts(lengths: Any, batch: int, tokens: int) -> Int[Array, " B"]:
     """How many of the T tokens that a call passes for each row count; None means all.
 

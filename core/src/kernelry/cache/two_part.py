@@ -20,6 +20,7 @@ from kernelry.cache.slots import (
     empty,
     is_known,
     token_counts,
+    varying_as,
     write,
     write_first,
 )
@@ -146,10 +147,12 @@ class TwoPartCache(KVCache):
                 prefill_value=write_first(self.prefill_value, value),
                 prefill_lengths=counts,
                 decode_lengths=nothing,
-            )
+            )._varying_as(key, value, counts)
         fits = self._fits(nothing, counts, "prefill")
         written = self._written("prefill", key, value, nothing, counts, fits)
-        return dataclasses.replace(written, decode_lengths=jnp.where(fits, nothing, self.decode_lengths))
+        return dataclasses.replace(written, decode_lengths=jnp.where(fits, nothing, self.decode_lengths))._varying_as(
+            key, value, counts
+        )
 
     def prefill_chunk(
         self,
@@ -180,7 +183,7 @@ class TwoPartCache(KVCache):
                 "follow the prompt: use append, or replace all rows by prefill."
             )
         fits = self._fits(self.prefill_lengths, counts, "prefill") & ~behind.any()
-        return self._written("prefill", key, value, self.prefill_lengths, counts, fits)
+        return self._written("prefill", key, value, self.prefill_lengths, counts, fits)._varying_as(key, value, counts)
 
     def append(
         self,
@@ -203,6 +206,16 @@ class TwoPartCache(KVCache):
 
     def _slots(self, part: str) -> int:
         return known_length(f"TwoPartCache: {part}_key", getattr(self, f"{part}_key"))
+
+    def _varying_as(self, key: Any, value: Any, counts: jax.Array) -> Self:
+        """The cache whose decode part varies over manual axes as it will when such tokens are appended."""
+        return dataclasses.replace(
+            self,
+            decode_key=varying_as(key, self.decode_key),
+            decode_value=varying_as(value, self.decode_value),
+            decode_lengths=varying_as(counts, self.decode_lengths),
+            overflowed=varying_as(counts, self.overflowed),
+        )
 
     def _counts(self, key: Any, value: Any, lengths: Any, part: str) -> jax.Array:
         """Checks tokens for one part, and returns their number in each row."""
