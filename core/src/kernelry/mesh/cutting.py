@@ -46,5 +46,3 @@ def _rows(where: Positions | None) -> Positions | None:
     if isinstance(where, StaticPositions) and len(where.runs) > 1:
         return TracedPositions(jnp.asarray(where.array))
     return where
-
-

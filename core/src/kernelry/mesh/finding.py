@@ -85,6 +85,7 @@ def _without(sharding: Sharding, manual: frozenset[str]) -> Sharding:
         kv_sequence=kept(sharding.kv_sequence),
         ulysses=kept(sharding.ulysses),
         strategy=strategy,
+        sizes=tuple((axis, size) for axis, size in sharding.sizes if axis not in manual),
     )
 
 
