@@ -313,6 +313,25 @@ class Mask(Protocol):
         return Decided.unknown(grid)
 
     @classmethod
+    def spread_atom(cls, atom: Atom) -> Atom:
+        """The atom of what `spread`, cut, is `within` a pair of shards: positions are traced where they are read."""
+        from kernelry.masks.spread import with_traced_positions
+
+        return with_traced_positions(cls, atom)
+
+    def spread(self) -> Mask:
+        """The mask with no array that queries and keys share, to be cut to shards along `masks.spread.leaf_axes`."""
+        from kernelry.masks.spread import spread_inside
+
+        return spread_inside(self)
+
+    def within(self, query_start: Any, kv_start: Any, q_len: int, kv_len: int) -> Mask:
+        """Of a spread mask, cut to a pair of shards that begin at slots (int or traced), the mask over their slots."""
+        from kernelry.masks.spread import mask_within
+
+        return mask_within(self, (query_start, kv_start, q_len, kv_len))
+
+    @classmethod
     def padded_atom(cls, atom: Atom, padding: Padding) -> Atom:
         """The atom of what `padded` returns; its positions are lengthened elsewhere."""
         from kernelry.masks.padding import Padded

@@ -20,7 +20,7 @@ from kernelry.errors import ArgumentError
 from kernelry.masks.band import Full
 from kernelry.masks.base import Mask, Ranges
 from kernelry.masks.composition import Conjunct
-from kernelry.masks.form import Atom, AtomKind, MaskForm
+from kernelry.masks.form import Atom, AtomKind, MaskForm, PositionForm, PositionKind
 from kernelry.masks.functions import FunctionRef
 from kernelry.masks.predicate import functions_in
 from kernelry.masks.run_time import BlockKind
@@ -37,8 +37,8 @@ def block_map_of(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: in
     shape = (-(-q_len // block_q), -(-kv_len // block_kv))
     if 0 in shape:
         return np.zeros(shape, np.int8)
-    grid = _Grid((q_len, kv_len), (block_q, block_kv))
-    whole = _of_form(MaskForm(tuple(conjunct.atom for conjunct in static)), grid)
+    grid = Grid((q_len, kv_len), (block_q, block_kv))
+    whole = decided_blocks(MaskForm(tuple(conjunct.atom for conjunct in static)), grid)
     kinds = np.where(whole.empty, BlockKind.EMPTY, np.where(whole.full, BlockKind.FULL, BlockKind.PARTIAL))
     for row in np.flatnonzero(~whole.sure.all(axis=1)).tolist():
         columns = np.flatnonzero(~whole.sure[row])
@@ -74,12 +74,23 @@ def _kept(forms: tuple[MaskForm, ...], functions: tuple[FunctionRef, ...], sizes
 
 
 @final
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Grid:
-    """T and S, and the slots of a block on each side."""
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """How many queries and keys, from which slots on, and the slots of a block on each side."""
 
     lengths: tuple[int, int]
     blocks: tuple[int, int]
+    starts: tuple[int, int] = (0, 0)
+    tokens: tuple[np.ndarray, np.ndarray] | None = None
+    """What default positions mean, [T] and [S]; None is the slots."""
+
+    def positions(self, form: PositionForm, side: int) -> np.ndarray:
+        """Where the slots of one side stand, [batch rows, length]."""
+        end = self.starts[side] + self.lengths[side]
+        tokens = self.tokens if form.kind is PositionKind.DEFAULT else None
+        rows = form.positions(end) if tokens is None else tokens[side][None]
+        assert rows is not None
+        return rows[:, self.starts[side] : end]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,30 +100,30 @@ class _Grid:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Decided:
+class Certain:
     """Booleans [blocks of queries, blocks of keys]; a block neither empty nor full is PARTIAL if sure."""
 
     empty: np.ndarray
     full: np.ndarray
     sure: np.ndarray
 
-    def __and__(self, other: _Decided) -> _Decided:
+    def __and__(self, other: Certain) -> Certain:
         empty, full = self.empty | other.empty, self.full & other.full
         # A PARTIAL block stays PARTIAL where the other is FULL; two PARTIAL ones may have nothing in common.
         sure = empty | full | (self.full & other.sure) | (other.full & self.sure)
-        return _Decided(empty, full, sure)
+        return Certain(empty, full, sure)
 
-    def __invert__(self) -> _Decided:
-        return _Decided(self.full, self.empty, self.sure)
+    def __invert__(self) -> Certain:
+        return Certain(self.full, self.empty, self.sure)
 
 
-def _of_form(form: MaskForm, grid: _Grid) -> _Decided:
-    """The conjunction of static atoms; those at the same positions together."""
+def decided_blocks(form: MaskForm, grid: Grid) -> Certain:
+    """The conjunction of atoms, those at the same positions together: all that is known without evaluating any."""
     shape = grid.shape
-    whole = _Decided(np.zeros(shape, bool), np.ones(shape, bool), np.ones(shape, bool))
+    whole = Certain(np.zeros(shape, bool), np.ones(shape, bool), np.ones(shape, bool))
     together: list[list[Atom]] = []
     for atom in form.atoms:
-        if not atom.mask_class.decides_ranges:
+        if not (atom.mask_class.decides_ranges and atom.is_static):
             whole = whole & _decided(atom, grid)
             continue
         places = (atom.query, atom.kv)
@@ -126,19 +137,21 @@ def _of_form(form: MaskForm, grid: _Grid) -> _Decided:
     return whole
 
 
-def _decided(atom: Atom, grid: _Grid) -> _Decided:
+def _decided(atom: Atom, grid: Grid) -> Certain:
     if atom.kind is AtomKind.NOT:
-        return ~_of_form(atom.params[0], grid)
+        return ~decided_blocks(atom.params[0], grid)
     if atom.kind is AtomKind.ANY_OF:
-        hidden = (~_of_form(form, grid) for form in atom.params)
+        hidden = (~decided_blocks(form, grid) for form in atom.params)
         return ~functools.reduce(operator.and_, hidden)
     nothing = np.zeros(grid.shape, bool)
-    return _Decided(nothing, nothing, nothing)
+    return Certain(nothing, nothing, nothing)
 
 
-def _at_one_place(atoms: list[Atom], grid: _Grid) -> _Decided:
+def _at_one_place(atoms: list[Atom], grid: Grid) -> Certain:
     """Decides by ranges, which find every FULL block; where they leave one open, looks for a visible element in it."""
-    query, kv = _positions(atoms[0], grid.lengths)
+    query, kv = grid.positions(atoms[0].query, 0), grid.positions(atoms[0].kv, 1)
+    rows = max(len(query), len(kv))
+    query, kv = (np.broadcast_to(side, (rows, side.shape[1])) for side in (query, kv))
     ranges = list(zip(_bounds(query, grid.blocks[0]), _bounds(kv, grid.blocks[1]), strict=True))
     decided = functools.reduce(operator.and_, (_by_ranges(atom, ranges, grid) for atom in atoms))
     for pair in zip(query, kv, strict=True):
@@ -146,28 +159,19 @@ def _at_one_place(atoms: list[Atom], grid: _Grid) -> _Decided:
     return dataclasses.replace(decided, empty=decided.empty | ~decided.sure, sure=np.ones(grid.shape, bool))
 
 
-def _positions(atom: Atom, lengths: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of queries and of keys, each [batch rows, length]."""
-    query, kv = atom.query.positions(lengths[0]), atom.kv.positions(lengths[1])
-    assert query is not None
-    assert kv is not None
-    rows = max(len(query), len(kv))
-    return np.broadcast_to(query, (rows, lengths[0])), np.broadcast_to(kv, (rows, lengths[1]))
-
-
-def _by_ranges(atom: Atom, ranges: list[tuple[Ranges, Ranges]], grid: _Grid) -> _Decided:
+def _by_ranges(atom: Atom, ranges: list[tuple[Ranges, Ranges]], grid: Grid) -> Certain:
     rows = [atom.mask_class.of_ranges(atom, (low_q[:, None], high_q[:, None]), kv) for (low_q, high_q), kv in ranges]
     empty = np.logical_and.reduce([np.broadcast_to(row[0], grid.shape) for row in rows])
     full = np.logical_and.reduce([np.broadcast_to(row[1], grid.shape) for row in rows])
-    exact = rows[0][2] or (atom.query.start is not None and atom.kv.start is not None)
-    return _Decided(empty, full, empty | full | exact)
+    exact = rows[0][2] or (grid.tokens is None and atom.query.start is not None and atom.kv.start is not None)
+    return Certain(empty, full, empty | full | exact)
 
 
 _SAMPLES = 128
 """Of the queries that see a key: enough to find most blocks of 64 slots in any order."""
 
 
-def _with_witnesses(decided: _Decided, atoms: list[Atom], query: np.ndarray, kv: np.ndarray, grid: _Grid) -> _Decided:
+def _with_witnesses(decided: Certain, atoms: list[Atom], query: np.ndarray, kv: np.ndarray, grid: Grid) -> Certain:
     """Is sure of the blocks in which some key is seen by some query."""
     if decided.sure.all():
         return decided
@@ -223,7 +227,7 @@ _FEW = 16
 """Every so many slots of a block, on both sides."""
 
 
-def _evaluated(static: list[Conjunct], row: int, columns: np.ndarray, grid: _Grid, every: int = 1) -> np.ndarray:
+def _evaluated(static: list[Conjunct], row: int, columns: np.ndarray, grid: Grid, every: int = 1) -> np.ndarray:
     """Evaluates the blocks `columns` of one row of blocks, or some of their slots: memory O(block_q · S)."""
     (q_len, kv_len), (block_q, block_kv) = grid.lengths, grid.blocks
     slots_q = np.arange(row * block_q, min((row + 1) * block_q, q_len), every, dtype=np.int32)

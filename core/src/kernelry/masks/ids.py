@@ -117,6 +117,14 @@ class _EqualIds(Mask, Protocol):
         return Decided(~apart, full)
 
     @classmethod
+    def spread_atom(cls, atom: Atom) -> Atom:
+        return Atom(cls.kinds[1])
+
+    def spread(self) -> Mask:
+        make: Any = type(self)
+        return make(*self._pair)  # type: ignore[no-any-return]
+
+    @classmethod
     def padded_atom(cls, atom: Atom, padding: Padding) -> Atom:
         return Atom(cls.kinds[1]) if padding.parts_ids else atom
 

@@ -104,6 +104,10 @@ class Lengths(Mask):
             some, full = some & some_q[:, :, None], full & full_q[:, :, None]
         return Decided.spread(some, full, grid)
 
+    def within(self, query_start: Any, kv_start: Any, q_len: int, kv_len: int) -> Mask:
+        queries = None if self.query_lengths is None else _left(self.query_lengths, query_start, q_len)
+        return Lengths(_left(self.kv_lengths, kv_start, kv_len), queries)
+
     @classmethod
     def padded_atom(cls, atom: Atom, padding: Padding) -> Atom:
         return _OF_BOTH if padding.hide_rows else atom
@@ -129,6 +133,10 @@ class Lengths(Mask):
 
 def _at_most(lengths: ArrayLike, length: int) -> ArrayLike:
     return module_of(lengths).minimum(signed(lengths), np.int32(length))
+
+
+def _left(lengths: ArrayLike, start: Any, length: int) -> jax.Array:
+    return jnp.clip(jnp.maximum(signed(lengths), start) - start, 0, length)  # not negative, so that it cannot wrap
 
 
 def _reached(lengths: jax.Array, block: int, blocks: int, end: int) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from kernelry._pytree import pytree
 from kernelry._values import unwrapped
-from kernelry.errors import ArgumentError, ShapeError
+from kernelry.errors import ArgumentError, ShapeError, nearest
 from kernelry.masks.arrays import as_array, as_integers, described
 from kernelry.masks.form import OPEN_RUN, PositionForm, PositionKind, Runs, lengthened_runs
 from kernelry.masks.side import ArrayLike, Side
@@ -312,3 +312,31 @@ def _in_range(name: str, values: np.ndarray) -> np.ndarray:
     if values.size and not (values.min() > -_FARTHEST and values.max() < _FARTHEST):
         raise ArgumentError(f"{name} must lie within ±2**30, got {values.min()} … {values.max()}.")
     return values
+
+
+ORDERS = ("dual_chunk", "striped")
+
+
+def load_balanced_order(length: int, size: int, order: str = "dual_chunk") -> np.ndarray:
+    """Returns the token of each slot, [length], so that causal attention costs every device the same.
+
+    Args:
+      length: of the whole sequence.
+      size: devices that share it, each a run of length / size slots.
+      order: `dual_chunk` gives a device one chunk of 2 · size from each end; `striped` every size-th token.
+
+    Raises:
+      ArgumentError: the order is unknown, or the sequence does not divide.
+    """
+    if order not in ORDERS:
+        raise ArgumentError(f"unknown order {order!r}{nearest(str(order), ORDERS)}")
+    pieces = 2 * size if order == "dual_chunk" else size
+    if length % pieces:
+        raise ArgumentError(
+            f"a sequence of {length} tokens cannot be shared out in {order} order: {length} % {pieces}."
+        )
+    tokens = np.arange(length, dtype=np.int32)
+    if order == "striped":
+        return tokens.reshape(-1, size).T.reshape(-1)
+    chunks = tokens.reshape(pieces, -1)
+    return np.concatenate([chunks[[rank, pieces - 1 - rank]].reshape(-1) for rank in range(size)])

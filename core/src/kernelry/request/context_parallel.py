@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import final
 
-import numpy as np
-
 from kernelry.errors import ArgumentError, nearest
+from kernelry.masks.positions import load_balanced_order as load_balanced_order
 
 STRATEGIES = ("all_gather", "ring")
-ORDERS = ("dual_chunk", "striped")
 
 
 @final
@@ -54,28 +52,3 @@ class ContextParallel:
         if len(parts) != 3 or not parts[2].isdecimal():
             raise ArgumentError(f"context_parallel is written strategy:axis:size, e.g. ring:context:4, got {text!r}.")
         return cls(parts[1], parts[0], int(parts[2]))
-
-
-def load_balanced_order(length: int, size: int, order: str = "dual_chunk") -> np.ndarray:
-    """Returns the token of each slot, [length], so that causal attention costs every device the same.
-
-    Args:
-      length: of the whole sequence.
-      size: devices that share it, each a run of length / size slots.
-      order: `dual_chunk` gives a device one chunk of 2 · size from each end; `striped` every size-th token.
-
-    Raises:
-      ArgumentError: the order is unknown, or the sequence does not divide.
-    """
-    if order not in ORDERS:
-        raise ArgumentError(f"unknown order {order!r}{nearest(str(order), ORDERS)}")
-    pieces = 2 * size if order == "dual_chunk" else size
-    if length % pieces:
-        raise ArgumentError(
-            f"a sequence of {length} tokens cannot be shared out in {order} order: {length} % {pieces}."
-        )
-    tokens = np.arange(length, dtype=np.int32)
-    if order == "striped":
-        return tokens.reshape(-1, size).T.reshape(-1)
-    chunks = tokens.reshape(pieces, -1)
-    return np.concatenate([chunks[[rank, pieces - 1 - rank]].reshape(-1) for rank in range(size)])
