@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from kernelry import masks
 from kernelry.errors import ArgumentError, ConfigError, ShapeError
 from kernelry.parallel import Sharding
 from kernelry.request.request import Request
@@ -82,6 +83,7 @@ def test_a_mesh_is_written_as_sizes():
     [
         ("", Sharding()),
         ("batch=data:4 heads=tensor sequence=context:8 ring dual", None),
+        ("sequence=context order=dual", Sharding(sequence="context", order="dual_chunk")),
         ("sequence=context strategy=ring order=dual_chunk", Sharding.parse("sequence=context ring dual")),
         ("sequence=context auto order=auto", Sharding(sequence="context", order="auto")),
         ("sequence=context kv_sequence=none", Sharding(sequence="context", kv_sequence=())),
@@ -130,7 +132,7 @@ BAD_SIZES = "sizes must be positive integers by axis, e.g. {'data': 4}, got "
         ({"batch": ""}, "batch='' cannot be written as text"),
         ({"sequence": ("none",)}, "sequence='none' cannot be written as text: .*other than 'none'"),
         ({"strategy": "rings"}, "unknown strategy 'rings'; did you mean 'ring'"),
-        ({"order": "dual"}, "unknown order 'dual'; did you mean 'dual_chunk'"),
+        ({"order": "stripes"}, "unknown order 'stripes'; did you mean 'striped'"),
         ({"batch": "d", "heads": "d"}, "mesh axis 'd' is named twice in batch=d heads=d; name it once"),
         ({"batch": "d", "kv_sequence": "d"}, "mesh axis 'd' is named twice"),
         ({"sequence": "c", "kv_sequence": "k"}, r"queries are cut over \('c',\) and keys over \('k',\); cut both"),
@@ -213,7 +215,7 @@ def test_a_mesh_with_other_axes_says_which(sharding, words):
 )
 def test_sizes_that_do_not_divide_have_the_arithmetic(text, facts, words):
     with pytest.raises(ShapeError, match=words):
-        Request(**{"q_len": 8, **facts, "mask": "full"}, sharding=text)
+        Request(**{"q_len": 8, **facts, "mask": masks.Full()}, sharding=text)
 
 
 # PartitionSpecs

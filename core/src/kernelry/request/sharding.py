@@ -19,7 +19,7 @@ Axes = tuple[str, ...]
 
 _AXES = ("batch", "heads", "sequence", "kv_sequence", "ulysses")
 _WORDS = {name: ("order", name) for name in TOKEN_ORDERS} | {name: ("strategy", name) for name in STRATEGIES}
-_WORDS["dual"] = ("order", "dual_chunk")
+_WORDS["dual"] = ("order", "dual")
 _SEPARATORS = ",:="
 
 
@@ -40,8 +40,8 @@ class Sharding:
         every device, `ulysses` exchanges heads for tokens, `usp` does that along the axes `ulysses` and passes keys
         around along the others, `native` leaves it to the kernel; `auto` takes the first of these that serves the call.
       ulysses: of `usp`, the last of the axes of `sequence`.
-      order: where tokens stand: `contiguous`, or as `load_balanced_order` puts them, `dual_chunk` or `striped`; `auto`
-        is what `choose_order` says of the mask. Masks without positions are read so where T = S.
+      order: where tokens stand: `contiguous`, or as `load_balanced_order` puts them, `dual_chunk` (`dual` for short) or
+        `striped`; `auto` is what `choose_order` says of the mask. Masks without positions are read so where T = S.
       sizes: of the axes that are named, where no mesh tells them.
       mesh: the mesh; None is the one that is active, or that of the arrays.
 
@@ -64,6 +64,8 @@ class Sharding:
             object.__setattr__(self, name, _axes(name, getattr(self, name)))
         if self.kv_sequence == self.sequence:
             object.__setattr__(self, "kv_sequence", None)
+        if self.order == "dual":
+            object.__setattr__(self, "order", "dual_chunk")
         for name, known in (("strategy", STRATEGIES), ("order", TOKEN_ORDERS)):
             if getattr(self, name) not in known:
                 hint = nearest(str(getattr(self, name)), known)
