@@ -64,12 +64,12 @@ class Sharding:
             object.__setattr__(self, name, _axes(name, getattr(self, name)))
         if self.kv_sequence == self.sequence:
             object.__setattr__(self, "kv_sequence", None)
+        for name, known in (("strategy", STRATEGIES), ("order", (*TOKEN_ORDERS, "dual"))):
+            found = getattr(self, name)
+            if not isinstance(found, str) or found not in known:
+                raise ArgumentError(f"Sharding: unknown {name} {found!r}{nearest(str(found), known)}")
         if self.order == "dual":
             object.__setattr__(self, "order", "dual_chunk")
-        for name, known in (("strategy", STRATEGIES), ("order", TOKEN_ORDERS)):
-            if getattr(self, name) not in known:
-                hint = nearest(str(getattr(self, name)), known)
-                raise ArgumentError(f"Sharding: unknown {name} {getattr(self, name)!r}{hint}")
         object.__setattr__(self, "sizes", _sizes(self.sizes))
         self._check_axes()
 
@@ -237,7 +237,7 @@ class Sharding:
         try:
             return cls(**data)
         except (ArgumentError, TypeError) as error:
-            raise ConfigError(f"sharding: cannot be read from {dict(data)!r}: {error}") from error
+            raise ConfigError(f"sharding: {str(error).removeprefix('Sharding: ')}") from error
 
     def on(self, sizes: Mapping[str, int]) -> Sharding:
         """Returns this sharding with the sizes of its axes, and without the axes of size 1.
