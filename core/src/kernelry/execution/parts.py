@@ -57,7 +57,7 @@ def pull_part(plan: Plan, inputs: Inputs, empty: jax.Array, whole: Whole) -> Sha
       whole: attention to all parts.
     """
     names = [operand.value for operand in Operand if operand in plan.request.gradients]
-    floats = {name: getattr(inputs, name) for name in names}
+    floats: Shares = {name: getattr(inputs, name) for name in names}
     if plan.kernel.capabilities.gradient is Gradient.BACKWARD:
         return _by_backward(plan, inputs, floats, empty, whole)
     return _by_jax(plan, inputs, floats, empty, whole)
@@ -81,7 +81,7 @@ def _by_jax(plan: Plan, inputs: Inputs, floats: Shares, empty: jax.Array, whole:
     """The part weighs w = exp(lseᵢ − lse) in out = Σ w · outᵢ and in lse = log Σ exp(lseᵢ)."""
 
     def run(floats: Shares) -> tuple[tuple[jax.Array, Any], Any]:
-        partial = run_part(plan, dataclasses.replace(inputs, **floats))
+        partial = run_part(plan, _with(inputs, floats))
         return (partial.out, partial.lse), partial.lse_rest
 
     (out, lse), pull, rest = jax.vjp(run, floats, has_aux=True)
@@ -102,7 +102,7 @@ def _by_backward(plan: Plan, inputs: Inputs, floats: Shares, empty: jax.Array, w
     lse = jnp.where(empty, jnp.inf, whole.lse)
 
     def prepare(floats: Shares) -> tuple[dict[str, Any], tuple[BoundKernel, Inputs]]:
-        bound, inside = _inside(plan, dataclasses.replace(inputs, **floats))
+        bound, inside = _inside(plan, _with(inputs, floats))
         return {name: getattr(inside, name) for name in floats}, (bound, inside)
 
     if not plan.steps:
@@ -113,6 +113,10 @@ def _by_backward(plan: Plan, inputs: Inputs, floats: Shares, empty: jax.Array, w
     found = bound.backward(inside, *_inward(plan, whole.out, lse, d_out, d_lse))
     shares: Shares = pull({name: _share(found, name).astype(array.dtype) for name, array in prepared.items()})[0]
     return shares
+
+
+def _with(inputs: Inputs, floats: dict[str, Any]) -> Inputs:
+    return dataclasses.replace(inputs, **floats)
 
 
 def _share(found: Gradients, name: str) -> jax.Array:

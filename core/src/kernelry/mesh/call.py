@@ -9,18 +9,20 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from kernelry.execution.plan import Plan
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs
+from kernelry.masks.band import Full
 from kernelry.masks.base import Mask
 from kernelry.masks.composition import canonical_of, is_positional
 from kernelry.masks.form import Atom
 from kernelry.masks.spread import leaf_axes, spread_in_order
 from kernelry.mesh.cutting import order_positions, with_traced_rows
 from kernelry.mesh.finding import MeshFacts
-from kernelry.mesh.steps import Operands, Source, Steps, TracedMask, attend_in_steps
+from kernelry.mesh.pairs import Operands, Source, Steps, TracedMask
+from kernelry.mesh.steps import attend_in_steps
 from kernelry.request.request import Request
 from kernelry.request.sharding import Axes, Sharding
 from kernelry.resolution.explanation import Resolution
@@ -57,7 +59,7 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
             plans,  # type: ignore[arg-type]
             shards.table,
             request.mask,
-            tuple(None if index in traced else mask for index, mask in enumerate(inputs.mask)),
+            tuple(Full() if index in traced else mask for index, mask in enumerate(inputs.mask)),
             tuple(
                 TracedMask(index, jax.tree.structure(mask), tuple(leaf_axes(mask)))
                 for index, mask in zip(sorted(traced), masks, strict=True)
@@ -95,8 +97,8 @@ def _mapped(body: Any, operands: Operands, specs: Operands, results: Partial, fa
     return found
 
 
-def _resharded(array: Any, spec: PartitionSpec, mesh: Any) -> Any:
-    return jax.sharding.reshard(array, jax.sharding.NamedSharding(mesh, spec))
+def _resharded(array: Any, spec: Any, mesh: Any) -> Any:
+    return jax.sharding.reshard(array, jax.sharding.NamedSharding(mesh, spec))  # type: ignore[no-untyped-call]
 
 
 def _structures(masks: tuple[Mask, ...]) -> tuple[Any, ...]:
@@ -146,12 +148,12 @@ class _Cutting:
         )
         arrays = Operands(inputs.query, inputs.key, inputs.value, inputs.bias, inputs.sinks, inputs.dropout_rng, leaves)
         specs = Operands(
-            PartitionSpec(_one(cut.batch), _one(cut.sequence), _one(cut.heads)),
+            _partition(_one(cut.batch), _one(cut.sequence), _one(cut.heads)),
             self._keys(inputs.key),
             self._keys(inputs.value),
             None if inputs.bias is None else self.spec("BNTS", inputs.bias),
-            None if inputs.sinks is None else PartitionSpec(_one(cut.head_axes)),
-            None if inputs.dropout_rng is None else PartitionSpec(),
+            None if inputs.sinks is None else _partition(_one(cut.head_axes)),
+            None if inputs.dropout_rng is None else _partition(),
             tuple(
                 tuple(self.spec(axes, leaf) for axes, leaf in zip(named, of_mask, strict=True))
                 for named, of_mask in zip(letters, leaves, strict=True)
@@ -163,12 +165,12 @@ class _Cutting:
         heads = _one(self.kv_head_axes)
         if isinstance(keys, PagedArray):
             pages = jax.tree.map(lambda array: _spec(array, (None, None, heads, None)), keys.pages)
-            return dataclasses.replace(keys, pages=pages, table=PartitionSpec())
+            return dataclasses.replace(keys, pages=pages, table=_partition())
         return jax.tree.map(
             lambda array: _spec(array, (_one(self.sharding.batch), _one(self.sharding.kv_axes), heads, None)), keys
         )
 
-    def spec(self, letters: str, array: Any) -> PartitionSpec:
+    def spec(self, letters: str, array: Any) -> Any:
         """Of an array whose dimensions have letters, from the right; sizes of 1 are not cut."""
         cut = self.sharding
         travels = cut.kv_axes if len(letters) <= 2 and (cut.ring or not cut.sequence) else ()
@@ -191,12 +193,12 @@ class _Cutting:
         """The PartitionSpecs of a Partial."""
         cut = self.sharding
         batch, heads, length = _one(cut.batch), _one(cut.heads), _one(cut.sequence)
-        statistic = PartitionSpec(batch, heads, length) if self.request.partial else None
+        statistic = _partition(batch, heads, length) if self.request.partial else None
         return Partial(
-            PartitionSpec(batch, length, heads),  # type: ignore[arg-type]
-            lse=statistic,  # type: ignore[arg-type]
-            lse_rest=statistic,  # type: ignore[arg-type]
-            max_logits=PartitionSpec(batch, _one(cut.head_axes)) if self.request.max_logits else None,  # type: ignore[arg-type]
+            _partition(batch, length, heads),
+            lse=statistic,
+            lse_rest=statistic,
+            max_logits=_partition(batch, _one(cut.head_axes)) if self.request.max_logits else None,
             dtype=self.request.dtype,
         )
 
@@ -241,8 +243,15 @@ class _Cutting:
 
 
 def _exchanged(array: jax.Array, axes: Axes, split: int, concatenated: int) -> jax.Array:
-    found: jax.Array = lax.all_to_all(array, axes, split_axis=split, concat_axis=concatenated, tiled=True)
+    found: jax.Array = lax.all_to_all(  # type: ignore[no-untyped-call]
+        array, axes, split_axis=split, concat_axis=concatenated, tiled=True
+    )
     return found
+
+
+def _partition(*entries: Any) -> Any:
+    """A PartitionSpec, in place of an array."""
+    return jax.sharding.PartitionSpec(*entries)  # type: ignore[no-untyped-call]
 
 
 def _one(axes: Axes) -> Any:
@@ -250,9 +259,9 @@ def _one(axes: Axes) -> Any:
     return None if not axes else axes[0] if len(axes) == 1 else axes
 
 
-def _spec(array: Any, entries: Sequence[Any]) -> PartitionSpec:
+def _spec(array: Any, entries: Sequence[Any]) -> Any:
     shape = jnp.shape(array)
-    return PartitionSpec(*(None if size == 1 else entry for size, entry in zip(shape, entries, strict=True)))
+    return _partition(*(None if size == 1 else entry for size, entry in zip(shape, entries, strict=True)))
 
 
 @final

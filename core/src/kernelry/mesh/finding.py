@@ -64,6 +64,11 @@ def _said(said: Sharding, active: Any, manual: frozenset[str], query: jax.Array)
         raise ArgumentError(
             f"sharding={said}: no mesh is active; enter one, e.g. by jax.set_mesh, or give it as Sharding(mesh=…)."
         )
+    if said.mesh is not None and not active.empty and dict(active.shape) != dict(mesh.shape):
+        raise ArgumentError(
+            f"sharding={said} is for a mesh {dict(mesh.shape)}, and the active one is {dict(active.shape)}; give the "
+            "sharding no mesh, or enter its own."
+        )
     sharding = _without(said, manual).on(dict(mesh.shape))
     if sharding.is_empty:  # inside a shard_map over its axes each call is a shard's
         return MeshFacts()
@@ -71,8 +76,8 @@ def _said(said: Sharding, active: Any, manual: frozenset[str], query: jax.Array)
 
 
 def _without(sharding: Sharding, manual: frozenset[str]) -> Sharding:
-    def kept(axes: Axes | None) -> Axes | None:
-        return None if axes is None else tuple(axis for axis in axes if axis not in manual)
+    def kept(axes: Axes) -> Axes:
+        return tuple(axis for axis in axes if axis not in manual)
 
     if not manual:
         return sharding
@@ -82,7 +87,7 @@ def _without(sharding: Sharding, manual: frozenset[str]) -> Sharding:
         batch=kept(sharding.batch),
         heads=kept(sharding.heads),
         sequence=kept(sharding.sequence),
-        kv_sequence=kept(sharding.kv_sequence),
+        kv_sequence=None if sharding.kv_sequence is None else kept(sharding.kv_sequence),
         ulysses=kept(sharding.ulysses),
         strategy=strategy,
         sizes=tuple((axis, size) for axis, size in sharding.sizes if axis not in manual),

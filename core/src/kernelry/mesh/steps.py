@@ -13,11 +13,9 @@ added to, so that a compiler can send while it computes.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
-import operator
-from collections.abc import Callable, Iterable
-from typing import Any, final
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,111 +23,15 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from kernelry._pytree import pytree
 from kernelry.execution.attend import whole_of
 from kernelry.execution.normalization import LogSumExp
-from kernelry.execution.parts import Shares, Whole, pull_part, run_part
-from kernelry.execution.plan import Plan
+from kernelry.execution.parts import Shares, Whole
 from kernelry.kernel.partial import Partial, heads_last
-from kernelry.kernel.spec import Inputs
-from kernelry.masks.base import Mask
-from kernelry.masks.form import MaskForm
-from kernelry.masks.run_time import BlockGrid, decided_at_run_time
-from kernelry.masks.shard_pairs import EMPTY, PairClass, PairTable, aligned_masks
-from kernelry.request.request import Operand, Request
+from kernelry.mesh.pairs import Keys, Operands, Source, Steps, pull_pair, run_pair
+from kernelry.request.request import Operand
 from kernelry.request.sharding import Axes
 
-
-@final
-class Source(enum.Enum):
-    """Where the shards of keys come from."""
-
-    RING = "ring"
-    """Passed on from device to device."""
-    GATHERED = "gathered"
-    """Cut from all keys, which are gathered first."""
-    WHOLE = "whole"
-    """Cut from all keys, which each device has."""
-    OWN = "own"
-    """Each device has one shard and all queries; the results are merged across devices."""
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class TracedMask:
-    """A mask whose arrays are operands: which atom it is, its structure, and the dimensions of its leaves."""
-
-    index: int
-    structure: Any
-    letters: tuple[str, ...]
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Steps:
-    """What is known before the program runs: hashable.
-
-    Args:
-      plans: by class of pairs of shards.
-      table: the classes.
-      form: of the mask of the whole call. masks: its atoms without arrays, aligned with the form; None for others.
-      traced: the masks with arrays.
-      axes, size: of the mesh, along which the steps go, and the number of devices along them.
-      source: where keys come from.
-      partial: whether statistics are returned.
-    """
-
-    plans: tuple[Plan, ...]
-    table: PairTable
-    form: MaskForm
-    masks: tuple[Mask | None, ...]
-    traced: tuple[TracedMask, ...]
-    axes: Axes
-    size: int
-    source: Source
-    partial: bool
-
-    @property
-    def request(self) -> Request:
-        """The request of any class: but for the mask they are alike."""
-        return self.plans[0].request
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """The steps: how far before a device the keys of each come from; a run that covers all that show something."""
-        if self.source is Source.OWN:
-            return (0,)
-        table = np.asarray(self.table.table)
-        devices = np.arange(self.size)
-        full = [d for d in range(self.size) if (table[devices, (devices - d) % self.size] != EMPTY).any()]
-        gaps = [(after - before, after) for before, after in zip(full, [*full[1:], full[0] + self.size], strict=True)]
-        _, start = max(gaps, key=lambda gap: gap[0])
-        start = start % self.size
-        last = max((d - start) % self.size for d in full)
-        return tuple((start + step) % self.size for step in range(last + 1))
-
-
-@final
-@pytree("query", "key", "value", "bias", "sinks", "dropout_rng", "leaves")
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Operands:
-    """A device's arrays: those of Inputs, and the leaves of the traced masks."""
-
-    query: Any
-    key: Any
-    value: Any
-    bias: Any
-    sinks: Any
-    dropout_rng: Any
-    leaves: tuple[tuple[Any, ...], ...]
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-_Keys = tuple[Any, Any, tuple[Any, ...]]
-"""Key, value, and by traced mask the leaves that run along S; None in place of the others."""
-
-_Body = Callable[[Any, _Keys, Any, tuple[int, ...], Any], tuple[Any, Any]]
+_Body = Callable[[Any, Keys, Any, tuple[int, ...], Any], tuple[Any, Any]]
 """Of a loop over steps: what was carried (None in the first), the keys of the shard, the step, the steps that this may
 be, and an input of its own; returns what is carried on, and an output."""
 
@@ -152,9 +54,9 @@ def _differentiated(steps: Steps, operands: Operands) -> Partial:
 def _forward(steps: Steps, operands: Operands) -> tuple[Partial, Any]:
     device = lax.axis_index(steps.axes)
 
-    def body(merged: Any, keys: _Keys, offset: Any, group: tuple[int, ...], _: Any) -> tuple[Partial, jax.Array]:
+    def body(merged: Any, keys: Keys, offset: Any, group: tuple[int, ...], _: Any) -> tuple[Partial, jax.Array]:
         shard = _shard(steps, device, offset)
-        run = functools.partial(_run, steps, operands, _cut(steps, keys, shard), device, shard)
+        run = functools.partial(run_pair, steps, operands, _cut(steps, keys, shard), device, shard)
         part = _switched(steps, group, device, shard, run)
         assert part.lse is not None
         return part if merged is None else LogSumExp().merge([merged, part]), jnp.isneginf(part.lse)
@@ -163,7 +65,7 @@ def _forward(steps: Steps, operands: Operands) -> tuple[Partial, Any]:
     if steps.source is Source.OWN:
         merged = _merged_across(merged, steps.axes)
     elif merged.max_logits is not None:
-        merged = dataclasses.replace(merged, max_logits=lax.pmax(merged.max_logits, steps.axes))
+        merged = dataclasses.replace(merged, max_logits=_most(merged.max_logits, steps.axes))
     whole, (lse, rest) = whole_of([merged], operands.sinks)
     out = _named(whole.out if steps.partial else whole.out.astype(steps.request.dtype))
     lse = _named(lse)
@@ -178,8 +80,8 @@ def _backward(steps: Steps, residuals: Any, d_whole: Partial) -> tuple[Operands]
     d_out, d_lse = d_whole.out.astype(out.dtype), d_whole.lse if steps.partial else None
     seen = ~empty.all(axis=0)
     if steps.source is Source.OWN:  # each device has its share of the cotangent of one result
-        d_out, d_lse = lax.psum((d_out, d_lse), steps.axes)
-        seen = lax.psum(seen.astype(jnp.int32), steps.axes) > 0
+        d_out, d_lse = lax.psum((d_out, d_lse), steps.axes)  # type: ignore[no-untyped-call]
+        seen = lax.psum(seen.astype(jnp.int32), steps.axes) > 0  # type: ignore[no-untyped-call]
     d_out = jnp.where(heads_last(seen), d_out, 0)  # so that a NaN in an empty row's cotangent stops here
     whole = Whole(out, lse, rest, d_out, d_lse)
     shares = _shares(steps, operands, empty, whole)
@@ -197,21 +99,23 @@ def _shares(steps: Steps, operands: Operands, empty: jax.Array, whole: Whole) ->
     device = lax.axis_index(steps.axes)
     names = [operand.value for operand in Operand if operand in steps.request.gradients]
 
-    def body(sums: Any, keys: _Keys, offset: Any, group: tuple[int, ...], none: Any) -> tuple[Shares, None]:
+    def body(sums: Any, keys: Keys, offset: Any, group: tuple[int, ...], none: Any) -> tuple[Shares, None]:
         sums = _zeros(steps, operands, names) if sums is None else _sent_sums(steps, sums, 1)
         shard = _shard(steps, device, offset)
-        run = functools.partial(_pull, steps, operands, _cut(steps, keys, shard), device, shard, none, whole)
+        run = functools.partial(pull_pair, steps, operands, _cut(steps, keys, shard), device, shard, none, whole)
         return _plus(steps, sums, _switched(steps, group, device, shard, run), shard), None
 
     sums, _ = _loop(steps, _own_keys(steps, operands), body, empty)
     if steps.source is Source.GATHERED:
         for name in ("key", "value"):
             if name in sums:
-                sums[name] = lax.psum_scatter(sums[name], steps.axes, scatter_dimension=1, tiled=True)
+                sums[name] = lax.psum_scatter(  # type: ignore[no-untyped-call]
+                    sums[name], steps.axes, scatter_dimension=1, tiled=True
+                )
     return _sent_sums(steps, sums, -steps.offsets[-1])
 
 
-def _loop(steps: Steps, own: _Keys, body: _Body, inputs: jax.Array | None) -> tuple[Any, Any]:
+def _loop(steps: Steps, own: Keys, body: _Body, inputs: jax.Array | None) -> tuple[Any, Any]:
     """Runs a body for each step. The first is apart, because no other step meets a device's own keys.
 
     Two steps are written out; more are a loop, in which keys are sent on once more than needed.
@@ -226,7 +130,7 @@ def _loop(steps: Steps, own: _Keys, body: _Body, inputs: jax.Array | None) -> tu
         carry, second = body(carry, following, offsets[1], offsets[1:], None if inputs is None else inputs[1])
         return carry, _stacked([first, second])
 
-    def step(carried: tuple[Any, _Keys], given: tuple[Any, Any]) -> tuple[tuple[Any, _Keys], Any]:
+    def step(carried: tuple[Any, Keys], given: tuple[Any, Any]) -> tuple[tuple[Any, Keys], Any]:
         carry, keys = carried
         following = _sent(steps, keys, 1)
         carry, found = body(carry, keys, given[0], offsets[1:], given[1])
@@ -246,7 +150,7 @@ def _shard(steps: Steps, device: Any, offset: Any) -> Any:
     return device if steps.source is Source.OWN else (device - offset) % steps.size
 
 
-def _own_keys(steps: Steps, operands: Operands) -> _Keys:
+def _own_keys(steps: Steps, operands: Operands) -> Keys:
     moving = tuple(
         tuple(
             leaf if _runs_along_keys(letters, leaf) else None
@@ -257,7 +161,7 @@ def _own_keys(steps: Steps, operands: Operands) -> _Keys:
     keys = operands.key, operands.value, moving
     if steps.source is not Source.GATHERED:
         return keys
-    gathered: _Keys = jax.tree.map(lambda array: _gathered(steps, array), keys)
+    gathered: Keys = jax.tree.map(lambda array: _gathered(steps, array), keys)
     return gathered
 
 
@@ -276,10 +180,10 @@ def _sent(steps: Steps, tree: Any, by: int) -> Any:
     if steps.source is not Source.RING or by % steps.size == 0:
         return tree
     pairs = [(device, (device + by) % steps.size) for device in range(steps.size)]
-    return jax.tree.map(lambda array: lax.ppermute(array, steps.axes, pairs), tree)
+    return jax.tree.map(lambda array: lax.ppermute(array, steps.axes, pairs), tree)  # type: ignore[no-untyped-call]
 
 
-def _cut(steps: Steps, keys: _Keys, shard: Any) -> _Keys:
+def _cut(steps: Steps, keys: Keys, shard: Any) -> Keys:
     """The keys of one shard."""
     if steps.source in (Source.RING, Source.OWN):
         return keys
@@ -289,7 +193,7 @@ def _cut(steps: Steps, keys: _Keys, shard: Any) -> _Keys:
         axis = 1 if array.ndim >= 3 else array.ndim - 1
         return lax.dynamic_slice_in_dim(array, shard * length, length, axis=axis)
 
-    cut: _Keys = jax.tree.map(part, keys)
+    cut: Keys = jax.tree.map(part, keys)
     return cut
 
 
@@ -305,109 +209,8 @@ def _switched(steps: Steps, group: tuple[int, ...], device: Any, shard: Any, run
         place = (device, shard)
     if len(used) == 1:
         return run(used[0])
-    branch = jnp.asarray(np.searchsorted(used, table).astype(np.int32))[place]  # type: ignore[arg-type]
+    branch = jnp.asarray(np.searchsorted(used, table).astype(np.int32))[place]
     return lax.switch(branch, [functools.partial(run, kind) for kind in used])
-
-
-def _inputs(
-    steps: Steps, operands: Operands, keys: _Keys, device: Any, shard: Any, pieces: PairClass
-) -> tuple[Inputs, list[Mask]]:
-    """The arrays of a pair of shards, and its masks with arrays."""
-    request = steps.request
-    lengths = request.q_len, request.kv_len
-    starts = (0 if steps.source is Source.OWN else device) * lengths[0], shard * lengths[1]
-    masks = [_mask(steps, operands, keys, piece, starts, lengths) for piece in pieces]
-    key, value, _ = keys
-    bias = operands.bias
-    if bias is not None and bias.shape[3] not in (1, lengths[1]):
-        bias = lax.dynamic_slice_in_dim(bias, starts[1], lengths[1], axis=3)
-    rng = operands.dropout_rng
-    if rng is not None:
-        rng = jax.random.fold_in(rng, device * steps.size + shard)
-    traced = [mask for mask, piece in zip(masks, pieces, strict=True) if piece.traced]
-    aligned = aligned_masks(steps.form, pieces, tuple(masks))
-    return Inputs(operands.query, key, value, aligned, bias=bias, dropout_rng=rng), traced
-
-
-def _mask(
-    steps: Steps, operands: Operands, keys: _Keys, piece: Any, starts: tuple[Any, Any], lengths: tuple[int, int]
-) -> Mask:
-    if not piece.traced:
-        return piece.mask(steps.masks)  # type: ignore[no-any-return]
-    place = next(place for place, mask in enumerate(steps.traced) if mask.index == piece.index)
-    leaves = [
-        _local_leaf(letters, own if moved is None else moved, starts[1], lengths[1])
-        for letters, own, moved in zip(steps.traced[place].letters, operands.leaves[place], keys[2][place], strict=True)
-    ]
-    mask: Mask = jax.tree.unflatten(steps.traced[place].structure, leaves)
-    return mask.within(*starts, *lengths)
-
-
-def _local_leaf(letters: str, leaf: Any, start: Any, length: int) -> Any:
-    """Of a leaf that has all keys, the part over one shard."""
-    if letters.endswith("S") and leaf.shape[-1] not in (1, length):
-        return lax.dynamic_slice_in_dim(leaf, start, length, axis=leaf.ndim - 1)
-    return leaf
-
-
-def _run(steps: Steps, operands: Operands, keys: _Keys, device: Any, shard: Any, kind: int) -> Partial:
-    if kind == EMPTY:
-        return _nothing(steps)
-    inputs, traced = _inputs(steps, operands, keys, device, shard, steps.table.classes[kind])
-    return _unless_hidden(steps, traced, lambda: _uniform(run_part(steps.plans[kind], inputs)), lambda: _nothing(steps))
-
-
-def _uniform(partial: Partial) -> Partial:
-    """Partials of all kernels as one structure, in float32."""
-    wide = {name: jnp.asarray(getattr(partial, name), jnp.float32) for name in ("out", "lse")}
-    rest = jnp.zeros_like(wide["lse"]) if partial.lse_rest is None else partial.lse_rest.astype(jnp.float32)
-    most = None if partial.max_logits is None else lax.stop_gradient(partial.max_logits.astype(jnp.float32))
-    return Partial(**wide, lse_rest=rest, max_logits=most, dtype=partial.dtype)
-
-
-def _nothing(steps: Steps) -> Partial:
-    asked = steps.request
-    statistic = (asked.batch, asked.q_heads, asked.q_len)
-    return Partial(
-        jnp.zeros((asked.batch, asked.q_len, asked.q_heads, asked.value_dim), jnp.float32),
-        lse=jnp.full(statistic, -jnp.inf, jnp.float32),
-        lse_rest=jnp.zeros(statistic, jnp.float32),
-        max_logits=jnp.full(statistic[:2], -jnp.inf, jnp.float32) if asked.max_logits else None,
-        dtype=asked.dtype,
-    )
-
-
-def _pull(
-    steps: Steps, operands: Operands, keys: _Keys, device: Any, shard: Any, none: jax.Array, whole: Whole, kind: int
-) -> Shares:
-    names = [operand.value for operand in Operand if operand in steps.request.gradients]
-    shapes = {"query": operands.query, "key": keys[0], "value": keys[1], "bias": operands.bias}
-
-    def nothing() -> Shares:
-        shares = {name: jnp.zeros(shapes[name].shape, jnp.float32) for name in names if name != "bias"}
-        if "bias" in names:
-            shares["bias"] = jnp.zeros(_bias_shape(steps, operands), jnp.float32)
-        return shares
-
-    if kind == EMPTY:
-        return nothing()
-    inputs, traced = _inputs(steps, operands, keys, device, shard, steps.table.classes[kind])
-
-    def pulled() -> Shares:
-        found = pull_part(steps.plans[kind], inputs, none, whole)
-        return {name: found[name].astype(jnp.float32) for name in names}
-
-    return _unless_hidden(steps, traced, pulled, nothing)
-
-
-def _unless_hidden(steps: Steps, masks: Iterable[Mask], run: Callable[[], Any], nothing: Callable[[], Any]) -> Any:
-    """Skips a pair of shards in which masks with arrays certainly hide everything."""
-    lengths = steps.request.q_len, steps.request.kv_len
-    grid = BlockGrid(q_len=lengths[0], kv_len=lengths[1], block_q=lengths[0], block_kv=lengths[1])
-    decided = [decided_at_run_time(mask, grid).some for mask in masks]
-    if not decided:
-        return run()
-    return lax.cond(functools.reduce(operator.and_, decided).any(), run, nothing)
 
 
 def _zeros(steps: Steps, operands: Operands, names: list[str]) -> Shares:
@@ -420,11 +223,6 @@ def _zeros(steps: Steps, operands: Operands, names: list[str]) -> Shares:
             shape[1] *= whole
         found[name] = jnp.zeros(shape, jnp.float32)
     return found
-
-
-def _bias_shape(steps: Steps, operands: Operands) -> tuple[int, ...]:
-    *rows, slots = operands.bias.shape
-    return (*rows, 1 if slots == 1 else steps.request.kv_len)
 
 
 def _plus(steps: Steps, sums: Shares, shares: Shares, shard: Any) -> Shares:
@@ -466,8 +264,13 @@ def _merged_across(partial: Partial, axes: Axes) -> Partial:
         lse, rest = (found[..., place].swapaxes(1, 2) for place in (-2, -1))
         parts.append(Partial(found[..., :-2], lse=lse, lse_rest=rest, dtype=partial.dtype))
     merged = LogSumExp().merge(parts)
-    most = None if partial.max_logits is None else lax.pmax(partial.max_logits, axes)
+    most = None if partial.max_logits is None else _most(partial.max_logits, axes)
     return dataclasses.replace(merged, max_logits=most)
+
+
+def _most(largest: jax.Array, axes: Axes) -> jax.Array:
+    most: jax.Array = lax.pmax(largest, axes)  # type: ignore[no-untyped-call]
+    return most
 
 
 def _named(array: Any) -> Any:

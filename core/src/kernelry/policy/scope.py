@@ -357,7 +357,7 @@ def _sharding(given: object) -> Sharding:
     from kernelry.request.sharding import Sharding  # imported where calls are sharded
 
     if isinstance(given, str | Sharding):
-        return Sharding.parse(given)
+        return given if isinstance(given, Sharding) else Sharding.parse(given)
     raise ArgumentError(f"use(sharding=…) takes a kernelry.parallel.Sharding, got {given!r}.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import final
+from typing import Any, final
 
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, MaskForm, PositionForm, PositionKind
@@ -182,7 +182,7 @@ def grid_of(request: Request, sharding: Sharding) -> ShardGrid:
     )
 
 
-def _local_shape(request: Request, sharding: Sharding) -> dict[str, object]:
+def _local_shape(request: Request, sharding: Sharding) -> dict[str, Any]:
     heads = sharding.size(sharding.head_axes)
     repeats = sharding.kv_repeats(request.q_heads, request.kv_heads)
     batch, ring = sharding.size(sharding.batch), sharding.size(sharding.ring)
