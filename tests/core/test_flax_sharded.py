@@ -201,7 +201,8 @@ ON_EIGHT_DEVICES = """
         return out, *gradients
 
     want = both(AttentionOp(), arrays, ids)
-    for order, positions in (("contiguous", None), ("dual_chunk", None), ("striped", load_balanced_order(32, 4, "striped"))):
+    striped = load_balanced_order(32, 4, "striped")
+    for order, positions in (("contiguous", None), ("dual_chunk", None), ("striped", striped)):
         op = AttentionOp(AttentionConfig(sharding=f"batch=data sequence=context ring {order}"), mesh=mesh)
         move, undo = (
             (lambda array: array,) * 2

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernelry.config.layer import AttentionConfig, MoBA
 from kernelry.config.lines import Keys, TableLines, toml_lines, yaml_lines
-from kernelry.config.maxtext import Caller, read_options
+from kernelry.config.maxtext import Caller, merged, read_options
 from kernelry.errors import ConfigError, nearest, sentence
 from kernelry.execution.adapters.order import ADAPTERS
 from kernelry.policy.policy import SHIPPED_THRESHOLDS
@@ -91,6 +91,8 @@ def load_config(
 def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionConfig:
     """Reads MaxText's YAML files, later ones over earlier ones, as `from_maxtext` reads their options.
 
+    Of logical_axis_rules, a later file's replace those of the same names, or all with override_logical_axis_rules.
+
     Args:
       *paths: one or more, e.g. base.yml and a model's file.
       ignore: names of options to leave out, as if no file had them.
@@ -119,7 +121,7 @@ def read_maxtext(
         content, _ = _read(path)
         if not isinstance(content, Mapping):
             raise ConfigError(f"{path} must have MaxText's option names and values, got {content!r}.")
-        options.update(content)
+        options = merged(options, content)
     try:
         config, notices = read_options(options, ignore, caller)
     except ConfigError as error:

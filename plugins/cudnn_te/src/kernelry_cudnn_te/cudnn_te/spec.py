@@ -34,7 +34,7 @@ _BROKEN = ((2, 12), (2, 13))
 """Whose SequenceDescriptor.from_segment_ids_and_pos needs two further arguments, later removed again."""
 
 _SEGMENTS = (SEGMENTS, 8, 16, 64, 128, 256)
-"""Of a row; memory and compile time grow with it."""
+"""Of a row; memory and compile time grow with it. A row that is not packed is one, whatever the tunable says."""
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -93,7 +93,7 @@ def _answer(request: Request, environment: Environment, static: tuple[Refusal, .
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
     if not is_packed(request):
-        return (Tiling(),)
+        return (Tiling.of(max_segments=1),)
     return tuple(dict.fromkeys(Tiling.of(max_segments=min(most, request.q_len)) for most in _SEGMENTS))
 
 
