@@ -100,8 +100,7 @@ class AttentionConfig:
       tilings: overrides of a kernel's tunables where that kernel is chosen, by kernel name; a rule's
         tiling takes precedence. Mappings are accepted.
       sharding: which axes of a mesh cut the calls of the layer, unless an enclosing `use(sharding=…)` says it: a
-        `kernelry.parallel.Sharding`, its text, or a mapping of its fields; None is no sharding. It is for layers, and
-        calls of `kernelry.attention` do not read configs.
+        `kernelry.parallel.Sharding`, its text, a mapping of its fields, or None.
 
     Raises:
       ConfigError: an option has a value that is not valid, or not valid with the type.

@@ -55,8 +55,8 @@ class AttentionOp(nnx.Module):
       rngs: where dropout draws from (stream `dropout`), unless a call passes its own.
       mesh: a mesh whose axes cut the calls; None is the one that is active, or that of the arrays.
       sharding: which of its axes cut what, in place of `config.sharding`: a `kernelry.parallel.Sharding` or its text.
-        In decode, where a query is one token, axes of `sequence` cut nothing. Where its order is load-balanced, tokens
-        stand in that order, and masks know their positions from it.
+        In decode, where a query is one token, axes of `sequence` cut nothing. A load-balanced order is that of the
+        tokens of query, key and value, and gives masks their positions.
 
     Raises:
       ArgumentError: the mesh lacks an axis of the sharding, or nothing says what its axes cut.

@@ -100,14 +100,13 @@ def check_order(query: Any, key: Any, tokens: Tokens, *, moba: bool) -> None:
         return
     if moba:
         raise ArgumentError(
-            f"config.moba averages blocks of consecutive keys, and the tokens stand in order={found.order!r} of "
-            f"sharding={found}: use order='contiguous'."
+            f"config.moba averages blocks of consecutive keys, and tokens are in the order of sharding={found}: use "
+            "order='contiguous'."
         )
     if tokens.bidirectional is not None:
         raise ArgumentError(
-            f"bidirectional flags are about neighbouring keys, and the tokens stand in order={found.order!r} of "
-            f"sharding={found}: number the spans before the tokens are reordered, and pass "
-            "mask=… | masks.BidirectionalSpans(spans)."
+            f"bidirectional flags are about neighbouring keys, and tokens are in the order of sharding={found}: number "
+            "the spans before the tokens are reordered, and pass mask=… | masks.BidirectionalSpans(spans)."
         )
     traced = [name for name in ("positions", "kv_positions") if isinstance(getattr(tokens, name), jax.Array)]
     if traced:
