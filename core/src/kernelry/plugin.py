@@ -14,18 +14,18 @@ A plugin is a module named by an entry point in group `kernelry.plugins`. It sta
 
 from kernelry._pytree import pytree
 from kernelry.execution.normalization import Normalization, log_sum, with_sinks
-from kernelry.kernel.blocks import largest_divisor, round_up, too_many_rows, uneven_lengths
-from kernelry.kernel.capabilities import (
-    Capabilities,
-    Dims,
-    Feature,
-    Gradient,
-    Statistic,
-    Tolerance,
+from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
+from kernelry.kernel.common import (
+    array_refusals,
+    largest_divisor,
+    round_up,
+    signature_of,
     standard_tolerances,
+    too_many_rows,
+    uneven_lengths,
 )
 from kernelry.kernel.partial import Partial
-from kernelry.kernel.refusal import Refusal, RefusalCode, array_refusals
+from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import (
     Environment,
     Gradients,
@@ -35,7 +35,6 @@ from kernelry.kernel.spec import (
     Knowledge,
     Tiling,
     Vendor,
-    signature_of,
 )
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.masks.base import Placeholder

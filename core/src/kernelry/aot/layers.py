@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from kernelry.aot.compilation import Compilation, Outcome, compile_for
 from kernelry.aot.devices import NoCompilerError
 from kernelry.aot.work import Work
-from kernelry.api import attention
+from kernelry.api import attention_with_options
 from kernelry.config.layer import AttentionConfig
 from kernelry.errors import KernelryError, PluginError
 from kernelry.phases.calls import PhaseCall, calls
 from kernelry.phases.model_shape import ModelShape
 from kernelry.policy.scope import use
+from kernelry.request.arguments import CallOptions
 from kernelry.request.request import Mode, Request
 from kernelry.request.target import Target
 from kernelry.resolution.explanation import Resolution
@@ -155,25 +156,19 @@ def _program(call: PhaseCall) -> Callable[..., Any]:
     """Attention as the phase calls it; in training with its gradients."""
     request = call.request
     structure = jax.tree.structure(call.mask)
+    options = CallOptions(**{field.name: getattr(request, field.name) for field in dataclasses.fields(CallOptions)})
 
     def attend(query: Any, key: Any, value: Any, sinks: Any, leaves: Any) -> Any:
         if isinstance(key, PagedArray):
             value = PagedArray(value.pages, key.table)  # as arguments they would be two tables
-        return attention(
+        return attention_with_options(
             query,
             key,
             value,
             mask=jax.tree.unflatten(structure, leaves),
-            scale=request.scale,
-            soft_cap=request.soft_cap,
             sinks=sinks,
-            dropout_rate=request.dropout_rate,
             dropout_rng=jax.random.key(0) if request.dropout_rate else None,
-            mode=request.mode.value,
-            logits_dtype=request.logits_dtype,
-            precision=request.precision,
-            return_partial=request.partial,
-            return_max_logits=request.max_logits,
+            options=options,
         )
 
     if request.mode is not Mode.TRAIN:

@@ -34,7 +34,6 @@ class SharedPrefix:
       ShapeError: a rank is not 3, or the lengths differ.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
     __repr__ = short_repr
 
     key: Stored

@@ -45,7 +45,6 @@ class RollingCache(KVCache):
       window: how many positions a query sees, including its own: `SlidingWindow(window − 1)`, `Chunked(window)`.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
     __repr__ = short_repr
 
     key: Stored

@@ -22,6 +22,9 @@ from kernelry.request.request import NEUTRAL
 from kernelry.request.target import home_target
 from kernelry.resolution.explanation import Resolution, answer_of, remarks_on
 
+_SETS = ("platforms", "modes", "dtypes", "atoms", "features", "statistics")
+"""What a listing says of every kernel, by the names of Capabilities."""
+
 
 def kernels_json(registry: Registry) -> dict[str, Any]:
     """The installed kernels as plain data."""
@@ -35,12 +38,7 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
         "plugin": kernel.plugin,
         "distribution": kernel.distribution,
         "summary": kernel.spec.summary,
-        "platforms": sorted(can.platforms),
-        "modes": sorted(mode.value for mode in can.modes),
-        "dtypes": sorted(can.dtypes),
-        "atoms": sorted(atom.value for atom in can.atoms),
-        "features": sorted(feature.value for feature in can.features),
-        "statistics": sorted(statistic.value for statistic in can.statistics),
+        **{name: sorted(getattr(word, "value", word) for word in getattr(can, name)) for name in _SETS},
         "kv_quantizations": sorted(can.kv_quantizations),
         "pages": can.pages,
         "context_parallel": sorted(can.context_parallel),
@@ -72,15 +70,8 @@ def _serves(row: dict[str, Any]) -> RenderableType:
     facts = Table.grid(padding=(0, 1))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
-    for label, key in (
-        ("platforms", "platforms"),
-        ("modes", "modes"),
-        ("dtypes", "dtypes"),
-        ("masks", "atoms"),
-        ("features", "features"),
-        ("statistics", "statistics"),
-    ):
-        facts.add_row(label, _words(row[key]))
+    for name in _SETS:
+        facts.add_row("masks" if name == "atoms" else name, _words(row[name]))
     stored = [*row["kv_quantizations"], *(["pages"] if row["pages"] else [])]
     if stored:
         facts.add_row("keys stored as", _words(stored))

@@ -140,8 +140,6 @@ class CachedPart:
         is enough for masks that see everything earlier.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
-
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K D"]
     segment_ids: Int[Array, "#B S"] | None = None

@@ -11,7 +11,6 @@ import enum
 from collections.abc import Callable, Iterator
 from typing import final
 
-from kernelry.kernel.blocks import round_up
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, AtomKind, PositionKind
 from kernelry.masks.predicate import holds_traced
@@ -75,7 +74,7 @@ class Dims:
 
     def padded(self, value: int) -> int | None:
         """Returns the smallest dim taken that is at least `value`; None where there is none."""
-        dim = round_up(max(value, self.minimum), self.multiple_of)
+        dim = -(-max(value, self.minimum) // self.multiple_of) * self.multiple_of
         return None if self.maximum is not None and dim > self.maximum else dim
 
 
@@ -88,35 +87,6 @@ class Tolerance:
     forward: float
     gradient: float
     reason: str
-
-
-_STANDARD = {
-    "float64": (2e-6, 2e-5, 0),
-    "float32": (2e-6, 2e-5, 0),
-    "bfloat16": (1e-2, 4e-2, 8),
-    "float16": (2e-3, 1e-2, 11),
-}
-"""Errors of the forward pass and of gradients, for values of about 1, and the bits of a mantissa that make them."""
-
-
-def standard_tolerances(
-    *dtypes: str, rounded: str = "inputs, probabilities and output", note: str = ""
-) -> tuple[Tolerance, ...]:
-    """Returns the tolerances of a kernel that sums in float32: what rounding to each dtype costs, and no more.
-
-    Args:
-      dtypes: those of the kernel; of `float64`, too, logits and statistics are float32.
-      rounded: what a 16-bit kernel rounds to the dtype.
-      note: what else is to be said of the wide ones, e.g. how large logits may be.
-    """
-    found = []
-    for dtype in dtypes:
-        forward, gradient, bits = _STANDARD[dtype]
-        reason = f"{rounded} are rounded to {bits} bits of mantissa"
-        if not bits:
-            reason = "; ".join(filter(None, ("float32 products and sums, in another order than the oracle's", note)))
-        found.append(Tolerance(dtype, forward, gradient, reason))
-    return tuple(found)
 
 
 @final

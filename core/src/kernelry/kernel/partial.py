@@ -45,7 +45,6 @@ class Partial:
     dtype: str = "float32"
     lse_rest: Float[Array, "B N T"] | None = None
 
-    __hash__ = None  # type: ignore[assignment]
     __repr__ = short_repr
 
     @property

@@ -173,7 +173,8 @@ class _Cutting:
     def spec(self, letters: str, array: Any) -> Any:
         """Of an array whose dimensions have letters, from the right; sizes of 1 are not cut."""
         cut = self.sharding
-        travels = cut.kv_axes if len(letters) <= 2 and (cut.ring or not cut.sequence) else ()
+        keys = cut.ring if cut.sequence and cut.kv_axes else cut.kv_axes
+        travels = keys if len(letters) <= 2 and (cut.ring or not cut.sequence) else ()
         axes = {"B": cut.batch, "N": cut.head_axes, "K": cut.head_axes, "T": cut.ring, "S": travels}
         rank = jnp.ndim(array)
         named = letters[len(letters) - rank :]

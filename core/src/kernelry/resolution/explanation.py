@@ -15,6 +15,7 @@ from kernelry.registry import installed
 from kernelry.request.request import Request
 
 if TYPE_CHECKING:
+    from kernelry.resolution.nearest_change import Change
     from kernelry.resolution.shards import ShardedResolution
 
 SCHEMA = 1
@@ -52,31 +53,6 @@ class Candidate:
             "adapters": [step.adapter.name for step in self.steps],
             "notes": list(self.notes),
         }
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Change:
-    """A change of one fact of the request after which another kernel is chosen.
-
-    Args:
-      kernel: what would be chosen.
-      fields: the fields of the request that change.
-      condition: how, e.g. `q_len and kv_len ≥ 512`.
-      example: the value tried, as in the request's JSON form where it is plain.
-    """
-
-    kernel: str
-    fields: tuple[str, ...]
-    condition: str
-    example: str
-
-    def __str__(self) -> str:
-        return f"{self.kernel} with {self.condition}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain data."""
-        return {**dataclasses.asdict(self), "fields": list(self.fields)}
 
 
 @final

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kernelry.config.maxtext.options import BLOCKS, SHIPPED_BLOCK, is_none
+from kernelry.config.maxtext.options import BLOCKS, SHIPPED_BLOCK, SHIPPED_RAGGED_BLOCK, is_none
 from kernelry.errors import ConfigError, nearest
 from kernelry.kernel.spec import AUTO
 from kernelry.policy.policy import FLASH_MIN_Q_LEN, Tilings
 from kernelry.policy.rules import Condition, Range, Rule
 from kernelry.request.request import Mode
-
-SHIPPED_RAGGED_BLOCK = 256
-"""Keys; the default of ragged_block_size in base.yml."""
 
 _NAMED = {
     "dot_product": "dot_product",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from typing import Any, final
 
 from kernelry.request.checks import is_finite
@@ -62,8 +63,8 @@ class Option:
     name: str
     default: Any
     kind: Kind
-    fate: Fate
     meaning: str
+    fate: Fate
     optional: bool = False
     neutral: tuple[Any, ...] = ()
 
@@ -136,25 +137,18 @@ _RULES = [
 ]
 """Of logical_axis_rules in base.yml, those of the names that attention has, in their order."""
 
-SHIPPED_BLOCK = 512
-"""Elements; the default of every sa_block_* in base.yml."""
+SHIPPED_BLOCK, SHIPPED_RAGGED_BLOCK = 512, 256
+"""Elements and keys; the defaults of every sa_block_* and of ragged_block_size in base.yml."""
 
 
-def _mapped(name: str, default: Any, kind: Kind, meaning: str, *, optional: bool = False) -> Option:
-    return Option(name, default, kind, Fate.MAPPED, meaning, optional)
-
-
-def _foreign(name: str, default: Any, kind: Kind, why: str) -> Option:
-    return Option(name, default, kind, Fate.FOREIGN, why)
-
-
-def _unread(name: str, default: Any, kind: Kind, why: str) -> Option:
-    return Option(name, default, kind, Fate.UNREAD, why)
+_mapped, _foreign, _unread, _per_call = (
+    functools.partial(Option, fate=fate) for fate in (Fate.MAPPED, Fate.FOREIGN, Fate.UNREAD, Fate.PER_CALL)
+)
 
 
 def _unread_local(name: str, default: Any, kind: Kind, why: str) -> Option:
     """An option of local layers; none means that the global option applies, whose default has no effect."""
-    return Option(name, "None", kind, Fate.UNREAD, why, optional=True, neutral=(None, default))
+    return _unread(name, "None", kind, why, optional=True, neutral=(None, default))
 
 
 _LAYER = (
@@ -180,7 +174,7 @@ _KERNELS = (
     _mapped("use_tokamax_splash", False, Kind.FLAG, "the flash kernel on TPU is tokamax_splash"),
     _mapped("use_jax_splash", False, Kind.FLAG, "the flash kernel on TPU is blockwise"),
     _mapped("use_ragged_attention", False, Kind.FLAG, "rules for decode: ragged on TPU, pallas_decode on GPU"),
-    _mapped("ragged_block_size", 256, Kind.SIZE, "tilings of these two: block_kv"),
+    _mapped("ragged_block_size", SHIPPED_RAGGED_BLOCK, Kind.SIZE, "tilings of these two: block_kv"),
     *(_mapped(f"sa_block_{name}", SHIPPED_BLOCK, Kind.SIZE, f"tilings: block_{name}") for name in BLOCKS),
     *(
         _mapped(f"local_sa_block_{name}", "None", Kind.SIZE, f"the same for local_sliding: block_{name}", optional=True)
@@ -206,10 +200,10 @@ _TUNABLES = (
 _DATA = "the segment ids of a call are a mask, kernelry.masks.Segments"
 _CHUNKS = "the positions of a chunk's queries are part of the mask: mask.at(query_offset=…)"
 _PER_CALL = (
-    Option("packing", True, Kind.FLAG, Fate.PER_CALL, f"{_DATA}; the order of a ring on GPUs follows it"),
-    Option("use_chunked_prefill", False, Kind.FLAG, Fate.PER_CALL, _CHUNKS),
-    Option("prefill_chunk_size", 256, Kind.SIZE, Fate.PER_CALL, _CHUNKS),
-    Option("use_indexer", False, Kind.FLAG, Fate.PER_CALL, "the indexer's choice is a mask, kernelry.masks.Dense"),
+    _per_call("packing", True, Kind.FLAG, f"{_DATA}; the order of a ring on GPUs follows it"),
+    _per_call("use_chunked_prefill", False, Kind.FLAG, _CHUNKS),
+    _per_call("prefill_chunk_size", 256, Kind.SIZE, _CHUNKS),
+    _per_call("use_indexer", False, Kind.FLAG, "the indexer's choice is a mask, kernelry.masks.Dense"),
 )
 
 _CACHE = "a cache is quantised where it is made: kernelry.cache.TwoPartCache.create(storage='int8:heads_and_head_dim')"
