@@ -59,8 +59,8 @@ def test_the_active_mesh_has_the_axes_where_none_is_given():
 
 def test_a_scope_around_the_call_decides():
     op = AttentionOp(CONFIG, mesh=MESH)
-    with kernelry.use(sharding=Sharding(batch="data", mesh=MESH)):
-        assert shardings_of(op) == ["batch=data:2"]
+    with kernelry.use(sharding=Sharding(batch="data", heads="context", mesh=MESH)):
+        assert shardings_of(op) == ["batch=data:2 heads=context:4"]
     with kernelry.use(sharding=""):
         assert shardings_of(op) == [None]
 
@@ -78,20 +78,42 @@ def test_without_a_mesh_only_an_empty_sharding_is_as_on_one_device():
         attention_fn(*ARRAYS, config=CONFIG)
 
 
-def test_in_decode_axes_of_the_sequence_cut_nothing():
+def _decode(op, kv_len, **call):
+    step = functools.partial(op, tokens=Tokens(query_offset=kv_len - 1), **call)
+    return functools.partial(shardings_of, step, *qkv(2, q_len=1, kv_len=kv_len))
+
+
+@pytest.mark.parametrize("mode", ["decode", "autoregressive"])
+def test_in_decode_axes_of_the_sequence_cut_the_keys_alone(mode):
     op = AttentionOp(AttentionConfig(sharding="batch=data:2 sequence=context:4 ring dual"), mesh=MESH)
-    query, key, value = qkv(2, q_len=1, kv_len=30)
-    step = functools.partial(op, tokens=Tokens(query_offset=29))
-    assert shardings_of(functools.partial(step, mode="decode"), query, key, value) == ["batch=data:2"]
-    assert shardings_of(functools.partial(step, mode="autoregressive"), query, key, value) == ["batch=data:2"]
+    assert _decode(op, 32, mode=mode)() == ["batch=data:2 kv_sequence=context:4"]
     with pytest.raises(ShapeError, match=r"query length T=1 does not divide over context: 1 % 4 = 1"):
-        jax.eval_shape(step, query, key, value)
+        _decode(op, 32, mode="prefill")()
+
+
+def test_in_decode_keys_that_do_not_divide_are_whole_on_each_device():
+    op = AttentionOp(AttentionConfig(sharding="batch=data sequence=context ring dual"), mesh=MESH)
+    whole = AttentionOp(AttentionConfig(sharding="batch=data sequence=context kv_sequence=none"), mesh=MESH)
+    words = "sharding=batch=data:2 names no dimension for the mesh axes context"
+    for layer, kv_len in ((op, 30), (whole, 32)):
+        with pytest.warns(UserWarning, match=words):
+            assert _decode(layer, kv_len, mode="decode")() == ["batch=data:2"]
+    query, key, value = qkv(2, q_len=1, kv_len=32)
+    parts = functools.partial(op, cached=[CachedPart(key, value)], mode="decode", mask=masks.Full())
+    with pytest.warns(UserWarning, match=words):
+        assert shardings_of(parts, query, key[:, :1], value[:, :1]) == ["batch=data:2"] * 2
+    assert shardings_of(parts, query) == ["batch=data:2 kv_sequence=context:4"]
+
+
+def test_a_function_in_decode_cuts_the_keys_alone():
+    query, key, value = qkv(2, q_len=1, kv_len=32)
+    step = functools.partial(attention_fn, config=CONFIG, mesh=MESH, mode="decode")
+    assert shardings_of(step, query, key, value) == ["batch=data:2 kv_sequence=context:4"]
 
 
 def test_in_decode_axes_of_keys_alone_cut_them():
-    op = AttentionOp(mesh=MESH, sharding="kv_sequence=context")
-    step = functools.partial(op, tokens=Tokens(query_offset=31), mode="decode")
-    assert shardings_of(step, *qkv(2, q_len=1, kv_len=32)) == ["kv_sequence=context:4"]
+    op = AttentionOp(mesh=MESH, sharding="batch=data kv_sequence=context")
+    assert _decode(op, 32, mode="decode")() == ["batch=data:2 kv_sequence=context:4"]
 
 
 def test_parts_of_a_cache_are_sharded_too():
@@ -160,7 +182,7 @@ def test_traced_positions_are_silent_where_nothing_is_reordered():
     for op in (
         AttentionOp(CONFIG, mesh=MESH),
         AttentionOp(AttentionConfig(sharding=f"{TEXT} dual"), mesh=ONE),
-        AttentionOp(AttentionConfig(sharding="batch=data"), mesh=MESH),
+        AttentionOp(AttentionConfig(sharding="batch=data heads=context"), mesh=MESH),
     ):
         jax.eval_shape(functools.partial(op, tokens=tokens), *ARRAYS)
 
@@ -180,38 +202,53 @@ def test_what_is_about_neighbouring_keys_is_refused_under_an_order(order):
 ON_EIGHT_DEVICES = """
     import functools
     import jax, jax.numpy as jnp, numpy as np
-    import kernelry
-    from kernelry.config import AttentionConfig
+    from kernelry.config import AttentionConfig, from_maxtext
     from kernelry.flax import AttentionOp, Tokens
     from kernelry.parallel import load_balanced_order, reorder_for_load_balance, undo_reorder
     from tests.support.flax_cases import qkv
 
-    mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    arrays = qkv(2, q_len=32, kv_len=32, kv_heads=2)
     ids = jnp.repeat(jnp.arange(2), 16)[None]
+
+    def mesh_of(**sizes):
+        kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
     def loss(op, tokens, *arrays):
         out = op(*arrays, tokens=tokens)
         return (out * jnp.cos(jnp.arange(out.shape[-1]))).sum(), out
 
-    def both(op, arrays, ids, positions=None):
-        tokens = Tokens(segment_ids=ids, positions=positions)
-        run = jax.jit(jax.value_and_grad(lambda *arrays: loss(op, tokens, *arrays), argnums=(0, 1, 2), has_aux=True))
-        (_, out), gradients = run(*arrays)
+    def stages(op, *arrays, tokens):
+        return jax.vmap(functools.partial(op, tokens=tokens), spmd_axis_name="stage")(*arrays)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(op, tokens, *arrays):
+        run = functools.partial(loss, op, tokens)
+        (_, out), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(*arrays)
         return out, *gradients
 
-    want = both(AttentionOp(), arrays, ids)
-    striped = load_balanced_order(32, 4, "striped")
-    for order, positions in (("contiguous", None), ("dual_chunk", None), ("striped", striped)):
-        op = AttentionOp(AttentionConfig(sharding=f"batch=data sequence=context ring {order}"), mesh=mesh)
-        move, undo = (
-            (lambda array: array,) * 2
-            if order == "contiguous"
-            else (functools.partial(change, size=4, order=order) for change in (reorder_for_load_balance, undo_reorder))
-        )
-        got = both(op, list(map(move, arrays)), move(ids), positions)
+    def equal(op, size, order, arrays, axis, positions=None, alone=AttentionOp()):
+        ways = reorder_for_load_balance, undo_reorder
+        move, undo = (functools.partial(way, size=size, order=order) for way in ways)
+        tokens = Tokens(segment_ids=move(ids), positions=positions)
+        got = both(op, tokens, *(move(array, axis=axis) for array in arrays))
+        want = both(alone, Tokens(segment_ids=ids), *arrays)
         for g, w in zip(got, want, strict=True):
-            np.testing.assert_allclose(undo(g), w, rtol=2e-5, atol=2e-5, err_msg=order)
+            np.testing.assert_allclose(undo(g, axis=axis), w, rtol=2e-5, atol=2e-5, err_msg=str(op))
+
+    arrays = qkv(2, q_len=32, kv_len=32, kv_heads=2)
+    striped = AttentionConfig(sharding="batch=data sequence=context ring striped")
+    op = AttentionOp(striped, mesh=mesh_of(data=2, context=4))
+    equal(op, 4, "striped", arrays, 1, load_balanced_order(32, 4, "striped"))
+
+    options = {"mesh_axes": ["data", "context", "context_usp_ulysses"], "context_parallel_strategy": "usp"}
+    options |= {"ici_context_parallelism": 2, "ici_context_usp_ulysses_parallelism": 2}
+    with jax.set_mesh(mesh_of(data=2, context=2, context_usp_ulysses=2)):
+        equal(AttentionOp(sharding=from_maxtext(options).sharding), 2, "dual_chunk", arrays, 1)
+
+    piped = AttentionOp(mesh=mesh_of(stage=2, data=2, context=2), sharding="batch=data sequence=context ring dual")
+    arrays = qkv(2, 2, q_len=32, kv_len=32, kv_heads=2)
+    alone = functools.partial(stages, AttentionOp(mesh=mesh_of(stage=1), sharding=""))
+    equal(functools.partial(stages, piped), 2, "dual_chunk", arrays, 2, alone=alone)
     print("equal")
 """
 

@@ -110,11 +110,10 @@ def attention_fn(
         )
     query, key, value = _promoted(dtype, query, key, value)
     batch = _batch(query, key, value)
-    with scope_of(config, sharding_of(config, mesh, sharding), mode):
+    arrays = [_folded(array) for array in (query, key, value)]
+    with scope_of(config, sharding_of(config, mesh, sharding), mode, arrays[0], arrays[1:2]):
         out: jax.Array = attention(
-            _folded(query),
-            _folded(key),
-            _folded(value),
+            *arrays,
             mask=_mask(mask, is_causal, batch, query.shape[-3], key.shape[-3])
             & (_FULL if layer_mask is None else layer_mask),
             scale=scale,

@@ -55,8 +55,9 @@ class AttentionOp(nnx.Module):
       rngs: where dropout draws from (stream `dropout`), unless a call passes its own.
       mesh: a mesh whose axes cut the calls; None is the one that is active, or that of the arrays.
       sharding: which of its axes cut what, in place of `config.sharding`: a `kernelry.parallel.Sharding` or its text.
-        In decode, where a query is one token, axes of `sequence` cut nothing. A load-balanced order is that of the
-        tokens of query, key and value, and gives masks their positions.
+        In decode, where a query is one token, axes of `sequence` cut the keys alone, or nothing where a part of the
+        keys does not divide. A load-balanced order is that of the tokens of query, key and value, and gives masks
+        their positions.
 
     Raises:
       ArgumentError: the mesh lacks an axis of the sharding, or nothing says what its axes cut.
@@ -142,7 +143,8 @@ class AttentionOp(nnx.Module):
             dropout_rng=dropout_rng,
             options=options,
         )
-        with scope_of(self.config, self.sharding, mode):
+        keys = [part.key for part in call.cached] + ([] if key is None else [key])
+        with scope_of(self.config, self.sharding, mode, query, keys):
             check_order(query, key, tokens, moba=self.config.moba is not None)
             result, max_logits = call.attend(query, key, value)
         if self.config.record_max_logits:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from kernelry.config.layer import AttentionConfig
@@ -56,11 +57,23 @@ def sharding_of(config: AttentionConfig, mesh: Any, sharding: Sharding | str | N
 
 
 @contextlib.contextmanager
-def scope_of(config: AttentionConfig, sharding: Sharding | None, mode: str | Mode) -> Iterator[None]:
-    """Applies the policy and the sharding of a layer, each unless an enclosing `use` has given one."""
+def scope_of(
+    config: AttentionConfig, sharding: Sharding | None, mode: str | Mode, query: Any, keys: Sequence[Any]
+) -> Iterator[None]:
+    """Applies the policy and the sharding of a layer, each unless an enclosing `use` has given one.
+
+    Args:
+      config: of the layer.
+      sharding: of the layer.
+      mode: of the call.
+      query: its queries.
+      keys: its keys, of every part.
+    """
     outer = current_scope()
     policy = None if outer.policy is not None else config.policy
-    own = None if sharding is None or outer.sharding is not None else _in_mode(sharding, Mode.parse(mode))
+    own = None if outer.sharding is not None else sharding
+    if own is not None and own.sequence and Mode.parse(mode) is Mode.DECODE:
+        own = _in_decode(own, query, keys)
     if policy is None and own is None:
         yield
         return
@@ -68,12 +81,12 @@ def scope_of(config: AttentionConfig, sharding: Sharding | None, mode: str | Mod
         yield
 
 
-def _in_mode(sharding: Sharding, mode: Mode) -> Sharding:
-    """In decode a query is one token: batch and heads are cut, and keys only where they alone are."""
-    if mode is not Mode.DECODE or not sharding.sequence:
-        return sharding
+def _in_decode(sharding: Sharding, query: Any, keys: Sequence[Any]) -> Sharding:
+    """The sharding of queries that are one token each: the keys alone are cut, if each part of them divides."""
+    from kernelry.mesh.finding import mesh_facts  # imported where there is a mesh
+
     kept = {*sharding.batch, *sharding.heads}
-    return dataclasses.replace(
+    whole = dataclasses.replace(
         sharding,
         sequence=(),
         kv_sequence=None,
@@ -82,6 +95,12 @@ def _in_mode(sharding: Sharding, mode: Mode) -> Sharding:
         order="contiguous",
         sizes=tuple((axis, size) for axis, size in sharding.sizes if axis in kept),
     )
+    if not sharding.kv_axes:
+        return whole
+    cut = dataclasses.replace(whole, kv_sequence=sharding.kv_axes, sizes=sharding.sizes)
+    found = mesh_facts(cut, as_array("query", query, 4), None).sharding
+    shards = 1 if found is None else found.size(found.kv_axes)
+    return cut if all(np.shape(key)[1] % shards == 0 for key in keys if np.ndim(key) == 4) else whole
 
 
 def check_order(query: Any, key: Any, tokens: Tokens, *, moba: bool) -> None:
