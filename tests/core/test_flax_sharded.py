@@ -1,5 +1,6 @@
 """The sharding of a layer: from its config, its arguments and its mesh, to every call."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from tests.support.flax_cases import close, qkv
 
@@ -68,6 +70,13 @@ def test_a_scope_around_the_call_decides():
 def test_on_one_device_the_call_is_as_without_a_sharding():
     assert shardings_of(AttentionOp(CONFIG, mesh=ONE)) == [None]
     close(AttentionOp(CONFIG, mesh=ONE)(*ARRAYS), AttentionOp()(*ARRAYS))
+
+
+def test_a_sharding_is_a_static_part_of_the_module():
+    op = AttentionOp(CONFIG, mesh=ONE)
+    close(nnx.jit(lambda module, *arrays: module(*arrays))(op, *ARRAYS), AttentionOp()(*ARRAYS))
+    graph, state = nnx.split(op)
+    assert nnx.merge(graph, state).sharding == op.sharding == dataclasses.replace(Sharding.parse(TEXT), mesh=ONE)
 
 
 def test_without_a_mesh_only_an_empty_sharding_is_as_on_one_device():
@@ -132,6 +141,10 @@ def test_parts_of_a_cache_are_sharded_too():
         ),
         (lambda: AttentionOp(mesh={"data": 2}), r"mesh must be a jax\.sharding\.Mesh, got dict"),
         (lambda: AttentionOp(mesh=MESH, sharding="batch=dat"), "has no such axis; did you mean 'data'"),
+        (
+            lambda: AttentionOp(mesh=ONE, sharding=Sharding(batch="data", mesh=MESH)),
+            "mesh= is Mesh.*, and that of sharding=batch=data is AbstractMesh.*; pass one of them",
+        ),
         (lambda: AttentionOp(sharding=3), "a sharding is written e.g. 'batch=d:4 sequence=c:8 ring', got 3"),
         (lambda: attention_fn(*ARRAYS, mesh=MESH), "mesh= has axes data:2, context:4"),
     ],

@@ -79,6 +79,7 @@ PARALLEL = {
 PLUGIN = {
     "CONTRACT",
     "QUANTIZATIONS",
+    "REMAT_NAME",
     "Atom",
     "AtomKind",
     "Axis",
@@ -131,6 +132,7 @@ PLUGIN = {
     "uneven_lengths",
     "load_balanced_order",
     "log_sum",
+    "named",
     "pytree",
     "round_up",
     "signature_of",

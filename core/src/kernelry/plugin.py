@@ -7,8 +7,9 @@ A plugin is a module named by an entry point in group `kernelry.plugins`. It sta
 - What most specs repeat: `uneven_lengths`, `too_many_rows`, `array_refusals` and `Vendor.refusals` refuse a request,
   `standard_tolerances` declares what rounding costs and `signature_of` what a program must contain, `round_up` and
   `largest_divisor` choose blocks.
-- What bodies share: `log_sum` and `with_sinks` for statistics, `cast_finite`, `static_block_map` and
-  `decided_at_run_time` for the blocks that a mask leaves, `pytree` for their own containers.
+- What bodies share: `log_sum` and `with_sinks` for statistics, `named` and `REMAT_NAME` for `jax.checkpoint`,
+  `cast_finite`, `static_block_map` and `decided_at_run_time` for the blocks that a mask leaves, `pytree` for their own
+  containers.
 - A mask is a `Mask`; it sees slots as a `Side` and says its `MaskForm`. A `Normalization` merges and finishes Partials.
 """
 
@@ -24,7 +25,7 @@ from kernelry.kernel.common import (
     too_many_rows,
     uneven_lengths,
 )
-from kernelry.kernel.partial import Partial
+from kernelry.kernel.partial import REMAT_NAME, Partial, named
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import (
     Environment,
@@ -54,6 +55,7 @@ from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedA
 __all__ = [
     "CONTRACT",
     "QUANTIZATIONS",
+    "REMAT_NAME",
     "Atom",
     "AtomKind",
     "Axis",
@@ -103,6 +105,7 @@ __all__ = [
     "largest_divisor",
     "load_balanced_order",
     "log_sum",
+    "named",
     "pytree",
     "round_up",
     "signature_of",

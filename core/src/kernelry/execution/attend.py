@@ -5,6 +5,9 @@ statistics, and always where it declares `backward_only`, a kernel with `gradien
 `backward` with the output and lse of the whole attention (all parts merged, sinks included): probabilities are
 exp(logits − lse) and delta is Σ out · d_out, so each part's unmodified backward yields its exact share, and
 d_sink = −Σ exp(sink − lse) · delta.
+
+What the backward pass reads of the output and the statistics has a name for `jax.checkpoint` policies: one that saves
+it runs no kernel again. A kernel whose own derivative is used gives the name itself, for only it can.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from kernelry.errors import PluginError
 from kernelry.execution.adapters.base import Duty
 from kernelry.execution.normalization import lse_with_sinks, merge, to_lse, with_sinks
 from kernelry.kernel.capabilities import Gradient
-from kernelry.kernel.partial import Partial, checked, heads_last, unchecked
+from kernelry.kernel.partial import Partial, checked, heads_last, named, unchecked
 from kernelry.kernel.spec import Gradients, Inputs, KernelSpec, Tiling
 from kernelry.request.arguments import narrowed
 from kernelry.request.request import Operand, Request
@@ -190,11 +193,13 @@ def attend(
     if not jax.sharding.get_abstract_mesh().empty:  # inside a shard_map there is a mesh
         inputs, sinks = varying_alike((inputs, sinks))
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not parts[0].needs_backward:
-        return parts[0].forward(inputs[0], statistics=False)
+        alone = parts[0].forward(inputs[0], statistics=False)
+        has_name = parts[0].kernel.capabilities.names_residuals and parts[0].request.gradients
+        return alone if has_name else _named(alone)
     if any(part.request.gradients and part.has_backward for part in parts):
         whole = _differentiated(parts, statistics, inputs, sinks)
     else:
-        whole = whole_of(_run(parts, inputs), sinks)[0]
+        whole = _named(whole_of(_run(parts, inputs), sinks)[0])
     return _with_rest(whole) if statistics else dataclasses.replace(whole, lse_rest=None)
 
 
@@ -264,18 +269,28 @@ def _rounded(whole: Partial) -> Partial:
     return dataclasses.replace(whole, out=whole.out.astype(whole.dtype))
 
 
+def _named(partial: Partial) -> Partial:
+    return _with_named_lse(dataclasses.replace(partial, out=named(partial.out)))
+
+
+def _with_named_lse(partial: Partial) -> Partial:
+    return dataclasses.replace(partial, lse=named(partial.lse), lse_rest=named(partial.lse_rest))
+
+
 _Residuals = tuple[tuple[Inputs, ...], jax.Array | None, jax.Array, _Lse, list[jax.Array]]
 
 
 def _forward(
     parts: tuple[BoundKernel, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
 ) -> tuple[Partial, _Residuals]:
-    partials = [to_lse(partial) for partial in _run(parts, inputs)]
+    # All that the backward pass reads of the statistics is computed from what has the name.
+    partials = [_with_named_lse(to_lse(partial)) for partial in _run(parts, inputs)]
     # Empty rows are remembered per part and before sinks: a global lse that is finite thanks to a
     # sink or another part would make a vendor's backward explode on a row that is empty here.
     empty = [jnp.isneginf(partial.lse) for partial in partials]  # type: ignore[arg-type]
     whole, lse = whole_of(partials, sinks)
     whole = whole if statistics else _rounded(whole)
+    whole = dataclasses.replace(whole, out=named(whole.out))
     return whole, (inputs, sinks, whole.out, lse, empty)
 
 

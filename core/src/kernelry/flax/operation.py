@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, final
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from kernelry.config.layer import AttentionConfig, check_config, options_of
@@ -17,7 +16,6 @@ from kernelry.errors import ArgumentError
 from kernelry.flax.call import LayerCall
 from kernelry.flax.sharded import check_order, scope_of, sharding_of
 from kernelry.flax.tokens import CachedPart, Tokens
-from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
 from kernelry.request.request import Mode, Operand, operands_of
 
@@ -29,9 +27,6 @@ except ImportError as error:
 if TYPE_CHECKING:
     from kernelry.request.sharding import Sharding
 
-CONTEXT = "context"
-"""The name of the output for checkpoint policies, as in MaxText."""
-
 _NO_TOKENS = Tokens()
 
 
@@ -39,11 +34,11 @@ _NO_TOKENS = Tokens()
 class AttentionOp(nnx.Module):
     """Attention as a config describes it; `kernelry.attention` as an nnx module.
 
-    A policy or a sharding that an enclosing `kernelry.use` gives has priority over the layer's. The output is
-    named `context` for `jax.checkpoint` policies. With `config.record_max_logits` each call appends
-    its largest visible logits [B, N] to the nnx.Intermediate `max_logits`, as `sow` does: read them
-    once per step with `nnx.capture` or `nnx.pop(model, nnx.Intermediate)`; in linen they are in the
-    collection `intermediates`.
+    A policy or a sharding that an enclosing `kernelry.use` gives has priority over the layer's. The output
+    and its logsumexp are named `context` for `jax.checkpoint` policies, as in `kernelry.attention`.
+    With `config.record_max_logits` each call appends its largest visible logits [B, N] to the
+    nnx.Intermediate `max_logits`, as `sow` does: read them once per step with `nnx.capture` or
+    `nnx.pop(model, nnx.Intermediate)`; in linen they are in the collection `intermediates`.
 
     Args:
       config: the options of the layer, and how kernels are chosen.
@@ -149,7 +144,6 @@ class AttentionOp(nnx.Module):
             result, max_logits = call.attend(query, key, value)
         if self.config.record_max_logits:
             self._record(max_logits)
-        result = _named(result)
         return (result, max_logits) if return_max_logits else result
 
     def _sinks(self, given: Any, return_partial: bool) -> Any:
@@ -182,12 +176,6 @@ class AttentionOp(nnx.Module):
         if isinstance(source, nnx.Rngs):
             source = source.dropout
         return rate, source() if isinstance(source, nnx.RngStream) else source
-
-
-def _named(result: Any) -> Any:
-    if isinstance(result, Partial):
-        return dataclasses.replace(result, out=checkpoint_name(result.out, CONTEXT))  # type: ignore[no-untyped-call]
-    return checkpoint_name(result, CONTEXT)  # type: ignore[no-untyped-call]
 
 
 def attention_op_as_linen(

@@ -44,6 +44,8 @@ def sharding_of(config: AttentionConfig, mesh: Any, sharding: Sharding | str | N
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise ArgumentError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}.")
     if said is not None:
+        if said.mesh not in (None, mesh):
+            raise ArgumentError(f"mesh= is {mesh}, and that of sharding={said} is {said.mesh}; pass one of them.")
         said.on(dict(mesh.shape))  # which checks the axes
         return dataclasses.replace(said, mesh=mesh)
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

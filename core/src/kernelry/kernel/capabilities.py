@@ -115,6 +115,8 @@ class Capabilities:
       gradient: how it is differentiated.
       backward_only: whether `forward` has no derivative of its own, so that core differentiates every call by
         `backward`. Core then applies the sinks, too: the kernel is given none where a gradient is asked for.
+      names_residuals: whether `forward` without statistics gives the name `REMAT_NAME` to its output and logsumexp as
+        its own derivative keeps them; see `kernelry.plugin.named`. Core names the output of kernels that do not.
       gradients: the operands it has gradients of.
       forward_over_reverse: of a kernel with `gradient=BACKWARD`, whether JAX can differentiate its forward and backward
         passes in forward mode, as `jax.hessian` does; elsewhere second derivatives are an error.
@@ -147,6 +149,7 @@ class Capabilities:
     normalizations: frozenset[str] = frozenset()
     gradient: Gradient = Gradient.NONE
     backward_only: bool = False
+    names_residuals: bool = False
     gradients: frozenset[Operand] = frozenset()
     forward_over_reverse: bool = False
     lse_cotangent: bool = False

@@ -220,14 +220,26 @@ def blocks_per_shard(form: MaskForm, grid: ShardGrid, block: int = 128) -> np.nd
       int64 [q_shards, kv_shards]. Blocks that only an array, a predicate or a negation could empty are counted.
     """
     tokens, (rows, columns) = grid.tokens, grid.shard_lengths
+    table, of_class = pair_table(form, grid), {EMPTY: 0}
     counts = np.zeros((grid.q_shards, grid.kv_shards), np.int64)
-    if 0 in (rows, columns):
-        return counts
-    pairs = decided_blocks(form, Grid((grid.q_len, grid.kv_len), (rows, columns), tokens=tokens))
-    for i, j in np.argwhere(~pairs.empty).tolist():
+    for i, j in np.ndindex(counts.shape):
+        index = table.table[i][j]
+        if index not in of_class and _says_all(form, table.classes[index]):
+            part = Grid((rows, columns), (block, block))
+            of_class[index] = _held(class_form(form, table.classes[index]), part)
         part = Grid((rows, columns), (block, block), (i * rows, j * columns), tokens)
-        counts[i, j] = (~decided_blocks(form, part).empty).sum()
+        counts[i, j] = of_class[index] if index in of_class else _held(form, part)
     return counts
+
+
+def _held(form: MaskForm, grid: Grid) -> int:
+    return int((~decided_blocks(form, grid).empty).sum())
+
+
+def _says_all(form: MaskForm, pieces: PairClass) -> bool:
+    """Whether what is known of a mask without its arrays is in the static pieces."""
+    traced = [form.atoms[piece.index] for piece in pieces if piece.traced]
+    return not any(atom.is_static or any(isinstance(param, MaskForm) for param in atom.params) for atom in traced)
 
 
 def lockstep(blocks: np.ndarray) -> int:

@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from kernelry.execution.attend import whole_of
 from kernelry.execution.normalization import LogSumExp
 from kernelry.execution.parts import Shares, Whole
-from kernelry.kernel.partial import Partial, heads_last
+from kernelry.kernel.partial import Partial, heads_last, named
 from kernelry.mesh.pairs import Keys, Operands, Source, Steps, add_share, pull_pair, run_pair
 from kernelry.request.request import Operand
 from kernelry.request.sharding import Axes
@@ -70,8 +69,8 @@ def _forward(steps: Steps, operands: Operands) -> tuple[Partial, Any]:
     elif merged.max_logits is not None:
         merged = dataclasses.replace(merged, max_logits=_most(merged.max_logits, steps.axes))
     whole, (lse, rest) = whole_of([merged], operands.sinks)
-    out = _named(whole.out if steps.partial else whole.out.astype(steps.request.dtype))
-    lse = _named(lse)
+    out = whole.out if steps.partial else whole.out.astype(steps.request.dtype)
+    out, lse, rest, empty = named((out, lse, rest, empty))
     result = Partial(out, max_logits=whole.max_logits, dtype=steps.request.dtype)
     if steps.partial:
         result = dataclasses.replace(result, lse=lse, lse_rest=rest)
@@ -89,9 +88,9 @@ def _backward(steps: Steps, residuals: Any, d_whole: Partial) -> tuple[Operands]
     whole = Whole.of(out, lse, rest, d_out, d_lse)
     shares = _shares(steps, operands, empty, whole)
     found = {name: share.astype(getattr(operands, name).dtype) for name, share in shares.items()}
-    named = {name: found.get(name) for name in ("query", "key", "value", "bias")}
+    by_name = {name: found.get(name) for name in ("query", "key", "value", "bias")}
     sinks = None if operands.sinks is None else _of_sinks(steps, operands.sinks, whole)
-    return (Operands(**named, sinks=sinks, dropout_rng=None, leaves=None),)  # type: ignore[arg-type]
+    return (Operands(**by_name, sinks=sinks, dropout_rng=None, leaves=None),)  # type: ignore[arg-type]
 
 
 _differentiated.defvjp(_forward, _backward)
@@ -265,7 +264,3 @@ def _merged_across(partial: Partial, axes: Axes) -> Partial:
 def _most(largest: jax.Array, axes: Axes) -> jax.Array:
     most: jax.Array = lax.pmax(largest, axes)  # type: ignore[no-untyped-call]
     return most
-
-
-def _named(array: Any) -> Any:
-    return checkpoint_name(array, "context")  # type: ignore[no-untyped-call]

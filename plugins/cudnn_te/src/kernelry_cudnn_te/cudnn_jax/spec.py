@@ -41,6 +41,7 @@ CUDNN_JAX = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
+        names_residuals=True,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS}),
         tolerances=standard_tolerances(
             "bfloat16",

@@ -116,6 +116,7 @@ CUDNN_TE = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
+        names_residuals=True,
         gradients=_ALL,
         empty_rows=True,
         context_parallel=frozenset({"all_gather", "ring"}),

@@ -86,6 +86,7 @@ PALLAS_MHA = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
+        names_residuals=True,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
         tolerances=standard_tolerances(
             "float32",

@@ -90,6 +90,7 @@ TOKAMAX_MOSAIC = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
+        names_residuals=True,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS}),
         tolerances=standard_tolerances("bfloat16", "float16", rounded="probabilities, output and Σ out · d_out"),
     ),
