@@ -20,7 +20,7 @@ from kernelry import masks
 from kernelry.config import AttentionConfig
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.flax import AttentionOp, CachedPart, Tokens, attention_fn, attention_op_as_linen
-from kernelry.parallel import Sharding, load_balanced_order
+from kernelry.parallel import ContextParallel, Sharding, load_balanced_order
 
 MESH = AbstractMesh((2, 4), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
 ONE = jax.make_mesh((1, 1), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
@@ -64,6 +64,8 @@ def test_a_scope_around_the_call_decides():
     with kernelry.use(sharding=Sharding(batch="data", heads="context", mesh=MESH)):
         assert shardings_of(op) == ["batch=data:2 heads=context:4"]
     with kernelry.use(sharding=""):
+        assert shardings_of(op) == [None]
+    with kernelry.use(context_parallel=ContextParallel("context", size=1)):
         assert shardings_of(op) == [None]
 
 

@@ -73,7 +73,8 @@ def scope_of(
     """
     outer = current_scope()
     policy = None if outer.policy is not None else config.policy
-    own = None if outer.sharding is not None else sharding
+    said = outer.sharding is not None or outer.context_parallel is not None
+    own = None if said else sharding
     if own is not None and own.sequence and Mode.parse(mode) is Mode.DECODE:
         own = _in_decode(own, query, keys)
     if policy is None and own is None:

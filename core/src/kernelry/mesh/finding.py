@@ -93,7 +93,8 @@ def _said(said: Sharding, active: Any, manual: frozenset[str], query: jax.Array)
     mesh = said.mesh or (active if not active.empty else jax.typeof(query).sharding.mesh)
     if mesh.empty:
         raise ArgumentError(
-            f"sharding={said}: no mesh is active; enter one, e.g. by jax.set_mesh, or give it as Sharding(mesh=…)."
+            f"sharding={said}: no mesh is active; enter one, e.g. by jax.set_mesh, or give it as Sharding(mesh=…), a "
+            "layer's as AttentionOp(mesh=…)."
         )
     if said.mesh is not None and not active.empty and dict(active.shape) != dict(mesh.shape):
         raise ArgumentError(

@@ -145,7 +145,7 @@ class Sharding:
         kv_length: str | None = None,
         **options: Any,
     ) -> Sharding:
-        """Reads flax's logical axis rules; the names are those of MaxText.
+        """Reads flax's logical axis rules; the names are those of MaxText, whose attention has `activation_batch_attn`.
 
         Of several rules of a name the first holds whose mesh axes no other dimension has, as in flax.
 
