@@ -51,9 +51,9 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
         operands, specs = cutting.operands(inputs, masks)
         body: Any = _Whole(cutting, plans[0], _structures(masks))  # type: ignore[arg-type]
     else:
-        tokens = grid_of(request, shards.sharding).tokens or (None, None)
+        tokens = grid_of(request, shards.sharding).tokens
         traced = {piece.index for pieces in shards.table.classes for piece in pieces if piece.traced}
-        masks = tuple(spread_in_order(inputs.mask[index], *tokens) for index in sorted(traced))
+        masks = tuple(spread_in_order(inputs.mask[index], tokens) for index in sorted(traced))
         operands, specs = cutting.operands(inputs, masks)
         steps = Steps(
             plans,  # type: ignore[arg-type]

@@ -93,7 +93,13 @@ def _said(said: Sharding, active: Any, manual: frozenset[str], query: jax.Array)
     mesh = said.mesh or (active if not active.empty else jax.typeof(query).sharding.mesh)
     if mesh.empty:
         raise ArgumentError(
-            f"sharding={said}: no mesh is active; enter one, e.g. by jax.set_mesh, or give it as Sharding(mesh=…)."
+            f"sharding={said}: no mesh is active; enter one, e.g. by jax.set_mesh, or give it as Sharding(mesh=…), a "
+            "layer's as AttentionOp(mesh=…)."
+        )
+    if said.mesh is not None and not active.empty and dict(active.shape) != dict(mesh.shape):
+        raise ArgumentError(
+            f"sharding={said} is for a mesh {dict(mesh.shape)}, and the active one is {dict(active.shape)}; give the "
+            "sharding no mesh, or enter its own."
         )
     sharding = _without(said, manual).on(dict(mesh.shape))
     if sharding.is_empty:  # inside a shard_map over its axes each call is a shard's
@@ -172,6 +178,7 @@ def _without(sharding: Sharding, manual: frozenset[str]) -> Sharding:
         kv_sequence=None if sharding.kv_sequence is None else kept(sharding.kv_sequence),
         ulysses=kept(sharding.ulysses),
         strategy=strategy,
+        sizes=tuple((axis, size) for axis, size in sharding.sizes if axis not in manual),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, final
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, MaskForm, PositionForm, PositionKind
 from kernelry.masks.positions import StaticPositions, load_balanced_order
-from kernelry.masks.shard_pairs import EMPTY, PairTable, ShardGrid, class_form, pair_table
+from kernelry.masks.shard_pairs import EMPTY, PairTable, ShardGrid, best_order, class_form, pair_table
 from kernelry.masks.spread import why_not_cut
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import Operand, Request
@@ -63,7 +63,7 @@ def choose_sharded(question: Question) -> Resolution:
     """Asks about the shards of a call that says how it is sharded; `auto` takes the first strategy that serves it."""
     request = question.request
     assert request.sharding is not None
-    sharding = Sharding.parse(request.sharding)
+    sharding = _with_order(request, Sharding.parse(request.sharding))
     refused: list[Candidate] = []
     first: Resolution | None = None
     for strategy in _strategies(sharding):
@@ -80,6 +80,17 @@ def choose_sharded(question: Question) -> Resolution:
             return found
         first = first or found
     return first or Resolution(request, None, tuple(refused), "the sharding")
+
+
+def _with_order(request: Request, sharding: Sharding) -> Sharding:
+    """The sharding with the order that suits the mask, where it leaves that open."""
+    if sharding.order != "auto":
+        return sharding
+    # Of a symbolic length no strategy serves any order.
+    alike = request.q_len == request.kv_len and not request.symbolic_sizes
+    ring = sharding.size(sharding.ring)
+    order = best_order(request.mask, request.q_len, ring) if alike else "contiguous"
+    return dataclasses.replace(sharding, order=order)
 
 
 def _strategies(sharding: Sharding) -> tuple[str, ...]:

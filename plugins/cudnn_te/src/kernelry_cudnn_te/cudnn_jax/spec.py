@@ -45,7 +45,7 @@ CUDNN_JAX = KernelSpec(
         names_residuals=True,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS}),
         manual_axes=ManualAxes.UNCHECKED,
-        partitioned_by_xla=False,
+        partitioned_by_xla=True,  # by the vendor's custom_partitioning: batch and heads
         tolerances=standard_tolerances(
             "bfloat16",
             "float16",
