@@ -121,7 +121,7 @@ def test_xla_gathers_nothing_for_a_kernel_that_is_declared_partitioned_by_it():
     declared = {kernel.name for kernel in kernelry.kernels() if kernel.spec.capabilities.partitioned_by_xla}
     programs = {kernel: of_program(functools.partial(run, kernel=kernel), placed) for kernel in PLAIN}
     gathering = {kernel for kernel, program in programs.items() if set(COLLECTIVES) & set(program)}
-    assert (declared, gathering) == ({"dot_product"}, {"blockwise"})
+    assert (declared, gathering) == ({"dot_product", "cudnn_jax", "cudnn_te"}, {"blockwise"})
 
 
 # Kernels

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from kernelry._pytree import pytree
@@ -27,6 +26,7 @@ from kernelry.masks.shard_pairs import EMPTY, PairClass, PairTable, aligned_mask
 from kernelry.masks.shard_pieces import Piece
 from kernelry.request.request import Operand, Request
 from kernelry.request.sharding import Axes
+from kernelry.resolution.shards import ring_offsets
 
 
 @final
@@ -88,17 +88,7 @@ class Steps:
         """The steps: how far before a device the keys of each come from; a run that covers all that show something."""
         if self.source is Source.OWN:
             return (0,)
-        table = np.asarray(self.table.table)
-        devices = np.arange(self.size)
-        full = [d for d in range(self.size) if (table[devices, (devices - d) % self.size] != EMPTY).any()]
-        following = [*full[1:], full[0] + self.size]
-        gaps = [
-            (after - before, after == self.size, after % self.size)
-            for before, after in zip(full, following, strict=True)
-        ]
-        start = max(gaps)[2]  # behind the longest gap; a device's own keys first where gaps are alike
-        last = max((d - start) % self.size for d in full)
-        return tuple((start + step) % self.size for step in range(last + 1))
+        return ring_offsets(self.table)
 
 
 @final

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any, final
 
+import numpy as np
+
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, MaskForm, PositionForm, PositionKind
 from kernelry.masks.positions import StaticPositions, load_balanced_order
@@ -68,18 +70,17 @@ def choose_sharded(question: Question) -> Resolution:
     first: Resolution | None = None
     for strategy in _strategies(sharding):
         named = dataclasses.replace(sharding, strategy=strategy)
-        if strategy == "native":
-            found = _native(question, named)
-        else:
-            try:
-                found = _of_shards(question, cut(request, named))
-            except _NotCutError as error:
-                refused.append(Candidate(strategy, "kernelry", (error.refusal,)))
-                continue
+        try:
+            found = _native(question, named) if strategy == "native" else _of_shards(question, cut(request, named))
+        except _NotCutError as error:
+            refused.append(Candidate(strategy, "kernelry", (error.refusal,)))
+            continue
         if found.plan is not None:
             return found
         first = first or found
-    return first or Resolution(request, None, tuple(refused), "the sharding")
+    if first is not None:
+        return dataclasses.replace(first, candidates=(*first.candidates, *refused))
+    return Resolution(request, None, tuple(refused), "the sharding")
 
 
 def _with_order(request: Request, sharding: Sharding) -> Sharding:
@@ -165,6 +166,25 @@ def cut(request: Request, sharding: Sharding) -> Shards:
     )
     forms = (class_form(request.mask, pieces) for pieces in table.classes)
     return Shards(sharding, tuple(dataclasses.replace(asked, mask=form) for form in forms), table)
+
+
+def ring_offsets(table: PairTable) -> tuple[int, ...]:
+    """The steps of a ring: how far before a device the keys of each come from.
+
+    It is the shortest run that covers all steps in which some pair shows something, with a device's own keys first
+    where no step can be left out.
+
+    Args:
+      table: of as many shards of keys as of queries.
+    """
+    size = len(table.table)
+    classes, devices = np.asarray(table.table), np.arange(size)
+    full = [offset for offset in range(size) if (classes[devices, (devices - offset) % size] != EMPTY).any()]
+    gaps = [(after - before, after) for before, after in zip(full, [*full[1:], full[0] + size], strict=True)]
+    _, start = max(gaps, key=lambda gap: (gap[0], gap[1] == size))
+    start = start % size
+    last = max((offset - start) % size for offset in full)
+    return tuple((start + step) % size for step in range(last + 1))
 
 
 def grid_of(request: Request, sharding: Sharding) -> ShardGrid:
