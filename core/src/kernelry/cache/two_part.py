@@ -17,11 +17,11 @@ from kernelry.cache.parts import CachePart
 from kernelry.cache.slots import (
     check_sizes,
     check_tokens,
+    counts_like,
     empty,
     is_known,
-    token_counts,
-    write,
     write_first,
+    write_rows,
 )
 from kernelry.errors import ArgumentError, CacheFullError
 from kernelry.masks import Mask
@@ -243,7 +243,7 @@ class TwoPartCache(KVCache):
                 f"TwoPartCache: {tokens} tokens per row do not fit into the {slots} slots of the {part} part; "
                 f"nothing was written. Create it with a larger {part}=."
             )
-        return token_counts(lengths, batch, tokens)
+        return counts_like(self.prefill_lengths, lengths, tokens)
 
     def _fits(self, before: jax.Array, counts: jax.Array, slots: int, part: str) -> jax.Array:
         after = before + counts
@@ -261,6 +261,5 @@ def _written(
 ) -> tuple[Stored, Stored]:
     """Keys and values with the first counts[b] of the new tokens in the slots that follow before[b], if they fit."""
     place = jnp.arange(new[0].shape[1], dtype=jnp.int32)[None]
-    rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
     slots, kept = before[:, None] + place, (place < counts[:, None]) & fits
-    return write(stored[0], new[0], rows, slots, kept), write(stored[1], new[1], rows, slots, kept)
+    return write_rows(stored[0], new[0], slots, kept), write_rows(stored[1], new[1], slots, kept)

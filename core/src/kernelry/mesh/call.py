@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
+from kernelry.execution.normalization import to_lse
 from kernelry.execution.plan import Plan
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs
@@ -164,8 +165,10 @@ class _Cutting:
     def _keys(self, keys: Any) -> Any:
         heads = _one(self.kv_head_axes)
         if isinstance(keys, PagedArray):
-            pages = jax.tree.map(lambda array: _spec(array, (None, None, heads, None)), keys.pages)
-            return dataclasses.replace(keys, pages=pages, table=_partition())
+            # A table has two dimensions; pages that are found through it are everywhere in the pool.
+            return jax.tree.map(
+                lambda array: _spec(array, (None, None, heads, None)) if array.ndim == 4 else _partition(), keys
+            )
         return jax.tree.map(
             lambda array: _spec(array, (_one(self.sharding.batch), _one(self.sharding.kv_axes), heads, None)), keys
         )
@@ -222,24 +225,30 @@ class _Cutting:
         return dataclasses.replace(arrays, query=query, key=key, value=value)
 
     def _own_heads(self, keys: Any, repeats: int) -> Any:
+        """Key/value heads as often as needed; of heads that are not cut, those that a device's queries read."""
         if repeats == 1:
             return keys
-        repeated = jax.tree.map(lambda array: jnp.repeat(array, repeats, axis=2), keys)
         if self.kv_head_axes == self.sharding.heads:
-            return repeated
+            return _of_heads(keys, lambda array: jnp.repeat(array, repeats, axis=2))
         mine = self.request.kv_heads * repeats // self.sharding.size(self.sharding.heads)
-        first = lax.axis_index(self.sharding.heads) * mine
-        return jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, first, mine, axis=2), repeated)
+        heads = (lax.axis_index(self.sharding.heads) * mine + jnp.arange(mine)) // repeats
+        return _of_heads(keys, lambda array: jnp.take(array, heads, axis=2, mode="clip"))
 
     def returned(self, partial: Partial) -> Partial:
         """A device's result with tokens exchanged for heads again."""
         cut = self.sharding.exchanged
+        partial = to_lse(partial) if self.request.partial else partial  # some kernels return max and sum
         named = {"lse": partial.lse, "lse_rest": partial.lse_rest} if self.request.partial else {}
         out = _exchanged(partial.out, cut, 1, 2) if cut else partial.out
         statistics = {
             name: _exchanged(array, cut, 2, 1) if cut and array is not None else array for name, array in named.items()
         }
         return Partial(out, max_logits=partial.max_logits, dtype=partial.dtype, **statistics)
+
+
+def _of_heads(keys: Any, chosen: Callable[[jax.Array], jax.Array]) -> Any:
+    """Keys with other heads; a page table and a scale of all heads are as they were."""
+    return jax.tree.map(lambda array: chosen(array) if array.shape[2:3] == keys.shape[2:3] else array, keys)
 
 
 def _exchanged(array: jax.Array, axes: Axes, split: int, concatenated: int) -> jax.Array:
