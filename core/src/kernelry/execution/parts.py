@@ -31,15 +31,22 @@ class Whole:
     """Attention to all parts, as the backward pass of each part needs it, with its cotangents.
 
     Args:
-      out: [B, T, N, D]. lse: [B, N, T], sinks included. rest: what rounding took from lse.
-      d_out, d_lse: their cotangents; `d_lse` is None where no gradient goes through lse.
+      out: [B, T, N, D]. lse: [B, N, T], sinks included.
+      d_out, d_lse: their cotangents times exp(−rest), where rest is what rounding took from lse: probabilities that are
+        made of lse are too large by exp(rest). `d_lse` is None where no gradient goes through lse.
     """
 
     out: jax.Array
     lse: jax.Array
-    rest: jax.Array
     d_out: jax.Array
     d_lse: jax.Array | None
+
+    @classmethod
+    def of(cls, out: jax.Array, lse: jax.Array, rest: jax.Array, d_out: jax.Array, d_lse: jax.Array | None) -> Whole:
+        """Takes the cotangents as they are."""
+        factor = jnp.exp(-rest)
+        scaled = (d_out.astype(jnp.float32) * heads_last(factor)).astype(d_out.dtype)
+        return cls(out, lse, scaled, None if d_lse is None else d_lse * factor)
 
 
 def run_part(plan: Plan, inputs: Inputs) -> Partial:
@@ -85,7 +92,7 @@ def _by_jax(plan: Plan, inputs: Inputs, floats: Shares, empty: jax.Array, whole:
         return (partial.out, partial.lse), partial.lse_rest
 
     (out, lse), pull, rest = jax.vjp(run, floats, has_aux=True)
-    exponent = jnp.where(empty, 0.0, lse) - jnp.where(empty, 0.0, whole.lse) - whole.rest
+    exponent = jnp.where(empty, 0.0, lse) - jnp.where(empty, 0.0, whole.lse)
     weight = jnp.where(empty, 0.0, jnp.exp(exponent if rest is None else exponent + rest))
     difference = out.astype(jnp.float32) - whole.out.astype(jnp.float32)
     d_lse = jnp.einsum("BTND,BTND->BNT", whole.d_out.astype(jnp.float32), difference)
@@ -96,9 +103,7 @@ def _by_jax(plan: Plan, inputs: Inputs, floats: Shares, empty: jax.Array, whole:
 
 
 def _by_backward(plan: Plan, inputs: Inputs, floats: Shares, empty: jax.Array, whole: Whole) -> Shares:
-    factor = jnp.exp(-whole.rest)  # the kernel's probabilities are too large by exp(rest), and it is linear in these
-    d_out = (whole.d_out.astype(jnp.float32) * heads_last(factor)).astype(whole.d_out.dtype)
-    d_lse = None if whole.d_lse is None else jnp.where(empty, 0.0, whole.d_lse * factor)
+    d_lse = None if whole.d_lse is None else jnp.where(empty, 0.0, whole.d_lse)
     lse = jnp.where(empty, jnp.inf, whole.lse)
 
     def prepare(floats: Shares) -> tuple[dict[str, Any], tuple[BoundKernel, Inputs]]:
@@ -107,10 +112,10 @@ def _by_backward(plan: Plan, inputs: Inputs, floats: Shares, empty: jax.Array, w
 
     if not plan.steps:
         _, (bound, inside) = prepare(floats)
-        found = bound.backward(inside, whole.out, lse, d_out, d_lse)
+        found = bound.backward(inside, whole.out, lse, whole.d_out, d_lse)
         return {name: getattr(found, name) for name in floats}
     prepared, pull, (bound, inside) = jax.vjp(prepare, floats, has_aux=True)
-    found = bound.backward(inside, *_inward(plan, whole.out, lse, d_out, d_lse))
+    found = bound.backward(inside, *_inward(plan, whole.out, lse, whole.d_out, d_lse))
     shares: Shares = pull({name: _share(found, name).astype(array.dtype) for name, array in prepared.items()})[0]
     return shares
 

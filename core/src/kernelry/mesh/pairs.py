@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from kernelry._pytree import pytree
+from kernelry.execution.normalization import LogSumExp
 from kernelry.execution.parts import Shares, Whole, pull_part, run_part
 from kernelry.execution.plan import Plan
 from kernelry.kernel.partial import Partial
@@ -90,9 +91,12 @@ class Steps:
         table = np.asarray(self.table.table)
         devices = np.arange(self.size)
         full = [d for d in range(self.size) if (table[devices, (devices - d) % self.size] != EMPTY).any()]
-        gaps = [(after - before, after) for before, after in zip(full, [*full[1:], full[0] + self.size], strict=True)]
-        _, start = max(gaps, key=lambda gap: gap[0])
-        start = start % self.size
+        following = [*full[1:], full[0] + self.size]
+        gaps = [
+            (after - before, after == self.size, after % self.size)
+            for before, after in zip(full, following, strict=True)
+        ]
+        start = max(gaps)[2]  # behind the longest gap; a device's own keys first where gaps are alike
         last = max((d - start) % self.size for d in full)
         return tuple((start + step) % self.size for step in range(last + 1))
 
@@ -159,13 +163,35 @@ def _local_leaf(letters: str, leaf: Any, start: Any, length: int) -> Any:
     return leaf
 
 
-def run_pair(steps: Steps, operands: Operands, keys: Keys, device: Any, shard: Any, kind: int) -> Partial:
-    """Attends to one shard of keys; `kind` is the class of the pair."""
+def run_pair(
+    steps: Steps, operands: Operands, merged: Partial | None, keys: Keys, device: Any, shard: Any, kind: int
+) -> tuple[Partial, jax.Array]:
+    """Attends to one shard of keys, and merges that with what was found before, so that an empty pair costs nothing.
+
+    Args:
+      steps, operands: the device's.
+      merged: attention to earlier shards; None in the first step.
+      keys, device, shard: which queries meet which keys.
+      kind: the class of the pair.
+
+    Returns:
+      The merged Partial, and booleans [B, N, T]: the rows that see nothing of this shard.
+    """
+
+    def nothing() -> tuple[Partial, jax.Array]:
+        found = _nothing(steps)
+        assert found.lse is not None
+        return found if merged is None else merged, jnp.ones_like(found.lse, bool)
+
+    def run() -> tuple[Partial, jax.Array]:
+        part = _uniform_part(steps.plans[kind], inputs)
+        assert part.lse is not None
+        return part if merged is None else LogSumExp().merge([merged, part]), jnp.isneginf(part.lse)
+
     if kind == EMPTY:
-        return _nothing(steps)
+        return nothing()
     inputs, traced = _inputs(steps, operands, keys, device, shard, steps.table.classes[kind])
-    run = functools.partial(_uniform_part, steps.plans[kind], inputs)
-    found: Partial = _unless_hidden(steps, traced, run, lambda: _nothing(steps))
+    found: tuple[Partial, jax.Array] = _unless_hidden(steps, traced, run, nothing)
     return found
 
 
@@ -191,28 +217,57 @@ def _nothing(steps: Steps) -> Partial:
 
 
 def pull_pair(
-    steps: Steps, operands: Operands, keys: Keys, device: Any, shard: Any, none: jax.Array, whole: Whole, kind: int
-) -> Shares:
-    """Returns the gradients, in float32, that come from one shard of keys, of which the rows `none` see nothing."""
-    names = [operand.value for operand in Operand if operand in steps.request.gradients]
-    shapes = {"query": operands.query, "key": keys[0], "value": keys[1], "bias": operands.bias}
+    steps: Steps,
+    operands: Operands,
+    kept: Shares,
+    keys: Keys,
+    device: Any,
+    shard: Any,
+    none: jax.Array,
+    whole: Whole,
+    kind: int,
+) -> tuple[Shares, Shares]:
+    """Differentiates attention to one shard of keys.
 
-    def nothing() -> Shares:
-        shares = {name: jnp.zeros(shapes[name].shape, jnp.float32) for name in names if name != "bias"}
-        if "bias" in names:
-            shares["bias"] = jnp.zeros(_bias_shape(steps, operands), jnp.float32)
-        return shares
+    Args:
+      steps, operands: the device's.
+      kept: the sums of gradients, in float32, of what stays on the device: query and bias.
+      keys, device, shard: which queries meet which keys.
+      none: the rows that see nothing of this shard.
+      whole: attention to all keys.
+      kind: the class of the pair.
+
+    Returns:
+      `kept` with what this shard adds, and the gradients of its key and value, in float32.
+    """
+    names = [operand.value for operand in Operand if operand in steps.request.gradients]
+    moving = {name: array for name, array in zip(("key", "value"), keys[:2], strict=True) if name in names}
+
+    def nothing() -> tuple[Shares, Shares]:
+        return kept, {name: jnp.zeros(array.shape, jnp.float32) for name, array in moving.items()}
+
+    def pulled() -> tuple[Shares, Shares]:
+        found = {
+            name: share.astype(jnp.float32) for name, share in pull_part(steps.plans[kind], inputs, none, whole).items()
+        }
+        added = {name: add_share(steps, total, found[name], name, shard) for name, total in kept.items()}
+        return added, {name: found[name] for name in moving}
 
     if kind == EMPTY:
         return nothing()
     inputs, traced = _inputs(steps, operands, keys, device, shard, steps.table.classes[kind])
-
-    def pulled() -> Shares:
-        found = pull_part(steps.plans[kind], inputs, none, whole)
-        return {name: found[name].astype(jnp.float32) for name in names}
-
-    shares: Shares = _unless_hidden(steps, traced, pulled, nothing)
+    shares: tuple[Shares, Shares] = _unless_hidden(steps, traced, pulled, nothing)
     return shares
+
+
+def add_share(steps: Steps, total: jax.Array, share: jax.Array, name: str, shard: Any) -> jax.Array:
+    """Adds a gradient to a sum, which may cover all keys."""
+    if total.shape == share.shape:
+        return total + share
+    axis = 3 if name == "bias" else 1
+    start = shard * steps.request.kv_len
+    before = lax.dynamic_slice_in_dim(total, start, steps.request.kv_len, axis=axis)
+    return lax.dynamic_update_slice_in_dim(total, before + share, start, axis=axis)
 
 
 def _unless_hidden(steps: Steps, masks: Iterable[Mask], run: Callable[[], Any], nothing: Callable[[], Any]) -> Any:
@@ -223,8 +278,3 @@ def _unless_hidden(steps: Steps, masks: Iterable[Mask], run: Callable[[], Any], 
     if not decided:
         return run()
     return lax.cond(functools.reduce(operator.and_, decided).any(), run, nothing)
-
-
-def _bias_shape(steps: Steps, operands: Operands) -> tuple[int, ...]:
-    *rows, slots = operands.bias.shape
-    return (*rows, 1 if slots == 1 else steps.request.kv_len)

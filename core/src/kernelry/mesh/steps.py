@@ -27,13 +27,17 @@ from kernelry.execution.attend import whole_of
 from kernelry.execution.normalization import LogSumExp
 from kernelry.execution.parts import Shares, Whole
 from kernelry.kernel.partial import Partial, heads_last
-from kernelry.mesh.pairs import Keys, Operands, Source, Steps, pull_pair, run_pair
+from kernelry.mesh.pairs import Keys, Operands, Source, Steps, add_share, pull_pair, run_pair
 from kernelry.request.request import Operand
 from kernelry.request.sharding import Axes
 
 _Body = Callable[[Any, Keys, Any, tuple[int, ...], Any], tuple[Any, Any]]
 """Of a loop over steps: what was carried (None in the first), the keys of the shard, the step, the steps that this may
 be, and an input of its own; returns what is carried on, and an output."""
+
+
+_MOVING = ("key", "value")
+"""The operands that are sent from device to device, and whose gradients are."""
 
 
 def attend_in_steps(steps: Steps, operands: Operands) -> Partial:
@@ -56,10 +60,9 @@ def _forward(steps: Steps, operands: Operands) -> tuple[Partial, Any]:
 
     def body(merged: Any, keys: Keys, offset: Any, group: tuple[int, ...], _: Any) -> tuple[Partial, jax.Array]:
         shard = _shard(steps, device, offset)
-        run = functools.partial(run_pair, steps, operands, _cut(steps, keys, shard), device, shard)
-        part = _switched(steps, group, device, shard, run)
-        assert part.lse is not None
-        return part if merged is None else LogSumExp().merge([merged, part]), jnp.isneginf(part.lse)
+        run = functools.partial(run_pair, steps, operands, merged, _cut(steps, keys, shard), device, shard)
+        found: tuple[Partial, jax.Array] = _switched(steps, group, device, shard, run)
+        return found
 
     merged, empty = _loop(steps, _own_keys(steps, operands), body, None)
     if steps.source is Source.OWN:
@@ -83,7 +86,7 @@ def _backward(steps: Steps, residuals: Any, d_whole: Partial) -> tuple[Operands]
         d_out, d_lse = lax.psum((d_out, d_lse), steps.axes)  # type: ignore[no-untyped-call]
         seen = lax.psum(seen.astype(jnp.int32), steps.axes) > 0  # type: ignore[no-untyped-call]
     d_out = jnp.where(heads_last(seen), d_out, 0)  # so that a NaN in an empty row's cotangent stops here
-    whole = Whole(out, lse, rest, d_out, d_lse)
+    whole = Whole.of(out, lse, rest, d_out, d_lse)
     shares = _shares(steps, operands, empty, whole)
     found = {name: share.astype(getattr(operands, name).dtype) for name, share in shares.items()}
     named = {name: found.get(name) for name in ("query", "key", "value", "bias")}
@@ -102,12 +105,16 @@ def _shares(steps: Steps, operands: Operands, empty: jax.Array, whole: Whole) ->
     def body(sums: Any, keys: Keys, offset: Any, group: tuple[int, ...], none: Any) -> tuple[Shares, None]:
         sums = _zeros(steps, operands, names) if sums is None else _sent_sums(steps, sums, 1)
         shard = _shard(steps, device, offset)
-        run = functools.partial(pull_pair, steps, operands, _cut(steps, keys, shard), device, shard, none, whole)
-        return _plus(steps, sums, _switched(steps, group, device, shard, run), shard), None
+        kept = {name: total for name, total in sums.items() if name not in _MOVING}
+        met = _cut(steps, keys, shard)
+        run = functools.partial(pull_pair, steps, operands, kept, met, device, shard, none, whole)
+        kept, shares = _switched(steps, group, device, shard, run)
+        added = {name: add_share(steps, sums[name], share, name, shard) for name, share in shares.items()}
+        return {**kept, **added}, None
 
     sums, _ = _loop(steps, _own_keys(steps, operands), body, empty)
     if steps.source is Source.GATHERED:
-        for name in ("key", "value"):
+        for name in _MOVING:
             if name in sums:
                 sums[name] = lax.psum_scatter(  # type: ignore[no-untyped-call]
                     sums[name], steps.axes, scatter_dimension=1, tiled=True
@@ -219,35 +226,22 @@ def _zeros(steps: Steps, operands: Operands, names: list[str]) -> Shares:
     whole = steps.size if steps.source is Source.GATHERED else 1
     for name in names:
         shape = list(getattr(operands, name).shape)
-        if name in ("key", "value"):
+        if name in _MOVING:
             shape[1] *= whole
         found[name] = jnp.zeros(shape, jnp.float32)
     return found
 
 
-def _plus(steps: Steps, sums: Shares, shares: Shares, shard: Any) -> Shares:
-    return {name: _added(steps, total, shares[name], name, shard) for name, total in sums.items()}
-
-
-def _added(steps: Steps, total: jax.Array, share: jax.Array, name: str, shard: Any) -> jax.Array:
-    if total.shape == share.shape:
-        return total + share
-    axis = 3 if name == "bias" else 1
-    start = shard * steps.request.kv_len
-    before = lax.dynamic_slice_in_dim(total, start, steps.request.kv_len, axis=axis)
-    return lax.dynamic_update_slice_in_dim(total, before + share, start, axis=axis)
-
-
 def _sent_sums(steps: Steps, sums: Shares, by: int) -> Shares:
     """The gradients of keys go where the keys go, in the end home."""
-    moving = {name: sums[name] for name in ("key", "value") if name in sums}
+    moving = {name: sums[name] for name in _MOVING if name in sums}
     return {**sums, **_sent(steps, moving, by)}
 
 
 def _of_sinks(steps: Steps, sinks: jax.Array, whole: Whole) -> jax.Array:
     delta = jnp.einsum("BTND,BTND->BNT", whole.out.astype(jnp.float32), whole.d_out.astype(jnp.float32))
     nothing = jnp.isneginf(whole.lse)  # no key and no sink
-    exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, whole.lse) - whole.rest
+    exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, whole.lse)
     share = -(jnp.where(nothing, 0.0, jnp.exp(exponent)) * delta).sum(axis=(0, 2))
     if steps.source is Source.OWN:
         share = share / steps.size  # every device has all of it, and they are summed
