@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -23,7 +24,7 @@ from kernelry.masks.spread import leaf_axes, spread_in_order
 from kernelry.mesh.cutting import order_positions, with_traced_rows
 from kernelry.mesh.finding import MeshFacts
 from kernelry.mesh.pairs import Operands, Source, Steps, TracedMask
-from kernelry.mesh.steps import attend_in_steps
+from kernelry.mesh.steps import attend_in_steps, merged_across
 from kernelry.request.request import Request
 from kernelry.request.sharding import Axes, Sharding
 from kernelry.resolution.explanation import Resolution
@@ -31,7 +32,9 @@ from kernelry.resolution.shards import ShardedResolution, Shards, grid_of
 from kernelry.storage import PagedArray
 
 
-def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts: MeshFacts) -> Partial:
+def run_on_mesh(
+    resolution: Resolution, request: Request, inputs: Inputs, facts: MeshFacts, apart: bool = False
+) -> Partial:
     """Runs the plans of a call's shards inside a shard_map.
 
     Args:
@@ -39,6 +42,8 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
       request: the whole call's.
       inputs: the whole arrays.
       facts: the mesh that cuts them.
+      apart: whether devices that share out keys alone leave their results apart, each as rows of a Partial of
+        devices · B rows; `finished_across` merges them.
     """
     assert facts.sharding is not None
     whole = ShardedResolution(Shards(facts.sharding, (request,)), (resolution,))
@@ -69,9 +74,26 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
             shards.sharding.size(shards.sharding.ring or shards.sharding.kv_axes),
             _source(shards.sharding),
             request.partial,
+            apart,
         )
         body = _InSteps(cutting, steps)
-    return _mapped(body, operands, specs, cutting.results(), facts)
+    results = _partial_specs(shards.sharding, request.partial, request.max_logits, request.dtype, apart)
+    return _mapped(body, operands, specs, results, facts)
+
+
+def finished_across(partial: Partial, facts: MeshFacts) -> Partial:
+    """Merges what devices left apart, in one collective.
+
+    Args:
+      partial: of devices · B rows, with lse; the merged results of several calls, if they are cut alike.
+      facts: of the calls.
+    """
+    cut = facts.sharding
+    assert cut is not None
+    before, after = (
+        _partial_specs(cut, True, partial.max_logits is not None, partial.dtype, apart) for apart in (True, False)
+    )
+    return _mapped(functools.partial(merged_across, axes=cut.kv_axes), partial, before, after, facts)
 
 
 def _source(sharding: Sharding) -> Source:
@@ -82,7 +104,7 @@ def _source(sharding: Sharding) -> Source:
     return Source.GATHERED if sharding.strategy == "all_gather" else Source.RING
 
 
-def _mapped(body: Any, operands: Operands, specs: Operands, results: Partial, facts: MeshFacts) -> Partial:
+def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshFacts) -> Partial:
     active = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in facts.mesh.axis_types:
         operands = jax.tree.map(lambda array, spec: _resharded(array, spec, facts.mesh), operands, specs)
@@ -192,19 +214,6 @@ class _Cutting:
             return leaf
         return jnp.repeat(jnp.asarray(leaf), repeats, axis=place)
 
-    def results(self) -> Partial:
-        """The PartitionSpecs of a Partial."""
-        cut = self.sharding
-        batch, heads, length = _one(cut.batch), _one(cut.heads), _one(cut.sequence)
-        statistic = _partition(batch, heads, length) if self.request.partial else None
-        return Partial(
-            _partition(batch, length, heads),
-            lse=statistic,
-            lse_rest=statistic,
-            max_logits=_partition(batch, _one(cut.head_axes)) if self.request.max_logits else None,
-            dtype=self.request.dtype,
-        )
-
     def on_device(self, operands: Operands) -> Operands:
         """A device's arrays as attention is computed: key/value heads repeated, heads exchanged for tokens."""
         cut = self.sharding
@@ -256,6 +265,20 @@ def _exchanged(array: jax.Array, axes: Axes, split: int, concatenated: int) -> j
         array, axes, split_axis=split, concat_axis=concatenated, tiled=True
     )
     return found
+
+
+def _partial_specs(cut: Sharding, statistics: bool, max_logits: bool, dtype: str, apart: bool) -> Partial:
+    """The PartitionSpecs of a Partial."""
+    batch = _one((*cut.kv_axes, *cut.batch) if apart else cut.batch)
+    heads, length = _one(cut.heads), _one(cut.sequence)
+    statistic = _partition(batch, heads, length) if statistics else None
+    return Partial(
+        _partition(batch, length, heads),
+        lse=statistic,
+        lse_rest=statistic,
+        max_logits=_partition(batch, _one(cut.head_axes)) if max_logits else None,
+        dtype=dtype,
+    )
 
 
 def _partition(*entries: Any) -> Any:
