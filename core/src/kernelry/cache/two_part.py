@@ -17,12 +17,12 @@ from kernelry.cache.parts import CachePart
 from kernelry.cache.slots import (
     check_sizes,
     check_tokens,
+    counts_like,
     empty,
     is_known,
-    token_counts,
     varying_as,
-    write,
     write_first,
+    write_rows,
 )
 from kernelry.errors import ArgumentError, CacheFullError
 from kernelry.masks import Mask
@@ -227,7 +227,7 @@ class TwoPartCache(KVCache):
                 f"TwoPartCache: {tokens} tokens per row do not fit into the {slots} slots of the {part} part; "
                 f"nothing was written. Create it with a larger {part}=."
             )
-        return token_counts(lengths, batch, tokens)
+        return counts_like(self.prefill_lengths, lengths, tokens)
 
     def _fits(self, before: jax.Array, counts: jax.Array, part: str) -> jax.Array:
         slots = self._slots(part)
@@ -244,10 +244,9 @@ class TwoPartCache(KVCache):
     ) -> Self:
         """This cache with counts[b] of the tokens in the slots of a part that follow before[b], if they fit."""
         place = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
-        rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
         slots, kept = before[:, None] + place, (place < counts[:, None]) & fits
         after: dict[str, Any] = {
-            f"{part}_{name}": write(getattr(self, f"{part}_{name}"), new, rows, slots, kept)
+            f"{part}_{name}": write_rows(getattr(self, f"{part}_{name}"), new, slots, kept)
             for name, new in (("key", key), ("value", value))
         }
         after[f"{part}_lengths"] = jnp.where(fits, before + counts, getattr(self, f"{part}_lengths"))

@@ -73,7 +73,8 @@ def choose_sharded(question: Question) -> Resolution:
         try:
             found = _native(question, named) if strategy == "native" else _of_shards(question, cut(request, named))
         except _NotCutError as error:
-            refused.append(Candidate(strategy, "kernelry", (error.refusal,)))
+            named_by = strategy if sharding.sequence else "sharding"  # without sequences there is no strategy
+            refused.append(Candidate(named_by, "kernelry", (error.refusal,)))
             continue
         if found.plan is not None:
             return found
@@ -230,8 +231,9 @@ def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
         detail = f"heads N={request.q_heads} do not divide over {' and '.join(sharding.head_axes)}: "
         yield Refusal(code, detail + f"{request.q_heads} % {heads} = {request.q_heads % heads}", _FEWER_HEADS)
     if request.page_size is not None and (sharding.batch or sharding.cuts_sequences):
-        detail = f"sharding={sharding} of pages of page_size={request.page_size}: they may be anywhere in the pool"
-        yield Refusal(code, detail, "share out its heads alone, or give each shard a cache with a pool of its own")
+        cut = "the batch" if sharding.batch else "the sequence"
+        detail = f"{cut} of paged keys cannot be cut: a row's pages may be anywhere in the pool"
+        yield Refusal(code, detail, _POOL_OF_ITS_OWN)
     why = why_not_cut(request.mask)
     if why is not None and not sharding.is_empty:
         yield Refusal(code, f"mask={request.mask} cannot be cut: {why}")
@@ -239,6 +241,7 @@ def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
         yield Refusal(code, f"normalization={request.normalization} of keys on several devices")
 
 
+_POOL_OF_ITS_OWN = "cut their heads alone, or give each shard a cache with a pool of its own, inside a shard_map"
 _FEWER_HEADS = "share heads out over fewer devices, or let the strategy be ring"
 
 
