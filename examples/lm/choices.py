@@ -12,7 +12,8 @@ from flax import nnx
 from rich.table import Table
 
 import kernelry
-from lm.generate import decode, prefill
+from lm.generate import decode, prefill, prompt_of
+from lm.mesh import divisible
 from lm.model import Decoder
 from lm.settings import Settings
 from lm.train import loss_and_gradient
@@ -45,9 +46,9 @@ def choices(model: Decoder, settings: Settings) -> list[Choice]:
     """
     training, generation = settings.training, settings.generation
     windows = jnp.zeros((training.batch, training.seq_len + 1), jnp.int32)
-    prompt = jnp.zeros((1, len(generation.prompt.encode())), jnp.int32)
+    prompt = prompt_of(generation)
     capacity = prompt.shape[1] + generation.length
-    caches = model.empty_caches(1, capacity)
+    caches = model.empty_caches(prompt.shape[0], divisible(capacity))
     return [
         *_traced(model, lambda model: loss_and_gradient(model, windows)),
         *_traced(model, lambda model: prefill(model, prompt, capacity)),
