@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from lm.choices import on_mesh
 from lm.data import Batch, batches, load_text
 from lm.launch import LaunchError, launch
 from lm.mesh import ROWS, MeshSettings, of_parameter, of_tokens, placed, simulate_devices
@@ -108,7 +109,7 @@ def _batches(name: str, mesh: MeshSettings) -> Iterator[Batch]:
 
 
 def _told(resolution: kernelry.Resolution) -> str:
-    return f"{resolution.kernel}: {resolution.request}"
+    return "\n    ".join([f"{resolution.request.mask}: {resolution.kernel}", *on_mesh(resolution)])
 
 
 def _say(*lines: str) -> None:

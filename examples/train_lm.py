@@ -133,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a TOML file, e.g. examples/configs/tiny.toml")
     parser.add_argument("--steps", type=int, help="instead of training.steps")
-    parser.add_argument("--mesh", help="devices along data, tensor and context, e.g. data:2,context:4; a CPU simulates them")
+    parser.add_argument(
+        "--mesh", help="devices along data, tensor and context, e.g. data:2,context:4; a CPU simulates them"
+    )
     parser.add_argument("--name", help="instead of the config's name")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder for runs (default: runs)")
     return parser

@@ -131,7 +131,9 @@ def placed(tree: Any, mesh: Mesh, spec: Callable[[Any, Any], PartitionSpec]) -> 
 
     def put(path: Any, array: Any) -> jax.Array:
         host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, NamedSharding(mesh, spec(path, host)), lambda place: host[place])
+        return jax.make_array_from_callback(
+            host.shape, NamedSharding(mesh, spec(path, host)), lambda place: host[place]
+        )
 
     return jax.tree_util.tree_map_with_path(put, tree)
 

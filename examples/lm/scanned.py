@@ -57,9 +57,7 @@ class ScannedDecoder:
         return model.logits(x)
 
 
-@functools.partial(
-    jax.checkpoint, static_argnums=0, policy=jax.checkpoint_policies.save_only_these_names("context")
-)
+@functools.partial(jax.checkpoint, static_argnums=0, policy=jax.checkpoint_policies.save_only_these_names("context"))
 def _layer(graph: Any, state: Any, x: jax.Array, packed: Packed) -> jax.Array:
     after, _ = nnx.merge(graph, state)(x, Mode.TRAIN, None, packed)
     return after
