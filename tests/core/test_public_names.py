@@ -67,7 +67,15 @@ CACHE = {
     "SharedPrefix",
     "TwoPartCache",
 }
-PARALLEL = {"ContextParallel", "load_balanced_order", "reorder_for_load_balance", "undo_reorder"}
+PARALLEL = {
+    "ContextParallel",
+    "Sharding",
+    "choose_order",
+    "load_balanced_order",
+    "reorder_for_load_balance",
+    "shard_attention",
+    "undo_reorder",
+}
 PLUGIN = {
     "CONTRACT",
     "QUANTIZATIONS",
@@ -90,6 +98,7 @@ PLUGIN = {
     "Kernel",
     "KernelSpec",
     "Knowledge",
+    "ManualAxes",
     "Mask",
     "MaskForm",
     "Mode",

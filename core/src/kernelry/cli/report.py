@@ -44,6 +44,8 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
         "kv_quantizations": sorted(can.kv_quantizations),
         "pages": can.pages,
         "context_parallel": sorted(can.context_parallel),
+        "manual_axes": can.manual_axes.value,
+        "partitioned_by_xla": can.partitioned_by_xla,
         "gradient": can.gradient.value,
     }
 
@@ -79,6 +81,9 @@ def _serves(row: dict[str, Any]) -> RenderableType:
         facts.add_row("keys stored as", _words(stored))
     if row["context_parallel"]:
         facts.add_row("across devices by", _words(row["context_parallel"]))
+    if row["partitioned_by_xla"]:
+        facts.add_row("Auto axes", "partitioned by XLA")
+    facts.add_row("manual axes", row["manual_axes"])
     facts.add_row("gradient", row["gradient"])
     return Group(Text(row["summary"]), facts)
 

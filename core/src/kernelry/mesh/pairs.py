@@ -66,6 +66,7 @@ class Steps:
       axes, size: of the mesh, along which the steps go, and the number of devices along them.
       source: where keys come from.
       partial: whether statistics are returned.
+      apart: whether devices that share out keys alone leave their results apart, for `merged_across`.
     """
 
     plans: tuple[Plan, ...]
@@ -77,6 +78,12 @@ class Steps:
     size: int
     source: Source
     partial: bool
+    apart: bool = False
+
+    @property
+    def merges_across(self) -> bool:
+        """Whether the results of devices are merged, each of its own keys."""
+        return self.source is Source.OWN and not self.apart
 
     @property
     def request(self) -> Request:

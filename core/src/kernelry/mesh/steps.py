@@ -64,9 +64,9 @@ def _forward(steps: Steps, operands: Operands) -> tuple[Partial, Any]:
         return found
 
     merged, empty = _loop(steps, _own_keys(steps, operands), body, None)
-    if steps.source is Source.OWN:
-        merged = _merged_across(merged, steps.axes)
-    elif merged.max_logits is not None:
+    if steps.merges_across:
+        merged = merged_across(merged, steps.axes)
+    elif merged.max_logits is not None and not steps.apart:
         merged = dataclasses.replace(merged, max_logits=_most(merged.max_logits, steps.axes))
     whole, (lse, rest) = whole_of([merged], operands.sinks)
     out = whole.out if steps.partial else whole.out.astype(steps.request.dtype)
@@ -81,7 +81,7 @@ def _backward(steps: Steps, residuals: Any, d_whole: Partial) -> tuple[Operands]
     operands, out, lse, rest, empty = residuals
     d_out, d_lse = d_whole.out.astype(out.dtype), d_whole.lse if steps.partial else None
     seen = ~empty.all(axis=0)
-    if steps.source is Source.OWN:  # each device has its share of the cotangent of one result
+    if steps.merges_across:  # each device has its share of the cotangent of one result
         d_out, d_lse = lax.psum((d_out, d_lse), steps.axes)  # type: ignore[no-untyped-call]
         seen = lax.psum(seen.astype(jnp.int32), steps.axes) > 0  # type: ignore[no-untyped-call]
     d_out = jnp.where(heads_last(seen), d_out, 0)  # so that a NaN in an empty row's cotangent stops here
@@ -246,12 +246,12 @@ def _of_sinks(steps: Steps, sinks: jax.Array, whole: Whole) -> jax.Array:
     nothing = jnp.isneginf(whole.lse)  # no key and no sink
     exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, whole.lse)
     share = -(jnp.where(nothing, 0.0, jnp.exp(exponent)) * delta).sum(axis=(0, 2))
-    if steps.source is Source.OWN:
+    if steps.merges_across:
         share = share / steps.size  # every device has all of it, and they are summed
     return share.astype(sinks.dtype)
 
 
-def _merged_across(partial: Partial, axes: Axes) -> Partial:
+def merged_across(partial: Partial, axes: Axes) -> Partial:
     """Merges the results of devices, in one collective; the largest logits are another."""
     assert partial.lse is not None
     assert partial.lse_rest is not None

@@ -12,7 +12,7 @@ import numpy as np
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, MaskForm, PositionForm, PositionKind
 from kernelry.masks.positions import StaticPositions, load_balanced_order
-from kernelry.masks.shard_pairs import EMPTY, PairTable, ShardGrid, class_form, pair_table
+from kernelry.masks.shard_pairs import EMPTY, PairTable, ShardGrid, best_order, class_form, pair_table
 from kernelry.masks.spread import why_not_cut
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import Operand, Request
@@ -65,7 +65,7 @@ def choose_sharded(question: Question) -> Resolution:
     """Asks about the shards of a call that says how it is sharded; `auto` takes the first strategy that serves it."""
     request = question.request
     assert request.sharding is not None
-    sharding = Sharding.parse(request.sharding)
+    sharding = _with_order(request, Sharding.parse(request.sharding))
     refused: list[Candidate] = []
     first: Resolution | None = None
     for strategy in _strategies(sharding):
@@ -73,7 +73,8 @@ def choose_sharded(question: Question) -> Resolution:
         try:
             found = _native(question, named) if strategy == "native" else _of_shards(question, cut(request, named))
         except _NotCutError as error:
-            refused.append(Candidate(strategy, "kernelry", (error.refusal,)))
+            named_by = strategy if sharding.sequence else "sharding"  # without sequences there is no strategy
+            refused.append(Candidate(named_by, "kernelry", (error.refusal,)))
             continue
         if found.plan is not None:
             return found
@@ -81,6 +82,17 @@ def choose_sharded(question: Question) -> Resolution:
     if first is not None:
         return dataclasses.replace(first, candidates=(*first.candidates, *refused))
     return Resolution(request, None, tuple(refused), "the sharding")
+
+
+def _with_order(request: Request, sharding: Sharding) -> Sharding:
+    """The sharding with the order that suits the mask, where it leaves that open."""
+    if sharding.order != "auto":
+        return sharding
+    # Of a symbolic length no strategy serves any order.
+    alike = request.q_len == request.kv_len and not request.symbolic_sizes
+    ring = sharding.size(sharding.ring)
+    order = best_order(request.mask, request.q_len, ring) if alike else "contiguous"
+    return dataclasses.replace(sharding, order=order)
 
 
 def _strategies(sharding: Sharding) -> tuple[str, ...]:
@@ -219,8 +231,9 @@ def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
         detail = f"heads N={request.q_heads} do not divide over {' and '.join(sharding.head_axes)}: "
         yield Refusal(code, detail + f"{request.q_heads} % {heads} = {request.q_heads % heads}", _FEWER_HEADS)
     if request.page_size is not None and (sharding.batch or sharding.cuts_sequences):
-        detail = f"sharding={sharding} of pages of page_size={request.page_size}: they may be anywhere in the pool"
-        yield Refusal(code, detail, "share out its heads alone, or give each shard a cache with a pool of its own")
+        cut = "the batch" if sharding.batch else "the sequence"
+        detail = f"{cut} of paged keys cannot be cut: a row's pages may be anywhere in the pool"
+        yield Refusal(code, detail, _POOL_OF_ITS_OWN)
     why = why_not_cut(request.mask)
     if why is not None and not sharding.is_empty:
         yield Refusal(code, f"mask={request.mask} cannot be cut: {why}")
@@ -228,6 +241,7 @@ def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
         yield Refusal(code, f"normalization={request.normalization} of keys on several devices")
 
 
+_POOL_OF_ITS_OWN = "cut their heads alone, or give each shard a cache with a pool of its own, inside a shard_map"
 _FEWER_HEADS = "share heads out over fewer devices, or let the strategy be ring"
 
 
