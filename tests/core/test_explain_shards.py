@@ -307,7 +307,7 @@ def test_an_axis_without_a_size_is_an_error():
             {"q_heads": 6, "kv_heads": 6, "sharding": "sequence=c:4 ulysses"},
             "heads N=6 do not divide over c: 6 % 4 = 2",
         ),
-        ({"page_size": 16, "gradients": (), "sharding": "batch=d:2"}, "sharding=batch=d:2"),
+        ({"page_size": 16, "gradients": (), "sharding": "batch=d:2"}, "the batch of paged keys cannot be cut"),
     ],
 )
 def test_what_a_strategy_cannot_cut_is_refused_by_name(changed, words):
