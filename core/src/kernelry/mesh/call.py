@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
+from kernelry.execution.apart import in_checked_map
+from kernelry.execution.manual_axes import are_checked
 from kernelry.execution.normalization import to_lse
 from kernelry.execution.plan import Plan
 from kernelry.kernel.partial import Partial
@@ -116,7 +118,7 @@ def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshF
         axis_names=facts.names,
         check_vma=False,
     )
-    found: Partial = run(operands)
+    found: Partial = in_checked_map(run, operands) if are_checked() else run(operands)
     return found
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from kernelry.kernel.common import largest_divisor
 from kernelry.masks.blocks import Grid, decided_blocks
 from kernelry.masks.form import MaskForm
+from kernelry.masks.positions import ORDERS
 from kernelry.masks.shard_pairs import ShardGrid, lockstep, lockstep_efficiency
 from kernelry.request.request import Request
-from kernelry.request.sharding import TOKEN_ORDERS
 from kernelry.resolution.shards import Shards, grid_of
 
 
@@ -46,7 +46,8 @@ def balances(request: Request, shards: Shards) -> tuple[tuple[Balance, ...], int
     is_ring = shards.table is not None and grid.q_shards > 1
     if not is_ring or request.q_len != request.kv_len:
         return (), 0
-    whole = [order for order in TOKEN_ORDERS if order != "dual_chunk" or request.q_len % (2 * grid.q_shards) == 0]
+    divides = request.q_len % (2 * grid.q_shards) == 0
+    whole = [order for order in ("contiguous", *ORDERS) if order != "dual_chunk" or divides]
     counts = {order: blocks_by_pair(request.mask, dataclasses.replace(grid, order=order)) for order in whole}
     found = [
         Balance(order, int(by.sum(1).min()), int(by.sum(1).max()), lockstep(by), lockstep_efficiency(by))
