@@ -26,7 +26,7 @@ from kernelry.mesh.steps import attend_in_steps
 from kernelry.request.request import Request
 from kernelry.request.sharding import Axes, Sharding
 from kernelry.resolution.explanation import Resolution
-from kernelry.resolution.shards import ShardedResolution, Shards, grid_of
+from kernelry.resolution.shards import ShardedResolution, Shards, grid_of, with_order
 from kernelry.storage import PagedArray
 
 
@@ -34,12 +34,17 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
     """Runs the plans of a call's shards inside a shard_map.
 
     Args:
-      resolution: of the call, with its shards; without any where a mesh with explicit axes cuts nothing.
+      resolution: of the call, with its shards; without any where a mesh with explicit axes cuts nothing, or the kernel
+        attends across devices itself.
       request: the whole call's.
       inputs: the whole arrays.
       facts: the mesh that cuts them.
     """
     assert facts.sharding is not None
+    if resolution.shards is None and request.sharding is not None:
+        assert resolution.plan is not None
+        masks = _whole_masks(request, with_order(request, facts.sharding), inputs.mask)
+        return resolution.plan.run(dataclasses.replace(inputs, mask=masks))
     whole = ShardedResolution(Shards(facts.sharding, (request,)), (resolution,))
     found = resolution.shards or whole
     shards = found.shards

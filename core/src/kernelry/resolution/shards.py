@@ -21,6 +21,9 @@ from kernelry.resolution.question import Question, choose
 _AUTO = ("ring", "ulysses", "all_gather")
 """What `auto` tries, in this order: a ring holds least memory, and serves any mask that can be cut."""
 
+_NATIVE = ("ring", "all_gather")
+"""The strategies of kernels that attend across devices themselves, in the order in which `native` tries them."""
+
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,29 +63,30 @@ class _NotCutError(Exception):
 
 
 def choose_sharded(question: Question) -> Resolution:
-    """Asks about the shards of a call that says how it is sharded; `auto` takes the first strategy that serves it."""
+    """Asks about the shards of a call that says how it is sharded; `auto` takes the first strategy that serves it.
+
+    Where no kernel serves the shards of a strategy, those that have it themselves are asked about the whole call.
+    """
     request = question.request
     assert request.sharding is not None
-    sharding = _with_order(request, Sharding.parse(request.sharding))
+    sharding = with_order(request, Sharding.parse(request.sharding))
     refused: list[Candidate] = []
     first: Resolution | None = None
     for strategy in _strategies(sharding):
         named = dataclasses.replace(sharding, strategy=strategy)
-        if strategy == "native":
-            found = _native(question, named)
-        else:
+        for ask in (_native,) if strategy == "native" else (_cut, _native):
             try:
-                found = _of_shards(question, cut(request, named))
+                found = ask(question, named)
             except _NotCutError as error:
                 refused.append(Candidate(strategy, "kernelry", (error.refusal,)))
                 continue
-        if found.plan is not None:
-            return found
-        first = first or found
+            if found.plan is not None:
+                return found
+            first = first or found
     return first or Resolution(request, None, tuple(refused), "the sharding")
 
 
-def _with_order(request: Request, sharding: Sharding) -> Sharding:
+def with_order(request: Request, sharding: Sharding) -> Sharding:
     """The sharding with the order that suits the mask, where it leaves that open."""
     if sharding.order != "auto":
         return sharding
@@ -112,29 +116,30 @@ def _of_shards(question: Question, shards: Shards) -> Resolution:
     return dataclasses.replace(shown, request=request, shards=ShardedResolution(shards, found))
 
 
+def _cut(question: Question, sharding: Sharding) -> Resolution:
+    return _of_shards(question, cut(question.request, sharding))
+
+
 def _native(question: Question, sharding: Sharding) -> Resolution:
-    """Asks the kernels that attend across devices themselves."""
+    """Asks the kernels that attend across devices themselves; `native` is by any strategy of theirs."""
     request = question.request
-    if len(sharding.sequence) != 1 or sharding.kv_sequence is not None:
-        raise _NotCutError("strategy=native takes one axis that cuts queries and keys alike")
-    (axis,) = sharding.sequence
-    mask = _ordered(request, sharding)
-    answers = (
-        choose(
-            dataclasses.replace(
-                question,
-                request=dataclasses.replace(
-                    request,
-                    sharding=None,
-                    mask=mask,
-                    context_parallel=str(ContextParallel(axis, strategy, sharding.size((axis,)))),
-                ),
-            )
+    strategies = _NATIVE if sharding.strategy == "native" else (sharding.strategy,)
+    if strategies[0] not in _NATIVE or len(sharding.sequence) != 1 or sharding.kv_sequence is not None:
+        raise _NotCutError(
+            f"kernels attend across devices themselves by {' or '.join(_NATIVE)}, over one axis that cuts "
+            f"queries and keys alike, not by sharding={sharding}"
         )
-        for strategy in ("ring", "all_gather")
+    (axis,) = sharding.sequence
+    size, mask = sharding.size((axis,)), _ordered(request, sharding)
+    asked = (
+        dataclasses.replace(
+            request, sharding=None, mask=mask, context_parallel=str(ContextParallel(axis, strategy, size))
+        )
+        for strategy in strategies
     )
-    found = next(answers)
-    return found if found.plan is not None else next(answers)
+    found = [choose(dataclasses.replace(question, request=own)) for own in asked]
+    served = next((resolution for resolution in found if resolution.plan is not None), found[0])
+    return dataclasses.replace(served, request=request)
 
 
 def cut(request: Request, sharding: Sharding) -> Shards:
