@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)  # what tests of meshes simulate; the others use the first
 # The interpreter of TPUs calls back into Python, and waits for ever where that waits for what was dispatched before.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")  # one folder each: a file may be read while it is written

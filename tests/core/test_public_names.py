@@ -98,6 +98,7 @@ PLUGIN = {
     "Kernel",
     "KernelSpec",
     "Knowledge",
+    "ManualAxes",
     "Mask",
     "MaskForm",
     "Mode",

@@ -132,8 +132,9 @@ def attention_with_options(
     bias: Any = None,
     sinks: Any = None,
     dropout_rng: Any = None,
+    apart: bool = False,
 ) -> Any:
-    """`attention` for caches and layers, which hold its options as one value."""
+    """`attention` for caches and layers, which hold its options as one value; `apart` as in `run_on_mesh`."""
     arrays, form = _arrays(query, key, value, mask, bias, sinks)
     check_kernel_name(kernel)
     options = options.checked()
@@ -145,7 +146,7 @@ def attention_with_options(
         )
     scope = current_scope()
     target = scope.target or current_target()
-    facts = _mesh_facts(scope, arrays)
+    facts = _mesh_facts(scope, arrays.query, arrays.key)
     request = options.request(
         arrays.query,
         arrays.key,
@@ -178,27 +179,36 @@ def attention_with_options(
         arrays = in_reverse_mode(arrays, request.gradients, spec, alternatives)
     if facts is not None:
         _warn_of_repeated_work(facts, spec)
-    run = _runner(resolution, request, facts)
+    run = _runner(resolution, request, facts, apart)
     return _run(spec, run, arrays, request, alternatives, notice=scope.target is None)
 
 
-def _mesh_facts(scope: Scope, arrays: Inputs) -> MeshFacts | None:
+def keys_alone_cut(query: Any, key: Any) -> MeshFacts | None:
+    """What a mesh means for a call whose keys alone are cut; None where that is not so."""
+    facts = _mesh_facts(current_scope(), query, key)
+    cut = None if facts is None else facts.sharding
+    return facts if cut is not None and cut.kv_axes and not cut.sequence else None
+
+
+def _mesh_facts(scope: Scope, query: Any, key: Any) -> MeshFacts | None:
     """What a mesh means for a call; None where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    if scope.sharding is None and mesh.empty and jax.typeof(arrays.query).sharding.mesh.empty:
+    if scope.sharding is None and mesh.empty and jax.typeof(query).sharding.mesh.empty:
         return None
     from kernelry.mesh.finding import mesh_facts  # imported where there is a mesh
 
-    return mesh_facts(scope.sharding, arrays.query, arrays.key)
+    return mesh_facts(scope.sharding, query, key)
 
 
-def _runner(resolution: Resolution, request: Request, facts: MeshFacts | None) -> Callable[[Inputs], Partial]:
+def _runner(
+    resolution: Resolution, request: Request, facts: MeshFacts | None, apart: bool
+) -> Callable[[Inputs], Partial]:
     if facts is None or facts.sharding is None:
         assert resolution.plan is not None
         return resolution.plan.run
     from kernelry.mesh.call import run_on_mesh  # imported where there is a mesh
 
-    return functools.partial(run_on_mesh, resolution, request, facts=facts)
+    return functools.partial(run_on_mesh, resolution, request, facts=facts, apart=apart)
 
 
 def _native_text(context: ContextParallel) -> str | None:

@@ -15,7 +15,7 @@ A plugin is a module named by an entry point in group `kernelry.plugins`. It sta
 
 from kernelry._pytree import pytree
 from kernelry.execution.normalization import Normalization, log_sum, with_sinks
-from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
+from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, ManualAxes, Statistic, Tolerance
 from kernelry.kernel.common import (
     array_refusals,
     largest_divisor,
@@ -74,6 +74,7 @@ __all__ = [
     "Kernel",
     "KernelSpec",
     "Knowledge",
+    "ManualAxes",
     "Mask",
     "MaskForm",
     "Mode",

@@ -9,7 +9,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from kernelry.api import attention_with_options
+from kernelry.api import attention_with_options, keys_alone_cut
 from kernelry.errors import ArgumentError
 from kernelry.execution.normalization import finalize, merge
 from kernelry.kernel.partial import Partial
@@ -79,11 +79,19 @@ def partials_of(
     kernel: str = AUTO,
     dropout_rng: jax.Array | None = None,
 ) -> list[Partial]:
-    """Attends to each part; `finished` makes the result of the call."""
+    """Attends to each part; `finished` makes the result of the call.
+
+    Parts whose keys are cut alike over the axes of a mesh come back as one Partial: each device merges its own shards
+    of them, and one collective the devices'.
+    """
+    parts = tuple(parts)
+    cut = [keys_alone_cut(query, part.key) for part in parts] if len(parts) > 1 else []
+    together = next((facts for facts in cut if facts is not None and cut.count(facts) > 1), None)
     gradients = None if options.gradients is None else operands_of(options.gradients) - {Operand.SINKS}
     asked = dataclasses.replace(options, partial=True, gradients=gradients)
-    found = []
+    found: tuple[list[Partial], list[Partial]] = [], []
     for number, part in enumerate(parts):
+        apart = together is not None and cut[number] == together
         result = attention_with_options(
             query,
             part.key,
@@ -94,9 +102,14 @@ def partials_of(
             dropout_rng=None if dropout_rng is None else jax.random.fold_in(dropout_rng, number),
             options=asked,
             kernel=kernel,
+            apart=apart,
         )
-        found.append(result[0] if asked.max_logits else result)
-    return found
+        found[apart].append(result[0] if asked.max_logits else result)
+    if together is None:
+        return found[False]
+    from kernelry.mesh.call import finished_across  # imported where there is a mesh
+
+    return [*found[False], finished_across(merge(found[True]), together)]
 
 
 def finished(partials: Sequence[Partial], sinks: jax.Array | None, options: CallOptions) -> Any:

@@ -17,11 +17,12 @@ from kernelry.cache.parts import CachePart
 from kernelry.cache.slots import (
     check_sizes,
     check_tokens,
+    counts_like,
     empty,
     is_known,
-    token_counts,
-    write,
+    varying_as,
     write_first,
+    write_rows,
 )
 from kernelry.errors import ArgumentError, CacheFullError
 from kernelry.masks import Mask
@@ -146,10 +147,12 @@ class TwoPartCache(KVCache):
                 prefill_value=write_first(self.prefill_value, value),
                 prefill_lengths=counts,
                 decode_lengths=nothing,
-            )
+            )._varying_as(key, value, counts)
         fits = self._fits(nothing, counts, "prefill")
         written = self._written("prefill", key, value, nothing, counts, fits)
-        return dataclasses.replace(written, decode_lengths=jnp.where(fits, nothing, self.decode_lengths))
+        return dataclasses.replace(written, decode_lengths=jnp.where(fits, nothing, self.decode_lengths))._varying_as(
+            key, value, counts
+        )
 
     def prefill_chunk(
         self,
@@ -180,7 +183,7 @@ class TwoPartCache(KVCache):
                 "follow the prompt: use append, or replace all rows by prefill."
             )
         fits = self._fits(self.prefill_lengths, counts, "prefill") & ~behind.any()
-        return self._written("prefill", key, value, self.prefill_lengths, counts, fits)
+        return self._written("prefill", key, value, self.prefill_lengths, counts, fits)._varying_as(key, value, counts)
 
     def append(
         self,
@@ -204,6 +207,16 @@ class TwoPartCache(KVCache):
     def _slots(self, part: str) -> int:
         return known_length(f"TwoPartCache: {part}_key", getattr(self, f"{part}_key"))
 
+    def _varying_as(self, key: Any, value: Any, counts: jax.Array) -> Self:
+        """The cache whose decode part varies over manual axes as it will when such tokens are appended."""
+        return dataclasses.replace(
+            self,
+            decode_key=varying_as(key, self.decode_key),
+            decode_value=varying_as(value, self.decode_value),
+            decode_lengths=varying_as(counts, self.decode_lengths),
+            overflowed=varying_as(counts, self.overflowed),
+        )
+
     def _counts(self, key: Any, value: Any, lengths: Any, part: str) -> jax.Array:
         """Checks tokens for one part, and returns their number in each row."""
         batch = self.prefill_lengths.shape[0]
@@ -214,7 +227,7 @@ class TwoPartCache(KVCache):
                 f"TwoPartCache: {tokens} tokens per row do not fit into the {slots} slots of the {part} part; "
                 f"nothing was written. Create it with a larger {part}=."
             )
-        return token_counts(lengths, batch, tokens)
+        return counts_like(self.prefill_lengths, lengths, tokens)
 
     def _fits(self, before: jax.Array, counts: jax.Array, part: str) -> jax.Array:
         slots = self._slots(part)
@@ -231,10 +244,9 @@ class TwoPartCache(KVCache):
     ) -> Self:
         """This cache with counts[b] of the tokens in the slots of a part that follow before[b], if they fit."""
         place = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
-        rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
         slots, kept = before[:, None] + place, (place < counts[:, None]) & fits
         after: dict[str, Any] = {
-            f"{part}_{name}": write(getattr(self, f"{part}_{name}"), new, rows, slots, kept)
+            f"{part}_{name}": write_rows(getattr(self, f"{part}_{name}"), new, slots, kept)
             for name, new in (("key", key), ("value", value))
         }
         after[f"{part}_lengths"] = jnp.where(fits, before + counts, getattr(self, f"{part}_lengths"))

@@ -10,6 +10,7 @@ from typing import Any, final
 import importlib_metadata
 import jax
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 
 from kernelry._version import __version__
@@ -20,7 +21,8 @@ from kernelry.registry.contents import Fault, InstalledKernel, Registry, switch_
 from kernelry.registry.hooks import CONTRACT
 from kernelry.request.request import NEUTRAL
 from kernelry.request.target import home_target
-from kernelry.resolution.explanation import Resolution, answer_of, remarks_on
+from kernelry.resolution.explanation import Resolution
+from kernelry.resolution.telling import answer_of, remarks_on, told_of_shards
 
 _SETS = ("platforms", "modes", "dtypes", "atoms", "features", "statistics")
 """What a listing says of every kernel, by the names of Capabilities."""
@@ -42,6 +44,8 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
         "kv_quantizations": sorted(can.kv_quantizations),
         "pages": can.pages,
         "context_parallel": sorted(can.context_parallel),
+        "manual_axes": can.manual_axes.value,
+        "partitioned_by_xla": can.partitioned_by_xla,
         "gradient": can.gradient.value,
     }
 
@@ -77,6 +81,9 @@ def _serves(row: dict[str, Any]) -> RenderableType:
         facts.add_row("keys stored as", _words(stored))
     if row["context_parallel"]:
         facts.add_row("across devices by", _words(row["context_parallel"]))
+    if row["partitioned_by_xla"]:
+        facts.add_row("Auto axes", "partitioned by XLA")
+    facts.add_row("manual axes", row["manual_axes"])
     facts.add_row("gradient", row["gradient"])
     return Group(Text(row["summary"]), facts)
 
@@ -203,6 +210,8 @@ def resolution_parts(resolution: Resolution, asked: Asked | None = None) -> Iter
     yield Text(str(resolution.request))
     if asked is not None:
         yield Text(str(asked))
+    for line in told_of_shards(resolution):
+        yield Padding(Text(line.lstrip()), (0, 0, 0, len(line) - len(line.lstrip())), expand=False)
     yield Text(f"decided by: {resolution.rule}")
     table = Table(show_lines=True)
     for column in ("", "kernel", "from", "answer"):

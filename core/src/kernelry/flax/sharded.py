@@ -38,7 +38,7 @@ def sharding_of(config: AttentionConfig, mesh: Any, sharding: Sharding | str | N
     if sharding is not None:
         from kernelry.request.sharding import Sharding  # imported where calls are sharded
 
-        said = Sharding.parse(sharding)  # type: ignore[arg-type]
+        said = Sharding.parse(sharding)
     if mesh is None:
         return said
     if not isinstance(mesh, Mesh | AbstractMesh):

@@ -54,6 +54,17 @@ class Gradient(enum.Enum):
 
 
 @final
+class ManualAxes(enum.Enum):
+    """How a kernel runs inside a `shard_map` that checks over which axes arrays vary (`check_vma=True`, the default).
+
+    CHECKED: as it is; what it computes passes the check. UNCHECKED: inside a `shard_map` of core's that does not check.
+    """
+
+    CHECKED = "checked"
+    UNCHECKED = "unchecked"
+
+
+@final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Dims:
     """Head dims a kernel takes: minimum ≤ dim ≤ maximum, a multiple of `multiple_of`."""
@@ -126,6 +137,7 @@ class Capabilities:
       kv_quantizations: the quantised keys and values it reads as they are, e.g. `int8:head_dim`.
       pages: whether it reads keys and values through a table of pages.
       context_parallel: the strategies by which it attends across devices itself, e.g. `ring`.
+      manual_axes: how it runs inside a `shard_map`.
       partitioned_by_xla: whether XLA partitions it over the automatic axes of a mesh; other kernels compute the whole
         call on every device, or do not compile, unless the call says how it is sharded.
       tolerances: per dtype.
@@ -158,6 +170,7 @@ class Capabilities:
     kv_quantizations: frozenset[str] = frozenset()
     pages: bool = False
     context_parallel: frozenset[str] = frozenset()
+    manual_axes: ManualAxes = ManualAxes.UNCHECKED
     partitioned_by_xla: bool = False
     tolerances: tuple[Tolerance, ...] = ()
 

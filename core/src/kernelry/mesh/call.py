@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
+from kernelry.execution.normalization import to_lse
 from kernelry.execution.plan import Plan
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs
@@ -22,7 +24,7 @@ from kernelry.masks.spread import leaf_axes, spread_in_order
 from kernelry.mesh.cutting import order_positions, with_traced_rows
 from kernelry.mesh.finding import MeshFacts
 from kernelry.mesh.pairs import Operands, Source, Steps, TracedMask
-from kernelry.mesh.steps import attend_in_steps
+from kernelry.mesh.steps import attend_in_steps, merged_across
 from kernelry.request.request import Request
 from kernelry.request.sharding import Axes, Sharding
 from kernelry.resolution.explanation import Resolution
@@ -30,7 +32,9 @@ from kernelry.resolution.shards import ShardedResolution, Shards, grid_of, with_
 from kernelry.storage import PagedArray
 
 
-def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts: MeshFacts) -> Partial:
+def run_on_mesh(
+    resolution: Resolution, request: Request, inputs: Inputs, facts: MeshFacts, apart: bool = False
+) -> Partial:
     """Runs the plans of a call's shards inside a shard_map.
 
     Args:
@@ -39,6 +43,8 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
       request: the whole call's.
       inputs: the whole arrays.
       facts: the mesh that cuts them.
+      apart: whether devices that share out keys alone leave their results apart, each as rows of a Partial of
+        devices · B rows; `finished_across` merges them.
     """
     assert facts.sharding is not None
     if resolution.shards is None and request.sharding is not None:
@@ -73,9 +79,26 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
             shards.sharding.size(shards.sharding.ring or shards.sharding.kv_axes),
             _source(shards.sharding),
             request.partial,
+            apart,
         )
         body = _InSteps(cutting, steps)
-    return _mapped(body, operands, specs, cutting.results(), facts)
+    results = _partial_specs(shards.sharding, request.partial, request.max_logits, request.dtype, apart)
+    return _mapped(body, operands, specs, results, facts)
+
+
+def finished_across(partial: Partial, facts: MeshFacts) -> Partial:
+    """Merges what devices left apart, in one collective.
+
+    Args:
+      partial: of devices · B rows, with lse; the merged results of several calls, if they are cut alike.
+      facts: of the calls.
+    """
+    cut = facts.sharding
+    assert cut is not None
+    before, after = (
+        _partial_specs(cut, True, partial.max_logits is not None, partial.dtype, apart) for apart in (True, False)
+    )
+    return _mapped(functools.partial(merged_across, axes=cut.kv_axes), partial, before, after, facts)
 
 
 def _source(sharding: Sharding) -> Source:
@@ -86,7 +109,7 @@ def _source(sharding: Sharding) -> Source:
     return Source.GATHERED if sharding.strategy == "all_gather" else Source.RING
 
 
-def _mapped(body: Any, operands: Operands, specs: Operands, results: Partial, facts: MeshFacts) -> Partial:
+def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshFacts) -> Partial:
     active = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in facts.mesh.axis_types:
         operands = jax.tree.map(lambda array, spec: _resharded(array, spec, facts.mesh), operands, specs)
@@ -141,6 +164,12 @@ class _Cutting:
         heads = self.sharding.heads
         return heads if self.request.kv_heads % self.sharding.size(heads) == 0 else ()
 
+    @property
+    def kv_shard_axes(self) -> Axes:
+        """The axes whose devices have different keys while attention is computed."""
+        cut = self.sharding
+        return cut.ring if cut.sequence and cut.kv_axes else cut.kv_axes
+
     def operands(self, inputs: Inputs, masks: tuple[Mask, ...]) -> tuple[Operands, Operands]:
         """The arrays, and their PartitionSpecs."""
         cut = self.sharding
@@ -169,8 +198,10 @@ class _Cutting:
     def _keys(self, keys: Any) -> Any:
         heads = _one(self.kv_head_axes)
         if isinstance(keys, PagedArray):
-            pages = jax.tree.map(lambda array: _spec(array, (None, None, heads, None)), keys.pages)
-            return dataclasses.replace(keys, pages=pages, table=_partition())
+            # A table has two dimensions; pages that are found through it are everywhere in the pool.
+            return jax.tree.map(
+                lambda array: _spec(array, (None, None, heads, None)) if array.ndim == 4 else _partition(), keys
+            )
         return jax.tree.map(
             lambda array: _spec(array, (_one(self.sharding.batch), _one(self.sharding.kv_axes), heads, None)), keys
         )
@@ -178,9 +209,9 @@ class _Cutting:
     def spec(self, letters: str, array: Any) -> Any:
         """Of an array whose dimensions have letters, from the right; sizes of 1 are not cut."""
         cut = self.sharding
-        keys = cut.ring if cut.sequence and cut.kv_axes else cut.kv_axes
-        travels = keys if len(letters) <= 2 and (cut.ring or not cut.sequence) else ()
-        axes = {"B": cut.batch, "N": cut.head_axes, "K": cut.head_axes, "T": cut.ring, "S": travels}
+        axes = {"B": cut.batch, "N": cut.head_axes, "K": cut.head_axes, "T": cut.ring}
+        if "T" not in letters:  # else it is cut along S as each shard of keys is met
+            axes["S"] = self.kv_shard_axes
         rank = jnp.ndim(array)
         named = letters[len(letters) - rank :]
         return _spec(array, tuple(_one(axes.get(letter, ())) for letter in named))
@@ -195,19 +226,6 @@ class _Cutting:
             return leaf
         return jnp.repeat(jnp.asarray(leaf), repeats, axis=place)
 
-    def results(self) -> Partial:
-        """The PartitionSpecs of a Partial."""
-        cut = self.sharding
-        batch, heads, length = _one(cut.batch), _one(cut.heads), _one(cut.sequence)
-        statistic = _partition(batch, heads, length) if self.request.partial else None
-        return Partial(
-            _partition(batch, length, heads),
-            lse=statistic,
-            lse_rest=statistic,
-            max_logits=_partition(batch, _one(cut.head_axes)) if self.request.max_logits else None,
-            dtype=self.request.dtype,
-        )
-
     def on_device(self, operands: Operands) -> Operands:
         """A device's arrays as attention is computed: key/value heads repeated, heads exchanged for tokens."""
         cut = self.sharding
@@ -220,26 +238,26 @@ class _Cutting:
         arrays = dataclasses.replace(operands, key=key, value=value, dropout_rng=rng)
         if not cut.exchanged:
             return arrays
-        exchanged = (
-            jax.tree.map(lambda array: _exchanged(array, cut.exchanged, 2, 1), keys)
+        query, key, value = (
+            jax.tree.map(lambda array: _tokens_for_heads(array, cut.exchanged), keys)
             for keys in (arrays.query, key, value)
         )
-        query, key, value = exchanged
         return dataclasses.replace(arrays, query=query, key=key, value=value)
 
     def _own_heads(self, keys: Any, repeats: int) -> Any:
+        """Key/value heads as often as needed; of heads that are not cut, those that a device's queries read."""
         if repeats == 1:
             return keys
-        repeated = jax.tree.map(lambda array: jnp.repeat(array, repeats, axis=2), keys)
         if self.kv_head_axes == self.sharding.heads:
-            return repeated
+            return _of_heads(keys, lambda array: jnp.repeat(array, repeats, axis=2))
         mine = self.request.kv_heads * repeats // self.sharding.size(self.sharding.heads)
-        first = lax.axis_index(self.sharding.heads) * mine
-        return jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, first, mine, axis=2), repeated)
+        heads = (lax.axis_index(self.sharding.heads) * mine + jnp.arange(mine)) // repeats
+        return _of_heads(keys, lambda array: jnp.take(array, heads, axis=2, mode="clip"))
 
     def returned(self, partial: Partial) -> Partial:
         """A device's result with tokens exchanged for heads again."""
         cut = self.sharding.exchanged
+        partial = to_lse(partial) if self.request.partial else partial  # some kernels return max and sum
         named = {"lse": partial.lse, "lse_rest": partial.lse_rest} if self.request.partial else {}
         out = _exchanged(partial.out, cut, 1, 2) if cut else partial.out
         statistics = {
@@ -248,11 +266,38 @@ class _Cutting:
         return Partial(out, max_logits=partial.max_logits, dtype=partial.dtype, **statistics)
 
 
+def _tokens_for_heads(array: jax.Array, axes: Axes) -> jax.Array:
+    """All tokens of some heads; a scale of all heads remains one."""
+    if array.shape[2] == 1:
+        gathered: jax.Array = lax.all_gather(array, axes, axis=1, tiled=True)
+        return gathered
+    return _exchanged(array, axes, 2, 1)
+
+
+def _of_heads(keys: Any, chosen: Callable[[jax.Array], jax.Array]) -> Any:
+    """Keys with other heads; a page table and a scale of all heads are as they were."""
+    return jax.tree.map(lambda array: chosen(array) if array.shape[2:3] == keys.shape[2:3] else array, keys)
+
+
 def _exchanged(array: jax.Array, axes: Axes, split: int, concatenated: int) -> jax.Array:
     found: jax.Array = lax.all_to_all(  # type: ignore[no-untyped-call]
         array, axes, split_axis=split, concat_axis=concatenated, tiled=True
     )
     return found
+
+
+def _partial_specs(cut: Sharding, statistics: bool, max_logits: bool, dtype: str, apart: bool) -> Partial:
+    """The PartitionSpecs of a Partial."""
+    batch = _one((*cut.kv_axes, *cut.batch) if apart else cut.batch)
+    heads, length = _one(cut.heads), _one(cut.sequence)
+    statistic = _partition(batch, heads, length) if statistics else None
+    return Partial(
+        _partition(batch, length, heads),
+        lse=statistic,
+        lse_rest=statistic,
+        max_logits=_partition(batch, _one(cut.head_axes)) if max_logits else None,
+        dtype=dtype,
+    )
 
 
 def _partition(*entries: Any) -> Any:

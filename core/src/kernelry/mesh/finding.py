@@ -18,6 +18,7 @@ from kernelry.request.request import Request
 from kernelry.request.sharding import Axes, Sharding
 from kernelry.resolution.resolver import explain
 from kernelry.resolution.shards import ShardedResolution
+from kernelry.storage import PagedArray, QuantizedArray
 
 
 @final
@@ -71,7 +72,7 @@ def mesh_facts(said: Sharding | None, query: jax.Array, key: Any) -> MeshFacts:
 
     Args:
       said: what the surrounding scopes say.
-      query, key: its arrays; of quantised or paged keys nothing is read.
+      query, key: its arrays.
 
     Raises:
       ArgumentError: no mesh is active, or it has no such axis.
@@ -185,8 +186,6 @@ def _without(sharding: Sharding, manual: frozenset[str]) -> Sharding:
 def _explicit(query: jax.Array, key: Any, explicit: frozenset[str]) -> Sharding:
     """Reads the types of arrays; where only one of query and key is cut, the other is cut alike."""
     of_query = Sharding.of_specs(_spec("query", query, explicit))
-    if not isinstance(key, jax.Array):
-        return of_query
     of_key = Sharding.of_specs(_spec("key", key, explicit))
     for name in ("batch", "heads"):
         own, other = getattr(of_query, name), getattr(of_key, name)
@@ -200,8 +199,16 @@ def _explicit(query: jax.Array, key: Any, explicit: frozenset[str]) -> Sharding:
     )
 
 
-def _spec(name: str, array: jax.Array, explicit: frozenset[str]) -> tuple[Any, ...]:
-    spec = jax.typeof(array).sharding.spec
+def _spec(name: str, array: Any, explicit: frozenset[str]) -> tuple[Any, ...]:
+    if isinstance(array, PagedArray):
+        pool, slots, *heads = _spec(name, array.pages, explicit)
+        if pool or slots:
+            raise ArgumentError(
+                f"the pages of {name} are cut over {pool or slots}, and a row's may be anywhere in the pool: cut their "
+                "heads alone, or give each shard a cache with a pool of its own, inside a shard_map."
+            )
+        return (pool, slots, *heads)
+    spec = jax.typeof(array.values if isinstance(array, QuantizedArray) else array).sharding.spec
     found = tuple(
         tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis in explicit) for axes in spec
     )

@@ -64,9 +64,9 @@ def _forward(steps: Steps, operands: Operands) -> tuple[Partial, Any]:
         return found
 
     merged, empty = _loop(steps, _own_keys(steps, operands), body, None)
-    if steps.source is Source.OWN:
-        merged = _merged_across(merged, steps.axes)
-    elif merged.max_logits is not None:
+    if steps.merges_across:
+        merged = merged_across(merged, steps.axes)
+    elif merged.max_logits is not None and not steps.apart:
         merged = dataclasses.replace(merged, max_logits=_most(merged.max_logits, steps.axes))
     whole, (lse, rest) = whole_of([merged], operands.sinks)
     out = whole.out if steps.partial else whole.out.astype(steps.request.dtype)
@@ -81,7 +81,7 @@ def _backward(steps: Steps, residuals: Any, d_whole: Partial) -> tuple[Operands]
     operands, out, lse, rest, empty = residuals
     d_out, d_lse = d_whole.out.astype(out.dtype), d_whole.lse if steps.partial else None
     seen = ~empty.all(axis=0)
-    if steps.source is Source.OWN:  # each device has its share of the cotangent of one result
+    if steps.merges_across:  # each device has its share of the cotangent of one result
         d_out, d_lse = lax.psum((d_out, d_lse), steps.axes)  # type: ignore[no-untyped-call]
         seen = lax.psum(seen.astype(jnp.int32), steps.axes) > 0  # type: ignore[no-untyped-call]
     d_out = jnp.where(heads_last(seen), d_out, 0)  # so that a NaN in an empty row's cotangent stops here
@@ -167,18 +167,26 @@ def _own_keys(steps: Steps, operands: Operands) -> Keys:
     keys = operands.key, operands.value, moving
     if steps.source is not Source.GATHERED:
         return keys
-    gathered: Keys = jax.tree.map(lambda array: _gathered(steps, array), keys)
-    return gathered
+    return _along_keys(steps, keys, lambda array, axis: lax.all_gather(array, steps.axes, axis=axis, tiled=True))
 
 
-def _gathered(steps: Steps, array: jax.Array) -> jax.Array:
-    axis = 1 if array.ndim >= 3 else array.ndim - 1
-    whole: jax.Array = lax.all_gather(array, steps.axes, axis=axis, tiled=True)
-    return whole
+def _along_keys(steps: Steps, keys: Keys, run: Callable[[jax.Array, int], jax.Array]) -> Keys:
+    """Applies a function of an array and its axis S to all keys."""
+    *key_and_value, moving = keys
+    key, value = (jax.tree.map(lambda array: run(array, 1), stored) for stored in key_and_value)
+    leaves = tuple(
+        tuple(
+            None if leaf is None else run(leaf, letters.index("S"))
+            for letters, leaf in zip(mask.letters, leaves, strict=True)
+        )
+        for mask, leaves in zip(steps.traced, moving, strict=True)
+    )
+    return key, value, leaves
 
 
 def _runs_along_keys(letters: str, leaf: Any) -> bool:
-    return len(letters) <= 2 and letters.endswith("S") and leaf.ndim > 0 and leaf.shape[-1] != 1
+    """Whether an array goes with the keys; one along T, too, is cut as each shard of keys is met."""
+    return "S" in letters and "T" not in letters and leaf.shape[letters.index("S")] != 1
 
 
 def _sent(steps: Steps, tree: Any, by: int) -> Any:
@@ -194,13 +202,9 @@ def _cut(steps: Steps, keys: Keys, shard: Any) -> Keys:
     if steps.source in (Source.RING, Source.OWN):
         return keys
     length = steps.request.kv_len
-
-    def part(array: jax.Array) -> jax.Array:
-        axis = 1 if array.ndim >= 3 else array.ndim - 1
-        return lax.dynamic_slice_in_dim(array, shard * length, length, axis=axis)
-
-    cut: Keys = jax.tree.map(part, keys)
-    return cut
+    return _along_keys(
+        steps, keys, lambda array, axis: lax.dynamic_slice_in_dim(array, shard * length, length, axis=axis)
+    )
 
 
 def _switched(steps: Steps, group: tuple[int, ...], device: Any, shard: Any, run: Callable[[int], Any]) -> Any:
@@ -242,12 +246,12 @@ def _of_sinks(steps: Steps, sinks: jax.Array, whole: Whole) -> jax.Array:
     nothing = jnp.isneginf(whole.lse)  # no key and no sink
     exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, whole.lse)
     share = -(jnp.where(nothing, 0.0, jnp.exp(exponent)) * delta).sum(axis=(0, 2))
-    if steps.source is Source.OWN:
+    if steps.merges_across:
         share = share / steps.size  # every device has all of it, and they are summed
     return share.astype(sinks.dtype)
 
 
-def _merged_across(partial: Partial, axes: Axes) -> Partial:
+def merged_across(partial: Partial, axes: Axes) -> Partial:
     """Merges the results of devices, in one collective; the largest logits are another."""
     assert partial.lse is not None
     assert partial.lse_rest is not None

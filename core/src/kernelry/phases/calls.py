@@ -22,6 +22,7 @@ from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
 from kernelry.request.arguments import CallOptions
 from kernelry.request.request import Mode, Request
+from kernelry.request.sharding import Sharding
 from kernelry.request.target import Target
 
 if TYPE_CHECKING:
@@ -227,8 +228,16 @@ def _call(
         target=target,
         sinks=config.sinks and not partial,  # sinks join once, after the merge of the parts
         interpret=current_scope().interpret,
+        sharding=_sharding(shape, mode),
     )
     return PhaseCall(name, request, mask, key, value)
+
+
+def _sharding(shape: ModelShape, mode: Mode) -> str | None:
+    if shape.sharding is None:
+        return None
+    sharding = Sharding.parse(shape.sharding)
+    return str(sharding.of_one_token if mode is Mode.DECODE else sharding)
 
 
 def options_in(mode: Mode, config: AttentionConfig, *, partial: bool = False, from_cache: bool = False) -> CallOptions:

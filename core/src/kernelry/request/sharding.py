@@ -167,7 +167,7 @@ class Sharding:
         return cls.of_specs(query, query if kv_length is None else read.axes((batch, kv_length, heads)), **options)
 
     @classmethod
-    def parse(cls, text: str) -> Sharding:
+    def parse(cls, text: str | Sharding) -> Sharding:
         """Reads e.g. `batch=d:4 heads=t:2 sequence=c:8 ring dual`: axes with their sizes, a strategy, an order.
 
         `order=auto` is the order that suits the mask; the word `auto` alone is a strategy.
@@ -279,6 +279,35 @@ class Sharding:
             mesh=self.mesh,
         )
 
+    @property
+    def located(self) -> Sharding:
+        """This sharding with the sizes that it says itself, and without the axes of size 1.
+
+        Raises:
+          ArgumentError: it does not say the size of an axis.
+        """
+        sizes = dict(self.sizes)
+        unsized = [axis for name in _AXES for axis in getattr(self, name) or () if axis not in sizes]
+        if unsized:
+            raise ArgumentError(
+                f"sharding {str(self)!r}: the size of axis {unsized[0]!r} is not said; write e.g. {unsized[0]}:8."
+            )
+        return self.on(sizes)
+
+    @property
+    def of_one_token(self) -> Sharding:
+        """How a decode step is cut whose keys are cut as here: one query per row, which all devices along S have."""
+        if not self.sequence:
+            return self
+        return dataclasses.replace(
+            self, sequence=(), kv_sequence=self.kv_axes, strategy="auto", ulysses=(), order="contiguous"
+        )
+
+    @property
+    def devices(self) -> int:
+        """Those along all axes, of a sharding that knows their sizes."""
+        return math.prod(size for _, size in self.sizes)
+
     def size(self, axes: Iterable[str]) -> int:
         """The devices along some axes, of a sharding that knows their sizes."""
         sizes = dict(self.sizes)
@@ -291,7 +320,9 @@ class Sharding:
 
     @property
     def exchanged(self) -> Axes:
-        """The axes along which heads are exchanged for tokens."""
+        """The axes along which heads are exchanged for tokens; none where each device has all keys."""
+        if self.kv_sequence == ():
+            return ()
         return self.sequence if self.strategy == "ulysses" else self.ulysses if self.strategy == "usp" else ()
 
     @property
@@ -307,7 +338,7 @@ class Sharding:
     @property
     def ordered(self) -> Axes:
         """The axes over whose devices `order` shares out the tokens."""
-        return self.ring or self.sequence
+        return self.ring or self.sequence or self.kv_axes
 
     @property
     def is_empty(self) -> bool:

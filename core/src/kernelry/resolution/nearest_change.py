@@ -68,8 +68,10 @@ def nearest_changes(
             return None  # no such request: partial with sinks, say
 
     found: dict[str, Change] = {}
+    # Static positions belong to their lengths; of a length that is cut, few neighbours divide.
+    fixed = PositionKind.STATIC in request.mask.position_kinds or request.sharding is not None
     for fields in (("q_len", "kv_len"),) if request.q_len == request.kv_len else (("kv_len",), ("q_len",)):
-        if PositionKind.STATIC not in request.mask.position_kinds:  # else positions belong to their lengths
+        if not fixed:
             asked = functools.cache(lambda length, fields=fields: changed(**dict.fromkeys(fields, length)))
             for other, sign, edge in _edges(getattr(request, fields[0]), chosen, asked, bounds):
                 found.setdefault(other, Change(other, fields, f"{' and '.join(fields)} {sign} {edge}", str(edge)))

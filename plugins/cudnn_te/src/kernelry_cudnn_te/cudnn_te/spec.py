@@ -11,6 +11,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     PositionKind,
@@ -120,6 +121,8 @@ CUDNN_TE = KernelSpec(
         gradients=_ALL,
         empty_rows=True,
         context_parallel=frozenset({"all_gather", "ring"}),
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=True,  # by the vendor's custom_partitioning: batch and heads
         tolerances=standard_tolerances(
             "bfloat16",
             "float16",

@@ -10,6 +10,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     PositionKind,
@@ -66,6 +67,8 @@ SPLASH = KernelSpec(
         gradient=Gradient.BACKWARD,
         names_residuals=True,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=False,
         tolerances=standard_tolerances(
             "float32",
             "bfloat16",
