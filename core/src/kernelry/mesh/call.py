@@ -25,8 +25,9 @@ from kernelry.mesh.cutting import order_positions, with_traced_rows
 from kernelry.mesh.finding import MeshFacts
 from kernelry.mesh.pairs import Operands, Source, Steps, TracedMask
 from kernelry.mesh.steps import attend_in_steps, merged_across
+from kernelry.request.axes import Axes
 from kernelry.request.request import Request
-from kernelry.request.sharding import Axes, Sharding
+from kernelry.request.sharding import Sharding
 from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.shards import ShardedResolution, Shards, grid_of, with_order
 from kernelry.storage import PagedArray
