@@ -27,8 +27,8 @@ from kernelry.execution.normalization import LogSumExp
 from kernelry.execution.parts import Shares, Whole
 from kernelry.kernel.partial import Partial, heads_last, named
 from kernelry.mesh.pairs import Keys, Operands, Source, Steps, add_share, pull_pair, run_pair
+from kernelry.request.axes import Axes
 from kernelry.request.request import Operand
-from kernelry.request.sharding import Axes
 
 _Body = Callable[[Any, Keys, Any, tuple[int, ...], Any], tuple[Any, Any]]
 """Of a loop over steps: what was carried (None in the first), the keys of the shard, the step, the steps that this may
