@@ -1,6 +1,7 @@
 """What is said of a call on a mesh: text, data, lock files, proofs, and errors."""
 
 import dataclasses
+import io
 import itertools
 import json
 import sys
@@ -8,11 +9,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 import kernelry
 from kernelry import ModelShape, Request, aot, cli, masks
 from kernelry.aot import Work, compilation, layers
 from kernelry.aot.compilation import Compilation
+from kernelry.cli import check
 from kernelry.config import AttentionConfig
 from kernelry.errors import ArgumentError, ConfigError, NoKernelError, PluginError, ShapeError
 from kernelry.parallel import Sharding
@@ -125,6 +128,17 @@ def test_the_headline_names_every_kernel():
     found = explained(SMALL)
     assert " → dot_product (" in found.headline
     assert " → dot_product and blockwise (" in with_another_kernel(found).headline
+    assert with_another_kernel(found).kernels == ("dot_product", "blockwise")
+    assert (found.kernels, explained(SMALL, sharding=None).kernels) == (("dot_product",), ("dot_product",))
+    assert explained(SMALL, q_heads=6, kv_heads=6, sharding="sequence=c:4 ulysses").kernels == ()
+
+
+def test_check_names_every_kernel():
+    found = with_another_kernel(explained(SMALL))
+    report = aot.LayerReport("train", found, None, Work.of(SMALL, CAUSAL))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(check._table("cpu", (report,)))
+    assert "dot_product and blockwise" in console.export_text()
 
 
 def with_another_kernel(resolution):
@@ -357,9 +371,25 @@ def test_a_sharding_of_a_model_is_read_back_from_its_shape():
     shape = dataclasses.replace(SHAPE, sharding=Sharding(heads="t", sequence="c", sizes={"t": 2, "c": 1}))
     assert shape.sharding == "heads=t:2"
     assert ModelShape(**shape.to_json()) == shape
-    assert dataclasses.replace(SHAPE, sharding="heads=t:1").sharding is None
+    assert dataclasses.replace(SHAPE, sharding="heads=t:1").sharding == ""
     with pytest.raises(ArgumentError, match="the size of axis 't' is not said"):
         dataclasses.replace(SHAPE, sharding="heads=t")
+
+
+def test_a_models_calls_are_cut_as_its_config_says_unless_its_shape_says_otherwise():
+    config = AttentionConfig(sharding="heads=t:2 sequence=c:4 ring")
+
+    def cut(**said):
+        phases = kernelry.resolve_phases(config, dataclasses.replace(SHAPE, **said), target="cpu", changes=False)
+        return [each.request.sharding for each in (phases.train, phases.decode)]
+
+    assert cut() == ["heads=t:2 sequence=c:4 ring", "heads=t:2 kv_sequence=c:4"]
+    assert cut(sharding="batch=d:2") == ["batch=d:2", "batch=d:2"]
+    assert cut(sharding="") == [None, None]
+    config = AttentionConfig(sharding="heads=t")
+    assert cut(sharding="heads=t:2") == ["heads=t:2", "heads=t:2"]
+    with pytest.raises(ArgumentError, match="the size of axis 't' is not said"):
+        cut()
 
 
 @pytest.mark.versions
@@ -425,6 +455,17 @@ def test_the_command_tells_a_mesh_in_80_columns(run):
     assert "64 pairs of shards: 0 full, 64 partial, 0 skipped, 8 of 8 steps" in told
     assert "  over one ICI link: 671 µs, hidden by 709 µs of compute" in told
     assert "  striped 288, waits for 288 (1.00)" in told
+
+
+def test_the_command_reads_the_sharding_of_a_config(run, tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text("[attention]\nsharding = 'sequence=c:4 ring'\n")
+    asked = ("explain", "--config", config, "--q-len", 256, "--json")
+    assert json.loads(run(*asked)[1])["request"]["sharding"] == "sequence=c:4 ring"
+    decode = run(*asked, "--mode", "decode", "--q-len", 1, "--kv-len", 256)[1]
+    assert json.loads(decode)["request"]["sharding"] == "kv_sequence=c:4"
+    assert json.loads(run(*asked, "--sharding", "batch=d:1")[1])["request"]["sharding"] is None
+    assert json.loads(run(*asked, "--sharding", "")[1])["request"]["sharding"] is None
 
 
 def test_the_command_tells_a_mesh_as_json(run):

@@ -22,7 +22,7 @@ from kernelry.kernel.spec import AUTO
 from kernelry.masks import Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import names_in, parse_form
-from kernelry.phases.calls import cached, mask_of, options_in
+from kernelry.phases.calls import cached, mask_of, options_in, sharding_in
 from kernelry.phases.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
 from kernelry.policy.policy import Switches
 from kernelry.registry import installed
@@ -195,7 +195,7 @@ def explain(
         kv_quantization=kv_quantization,
         page_size=page_size,
         context_parallel=context_parallel,
-        sharding=sharding,
+        sharding=sharding_in(phase, read) if sharding is None and read is not None else sharding or None,
         **{**said, **given},
     )
     resolution = explain_request(request, kernel=kernel, policy=None if read is None else read.policy)

@@ -37,7 +37,7 @@ Shards = Annotated[
     typer.Option(
         "--sharding",
         help="the mesh axes that cut batch, heads and sequences, with their sizes, a strategy and an order of tokens, "
-        "e.g. 'batch=d:4 heads=t:2 sequence=c:8 ring dual'; default: one device.",
+        "e.g. 'batch=d:4 heads=t:2 sequence=c:8 ring dual'; default: the config's, or one device, which '' is, too.",
     ),
 ]
 

@@ -103,7 +103,8 @@ class ModelShape:
         `segments`. In an expression the word `config` means the config's mask, e.g. `(config & segments) | spans`;
         without that word it is combined with the config's mask by `&`.
       sharding: how the calls are cut over the axes of a mesh, with their sizes, as in `kernelry.parallel.Sharding`, or
-        its text; of a decode step, whose query has one token, only the keys are cut along a sequence.
+        its text; of a decode step, whose query has one token, only the keys are cut along a sequence. None is the
+        config's, and "" one device.
 
     Raises:
       ArgumentError: a size is not an integer from 1 to 2**31 - 1, the heads, the prompt and its cache, or the mask do
@@ -148,7 +149,7 @@ class ModelShape:
                 f"mask must be a kernelry mask or an expression such as 'segments', got {type(self.mask).__name__}."
             )
         if self.sharding is not None:
-            object.__setattr__(self, "sharding", str(Sharding.parse(self.sharding).located) or None)
+            object.__setattr__(self, "sharding", str(Sharding.parse(self.sharding).located))
         object.__setattr__(self, "cache", cache)
         object.__setattr__(self, "two_part", two_part)
         if not isinstance(self.mask, str):

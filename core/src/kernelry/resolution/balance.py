@@ -40,14 +40,16 @@ class Balance:
         return f"{self.order} {blocks}, waits for {self.waited} ({self.efficiency:.2f})"
 
 
+_ORDERS = ("contiguous", *ORDERS)
+
+
 def balances(request: Request, shards: Shards) -> tuple[tuple[Balance, ...], int]:
     """The work of each order of tokens, in blocks, and the slots of a block; empty where there is no choice."""
     grid = grid_of(request, shards.sharding)
     is_ring = shards.table is not None and grid.q_shards > 1
     if not is_ring or request.q_len != request.kv_len:
         return (), 0
-    divides = request.q_len % (2 * grid.q_shards) == 0
-    whole = [order for order in ("contiguous", *ORDERS) if order != "dual_chunk" or divides]
+    whole = [order for order in _ORDERS if order != "dual_chunk" or request.q_len % (2 * grid.q_shards) == 0]
     counts = {order: blocks_by_pair(request.mask, dataclasses.replace(grid, order=order)) for order in whole}
     found = [
         Balance(order, int(by.sum(1).min()), int(by.sum(1).max()), lockstep(by), lockstep_efficiency(by))

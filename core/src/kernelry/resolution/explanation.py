@@ -93,6 +93,13 @@ class Resolution:
         return tuple(answer.plan for answer in answers if answer.plan is not None)
 
     @property
+    def kernels(self) -> tuple[str, ...]:
+        """The names of all kernels that will run, the winner's first."""
+        if self.kernel is None:
+            return ()
+        return tuple(dict.fromkeys([self.kernel, *(plan.kernel.name for plan in self.plans)]))
+
+    @property
     def winner(self) -> Candidate | None:
         """The winner."""
         return next((c for c in self.candidates if c.name == self.kernel), None)
@@ -122,8 +129,7 @@ class Resolution:
         """The decision in one line, as logged."""
         through = "".join(f" through {step.adapter.name}" for step in self.plan.steps) if self.plan else ""
         refused = ", ".join(candidate.name for candidate in self.refused)
-        others = sorted({plan.kernel.name for plan in self.plans} - {str(self.kernel)})
-        chosen = " and ".join([f"{self.kernel or 'no kernel'}{through}", *others])
+        chosen = " and ".join([f"{self.kernel or 'no kernel'}{through}", *self.kernels[1:]])
         return f"{self.request} → {chosen} ({self.rule}; refused: {refused or 'none'})"
 
     def __str__(self) -> str:
