@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pairs import sweep_but
 
 import kernelry
 from kernelry import masks, testing
@@ -140,14 +142,31 @@ def merged(cut, q_len=1, width=H + 2):
     return [f"all-gather f32[{MESH[cut.slots]},{rows},{q_len},{N},{width}]"] if cut.slots else []
 
 
-def cuts(*kinds, names=CUTS):
-    found = [(kind, name) for kind in kinds for name in names if kind != "paged" or name == "heads"]
-    return pytest.mark.parametrize(("kind", "name"), found)
+def cuts(*kinds, names=CUTS, each=(KINDS,), kept=()):
+    """Caches, ways to cut them, and one of each of the other lists; those not kept are left to the sweep."""
+    caches = [(kind, name) for kind in kinds for name in names if kind != "paged" or name == "heads"]
+    cases = [(kind, name, *others) for kind, name in caches for others in itertools.product(*each)]
+    return sweep_but(cases, *kept)
 
 
-@pytest.mark.parametrize("axes", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("storage", [None, "int8"])
-@cuts("two_part", "rolling", "paged")
+AUTO, EXPLICIT = KINDS
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "storage", "axes"),
+    cuts(
+        *("two_part", "rolling", "paged"),
+        each=((None, "int8"), KINDS),
+        kept=[
+            ("two_part", "batch and heads", None, EXPLICIT),
+            ("two_part", "batch and slots", "int8", AUTO),
+            ("two_part", "batch and slots", "int8", EXPLICIT),
+            ("rolling", "batch and slots", None, AUTO),
+            ("rolling", "batch and heads", "int8", AUTO),
+            ("paged", "heads", None, EXPLICIT),
+        ],
+    ),
+)
 def test_tokens_are_written_where_they_belong_and_nothing_is_sent(kind, name, storage, axes):
     cut, cache = Cut(axes, **CUTS[name]), new_cache(kind, storage)
     tokens = [tokens_of(count) for count in (13, 3, 1)]
@@ -161,8 +180,20 @@ def test_tokens_are_written_where_they_belong_and_nothing_is_sent(kind, name, st
     assert sent == []
 
 
-@pytest.mark.parametrize("axes", KINDS, ids=lambda kind: kind.name)
-@cuts("two_part", "rolling", "paged")
+@pytest.mark.parametrize(
+    ("kind", "name", "axes"),
+    cuts(
+        *("two_part", "rolling", "paged"),
+        kept=[
+            ("two_part", "batch and heads", AUTO),
+            ("two_part", "batch and heads", EXPLICIT),
+            ("two_part", "batch and slots", EXPLICIT),
+            ("rolling", "batch and slots", AUTO),
+            ("rolling", "batch", EXPLICIT),
+            ("paged", "heads", EXPLICIT),
+        ],
+    ),
+)
 def test_attention_equals_one_device_and_no_cache_is_gathered(kind, name, axes):
     cut, cache, query = Cut(axes, **CUTS[name]), full_cache(kind), normal(B, 1, N, H)
     attend = functools.partial(type(cache).attend, mask=mask_of(cache))
@@ -171,12 +202,23 @@ def test_attention_equals_one_device_and_no_cache_is_gathered(kind, name, axes):
     assert sent == merged(cut)
 
 
-@pytest.mark.parametrize("storage", [None, "int8"])
-@pytest.mark.parametrize("kernel", ["dot_product", "blockwise", "pallas_decode", "ragged"])
-@cuts("two_part", "rolling", "paged", names=("batch", "heads", "slots"))
+@pytest.mark.parametrize(
+    ("kind", "name", "kernel", "storage"),
+    cuts(
+        *("two_part", "rolling", "paged"),
+        names=("batch", "heads", "slots"),
+        each=(("dot_product", "blockwise", "pallas_decode", "ragged"), (None, "int8")),
+        kept=[
+            ("two_part", "batch", "pallas_decode", None),
+            ("two_part", "heads", "ragged", None),
+            ("two_part", "slots", "pallas_decode", "int8"),
+            ("rolling", "slots", "dot_product", "int8"),
+            ("paged", "heads", "pallas_decode", "int8"),
+            ("paged", "heads", "ragged", None),
+        ],
+    ),
+)
 def test_every_kernel_attends_to_its_shard(kind, name, kernel, storage):
-    if storage and kernel == "ragged":
-        pytest.skip("ragged reads no quantised keys but those that are copied first")
     cut, cache, query = Cut(**CUTS[name]), full_cache(kind, storage), normal(B, 1, N, H)
     attend = functools.partial(type(cache).attend, mask=mask_of(cache), kernel=kernel)
     with testing.interpret():
@@ -221,9 +263,14 @@ def test_largest_logits_over_slots_are_one_more_collective():
     assert sorted(sent) == [*merged(SLOTS), f"all-reduce f32[{B // 2},{N}]"]
 
 
-@pytest.mark.parametrize("axes", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("storage", [None, "int8", "int8:heads_and_head_dim"])
+@pytest.mark.parametrize(
+    ("storage", "heads", "axes"),
+    sweep_but(
+        list(itertools.product((None, "int8", "int8:heads_and_head_dim"), (1, 2), KINDS)),
+        (None, 1, EXPLICIT),
+        ("int8:heads_and_head_dim", 2, AUTO),
+    ),
+)
 def test_each_device_reads_its_heads_of_a_cache_with_fewer_than_the_axis(storage, heads, axes):
     cut = Cut(axes, heads=("rows", "cut"))
     cache, query = full_cache("two_part", storage, heads), normal(B, 1, N, H)
@@ -233,8 +280,14 @@ def test_each_device_reads_its_heads_of_a_cache_with_fewer_than_the_axis(storage
     assert sent == []
 
 
-@pytest.mark.parametrize("axes", KINDS, ids=lambda kind: kind.name)
-@cuts("two_part", "paged", names=("heads", "batch and heads", "batch and slots"))
+@pytest.mark.parametrize(
+    ("kind", "name", "axes"),
+    cuts(
+        *("two_part", "paged"),
+        names=("heads", "batch and heads", "batch and slots"),
+        kept=[("two_part", "batch and heads", EXPLICIT), ("two_part", "batch and slots", AUTO)],
+    ),
+)
 def test_a_shared_prefix_is_attended_to_by_the_rows_of_each_device(kind, name, axes):
     cut, cache, query = Cut(axes, **CUTS[name]), full_cache(kind), normal(B, 1, N, H)
     prefix = SharedPrefix(jnp.asarray(normal(6, K, H, seed=5)), jnp.asarray(normal(6, K, H, seed=6)))
@@ -248,7 +301,7 @@ def test_a_shared_prefix_is_attended_to_by_the_rows_of_each_device(kind, name, a
     assert sent == merged(cut)
 
 
-@pytest.mark.parametrize("axes", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("axes", sweep_but(KINDS, EXPLICIT))
 def test_pages_that_rows_share_are_read_by_heads(axes):
     cut, query = Cut(axes, heads="cut"), normal(B, 1, N, H)
 
@@ -263,8 +316,14 @@ def test_pages_that_rows_share_are_read_by_heads(axes):
     assert sent == []
 
 
-@pytest.mark.parametrize("axes", KINDS, ids=lambda kind: kind.name)
-@cuts("two_part", "rolling", "paged", names=("batch and heads", "heads", "batch and slots"))
+@pytest.mark.parametrize(
+    ("kind", "name", "axes"),
+    cuts(
+        *("two_part", "rolling", "paged"),
+        names=("heads", "batch and heads", "batch and slots"),
+        kept=[("rolling", "batch and slots", EXPLICIT), ("two_part", "batch and heads", EXPLICIT)],
+    ),
+)
 def test_a_scan_over_steps_keeps_the_types_of_the_cache(kind, name, axes):
     cut, cache = Cut(axes, **CUTS[name]), new_cache(kind)
     key, value = tokens_of(3)
@@ -343,8 +402,13 @@ def test_each_shard_has_a_pool_of_its_own():
         cache = jax.jit(prefill)(key[:, :4], value[:, :4])
         out, cache = jax.jit(decode)(cache, query, key[:, 4:], value[:, 4:])
     assert cache.keys[0].shape == (2 * 6 * B // 2, 4, K, H)
-    one = new_cache("paged").prefill(key[:, :4], value[:, :4])
-    assert_same(out, one.decode(query, key[:, 4:], value[:, 4:])[0], within=CLOSE)
+
+    @jax.jit
+    def on_one_device(query, key, value):
+        cache = new_cache("paged").prefill(key[:, :4], value[:, :4])
+        return cache.decode(query, key[:, 4:], value[:, 4:])[0]
+
+    assert_same(out, on_one_device(query, key, value), within=CLOSE)
 
 
 # Layers
@@ -361,8 +425,14 @@ def _layer_call(cache, query, mode):
     return op(query, cached=parts, sinks=jnp.arange(N, dtype=jnp.float32), mode=mode, tokens=Tokens(query_offset=12))
 
 
-@pytest.mark.parametrize("axes", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("name", ["batch and heads", "batch and slots"])
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    sweep_but(
+        list(itertools.product(("batch and heads", "batch and slots"), KINDS)),
+        ("batch and heads", AUTO),
+        ("batch and slots", EXPLICIT),
+    ),
+)
 def test_a_layer_attends_to_cached_parts(name, axes):
     cut, cache, query = Cut(axes, **CUTS[name]), full_cache("two_part"), normal(B, 2, N, H)
     attend = functools.partial(_layer_call, mode="decode")
