@@ -194,7 +194,9 @@ FEATURES = {
     "quantized_alike": Feature(options={"gradients": ("query",)}, quantized=("int8", "all")),
     "bfloat16": Feature({"sinks": "N"}, dtype=jnp.bfloat16),
     "huge_lse": Feature({"bias": "11T1"}, {"scale": 1.0, "gradients": QKV}, huge=True),
-    "huge_lse_of_partial": Feature({"bias": "11T1"}, {"scale": 1.0, "gradients": QKV, "return_partial": True}, huge=True),
+    "huge_lse_of_partial": Feature(
+        {"bias": "11T1"}, {"scale": 1.0, "gradients": QKV, "return_partial": True}, huge=True
+    ),
     "forward": Feature({"sinks": "N"}, {"mode": "prefill"}),
 }
 

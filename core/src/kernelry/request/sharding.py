@@ -30,7 +30,8 @@ class Sharding:
 
     Args:
       batch: the axes that share out B.
-      heads: those that share out N, and K where it divides; else key/value heads are repeated as often as needed.
+      heads: those that share out N, and K where it divides; else key/value heads are repeated as often as needed: each
+        device then has all of them, of a cache too, and reads those of its queries.
       sequence: those that share out T, and S unless `kv_sequence` says otherwise.
       kv_sequence: those that share out S: None means as T, () that each device has all keys.
       strategy: how queries meet the keys of other devices. `ring` passes keys around, `all_gather` brings all keys to
@@ -371,5 +372,8 @@ class Sharding:
             if not axes or size % shards == 0:
                 continue
             over = " and ".join(axes) + (", two chunks for each device" if parts == 2 else "")
-            pad = "" if what == "heads N" else f"; pad to {-(-size // shards) * shards}"
-            raise ShapeError(f"{what}={size} does not divide over {over}: {size} % {shards} = {size % shards}{pad}.")
+            pad = f"; pad to {-(-size // shards) * shards}"
+            if size == 1 and axes == self.sequence:
+                pad = f"; to decode cut the slots of the cache alone, kv_sequence={axes} in place of sequence"
+            remedy = "" if what == "heads N" else pad
+            raise ShapeError(f"{what}={size} does not divide over {over}: {size} % {shards} = {size % shards}{remedy}.")
