@@ -785,6 +785,24 @@ def test_options_about_a_mesh_that_cannot_be_honoured_say_why(options, words):
         from_maxtext(options)
 
 
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({"context_parallel_strategy": "ring"}, True),
+        ({"context_parallel_strategy": "ring", "packing": False}, False),
+        ({"context_parallel_strategy": "all_gather", "packing": False}, False),
+        ({"context_parallel_strategy": "all_gather", "packing": False, "context_parallel_load_balance": False}, False),
+    ],
+)
+def test_context_parallel_that_maxtext_leaves_to_transformer_engine_is_served(options, packed):
+    mesh = {"mesh_axes": ["context"], "ici_context_parallelism": 4, "max_segments_per_seq": 16}
+    config = from_maxtext({"attention": "cudnn_flash_te", "hardware": "gpu", **mesh, **options})
+    mask = masks.Causal() & IDS if packed else masks.Causal()
+    facts = {"batch": 2, "q_len": 512, "q_heads": 8, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    request = Request(**facts, mask=mask, target="gpu:h100", sharding=str(config.sharding))
+    assert resolve(request, policy=config.policy).kernel == "cudnn_te"
+
+
 def test_every_parallelism_has_a_default_and_both_networks():
     for kind in PARALLELISM:
         assert {f"ici_{kind}_parallelism", f"dcn_{kind}_parallelism"} <= MESH

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import kernelry
 from kernelry import masks
-from kernelry.errors import ArgumentError, KernelRefusedError, ShapeError
+from kernelry.errors import ArgumentError, KernelRefusedError, NoKernelError, ShapeError
 from kernelry.parallel import (
     ContextParallel,
     choose_order,
@@ -227,3 +227,17 @@ def test_order_auto_is_chosen_where_mask_and_length_are_known(mask, kv_len, text
     request = Request(q_len=128, kv_len=kv_len, q_heads=4, head_dim=8, mask=mask, sharding=text, target="cpu")
     assert kernelry.resolve(request).shards.shards.sharding.order == order
     assert "order=auto" in request.sharding
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sequence=c:2,d:2 native", "over one axis that cuts queries and keys alike, not by sharding=sequence=c:2,d:2"),
+        ("sequence=c:4 kv_sequence=none native", "by ring or all_gather, over one axis"),
+        ("sequence=c:4 native", "dot_product: context_parallel=ring:c:4 is not supported"),
+    ],
+)
+def test_what_no_kernel_does_across_devices_itself_says_so(text, words):
+    request = Request(q_len=128, q_heads=4, head_dim=8, mask=CAUSAL, sharding=text, target="cpu")
+    with pytest.raises(NoKernelError, match=words):
+        kernelry.resolve(request)

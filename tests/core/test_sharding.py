@@ -37,7 +37,7 @@ def shardings(draw):
     ulysses = sequence[draw(st.integers(0, len(sequence) - 1)) :] if strategy == "usp" else ()
     known = draw(st.lists(st.sampled_from([*batch, *heads, *sequence, *(kv or ())] or [None]), unique=True))
     sizes = {axis: draw(st.integers(1, 4)) for axis in known if axis is not None}
-    order = draw(st.sampled_from(TOKEN_ORDERS))
+    order = draw(st.sampled_from([*TOKEN_ORDERS, "auto"]))
     return Sharding(
         batch=batch,
         heads=heads,

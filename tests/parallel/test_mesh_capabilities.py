@@ -60,6 +60,7 @@ def test_being_checked_in_a_shard_map_adds_nothing_to_the_compiled_program(kerne
     assert not set(COLLECTIVES) & set(checked)
 
 
+@pytest.mark.filterwarnings("ignore:.*every device of the active mesh computes the whole call")
 @pytest.mark.parametrize("kernel", ["splash", "dot_product"])
 def test_a_mesh_without_a_shard_map_changes_no_program(kernel):
     def primitives():
@@ -107,6 +108,7 @@ def test_programs_for_accelerators_make_the_same_calls_checked_and_unchecked(ker
         assert calls(True) == calls(False) > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*every device of the active mesh computes the whole call")
 def test_xla_gathers_nothing_for_a_kernel_that_is_declared_partitioned_by_it():
     """Batch and heads over Auto axes, forward and backward, without a shard_map; several blocks of keys."""
     placed = jax.ShapeDtypeStruct((B, 1024, N, H), jnp.float32, sharding=jax.NamedSharding(mesh(), BY_HEAD))

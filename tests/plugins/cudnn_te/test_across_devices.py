@@ -76,6 +76,29 @@ def test_packed_rows_in_stripes_are_an_error_in_releases_that_get_them_wrong(mes
         _check(mesh, "ring", "striped", ids=IDS)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "native"])
+def test_a_sharding_whose_shards_it_does_not_serve_is_left_to_it(mesh, strategy):
+    *operands, d_out = cases.arrays(LENGTH)
+    wanted = cases.results("dot_product", operands, d_out, mask=CAUSAL)
+
+    def there(array):
+        moved = reorder_for_load_balance(array, DEVICES)
+        return jax.device_put(moved, NamedSharding(mesh, PartitionSpec(None, "context")))
+
+    with (
+        kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32], sharding=f"sequence=context {strategy} dual"),
+        kernelry.record() as resolutions,
+    ):
+        found = cases.results(cases.IN_FLOAT32.name, [there(array) for array in operands], there(d_out), mask=CAUSAL)
+    (out, _, _), gradients = found
+    cases.same(
+        (undo_reorder(out, DEVICES), tuple(undo_reorder(gradient, DEVICES) for gradient in gradients)),
+        (wanted[0][0], wanted[1]),
+    )
+    assert resolutions[0].shards is None
+    assert resolutions[0].request.sharding == f"sequence=context:{DEVICES} {strategy} dual_chunk"
+
+
 @pytest.mark.parametrize(("order", "strategy"), [("dual_chunk", "DualChunkSwap"), ("striped", "Striped")])
 def test_orders_are_transformer_engines(order, strategy):
     tokens = jnp.arange(LENGTH)[None]

@@ -141,15 +141,18 @@ class RollingCache(KVCache):
         counts = self._counts(key, value, lengths)
         if key.shape[1] == 0:
             return dataclasses.replace(self, lengths=counts)
-        source = jnp.maximum(self._positions(counts), 0)  # below 0 nothing is written, nor seen
+        positions = self._positions(counts)
 
-        def kept(array: jax.Array, source: jax.Array, like: Stored) -> Stored:
-            return stored_like(jnp.take_along_axis(jnp.asarray(array), source[..., None, None], axis=1), like)
+        def kept(array: jax.Array, positions: jax.Array, like: Stored) -> Stored:
+            source = positions[..., None, None]  # below 0 nothing is written
+            taken = stored_like(jnp.take_along_axis(jnp.asarray(array), jnp.maximum(source, 0), axis=1), like)
+            written: Stored = jax.tree.map(lambda new, old: jnp.where(source < 0, old, new), taken, like)
+            return written
 
         return dataclasses.replace(
             self,
-            key=sharded_like(self.key, kept, key, source, self.key),
-            value=sharded_like(self.value, kept, value, source, self.value),
+            key=sharded_like(self.key, kept, key, positions, self.key),
+            value=sharded_like(self.value, kept, value, positions, self.value),
             lengths=counts,
         )
 

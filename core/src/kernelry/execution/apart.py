@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
 from kernelry.execution.attend import BoundKernel
-from kernelry.execution.manual_axes import are_checked
+from kernelry.execution.manual_axes import are_checked, unchecked
 from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs
@@ -48,6 +48,23 @@ def _derived_backward(part: BoundKernel, statistics: bool, pull: _Pull, d_partia
 
 
 _derived.defvjp(_derived_forward, _derived_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_checked_map(run: Callable[[Any], Any], arrays: Any) -> Any:
+    """Calls a function that JAX cannot differentiate where it checks manual axes, for it has a shard_map inside."""
+    return unchecked(run, arrays)
+
+
+def _checked_forward(run: Callable[[Any], Any], arrays: Any) -> tuple[Any, Callable[[Any], Any]]:
+    return unchecked(functools.partial(jax.vjp, run), arrays)
+
+
+def _checked_backward(run: Callable[[Any], Any], pull: Callable[[Any], Any], cotangent: Any) -> Any:
+    return unchecked(lambda pull, cotangent: jax.tree.map(_unless_of_integers, pull(cotangent)), pull, cotangent)
+
+
+in_checked_map.defvjp(_checked_forward, _checked_backward)
 
 
 def _unless_of_integers(cotangent: jax.Array) -> jax.Array | None:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
+from kernelry.execution.apart import in_checked_map
+from kernelry.execution.manual_axes import are_checked
 from kernelry.execution.normalization import to_lse
 from kernelry.execution.plan import Plan
 from kernelry.kernel.partial import Partial
@@ -25,10 +27,11 @@ from kernelry.mesh.cutting import order_positions, with_traced_rows
 from kernelry.mesh.finding import MeshFacts
 from kernelry.mesh.pairs import Operands, Source, Steps, TracedMask
 from kernelry.mesh.steps import attend_in_steps, merged_across
+from kernelry.request.axes import Axes
 from kernelry.request.request import Request
-from kernelry.request.sharding import Axes, Sharding
+from kernelry.request.sharding import Sharding
 from kernelry.resolution.explanation import Resolution
-from kernelry.resolution.shards import ShardedResolution, Shards, grid_of
+from kernelry.resolution.shards import ShardedResolution, Shards, grid_of, with_order
 from kernelry.storage import PagedArray
 
 
@@ -38,7 +41,8 @@ def run_on_mesh(
     """Runs the plans of a call's shards inside a shard_map.
 
     Args:
-      resolution: of the call, with its shards; without any where a mesh with explicit axes cuts nothing.
+      resolution: of the call, with its shards; without any where a mesh with explicit axes cuts nothing, or the kernel
+        attends across devices itself.
       request: the whole call's.
       inputs: the whole arrays.
       facts: the mesh that cuts them.
@@ -46,6 +50,10 @@ def run_on_mesh(
         devices · B rows; `finished_across` merges them.
     """
     assert facts.sharding is not None
+    if resolution.shards is None and request.sharding is not None:
+        assert resolution.plan is not None
+        masks = _whole_masks(request, with_order(request, facts.sharding), inputs.mask)
+        return resolution.plan.run(dataclasses.replace(inputs, mask=masks))
     whole = ShardedResolution(Shards(facts.sharding, (request,)), (resolution,))
     found = resolution.shards or whole
     shards = found.shards
@@ -116,7 +124,7 @@ def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshF
         axis_names=facts.names,
         check_vma=False,
     )
-    found: Partial = run(operands)
+    found: Partial = in_checked_map(run, operands) if are_checked() else run(operands)
     return found
 
 

@@ -13,9 +13,10 @@ from kernelry.errors import ArgumentError, nearest
 from kernelry.kernel.capabilities import Gradient
 from kernelry.kernel.spec import KernelSpec
 from kernelry.registry import installed
+from kernelry.request.axes import Axes
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import Request
-from kernelry.request.sharding import Axes, Sharding
+from kernelry.request.sharding import Sharding
 from kernelry.resolution.resolver import explain
 from kernelry.resolution.shards import ShardedResolution
 from kernelry.storage import PagedArray, QuantizedArray

@@ -24,8 +24,8 @@ from kernelry.masks.form import MaskForm
 from kernelry.masks.run_time import BlockGrid, decided_at_run_time
 from kernelry.masks.shard_pairs import EMPTY, PairClass, PairTable, aligned_masks
 from kernelry.masks.shard_pieces import Piece
+from kernelry.request.axes import Axes
 from kernelry.request.request import Operand, Request
-from kernelry.request.sharding import Axes
 from kernelry.resolution.shards import ring_offsets
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,8 @@ from kernelry.execution.normalization import LogSumExp
 from kernelry.execution.parts import Shares, Whole
 from kernelry.kernel.partial import Partial, heads_last, named
 from kernelry.mesh.pairs import Keys, Operands, Source, Steps, add_share, pull_pair, run_pair
+from kernelry.request.axes import Axes
 from kernelry.request.request import Operand
-from kernelry.request.sharding import Axes
 
 _Body = Callable[[Any, Keys, Any, tuple[int, ...], Any], tuple[Any, Any]]
 """Of a loop over steps: what was carried (None in the first), the keys of the shard, the step, the steps that this may
@@ -193,8 +194,20 @@ def _sent(steps: Steps, tree: Any, by: int) -> Any:
     """What the device `by` places before this one has."""
     if steps.source is not Source.RING or by % steps.size == 0:
         return tree
-    pairs = [(device, (device + by) % steps.size) for device in range(steps.size)]
-    return jax.tree.map(lambda array: lax.ppermute(array, steps.axes, pairs), tree)  # type: ignore[no-untyped-call]
+    axes, places = _in_mesh_order(steps.axes)
+    pairs = [(places[device], places[(device + by) % steps.size]) for device in range(steps.size)]
+    return jax.tree.map(lambda array: lax.ppermute(array, axes, pairs), tree)  # type: ignore[no-untyped-call]
+
+
+def _in_mesh_order(axes: Axes) -> tuple[Axes, list[int]]:
+    """Axes as the mesh orders them, and the place in that order of each device along `axes`.
+
+    `ppermute` alone of all collectives numbers devices in the order of the mesh, whatever the order of its axes.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    ordered = tuple(axis for axis in shape if axis in axes)
+    places = np.arange(math.prod(shape[axis] for axis in axes)).reshape([shape[axis] for axis in ordered])
+    return ordered, places.transpose([ordered.index(axis) for axis in axes]).ravel().tolist()
 
 
 def _cut(steps: Steps, keys: Keys, shard: Any) -> Keys:

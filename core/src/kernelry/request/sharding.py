@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import jax
 
 from kernelry.errors import ArgumentError, ConfigError, ShapeError, nearest
+from kernelry.request.axes import Axes, checked_axes, checked_sizes, dimensions_of, parsed_axes
 
 STRATEGIES = ("auto", "ring", "all_gather", "ulysses", "usp", "native")
-TOKEN_ORDERS = ("contiguous", "dual_chunk", "striped", "auto")
-
-Axes = tuple[str, ...]
-"""Names of mesh axes, the slowest first."""
+TOKEN_ORDERS = ("contiguous", "dual_chunk", "striped")
 
 _AXES = ("batch", "heads", "sequence", "kv_sequence", "ulysses")
 _WORDS = {name: ("order", name) for name in TOKEN_ORDERS} | {name: ("strategy", name) for name in STRATEGIES}
 _WORDS["dual"] = ("order", "dual")
-_SEPARATORS = ",:="
 
 
 @final
@@ -33,7 +30,8 @@ class Sharding:
 
     Args:
       batch: the axes that share out B.
-      heads: those that share out N, and K where it divides; else key/value heads are repeated as often as needed.
+      heads: those that share out N, and K where it divides; else key/value heads are repeated as often as needed: each
+        device then has all of them, of a cache too, and reads those of its queries.
       sequence: those that share out T, and S unless `kv_sequence` says otherwise.
       kv_sequence: those that share out S: None means as T, () that each device has all keys.
       strategy: how queries meet the keys of other devices. `ring` passes keys around, `all_gather` brings all keys to
@@ -61,16 +59,16 @@ class Sharding:
 
     def __post_init__(self) -> None:
         for name in _AXES:
-            object.__setattr__(self, name, _axes(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_axes(name, getattr(self, name)))
         if self.kv_sequence == self.sequence:
             object.__setattr__(self, "kv_sequence", None)
-        for name, known in (("strategy", STRATEGIES), ("order", (*TOKEN_ORDERS, "dual"))):
+        for name, known in (("strategy", STRATEGIES), ("order", (*TOKEN_ORDERS, "auto", "dual"))):
             found = getattr(self, name)
             if not isinstance(found, str) or found not in known:
                 raise ArgumentError(f"Sharding: unknown {name} {found!r}{nearest(str(found), known)}")
         if self.order == "dual":
             object.__setattr__(self, "order", "dual_chunk")
-        object.__setattr__(self, "sizes", _sizes(self.sizes))
+        object.__setattr__(self, "sizes", checked_sizes(self.sizes))
         self._check_axes()
 
     def _check_axes(self) -> None:
@@ -116,10 +114,10 @@ class Sharding:
         Raises:
           ArgumentError: head dims are cut, or batch or heads of query and key are cut in two ways.
         """
-        batch, length, heads, dim = _dimensions("query", query)
+        batch, length, heads, dim = dimensions_of("query", query)
         kv_length = length
         if key is not None:
-            kv_batch, kv_length, kv_heads, kv_dim = _dimensions("key", key)
+            kv_batch, kv_length, kv_heads, kv_dim = dimensions_of("key", key)
             dim = dim or kv_dim
             for name, own, other in (("batch", batch, kv_batch), ("heads", heads, kv_heads)):
                 if other not in (own, ()):
@@ -187,7 +185,7 @@ class Sharding:
             if not equals and word in _WORDS:
                 name, found = _WORDS[word]
             elif equals and name in _AXES:
-                found = _parsed_axes(text, value, sizes)
+                found = parsed_axes(text, value, sizes)
             elif equals and name in ("strategy", "order"):
                 found = value
             else:
@@ -374,55 +372,8 @@ class Sharding:
             if not axes or size % shards == 0:
                 continue
             over = " and ".join(axes) + (", two chunks for each device" if parts == 2 else "")
-            pad = "" if what == "heads N" else f"; pad to {-(-size // shards) * shards}"
-            raise ShapeError(f"{what}={size} does not divide over {over}: {size} % {shards} = {size % shards}{pad}.")
-
-
-def _axes(name: str, given: Any) -> Axes | None:
-    if given is None:
-        return None if name == "kv_sequence" else ()
-    axes = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else given
-    if not isinstance(axes, tuple) or not all(isinstance(axis, str) for axis in axes):
-        raise ArgumentError(
-            f"Sharding: {name} must be names of mesh axes, e.g. 'data' or ('data', 'fsdp'), got {given!r}."
-        )
-    for axis in axes:
-        if axis.split() != [axis] or axis == "none" or any(character in axis for character in _SEPARATORS):
-            raise ArgumentError(
-                f"Sharding: {name}={axis!r} cannot be written as text: rename the mesh axis to one word without "
-                f"{' '.join(_SEPARATORS)}, other than 'none'."
-            )
-    return axes
-
-
-def _sizes(given: Any) -> tuple[tuple[str, int], ...]:
-    try:
-        sizes = dict(given)
-    except (TypeError, ValueError):
-        sizes = {"": 0}
-    if all(isinstance(axis, str) and type(size) is int and size > 0 for axis, size in sizes.items()):
-        return tuple(sorted(sizes.items()))
-    raise ArgumentError(f"Sharding: sizes must be positive integers by axis, e.g. {{'data': 4}}, got {given!r}.")
-
-
-def _parsed_axes(text: str, value: str, sizes: dict[str, int]) -> Axes:
-    axes = []
-    for part in () if value == "none" else value.split(","):
-        axis, colon, size = part.partition(":")
-        if colon and not (size.isdecimal() and int(size) and sizes.get(axis, int(size)) == int(size)):
-            raise ArgumentError(f"sharding {text!r}: {part!r} must be an axis and its size, e.g. data:4.")
-        if colon:
-            sizes[axis] = int(size)
-        axes.append(axis)
-    return tuple(axes)
-
-
-def _dimensions(name: str, spec: Any) -> tuple[Axes, Axes, Axes, Axes]:
-    if not isinstance(spec, jax.sharding.PartitionSpec | tuple) or len(spec) > 4:
-        raise ArgumentError(f"Sharding: the spec of {name} must be a PartitionSpec of four dimensions, got {spec!r}.")
-    found = [() if axes is None else (axes,) if isinstance(axes, str) else axes for axes in spec]
-    for axes in found:
-        if not isinstance(axes, Sequence):
-            raise ArgumentError(f"Sharding: {axes!r} in the spec of {name}, {spec}, is neither mesh axes nor None.")
-    batch, length, heads, dim = [*map(tuple, found), (), (), (), ()][:4]
-    return batch, length, heads, dim
+            pad = f"; pad to {-(-size // shards) * shards}"
+            if size == 1 and axes == self.sequence:
+                pad = f"; to decode cut the slots of the cache alone, kv_sequence={axes} in place of sequence"
+            remedy = "" if what == "heads N" else pad
+            raise ShapeError(f"{what}={size} does not divide over {over}: {size} % {shards} = {size % shards}{remedy}.")

@@ -8,8 +8,9 @@ from typing import Any
 
 from kernelry.execution.plan import Plan
 from kernelry.masks.form import PositionKind
+from kernelry.request.axes import Axes
 from kernelry.request.request import Request
-from kernelry.request.sharding import Axes, Sharding
+from kernelry.request.sharding import Sharding
 from kernelry.resolution.balance import Balance, balances
 from kernelry.resolution.communication import PEAK_SHARE, Communication, Pass, communication_of
 from kernelry.resolution.explanation import Resolution

@@ -23,6 +23,9 @@ from kernelry.resolution.question import Question, choose
 _AUTO = ("ring", "ulysses", "all_gather")
 """What `auto` tries, in this order: a ring holds least memory, and serves any mask that can be cut."""
 
+_NATIVE = ("ring", "all_gather")
+"""The strategies of kernels that attend across devices themselves, in the order in which `native` tries them."""
+
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,29 +65,35 @@ class _NotCutError(Exception):
 
 
 def choose_sharded(question: Question) -> Resolution:
-    """Asks about the shards of a call that says how it is sharded; `auto` takes the first strategy that serves it."""
+    """Asks about the shards of a call that says how it is sharded; `auto` takes the first strategy that serves it.
+
+    Where no kernel serves the shards of a strategy, those that have it themselves are asked about the whole call.
+    """
     request = question.request
     assert request.sharding is not None
-    sharding = _with_order(request, Sharding.parse(request.sharding))
+    sharding = with_order(request, Sharding.parse(request.sharding))
     refused: list[Candidate] = []
     first: Resolution | None = None
     for strategy in _strategies(sharding):
         named = dataclasses.replace(sharding, strategy=strategy)
+        found: Resolution | None
         try:
             found = _native(question, named) if strategy == "native" else _of_shards(question, cut(request, named))
         except _NotCutError as error:
             named_by = strategy if sharding.sequence else "sharding"  # without sequences there is no strategy
             refused.append(Candidate(named_by, "kernelry", (error.refusal,)))
-            continue
-        if found.plan is not None:
+            found = None
+        if found is None or found.plan is None:
+            first = first or found
+            found = _native(question, named) if strategy in _NATIVE and _one_axis(named) else None
+        if found is not None and found.plan is not None:
             return found
-        first = first or found
     if first is not None:
         return dataclasses.replace(first, candidates=(*first.candidates, *refused))
     return Resolution(request, None, tuple(refused), "the sharding")
 
 
-def _with_order(request: Request, sharding: Sharding) -> Sharding:
+def with_order(request: Request, sharding: Sharding) -> Sharding:
     """The sharding with the order that suits the mask, where it leaves that open."""
     if sharding.order != "auto":
         return sharding
@@ -114,29 +123,31 @@ def _of_shards(question: Question, shards: Shards) -> Resolution:
     return dataclasses.replace(shown, request=request, shards=ShardedResolution(shards, found))
 
 
+def _one_axis(sharding: Sharding) -> bool:
+    """Whether one axis cuts queries and keys alike."""
+    return len(sharding.sequence) == 1 and sharding.kv_sequence is None
+
+
 def _native(question: Question, sharding: Sharding) -> Resolution:
-    """Asks the kernels that attend across devices themselves."""
+    """Asks the kernels that attend across devices themselves; `native` is by any strategy of theirs."""
     request = question.request
-    if len(sharding.sequence) != 1 or sharding.kv_sequence is not None:
-        raise _NotCutError("strategy=native takes one axis that cuts queries and keys alike")
-    (axis,) = sharding.sequence
-    mask = _ordered(request, sharding)
-    answers = (
-        choose(
-            dataclasses.replace(
-                question,
-                request=dataclasses.replace(
-                    request,
-                    sharding=None,
-                    mask=mask,
-                    context_parallel=str(ContextParallel(axis, strategy, sharding.size((axis,)))),
-                ),
-            )
+    strategies = _NATIVE if sharding.strategy == "native" else (sharding.strategy,)
+    if not _one_axis(sharding):
+        raise _NotCutError(
+            f"kernels attend across devices themselves by {' or '.join(_NATIVE)}, over one axis that cuts "
+            f"queries and keys alike, not by sharding={sharding}"
         )
-        for strategy in ("ring", "all_gather")
+    (axis,) = sharding.sequence
+    size, mask = sharding.size((axis,)), _ordered(request, sharding)
+    asked = (
+        dataclasses.replace(
+            request, sharding=None, mask=mask, context_parallel=str(ContextParallel(axis, strategy, size))
+        )
+        for strategy in strategies
     )
-    found = next(answers)
-    return found if found.plan is not None else next(answers)
+    found = [choose(dataclasses.replace(question, request=own)) for own in asked]
+    served = next((resolution for resolution in found if resolution.plan is not None), found[0])
+    return dataclasses.replace(served, request=request)
 
 
 def cut(request: Request, sharding: Sharding) -> Shards:
