@@ -4,19 +4,19 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
-from kernelry_example.masks import Strided
 from mask_strategies import near, strided
 
 import kernelry
 from kernelry import masks, testing
 from kernelry.cache import QuantizedArray
 from kernelry.parallel import Sharding, load_balanced_order
+from kernelry.plugin import pytree
 from kernelry.testing import reference_attention, reference_gradients
 
 QKV = ("query", "key", "value")
@@ -87,6 +87,34 @@ def mesh_of(axes: tuple[tuple[str, int], ...], kinds: tuple[str, ...] = ()):
     )
 
 
+@pytree()
+@dataclasses.dataclass(frozen=True, slots=True)
+class Strided(masks.Mask):
+    """Keys whole steps away, a third party's mask of positions."""
+
+    step: int
+
+    word: ClassVar[str] = "steps"
+    positional: ClassVar[bool] = True
+
+    def evaluate(self, query, kv):
+        return (query.positions - kv.positions) % self.step == 0
+
+
+@pytree("listed")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Listed(masks.Mask):
+    """Keys that an array [S, B] lists, a third party's mask whose array runs along S and B."""
+
+    listed: Any
+
+    word: ClassVar[str] = "listed"
+    axes: ClassVar[dict[str, str]] = {"listed": "SB"}
+
+    def evaluate(self, query, kv):
+        return kv.take(self.listed.T)
+
+
 def packed_ids(sizes=SMALL, side="q"):
     """Documents of two lengths in each row, the last of them padding; [B, L]."""
     length = sizes.q_len if side == "q" else sizes.kv_len
@@ -138,6 +166,7 @@ def masks_of(sizes=SMALL):
         "offsets_of_rows": masks.SlidingWindow(20).at(query_offset=np.arange(batch) * 7),
         "traced_offset": causal.at(query_offset=jnp.int32(4)),
         "third_party": causal & Strided(3),
+        "third_party_of_slots": causal & Listed(rng.random((length, batch)) < 0.7),
         "not_window": ~masks.SlidingWindow(9, 9),
         "not_packed": causal & ~masks.Segments(ids),
     }

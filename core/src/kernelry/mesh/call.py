@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, final
 
 import jax
@@ -75,7 +75,7 @@ def run_on_mesh(
             request.mask,
             tuple(Full() if index in traced else mask for index, mask in enumerate(inputs.mask)),
             tuple(
-                TracedMask(index, jax.tree.structure(mask), tuple(leaf_axes(mask)))
+                TracedMask(index, jax.tree.structure(mask), _letters(mask))
                 for index, mask in zip(sorted(traced), masks, strict=True)
             ),
             shards.sharding.ring or shards.sharding.kv_axes,
@@ -115,7 +115,14 @@ def _source(sharding: Sharding) -> Source:
 def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshFacts) -> Partial:
     active = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in facts.mesh.axis_types:
-        operands = jax.tree.map(lambda array, spec: _resharded(array, spec, facts.mesh), operands, specs)
+        explicit = {
+            name
+            for name, kind in zip(facts.mesh.axis_names, facts.mesh.axis_types, strict=True)
+            if kind is AxisType.Explicit
+        }
+        operands = jax.tree.map(
+            lambda array, spec: _resharded(array, _only(spec, explicit), facts.mesh), operands, specs
+        )
     run = jax.shard_map(
         body,
         mesh=facts.mesh if active.empty else None,
@@ -128,8 +135,22 @@ def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshF
     return found
 
 
+def _only(spec: Any, kept: Collection[str]) -> Any:
+    """A PartitionSpec with only some of its axes."""
+    entries = (() if axes is None else (axes,) if isinstance(axes, str) else axes for axes in spec)
+    return _partition(*(_one(tuple(axis for axis in axes if axis in kept)) for axes in entries))
+
+
 def _resharded(array: Any, spec: Any, mesh: Any) -> Any:
     return jax.sharding.reshard(array, jax.sharding.NamedSharding(mesh, spec))  # type: ignore[no-untyped-call]
+
+
+def _letters(mask: Mask) -> tuple[str, ...]:
+    """What the dimensions of a mask's arrays are, `.` for those that are not cut: of size 1 in the whole call."""
+    return tuple(
+        "".join("." if size == 1 else letter for letter, size in zip(letters, jnp.shape(leaf), strict=True))
+        for letters, leaf in zip(leaf_axes(mask), jax.tree.leaves(mask), strict=True)
+    )
 
 
 def _structures(masks: tuple[Mask, ...]) -> tuple[Any, ...]:
@@ -176,7 +197,7 @@ class _Cutting:
     def operands(self, inputs: Inputs, masks: tuple[Mask, ...]) -> tuple[Operands, Operands]:
         """The arrays, and their PartitionSpecs."""
         cut = self.sharding
-        letters = [leaf_axes(mask) for mask in masks]
+        letters = [_letters(mask) for mask in masks]
         leaves = tuple(
             tuple(
                 self._with_repeated_heads(leaf, axes) for leaf, axes in zip(jax.tree.leaves(mask), named, strict=True)
@@ -210,19 +231,16 @@ class _Cutting:
         )
 
     def spec(self, letters: str, array: Any) -> Any:
-        """Of an array whose dimensions have letters, from the right; sizes of 1 are not cut."""
+        """Of an array whose dimensions have letters; sizes of 1 are not cut."""
         cut = self.sharding
         axes = {"B": cut.batch, "N": cut.head_axes, "K": cut.head_axes, "T": cut.ring}
         if "T" not in letters:  # else it is cut along S as each shard of keys is met
             axes["S"] = self.kv_shard_axes
-        rank = jnp.ndim(array)
-        named = letters[len(letters) - rank :]
-        return _spec(array, tuple(_one(axes.get(letter, ())) for letter in named))
+        return _spec(array, tuple(_one(axes.get(letter, ())) for letter in letters))
 
     def _with_repeated_heads(self, leaf: Any, letters: str) -> Any:
         """A leaf that differs by key/value head, for as many as there are after they are repeated."""
-        rank = jnp.ndim(leaf)
-        place = letters[len(letters) - rank :].find("N") if rank else -1
+        place = letters.find("N")
         asked = self.request
         repeats = self.sharding.kv_repeats(asked.q_heads, asked.kv_heads)
         if place < 0 or repeats == 1 or leaf.shape[place] != asked.kv_heads:

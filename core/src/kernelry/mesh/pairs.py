@@ -46,7 +46,10 @@ class Source(enum.Enum):
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class TracedMask:
-    """A mask whose arrays are operands: which atom it is, its structure, and the dimensions of its leaves."""
+    """A mask whose arrays are operands: which atom it is, its structure, and the dimensions of its leaves.
+
+    A dimension of 1 of the whole call is `.` in `letters`: a shard's length may be 1, too.
+    """
 
     index: int
     structure: Any
@@ -156,7 +159,7 @@ def _mask(
 def _local_leaf(letters: str, leaf: Any, start: Any, length: int) -> Any:
     """Of a leaf that has all keys, the part over one shard."""
     axis = letters.find("S")
-    if axis >= 0 and leaf.shape[axis] not in (1, length):
+    if axis >= 0 and leaf.shape[axis] != length:
         return lax.dynamic_slice_in_dim(leaf, start, length, axis=axis)
     return leaf
 

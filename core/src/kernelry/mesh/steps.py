@@ -158,9 +158,10 @@ def _shard(steps: Steps, device: Any, offset: Any) -> Any:
 
 
 def _own_keys(steps: Steps, operands: Operands) -> Keys:
+    """What goes with the keys; an array along T, too, is cut as each shard of keys is met."""
     moving = tuple(
         tuple(
-            leaf if _runs_along_keys(letters, leaf) else None
+            leaf if "S" in letters and "T" not in letters else None
             for letters, leaf in zip(mask.letters, leaves, strict=True)
         )
         for mask, leaves in zip(steps.traced, operands.leaves, strict=True)
@@ -183,11 +184,6 @@ def _along_keys(steps: Steps, keys: Keys, run: Callable[[jax.Array, int], jax.Ar
         for mask, leaves in zip(steps.traced, moving, strict=True)
     )
     return key, value, leaves
-
-
-def _runs_along_keys(letters: str, leaf: Any) -> bool:
-    """Whether an array goes with the keys; one along T, too, is cut as each shard of keys is met."""
-    return "S" in letters and "T" not in letters and leaf.shape[letters.index("S")] != 1
 
 
 def _sent(steps: Steps, tree: Any, by: int) -> Any:
