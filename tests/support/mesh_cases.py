@@ -161,16 +161,17 @@ class Feature:
     Args:
       arrays: shapes of further arrays by name, in letters.
       options: arguments of `attention`.
-      scale_of_query: what the query is multiplied by.
-      quantized: whether keys and values are, and how.
+      sizes: those that differ.
+      dtype: of the arrays.
+      quantized: the format of keys and values, and the heads that a scale is for: its own, or all.
     """
 
     arrays: dict[str, str] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
-    scale_of_query: float = 1.0
     dtype: Any = np.float32
-    quantized: str | None = None
+    quantized: tuple[str, str] | None = None
+    huge: bool = False
 
 
 FEATURES = {
@@ -187,9 +188,11 @@ FEATURES = {
     "max_logits": Feature({"sinks": "N"}, {"return_max_logits": True}),
     "partial": Feature(options={"return_partial": True}),
     "partial_max_logits": Feature({"bias": "BNTS"}, {"return_partial": True, "return_max_logits": True}),
-    "quantized": Feature(options={"gradients": ("query",)}, quantized="int8"),
+    "quantized": Feature(options={"gradients": ("query",)}, quantized=("int8", "own")),
+    "quantized_alike": Feature(options={"gradients": ("query",)}, quantized=("int8", "all")),
     "bfloat16": Feature({"sinks": "N"}, dtype=jnp.bfloat16),
-    "huge_logits": Feature({"sinks": "N"}, scale_of_query=1e4),
+    "huge_lse": Feature({"bias": "11T1"}, {"scale": 1.0, "gradients": QKV}, huge=True),
+    "huge_lse_of_partial": Feature({"bias": "11T1"}, {"scale": 1.0, "gradients": QKV, "return_partial": True}, huge=True),
     "forward": Feature({"sinks": "N"}, {"mode": "prefill"}),
 }
 
@@ -205,7 +208,9 @@ def arrays_of(sizes, feature, seed=0):
         **{name: tuple(letters[letter] for letter in named) for name, named in feature.arrays.items()},
     }
     arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    arrays["query"] *= feature.scale_of_query
+    if feature.huge:  # logits near 2²¹ whose fractions are exact
+        arrays |= {name: np.round(2 * arrays[name]) / 2 for name in ("query", "key")}
+        arrays["bias"] = np.full(shapes["bias"], 2.0**21, np.float32)
     return {name: jnp.asarray(array, feature.dtype) for name, array in arrays.items()}
 
 
@@ -229,6 +234,14 @@ def _run(arrays, mask, cotangents, options, names):
     return found, most, pull(cotangents)[0]
 
 
+def _quantized(array, dtype, heads):
+    own = QuantizedArray.quantize(array, dtype)
+    if heads == "own":
+        return own
+    scale = own.scale.max(axis=2, keepdims=True)
+    return QuantizedArray(jnp.round(array / scale).astype(dtype), scale)
+
+
 def place_of(kernel):
     """Where a kernel runs on CPU."""
     plain = kernel in ("auto", "blockwise", "dot_product")
@@ -250,7 +263,7 @@ def check(cut, mask, feature, sizes=SMALL, kernel="blockwise", *, out=OUT, gradi
     given = dict(arrays)
     if feature.quantized:
         for name in ("key", "value"):
-            given[name] = QuantizedArray.quantize(arrays[name], feature.quantized)
+            given[name] = _quantized(arrays[name], *feature.quantized)
             arrays[name] = given[name].dequantize(jnp.float32)
     with jax.set_mesh(mesh_of(cut.mesh, kinds)), kernelry.use(sharding=cut.sharding), place_of(kernel):
         found, most, gradients = _run(given, mask, cotangents, tuple(sorted(options.items())), names)
@@ -268,7 +281,7 @@ def compare(cut, mask, arrays, cotangents, options, found, tolerances, sizes=SMA
     expected = reference_attention(*qkv, mask=mask, **known)
     found, most, gradients = found
     for name, array in found.items():
-        close(array, getattr(expected, name), tolerances[0], name)
+        close(array, getattr(expected, name), tolerances[0], name)  # an infinite lse is compared, too
     if most is not None:
         close(most, expected.max_logits, tolerances[0], "max_logits")
     if gradients:

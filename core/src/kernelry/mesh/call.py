@@ -159,6 +159,12 @@ class _Cutting:
         heads = self.sharding.heads
         return heads if self.request.kv_heads % self.sharding.size(heads) == 0 else ()
 
+    @property
+    def kv_shard_axes(self) -> Axes:
+        """The axes whose devices have different keys while attention is computed."""
+        cut = self.sharding
+        return cut.ring if cut.sequence and cut.kv_axes else cut.kv_axes
+
     def operands(self, inputs: Inputs, masks: tuple[Mask, ...]) -> tuple[Operands, Operands]:
         """The arrays, and their PartitionSpecs."""
         cut = self.sharding
@@ -198,8 +204,9 @@ class _Cutting:
     def spec(self, letters: str, array: Any) -> Any:
         """Of an array whose dimensions have letters, from the right; sizes of 1 are not cut."""
         cut = self.sharding
-        travels = cut.kv_axes if len(letters) <= 2 and (cut.ring or not cut.sequence) else ()
-        axes = {"B": cut.batch, "N": cut.head_axes, "K": cut.head_axes, "T": cut.ring, "S": travels}
+        axes = {"B": cut.batch, "N": cut.head_axes, "K": cut.head_axes, "T": cut.ring}
+        if "T" not in letters:  # else it is cut along S as each shard of keys is met
+            axes["S"] = self.kv_shard_axes
         rank = jnp.ndim(array)
         named = letters[len(letters) - rank :]
         return _spec(array, tuple(_one(axes.get(letter, ())) for letter in named))
@@ -226,11 +233,10 @@ class _Cutting:
         arrays = dataclasses.replace(operands, key=key, value=value, dropout_rng=rng)
         if not cut.exchanged:
             return arrays
-        exchanged = (
-            jax.tree.map(lambda array: _exchanged(array, cut.exchanged, 2, 1), keys)
+        query, key, value = (
+            jax.tree.map(lambda array: _tokens_for_heads(array, cut.exchanged), keys)
             for keys in (arrays.query, key, value)
         )
-        query, key, value = exchanged
         return dataclasses.replace(arrays, query=query, key=key, value=value)
 
     def _own_heads(self, keys: Any, repeats: int) -> Any:
@@ -258,6 +264,14 @@ class _Cutting:
 def _of_heads(keys: Any, chosen: Callable[[jax.Array], jax.Array]) -> Any:
     """Keys with other heads; a page table and a scale of all heads are as they were."""
     return jax.tree.map(lambda array: chosen(array) if array.shape[2:3] == keys.shape[2:3] else array, keys)
+
+
+def _tokens_for_heads(array: jax.Array, axes: Axes) -> jax.Array:
+    """All tokens of some heads; a scale of all heads remains one."""
+    if array.shape[2] == 1:
+        gathered: jax.Array = lax.all_gather(array, axes, axis=1, tiled=True)
+        return gathered
+    return _exchanged(array, axes, 2, 1)
 
 
 def _exchanged(array: jax.Array, axes: Axes, split: int, concatenated: int) -> jax.Array:

@@ -165,8 +165,9 @@ def _mask(
 
 def _local_leaf(letters: str, leaf: Any, start: Any, length: int) -> Any:
     """Of a leaf that has all keys, the part over one shard."""
-    if letters.endswith("S") and leaf.shape[-1] not in (1, length):
-        return lax.dynamic_slice_in_dim(leaf, start, length, axis=leaf.ndim - 1)
+    axis = letters.find("S")
+    if axis >= 0 and leaf.shape[axis] not in (1, length):
+        return lax.dynamic_slice_in_dim(leaf, start, length, axis=axis)
     return leaf
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -168,26 +169,46 @@ def _own_keys(steps: Steps, operands: Operands) -> Keys:
     keys = operands.key, operands.value, moving
     if steps.source is not Source.GATHERED:
         return keys
-    gathered: Keys = jax.tree.map(lambda array: _gathered(steps, array), keys)
-    return gathered
+    return _along_keys(steps, keys, lambda array, axis: lax.all_gather(array, steps.axes, axis=axis, tiled=True))
 
 
-def _gathered(steps: Steps, array: jax.Array) -> jax.Array:
-    axis = 1 if array.ndim >= 3 else array.ndim - 1
-    whole: jax.Array = lax.all_gather(array, steps.axes, axis=axis, tiled=True)
-    return whole
+def _along_keys(steps: Steps, keys: Keys, run: Callable[[jax.Array, int], jax.Array]) -> Keys:
+    """Applies a function of an array and its axis S to all keys."""
+    *key_and_value, moving = keys
+    key, value = (jax.tree.map(lambda array: run(array, 1), stored) for stored in key_and_value)
+    leaves = tuple(
+        tuple(
+            None if leaf is None else run(leaf, letters.index("S"))
+            for letters, leaf in zip(mask.letters, leaves, strict=True)
+        )
+        for mask, leaves in zip(steps.traced, moving, strict=True)
+    )
+    return key, value, leaves
 
 
 def _runs_along_keys(letters: str, leaf: Any) -> bool:
-    return len(letters) <= 2 and letters.endswith("S") and leaf.ndim > 0 and leaf.shape[-1] != 1
+    """Whether an array goes with the keys; one along T, too, is cut as each shard of keys is met."""
+    return "S" in letters and "T" not in letters and leaf.shape[letters.index("S")] != 1
 
 
 def _sent(steps: Steps, tree: Any, by: int) -> Any:
     """What the device `by` places before this one has."""
     if steps.source is not Source.RING or by % steps.size == 0:
         return tree
-    pairs = [(device, (device + by) % steps.size) for device in range(steps.size)]
-    return jax.tree.map(lambda array: lax.ppermute(array, steps.axes, pairs), tree)  # type: ignore[no-untyped-call]
+    axes, places = _in_mesh_order(steps.axes)
+    pairs = [(places[device], places[(device + by) % steps.size]) for device in range(steps.size)]
+    return jax.tree.map(lambda array: lax.ppermute(array, axes, pairs), tree)  # type: ignore[no-untyped-call]
+
+
+def _in_mesh_order(axes: Axes) -> tuple[Axes, list[int]]:
+    """Axes as the mesh orders them, and the place in that order of each device along `axes`.
+
+    `ppermute` alone of all collectives numbers devices in the order of the mesh, whatever the order of its axes.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    ordered = tuple(axis for axis in shape if axis in axes)
+    places = np.arange(math.prod(shape[axis] for axis in axes)).reshape([shape[axis] for axis in ordered])
+    return ordered, places.transpose([ordered.index(axis) for axis in axes]).ravel().tolist()
 
 
 def _cut(steps: Steps, keys: Keys, shard: Any) -> Keys:
@@ -195,13 +216,9 @@ def _cut(steps: Steps, keys: Keys, shard: Any) -> Keys:
     if steps.source in (Source.RING, Source.OWN):
         return keys
     length = steps.request.kv_len
-
-    def part(array: jax.Array) -> jax.Array:
-        axis = 1 if array.ndim >= 3 else array.ndim - 1
-        return lax.dynamic_slice_in_dim(array, shard * length, length, axis=axis)
-
-    cut: Keys = jax.tree.map(part, keys)
-    return cut
+    return _along_keys(
+        steps, keys, lambda array, axis: lax.dynamic_slice_in_dim(array, shard * length, length, axis=axis)
+    )
 
 
 def _switched(steps: Steps, group: tuple[int, ...], device: Any, shard: Any, run: Callable[[int], Any]) -> Any:

@@ -239,7 +239,9 @@ class Sharding:
 
     @property
     def exchanged(self) -> Axes:
-        """The axes along which heads are exchanged for tokens."""
+        """The axes along which heads are exchanged for tokens; none where each device has all keys."""
+        if self.kv_sequence == ():
+            return ()
         return self.sequence if self.strategy == "ulysses" else self.ulysses if self.strategy == "usp" else ()
 
     @property
@@ -255,7 +257,7 @@ class Sharding:
     @property
     def ordered(self) -> Axes:
         """The axes over whose devices `order` shares out the tokens."""
-        return self.ring or self.sequence
+        return self.ring or self.sequence or self.kv_axes
 
     @property
     def is_empty(self) -> bool:
