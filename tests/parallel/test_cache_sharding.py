@@ -468,6 +468,13 @@ def test_one_token_is_not_cut_over_a_sequence():
         cut.placed(cache).attend(normal(B, 1, N, H))
 
 
+def test_a_prefix_of_slots_that_are_cut_divides():
+    cut, cache = Cut(slots="cut"), full_cache("two_part")
+    prefix = SharedPrefix(*(jnp.asarray(normal(5, K, H)) for _ in range(2)))
+    with cut.active(), pytest.raises(ShapeError, match="key length S=5 does not divide over cut: 5 % 2 = 1"):
+        cut.placed(cache).attend(normal(B, 1, N, H), prefix=prefix)
+
+
 def test_slots_that_do_not_divide():
     cut = Cut(slots="cut")
     cache = RollingCache.create(batch=B, window=9, kv_heads=K, head_dim=H, dtype=jnp.float32)

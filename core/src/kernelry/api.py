@@ -146,7 +146,7 @@ def attention_with_options(
         )
     scope = current_scope()
     target = scope.target or current_target()
-    facts = _mesh_facts(scope, arrays.query, arrays.key)
+    facts = facts_of_mesh(scope, arrays.query, arrays.key)
     request = options.request(
         arrays.query,
         arrays.key,
@@ -183,14 +183,7 @@ def attention_with_options(
     return _run(spec, run, arrays, request, alternatives, notice=scope.target is None)
 
 
-def keys_alone_cut(query: Any, key: Any) -> MeshFacts | None:
-    """What a mesh means for a call whose keys alone are cut; None where that is not so."""
-    facts = _mesh_facts(current_scope(), query, key)
-    cut = None if facts is None else facts.sharding
-    return facts if cut is not None and cut.kv_axes and not cut.sequence else None
-
-
-def _mesh_facts(scope: Scope, query: Any, key: Any) -> MeshFacts | None:
+def facts_of_mesh(scope: Scope, query: Any, key: Any) -> MeshFacts | None:
     """What a mesh means for a call; None where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     if scope.sharding is None and mesh.empty and jax.typeof(query).sharding.mesh.empty:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import jax
 import jax.numpy as jnp
 
-from kernelry.api import attention_with_options, keys_alone_cut
+from kernelry.api import attention_with_options, facts_of_mesh
 from kernelry.errors import ArgumentError
 from kernelry.execution.normalization import finalize, merge
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Full, Lengths, Mask
 from kernelry.masks.composition import At, children, walk
+from kernelry.policy.scope import current_scope
 from kernelry.request.arguments import CallOptions, Keys
 from kernelry.request.request import Operand, operands_of
+
+if TYPE_CHECKING:
+    from kernelry.mesh.finding import MeshFacts
 
 
 @final
@@ -85,7 +89,7 @@ def partials_of(
     of them, and one collective the devices'.
     """
     parts = tuple(parts)
-    cut = [keys_alone_cut(query, part.key) for part in parts] if len(parts) > 1 else []
+    cut = [_with_keys_alone_cut(query, part.key) for part in parts] if len(parts) > 1 else []
     together = next((facts for facts in cut if facts is not None and cut.count(facts) > 1), None)
     gradients = None if options.gradients is None else operands_of(options.gradients) - {Operand.SINKS}
     asked = dataclasses.replace(options, partial=True, gradients=gradients)
@@ -110,6 +114,13 @@ def partials_of(
     from kernelry.mesh.call import finished_across  # imported where there is a mesh
 
     return [*found[False], finished_across(merge(found[True]), together)]
+
+
+def _with_keys_alone_cut(query: Any, key: Any) -> MeshFacts | None:
+    """What a mesh means for a call whose keys alone are cut; None where that is not so."""
+    facts = facts_of_mesh(current_scope(), query, key)
+    cut = None if facts is None else facts.sharding
+    return facts if cut is not None and cut.kv_axes and not cut.sequence else None
 
 
 def finished(partials: Sequence[Partial], sinks: jax.Array | None, options: CallOptions) -> Any:

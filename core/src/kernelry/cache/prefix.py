@@ -29,7 +29,8 @@ class SharedPrefix:
     """The keys and values of tokens that precede those of every row, at positions 0 … P − 1.
 
     The queries of all rows attend to them as if they were one row (cascade attention): the keys are read once, not
-    once per row, and the result is merged with attention to the keys of each row.
+    once per row, and the result is merged with attention to the keys of each row. On a mesh that cuts rows, each device
+    has all of them, for the queries of its own rows; one that cuts slots alone cuts them, too, and P must divide.
 
     Args:
       key, value: [P, K, H] and [P, K, D], arrays or QuantizedArrays.
@@ -112,7 +113,7 @@ def is_placed(mask: Mask) -> bool:
 
 
 def _of_joined(sharding: Sharding | None) -> Sharding | None:
-    """How joined rows are cut: what cuts rows cuts their queries, and each device has all keys."""
+    """How joined rows are cut: what cuts rows cuts their queries, and each device then has all keys."""
     if sharding is None or not sharding.batch:
         return sharding
     return dataclasses.replace(sharding, batch=(), sequence=sharding.batch, kv_sequence=(), strategy="auto")
