@@ -1,23 +1,32 @@
 """Trains a small language model whose attention kernels kernelry chooses.
 
 python examples/train_lm.py --config examples/configs/tiny.toml
+python examples/train_lm.py --config examples/configs/tiny.toml --mesh data:2,context:4
 
 Says which kernel every kind of layer gets in training, prefill and decode, and why, before
 anything runs; a config that no kernel can serve stops there. Then trains, generates text, and
 writes runs/<name>/{loss.png, resolutions.json, metrics.jsonl}.
+
+With --mesh all of it runs on several devices, which the CPU simulates: rows are cut over `data`, heads over `tensor`,
+and tokens over `context`, in training and in the prompt; a decode step has its query on all of `context`, and the keys
+of its cache cut. The prompt is continued once for each device along `data`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import jax
+from flax import nnx
 from lm.choices import choices, table_of
 from lm.data import load_text
 from lm.generate import continue_text
+from lm.mesh import MeshSettings, of_parameter, placed, simulate_devices
 from lm.model import Decoder
 from lm.report import plot_losses, write_metrics, write_resolutions
 from lm.settings import Settings
@@ -36,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = _console()
     try:
-        run(_settings(options), options.runs, console)
+        settings = _settings(options)
+        with _mesh(options.mesh, settings):
+            run(settings, options.runs, console)
     except KernelryError as error:
         Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
         return CANNOT
@@ -45,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings, runs: Path, console: Console) -> None:
     """Shows the choices, trains, generates, writes."""
-    model = Decoder(settings.model, settings.attention, seed=settings.training.seed)
+    model = _model(settings)
     made = choices(model, settings)
     console.print(table_of(made))
     folder = runs / settings.name
@@ -60,9 +71,28 @@ def run(settings: Settings, runs: Path, console: Console) -> None:
     write_metrics(folder / "metrics.jsonl", history)
     plot_losses(folder / "loss.png", history, settings, made, model.size)
 
-    continuation = continue_text(model, settings.generation, settings.training.seed)
-    console.print(Text.assemble((settings.generation.prompt, "bold"), continuation), "", sep="\n")
+    for continuation in continue_text(model, settings.generation, settings.training.seed):
+        console.print(Text.assemble((settings.generation.prompt, "bold"), continuation), "", sep="\n")
     console.print(f"wrote {folder}/loss.png, resolutions.json and metrics.jsonl")
+
+
+def _mesh(text: str | None, settings: Settings) -> contextlib.AbstractContextManager[object]:
+    """The mesh of a run, active; simulated on a CPU."""
+    if text is None:
+        return contextlib.nullcontext()
+    mesh = MeshSettings.parse(text)
+    mesh.check(settings)
+    simulate_devices(mesh.devices)
+    return jax.set_mesh(mesh.make())
+
+
+def _model(settings: Settings) -> Decoder:
+    """The model before training, on the active mesh if there is one."""
+    model = Decoder(settings.model, settings.attention, seed=settings.training.seed)
+    mesh = jax.sharding.get_mesh()
+    if not mesh.empty:
+        nnx.update(model, placed(nnx.state(model, nnx.Param), mesh, of_parameter(mesh)))
+    return model
 
 
 def _console() -> Console:
@@ -103,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a TOML file, e.g. examples/configs/tiny.toml")
     parser.add_argument("--steps", type=int, help="instead of training.steps")
+    parser.add_argument(
+        "--mesh", help="devices along data, tensor and context, e.g. data:2,context:4; a CPU simulates them"
+    )
     parser.add_argument("--name", help="instead of the config's name")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder for runs (default: runs)")
     return parser

@@ -12,7 +12,8 @@ from flax import nnx
 from rich.table import Table
 
 import kernelry
-from lm.generate import decode, prefill
+from lm.generate import decode, prefill, prompt_of
+from lm.mesh import divisible
 from lm.model import Decoder
 from lm.settings import Settings
 from lm.train import loss_and_gradient
@@ -45,9 +46,9 @@ def choices(model: Decoder, settings: Settings) -> list[Choice]:
     """
     training, generation = settings.training, settings.generation
     windows = jnp.zeros((training.batch, training.seq_len + 1), jnp.int32)
-    prompt = jnp.zeros((1, len(generation.prompt.encode())), jnp.int32)
+    prompt = prompt_of(generation)
     capacity = prompt.shape[1] + generation.length
-    caches = model.empty_caches(1, capacity)
+    caches = model.empty_caches(prompt.shape[0], divisible(capacity))
     return [
         *_traced(model, lambda model: loss_and_gradient(model, windows)),
         *_traced(model, lambda model: prefill(model, prompt, capacity)),
@@ -67,7 +68,10 @@ def _traced(model: Decoder, phase: Callable[[Decoder], Any]) -> Iterator[Choice]
 def table_of(made: list[Choice]) -> Table:
     """Lays the choices out for the terminal."""
     table = Table(title=f"Attention on {jax.default_backend()}", title_justify="left", show_lines=True)
+    cut = any(choice.resolution.shards is not None for choice in made)
     table.add_column("layers, phase, T × S, mask", ratio=3)
+    if cut:
+        table.add_column("on the mesh", ratio=3)
     table.add_column("kernel", style="bold green", no_wrap=True)
     table.add_column("because", ratio=4)
     table.add_column("passed over", ratio=5)
@@ -76,11 +80,29 @@ def table_of(made: list[Choice]) -> Table:
         table.add_row(
             f"{choice.kind} {', '.join(map(str, choice.layers))}\n"
             f"{choice.phase} {request.q_len} × {request.kv_len}\n{request.mask}",
+            *(["\n".join(on_mesh(resolution))] if cut else []),
             _chosen(resolution),
             resolution.rule,
             "\n".join(_passed_over(resolution)),
         )
     return table
+
+
+def on_mesh(resolution: kernelry.Resolution) -> Iterator[str]:
+    """How a call is cut, and what each device is asked about which pairs of shards."""
+    if resolution.shards is None:
+        return
+    shards = resolution.shards.shards
+    yield str(shards.sharding)
+    own = shards.requests[0]
+    yield f"a device: B={own.batch} T={own.q_len} S={own.kv_len} N={own.q_heads} K={own.kv_heads}"
+    if shards.table is None:
+        return
+    pairs = [shards.pairs(place) for place in range(len(shards.requests))]
+    yield "pairs of shards:"
+    yield from (f"  {count} {part.mask}" for count, part in zip(pairs, shards.requests, strict=True))
+    if skipped := sum(map(len, shards.table.table)) - sum(pairs):
+        yield f"  {skipped} skipped"
 
 
 def _chosen(resolution: kernelry.Resolution) -> str:

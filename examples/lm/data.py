@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pydoc_data.topics import topics
 
+import jax
 import numpy as np
 
 
@@ -43,3 +44,31 @@ def evaluation_batch(text: np.ndarray, count: int, length: int) -> np.ndarray:
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
     """Cuts windows of length + 1 bytes."""
     return text[starts[:, None] + np.arange(length + 1)].astype(np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Windows as a mesh takes them: int32 [B, T], positions [T]."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray | None
+
+    @classmethod
+    def of(cls, windows: np.ndarray, order: np.ndarray, *, packed: bool) -> Batch:
+        """Puts windows [B, T + 1] into an order of tokens, [T]; packed, a paragraph does not see the others."""
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        segments = paragraphs(inputs)[:, order] if packed else None
+        return cls(inputs[:, order], targets[:, order], order.astype(np.int32), segments)
+
+
+def paragraphs(tokens: np.ndarray) -> np.ndarray:
+    """Numbers the paragraphs of each row, int32 [B, T]: after an empty line begins another."""
+    ends = tokens == ord("\n")
+    ends[:, 1:] &= ends[:, :-1]
+    ends[:, 0] = False
+    begins = np.roll(ends, 1, axis=1)
+    begins[:, 0] = False
+    return begins.cumsum(axis=1, dtype=np.int32)

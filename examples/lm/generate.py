@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from kernelry import Mode
+from lm.mesh import ROWS, STEPS, cut, divisible, rows_of_mesh
 from lm.model import Cache, Decoder
 from lm.settings import GenerationSettings
 
@@ -19,13 +21,20 @@ Caches = tuple[Cache, ...]
 
 def prefill(model: Decoder, prompt: jax.Array, capacity: int) -> tuple[jax.Array, Caches]:
     """Reads a prompt [B, T]; returns the logits after it, [B, 256], and the caches."""
-    logits, caches = model(prompt, mode=Mode.PREFILL, caches=model.empty_caches(prompt.shape[0], capacity))
-    return logits[:, -1], caches
+    rows, length = prompt.shape
+    padding = divisible(length) - length  # of a prompt that is cut; causal: no token of it sees what follows
+    prompt = jnp.pad(prompt, ((0, 0), (0, padding))) if padding else prompt
+    with cut(ROWS):
+        logits, caches = model(prompt, mode=Mode.PREFILL, caches=model.empty_caches(rows, divisible(capacity)))
+    if padding:
+        caches = tuple(dataclasses.replace(cache, length=jnp.int32(length)) for cache in caches)
+    return logits[:, length - 1], caches
 
 
 def decode(model: Decoder, token: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
     """Reads one more token per row, [B]; returns the logits after it and the caches."""
-    logits, caches = model(token[:, None], mode=Mode.DECODE, caches=caches)
+    with cut(STEPS):
+        logits, caches = model(token[:, None], mode=Mode.DECODE, caches=caches)
     return logits[:, -1], caches
 
 
@@ -60,9 +69,14 @@ def sample(logits: jax.Array, key: jax.Array, temperature: float) -> jax.Array:
     return jax.random.categorical(key, logits / temperature)
 
 
-def continue_text(model: Decoder, generation: GenerationSettings, seed: int) -> str:
-    """Returns the continuation of the prompt of a config."""
-    prompt = jnp.asarray(np.frombuffer(generation.prompt.encode(), np.uint8)[None], jnp.int32)
+def prompt_of(generation: GenerationSettings) -> jax.Array:
+    """Returns the bytes of the prompt, [B, T]: one row, or on a mesh one for each device along `data`."""
+    prompt = np.frombuffer(generation.prompt.encode(), np.uint8)
+    return jnp.asarray(np.tile(prompt, (rows_of_mesh(), 1)), jnp.int32)
+
+
+def continue_text(model: Decoder, generation: GenerationSettings, seed: int) -> list[str]:
+    """Returns continuations of the prompt of a config, one for each row of `prompt_of`."""
     length, temperature = generation.length, generation.temperature
-    tokens = generate(model, prompt, jax.random.key(seed), length=length, temperature=temperature)
-    return bytes(np.asarray(tokens[0], np.uint8)).decode(errors="replace")
+    tokens = generate(model, prompt_of(generation), jax.random.key(seed), length=length, temperature=temperature)
+    return [bytes(row).decode(errors="replace") for row in np.asarray(tokens, np.uint8)]

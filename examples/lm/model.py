@@ -38,6 +38,18 @@ class Cache:
         )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Which tokens belong together, and where in their sequence they are; None is one sequence, in its order."""
+
+    segments: jax.Array | None = None  # [B, T]
+    positions: jax.Array | None = None  # [T]
+
+
+ALONE = Packed()
+
+
 class Attention(nnx.Module):
     """Grouped-query attention; the config says whether the layer is local or global."""
 
@@ -52,23 +64,27 @@ class Attention(nnx.Module):
             layer_config(config, kind, model.window), sink_heads=model.heads if config.sinks else None
         )
 
-    def __call__(self, x: jax.Array, mode: Mode, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def __call__(
+        self, x: jax.Array, mode: Mode, cache: Cache | None, packed: Packed = ALONE
+    ) -> tuple[jax.Array, Cache | None]:
         start = 0 if cache is None else cache.length
-        query, key, value = rotate(self.query(x), start), rotate(self.key(x), start), self.value(x)
+        where = start + jnp.arange(x.shape[1]) if packed.positions is None else packed.positions
+        query, key, value = rotate(self.query(x), where), rotate(self.key(x), where), self.value(x)
         if cache is not None:
             cache = cache.append(key, value)
         if cache is not None and mode is Mode.DECODE:
             # The layer's mask, at the position of the new query, hides the unwritten slots, too.
             x = self.attend(query, cache.key, cache.value, tokens=Tokens(query_offset=start), mode=mode)
         else:
-            x = self.attend(query, key, value, mode=mode)
+            x = self.attend(query, key, value, tokens=Tokens(segment_ids=packed.segments), mode=mode)
         return self.out(x), cache
 
     def paged(self, x: jax.Array, view: PagedView, counts: jax.Array, mode: Mode) -> tuple[jax.Array, PagedCache]:
         """Writes the last counts[b] tokens of each row of a cache, and attends from them."""
         start, config, held = view.lengths - counts, self.attend.config, view.cache.keys[0]
         dtype = held.dtype if isinstance(held, jax.Array) else x.dtype  # quantised pages serve any query
-        query, key, value = rotate(self.query(x), start), rotate(self.key(x), start), self.value(x)
+        where = start[:, None] + jnp.arange(x.shape[1])
+        query, key, value = rotate(self.query(x), where), rotate(self.key(x), where), self.value(x)
         view = view.write(key, value, lengths=counts)
         with kernelry.use(policy=config.policy):
             attended = view.attend(
@@ -97,8 +113,10 @@ class Block(nnx.Module):
         self.up = nnx.Linear(model.width, model.hidden, use_bias=False, rngs=rngs)
         self.down = nnx.Linear(model.hidden, model.width, use_bias=False, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mode: Mode, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        attended, cache = self.attention(self.attention_norm(x), mode, cache)
+    def __call__(
+        self, x: jax.Array, mode: Mode, cache: Cache | None, packed: Packed = ALONE
+    ) -> tuple[jax.Array, Cache | None]:
+        attended, cache = self.attention(self.attention_norm(x), mode, cache, packed)
         return self.feed(x + attended), cache
 
     def paged(self, x: jax.Array, view: PagedView, counts: jax.Array, mode: Mode) -> tuple[jax.Array, PagedCache]:
@@ -199,12 +217,11 @@ def layer_config(config: AttentionConfig, kind: str, window: int) -> AttentionCo
     return dataclasses.replace(config, type=AttentionType.LOCAL_SLIDING, window=window)
 
 
-def rotate(x: jax.Array, start: jax.Array | int) -> jax.Array:
-    """Rotary position embedding of [B, L, heads, H] at positions start … start + L − 1; start is a number or [B]."""
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary position embedding of [B, L, heads, H] at positions [L] or [B, L]."""
     half = x.shape[-1] // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
-    positions = jnp.reshape(start, (-1, 1)) + jnp.arange(x.shape[1])[None]
-    angles = positions[:, :, None] * frequencies[None, None]
+    angles = jnp.atleast_2d(positions)[:, :, None] * frequencies[None, None]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     left, right = x[..., :half], x[..., half:]
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from lm.data import Text, batches, evaluation_batch
+from lm.mesh import ROWS, cut, shared_out
 from lm.model import Decoder
 from lm.settings import TrainingSettings
 
@@ -28,8 +29,10 @@ class Metrics:
 
 def loss_of(model: Decoder, windows: jax.Array) -> jax.Array:
     """Mean cross entropy of the next byte, in nats."""
-    logits, _ = model(windows[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+    inputs, targets = shared_out(windows[:, :-1]), shared_out(windows[:, 1:])
+    with cut(ROWS):
+        logits, _ = model(inputs)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
 loss_and_gradient = nnx.value_and_grad(loss_of)

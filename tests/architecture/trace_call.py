@@ -5,8 +5,8 @@ Run: python tests/architecture/trace_call.py [--kernel NAME] [--pairs] [--json]
 The call is the first of a fresh process, made after the plugins are listed: training, on CPU, under a causal mask. It
 is traced with `sys.setprofile`. A module is traced if one of its functions runs; what runs when a module is imported
 does not count. A crossing is a call of a function whose nearest caller within kernelry is in another file. Files of
-plugins are listed, but only those of the core are counted. The import closure is what `import kernelry` alone imports
-from the core.
+plugins are listed, but only those of the core are counted. What a reader follows is less than these files: the
+functions that ran, and their lines. The import closure is what `import kernelry` alone imports from the core.
 """
 
 import argparse
@@ -28,6 +28,8 @@ class Trace:
     """How often functions of a file were called."""
     crossings: dict[tuple[str, str], int]
     """How often a function of one file called into another."""
+    functions: dict[tuple[str, int], range]
+    """The functions that ran, by file and first line, and their lines."""
     closure: dict[str, int]
     """The files that `import kernelry` imports, and their lines."""
 
@@ -42,6 +44,8 @@ class Trace:
             "modules": len(self.core),
             "lines": sum(map(_lines, self.core)),
             "crossings": sum(self.crossings.values()),
+            "functions": len(self.functions),
+            "function_lines": len({(file, line) for (file, _), lines in self.functions.items() for line in lines}),
             "closure_modules": len(self.closure),
             "closure_lines": sum(self.closure.values()),
         }
@@ -58,13 +62,15 @@ def trace(kernel="auto"):
     kernelry.kernels()
     array = jnp.zeros((1, _TOKENS, _HEADS, _HEAD_DIM))
     mask = kernelry.masks.Causal()
-    calls, crossings = collections.Counter(), collections.Counter()
+    calls, crossings, functions = collections.Counter(), collections.Counter(), {}
 
     def observe(frame, event, _):
         file = _file_of(frame)
         if event != "call" or file is None or frame.f_code.co_name == "<module>":
             return
         calls[file] += 1
+        if _is_written(frame.f_code) and file.startswith("kernelry/"):
+            functions[file, frame.f_code.co_firstlineno] = _lines_of(frame.f_code)
         caller = _caller_of(frame)
         if caller not in (None, file):
             crossings[caller, file] += 1
@@ -74,7 +80,7 @@ def trace(kernel="auto"):
         kernelry.attention(array, array, array, mask=mask, kernel=kernel)
     finally:
         sys.setprofile(None)
-    return Trace(dict(calls), dict(crossings), closure)
+    return Trace(dict(calls), dict(crossings), functions, closure)
 
 
 def _imported():
@@ -88,6 +94,17 @@ def _is_core(module):
 
 def _file_of(frame):
     return _named(frame.f_code.co_filename)
+
+
+def _is_written(code):
+    """Whether it is a function, and not an expression inside one, such as a generator."""
+    return not code.co_name.startswith("<")
+
+
+def _lines_of(code):
+    """From the first decorator to the last line."""
+    ends = (end for _, end, _, _ in code.co_positions() if end is not None)
+    return range(code.co_firstlineno, max(ends) + 1)
 
 
 def _caller_of(frame):
@@ -124,6 +141,7 @@ def _report(found, *, pairs):
     numbers = found.summary()
     yield ""
     yield "the call: {modules} modules of the core, {lines} lines, {crossings} crossings".format(**numbers)
+    yield "what ran: {functions} functions of {function_lines} lines".format(**numbers)
     yield "import kernelry: {closure_modules} modules of the core, {closure_lines} lines".format(**numbers)
 
 

@@ -9,8 +9,9 @@ from jax.experimental import topologies
 
 from kernelry import Target, aot
 from kernelry.aot.compilation import CompileFailure, asked_of_device, left_to_device
-from kernelry.aot.devices import DEVICE_RATES, GPUS, SLICES, check_assembler
+from kernelry.aot.devices import GPUS, SLICES, check_assembler
 from kernelry.errors import ConfigError
+from kernelry.resolution.published import DEVICE_RATES
 
 MESSAGE = re.compile(r"(?:\s*\w+ *(?:: *(?:\"[^\"]*\"|[\w.]+)|\{[^{}]*\}))*\s*")
 """The text of a protocol buffer without nested messages."""

@@ -191,9 +191,9 @@ def test_numpy_arrays_are_accepted():
 
 def test_output_carries_a_name_for_remat_policies():
     q, k, v = _arrays()
-    assert "kernelry_out" in str(jax.make_jaxpr(lambda q: kernelry.attention(q, k, v))(q))
+    assert str(jax.make_jaxpr(lambda q: kernelry.attention(q, k, v))(q)).count("name=context") == 1
     partial = jax.make_jaxpr(lambda q: kernelry.attention(q, k, v, return_partial=True).lse)(q)
-    assert "kernelry_lse" in str(partial)
+    assert str(partial).count("name=context") == 3  # out, lse, and what rounding took from lse
 
 
 def test_gradients_of_an_operand_that_is_not_passed_are_an_error():

@@ -47,17 +47,20 @@ def test_list_as_json(run):
     assert "causal" in rows["dot_product"]["atoms"]
     assert rows["dot_product"]["distribution"].startswith("kernelry-dot-product ")
     assert {"kv_quantizations", "pages", "context_parallel"} <= rows["dot_product"].keys()
+    assert (rows["dot_product"]["manual_axes"], rows["dot_product"]["partitioned_by_xla"]) == ("checked", True)
+    assert (rows["splash"]["manual_axes"], rows["splash"]["partitioned_by_xla"]) == ("unchecked", False)
 
 
-def test_list_shows_how_a_kernel_reads_keys_and_attends_across_devices():
+def test_list_shows_how_a_kernel_reads_keys_and_runs_on_several_devices():
     shown = {"summary": "", "gradient": "none", "kv_quantizations": ["int8:head_dim"], "pages": True}
-    shown["context_parallel"] = ["ring"]
+    shown |= {"context_parallel": ["ring"], "manual_axes": "checked", "partitioned_by_xla": True}
     lists = dict.fromkeys(("platforms", "modes", "dtypes", "atoms", "features", "statistics"), ())
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report._serves({**lists, **shown}))
     text = " ".join(console.export_text().split())
     assert "keys stored as int8:head_dim pages" in text
     assert "across devices by ring" in text
+    assert "Auto axes partitioned by XLA manual axes checked" in text
 
 
 def test_doctor_reports_versions_and_no_faults(run):

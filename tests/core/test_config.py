@@ -99,6 +99,19 @@ def test_maxtext_files_warn_where_they_are_read_until_ignored(tmp_path):
         load_maxtext(path, ignore="reshape_q")
 
 
+def test_rules_of_a_later_file_replace_those_of_the_same_names(tmp_path):
+    base = "logical_axis_rules: [[activation_length, [context]], [activation_batch_attn, [data]]]\n"
+    later = "logical_axis_rules: [[activation_length, [expert]], [activation_heads, tensor]]\n"
+    paths = _file(tmp_path, "base.yml", base), _file(tmp_path, "later.yml", later)
+    both = load_maxtext(*paths).sharding
+    assert (both.batch, both.heads, both.sequence) == (("data",), ("tensor",), ("expert",))
+    replacing = _file(tmp_path, "replacing.yml", f"{later}override_logical_axis_rules: true\n")
+    only = load_maxtext(paths[0], replacing).sharding
+    assert (only.batch, only.heads, only.sequence) == ((), ("tensor",), ("expert",))
+    with pytest.raises(ConfigError, match=r"logical_axis_rules: a rule is a logical name and its mesh axes.*, got 3"):
+        load_maxtext(paths[0], _file(tmp_path, "wrong.yml", "logical_axis_rules: [3]"))
+
+
 @pytest.mark.parametrize("paths", [(), (None,), (3,), ({"attention": "flash"},), ("base.yml", None)])
 def test_what_is_no_path_of_maxtexts_says_what_is_taken(paths):
     with pytest.raises(ConfigError, match=r"load_maxtext takes the paths of MaxText's files, got .*from_maxtext"):

@@ -12,6 +12,7 @@ import kernelry
 from kernelry import Request, masks
 from kernelry.config import AttentionConfig, AttentionType, MoBA, load_config
 from kernelry.errors import ConfigError
+from kernelry.parallel import Sharding
 from kernelry.policy.policy import Policy
 from kernelry.policy.rules import Condition, Rule
 
@@ -28,6 +29,7 @@ OPTIONS = {
     "logits_dtype": "bfloat16",
     "precision": "highest",
     "tilings": {"splash": {"block_q": 1024, "block_kv": 256}, "blockwise": {"block_q": 64}},
+    "sharding": {"batch": ["data", "fsdp"], "sequence": "context", "strategy": "ring", "sizes": {"context": 4}},
 }
 TOML = """
 [attention]
@@ -42,6 +44,12 @@ dropout_rate = 0.5
 logits_dtype = "bfloat16"
 precision = "highest"
 tilings = { splash = { block_q = 1024, block_kv = 256 }, blockwise = { block_q = 64 } }
+
+[attention.sharding]
+batch = ["data", "fsdp"]
+sequence = "context"
+strategy = "ring"
+sizes = { context = 4 }
 """
 YAML = """
 attention:
@@ -56,6 +64,7 @@ attention:
   logits_dtype: bfloat16
   precision: highest
   tilings: {splash: {block_q: 1024, block_kv: 256}, blockwise: {block_q: 64}}
+  sharding: batch=data,fsdp sequence=context:4 ring
 """
 CONFIG = AttentionConfig(**{**OPTIONS, "moba": MoBA(1024, 8)})
 
@@ -273,3 +282,64 @@ def test_lists_and_mappings_are_accepted():
     config = AttentionConfig(thresholds={"flash_min_q_len": 64}, forbid_adapters=["repeat_kv_heads"])
     assert config == AttentionConfig(thresholds=(("flash_min_q_len", 64),), forbid_adapters=("repeat_kv_heads",))
     assert hash(config.policy)
+
+
+# The sharding of a layer
+
+
+def _sharded(**facts):
+    return AttentionConfig(sharding=Sharding(**facts))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Sharding(batch="data", sequence="context", strategy="ring"),
+        "batch=data sequence=context ring",
+        {"batch": "data", "sequence": ["context"], "strategy": "ring"},
+    ],
+    ids=["value", "text", "table"],
+)
+def test_a_sharding_is_a_value_a_text_or_a_table(given):
+    expected = _sharded(batch="data", sequence="context", strategy="ring")
+    assert AttentionConfig(sharding=given) == load_config({"sharding": given}) == expected
+    assert hash(AttentionConfig(sharding=given)) == hash(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            "batch=data rng",
+            "sharding 'batch=data rng': 'rng' is neither axes nor a strategy nor an order; did you mean ",
+        ),
+        ("batch=data heads=data", "sharding: mesh axis 'data' is named twice"),
+        ({"strategy": "rings"}, "sharding: unknown strategy 'rings'; did you mean 'ring'"),
+        ({"sequnce": "c"}, "sharding: unknown field 'sequnce'; did you mean 'sequence'"),
+        (3, "a sharding is written e.g. 'batch=d:4 sequence=c:8 ring', got 3"),
+        ([], r"a sharding is written e.g. .*, got \[\]"),
+    ],
+)
+def test_a_sharding_of_another_form_is_an_error_of_the_config(given, words):
+    with pytest.raises(ConfigError, match=f"^{words}"):
+        AttentionConfig(sharding=given)
+    with pytest.raises(ConfigError, match=f"^config: {words}"):
+        load_config({"sharding": given})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line", "words"),
+    [
+        ("c.toml", '[attention]\nscale = 1.0\nsharding = "batsh=d"\n', 3, "sharding 'batsh=d': .*mean 'batch'"),
+        ("c.toml", '[attention.sharding]\nbatch = "d"\nsequnce = "c"\n', 3, "unknown field 'sequnce'; .*'sequence'"),
+        ("c.toml", '[attention.sharding]\nbatch = "d"\nstrategy = "rings"\n', 3, "unknown strategy 'rings'"),
+        ("c.toml", '[attention.sharding]\nsequence = "c"\nkv_sequence = "d"\n', 1, "queries are cut over"),
+        ("c.yaml", "attention:\n  sharding:\n    batch: d\n    order: stripes\n", 4, "did you mean 'striped'"),
+        ("c.yaml", "attention:\n  sharding: ringg\n", 2, "'ringg' is neither .*did you mean 'ring'"),
+    ],
+)
+def test_a_sharding_in_a_file_that_is_wrong_has_its_line(tmp_path, name, text, line, words):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"{name}:{line}: .*{words}"):
+        load_config(path)

@@ -108,6 +108,20 @@ def test_the_band_around_a_custom_mask_narrows_bands_and_implies_them():
     assert str((masks.SlidingWindow(1, 2) & Recent(3)).form) == "custom(test.recent, 3) & window(1, 0)"
 
 
+def test_the_band_around_a_custom_mask_hides_the_keys_put_behind():
+    class_, at = Recent(3).atom.mask_class, Recent(3).at(query_offset=4)
+    assert class_.hides_keys_behind(Recent(3).form.atoms[0], 8, 8)
+    assert not class_.hides_keys_behind(at.form.atoms[0], 8, 8), "queries stand behind the keys"
+    traced = Recent(3).at(query_offset=jnp.int32(0))
+    assert not class_.hides_keys_behind(traced.form.atoms[0], 8, 8)
+
+
+def test_a_mask_with_arrays_has_no_hash():
+    assert hash(Recent(3)) == hash(Recent(3))
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(Heavy(np.ones((1, 8))))
+
+
 def test_a_word_that_two_classes_claim_answers_for_neither():
     [first] = pytree()(type("First", (Recent,), {"word": "test.claimed"}))(3).form.atoms
     assert first.mask_class.band_around(first) == (3, 0)

@@ -17,18 +17,21 @@ import pytest
 from kernelry import masks
 from kernelry.config import AttentionConfig, AttentionType, MoBA, from_maxtext
 from kernelry.config.maxtext import reading
-from kernelry.config.maxtext.options import OPTIONS, Fate, Kind
+from kernelry.config.maxtext.options import MESH, OPTIONS, PARALLELISM, Fate, Kind
 from kernelry.config.maxtext.reading import not_attention
 from kernelry.errors import ConfigError, NoKernelError
+from kernelry.parallel import Sharding
 from kernelry.policy.rules import Range
 from kernelry.request.request import Mode, Request
 from kernelry.resolution.resolver import resolve
 
 DEFAULT = AttentionConfig(source="MaxText", scale=1.0)
+BATCH, HEADS = "batch=data,fsdp,fsdp_transpose,expert", "heads=tensor,tensor_sequence,autoregressive"
+SHARDED = dataclasses.replace(DEFAULT, sharding=f"{BATCH} {HEADS} sequence=context all_gather dual_chunk")
 FOREIGN = [option for option in OPTIONS if option.fate is Fate.FOREIGN]
 UNREAD = [option for option in OPTIONS if option.fate is Fate.UNREAD]
 LOCAL = {"attention_type": "local_sliding", "sliding_window_size": 64}
-CHANGED = {Kind.SIZE: 256, Kind.INTEGER: 3, Kind.NUMBER: 3.5, Kind.TEXT: "other"}
+CHANGED = {Kind.SIZE: 256, Kind.INTEGER: 3, Kind.NUMBER: 3.5, Kind.TEXT: "other", Kind.LIST: ["x"]}
 
 
 def _real():
@@ -45,8 +48,8 @@ def _whole():
     return {**dict.fromkeys(not_attention(), object()), **{option.name: option.default for option in OPTIONS}}
 
 
-def test_a_whole_config_at_its_defaults_is_the_default_with_scaled_queries():
-    assert from_maxtext(_whole()) == DEFAULT
+def test_a_whole_config_at_its_defaults_is_the_default_with_scaled_queries_on_a_mesh():
+    assert from_maxtext(_whole()) == SHARDED
 
 
 def test_an_empty_mapping_means_the_defaults():
@@ -57,9 +60,13 @@ def test_an_empty_mapping_means_the_defaults():
 def test_the_real_base_yml_is_accepted_and_the_table_has_its_defaults():
     yaml = pytest.importorskip("yaml")
     content = yaml.safe_load(_real().read_text(encoding="utf-8"))
-    assert from_maxtext(content) == DEFAULT
+    assert from_maxtext(content) == SHARDED
     table = {option.name: option.default for option in OPTIONS}
-    assert {name: value for name, value in content.items() if name in table} == table
+    rules, absent = table.pop("logical_axis_rules"), {"context_parallel_size", "using_pipeline_parallelism"}
+    assert {name: value for name, value in content.items() if name in table} == {
+        name: value for name, value in table.items() if name not in absent
+    }
+    assert [rule for rule in content["logical_axis_rules"] if rule[0] in dict(rules)] == rules
 
 
 def test_no_key_is_both_about_attention_and_not():
@@ -71,7 +78,7 @@ def test_no_key_is_both_about_attention_and_not():
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_every_default_is_accepted_alone(option):
-    assert from_maxtext({option.name: option.default}) == DEFAULT
+    assert from_maxtext({option.name: option.default}) == (SHARDED if option.name in MESH else DEFAULT)
 
 
 def _changed(option):
@@ -91,7 +98,7 @@ def test_an_option_without_meaning_says_why_where_it_is_changed(option):
 
 @pytest.mark.parametrize(
     "name",
-    ["quantize_kvcache", "ici_context_parallelism", "experimental_sa_quant_k_fp8", "enable_padding_causal_mask"],
+    ["quantize_kvcache", "custom_mesh_and_rule", "experimental_sa_quant_k_fp8", "enable_padding_causal_mask"],
 )
 def test_what_changes_the_numbers_or_the_program_is_never_left_out_in_silence(name):
     assert name in {option.name for option in FOREIGN}
@@ -111,9 +118,9 @@ def test_options_that_change_nothing_are_accepted_with_one_warning_that_names_th
 
 
 def test_options_of_one_reason_are_named_together():
-    options = {"sa_use_fused_bwd_kernel": True, "reshape_q": True, "use_splash_scheduler": True}
+    options = {"sa_bwd_dkv_megacore": True, "reshape_q": True, "use_splash_scheduler": True}
     words = (
-        "sa_use_fused_bwd_kernel = True, use_splash_scheduler = True (kernels here have no such tunable); "
+        "sa_bwd_dkv_megacore = True, use_splash_scheduler = True (kernels here have no such tunable); "
         "reshape_q = True (layouts are internal to kernels"
     )
     with pytest.warns(UserWarning, match=re.escape(words)):
@@ -122,7 +129,8 @@ def test_options_of_one_reason_are_named_together():
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_a_value_of_the_wrong_kind_names_key_value_and_what_was_expected(option):
-    wrong = 0.5 if option.kind in (Kind.SIZE, Kind.COUNT, Kind.INTEGER) else ["x"]
+    numbers = (Kind.SIZE, Kind.COUNT, Kind.INTEGER, Kind.DEVICES, Kind.LIST)
+    wrong = 0.5 if option.kind in numbers else ["x"]
     with pytest.raises(ConfigError) as caught:
         from_maxtext({option.name: wrong})
     assert f"{option.name} must be {option.expected}, got {wrong!r}" in str(caught.value)
@@ -463,13 +471,75 @@ def test_the_tunables_named_are_those_of_the_installed_splash(variant):
     assert {name for name in tunables if name.startswith("block_")} == dict(tiling).keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "tilings"),
+    [
+        ({"sa_use_fused_bwd_kernel": True}, {"splash": {"backward_kernels": 1}}),
+        ({"sa_use_fused_bwd_kernel": True, "use_tokamax_splash": True}, {}),
+        ({"local_sa_use_fused_bwd_kernel": True}, {}),
+        ({**LOCAL, "local_sa_use_fused_bwd_kernel": True}, {"splash": {"backward_kernels": 1}}),
+        ({**LOCAL, "sa_use_fused_bwd_kernel": True, "local_sa_use_fused_bwd_kernel": False}, {}),
+        ({"sa_q_layout": "SEQ_MINOR"}, {"splash": {"q_layout": 2}}),
+        ({"sa_v_layout": "SEQ_MINOR", "use_tokamax_splash": True}, {"tokamax_splash": {"v_layout": 2}}),
+        (
+            {**LOCAL, "sa_k_layout": "SEQ_MINOR", "local_sa_q_layout": "SEQ_MINOR"},
+            {"splash": {"k_layout": 2, "q_layout": 2}},
+        ),
+        ({"dq_reduction_steps": 3}, {"tokamax_splash": {"dq_reduction_steps": 3}}),
+        ({"max_segments_per_seq": 16}, {"cudnn_te": {"max_segments": 16}}),
+        ({"max_segments_per_seq": -1}, {}),
+        (
+            {"sa_block_q": 128, "sa_k_layout": "SEQ_MINOR", "sa_use_fused_bwd_kernel": True},
+            {"splash": {"backward_kernels": 1, "block_q": 128, "k_layout": 2}},
+        ),
+    ],
+)
+def test_other_tunables_reach_the_kernels_that_have_them(options, tilings):
+    assert from_maxtext(options).tilings == dataclasses.replace(DEFAULT, tilings=tilings).tilings
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sa_q_layout": "SEQ"}, "sa_q_layout must be HEAD_DIM_MINOR or SEQ_MINOR, got 'SEQ'"),
+        ({"dq_reduction_steps": 2}, "dq_reduction_steps must be 0 or 3, got 2"),
+        ({"max_segments_per_seq": 0}, "max_segments_per_seq must be a positive integer, or -1, got 0"),
+        ({"max_segments_per_seq": -2}, "max_segments_per_seq must be a positive integer, or -1, got -2"),
+    ],
+)
+def test_a_tunable_that_no_kernel_takes_is_an_error(options, words):
+    with pytest.raises(ConfigError, match=f"MaxText option {words}"):
+        from_maxtext(options)
+
+
+@pytest.mark.parametrize("attention", ["global", "packed"])
+def test_max_segments_reach_cudnn_te_whether_or_not_rows_are_packed(attention):
+    plugin = pytest.importorskip("kernelry_cudnn_te.plugin")
+    [spec] = [spec for spec in plugin.kernelry_kernels() if spec.name == "cudnn_te"]
+    [(_, tiling)] = from_maxtext({"max_segments_per_seq": 16}).tilings
+    mask = masks.Causal() & IDS if attention == "packed" else masks.Causal()
+    request = Request(q_len=512, batch=2, mask=mask, target="gpu:h100", dtype="bfloat16", head_dim=128)
+    assert spec.tilings(request)[0].replace(dict(tiling), spec.name)["max_segments"] == 16
+
+
+def test_the_other_tunables_named_are_those_of_the_installed_kernels():
+    plugin = pytest.importorskip("kernelry_tpu_splash.plugin")
+    layouts = {f"sa_{array}_layout": "SEQ_MINOR" for array in "qkv"}
+    options = {**layouts, "sa_use_fused_bwd_kernel": True, "dq_reduction_steps": 3}
+    for more in ({}, {"use_tokamax_splash": True}):
+        for kernel, tiling in from_maxtext({**options, **more}).tilings:
+            [spec] = [spec for spec in plugin.kernelry_kernels() if spec.name == kernel]
+            replaced = spec.tilings(Request(q_len=1024, target="tpu:v5e"))[0].replace(dict(tiling), kernel)
+            assert dict(tiling).items() <= dict(replaced.values).items()
+
+
 def test_blocks_that_tokamax_never_reads_change_nothing():
     assert from_maxtext({"sa_block_q_dq": 128, "use_tokamax_splash": True}).tilings == ()
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("packing", False), ("max_segments_per_seq", 32), ("use_chunked_prefill", True), ("use_indexer", True)],
+    [("packing", False), ("use_chunked_prefill", True), ("use_indexer", True)],
 )
 def test_what_belongs_to_a_call_is_accepted_at_any_value(name, value):
     assert from_maxtext({name: value}) == DEFAULT
@@ -523,7 +593,7 @@ def test_no_key_of_base_yml_would_be_taken_for_an_option_if_it_were_new(monkeypa
     for key in sorted(keys):
         monkeypatch.setattr(reading, "not_attention", lambda left=keys - {key}: left)
         taken += [key] if reading._misspelt(key) else []
-    assert taken == []
+    assert taken == ["custom_mesh", "mtc_data_parallelism"]  # which are about the mesh
 
 
 def test_ignore_lets_keys_pass():
@@ -557,3 +627,191 @@ def test_neither_importing_nor_reading_needs_an_optional_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+# The mesh
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ici_context_parallelism": 4}, f"{BATCH} {HEADS} sequence=context:4 all_gather dual"),
+        (
+            {"ici_context_parallelism": 4, "dcn_context_parallelism": 2},
+            f"{BATCH} {HEADS} sequence=context:8 all_gather dual",
+        ),
+        ({"ici_context_parallelism": -1}, f"{BATCH} {HEADS} sequence=context all_gather dual"),
+        (
+            {"ici_context_parallelism": -1, "context_parallel_size": 4},
+            f"{BATCH} {HEADS} sequence=context:4 all_gather dual",
+        ),
+        ({"context_parallel_strategy": "Ring"}, f"{BATCH} {HEADS} sequence=context ring dual"),
+        (
+            {"context_parallel_strategy": "ulysses", "context_parallel_load_balance": False},
+            f"{BATCH} {HEADS} sequence=context ulysses",
+        ),
+        (
+            {
+                "context_parallel_strategy": "usp",
+                "ici_context_parallelism": 4,
+                "ici_context_usp_ulysses_parallelism": 2,
+            },
+            f"{BATCH} {HEADS} sequence=context:4,context_usp_ulysses:2 ulysses=context_usp_ulysses:2 usp dual",
+        ),
+        ({"context_parallel_load_balance": False}, f"{BATCH} {HEADS} sequence=context all_gather"),
+        ({"context_parallel_reorder_strategy": "striped"}, f"{BATCH} {HEADS} sequence=context all_gather striped"),
+        ({"context_parallel_reorder_strategy": "dual_chunk_swap"}, f"{BATCH} {HEADS} sequence=context all_gather dual"),
+        ({"context_parallel_strategy": "ring", "hardware": "gpu"}, f"{BATCH} {HEADS} sequence=context ring striped"),
+        (
+            {"context_parallel_strategy": "ring", "hardware": "gpu_multiprocess", "packing": False},
+            f"{BATCH} {HEADS} sequence=context ring dual",
+        ),
+        ({"mesh_axes": [], "hardware": "gpu"}, ""),
+        ({"mesh_axes": ["fsdp"]}, "batch=fsdp"),
+        ({"mesh_axes": ["data", "tensor", "context"]}, "batch=data heads=tensor sequence=context all_gather dual"),
+        (
+            {"logical_axis_rules": [["activation_batch_attn", "data"], ["activation_length", ["expert"]]]},
+            "batch=data sequence=expert all_gather dual",
+        ),
+        (
+            {
+                "logical_axis_rules": [["activation_length", ["expert"]]],
+                "context_sharding": "expert",
+                "ici_expert_parallelism": 4,
+                "context_parallel_size": 4,
+            },
+            "sequence=expert:4 all_gather dual",
+        ),
+        ({"logical_axis_rules": [["activation_heads", "tensor"], ["activation_kv", "tensor"]]}, "heads=tensor"),
+        ({"logical_axis_rules": [["activation_kv", "tensor"]]}, ""),
+        ({"logical_axis_rules": [], "context_parallel_size": 1}, ""),
+        (
+            {"mesh_axes": ["data", "tensor"], "ici_tensor_parallelism": 8, "dcn_data_parallelism": 2},
+            "batch=data:2 heads=tensor:8",
+        ),
+        ({"shard_mode": "explicit"}, f"{BATCH} {HEADS} sequence=context all_gather dual"),
+    ],
+)
+def test_options_about_a_mesh_make_a_sharding(options, text):
+    assert from_maxtext(options) == dataclasses.replace(DEFAULT, sharding=text)
+
+
+def test_options_around_the_mesh_alone_make_none():
+    for options in ({"hardware": "gpu"}, {"using_pipeline_parallelism": True}, {"override_logical_axis_rules": True}):
+        assert from_maxtext(options) == DEFAULT
+
+
+RULES = "MaxText option logical_axis_rules: "
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shard_mode": "manual"}, "shard_mode must be auto or explicit, got 'manual'"),
+        ({"mesh_axes": [3]}, r"mesh_axes must be names, got \[3\]"),
+        (
+            {"mesh_axes": ["data"], "ici_context_parallelism": 4},
+            "ici_context_parallelism = 4, and mesh_axes has no axis ",
+        ),
+        (
+            {"dcn_sequence_parallelism": 2},
+            "dcn_sequence_parallelism = 2, and mesh_axes has no axis 'sequence'; set it to 1",
+        ),
+        (
+            {"ici_data_parallelism": 0},
+            "ici_data_parallelism must be a positive integer, or -1 for the rest of the devices",
+        ),
+        ({"ici_data_parallelism": -2}, "ici_data_parallelism must be a positive integer, or -1"),
+        ({"logical_axis_rules": [["activation_heads"]]}, f"{RULES}a rule is a logical name and its mesh axes"),
+        (
+            {"logical_axis_rules": [["activation_kv", "tensor"]], "ici_tensor_parallelism": 2},
+            f"{RULES}activation_kv cuts head dims over tensor, .* let activation_heads have the axes",
+        ),
+        (
+            {"logical_axis_rules": [["activation_batch_attn", ["data", "data"]]]},
+            "MaxText's mesh options: Sharding: mesh axis 'data' is named twice",
+        ),
+        (
+            {"context_parallel_strategy": "rings"},
+            "context_parallel_strategy: unknown strategy 'rings'; did you mean 'ring'",
+        ),
+        (
+            {"context_parallel_strategy": "ring", "ici_context_usp_ulysses_parallelism": 2},
+            "ici_context_usp_ulysses_parallelism and dcn_.* must be 1 with context_parallel_strategy = 'ring'",
+        ),
+        (
+            {"context_parallel_strategy": "usp", "mesh_axes": ["context"]},
+            "'usp': activation_length must be cut over an axis for the ring and over ulysses_context_sharding = "
+            "'context_usp_ulysses', and logical_axis_rules and mesh_axes cut it over context",
+        ),
+        (
+            {"context_parallel_strategy": "usp", "ulysses_context_sharding": "tensor"},
+            "over ulysses_context_sharding = 'tensor', .* over context and context_usp_ulysses",
+        ),
+        (
+            {"context_parallel_strategy": "ulysses"},
+            "context_parallel_load_balance = True with context_parallel_strategy = 'ulysses': .*set it to false",
+        ),
+        (
+            {"context_parallel_reorder_strategy": "dual_chunk"},
+            "context_parallel_reorder_strategy: unknown strategy 'dual_chunk'; did you mean 'dual_chunk_swap'",
+        ),
+        (
+            {"context_sharding": "expert"},
+            "context_sharding = 'expert', and logical_axis_rules and mesh_axes cut activation_length over context",
+        ),
+        ({"context_sharding": "contxt"}, "cut activation_length over context; did you mean 'context'"),
+        (
+            {"context_parallel_size": 4, "mesh_axes": ["data"]},
+            "context_parallel_size = 4, and logical_axis_rules and mesh_axes cut activation_length over none",
+        ),
+        ({"context_parallel_size": 4}, "context_parallel_size = 4, and .* the size of 'context' is 1; set these"),
+        (
+            {"context_parallel_size": 8, "ici_context_parallelism": 4},
+            "context_parallel_size = 8, and by ici_ and dcn_context_parallelism the size of 'context' is 4; set these",
+        ),
+        (
+            {"context_parallel_size": 1, "ici_context_parallelism": 4},
+            r"context_parallel_size = 1, and .* is 4; set these",
+        ),
+        (
+            {"custom_mesh_and_rule": "ep-as-cp"},
+            "custom_mesh_and_rule = 'ep-as-cp' is not supported: its rules are in a ",
+        ),
+    ],
+)
+def test_options_about_a_mesh_that_cannot_be_honoured_say_why(options, words):
+    with pytest.raises(ConfigError, match=words):
+        from_maxtext(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({"context_parallel_strategy": "ring"}, True),
+        ({"context_parallel_strategy": "ring", "packing": False}, False),
+        ({"context_parallel_strategy": "all_gather", "packing": False}, False),
+        ({"context_parallel_strategy": "all_gather", "packing": False, "context_parallel_load_balance": False}, False),
+    ],
+)
+def test_context_parallel_that_maxtext_leaves_to_transformer_engine_is_served(options, packed):
+    mesh = {"mesh_axes": ["context"], "ici_context_parallelism": 4, "max_segments_per_seq": 16}
+    config = from_maxtext({"attention": "cudnn_flash_te", "hardware": "gpu", **mesh, **options})
+    mask = masks.Causal() & IDS if packed else masks.Causal()
+    facts = {"batch": 2, "q_len": 512, "q_heads": 8, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    request = Request(**facts, mask=mask, target="gpu:h100", sharding=str(config.sharding))
+    assert resolve(request, policy=config.policy).kernel == "cudnn_te"
+
+
+def test_every_parallelism_has_a_default_and_both_networks():
+    for kind in PARALLELISM:
+        assert {f"ici_{kind}_parallelism", f"dcn_{kind}_parallelism"} <= MESH
+
+
+def test_rules_for_evaluation_that_are_those_of_training_are_silent():
+    rules = [["activation_length", ["context"]]]
+    both = {"logical_axis_rules": rules, "logical_axis_rules_for_eval": rules}
+    assert from_maxtext(both).sharding == Sharding.parse("sequence=context all_gather dual")
+    long = [["activation_length", ["context"]]] * 9
+    with pytest.warns(UserWarning, match=r"logical_axis_rules_for_eval = \[…\] \(there is one sharding per config"):
+        from_maxtext({**both, "logical_axis_rules_for_eval": long})

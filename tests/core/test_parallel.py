@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernelry
-from kernelry.errors import ArgumentError, KernelRefusedError
-from kernelry.parallel import ContextParallel, load_balanced_order, reorder_for_load_balance, undo_reorder
+from kernelry import masks
+from kernelry.errors import ArgumentError, KernelRefusedError, NoKernelError, ShapeError
+from kernelry.parallel import (
+    ContextParallel,
+    choose_order,
+    load_balanced_order,
+    reorder_for_load_balance,
+    undo_reorder,
+)
 from kernelry.request.request import Request
 
 ORDERS = ("dual_chunk", "striped")
@@ -132,3 +139,105 @@ def test_it_is_part_of_the_key_of_a_jitted_function():
         pytest.raises(KernelRefusedError, match="context_parallel"),
     ):
         attend()
+
+
+# Which order suits a mask
+
+CAUSAL = masks.Causal()
+IDS = masks.Segments(jnp.zeros((1, 8192), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("mask", "order"),
+    [
+        (CAUSAL, "dual_chunk"),
+        (CAUSAL & IDS, "dual_chunk"),
+        (masks.BlockCausal(32), "dual_chunk"),
+        (masks.Chunked(8192), "dual_chunk"),
+        (masks.SlidingWindow(1023), "contiguous"),
+        (masks.SlidingWindow(511, 511), "contiguous"),
+        (masks.SlidingWindow(1023) & IDS, "contiguous"),
+        (masks.Chunked(2048), "contiguous"),
+        (masks.Full(), "contiguous"),
+        (IDS, "contiguous"),
+        (CAUSAL.at(query_positions=load_balanced_order(8192, 8), kv_positions=np.arange(8192)), "contiguous"),
+    ],
+    ids=str,
+)
+def test_the_order_follows_the_mask(mask, order):
+    assert choose_order(mask, 8192, 8) == order
+
+
+def test_one_device_needs_no_order():
+    assert choose_order(CAUSAL, 7, 1) == "contiguous"
+
+
+def test_an_order_that_does_not_divide_is_not_chosen():
+    assert choose_order(CAUSAL, 12, 4) == "striped"
+    assert choose_order(CAUSAL, 4, 4) == "contiguous"
+
+
+def _waited(mask, length, size, order):
+    """The cells of 1 × 1 that a ring waits for, counted one by one."""
+    tokens = np.arange(length) if order == "contiguous" else load_balanced_order(length, size, order)
+    seen = np.broadcast_to(mask.materialize(length, length), (1, 1, length, length))[0, 0][tokens][:, tokens]
+    work = seen.reshape(size, length // size, size, length // size).sum(axis=(1, 3))
+    return sum(max(work[device, (device - step) % size] for device in range(size)) for step in range(size))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 5),
+    st.integers(1, 4),
+    st.sampled_from([CAUSAL, masks.Full(), masks.SlidingWindow(3), masks.Chunked(6), masks.SlidingWindow(9, 2)]),
+)
+def test_no_order_that_divides_waits_for_less(size, pieces, mask):
+    length = 2 * size * pieces
+    waited = {order: _waited(mask, length, size, order) for order in ("contiguous", *ORDERS)}
+    best = min(("dual_chunk", "striped"), key=waited.__getitem__)
+    chosen = choose_order(mask, length, size)
+    assert chosen == (best if waited[best] <= 0.9 * waited["contiguous"] else "contiguous")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (("causal", 8, 2), ShapeError, "choose_order takes a kernelry mask, got 'causal'"),
+        ((CAUSAL, 8.0, 2), ArgumentError, "choose_order: length must be a positive integer, got 8.0"),
+        ((CAUSAL, 8, 0), ArgumentError, "choose_order: size must be a positive integer, got 0"),
+        ((CAUSAL, 9, 2), ShapeError, "9 does not divide .*9 % 2 = 1"),
+    ],
+)
+def test_what_has_no_order_says_why(arguments, error, words):
+    with pytest.raises(error, match=words):
+        choose_order(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kv_len", "text", "order"),
+    [
+        (CAUSAL, 128, "sequence=c:4 order=auto", "dual_chunk"),
+        (masks.SlidingWindow(31), 128, "sequence=c:4 order=auto", "contiguous"),
+        (CAUSAL, 128, "sequence=c:2,u:2 ulysses=u usp order=auto", "dual_chunk"),
+        (CAUSAL, 128, "sequence=c:4 ulysses order=auto", "contiguous"),
+        (CAUSAL.at(query_offset=0), 256, "sequence=c:4 kv_sequence=none order=auto", "contiguous"),
+    ],
+)
+def test_order_auto_is_chosen_where_mask_and_length_are_known(mask, kv_len, text, order):
+    request = Request(q_len=128, kv_len=kv_len, q_heads=4, head_dim=8, mask=mask, sharding=text, target="cpu")
+    assert kernelry.resolve(request).shards.shards.sharding.order == order
+    assert "order=auto" in request.sharding
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sequence=c:2,d:2 native", "over one axis that cuts queries and keys alike, not by sharding=sequence=c:2,d:2"),
+        ("sequence=c:4 kv_sequence=none native", "by ring or all_gather, over one axis"),
+        ("sequence=c:4 native", "dot_product: context_parallel=ring:c:4 is not supported"),
+    ],
+)
+def test_what_no_kernel_does_across_devices_itself_says_so(text, words):
+    request = Request(q_len=128, q_heads=4, head_dim=8, mask=CAUSAL, sharding=text, target="cpu")
+    with pytest.raises(NoKernelError, match=words):
+        kernelry.resolve(request)

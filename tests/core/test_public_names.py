@@ -67,10 +67,19 @@ CACHE = {
     "SharedPrefix",
     "TwoPartCache",
 }
-PARALLEL = {"ContextParallel", "load_balanced_order", "reorder_for_load_balance", "undo_reorder"}
+PARALLEL = {
+    "ContextParallel",
+    "Sharding",
+    "choose_order",
+    "load_balanced_order",
+    "reorder_for_load_balance",
+    "shard_attention",
+    "undo_reorder",
+}
 PLUGIN = {
     "CONTRACT",
     "QUANTIZATIONS",
+    "REMAT_NAME",
     "Atom",
     "AtomKind",
     "Axis",
@@ -89,6 +98,7 @@ PLUGIN = {
     "Kernel",
     "KernelSpec",
     "Knowledge",
+    "ManualAxes",
     "Mask",
     "MaskForm",
     "Mode",
@@ -123,6 +133,7 @@ PLUGIN = {
     "uneven_lengths",
     "load_balanced_order",
     "log_sum",
+    "named",
     "pytree",
     "round_up",
     "signature_of",

@@ -72,6 +72,11 @@ UNUSABLE = {
         "gradient must be a Gradient, got 'native'",
         "write Gradient.NONE, Gradient.NATIVE",
     ),
+    "declares(manual_axes='checked')": (
+        "manual_axes must be a ManualAxes, got 'checked'",
+        "write ManualAxes.CHECKED or ManualAxes.UNCHECKED",
+    ),
+    "declares(partitioned_by_xla='yes')": ("partitioned_by_xla must be True or False, got 'yes'", "write partitioned"),
     "declares(tolerances=(1,))": ("tolerances must be a tuple of Tolerances, ", "write tolerances=(Tolerance("),
     "declares(tolerances=(Tolerance(32, 1e-6, 1e-5, ''),))": (
         "each a dtype's name and two numbers, got (Tolerance(dtype=32, ",

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -190,3 +192,45 @@ def test_targets_are_the_inputs_one_byte_on():
     windows = next(batches(text, 3, 10, 0))
     assert windows.shape == (3, 11)
     np.testing.assert_array_equal(windows[:, 1:], windows[:, :-1] + 1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("context:3", "training.seq_len=128 does not divide over context: 128 % 3 = 2"),
+        ("data:3", "training.batch=4 does not divide over data: 4 % 3 = 1"),
+        ("tensor:8", "model.heads=4 does not divide over tensor: 4 % 8 = 4"),
+        ("contxt:2", "did you mean 'context'?"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_an_error(tmp_path, capsys, mesh, message):
+    assert run(tmp_path, written(tmp_path), "--mesh", mesh) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def on_mesh(tmp_path, mesh, *options):
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "train_lm.py"), "--config", str(written(tmp_path))]
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")}
+    command += ["--runs", str(tmp_path), "--name", mesh, "--mesh", mesh, *options]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = [json.loads(line) for line in (tmp_path / mesh / "metrics.jsonl").read_text().splitlines()]
+    return done.stdout, np.array([line["loss"] for line in history[1:]])
+
+
+def test_a_run_on_a_mesh_trains_as_one_device_does(tmp_path):
+    printed, losses = on_mesh(tmp_path, "data:2,context:4", "--steps", "3")
+    _, alone = on_mesh(tmp_path, "data:1", "--steps", "3")
+    np.testing.assert_allclose(losses, alone, rtol=2e-6)
+    for shown in ("batch=data:2", "sequence=context:4 ring", "kv_sequence=context:4", "6 full", "4 causal", "skipped"):
+        assert shown in printed, shown
+    assert printed.count("The for statement") == 2  # one for each device along data
+
+
+@pytest.mark.sweep
+def test_heads_are_cut_over_tensor(tmp_path):
+    _, alone = on_mesh(tmp_path, "data:1", "--steps", "3")
+    for mesh in ("tensor:2,context:2", "data:2,tensor:4"):  # two key/value heads: repeated for four devices
+        printed, losses = on_mesh(tmp_path, mesh, "--steps", "3")
+        np.testing.assert_allclose(losses, alone, rtol=2e-6)
+        assert "heads=tensor:" in printed

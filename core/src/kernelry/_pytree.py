@@ -26,7 +26,10 @@ _T = TypeVar("_T")
 
 
 def pytree(*leaves: str) -> Callable[[type[_T]], type[_T]]:
-    """Makes a dataclass a pytree whose children are the fields named; the rest is static."""
+    """Makes a dataclass a pytree whose children are the fields named; the rest is static.
+
+    With children and `eq=False` it has no hash: arrays have none.
+    """
 
     def decorate(cls: type[_T]) -> type[_T]:
         names = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
@@ -45,6 +48,8 @@ def pytree(*leaves: str) -> Callable[[type[_T]], type[_T]]:
                 object.__setattr__(tree, name, value)
             return tree
 
+        if leaves and (cls.__eq__, cls.__hash__) == (object.__eq__, object.__hash__):
+            cls.__hash__ = None  # type: ignore[method-assign,assignment]
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
         _register_for_export(cls)
         return cls

@@ -132,8 +132,9 @@ def attention_with_options(
     bias: Any = None,
     sinks: Any = None,
     dropout_rng: Any = None,
+    apart: bool = False,
 ) -> Any:
-    """`attention` for caches and layers, which hold its options as one value."""
+    """`attention` for caches and layers, which hold its options as one value; `apart` as in `run_on_mesh`."""
     arrays, form = _arrays(query, key, value, mask, bias, sinks)
     check_kernel_name(kernel)
     options = options.checked()
@@ -145,7 +146,7 @@ def attention_with_options(
         )
     scope = current_scope()
     target = scope.target or current_target()
-    facts = _mesh_facts(scope, arrays)
+    facts = facts_of_mesh(scope, arrays.query, arrays.key)
     request = options.request(
         arrays.query,
         arrays.key,
@@ -155,10 +156,12 @@ def attention_with_options(
         sinks=sinks is not None,
         bias=None if arrays.bias is None else tuple(map(size_of, arrays.bias.shape)),
         interpret=scope.interpret and target.platform == "cpu",
-        context_parallel=_shared_out(scope.context_parallel),
+        context_parallel=None if scope.context_parallel is None else _native_text(scope.context_parallel),
         sharding=None if facts is None else facts.text,
         partitioned=facts is not None and facts.partitioned,
     )
+    if request.context_parallel is not None and facts is not None:
+        request, facts = _natively_or_by_core(request, scope, kernel, arrays)
     arrays = dataclasses.replace(arrays, dropout_rng=unwrapped(dropout_rng) if options.dropout_rate else None)
     given = frozenset(operand for operand in Operand if getattr(arrays, operand.value) is not None)
     _check_given(request, arrays, given)
@@ -167,59 +170,59 @@ def attention_with_options(
     if not given <= request.gradients:
         arrays = without_gradient(arrays, given - request.gradients)
     spec = resolution.plan.kernel
+    alternatives = installed.native_kernels
+    if resolution.shards is not None:
+        from kernelry.mesh.finding import differentiated_as  # imported where there is a mesh
+
+        spec, alternatives = differentiated_as(spec, resolution.shards)
     if spec.capabilities.gradient is Gradient.BACKWARD:
-        arrays = in_reverse_mode(arrays, request.gradients, spec, installed.native_kernels)
-    if facts is not None and facts.partitioned and not spec.capabilities.partitioned_by_xla:
-        _warn_of_repeated_work(spec.name)
-    run = _runner(resolution, request, facts)
-    return _run(spec, run, arrays, request, notice=scope.target is None)
+        arrays = in_reverse_mode(arrays, request.gradients, spec, alternatives)
+    if facts is not None:
+        _warn_of_repeated_work(facts, spec)
+    run = _runner(resolution, request, facts, apart)
+    return _run(spec, run, arrays, request, alternatives, notice=scope.target is None)
 
 
-def _mesh_facts(scope: Scope, arrays: Inputs) -> MeshFacts | None:
+def facts_of_mesh(scope: Scope, query: Any, key: Any) -> MeshFacts | None:
     """What a mesh means for a call; None where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    if scope.sharding is None and mesh.empty and jax.typeof(arrays.query).sharding.mesh.empty:
+    if scope.sharding is None and mesh.empty and jax.typeof(query).sharding.mesh.empty:
         return None
     from kernelry.mesh.finding import mesh_facts  # imported where there is a mesh
 
-    return mesh_facts(scope.sharding, arrays.query, arrays.key)
+    return mesh_facts(scope.sharding, query, key)
 
 
-def _runner(resolution: Resolution, request: Request, facts: MeshFacts | None) -> Callable[[Inputs], Partial]:
-    if facts is None or facts.sharding is None or request.context_parallel is not None:
+def _runner(
+    resolution: Resolution, request: Request, facts: MeshFacts | None, apart: bool
+) -> Callable[[Inputs], Partial]:
+    if facts is None or facts.sharding is None:
         assert resolution.plan is not None
         return resolution.plan.run
     from kernelry.mesh.call import run_on_mesh  # imported where there is a mesh
 
-    return functools.partial(run_on_mesh, resolution, request, facts=facts)
+    return functools.partial(run_on_mesh, resolution, request, facts=facts, apart=apart)
 
 
-def _warn_of_repeated_work(kernel: str) -> None:
-    warnings.warn(
-        f"kernel {kernel!r} is not partitioned by XLA, so every device of the active mesh computes the whole call: say "
-        'how it is sharded, e.g. with kernelry.use(sharding=kernelry.parallel.Sharding(batch="data", heads="model")).',
-        stacklevel=4,
-    )
+def _native_text(context: ContextParallel) -> str | None:
+    from kernelry.mesh.finding import native_text  # imported where there is a mesh
+
+    return native_text(context)
 
 
-def _shared_out(context: ContextParallel | None) -> str | None:
-    """How sequences are sharded over an axis of the mesh, as a request holds it."""
-    if context is None or context.size == 1:
-        return None
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = dict(mesh.shape)
-    if context.axis not in sizes:
-        if context.size is not None and mesh.empty:
-            return str(context)
-        where = f"the mesh {sizes} has no axis {context.axis!r}{nearest(context.axis, sizes)}" if sizes else "no mesh"
-        raise ArgumentError(f"{context!r}: {where} is active; enter one, e.g. by jax.set_mesh.")
-    if context.size not in (None, sizes[context.axis]):
-        raise ArgumentError(f"{context!r}: the axis has size {sizes[context.axis]} in the mesh {sizes}.")
-    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[context.axis] is jax.sharding.AxisType.Manual:
-        raise ArgumentError(
-            f"{context!r}: inside a shard_map over {context.axis!r} each device holds only a part of every sequence."
-        )
-    return None if sizes[context.axis] == 1 else str(dataclasses.replace(context, size=sizes[context.axis]))
+def _natively_or_by_core(
+    request: Request, scope: Scope, kernel: str, arrays: Inputs
+) -> tuple[Request, MeshFacts | None]:
+    from kernelry.mesh.finding import natively_or_by_core  # imported where there is a mesh
+
+    assert scope.context_parallel is not None
+    return natively_or_by_core(request, scope.context_parallel, kernel, arrays.query, arrays.key)
+
+
+def _warn_of_repeated_work(facts: MeshFacts, kernel: KernelSpec) -> None:
+    said = facts.repeated_work(kernel.name, by_xla=kernel.capabilities.partitioned_by_xla)
+    if said is not None:
+        warnings.warn(said, stacklevel=4)
 
 
 def _is_key(value: Any) -> bool:
@@ -252,10 +255,16 @@ def _check_given(request: Request, inputs: Inputs, given: frozenset[Operand]) ->
 
 @checking_output
 def _run(
-    kernel: KernelSpec, run: Callable[[Inputs], Partial], arrays: Inputs, request: Request, *, notice: bool
+    kernel: KernelSpec,
+    run: Callable[[Inputs], Partial],
+    arrays: Inputs,
+    request: Request,
+    alternatives: Callable[[], str],
+    *,
+    notice: bool,
 ) -> Any:
     one_way = kernel.capabilities.gradient is Gradient.BACKWARD
-    with naming_forward_mode(kernel, installed.native_kernels) if one_way else contextlib.nullcontext():
+    with naming_forward_mode(kernel, alternatives) if one_way else contextlib.nullcontext():
         partial = run(arrays)
     if notice and isinstance(partial.out, jax.core.Tracer):
         partial = noticed_elsewhere(partial, request, kernel.name)

@@ -7,25 +7,26 @@ A plugin is a module named by an entry point in group `kernelry.plugins`. It sta
 - What most specs repeat: `uneven_lengths`, `too_many_rows`, `array_refusals` and `Vendor.refusals` refuse a request,
   `standard_tolerances` declares what rounding costs and `signature_of` what a program must contain, `round_up` and
   `largest_divisor` choose blocks.
-- What bodies share: `log_sum` and `with_sinks` for statistics, `cast_finite`, `static_block_map` and
-  `decided_at_run_time` for the blocks that a mask leaves, `pytree` for their own containers.
+- What bodies share: `log_sum` and `with_sinks` for statistics, `named` and `REMAT_NAME` for `jax.checkpoint`,
+  `cast_finite`, `static_block_map` and `decided_at_run_time` for the blocks that a mask leaves, `pytree` for their own
+  containers.
 - A mask is a `Mask`; it sees slots as a `Side` and says its `MaskForm`. A `Normalization` merges and finishes Partials.
 """
 
 from kernelry._pytree import pytree
 from kernelry.execution.normalization import Normalization, log_sum, with_sinks
-from kernelry.kernel.blocks import largest_divisor, round_up, too_many_rows, uneven_lengths
-from kernelry.kernel.capabilities import (
-    Capabilities,
-    Dims,
-    Feature,
-    Gradient,
-    Statistic,
-    Tolerance,
+from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, ManualAxes, Statistic, Tolerance
+from kernelry.kernel.common import (
+    array_refusals,
+    largest_divisor,
+    round_up,
+    signature_of,
     standard_tolerances,
+    too_many_rows,
+    uneven_lengths,
 )
-from kernelry.kernel.partial import Partial
-from kernelry.kernel.refusal import Refusal, RefusalCode, array_refusals
+from kernelry.kernel.partial import REMAT_NAME, Partial, named
+from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import (
     Environment,
     Gradients,
@@ -35,7 +36,6 @@ from kernelry.kernel.spec import (
     Knowledge,
     Tiling,
     Vendor,
-    signature_of,
 )
 from kernelry.masks import Atom, AtomKind, Axis, Extent, Mask, MaskForm, PositionForm, PositionKind, Side
 from kernelry.masks.base import Placeholder
@@ -55,6 +55,7 @@ from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedA
 __all__ = [
     "CONTRACT",
     "QUANTIZATIONS",
+    "REMAT_NAME",
     "Atom",
     "AtomKind",
     "Axis",
@@ -73,6 +74,7 @@ __all__ = [
     "Kernel",
     "KernelSpec",
     "Knowledge",
+    "ManualAxes",
     "Mask",
     "MaskForm",
     "Mode",
@@ -104,6 +106,7 @@ __all__ = [
     "largest_divisor",
     "load_balanced_order",
     "log_sum",
+    "named",
     "pytree",
     "round_up",
     "signature_of",

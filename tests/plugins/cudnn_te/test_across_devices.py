@@ -1,5 +1,7 @@
 """Sequences over four devices, through transformer-engine's ring and all-gather."""
 
+import functools
+
 import cudnn_te_cases as cases
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,29 @@ def test_packed_rows_in_stripes_are_an_error_in_releases_that_get_them_wrong(mes
         _check(mesh, "ring", "striped", ids=IDS)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "native"])
+def test_a_sharding_whose_shards_it_does_not_serve_is_left_to_it(mesh, strategy):
+    *operands, d_out = cases.arrays(LENGTH)
+    wanted = cases.results("dot_product", operands, d_out, mask=CAUSAL)
+
+    def there(array):
+        moved = reorder_for_load_balance(array, DEVICES)
+        return jax.device_put(moved, NamedSharding(mesh, PartitionSpec(None, "context")))
+
+    with (
+        kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32], sharding=f"sequence=context {strategy} dual"),
+        kernelry.record() as resolutions,
+    ):
+        found = cases.results(cases.IN_FLOAT32.name, [there(array) for array in operands], there(d_out), mask=CAUSAL)
+    (out, _, _), gradients = found
+    cases.same(
+        (undo_reorder(out, DEVICES), tuple(undo_reorder(gradient, DEVICES) for gradient in gradients)),
+        (wanted[0][0], wanted[1]),
+    )
+    assert resolutions[0].shards is None
+    assert resolutions[0].request.sharding == f"sequence=context:{DEVICES} {strategy} dual_chunk"
+
+
 @pytest.mark.parametrize(("order", "strategy"), [("dual_chunk", "DualChunkSwap"), ("striped", "Striped")])
 def test_orders_are_transformer_engines(order, strategy):
     tokens = jnp.arange(LENGTH)[None]
@@ -129,6 +154,31 @@ def test_lengths_and_segments_are_cut_as_the_queries_are(name):
     with jax.set_mesh(mesh), kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]):
         there = [jax.device_put(array, NamedSharding(mesh, PartitionSpec("data"))) for array in (*operands, d_out)]
         cases.same(cases.results(cases.IN_FLOAT32.name, there[:3], there[3], mask=mask), wanted)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("name", ["causal, packed", "causal"])
+def test_inside_a_shard_map_a_call_is_one_of_each_shard(name, check):
+    """Rows and heads on two devices each; `check_vma` is JAX's check of what varies over them."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    *operands, d_out = cases.arrays()
+    extra = {"sinks": jnp.asarray([0.3, -1.0, 2.0, 0.0])} if name == "causal" else {}
+    by_head, mask = PartitionSpec("data", None, "tensor"), cases.MASKS[name]
+
+    def attend(query, key, value, mask, extra, kernel):
+        return kernelry.attention(query, key, value, mask=mask, kernel=kernel, **extra)
+
+    def results(call):
+        out, pull = jax.vjp(lambda operands, extra: call(*operands, mask, extra), operands, extra)
+        return out, pull(d_out)
+
+    wanted = results(functools.partial(attend, kernel="dot_product"))
+    specs = (by_head, by_head, by_head, PartitionSpec("data"), PartitionSpec("tensor"))
+    with kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]):
+        call = functools.partial(attend, kernel=cases.IN_FLOAT32.name)
+        call = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=check)
+        found = jax.jit(lambda: results(call))()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, wanted)
 
 
 def test_an_axis_that_nothing_is_known_of_is_an_error_where_gradients_are_summed():

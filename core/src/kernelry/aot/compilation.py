@@ -18,6 +18,7 @@ from kernelry.aot.devices import GPUS, check_assembler, topology_of
 from kernelry.errors import ConfigError, KernelryError
 from kernelry.kernel.proof import custom_calls
 from kernelry.policy.scope import use
+from kernelry.request.sharding import Sharding
 from kernelry.request.target import Target
 
 
@@ -162,6 +163,7 @@ def compile_for(
     *arguments: Any,
     mesh_shape: dict[str, int] | None = None,
     specs: Any = None,
+    sharding: Sharding | str | None = None,
 ) -> Compilation:
     """Compiles a function for a target, which need not be present, with the vendor's compiler.
 
@@ -171,6 +173,8 @@ def compile_for(
       *arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s; only their shapes and dtypes matter.
       mesh_shape: axis names and sizes of a mesh over the target's first devices; None means one device.
       specs: a PartitionSpec per argument, a tree prefix; None replicates.
+      sharding: as in `kernelry.use`, or its text. It says the sizes of its axes, which are the mesh where no
+        `mesh_shape` is given.
 
     Returns:
       The compilation. A program that cannot be lowered or compiled does not raise: its `reason` says why. One that
@@ -182,12 +186,13 @@ def compile_for(
       KernelryError: the function asked for attention that no kernel serves there.
     """
     where = Target.parse(target)
-    mesh = _mesh(where, mesh_shape or {"device": 1})
+    cut = None if sharding is None else Sharding.parse(sharding)
+    mesh = _mesh(where, mesh_shape or (None if cut is None else dict(cut.located.sizes)) or {"device": 1})
     placed = _placed(mesh, arguments, PartitionSpec() if specs is None else specs)  # type: ignore[no-untyped-call]
     start = time.perf_counter()
     compiled, reason, unchecked = None, None, ""
     try:
-        with use(target=where), use_abstract_mesh(mesh.abstract_mesh):
+        with use(target=where, sharding=cut), use_abstract_mesh(mesh.abstract_mesh):
             compiled = jax.jit(function).lower(*placed).compile()
         unchecked, reason = left_to_device(compiled), _too_large(where, _memory(compiled))
     except (KernelryError, Warning):  # a warning that is made an error does not come from a compiler

@@ -1,4 +1,4 @@
-"""Devices that are described to the vendors' compilers and need not be present, with their published rates."""
+"""Devices that are described to the vendors' compilers and need not be present."""
 
 from __future__ import annotations
 
@@ -12,42 +12,12 @@ from typing import Any, final
 
 from kernelry.errors import ConfigError, nearest
 from kernelry.request.target import Target
+from kernelry.resolution.published import DEVICE_RATES
 
 
 @final
 class NoCompilerError(ConfigError):
     """The compiler of a target is not installed, or cannot be loaded; the message says what to do."""
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class DeviceRates:
-    """The published rates of one device.
-
-    Args:
-      flops: bfloat16 products, FLOP/s, for dense matrices.
-      bandwidth: of its main memory, bytes/s.
-    """
-
-    flops: float
-    bandwidth: float
-
-
-DEVICE_RATES: dict[str, DeviceRates] = {
-    "v4": DeviceRates(137.5e12, 614e9),
-    "v5e": DeviceRates(197e12, 819e9),
-    "v5p": DeviceRates(459e12, 2765e9),
-    "v6e": DeviceRates(918e12, 1640e9),
-    "tpu7x": DeviceRates(1153.5e12, 3690e9),
-    "a100": DeviceRates(312e12, 2039.04e9),
-    "h100": DeviceRates(989.4e12, 3352.32e9),
-    "h200": DeviceRates(989.4e12, 4800e9),
-    "b200": DeviceRates(2250e12, 7672.32e9),
-}
-"""Source of the TPUs: Google Cloud's TPU documentation, one page per version. The compiler describes a v4 and a TPU7x
-chip as two devices, each with half of what the chip has, and the others as one. Source of the GPUs: for FLOP/s NVIDIA's
-data sheets of the SXM modules (of HGX B200, an eighth), halved where they count sparse matrices; for bandwidth what XLA
-says of the same modules (see `GPUS`)."""
 
 
 SLICES: dict[str, str] = {

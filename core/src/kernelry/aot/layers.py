@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from kernelry.aot.compilation import Compilation, Outcome, compile_for
 from kernelry.aot.devices import NoCompilerError
 from kernelry.aot.work import Work
-from kernelry.api import attention
+from kernelry.api import attention_with_options
 from kernelry.config.layer import AttentionConfig
 from kernelry.errors import KernelryError, PluginError
+from kernelry.masks.spread import leaf_axes
 from kernelry.phases.calls import PhaseCall, calls
 from kernelry.phases.model_shape import ModelShape
 from kernelry.policy.scope import use
+from kernelry.request.arguments import CallOptions
 from kernelry.request.request import Mode, Request
+from kernelry.request.sharding import Sharding
 from kernelry.request.target import Target
 from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.resolver import explain
@@ -99,7 +104,8 @@ def check_layers(
     Args:
       config: as for `resolve_phases`.
       shape: as for `resolve_phases`, or several; a call that several of them need is compiled once.
-      target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices.
+      target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices, or, where the shape has a
+        sharding, for as many as that names.
       tell: told the name of each phase before it is compiled.
 
     Returns:
@@ -137,7 +143,7 @@ def _report(config: AttentionConfig, call: PhaseCall) -> LayerReport:
         return LayerReport(call.name, resolution, None, work)
     try:
         with use(policy=config.policy):
-            compilation = compile_for(call.request.target, _program(call), *_arguments(call))
+            compilation = _compiled(call)
     except NoCompilerError as error:
         return LayerReport(call.name, resolution, None, work, str(error), has_compiler=False)
     except PluginError as error:
@@ -151,29 +157,56 @@ def _report(config: AttentionConfig, call: PhaseCall) -> LayerReport:
     return LayerReport(call.name, resolution, compilation, work, missing)
 
 
+def _compiled(call: PhaseCall) -> Compilation:
+    request, arguments = call.request, _arguments(call)
+    if request.sharding is None:
+        return compile_for(request.target, _program(call), *arguments)
+    sharding = Sharding.parse(request.sharding)
+    specs = _specs(call, sharding, arguments)
+    return compile_for(request.target, _program(call), *arguments, specs=specs, sharding=sharding)
+
+
+def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """How the arguments of a call lie on the devices: as it cuts them."""
+    axes = {"B": sharding.batch, "N": sharding.heads, "T": sharding.sequence, "S": sharding.kv_axes}
+
+    def placed(letters: str, array: Any) -> PartitionSpec:
+        named = [axes.get(letter, ()) for letter in letters[len(letters) - len(array.shape) :]]
+        cut = (
+            names if names and size % sharding.size(names) == 0 else None
+            for names, size in zip(named, array.shape, strict=True)
+        )
+        return PartitionSpec(*cut)  # type: ignore[no-untyped-call]
+
+    def of_keys(keys: Any) -> Any:
+        if isinstance(keys, PagedArray):  # pages may be anywhere, so only heads are cut
+            pages = jax.tree.map(functools.partial(placed, "PLNH"), keys.pages)
+            return PagedArray(pages, placed("PL", keys.table))  # type: ignore[arg-type]
+        return jax.tree.map(functools.partial(placed, "BSNH"), keys)
+
+    query, key, value, sinks, leaves = arguments
+    of_mask = [placed(letters, leaf) for letters, leaf in zip(leaf_axes(call.mask), leaves, strict=True)]
+    of_sinks = None if sinks is None else placed("N", sinks)
+    return placed("BTNH", query), of_keys(key), of_keys(value), of_sinks, of_mask
+
+
 def _program(call: PhaseCall) -> Callable[..., Any]:
     """Attention as the phase calls it; in training with its gradients."""
     request = call.request
     structure = jax.tree.structure(call.mask)
+    options = CallOptions(**{field.name: getattr(request, field.name) for field in dataclasses.fields(CallOptions)})
 
     def attend(query: Any, key: Any, value: Any, sinks: Any, leaves: Any) -> Any:
         if isinstance(key, PagedArray):
             value = PagedArray(value.pages, key.table)  # as arguments they would be two tables
-        return attention(
+        return attention_with_options(
             query,
             key,
             value,
             mask=jax.tree.unflatten(structure, leaves),
-            scale=request.scale,
-            soft_cap=request.soft_cap,
             sinks=sinks,
-            dropout_rate=request.dropout_rate,
             dropout_rng=jax.random.key(0) if request.dropout_rate else None,
-            mode=request.mode.value,
-            logits_dtype=request.logits_dtype,
-            precision=request.precision,
-            return_partial=request.partial,
-            return_max_logits=request.max_logits,
+            options=options,
         )
 
     if request.mode is not Mode.TRAIN:

@@ -7,12 +7,13 @@ from typing import Any, final
 
 import jax.numpy as jnp
 
-from kernelry.aot.devices import DEVICE_RATES
 from kernelry.aot.pairs import PairCounts, count_pairs
 from kernelry.config.layer import MoBA
 from kernelry.masks.base import Mask
 from kernelry.request.request import Mode, Operand, Request
-from kernelry.storage import Quantization
+from kernelry.request.sharding import Sharding
+from kernelry.resolution.communication import key_bytes
+from kernelry.resolution.published import DEVICE_RATES
 
 
 @final
@@ -34,7 +35,7 @@ class Work:
 
     @classmethod
     def of(cls, request: Request, mask: Mask, moba: MoBA | None = None) -> Work:
-        """Counts what a call takes on a single device.
+        """Counts what a call takes on a single device; on a mesh, on the mean one.
 
         Args:
           request: the call.
@@ -44,8 +45,9 @@ class Work:
         gradients = request.gradients if request.mode is Mode.TRAIN else frozenset()
         fewest = None if moba is None else (moba.top_k - 1) * moba.chunk_size + 1
         seen = count_pairs(mask, request.batch, request.q_len, request.kv_len, fewest=fewest)
-        flops = 2.0 * request.q_heads * seen.pairs * _dims(request, gradients)
-        moved = _bytes(request, seen, gradients)
+        devices = 1 if request.sharding is None else Sharding.parse(request.sharding).devices
+        flops = 2.0 * request.q_heads * seen.pairs * _dims(request, gradients) / devices
+        moved = _bytes(request, seen, gradients) / devices
         figures = DEVICE_RATES.get(request.target.kind or "")
         seconds = None if figures is None else max(flops / figures.flops, moved / figures.bandwidth)
         return cls(flops, moved, seconds, seen.assumed)
@@ -89,15 +91,4 @@ def _bytes(request: Request, seen: PairCounts, gradients: frozenset[Operand]) ->
     numbers += sum(count for operand, count in written.items() if operand in gradients)
     if gradients:
         numbers += seen.queries * request.q_heads * request.value_dim  # the cotangent of out
-    return size * numbers + seen.keys * _key_bytes(request)
-
-
-def _key_bytes(request: Request) -> float:
-    """Bytes of the key and the value of one token, as they are stored."""
-    numbers = request.kv_heads * (request.head_dim + request.value_dim)
-    if request.kv_quantization is None:
-        return float(jnp.dtype(request.dtype).itemsize * numbers)
-    quantization = Quantization.parse(request.kv_quantization)
-    scales = 2 * (request.kv_heads if quantization.axis == "head_dim" else 1)
-    values = numbers * (0.5 if quantization.dtype == "int4" else 1.0)
-    return float(values + scales * jnp.dtype(jnp.bfloat16).itemsize)
+    return size * numbers + seen.keys * key_bytes(request)

@@ -61,7 +61,6 @@ class PagedCache(KVCache):
       max_length: the largest number of tokens in a row.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
     __repr__ = short_repr
 
     keys: tuple[Stored, ...]

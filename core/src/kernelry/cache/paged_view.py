@@ -40,7 +40,6 @@ class PagedView(KVCache):
       shared_pages: how many pages at the beginning all rows share.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
     __repr__ = short_repr
 
     cache: PagedCache

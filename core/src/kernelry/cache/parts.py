@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import jax
 import jax.numpy as jnp
 
-from kernelry.api import attention_with_options
+from kernelry.api import attention_with_options, facts_of_mesh
 from kernelry.errors import ArgumentError
 from kernelry.execution.normalization import finalize, merge
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Full, Lengths, Mask
 from kernelry.masks.composition import At, children, walk
+from kernelry.policy.scope import current_scope
 from kernelry.request.arguments import CallOptions, Keys
 from kernelry.request.request import Operand, operands_of
+
+if TYPE_CHECKING:
+    from kernelry.mesh.finding import MeshFacts
 
 
 @final
@@ -79,11 +83,19 @@ def partials_of(
     kernel: str = AUTO,
     dropout_rng: jax.Array | None = None,
 ) -> list[Partial]:
-    """Attends to each part; `finished` makes the result of the call."""
+    """Attends to each part; `finished` makes the result of the call.
+
+    Parts whose keys are cut alike over the axes of a mesh come back as one Partial: each device merges its own shards
+    of them, and one collective the devices'.
+    """
+    parts = tuple(parts)
+    cut = [_with_keys_alone_cut(query, part.key) for part in parts] if len(parts) > 1 else []
+    together = next((facts for facts in cut if facts is not None and cut.count(facts) > 1), None)
     gradients = None if options.gradients is None else operands_of(options.gradients) - {Operand.SINKS}
     asked = dataclasses.replace(options, partial=True, gradients=gradients)
-    found = []
+    found: tuple[list[Partial], list[Partial]] = [], []
     for number, part in enumerate(parts):
+        apart = together is not None and cut[number] == together
         result = attention_with_options(
             query,
             part.key,
@@ -94,9 +106,21 @@ def partials_of(
             dropout_rng=None if dropout_rng is None else jax.random.fold_in(dropout_rng, number),
             options=asked,
             kernel=kernel,
+            apart=apart,
         )
-        found.append(result[0] if asked.max_logits else result)
-    return found
+        found[apart].append(result[0] if asked.max_logits else result)
+    if together is None:
+        return found[False]
+    from kernelry.mesh.call import finished_across  # imported where there is a mesh
+
+    return [*found[False], finished_across(merge(found[True]), together)]
+
+
+def _with_keys_alone_cut(query: Any, key: Any) -> MeshFacts | None:
+    """What a mesh means for a call whose keys alone are cut; None where that is not so."""
+    facts = facts_of_mesh(current_scope(), query, key)
+    cut = None if facts is None else facts.sharding
+    return facts if cut is not None and cut.kv_axes and not cut.sequence else None
 
 
 def finished(partials: Sequence[Partial], sinks: jax.Array | None, options: CallOptions) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import final
+from typing import TYPE_CHECKING, Any, final
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,12 @@ from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
 from kernelry.masks.composition import At, walk
+from kernelry.policy.scope import current_scope, use
 from kernelry.request.arguments import CallOptions
 from kernelry.storage.quantized import Stored
+
+if TYPE_CHECKING:
+    from kernelry.request.sharding import Sharding
 
 
 @final
@@ -25,7 +29,8 @@ class SharedPrefix:
     """The keys and values of tokens that precede those of every row, at positions 0 … P − 1.
 
     The queries of all rows attend to them as if they were one row (cascade attention): the keys are read once, not
-    once per row, and the result is merged with attention to the keys of each row.
+    once per row, and the result is merged with attention to the keys of each row. On a mesh that cuts rows, each device
+    has all of them, for the queries of its own rows; one that cuts slots alone cuts them, too, and P must divide.
 
     Args:
       key, value: [P, K, H] and [P, K, D], arrays or QuantizedArrays.
@@ -34,7 +39,6 @@ class SharedPrefix:
       ShapeError: a rank is not 3, or the lengths differ.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
     __repr__ = short_repr
 
     key: Stored
@@ -82,16 +86,17 @@ class SharedPrefix:
         if options.max_logits:
             raise ArgumentError("return_max_logits with prefix= is not available: rows are joined; attend without it.")
         _check_mask(mask)
-        batch, q_len = query.shape[:2]
+        q_len = query.shape[1]
         positions = query_offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
         if lengths is not None:
             # The result of a query that is not a token is not used.
             query = jnp.where(_real(lengths, q_len)[..., None, None], query, 0)
-        placed = over_earlier_keys(mask).at(query_positions=positions.reshape(1, -1), kv_offset=0)
+        placed = over_earlier_keys(mask).at(query_positions=_joined(positions), kv_offset=0)
         key, value = jax.tree.map(lambda array: array[None], (self.key, self.value))
         part = MaskedPart(key, value, placed)
-        [partial] = partials_of(_joined(query), [part], options, kernel=kernel)
-        return _apart(partial, batch, q_len, lengths)
+        with use(sharding=_of_joined(current_scope().sharding)):
+            [partial] = partials_of(_joined(query), [part], options, kernel=kernel)
+        return _apart(partial, query, lengths)
 
 
 def _check_mask(mask: Mask) -> None:
@@ -107,9 +112,26 @@ def is_placed(mask: Mask) -> bool:
     return any(isinstance(part, At) for part in walk(mask))
 
 
-def _joined(query: jax.Array) -> jax.Array:
-    """[B, T, N, H] → [1, B·T, N, H]."""
-    return query.reshape(1, -1, *query.shape[2:])
+def _of_joined(sharding: Sharding | None) -> Sharding | None:
+    """How joined rows are cut: what cuts rows cuts their queries, and each device then has all keys."""
+    if sharding is None or not sharding.batch:
+        return sharding
+    return dataclasses.replace(sharding, batch=(), sequence=sharding.batch, kv_sequence=(), strategy="auto")
+
+
+def _joined(array: jax.Array) -> jax.Array:
+    """[B, T, …] → [1, B·T, …], cut over B·T where B is."""
+    rows, _, *rest = jax.typeof(array).sharding.spec
+    return _reshaped(array, (1, -1, *array.shape[2:]), (None, rows, *rest))
+
+
+def _reshaped(array: jax.Array, shape: tuple[int, ...], cut: tuple[Any, ...]) -> jax.Array:
+    """The array in another shape; where mesh axes are explicit, `cut` says how, because JAX does not."""
+    mesh = jax.typeof(array).sharding.mesh
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return array.reshape(shape)
+    spec = jax.sharding.PartitionSpec(*cut)  # type: ignore[no-untyped-call]
+    return array.reshape(shape, out_sharding=jax.sharding.NamedSharding(mesh, spec))
 
 
 def _real(lengths: jax.Array, q_len: int) -> jax.Array:
@@ -117,17 +139,19 @@ def _real(lengths: jax.Array, q_len: int) -> jax.Array:
     return jnp.arange(q_len, dtype=jnp.int32)[None] < lengths[:, None]
 
 
-def _apart(partial: Partial, batch: int, q_len: int, lengths: jax.Array | None) -> Partial:
-    """[1, B·T, N, D] → [B, T, N, D], and the statistics likewise."""
+def _apart(partial: Partial, query: jax.Array, lengths: jax.Array | None) -> Partial:
+    """[1, B·T, N, D] → [B, T, N, D], as query [B, T, N, H] is, and the statistics likewise."""
+    batch, q_len = query.shape[:2]
     real = None if lengths is None else _real(lengths, q_len)[:, None]
+    rows, tokens, heads, _ = jax.typeof(query).sharding.spec
 
     def of_rows(statistic: jax.Array | None, empty: float) -> jax.Array | None:
         if statistic is None:
             return None
-        rows = statistic.reshape(statistic.shape[1], batch, q_len).swapaxes(0, 1)
-        return rows if real is None else jnp.where(real, rows, empty)
+        found = _reshaped(statistic, (statistic.shape[1], batch, q_len), (heads, rows, tokens)).swapaxes(0, 1)
+        return found if real is None else jnp.where(real, found, empty)
 
-    out = partial.out.reshape(batch, q_len, *partial.out.shape[2:])
+    out = _reshaped(partial.out, (batch, q_len, *partial.out.shape[2:]), (rows, tokens, heads, None))
     if real is not None:
         out = jnp.where(real[:, 0, :, None, None], out, 0)
     return dataclasses.replace(

@@ -14,7 +14,15 @@ from kernelry._pytree import pytree, short_repr
 from kernelry.cache.base import KVCache
 from kernelry.cache.parts import CachePart
 from kernelry.cache.prefix import is_placed
-from kernelry.cache.slots import check_sizes, check_tokens, empty, stored_like, token_counts, write
+from kernelry.cache.slots import (
+    check_sizes,
+    check_tokens,
+    counts_like,
+    empty,
+    sharded_like,
+    stored_like,
+    write_rows,
+)
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks import Atom, AtomKind, Mask, MaskForm
 from kernelry.request.arguments import known_length
@@ -45,7 +53,6 @@ class RollingCache(KVCache):
       window: how many positions a query sees, including its own: `SlidingWindow(window − 1)`, `Chunked(window)`.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
     __repr__ = short_repr
 
     key: Stored
@@ -134,12 +141,20 @@ class RollingCache(KVCache):
         counts = self._counts(key, value, lengths)
         if key.shape[1] == 0:
             return dataclasses.replace(self, lengths=counts)
-        source = jnp.maximum(self._positions(counts), 0)[..., None, None]  # below 0 nothing is written, nor seen
+        positions = self._positions(counts)
 
-        def kept(array: jax.Array, like: Stored) -> Stored:
-            return stored_like(jnp.take_along_axis(jnp.asarray(array), source, axis=1), like)
+        def kept(array: jax.Array, positions: jax.Array, like: Stored) -> Stored:
+            source = positions[..., None, None]  # below 0 nothing is written
+            taken = stored_like(jnp.take_along_axis(jnp.asarray(array), jnp.maximum(source, 0), axis=1), like)
+            written: Stored = jax.tree.map(lambda new, old: jnp.where(source < 0, old, new), taken, like)
+            return written
 
-        return dataclasses.replace(self, key=kept(key, self.key), value=kept(value, self.value), lengths=counts)
+        return dataclasses.replace(
+            self,
+            key=sharded_like(self.key, kept, key, positions, self.key),
+            value=sharded_like(self.value, kept, value, positions, self.value),
+            lengths=counts,
+        )
 
     def append(
         self,
@@ -167,12 +182,11 @@ class RollingCache(KVCache):
             )
         place = jnp.arange(tokens, dtype=jnp.int32)[None]
         slots = (self.lengths[:, None] + place) % self.capacity
-        rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
         kept = place < counts[:, None]
         return dataclasses.replace(
             self,
-            key=write(self.key, key, rows, slots, kept),
-            value=write(self.value, value, rows, slots, kept),
+            key=write_rows(self.key, key, slots, kept),
+            value=write_rows(self.value, value, slots, kept),
             lengths=self.lengths + counts,
         )
 
@@ -206,9 +220,8 @@ class RollingCache(KVCache):
 
     def _counts(self, key: Any, value: Any, lengths: Any) -> jax.Array:
         """Checks tokens, and returns their number in each row."""
-        batch = self.lengths.shape[0]
-        check_tokens(key, value, (self.key, self.value), batch)
-        return token_counts(lengths, batch, known_length("key", key))
+        check_tokens(key, value, (self.key, self.value), self.lengths.shape[0])
+        return counts_like(self.lengths, lengths, known_length("key", key))
 
 
 def _within(form: MaskForm, window: int) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernelry.errors import ArgumentError, ShapeError
+from kernelry.policy.scope import current_scope
 from kernelry.storage import Quantization, QuantizedArray
 from kernelry.storage.quantized import Stored
 
@@ -45,28 +47,107 @@ def stored_like(array: Float[Array, ...], like: Stored) -> Stored:
 def write(
     stored: Stored,
     new: Float[Array, "B T K H"],
-    rows: Int[Array, "#B #T"],
+    pages: Int[Array, "B T"],
     slots: Int[Array, "B T"],
     kept: Bool[Array, "B T"],
 ) -> Stored:
-    """Writes new[b, t] into stored[rows[b, t], slots[b, t]] where `kept`; nothing else changes."""
-    slots = jnp.where(kept, slots, stored.shape[1])  # beyond the end, where mode="drop" writes nothing
+    """Writes new[b, t] into stored[pages[b, t], slots[b, t]] where `kept`; nothing else changes."""
 
-    def put(into: jax.Array, what: jax.Array) -> jax.Array:
-        return into.at[rows, slots].set(what, mode="drop")
+    def put(stored: Stored, new: jax.Array, pages: jax.Array, slots: jax.Array, kept: jax.Array) -> Stored:
+        slots = jnp.where(kept, slots, stored.shape[1])  # beyond the end, where mode="drop" writes nothing
+        written: Stored = jax.tree.map(
+            lambda into, what: into.at[pages, slots].set(what, mode="drop"), stored, stored_like(new, stored)
+        )
+        return written
 
-    written: Stored = jax.tree.map(put, stored, stored_like(new, stored))
-    return written
+    return sharded_like(stored, put, stored, new, pages, slots, kept)
+
+
+def write_rows(
+    stored: Stored, new: Float[Array, "B T K H"], slots: Int[Array, "B T"], kept: Bool[Array, "B T"]
+) -> Stored:
+    """Writes new[b, t] into stored[b, slots[b, t]] where `kept`; nothing else changes.
+
+    Each row is a batch of the scatter, so that XLA cuts it over rows without sending any.
+    """
+
+    def put(stored: Stored, new: jax.Array, slots: jax.Array, kept: jax.Array) -> Stored:
+        slots = jnp.where(kept, slots, stored.shape[1])[..., None]
+        written: Stored = jax.tree.map(
+            lambda into, what: jax.lax.scatter(into, slots, what, _ROW_BY_ROW, mode="drop"),
+            stored,
+            stored_like(new, stored),
+        )
+        return written
+
+    return sharded_like(stored, put, stored, new, slots, kept)
+
+
+_ROW_BY_ROW = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3),
+    inserted_window_dims=(1,),
+    scatter_dims_to_operand_dims=(1,),
+    operand_batching_dims=(0,),
+    scatter_indices_batching_dims=(0,),
+)
 
 
 def write_first(stored: Stored, new: Float[Array, "B T K H"]) -> Stored:
     """Writes new[:, t] into stored[:, t]: T tokens at the start of every row, in one copy."""
+    copy = _selected if _cuts_slots(stored) else _copied
+    return sharded_like(stored, copy, stored, new)
 
-    def put(into: jax.Array, what: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(into, what, 0, axis=1)
 
-    written: Stored = jax.tree.map(put, stored, stored_like(new, stored))
+def _copied(stored: Stored, new: jax.Array) -> Stored:
+    written: Stored = jax.tree.map(
+        lambda into, what: jax.lax.dynamic_update_slice_in_dim(into, what, 0, axis=1), stored, stored_like(new, stored)
+    )
     return written
+
+
+def varying_as(like: Any, tree: Any) -> Any:
+    """Makes arrays vary over the manual axes of a `shard_map` as others do; without a mesh returns them as they are.
+
+    What a later call writes makes them vary, and the carry of a `lax.scan` must do so from its start.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    from kernelry.execution import manual_axes
+
+    return manual_axes.varying_as(like, tree)
+
+
+def _selected(stored: Stored, new: jax.Array) -> Stored:
+    """The same slot by slot: to copy a slice over slots of several devices XLA would gather all of them."""
+    tokens, slots = new.shape[1], stored.shape[1]
+    is_new = (jnp.arange(slots) < tokens)[None, :, None, None]
+    padded = stored_like(jnp.pad(new, [(0, 0), (0, slots - tokens), (0, 0), (0, 0)]), stored)
+    written: Stored = jax.tree.map(lambda into, what: jnp.where(is_new, what, into), stored, padded)
+    return written
+
+
+def _cuts_slots(stored: Stored) -> bool:
+    """Whether slots are on several devices, as far as a scope or explicit mesh axes say so."""
+    said = current_scope().sharding
+    if said is not None and (said.sequence if said.kv_sequence is None else said.kv_sequence):
+        return True
+    return any(jax.typeof(array).sharding.spec[1] is not None for array in jax.tree.leaves(stored))
+
+
+_R = TypeVar("_R")
+
+
+def sharded_like(like: _R, run: Callable[..., _R], *arrays: Any) -> _R:
+    """Returns run(*arrays), whose arrays have the shapes of `like`'s, and where mesh axes are explicit its shardings.
+
+    What runs is left to XLA to partition: JAX does not say how a scatter over a dimension that is cut is sharded.
+    """
+    shardings = jax.tree.map(lambda array: jax.typeof(array).sharding, like)
+    kinds = {kind for sharding in jax.tree.leaves(shardings) for kind in sharding.mesh.axis_types}
+    if jax.sharding.AxisType.Explicit not in kinds:
+        return run(*arrays)
+    found: _R = jax.sharding.auto_axes(run, out_sharding=shardings)(*arrays)
+    return found
 
 
 def token_counts(lengths: Any, batch: int, tokens: int) -> Int[Array, " B"]:
@@ -88,6 +169,12 @@ def token_counts(lengths: Any, batch: int, tokens: int) -> Int[Array, " B"]:
                 f"lengths must lie in [0, {tokens}], the tokens passed for a row, got {known.tolist()}."
             )
     return jnp.clip(jnp.asarray(found, jnp.int32), 0, tokens)
+
+
+def counts_like(rows: Int[Array, " B"], lengths: Any, tokens: int) -> Int[Array, " B"]:
+    """The `token_counts` of rows, sharded as they are."""
+    counts = token_counts(lengths, rows.shape[0], tokens)
+    return sharded_like(rows, lambda array: array, counts)
 
 
 def check_sizes(name: str, **sizes: Any) -> None:

@@ -17,11 +17,12 @@ from kernelry.cache.parts import CachePart
 from kernelry.cache.slots import (
     check_sizes,
     check_tokens,
+    counts_like,
     empty,
     is_known,
-    token_counts,
-    write,
+    varying_as,
     write_first,
+    write_rows,
 )
 from kernelry.errors import ArgumentError, CacheFullError
 from kernelry.masks import Mask
@@ -58,7 +59,6 @@ class TwoPartCache(KVCache):
       overflowed: a boolean; `prefill` does not unset it.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
     __repr__ = short_repr
 
     prefill_key: Stored
@@ -138,25 +138,20 @@ class TwoPartCache(KVCache):
           ShapeError: an array does not fit the cache.
           ArgumentError: lengths are outside [0, T].
         """
-        counts = self._counts(key, value, lengths, self._prefill_slots, "prefill")
+        counts = self._counts(key, value, lengths, "prefill")
         nothing = jnp.zeros_like(counts)
-        if key.shape[1] <= self._prefill_slots:
+        if key.shape[1] <= self._slots("prefill"):
             return dataclasses.replace(
                 self,
                 prefill_key=write_first(self.prefill_key, key),
                 prefill_value=write_first(self.prefill_value, value),
                 prefill_lengths=counts,
                 decode_lengths=nothing,
-            )
-        fits = self._fits(nothing, counts, self._prefill_slots, "prefill")
-        keys, values = _written((self.prefill_key, self.prefill_value), (key, value), nothing, counts, fits)
-        return dataclasses.replace(
-            self,
-            prefill_key=keys,
-            prefill_value=values,
-            prefill_lengths=jnp.where(fits, counts, self.prefill_lengths),
-            decode_lengths=jnp.where(fits, nothing, self.decode_lengths),
-            overflowed=self.overflowed | ~fits,
+            )._varying_as(key, value, counts)
+        fits = self._fits(nothing, counts, "prefill")
+        written = self._written("prefill", key, value, nothing, counts, fits)
+        return dataclasses.replace(written, decode_lengths=jnp.where(fits, nothing, self.decode_lengths))._varying_as(
+            key, value, counts
         )
 
     def prefill_chunk(
@@ -180,23 +175,15 @@ class TwoPartCache(KVCache):
           ShapeError: an array does not fit the cache.
           ArgumentError: a row has decoded, or lengths are outside [0, T].
         """
-        counts = self._counts(key, value, lengths, self._prefill_slots, "prefill")
+        counts = self._counts(key, value, lengths, "prefill")
         behind = (counts > 0) & (self.decode_lengths > 0)
         if is_known(behind) and behind.any():
             raise ArgumentError(
                 f"prefill_chunk: rows {np.flatnonzero(behind).tolist()} have decoded, and their decoded tokens "
                 "follow the prompt: use append, or replace all rows by prefill."
             )
-        fits = self._fits(self.prefill_lengths, counts, self._prefill_slots, "prefill") & ~behind.any()
-        before = self.prefill_lengths
-        keys, values = _written((self.prefill_key, self.prefill_value), (key, value), before, counts, fits)
-        return dataclasses.replace(
-            self,
-            prefill_key=keys,
-            prefill_value=values,
-            prefill_lengths=before + jnp.where(fits, counts, 0),
-            overflowed=self.overflowed | ~fits,
-        )
+        fits = self._fits(self.prefill_lengths, counts, "prefill") & ~behind.any()
+        return self._written("prefill", key, value, self.prefill_lengths, counts, fits)._varying_as(key, value, counts)
 
     def append(
         self,
@@ -205,17 +192,9 @@ class TwoPartCache(KVCache):
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Self:
-        counts = self._counts(key, value, lengths, self._decode_slots, "decode")
-        fits = self._fits(self.decode_lengths, counts, self._decode_slots, "decode")
-        before = self.decode_lengths
-        keys, values = _written((self.decode_key, self.decode_value), (key, value), before, counts, fits)
-        return dataclasses.replace(
-            self,
-            decode_key=keys,
-            decode_value=values,
-            decode_lengths=before + jnp.where(fits, counts, 0),
-            overflowed=self.overflowed | ~fits,
-        )
+        counts = self._counts(key, value, lengths, "decode")
+        fits = self._fits(self.decode_lengths, counts, "decode")
+        return self._written("decode", key, value, self.decode_lengths, counts, fits)
 
     def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
         return (
@@ -225,29 +204,34 @@ class TwoPartCache(KVCache):
             ),
         )
 
-    @property
-    def _prefill_slots(self) -> int:
-        return known_length("TwoPartCache: prefill_key", self.prefill_key)
+    def _slots(self, part: str) -> int:
+        return known_length(f"TwoPartCache: {part}_key", getattr(self, f"{part}_key"))
 
-    @property
-    def _decode_slots(self) -> int:
-        return known_length("TwoPartCache: decode_key", self.decode_key)
+    def _varying_as(self, key: Any, value: Any, counts: jax.Array) -> Self:
+        """The cache whose decode part varies over manual axes as it will when such tokens are appended."""
+        return dataclasses.replace(
+            self,
+            decode_key=varying_as(key, self.decode_key),
+            decode_value=varying_as(value, self.decode_value),
+            decode_lengths=varying_as(counts, self.decode_lengths),
+            overflowed=varying_as(counts, self.overflowed),
+        )
 
-    def _counts(self, key: Any, value: Any, lengths: Any, slots: int, part: str) -> jax.Array:
+    def _counts(self, key: Any, value: Any, lengths: Any, part: str) -> jax.Array:
         """Checks tokens for one part, and returns their number in each row."""
         batch = self.prefill_lengths.shape[0]
         check_tokens(key, value, (self.prefill_key, self.prefill_value), batch)
-        tokens = known_length("key", key)
+        tokens, slots = known_length("key", key), self._slots(part)
         if lengths is None and tokens > slots:  # known under jit, too
             raise CacheFullError(
                 f"TwoPartCache: {tokens} tokens per row do not fit into the {slots} slots of the {part} part; "
                 f"nothing was written. Create it with a larger {part}=."
             )
-        return token_counts(lengths, batch, tokens)
+        return counts_like(self.prefill_lengths, lengths, tokens)
 
-    def _fits(self, before: jax.Array, counts: jax.Array, slots: int, part: str) -> jax.Array:
-        after = before + counts
-        overflows = (after > slots).any()
+    def _fits(self, before: jax.Array, counts: jax.Array, part: str) -> jax.Array:
+        slots = self._slots(part)
+        overflows = (before + counts > slots).any()
         if is_known(overflows) and overflows:
             raise CacheFullError(
                 f"TwoPartCache: {counts.tolist()} more tokens do not fit: the {slots} slots of the {part} part already "
@@ -255,12 +239,15 @@ class TwoPartCache(KVCache):
             )
         return ~overflows
 
-
-def _written(
-    stored: tuple[Stored, Stored], new: tuple[Any, Any], before: jax.Array, counts: jax.Array, fits: jax.Array
-) -> tuple[Stored, Stored]:
-    """Keys and values with the first counts[b] of the new tokens in the slots that follow before[b], if they fit."""
-    place = jnp.arange(new[0].shape[1], dtype=jnp.int32)[None]
-    rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
-    slots, kept = before[:, None] + place, (place < counts[:, None]) & fits
-    return write(stored[0], new[0], rows, slots, kept), write(stored[1], new[1], rows, slots, kept)
+    def _written(
+        self, part: str, key: jax.Array, value: jax.Array, before: jax.Array, counts: jax.Array, fits: jax.Array
+    ) -> Self:
+        """This cache with counts[b] of the tokens in the slots of a part that follow before[b], if they fit."""
+        place = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+        slots, kept = before[:, None] + place, (place < counts[:, None]) & fits
+        after: dict[str, Any] = {
+            f"{part}_{name}": write_rows(getattr(self, f"{part}_{name}"), new, slots, kept)
+            for name, new in (("key", key), ("value", value))
+        }
+        after[f"{part}_lengths"] = jnp.where(fits, before + counts, getattr(self, f"{part}_lengths"))
+        return dataclasses.replace(self, overflowed=self.overflowed | ~fits, **after)

@@ -22,7 +22,7 @@ from kernelry.kernel.spec import AUTO
 from kernelry.masks import Mask
 from kernelry.masks.base import Extent
 from kernelry.masks.parse import names_in, parse_form
-from kernelry.phases.calls import cached, mask_of, options_in
+from kernelry.phases.calls import cached, mask_of, options_in, sharding_in
 from kernelry.phases.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
 from kernelry.policy.policy import Switches
 from kernelry.registry import installed
@@ -144,7 +144,10 @@ def explain(
     page_size: Annotated[
         int | None, typer.Option(min=1, max=LARGEST_SIZE, help="slots of a page, for paged keys and values.")
     ] = None,
-    context_parallel: Annotated[str | None, typer.Option(help="sharded sequences, e.g. ring:context:4.")] = None,
+    context_parallel: Annotated[
+        str | None, typer.Option(help="what a kernel does across devices itself, e.g. ring:context:4.")
+    ] = None,
+    sharding: options.Shards = None,
     partial: Annotated[bool, typer.Option("--partial", help="return a Partial, with statistics.")] = False,
     kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
     config: Annotated[
@@ -192,6 +195,7 @@ def explain(
         kv_quantization=kv_quantization,
         page_size=page_size,
         context_parallel=context_parallel,
+        sharding=sharding_in(phase, read) if sharding is None and read is not None else sharding or None,
         **{**said, **given},
     )
     resolution = explain_request(request, kernel=kernel, policy=None if read is None else read.policy)

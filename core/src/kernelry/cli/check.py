@@ -103,7 +103,7 @@ def _table(name: str, reports: tuple[LayerReport, ...]) -> Table:
         memory = {} if compilation is None else compilation.memory
         table.add_row(
             report.name,
-            report.resolution.kernel or "–",
+            " and ".join(report.resolution.kernels) or "–",
             str(report.outcome),
             "–" if compilation is None else f"{compilation.seconds:.1f}",
             f"{sum(memory.values()) / _MIB:.1f}" if memory else "–",

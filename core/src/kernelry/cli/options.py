@@ -32,6 +32,15 @@ Ignored = Annotated[
     typer.Option("--ignore", help="an option to leave out of MaxText's files; may be repeated."),
 ]
 
+Shards = Annotated[
+    str | None,
+    typer.Option(
+        "--sharding",
+        help="the mesh axes that cut batch, heads and sequences, with their sizes, a strategy and an order of tokens, "
+        "e.g. 'batch=d:4 heads=t:2 sequence=c:8 ring dual'; default: the config's, or one device, which '' is, too.",
+    ),
+]
+
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +125,7 @@ class ModelOptions:
             "it as a whole: '(config & segments) | spans'; may be repeated.",
         ),
     ] = None
+    sharding: Shards = None
 
     @property
     def files(self) -> ConfigFiles:
@@ -139,6 +149,7 @@ class ModelOptions:
                 dtype=self.dtype,
                 cache=cache,
                 mask=mask,
+                sharding=self.sharding,
             )
             for batch, cache, mask in itertools.product(self.batch or [1], caches, self.mask or ["config"])
         )

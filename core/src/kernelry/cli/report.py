@@ -10,6 +10,7 @@ from typing import Any, final
 import importlib_metadata
 import jax
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 
 from kernelry._version import __version__
@@ -20,7 +21,11 @@ from kernelry.registry.contents import Fault, InstalledKernel, Registry, switch_
 from kernelry.registry.hooks import CONTRACT
 from kernelry.request.request import NEUTRAL
 from kernelry.request.target import home_target
-from kernelry.resolution.explanation import Resolution, answer_of, remarks_on
+from kernelry.resolution.explanation import Resolution
+from kernelry.resolution.telling import answer_of, remarks_on, told_of_shards
+
+_SETS = ("platforms", "modes", "dtypes", "atoms", "features", "statistics")
+"""What a listing says of every kernel, by the names of Capabilities."""
 
 
 def kernels_json(registry: Registry) -> dict[str, Any]:
@@ -35,15 +40,12 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
         "plugin": kernel.plugin,
         "distribution": kernel.distribution,
         "summary": kernel.spec.summary,
-        "platforms": sorted(can.platforms),
-        "modes": sorted(mode.value for mode in can.modes),
-        "dtypes": sorted(can.dtypes),
-        "atoms": sorted(atom.value for atom in can.atoms),
-        "features": sorted(feature.value for feature in can.features),
-        "statistics": sorted(statistic.value for statistic in can.statistics),
+        **{name: sorted(getattr(word, "value", word) for word in getattr(can, name)) for name in _SETS},
         "kv_quantizations": sorted(can.kv_quantizations),
         "pages": can.pages,
         "context_parallel": sorted(can.context_parallel),
+        "manual_axes": can.manual_axes.value,
+        "partitioned_by_xla": can.partitioned_by_xla,
         "gradient": can.gradient.value,
     }
 
@@ -72,20 +74,16 @@ def _serves(row: dict[str, Any]) -> RenderableType:
     facts = Table.grid(padding=(0, 1))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
-    for label, key in (
-        ("platforms", "platforms"),
-        ("modes", "modes"),
-        ("dtypes", "dtypes"),
-        ("masks", "atoms"),
-        ("features", "features"),
-        ("statistics", "statistics"),
-    ):
-        facts.add_row(label, _words(row[key]))
+    for name in _SETS:
+        facts.add_row("masks" if name == "atoms" else name, _words(row[name]))
     stored = [*row["kv_quantizations"], *(["pages"] if row["pages"] else [])]
     if stored:
         facts.add_row("keys stored as", _words(stored))
     if row["context_parallel"]:
         facts.add_row("across devices by", _words(row["context_parallel"]))
+    if row["partitioned_by_xla"]:
+        facts.add_row("Auto axes", "partitioned by XLA")
+    facts.add_row("manual axes", row["manual_axes"])
     facts.add_row("gradient", row["gradient"])
     return Group(Text(row["summary"]), facts)
 
@@ -212,6 +210,8 @@ def resolution_parts(resolution: Resolution, asked: Asked | None = None) -> Iter
     yield Text(str(resolution.request))
     if asked is not None:
         yield Text(str(asked))
+    for line in told_of_shards(resolution):
+        yield Padding(Text(line.lstrip()), (0, 0, 0, len(line) - len(line.lstrip())), expand=False)
     yield Text(f"decided by: {resolution.rule}")
     table = Table(show_lines=True)
     for column in ("", "kernel", "from", "answer"):

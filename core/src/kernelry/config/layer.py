@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from typing import Any, final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, final
 
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.kernel.spec import AUTO
@@ -15,6 +16,9 @@ from kernelry.policy.rules import Condition, Rule, check_tiling
 from kernelry.request.arguments import CallOptions
 from kernelry.request.checks import DTYPES, is_finite
 from kernelry.request.request import precision_name
+
+if TYPE_CHECKING:
+    from kernelry.request.sharding import Sharding
 
 
 @final
@@ -95,6 +99,8 @@ class AttentionConfig:
         `default` mean JAX's default.
       tilings: overrides of a kernel's tunables where that kernel is chosen, by kernel name; a rule's
         tiling takes precedence. Mappings are accepted.
+      sharding: which axes of a mesh cut the calls of the layer, unless an enclosing `use(sharding=…)` says it: a
+        `kernelry.parallel.Sharding`, its text, a mapping of its fields, or None.
 
     Raises:
       ConfigError: an option has a value that is not valid, or not valid with the type.
@@ -118,12 +124,14 @@ class AttentionConfig:
     logits_dtype: str = "float32"
     precision: str | None = None
     tilings: Tilings = ()
+    sharding: Sharding | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "type", AttentionType.parse(self.type))
         object.__setattr__(self, "precision", _precision(self.precision))
         object.__setattr__(self, "tilings", _tilings(self.tilings))
         object.__setattr__(self, "thresholds", _pairs(self.thresholds))
+        object.__setattr__(self, "sharding", _sharding(self.sharding))
         for name, kind in (("rules", Rule), ("forbid_adapters", str)):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         if not isinstance(self.kernel, str) or not self.kernel:
@@ -260,6 +268,21 @@ def _tilings(tilings: Any) -> Tilings:
     for kernel, tiling in found.items():
         check_tiling(tiling, f"tilings: {kernel}")
     return tuple(sorted(found.items()))
+
+
+def _sharding(given: Any) -> Sharding | None:
+    if given is None:
+        return None
+    from kernelry.request.sharding import Sharding  # imported where calls are sharded
+
+    if isinstance(given, Mapping):
+        return Sharding.from_json(given)
+    try:
+        return Sharding.parse(given)
+    except ArgumentError as error:
+        message = str(error).removeprefix("Sharding: ")
+        named = message.startswith(("sharding ", "a sharding "))
+        raise ConfigError(message if named else f"sharding: {message}") from error
 
 
 def check_config(config: Any) -> None:

@@ -13,6 +13,11 @@ flash_min_q_len = 128
 [attention.tilings]
 splash = { block_q = 1024 }           # where that kernel is chosen; a rule's tiling takes precedence
 
+[attention.sharding]                  # on a mesh; or a text: sharding = "batch=data,fsdp sequence=context ring"
+batch = ["data", "fsdp"]
+sequence = "context"
+strategy = "ring"
+
 [[attention.rules]]                   # the first rule that applies decides
 when = { platform = "gpu", mode = ["train", "prefill"], q_len = ">=128", mask = ["window"] }
 use = ["pallas_mha", "auto"]          # exhaustive unless it ends in "auto"
@@ -32,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernelry.config.layer import AttentionConfig, MoBA
 from kernelry.config.lines import Keys, TableLines, toml_lines, yaml_lines
-from kernelry.config.maxtext import Caller, read_options
+from kernelry.config.maxtext import Caller, merged, read_options
 from kernelry.errors import ConfigError, nearest, sentence
 from kernelry.execution.adapters.order import ADAPTERS
 from kernelry.policy.policy import SHIPPED_THRESHOLDS
@@ -86,6 +91,8 @@ def load_config(
 def load_maxtext(*paths: str | Path, ignore: Iterable[str] = ()) -> AttentionConfig:
     """Reads MaxText's YAML files, later ones over earlier ones, as `from_maxtext` reads their options.
 
+    Of logical_axis_rules, a later file's replace those of the same names, or all with override_logical_axis_rules.
+
     Args:
       *paths: one or more, e.g. base.yml and a model's file.
       ignore: names of options to leave out, as if no file had them.
@@ -114,7 +121,7 @@ def read_maxtext(
         content, _ = _read(path)
         if not isinstance(content, Mapping):
             raise ConfigError(f"{path} must have MaxText's option names and values, got {content!r}.")
-        options.update(content)
+        options = merged(options, content)
     try:
         config, notices = read_options(options, ignore, caller)
     except ConfigError as error:
@@ -196,9 +203,18 @@ def _config(table: AttentionTable, rules: tuple[Rule, ...], location: TableLines
     try:
         return AttentionConfig(**{**given, **lists, "moba": moba, "source": source})
     except ConfigError as error:
-        # The message names the option first; where the table lacks that, it has the type that needs the option.
-        named = next((word for word in re.findall(r"\w+", str(error)) if word in given), None)
-        raise ConfigError(f"{location.at() if named is None else location.at(named)}: {error}") from error
+        raise ConfigError(f"{location.at(*_named_by(str(error), given))}: {error}") from error
+
+
+def _named_by(message: str, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that lead to what a message is about: it names them first, or the type that needs an absent option."""
+    words = iter(re.findall(r"\w+", message))
+    named = next((word for word in words if word in given), None)
+    if named is None:
+        return ()
+    table = given[named]
+    inner = next((word for word in words if word in table), None) if isinstance(table, Mapping) else None
+    return (named,) if inner is None else (named, inner)
 
 
 def _check_names(key: str, names: Any, known: set[str], location: TableLines) -> None:

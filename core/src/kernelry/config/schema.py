@@ -71,6 +71,7 @@ class AttentionTable(_Table):
     logits_dtype: Any = None
     precision: Any = None
     tilings: dict[str, dict[str, Count]] = Field(default_factory=dict)
+    sharding: Any = None
 
 
 KEYS = {

@@ -5,6 +5,9 @@ statistics, and always where it declares `backward_only`, a kernel with `gradien
 `backward` with the output and lse of the whole attention (all parts merged, sinks included): probabilities are
 exp(logits − lse) and delta is Σ out · d_out, so each part's unmodified backward yields its exact share, and
 d_sink = −Σ exp(sink − lse) · delta.
+
+What the backward pass reads of the output and the statistics has a name for `jax.checkpoint` policies: one that saves
+it runs no kernel again. A kernel whose own derivative is used gives the name itself, for only it can.
 """
 
 from __future__ import annotations
@@ -14,21 +17,22 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry._compat import varying_alike
 from kernelry.errors import PluginError
 from kernelry.execution.adapters.base import Duty
 from kernelry.execution.normalization import lse_with_sinks, merge, to_lse, with_sinks
-from kernelry.kernel.capabilities import Gradient
-from kernelry.kernel.partial import Partial, checked, heads_last, unchecked
+from kernelry.kernel.capabilities import Gradient, ManualAxes
+from kernelry.kernel.partial import Partial, checked, heads_last, named, unchecked
 from kernelry.kernel.spec import Gradients, Inputs, KernelSpec, Tiling
 from kernelry.request.arguments import narrowed
 from kernelry.request.request import Operand, Request
+
+_R = TypeVar("_R")
 
 
 @final
@@ -47,8 +51,10 @@ class BoundKernel:
         Raises:
           PluginError: what it returned is not a Partial, or has a wrong shape or dtype, or lacks a statistic.
         """
-        if self.is_narrow and self.has_backward and not statistics:
-            partial = _narrow(self, inputs)
+        if self.is_narrow or self.is_unchecked:
+            from kernelry.execution.apart import forward  # elsewhere nothing of it is needed
+
+            partial = forward(self, inputs, statistics=statistics)
         else:
             partial = self.run(inputs, statistics=statistics)
         return _zero_in_empty_rows(partial) if Duty.EMPTY_ROWS in self.duties else partial
@@ -74,16 +80,30 @@ class BoundKernel:
             return False
         return jax.dtypes.canonicalize_dtype("int64") == "int64"
 
-    def types(self) -> contextlib.AbstractContextManager[Any]:
-        """Around what traces the kernel."""
-        return jax.enable_x64(False) if self.is_narrow else contextlib.nullcontext()
+    @property
+    def is_unchecked(self) -> bool:
+        """Whether a shard_map around it, if there is one, must not check its manual axes."""
+        is_checked = self.kernel.capabilities.manual_axes is ManualAxes.CHECKED
+        return not is_checked and not jax.sharding.get_abstract_mesh().empty
+
+    def traced(self, function: Callable[..., _R], *arrays: Any) -> _R:
+        """Calls what traces the kernel, a function of pytrees of arrays that returns one."""
+        with jax.enable_x64(False) if self.is_narrow else contextlib.nullcontext():
+            if not self.is_unchecked:
+                return function(*arrays)
+            from kernelry.execution.manual_axes import unchecked
+
+            return unchecked(function, *arrays)
 
     def run(self, inputs: Inputs, *, statistics: bool) -> Partial:
         """Runs the kernel's forward alone, and checks what it returned."""
-        with self.types():
+
+        def forward(inputs: Inputs) -> Partial:
             partial = self.kernel.body().forward(inputs, self.request, self.tiling, statistics=statistics)
-        self._check("forward", partial, Partial, _faults_of_partial(partial, inputs, self.request, statistics))
-        return partial
+            self._check("forward", partial, Partial, _faults_of_partial(partial, inputs, self.request, statistics))
+            return partial
+
+        return self.traced(forward, inputs)
 
     def backward(
         self, inputs: Inputs, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array | None
@@ -99,10 +119,13 @@ class BoundKernel:
             out = out.at[..., -1].set(-1)
             d_out = d_out.at[..., -1].set(d_lse.swapaxes(1, 2).astype(d_out.dtype))
             d_lse = None
-        with self.types():
-            share = self.kernel.body().backward(inputs, self.request, self.tiling, out, lse, d_out, d_lse)
-        self._check("backward", share, Gradients, _faults_of_gradients(share, inputs, self.request))
-        return share
+
+        def backward(inputs: Inputs, *whole: Any) -> tuple[Any, ...]:
+            share = self.kernel.body().backward(inputs, self.request, self.tiling, *whole)
+            self._check("backward", share, Gradients, _faults_of_gradients(share, inputs, self.request))
+            return share.query, share.key, share.value, share.bias
+
+        return Gradients(*self.traced(backward, inputs, out, lse, d_out, d_lse))
 
     def _check(self, method: str, found: object, kind: type, faults: Iterable[str]) -> None:
         """Raises PluginError where a result is not what the contract says; looks at shapes and dtypes alone."""
@@ -187,14 +210,15 @@ def attend(
         inputs, sinks = narrowed((inputs, sinks))
     if inputs[0].sinks is not None and parts[0].needs_backward:
         sinks, inputs = inputs[0].sinks, tuple(dataclasses.replace(arrays, sinks=None) for arrays in inputs)
-    if not jax.sharding.get_abstract_mesh().empty:  # inside a shard_map there is a mesh
-        inputs, sinks = varying_alike((inputs, sinks))
+    inputs, sinks = _varying_alike((inputs, sinks))
     if len(parts) == 1 and sinks is None and not statistics and not parts[0].duties and not parts[0].needs_backward:
-        return parts[0].forward(inputs[0], statistics=False)
+        alone = parts[0].forward(inputs[0], statistics=False)
+        has_name = parts[0].kernel.capabilities.names_residuals and parts[0].request.gradients
+        return alone if has_name else _named(alone)
     if any(part.request.gradients and part.has_backward for part in parts):
         whole = _differentiated(parts, statistics, inputs, sinks)
     else:
-        whole = whole_of(_run(parts, inputs), sinks)[0]
+        whole = _named(whole_of(_run(parts, inputs), sinks)[0])
     return _with_rest(whole) if statistics else dataclasses.replace(whole, lse_rest=None)
 
 
@@ -202,27 +226,16 @@ def _with_rest(partial: Partial) -> Partial:
     """Gives a Partial that has lse the rest, too, whatever kernel it is from: all have one structure."""
     if partial.lse is None or partial.lse_rest is not None:
         return partial
-    _, rest = varying_alike((partial.lse, jnp.zeros_like(partial.lse)))
+    _, rest = _varying_alike((partial.lse, jnp.zeros_like(partial.lse)))
     return dataclasses.replace(partial, lse_rest=rest)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow(part: BoundKernel, inputs: Inputs) -> Partial:
-    """A kernel's own derivative, traced without 64-bit types as its forward is."""
-    return part.run(inputs, statistics=False)
+def _varying_alike(tree: Any) -> Any:
+    if jax.sharding.get_abstract_mesh().empty:  # inside a shard_map there is a mesh
+        return tree
+    from kernelry.execution import manual_axes
 
-
-def _narrow_forward(part: BoundKernel, inputs: Inputs) -> tuple[Partial, Callable[[Partial], tuple[Inputs]]]:
-    with part.types():
-        return jax.vjp(functools.partial(part.run, statistics=False), inputs)
-
-
-def _narrow_backward(part: BoundKernel, pull: Callable[[Partial], tuple[Inputs]], d_partial: Partial) -> tuple[Inputs]:
-    with part.types():
-        return pull(d_partial)
-
-
-_narrow.defvjp(_narrow_forward, _narrow_backward)
+    return manual_axes.varying_alike(tree)
 
 
 def _zero_in_empty_rows(partial: Partial) -> Partial:
@@ -264,18 +277,28 @@ def _rounded(whole: Partial) -> Partial:
     return dataclasses.replace(whole, out=whole.out.astype(whole.dtype))
 
 
+def _named(partial: Partial) -> Partial:
+    return _with_named_lse(dataclasses.replace(partial, out=named(partial.out)))
+
+
+def _with_named_lse(partial: Partial) -> Partial:
+    return dataclasses.replace(partial, lse=named(partial.lse), lse_rest=named(partial.lse_rest))
+
+
 _Residuals = tuple[tuple[Inputs, ...], jax.Array | None, jax.Array, _Lse, list[jax.Array]]
 
 
 def _forward(
     parts: tuple[BoundKernel, ...], statistics: bool, inputs: tuple[Inputs, ...], sinks: jax.Array | None
 ) -> tuple[Partial, _Residuals]:
-    partials = [to_lse(partial) for partial in _run(parts, inputs)]
+    # All that the backward pass reads of the statistics is computed from what has the name.
+    partials = [_with_named_lse(to_lse(partial)) for partial in _run(parts, inputs)]
     # Empty rows are remembered per part and before sinks: a global lse that is finite thanks to a
     # sink or another part would make a vendor's backward explode on a row that is empty here.
     empty = [jnp.isneginf(partial.lse) for partial in partials]  # type: ignore[arg-type]
     whole, lse = whole_of(partials, sinks)
     whole = whole if statistics else _rounded(whole)
+    whole = dataclasses.replace(whole, out=named(whole.out))
     return whole, (inputs, sinks, whole.out, lse, empty)
 
 

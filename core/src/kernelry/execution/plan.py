@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, final
 
-from jax.ad_checkpoint import checkpoint_name
-
 from kernelry.execution.adapters.base import Adapter, Cost, Duty
 from kernelry.execution.attend import BoundKernel, attend
 from kernelry.kernel.partial import Partial
@@ -76,7 +74,7 @@ class Plan:
         partial = attend((kernel,), (inputs,), sinks=sinks, statistics=self.request.partial)
         for step in reversed(self.steps):
             partial = step.adapter.restore(partial, step.before, step.after)
-        return _named(partial)
+        return partial
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
@@ -87,10 +85,3 @@ class Plan:
             "cost": dataclasses.asdict(self.cost),
             "tiling": dict(self.tiling.values),
         }
-
-
-def _named(partial: Partial) -> Partial:
-    """Names out and lse for rematerialisation policies; adds no operation."""
-    out = checkpoint_name(partial.out, "kernelry_out")  # type: ignore[no-untyped-call]
-    lse = None if partial.lse is None else checkpoint_name(partial.lse, "kernelry_lse")  # type: ignore[no-untyped-call]
-    return dataclasses.replace(partial, out=out, lse=lse)

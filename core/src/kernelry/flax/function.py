@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,15 @@ from jaxtyping import Array, Float
 from kernelry.api import attention
 from kernelry.config.layer import AttentionConfig, check_config
 from kernelry.errors import ArgumentError, ShapeError
-from kernelry.flax.operation import policy_of
+from kernelry.flax.sharded import scope_of, sharding_of
 from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Dense, Full, Mask
 from kernelry.masks.base import is_mask
 from kernelry.masks.fit import not_a_mask
 from kernelry.request.request import Mode
+
+if TYPE_CHECKING:
+    from kernelry.request.sharding import Sharding
 
 _FULL = Full()
 _SHIPPED = AttentionConfig()
@@ -52,6 +55,8 @@ def attention_fn(
     mode: str | Mode = Mode.TRAIN,
     kernel: str = AUTO,
     config: AttentionConfig = _SHIPPED,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+    sharding: Sharding | str | None = None,
 ) -> Float[Array, "*batch T N D"]:
     """Attention with Flax's arguments, for `attention_fn=` of its attention modules.
 
@@ -76,8 +81,9 @@ def attention_fn(
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
       layer_mask: a mask combined with `mask` by `&`; None means no other mask.
       scale, soft_cap, sinks, mode, kernel: as in `kernelry.attention`.
-      config: how kernels are chosen, unless an enclosing `use(policy=…)` decides. Its options of
+      config: how kernels are chosen and calls are sharded, unless an enclosing `use` decides. Its options of
         the layer must have their defaults: Flax's module and the arguments above give those.
+      mesh, sharding: as in `AttentionOp`; B is *batch taken together.
 
     Returns:
       [*batch, T, N, D] in the dtype of the computation.
@@ -104,11 +110,10 @@ def attention_fn(
         )
     query, key, value = _promoted(dtype, query, key, value)
     batch = _batch(query, key, value)
-    with policy_of(config):
+    arrays = [_folded(array) for array in (query, key, value)]
+    with scope_of(config, sharding_of(config, mesh, sharding), mode, arrays[0], arrays[1:2]):
         out: jax.Array = attention(
-            _folded(query),
-            _folded(key),
-            _folded(value),
+            *arrays,
             mask=_mask(mask, is_causal, batch, query.shape[-3], key.shape[-3])
             & (_FULL if layer_mask is None else layer_mask),
             scale=scale,
@@ -145,7 +150,7 @@ def _check_precision(precision: Any) -> None:
         raise ArgumentError(f"precision={precision} differs for the two operands: pass one precision for both.")
 
 
-_CHOOSING = frozenset({"kernel", "rules", "thresholds", "forbid_adapters", "source", "tilings"})
+_CHOOSING = frozenset({"kernel", "rules", "thresholds", "forbid_adapters", "source", "tilings", "sharding"})
 
 
 def _check_config(config: AttentionConfig) -> None:
@@ -156,8 +161,9 @@ def _check_config(config: AttentionConfig) -> None:
         if name not in _CHOOSING and value != getattr(_SHIPPED, name):
             shown = getattr(value, "value", value)
             raise ArgumentError(
-                f"attention_fn only reads how kernels are chosen from a config, and got config.{name}={shown!r}: bind "
-                "the layer's options with functools.partial (layer_mask=config.mask, scale=, soft_cap=, sinks=) or use "
+                "attention_fn only reads how kernels are chosen and calls are sharded from a config, and got "
+                f"config.{name}={shown!r}: bind the layer's options with functools.partial (layer_mask=config.mask, "
+                "scale=, soft_cap=, sinks=) or use "
                 "kernelry.flax.AttentionOp."
             )
 

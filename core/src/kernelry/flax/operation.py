@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, final
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from kernelry.config.layer import AttentionConfig, check_config, options_of
 from kernelry.errors import ArgumentError
 from kernelry.flax.call import LayerCall
+from kernelry.flax.sharded import check_order, scope_of, sharding_of
 from kernelry.flax.tokens import CachedPart, Tokens
-from kernelry.kernel.partial import Partial
 from kernelry.masks import Mask
-from kernelry.policy.scope import current_scope, use
 from kernelry.request.request import Mode, Operand, operands_of
 
 try:
@@ -27,8 +24,8 @@ try:
 except ImportError as error:
     raise ImportError("kernelry.flax needs flax 0.12 or newer: pip install 'kernelry[flax]'.") from error
 
-CONTEXT = "context"
-"""The name of the output for checkpoint policies, as in MaxText."""
+if TYPE_CHECKING:
+    from kernelry.request.sharding import Sharding
 
 _NO_TOKENS = Tokens()
 
@@ -37,11 +34,11 @@ _NO_TOKENS = Tokens()
 class AttentionOp(nnx.Module):
     """Attention as a config describes it; `kernelry.attention` as an nnx module.
 
-    A policy given by an enclosing `kernelry.use(policy=…)` has priority over the config's. The output is
-    named `context` for `jax.checkpoint` policies. With `config.record_max_logits` each call appends
-    its largest visible logits [B, N] to the nnx.Intermediate `max_logits`, as `sow` does: read them
-    once per step with `nnx.capture` or `nnx.pop(model, nnx.Intermediate)`; in linen they are in the
-    collection `intermediates`.
+    A policy or a sharding that an enclosing `kernelry.use` gives has priority over the layer's. The output
+    and its logsumexp are named `context` for `jax.checkpoint` policies, as in `kernelry.attention`.
+    With `config.record_max_logits` each call appends its largest visible logits [B, N] to the
+    nnx.Intermediate `max_logits`, as `sow` does: read them once per step with `nnx.capture` or
+    `nnx.pop(model, nnx.Intermediate)`; in linen they are in the collection `intermediates`.
 
     Args:
       config: the options of the layer, and how kernels are chosen.
@@ -51,6 +48,14 @@ class AttentionOp(nnx.Module):
         sinks: the parameter, or those of the call.
       deterministic: no dropout; `model.train()` and `model.eval()` set it.
       rngs: where dropout draws from (stream `dropout`), unless a call passes its own.
+      mesh: a mesh whose axes cut the calls; None is the one that is active, or that of the arrays.
+      sharding: which of its axes cut what, in place of `config.sharding`: a `kernelry.parallel.Sharding` or its text.
+        In decode, where a query is one token, axes of `sequence` cut the keys alone, or nothing where a part of the
+        keys does not divide. A load-balanced order is that of the tokens of query, key and value, and gives masks
+        their positions.
+
+    Raises:
+      ArgumentError: the mesh lacks an axis of the sharding, or nothing says what its axes cut.
     """
 
     def __init__(
@@ -61,12 +66,15 @@ class AttentionOp(nnx.Module):
         sink_heads: int | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs | None = None,
+        mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+        sharding: Sharding | str | None = None,
     ) -> None:
         check_config(config)
         self.config = config
         self.mask = nnx.data(config.mask if mask is None else mask)  # it may carry arrays
         self.sinks = nnx.data(None if sink_heads is None else nnx.Param(jnp.zeros(sink_heads)))
         self.deterministic = deterministic
+        self.sharding = sharding_of(config, mesh, sharding)
         self.rngs = nnx.data(rngs.dropout.fork() if rngs is not None and config.dropout_rate else None)
 
     def __call__(
@@ -130,11 +138,12 @@ class AttentionOp(nnx.Module):
             dropout_rng=dropout_rng,
             options=options,
         )
-        with policy_of(self.config):
+        keys = [part.key for part in call.cached] + ([] if key is None else [key])
+        with scope_of(self.config, self.sharding, mode, query, keys):
+            check_order(query, key, tokens, moba=self.config.moba is not None)
             result, max_logits = call.attend(query, key, value)
         if self.config.record_max_logits:
             self._record(max_logits)
-        result = _named(result)
         return (result, max_logits) if return_max_logits else result
 
     def _sinks(self, given: Any, return_partial: bool) -> Any:
@@ -169,37 +178,30 @@ class AttentionOp(nnx.Module):
         return rate, source() if isinstance(source, nnx.RngStream) else source
 
 
-def _named(result: Any) -> Any:
-    if isinstance(result, Partial):
-        return dataclasses.replace(result, out=checkpoint_name(result.out, CONTEXT))  # type: ignore[no-untyped-call]
-    return checkpoint_name(result, CONTEXT)  # type: ignore[no-untyped-call]
-
-
 def attention_op_as_linen(
     config: AttentionConfig = AttentionConfig(),  # noqa: B008  # frozen
     *,
     mask: Mask | None = None,
     sink_heads: int | None = None,
     deterministic: bool = False,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+    sharding: Sharding | str | None = None,
     name: str | None = None,
 ) -> nnx.bridge.ToLinen:
     """Returns an `AttentionOp` as a linen module; it draws dropout from the collection `dropout`.
 
     Args:
-      config, mask, sink_heads, deterministic: as in `AttentionOp`, whose arguments calls take, too.
+      config, mask, sink_heads, deterministic, mesh, sharding: as in `AttentionOp`, whose arguments calls take, too.
       name: the name of the linen module.
     """
     module: nnx.bridge.ToLinen = nnx.bridge.to_linen(
-        AttentionOp, config, mask=mask, sink_heads=sink_heads, deterministic=deterministic, name=name
+        AttentionOp,
+        config,
+        mask=mask,
+        sink_heads=sink_heads,
+        deterministic=deterministic,
+        mesh=mesh,
+        sharding=sharding,
+        name=name,
     )
     return module
-
-
-@contextlib.contextmanager
-def policy_of(config: AttentionConfig) -> Iterator[None]:
-    """Applies the config's policy, unless an enclosing `use` has given one."""
-    if current_scope().policy is not None:
-        yield
-        return
-    with use(policy=config.policy):
-        yield

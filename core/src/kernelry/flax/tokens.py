@@ -30,7 +30,8 @@ class Tokens:
         With a cache: the query's own, [B, T].
       query_offset: the slot of the first query among the keys, an int or integers, scalar or [B]:
         the length of the previous chunks in chunked prefill, the index of the step in decode.
-      positions: integers [T] or [B, T], the positions of the queries.
+      positions: integers [T] or [B, T], the positions of the queries. A sharding with a load-balanced order gives
+        them by itself where T = S.
       kv_positions: integers [S] or [B, S], the positions of the keys; None means the queries'
         positions if they are given and T = S, else 0 … S − 1.
       bidirectional: booleans [B, S] or [S]: the keys of each run of True see each other, whatever
@@ -138,8 +139,6 @@ class CachedPart:
       positions: integers [S] or [B, S], the positions of the keys. None: before every query, which
         is enough for masks that see everything earlier.
     """
-
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K D"]

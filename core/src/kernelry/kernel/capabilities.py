@@ -11,7 +11,6 @@ import enum
 from collections.abc import Callable, Iterator
 from typing import final
 
-from kernelry.kernel.blocks import round_up
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, AtomKind, PositionKind
 from kernelry.masks.predicate import holds_traced
@@ -55,6 +54,17 @@ class Gradient(enum.Enum):
 
 
 @final
+class ManualAxes(enum.Enum):
+    """How a kernel runs inside a `shard_map` that checks over which axes arrays vary (`check_vma=True`, the default).
+
+    CHECKED: as it is; what it computes passes the check. UNCHECKED: inside a `shard_map` of core's that does not check.
+    """
+
+    CHECKED = "checked"
+    UNCHECKED = "unchecked"
+
+
+@final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Dims:
     """Head dims a kernel takes: minimum ≤ dim ≤ maximum, a multiple of `multiple_of`."""
@@ -75,7 +85,7 @@ class Dims:
 
     def padded(self, value: int) -> int | None:
         """Returns the smallest dim taken that is at least `value`; None where there is none."""
-        dim = round_up(max(value, self.minimum), self.multiple_of)
+        dim = -(-max(value, self.minimum) // self.multiple_of) * self.multiple_of
         return None if self.maximum is not None and dim > self.maximum else dim
 
 
@@ -88,35 +98,6 @@ class Tolerance:
     forward: float
     gradient: float
     reason: str
-
-
-_STANDARD = {
-    "float64": (2e-6, 2e-5, 0),
-    "float32": (2e-6, 2e-5, 0),
-    "bfloat16": (1e-2, 4e-2, 8),
-    "float16": (2e-3, 1e-2, 11),
-}
-"""Errors of the forward pass and of gradients, for values of about 1, and the bits of a mantissa that make them."""
-
-
-def standard_tolerances(
-    *dtypes: str, rounded: str = "inputs, probabilities and output", note: str = ""
-) -> tuple[Tolerance, ...]:
-    """Returns the tolerances of a kernel that sums in float32: what rounding to each dtype costs, and no more.
-
-    Args:
-      dtypes: those of the kernel; of `float64`, too, logits and statistics are float32.
-      rounded: what a 16-bit kernel rounds to the dtype.
-      note: what else is to be said of the wide ones, e.g. how large logits may be.
-    """
-    found = []
-    for dtype in dtypes:
-        forward, gradient, bits = _STANDARD[dtype]
-        reason = f"{rounded} are rounded to {bits} bits of mantissa"
-        if not bits:
-            reason = "; ".join(filter(None, ("float32 products and sums, in another order than the oracle's", note)))
-        found.append(Tolerance(dtype, forward, gradient, reason))
-    return tuple(found)
 
 
 @final
@@ -145,6 +126,8 @@ class Capabilities:
       gradient: how it is differentiated.
       backward_only: whether `forward` has no derivative of its own, so that core differentiates every call by
         `backward`. Core then applies the sinks, too: the kernel is given none where a gradient is asked for.
+      names_residuals: whether `forward` without statistics gives the name `REMAT_NAME` to its output and logsumexp as
+        its own derivative keeps them; see `kernelry.plugin.named`. Core names the output of kernels that do not.
       gradients: the operands it has gradients of.
       forward_over_reverse: of a kernel with `gradient=BACKWARD`, whether JAX can differentiate its forward and backward
         passes in forward mode, as `jax.hessian` does; elsewhere second derivatives are an error.
@@ -154,6 +137,7 @@ class Capabilities:
       kv_quantizations: the quantised keys and values it reads as they are, e.g. `int8:head_dim`.
       pages: whether it reads keys and values through a table of pages.
       context_parallel: the strategies by which it attends across devices itself, e.g. `ring`.
+      manual_axes: how it runs inside a `shard_map`.
       partitioned_by_xla: whether XLA partitions it over the automatic axes of a mesh; other kernels compute the whole
         call on every device, or do not compile, unless the call says how it is sharded.
       tolerances: per dtype.
@@ -177,6 +161,7 @@ class Capabilities:
     normalizations: frozenset[str] = frozenset()
     gradient: Gradient = Gradient.NONE
     backward_only: bool = False
+    names_residuals: bool = False
     gradients: frozenset[Operand] = frozenset()
     forward_over_reverse: bool = False
     lse_cotangent: bool = False
@@ -185,6 +170,7 @@ class Capabilities:
     kv_quantizations: frozenset[str] = frozenset()
     pages: bool = False
     context_parallel: frozenset[str] = frozenset()
+    manual_axes: ManualAxes = ManualAxes.UNCHECKED
     partitioned_by_xla: bool = False
     tolerances: tuple[Tolerance, ...] = ()
 

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from typing import Any, final
 
 from kernelry.errors import ArgumentError, nearest
-from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, Statistic, Tolerance
+from kernelry.kernel.capabilities import Capabilities, Dims, Feature, Gradient, ManualAxes, Statistic, Tolerance
 from kernelry.kernel.spec import AUTO, KernelSpec
 from kernelry.masks.form import AtomKind, PositionKind
 from kernelry.request.checks import DTYPES, SYMBOLIC, is_dtype, spelled
@@ -111,6 +111,9 @@ def _wrong_types(can: Capabilities) -> Iterator[Mistake]:
     if not isinstance(can.gradient, Gradient):
         detail = f"gradient must be a Gradient, got {short(can.gradient)}"
         yield Mistake(detail, "write Gradient.NONE, Gradient.NATIVE or Gradient.BACKWARD")
+    if not isinstance(can.manual_axes, ManualAxes):
+        detail = f"manual_axes must be a ManualAxes, got {short(can.manual_axes)}"
+        yield Mistake(detail, "write ManualAxes.CHECKED or ManualAxes.UNCHECKED")
     if can.head_dims is not None and not _are_dims(can.head_dims):
         detail = f"head_dims must be Dims of integers from 1 on, got {short(can.head_dims)}"
         yield Mistake(detail, "write head_dims=Dims(minimum=…, maximum=…, multiple_of=…)")

@@ -10,12 +10,16 @@ from typing import Any, ParamSpec, TypeVar, final
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernelry._pytree import pytree, short_repr
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+REMAT_NAME = "context"
+"""How `jax.checkpoint` policies know what attention's backward pass needs; the name that MaxText uses, too."""
 
 
 @final
@@ -45,7 +49,6 @@ class Partial:
     dtype: str = "float32"
     lse_rest: Float[Array, "B N T"] | None = None
 
-    __hash__ = None  # type: ignore[assignment]
     __repr__ = short_repr
 
     @property
@@ -96,6 +99,15 @@ def _with_checked_output(result: Any) -> Any:
     if isinstance(result, Partial):
         return dataclasses.replace(result, out=checked(result.out))
     return checked(result)
+
+
+def named(arrays: _R) -> _R:
+    """Gives arrays the name `REMAT_NAME`; adds no operation.
+
+    Name each array once: of one that was named twice, a policy that saves by name keeps both if both are read.
+    """
+    same: _R = checkpoint_name(arrays, REMAT_NAME)  # type: ignore[no-untyped-call]
+    return same
 
 
 def heads_last(statistic: jax.Array) -> jax.Array:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from kernelry.errors import PluginError
+
+if TYPE_CHECKING:
+    from kernelry.kernel.spec import KernelSpec
+    from kernelry.request.request import Request
 
 _WORK = frozenset({"dot_general", "exp", "exp2", "pallas_call", "closed_call", "jit", "while", "scan"})
 """Operations that do an attention's work: products, the softmax's exponentials (XLA renames products), and calls and
@@ -33,6 +39,30 @@ def missing(signature: tuple[str, ...], program: Any) -> tuple[str, ...]:
     called = [part for part in signature if part in targets]
     scopes = {scope for name in _NAMES.findall(text) for scope in _scopes(name, anything=bool(called))}
     return tuple(part for part in signature if part not in targets and part not in scopes)
+
+
+def check_program(kernel: KernelSpec, request: Request, program: Any) -> None:
+    """Checks that a program contains a kernel's work.
+
+    Args:
+      kernel: the kernel.
+      request: what it was asked itself, inside all adapters.
+      program: as for `missing`.
+
+    Raises:
+      PluginError: the signature is missing, so something else ran; or it is not a tuple of texts, or empty.
+    """
+    wanted = kernel.signature(request)
+    if isinstance(wanted, str):  # each of its letters is in every program
+        raise PluginError(f"kernel {kernel.name!r}: signature must return a tuple of texts, got {wanted!r}.")
+    if not wanted:
+        raise PluginError(f"kernel {kernel.name!r} has an empty signature: nothing could prove that it ran.")
+    lacking = missing(wanted, program)
+    if lacking:
+        raise PluginError(
+            f"the program does not contain {', '.join(map(repr, lacking))}, the signature of kernel "
+            f"{kernel.name!r}: another kernel ran, or this program is not the one that was resolved."
+        )
 
 
 def custom_calls(program: Any) -> frozenset[str]:

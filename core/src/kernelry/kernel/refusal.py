@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator
 from typing import Any, final
-
-from kernelry.masks.form import OPERANDS, Atom, AtomKind
-from kernelry.masks.predicate import arrays_held
 
 
 @final
@@ -80,22 +76,3 @@ class Refusal:
         """Returns plain data."""
         plain = {"code": self.code.value, "detail": self.detail, "remedy": self.remedy}
         return {**plain, "pad_to": dict(self.pad_to)}
-
-
-def array_refusals(atom: Atom) -> Iterator[Refusal]:
-    """Refuses a PREDICATE that needs arrays, for kernels that evaluate one where they have positions alone.
-
-    Args:
-      atom: of any kind; only PREDICATE and CUSTOM are looked at.
-    """
-    if atom.kind in (AtomKind.PREDICATE, AtomKind.CUSTOM) and OPERANDS in atom.params:
-        yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} depends on arrays")
-    held = arrays_held(atom)
-    if held is None:
-        detail = f"mask atom {atom} is a function that no longer exists"
-        yield Refusal(RefusalCode.MASK_ATOM, detail, "keep the mask while its form is in use")
-        return
-    for shape in held[:1]:
-        detail = f"mask atom {atom} holds an array of shape {shape}"
-        remedy = "pass it as an operand of Predicate" if shape else "make it a Python number"
-        yield Refusal(RefusalCode.MASK_ATOM, detail, remedy)

@@ -50,7 +50,6 @@ class Inputs:
     sinks: Float[Array, " N"] | None = None
     dropout_rng: jax.Array | None = None
 
-    __hash__ = None  # type: ignore[assignment]
     __repr__ = short_repr
 
 
@@ -251,21 +250,6 @@ def one_tiling(request: Request) -> tuple[Tiling, ...]:
     return (Tiling(),)
 
 
-def signature_of(scope: str, custom_call: str | None = None) -> Callable[[Request], tuple[str, ...]]:
-    """Returns the `signature` of a KernelSpec whose body sets a scope around its work.
-
-    Args:
-      scope: what its `jax.named_scope` is called, e.g. `kernelry.splash`.
-      custom_call: the target that its program calls, e.g. `tpu_custom_call`, which interpret mode does not; None where
-        its work is XLA's.
-    """
-    return functools.partial(_signature, scope, custom_call)
-
-
-def _signature(scope: str, custom_call: str | None, request: Request) -> tuple[str, ...]:
-    return (scope,) if custom_call is None or request.is_interpreted else (custom_call, scope)
-
-
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSpec:
@@ -278,7 +262,8 @@ class KernelSpec:
         kernel is first chosen. A function that returns the body serves notebooks and tests.
       refusals: what data cannot say: divisibility, vendor probes.
       tilings: the search space for a request, the default first.
-      signature: texts that a lowered program must contain if this kernel really ran; see `signature_of`.
+      signature: texts that a lowered program must contain if this kernel really ran; see
+        `kernelry.plugin.signature_of`.
       summary: one line for listings.
       known_failures: (name of a conformance case, reason) pairs: what the author knows to be wrong. A case listed
         here that passes fails the kit, so that the list is kept honest.

@@ -115,6 +115,16 @@ def check_rows(name: str, array: ArrayLike, batch: int, length: int) -> None:
         raise ShapeError(f"{name} must be [{batch}, {length}] or [{length}], got shape {array.shape}.")
 
 
+def check_limits(name: str, limits: ArrayLike, batch: int) -> None:
+    """Checks one number for all rows, or one for each.
+
+    Raises:
+      ShapeError: neither a number nor [batch].
+    """
+    if limits.shape not in ((), (batch,)):
+        raise ShapeError(f"{name} must be a number or [B] = [{batch}], got shape {limits.shape}.")
+
+
 def described(array: Any) -> str:
     """A small array as nested lists, which constructors read; dtype and shape of any other."""
     if not hasattr(array, "shape"):  # a sentinel inside a pytree

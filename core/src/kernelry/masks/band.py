@@ -77,7 +77,7 @@ class Causal(Mask):
 
 @final
 @pytree()
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class SlidingWindow(Mask):
     """A query sees `left` keys before it, itself, and `right` after: p_q − left ≤ p_k ≤ p_q + right.
 
@@ -115,9 +115,6 @@ class SlidingWindow(Mask):
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         return self.canonical_mask.evaluate(query, kv)
-
-    def __repr__(self) -> str:
-        return f"SlidingWindow({self.left}, {self.right})"
 
 
 @final
@@ -202,12 +199,6 @@ class Band(Mask):
             some, full = some & (low_k <= _shifted(high_q, self.right)), full & (high_k <= _shifted(low_q, self.right))
         return Decided(some, full)
 
-    @classmethod
-    def hides_keys_behind(cls, atom: Atom, q_len: int, kv_len: int) -> bool:
-        if atom.params[1] is None or atom.query.start is None or atom.kv.start is None:
-            return False
-        return bool(atom.kv.start + kv_len > atom.query.start + q_len - 1 + atom.params[1])
-
 
 def band_atom(left: int | None, right: int | None) -> Atom:
     """The atom of a band: CAUSAL where it is exactly p_k ≤ p_q, else WINDOW."""
@@ -230,11 +221,7 @@ def _visibility(atom: Atom, q_len: int, kv_len: int) -> Visibility:
     if first_query is not None and first_key is not None:
         queries, slots = (first_query, q_len), (first_key, kv_len)
         return Visibility(not _all_see(queries, slots, left, right), not _all_see(slots, queries, right, left))
-    query, kv = atom.query.positions(q_len), atom.kv.positions(kv_len)
-    assert query is not None
-    assert kv is not None
-    rows = max(len(query), len(kv))
-    pairs = list(zip(np.broadcast_to(query, (rows, q_len)), np.broadcast_to(kv, (rows, kv_len)), strict=True))
+    pairs = list(zip(*atom.positions(q_len, kv_len), strict=True))
     empty = any(not _sees_any(q, k, left, right).all() for q, k in pairs)
     hidden = any(not _sees_any(k, q, right, left).all() for q, k in pairs)
     return Visibility(empty, hidden)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernelry.errors import ArgumentError, KernelryError, ShapeError
-from kernelry.masks.arrays import is_array
+from kernelry.masks.arrays import described, is_array
 from kernelry.masks.form import OPERANDS, Atom, AtomKind, MaskForm, register_mask
 from kernelry.masks.functions import is_told_by_tiles
 from kernelry.masks.positions import from_arguments
@@ -117,9 +117,14 @@ class Mask(Protocol):
 
     @property
     def atom(self) -> Atom:
-        """The static side, at default positions: by default CUSTOM, with the word and the fields without arrays."""
-        fields = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        plain = (value for value in fields if not any(map(is_array, jax.tree.leaves(value))))
+        """The static side, at default positions: by default the first of `kinds`, or else CUSTOM with the word first.
+
+        Its parameters are the fields without arrays.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        if self.kinds:
+            return Atom(self.kinds[0], tuple(value for name, value in fields.items() if name not in (self.axes or ())))
+        plain = (value for value in fields.values() if not any(map(is_array, jax.tree.leaves(value))))
         return Atom(AtomKind.CUSTOM, (self.word or type(self).__name__, *plain))
 
     def check(self, extent: Extent) -> None:
@@ -141,6 +146,11 @@ class Mask(Protocol):
 
     def __ror__(self, other: Any) -> Mask:
         return _mask(other) | self
+
+    def __repr__(self) -> str:
+        """As it is constructed, where a class asks for it with `repr=False`; small arrays as lists."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(described(value) for value in values if value is not None)})"
 
     def __bool__(self) -> bool:
         raise ArgumentError("a mask is neither true nor false: compose masks with &, | and ~, not with and, or, not.")
@@ -346,8 +356,9 @@ class Mask(Protocol):
 
     @classmethod
     def hides_keys_behind(cls, atom: Atom, q_len: int, kv_len: int) -> bool:
-        """Whether, padded, it hides the keys put behind S keys from T queries."""
-        return False
+        """Whether, padded, it hides the keys put behind S keys from T queries; by default as its band does."""
+        right, query, kv = cls.band_around(atom)[1], atom.query.start, atom.kv.start
+        return None not in (right, query, kv) and kv + kv_len > query + q_len - 1 + right  # type: ignore[operator]
 
     @classmethod
     def hides_rows_behind(cls, atom: Atom) -> bool:

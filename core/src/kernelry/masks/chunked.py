@@ -17,7 +17,7 @@ from kernelry.masks.side import ArrayLike, Side
 
 @final
 @pytree()
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Chunked(Mask):
     """A query sees the keys of its own chunk, up to itself: p_q // size = p_k // size and p_k ≤ p_q.
 
@@ -43,16 +43,9 @@ class Chunked(Mask):
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", whole_size("Chunked: size", self.size))
 
-    @property
-    def atom(self) -> Atom:
-        return Atom(AtomKind.CHUNKED, (self.size,))
-
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         same = query.positions // self.size == kv.positions // self.size
         return same & (kv.positions <= query.positions)
-
-    def __repr__(self) -> str:
-        return f"Chunked({self.size})"
 
     @classmethod
     def sees_itself(cls, atom: Atom) -> bool:
@@ -79,16 +72,10 @@ class Chunked(Mask):
     def seen_from(cls, atom: Atom, kv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return kv, kv // atom.params[0] * atom.params[0] + atom.params[0] - 1
 
-    @classmethod
-    def hides_keys_behind(cls, atom: Atom, q_len: int, kv_len: int) -> bool:
-        if atom.query.start is None or atom.kv.start is None:
-            return False
-        return bool(atom.kv.start + kv_len > atom.query.start + q_len - 1)
-
 
 @final
 @pytree()
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class BlockCausal(Mask):
     """A query sees its own block and those before, as in block diffusion: p_k // size ≤ p_q // size.
 
@@ -114,15 +101,8 @@ class BlockCausal(Mask):
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", whole_size("BlockCausal: size", self.size))
 
-    @property
-    def atom(self) -> Atom:
-        return Atom(AtomKind.BLOCK_CAUSAL, (self.size,))
-
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         return kv.positions // self.size <= query.positions // self.size
-
-    def __repr__(self) -> str:
-        return f"BlockCausal({self.size})"
 
     @classmethod
     def sees_itself(cls, atom: Atom) -> bool:

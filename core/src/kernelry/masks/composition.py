@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterable, Iterator
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import jax
 
@@ -53,19 +54,25 @@ class Conjunct:
         return self.mask if self.query is None and self.kv is None else At(self.mask, self.query, self.kv)
 
 
+class _Composite(Mask, Protocol):
+    """A mask made of others: it has a form, and no atom of its own."""
+
+    __slots__ = ()
+
+    @property
+    def atom(self) -> Atom:
+        raise TypeError(f"{type(self).__name__} is not an atom; use form")
+
+
 @final
 @pytree("mask", "query", "kv")
 @dataclasses.dataclass(frozen=True, slots=True)
-class At(Mask):
+class At(_Composite):
     """A mask whose slots stand at given positions."""
 
     mask: Mask
     query: Positions | None
     kv: Positions | None
-
-    @property
-    def atom(self) -> Atom:
-        raise TypeError("At is not an atom; use form")
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         return self.mask.evaluate(query.at(self.query), kv.at(self.kv))
@@ -80,7 +87,7 @@ class At(Mask):
 @final
 @pytree("parts")
 @dataclasses.dataclass(frozen=True, slots=True)
-class And(Mask):
+class And(_Composite):
     """A key is visible where every part says so."""
 
     parts: tuple[Mask, ...]
@@ -90,15 +97,8 @@ class And(Mask):
         """Composes masks; a part that is itself such a composite is flattened."""
         return cls(tuple(part for mask in masks for part in (mask.parts if isinstance(mask, And) else (mask,))))
 
-    @property
-    def atom(self) -> Atom:
-        raise TypeError("And is not an atom; use form")
-
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        visible = self.parts[0].evaluate(query, kv)
-        for part in self.parts[1:]:
-            visible = visible & part.evaluate(query, kv)
-        return visible
+        return functools.reduce(operator.and_, (part.evaluate(query, kv) for part in self.parts))
 
     def __repr__(self) -> str:
         return " & ".join(f"({p!r})" if isinstance(p, Or) else repr(p) for p in self.parts)
@@ -107,7 +107,7 @@ class And(Mask):
 @final
 @pytree("parts")
 @dataclasses.dataclass(frozen=True, slots=True)
-class Or(Mask):
+class Or(_Composite):
     """A key is visible where any part says so."""
 
     parts: tuple[Mask, ...]
@@ -117,15 +117,8 @@ class Or(Mask):
         """Composes masks; a part that is itself such a composite is flattened."""
         return cls(tuple(part for mask in masks for part in (mask.parts if isinstance(mask, Or) else (mask,))))
 
-    @property
-    def atom(self) -> Atom:
-        raise TypeError("the atom of Or depends on positions; use form")
-
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        visible = self.parts[0].evaluate(query, kv)
-        for part in self.parts[1:]:
-            visible = visible | part.evaluate(query, kv)
-        return visible
+        return functools.reduce(operator.or_, (part.evaluate(query, kv) for part in self.parts))
 
     def __repr__(self) -> str:
         return " | ".join(f"({p!r})" if isinstance(p, And) else repr(p) for p in self.parts)
@@ -134,14 +127,10 @@ class Or(Mask):
 @final
 @pytree("mask")
 @dataclasses.dataclass(frozen=True, slots=True)
-class Not(Mask):
+class Not(_Composite):
     """A key is visible where the mask inside hides it."""
 
     mask: Mask
-
-    @property
-    def atom(self) -> Atom:
-        raise TypeError("the atom of Not depends on positions; use form")
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         return ~self.mask.evaluate(query, kv)

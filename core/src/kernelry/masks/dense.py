@@ -13,7 +13,6 @@ from kernelry._pytree import pytree
 from kernelry.errors import ShapeError
 from kernelry.masks.arrays import (
     as_booleans,
-    described,
     filled,
     missing_axes,
     module_of,
@@ -32,15 +31,13 @@ if TYPE_CHECKING:
 
 @final
 @pytree("visible")
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Dense(Mask):
     """A boolean array says which keys each query sees, e.g. those an indexer has picked.
 
     Args:
       visible: booleans that broadcast to B N T S; True where the key may be seen.
     """
-
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
 
     visible: ArrayLike
 
@@ -51,10 +48,6 @@ class Dense(Mask):
     def __post_init__(self) -> None:
         instead = "for 0/1 numbers pass visible > 0, for additive masks pass bias=."
         object.__setattr__(self, "visible", as_booleans("Dense: visible", self.visible, instead))
-
-    @property
-    def atom(self) -> Atom:
-        return Atom(AtomKind.DENSE)
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         visible = with_rank_4(self.visible)
@@ -70,9 +63,6 @@ class Dense(Mask):
         if any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
             found = f"{self.visible.shape}{missing_axes('array', self.visible.shape, full)}"
             raise ShapeError(f"Dense: visible must broadcast to B N T S = {full}, got shape {found}.")
-
-    def __repr__(self) -> str:
-        return f"Dense({described(self.visible)})"
 
     @classmethod
     def placeholders(cls) -> dict[str, Placeholder]:

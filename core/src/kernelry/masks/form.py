@@ -202,6 +202,14 @@ class Atom:
         """The ways positions are given, here and inside ANY_OF and NOT."""
         return frozenset(kind for atom in self.walk() for kind in (atom.query.kind, atom.kv.kind))
 
+    def positions(self, q_len: int, kv_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Static positions of queries and of keys, int64 [rows, length] of as many rows."""
+        query, kv = self.query.positions(q_len), self.kv.positions(kv_len)
+        assert query is not None
+        assert kv is not None
+        rows = max(len(query), len(kv))
+        return np.broadcast_to(query, (rows, q_len)), np.broadcast_to(kv, (rows, kv_len))
+
     def walk(self) -> tuple[Atom, ...]:
         """This atom, and those inside ANY_OF and NOT."""
         return (self, *(atom for param in self.params if isinstance(param, MaskForm) for atom in param.walk()))

@@ -16,7 +16,6 @@ from kernelry.masks.arrays import (
     as_array,
     as_integers,
     check_rows,
-    described,
     filled,
     module_of,
     read_booleans,
@@ -75,9 +74,6 @@ class _EqualIds(Mask, Protocol):
                 f"{mask}: {keys}=None means the query's own, but T={extent.q_len} and S={extent.kv_len}; "
                 f"pass {mask}({queries}, {keys})."
             )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(described(ids) for _, ids in self._named())})"
 
     @classmethod
     def read(cls, *values: Any, **named: Any) -> Mask:
@@ -164,8 +160,6 @@ class Segments(_EqualIds):
       kv_ids: integers [B, S] or [S]; None means the query's own.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
-
     query_ids: ArrayLike
     kv_ids: ArrayLike | None = None
 
@@ -193,8 +187,6 @@ class BidirectionalSpans(_EqualIds):
       query_spans: integers [B, T] or [T]; negative is in no span.
       kv_spans: integers [B, S] or [S]; None means the query's own.
     """
-
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
 
     query_spans: ArrayLike
     kv_spans: ArrayLike | None = None

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernelry._pytree import pytree
-from kernelry.errors import ShapeError
-from kernelry.masks.arrays import as_limits, described, filled, module_of, read_slots, signed
+from kernelry.masks.arrays import as_limits, check_limits, filled, module_of, read_slots, signed
 from kernelry.masks.base import Extent, Mask, Placeholder
 from kernelry.masks.form import Atom, AtomKind
 from kernelry.masks.run_time import BlockGrid, Decided
@@ -28,7 +27,7 @@ _OF_BOTH = Atom(AtomKind.LENGTHS, ("query",))
 
 @final
 @pytree("kv_lengths", "query_lengths")
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Lengths(Mask):
     """A key is visible while its slot is below the row's length; likewise queries.
 
@@ -43,8 +42,6 @@ class Lengths(Mask):
       kv_lengths: an integer, or integers [B].
       query_lengths: an integer, or integers [B]; None means every query counts.
     """
-
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
 
     kv_lengths: ArrayLike
     query_lengths: ArrayLike | None = None
@@ -70,14 +67,8 @@ class Lengths(Mask):
 
     def check(self, extent: Extent) -> None:
         for name, lengths in (("kv_lengths", self.kv_lengths), ("query_lengths", self.query_lengths)):
-            if lengths is not None and lengths.shape not in ((), (extent.batch,)):
-                raise ShapeError(
-                    f"Lengths: {name} must be a number or [B] = [{extent.batch}], got shape {lengths.shape}."
-                )
-
-    def __repr__(self) -> str:
-        of_queries = "" if self.query_lengths is None else f", {described(self.query_lengths)}"
-        return f"Lengths({described(self.kv_lengths)}{of_queries})"
+            if lengths is not None:
+                check_limits(f"Lengths: {name}", lengths, extent.batch)
 
     @classmethod
     def placeholders(cls) -> dict[str, Placeholder]:

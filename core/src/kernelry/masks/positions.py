@@ -26,16 +26,16 @@ class Positions(Protocol):
 
     @property
     def form(self) -> PositionForm:
-        """The static side."""
-        ...
+        """The static side; by default of positions that only the program knows."""
+        return PositionForm(PositionKind.TRACED)
 
     def of(self, side: Side) -> ArrayLike:
         """Returns the positions of the side's slots, placed like them."""
         ...
 
     def check(self, name: str, batch: int, length: int) -> None:
-        """Raises ShapeError where these positions do not fit a side of that length."""
-        ...
+        """Raises ShapeError where these positions do not fit a side of that length; by default they fit any."""
+        return
 
     def lengthened(self, more: int) -> Positions:
         """The positions of a side with `more` slots put behind."""
@@ -58,9 +58,6 @@ class StaticOffset(Positions):
 
     def of(self, side: Side) -> ArrayLike:
         return side.slots + np.int32(self.value)
-
-    def check(self, name: str, batch: int, length: int) -> None:
-        """An offset fits every length."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -99,15 +96,9 @@ class StaticOffsets(Positions):
 class TracedOffset(Positions):
     """Slot i stands at `value + i`; value is a JAX integer array, scalar or [B]."""
 
-    __hash__ = None  # type: ignore[assignment]
-
     value: jax.Array
 
     word: ClassVar[str] = "offset"
-
-    @property
-    def form(self) -> PositionForm:
-        return PositionForm(PositionKind.TRACED)
 
     def of(self, side: Side) -> ArrayLike:
         value = self.value.astype(jnp.int32)  # differences of narrow or unsigned positions would wrap
@@ -171,15 +162,9 @@ class StaticPositions(Positions):
 class TracedPositions(Positions):
     """Positions given by a JAX integer array, [L] or [B, L]."""
 
-    __hash__ = None  # type: ignore[assignment]
-
     value: jax.Array
 
     word: ClassVar[str] = "positions"
-
-    @property
-    def form(self) -> PositionForm:
-        return PositionForm(PositionKind.TRACED)
 
     def of(self, side: Side) -> ArrayLike:
         return side.take(self.value.astype(jnp.int32))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 from kernelry._pytree import pytree
-from kernelry.errors import ShapeError
-from kernelry.masks.arrays import as_limits, described, filled
+from kernelry.masks.arrays import as_limits, check_limits, filled
 from kernelry.masks.base import Extent, Mask, Placeholder
 from kernelry.masks.chunked import looks_back_only
 from kernelry.masks.form import Atom, AtomKind
-from kernelry.masks.padding import Padding
 from kernelry.masks.side import ArrayLike, Side
+
+if TYPE_CHECKING:
+    from kernelry.masks.padding import Padding
 
 
 @final
 @pytree("prefix_lengths")
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PrefixLM(Mask):
     """Every query sees the prefix, and causally what follows it: p_k < prefix or p_k ≤ p_q.
 
@@ -33,8 +34,6 @@ class PrefixLM(Mask):
       prefix_lengths: an integer, or integers [B]: positions below it are the prefix.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
-
     prefix_lengths: ArrayLike
 
     word: ClassVar[str] = "prefix_lm"
@@ -45,23 +44,12 @@ class PrefixLM(Mask):
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix_lengths", as_limits("PrefixLM: prefix_lengths", self.prefix_lengths))
 
-    @property
-    def atom(self) -> Atom:
-        return Atom(AtomKind.PREFIX_LM)
-
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         prefix = self.prefix_lengths.reshape(-1, 1, 1, 1)
         return (kv.positions < prefix) | (kv.positions <= query.positions)
 
     def check(self, extent: Extent) -> None:
-        if self.prefix_lengths.shape not in ((), (extent.batch,)):
-            raise ShapeError(
-                f"PrefixLM: prefix_lengths must be a number or [B] = [{extent.batch}], "
-                f"got shape {self.prefix_lengths.shape}."
-            )
-
-    def __repr__(self) -> str:
-        return f"PrefixLM({described(self.prefix_lengths)})"
+        check_limits("PrefixLM: prefix_lengths", self.prefix_lengths, extent.batch)
 
     @classmethod
     def placeholders(cls) -> dict[str, Placeholder]:

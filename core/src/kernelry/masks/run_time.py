@@ -40,6 +40,11 @@ class BlockGrid:
     block_kv: int
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Blocks of queries and of keys."""
+        return self.rows, self.columns
+
+    @property
     def rows(self) -> int:
         """The number of blocks of queries."""
         return -(-self.q_len // self.block_q)

@@ -12,10 +12,10 @@ import numpy as np
 
 from kernelry._pytree import pytree
 from kernelry.errors import ShapeError
-from kernelry.masks.arrays import as_booleans, described, filled, module_of, padded, read_booleans, with_rank_4
+from kernelry.masks.arrays import as_booleans, filled, module_of, padded, read_booleans, with_rank_4
 from kernelry.masks.base import Extent, Mask, Placeholder
 from kernelry.masks.chunked import whole_size
-from kernelry.masks.form import Atom, AtomKind
+from kernelry.masks.form import AtomKind
 from kernelry.masks.run_time import BlockGrid, Decided
 from kernelry.masks.side import ArrayLike, Side
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @final
 @pytree("keep")
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class BlockSelection(Mask):
     """A query sees the blocks of keys kept for it: keep[b, n, t, p_k // block_size].
 
@@ -43,8 +43,6 @@ class BlockSelection(Mask):
       block_size: positions per block, ≥ 1. Blocks begin at the multiples of block_size.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
-
     keep: ArrayLike
     block_size: int
 
@@ -58,10 +56,6 @@ class BlockSelection(Mask):
         instead = "compare the scores of an indexer with a threshold."
         object.__setattr__(self, "keep", as_booleans("BlockSelection: keep", self.keep, instead))
         object.__setattr__(self, "block_size", whole_size("BlockSelection: block_size", self.block_size))
-
-    @property
-    def atom(self) -> Atom:
-        return Atom(AtomKind.BLOCK_SELECTION, (self.block_size,))
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
         keep = with_rank_4(self.keep)
@@ -80,9 +74,6 @@ class BlockSelection(Mask):
             raise ShapeError(
                 f"BlockSelection: keep must be [B, N or K, T, blocks] with {wanted}, got shape {self.keep.shape}."
             )
-
-    def __repr__(self) -> str:
-        return f"BlockSelection({described(self.keep)}, {self.block_size})"
 
     @classmethod
     def placeholders(cls) -> dict[str, Placeholder]:

@@ -43,19 +43,31 @@ def with_traced_positions(cls: type[Mask], atom: Atom) -> Atom:
     return dataclasses.replace(atom, query=_TRACED if cls.uses_query_positions else _DEFAULT, kv=_TRACED)
 
 
-def spread_in_order(mask: Mask, query_tokens: np.ndarray | None, kv_tokens: np.ndarray | None) -> Mask:
-    """`Mask.spread`, with arrays in place of default positions.
+def spread_in_order(mask: Mask, tokens: tuple[np.ndarray, np.ndarray] | None) -> Mask:
+    """`Mask.spread`, with arrays in place of default positions, as an offset of 0 is.
 
     Args:
-      mask: the mask over the whole call.
-      query_tokens, kv_tokens: the positions that default ones mean, [T] and [S], as `ShardGrid.tokens` has them; None
-        is the slots themselves.
+      mask: a canonical mask over the whole call.
+      tokens: the positions that default ones mean, [T] and [S], as `ShardGrid.tokens` has them; None is the slots.
     """
-    spread = mask.spread()
-    if not is_positional(mask):
-        return spread
-    query, kv = (None if tokens is None else jnp.asarray(tokens, jnp.int32) for tokens in (query_tokens, kv_tokens))
-    return spread.at(query_positions=query, kv_positions=kv)
+    if tokens is None or not is_positional(mask):
+        return mask.spread()
+    query, kv = (TracedPositions(jnp.asarray(side, jnp.int32)) for side in tokens)
+    return _in_order(mask.spread(), query, kv)
+
+
+def _in_order(mask: Mask, query: Positions, kv: Positions) -> Mask:
+    match mask:
+        case At(mask=inside, query=own, kv=other):
+            default = (None, StaticOffset(0))
+            return At(inside, query if own in default else own, kv if other in default else other)
+        case And(parts=parts):
+            return And(tuple(_in_order(part, query, kv) for part in parts))
+        case Or(parts=parts):
+            return Or(tuple(_in_order(part, query, kv) for part in parts))
+        case Not(mask=inside):
+            return Not(_in_order(inside, query, kv))
+    return At(mask, query, kv) if mask.positional else mask
 
 
 def spread_inside(mask: Mask) -> Mask:
@@ -103,7 +115,7 @@ def mask_within(mask: Mask, corner: Corner, places: Placed = (None, None)) -> Ma
     if not part.positional:
         return part
     query, kv = (_moved(where, jnp.asarray(start, jnp.int32)) for where, start in zip(places, corner[:2], strict=True))
-    return At(part, query if part.uses_query_positions else None, kv)
+    return At(part, query, kv)
 
 
 def _moved(where: Positions | None, start: jax.Array) -> Positions:
@@ -184,10 +196,10 @@ def _why_not(atom: Atom) -> str | None:
     cls, name = atom.mask_class, atom.params[0]
     if cls is Mask:
         return f"mask {name!r} cannot be cut to shards: no class, or more than one, has this word."
-    if OPERANDS in atom.params and not cls.axes:
+    if OPERANDS in atom.params and cls.axes is None:
         return (
             f"mask {name!r} cannot be cut to shards: {cls.__name__}.axes does not say which axes of B N T S its arrays "
-            "have; declare them."
+            "have; declare them, as {{}} where it has none."
         )
     if cls.positional or any(letter in letters for letters in (cls.axes or {}).values() for letter in "TS"):
         return None

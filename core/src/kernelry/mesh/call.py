@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, final
 
 import jax
@@ -11,6 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
+from kernelry.execution.apart import in_checked_map
+from kernelry.execution.manual_axes import are_checked
+from kernelry.execution.normalization import to_lse
 from kernelry.execution.plan import Plan
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.spec import Inputs
@@ -22,24 +26,34 @@ from kernelry.masks.spread import leaf_axes, spread_in_order
 from kernelry.mesh.cutting import order_positions, with_traced_rows
 from kernelry.mesh.finding import MeshFacts
 from kernelry.mesh.pairs import Operands, Source, Steps, TracedMask
-from kernelry.mesh.steps import attend_in_steps
+from kernelry.mesh.steps import attend_in_steps, merged_across
+from kernelry.request.axes import Axes
 from kernelry.request.request import Request
-from kernelry.request.sharding import Axes, Sharding
+from kernelry.request.sharding import Sharding
 from kernelry.resolution.explanation import Resolution
-from kernelry.resolution.shards import ShardedResolution, Shards, grid_of
+from kernelry.resolution.shards import ShardedResolution, Shards, grid_of, with_order
 from kernelry.storage import PagedArray
 
 
-def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts: MeshFacts) -> Partial:
+def run_on_mesh(
+    resolution: Resolution, request: Request, inputs: Inputs, facts: MeshFacts, apart: bool = False
+) -> Partial:
     """Runs the plans of a call's shards inside a shard_map.
 
     Args:
-      resolution: of the call, with its shards; without any where a mesh with explicit axes cuts nothing.
+      resolution: of the call, with its shards; without any where a mesh with explicit axes cuts nothing, or the kernel
+        attends across devices itself.
       request: the whole call's.
       inputs: the whole arrays.
       facts: the mesh that cuts them.
+      apart: whether devices that share out keys alone leave their results apart, each as rows of a Partial of
+        devices · B rows; `finished_across` merges them.
     """
     assert facts.sharding is not None
+    if resolution.shards is None and request.sharding is not None:
+        assert resolution.plan is not None
+        masks = _whole_masks(request, with_order(request, facts.sharding), inputs.mask)
+        return resolution.plan.run(dataclasses.replace(inputs, mask=masks))
     whole = ShardedResolution(Shards(facts.sharding, (request,)), (resolution,))
     found = resolution.shards or whole
     shards = found.shards
@@ -51,9 +65,9 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
         operands, specs = cutting.operands(inputs, masks)
         body: Any = _Whole(cutting, plans[0], _structures(masks))  # type: ignore[arg-type]
     else:
-        tokens = grid_of(request, shards.sharding).tokens or (None, None)
+        tokens = grid_of(request, shards.sharding).tokens
         traced = {piece.index for pieces in shards.table.classes for piece in pieces if piece.traced}
-        masks = tuple(spread_in_order(inputs.mask[index], *tokens) for index in sorted(traced))
+        masks = tuple(spread_in_order(inputs.mask[index], tokens) for index in sorted(traced))
         operands, specs = cutting.operands(inputs, masks)
         steps = Steps(
             plans,  # type: ignore[arg-type]
@@ -68,9 +82,26 @@ def run_on_mesh(resolution: Resolution, request: Request, inputs: Inputs, facts:
             shards.sharding.size(shards.sharding.ring or shards.sharding.kv_axes),
             _source(shards.sharding),
             request.partial,
+            apart,
         )
         body = _InSteps(cutting, steps)
-    return _mapped(body, operands, specs, cutting.results(), facts)
+    results = _partial_specs(shards.sharding, request.partial, request.max_logits, request.dtype, apart)
+    return _mapped(body, operands, specs, results, facts)
+
+
+def finished_across(partial: Partial, facts: MeshFacts) -> Partial:
+    """Merges what devices left apart, in one collective.
+
+    Args:
+      partial: of devices · B rows, with lse; the merged results of several calls, if they are cut alike.
+      facts: of the calls.
+    """
+    cut = facts.sharding
+    assert cut is not None
+    before, after = (
+        _partial_specs(cut, True, partial.max_logits is not None, partial.dtype, apart) for apart in (True, False)
+    )
+    return _mapped(functools.partial(merged_across, axes=cut.kv_axes), partial, before, after, facts)
 
 
 def _source(sharding: Sharding) -> Source:
@@ -81,7 +112,7 @@ def _source(sharding: Sharding) -> Source:
     return Source.GATHERED if sharding.strategy == "all_gather" else Source.RING
 
 
-def _mapped(body: Any, operands: Operands, specs: Operands, results: Partial, facts: MeshFacts) -> Partial:
+def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshFacts) -> Partial:
     active = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in facts.mesh.axis_types:
         explicit = {
@@ -100,7 +131,7 @@ def _mapped(body: Any, operands: Operands, specs: Operands, results: Partial, fa
         axis_names=facts.names,
         check_vma=False,
     )
-    found: Partial = run(operands)
+    found: Partial = in_checked_map(run, operands) if are_checked() else run(operands)
     return found
 
 
@@ -191,8 +222,10 @@ class _Cutting:
     def _keys(self, keys: Any) -> Any:
         heads = _one(self.kv_head_axes)
         if isinstance(keys, PagedArray):
-            pages = jax.tree.map(lambda array: _spec(array, (None, None, heads, None)), keys.pages)
-            return dataclasses.replace(keys, pages=pages, table=_partition())
+            # A table has two dimensions; pages that are found through it are everywhere in the pool.
+            return jax.tree.map(
+                lambda array: _spec(array, (None, None, heads, None)) if array.ndim == 4 else _partition(), keys
+            )
         return jax.tree.map(
             lambda array: _spec(array, (_one(self.sharding.batch), _one(self.sharding.kv_axes), heads, None)), keys
         )
@@ -214,19 +247,6 @@ class _Cutting:
             return leaf
         return jnp.repeat(jnp.asarray(leaf), repeats, axis=place)
 
-    def results(self) -> Partial:
-        """The PartitionSpecs of a Partial."""
-        cut = self.sharding
-        batch, heads, length = _one(cut.batch), _one(cut.heads), _one(cut.sequence)
-        statistic = _partition(batch, heads, length) if self.request.partial else None
-        return Partial(
-            _partition(batch, length, heads),
-            lse=statistic,
-            lse_rest=statistic,
-            max_logits=_partition(batch, _one(cut.head_axes)) if self.request.max_logits else None,
-            dtype=self.request.dtype,
-        )
-
     def on_device(self, operands: Operands) -> Operands:
         """A device's arrays as attention is computed: key/value heads repeated, heads exchanged for tokens."""
         cut = self.sharding
@@ -246,23 +266,19 @@ class _Cutting:
         return dataclasses.replace(arrays, query=query, key=key, value=value)
 
     def _own_heads(self, keys: Any, repeats: int) -> Any:
+        """Key/value heads as often as needed; of heads that are not cut, those that a device's queries read."""
         if repeats == 1:
             return keys
+        if self.kv_head_axes == self.sharding.heads:
+            return _of_heads(keys, lambda array: jnp.repeat(array, repeats, axis=2))
         mine = self.request.kv_heads * repeats // self.sharding.size(self.sharding.heads)
-
-        def own(array: jax.Array) -> jax.Array:
-            if array.shape[2] == 1:  # of all heads
-                return jnp.broadcast_to(array, (*array.shape[:2], mine, array.shape[3]))
-            repeated = jnp.repeat(array, repeats, axis=2)
-            if self.kv_head_axes == self.sharding.heads:
-                return repeated
-            return lax.dynamic_slice_in_dim(repeated, lax.axis_index(self.sharding.heads) * mine, mine, axis=2)
-
-        return jax.tree.map(own, keys)
+        heads = (lax.axis_index(self.sharding.heads) * mine + jnp.arange(mine)) // repeats
+        return _of_heads(keys, lambda array: jnp.take(array, heads, axis=2, mode="clip"))
 
     def returned(self, partial: Partial) -> Partial:
         """A device's result with tokens exchanged for heads again."""
         cut = self.sharding.exchanged
+        partial = to_lse(partial) if self.request.partial else partial  # some kernels return max and sum
         named = {"lse": partial.lse, "lse_rest": partial.lse_rest} if self.request.partial else {}
         out = _exchanged(partial.out, cut, 1, 2) if cut else partial.out
         statistics = {
@@ -279,11 +295,30 @@ def _tokens_for_heads(array: jax.Array, axes: Axes) -> jax.Array:
     return _exchanged(array, axes, 2, 1)
 
 
+def _of_heads(keys: Any, chosen: Callable[[jax.Array], jax.Array]) -> Any:
+    """Keys with other heads; a page table and a scale of all heads are as they were."""
+    return jax.tree.map(lambda array: chosen(array) if array.shape[2:3] == keys.shape[2:3] else array, keys)
+
+
 def _exchanged(array: jax.Array, axes: Axes, split: int, concatenated: int) -> jax.Array:
     found: jax.Array = lax.all_to_all(  # type: ignore[no-untyped-call]
         array, axes, split_axis=split, concat_axis=concatenated, tiled=True
     )
     return found
+
+
+def _partial_specs(cut: Sharding, statistics: bool, max_logits: bool, dtype: str, apart: bool) -> Partial:
+    """The PartitionSpecs of a Partial."""
+    batch = _one((*cut.kv_axes, *cut.batch) if apart else cut.batch)
+    heads, length = _one(cut.heads), _one(cut.sequence)
+    statistic = _partition(batch, heads, length) if statistics else None
+    return Partial(
+        _partition(batch, length, heads),
+        lse=statistic,
+        lse_rest=statistic,
+        max_logits=_partition(batch, _one(cut.head_axes)) if max_logits else None,
+        dtype=dtype,
+    )
 
 
 def _partition(*entries: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from kernelry._pytree import pytree
@@ -25,8 +24,9 @@ from kernelry.masks.form import MaskForm
 from kernelry.masks.run_time import BlockGrid, decided_at_run_time
 from kernelry.masks.shard_pairs import EMPTY, PairClass, PairTable, aligned_masks
 from kernelry.masks.shard_pieces import Piece
+from kernelry.request.axes import Axes
 from kernelry.request.request import Operand, Request
-from kernelry.request.sharding import Axes
+from kernelry.resolution.shards import ring_offsets
 
 
 @final
@@ -69,6 +69,7 @@ class Steps:
       axes, size: of the mesh, along which the steps go, and the number of devices along them.
       source: where keys come from.
       partial: whether statistics are returned.
+      apart: whether devices that share out keys alone leave their results apart, for `merged_across`.
     """
 
     plans: tuple[Plan, ...]
@@ -80,6 +81,12 @@ class Steps:
     size: int
     source: Source
     partial: bool
+    apart: bool = False
+
+    @property
+    def merges_across(self) -> bool:
+        """Whether the results of devices are merged, each of its own keys."""
+        return self.source is Source.OWN and not self.apart
 
     @property
     def request(self) -> Request:
@@ -91,17 +98,7 @@ class Steps:
         """The steps: how far before a device the keys of each come from; a run that covers all that show something."""
         if self.source is Source.OWN:
             return (0,)
-        table = np.asarray(self.table.table)
-        devices = np.arange(self.size)
-        full = [d for d in range(self.size) if (table[devices, (devices - d) % self.size] != EMPTY).any()]
-        following = [*full[1:], full[0] + self.size]
-        gaps = [
-            (after - before, after == self.size, after % self.size)
-            for before, after in zip(full, following, strict=True)
-        ]
-        start = max(gaps)[2]  # behind the longest gap; a device's own keys first where gaps are alike
-        last = max((d - start) % self.size for d in full)
-        return tuple((start + step) % self.size for step in range(last + 1))
+        return ring_offsets(self.table)
 
 
 @final

@@ -22,15 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from kernelry.execution.attend import whole_of
 from kernelry.execution.normalization import LogSumExp
 from kernelry.execution.parts import Shares, Whole
-from kernelry.kernel.partial import Partial, heads_last
+from kernelry.kernel.partial import Partial, heads_last, named
 from kernelry.mesh.pairs import Keys, Operands, Source, Steps, add_share, pull_pair, run_pair
+from kernelry.request.axes import Axes
 from kernelry.request.request import Operand
-from kernelry.request.sharding import Axes
 
 _Body = Callable[[Any, Keys, Any, tuple[int, ...], Any], tuple[Any, Any]]
 """Of a loop over steps: what was carried (None in the first), the keys of the shard, the step, the steps that this may
@@ -66,13 +65,13 @@ def _forward(steps: Steps, operands: Operands) -> tuple[Partial, Any]:
         return found
 
     merged, empty = _loop(steps, _own_keys(steps, operands), body, None)
-    if steps.source is Source.OWN:
-        merged = _merged_across(merged, steps.axes)
-    elif merged.max_logits is not None:
+    if steps.merges_across:
+        merged = merged_across(merged, steps.axes)
+    elif merged.max_logits is not None and not steps.apart:
         merged = dataclasses.replace(merged, max_logits=_most(merged.max_logits, steps.axes))
     whole, (lse, rest) = whole_of([merged], operands.sinks)
-    out = _named(whole.out if steps.partial else whole.out.astype(steps.request.dtype))
-    lse = _named(lse)
+    out = whole.out if steps.partial else whole.out.astype(steps.request.dtype)
+    out, lse, rest, empty = named((out, lse, rest, empty))
     result = Partial(out, max_logits=whole.max_logits, dtype=steps.request.dtype)
     if steps.partial:
         result = dataclasses.replace(result, lse=lse, lse_rest=rest)
@@ -83,16 +82,16 @@ def _backward(steps: Steps, residuals: Any, d_whole: Partial) -> tuple[Operands]
     operands, out, lse, rest, empty = residuals
     d_out, d_lse = d_whole.out.astype(out.dtype), d_whole.lse if steps.partial else None
     seen = ~empty.all(axis=0)
-    if steps.source is Source.OWN:  # each device has its share of the cotangent of one result
+    if steps.merges_across:  # each device has its share of the cotangent of one result
         d_out, d_lse = lax.psum((d_out, d_lse), steps.axes)  # type: ignore[no-untyped-call]
         seen = lax.psum(seen.astype(jnp.int32), steps.axes) > 0  # type: ignore[no-untyped-call]
     d_out = jnp.where(heads_last(seen), d_out, 0)  # so that a NaN in an empty row's cotangent stops here
     whole = Whole.of(out, lse, rest, d_out, d_lse)
     shares = _shares(steps, operands, empty, whole)
     found = {name: share.astype(getattr(operands, name).dtype) for name, share in shares.items()}
-    named = {name: found.get(name) for name in ("query", "key", "value", "bias")}
+    by_name = {name: found.get(name) for name in ("query", "key", "value", "bias")}
     sinks = None if operands.sinks is None else _of_sinks(steps, operands.sinks, whole)
-    return (Operands(**named, sinks=sinks, dropout_rng=None, leaves=None),)  # type: ignore[arg-type]
+    return (Operands(**by_name, sinks=sinks, dropout_rng=None, leaves=None),)  # type: ignore[arg-type]
 
 
 _differentiated.defvjp(_forward, _backward)
@@ -256,12 +255,12 @@ def _of_sinks(steps: Steps, sinks: jax.Array, whole: Whole) -> jax.Array:
     nothing = jnp.isneginf(whole.lse)  # no key and no sink
     exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, whole.lse)
     share = -(jnp.where(nothing, 0.0, jnp.exp(exponent)) * delta).sum(axis=(0, 2))
-    if steps.source is Source.OWN:
+    if steps.merges_across:
         share = share / steps.size  # every device has all of it, and they are summed
     return share.astype(sinks.dtype)
 
 
-def _merged_across(partial: Partial, axes: Axes) -> Partial:
+def merged_across(partial: Partial, axes: Axes) -> Partial:
     """Merges the results of devices, in one collective; the largest logits are another."""
     assert partial.lse is not None
     assert partial.lse_rest is not None
@@ -278,7 +277,3 @@ def _merged_across(partial: Partial, axes: Axes) -> Partial:
 def _most(largest: jax.Array, axes: Axes) -> jax.Array:
     most: jax.Array = lax.pmax(largest, axes)  # type: ignore[no-untyped-call]
     return most
-
-
-def _named(array: Any) -> Any:
-    return checkpoint_name(array, "context")  # type: ignore[no-untyped-call]

@@ -22,6 +22,7 @@ from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
 from kernelry.request.arguments import CallOptions
 from kernelry.request.request import Mode, Request
+from kernelry.request.sharding import Sharding
 from kernelry.request.target import Target
 
 if TYPE_CHECKING:
@@ -227,8 +228,26 @@ def _call(
         target=target,
         sinks=config.sinks and not partial,  # sinks join once, after the merge of the parts
         interpret=current_scope().interpret,
+        sharding=sharding_in(mode, config if shape.sharding is None else Sharding.parse(shape.sharding)),
     )
     return PhaseCall(name, request, mask, key, value)
+
+
+def sharding_in(mode: Mode, given: AttentionConfig | Sharding | str) -> str | None:
+    """How a call of a phase is cut, as text with sizes; None on one device.
+
+    Args:
+      mode: the mode of the phase: the query of a decode step has one token, which every device has.
+      given: the sharding, or the config that has one.
+
+    Raises:
+      ArgumentError: it does not say the size of an axis.
+    """
+    sharding = given.sharding if isinstance(given, AttentionConfig) else Sharding.parse(given)
+    if sharding is None:
+        return None
+    located = sharding.located
+    return str(located.of_one_token if mode is Mode.DECODE else located) or None
 
 
 def options_in(mode: Mode, config: AttentionConfig, *, partial: bool = False, from_cache: bool = False) -> CallOptions:

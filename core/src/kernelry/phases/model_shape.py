@@ -11,6 +11,7 @@ from kernelry.masks.base import Extent, Mask, is_mask
 from kernelry.masks.fit import check_fits
 from kernelry.request.checks import is_dtype, shown, spelled
 from kernelry.request.request import named_dtype
+from kernelry.request.sharding import Sharding
 from kernelry.storage import Quantization
 
 LARGEST_SIZE = 2**31 - 1
@@ -101,10 +102,13 @@ class ModelShape:
       mask: what training and prefill see besides the config's mask: a mask that fits [B, T], or an expression such as
         `segments`. In an expression the word `config` means the config's mask, e.g. `(config & segments) | spans`;
         without that word it is combined with the config's mask by `&`.
+      sharding: how the calls are cut over the axes of a mesh, with their sizes, as in `kernelry.parallel.Sharding`, or
+        its text; of a decode step, whose query has one token, only the keys are cut along a sequence. None is the
+        config's, and "" one device.
 
     Raises:
       ArgumentError: a size is not an integer from 1 to 2**31 - 1, the heads, the prompt and its cache, or the mask do
-        not fit, or the dtype, the cache or the mask is invalid.
+        not fit, or the dtype, the cache, the mask or the sharding is invalid.
     """
 
     q_len: int
@@ -118,6 +122,7 @@ class ModelShape:
     two_part: bool = False
     cache: CacheShape | str = CacheShape()
     mask: Mask | str = "config"
+    sharding: Sharding | str | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -143,6 +148,8 @@ class ModelShape:
             raise ArgumentError(
                 f"mask must be a kernelry mask or an expression such as 'segments', got {type(self.mask).__name__}."
             )
+        if self.sharding is not None:
+            object.__setattr__(self, "sharding", str(Sharding.parse(self.sharding).located))
         object.__setattr__(self, "cache", cache)
         object.__setattr__(self, "two_part", two_part)
         if not isinstance(self.mask, str):

@@ -16,6 +16,7 @@ from kernelry.errors import ConfigError, followed
 from kernelry.request.request import Mode, Request
 
 if TYPE_CHECKING:
+    from kernelry.execution.plan import Plan
     from kernelry.resolution.explanation import Resolution
 
 FORMAT = 1
@@ -62,6 +63,7 @@ class Entry:
       kernel: the winner's name; None where no kernel serves the request.
       adapters: those around it, outermost first.
       tiling: (tunable, value) pairs.
+      shards: of a call on a mesh, what runs in each class of its pairs of shards, as words; else empty.
       rule: what decided, with its source; told, not compared.
       distribution: where the kernel comes from, `name version`; told, not compared.
       origins: what asked for it, where `kernelry lock` wrote it; told, not compared.
@@ -71,6 +73,7 @@ class Entry:
     kernel: str | None
     adapters: tuple[str, ...]
     tiling: tuple[tuple[str, int], ...]
+    shards: tuple[str, ...] = ()
     rule: str = dataclasses.field(default="", compare=False)
     distribution: str = dataclasses.field(default="", compare=False)
     origins: tuple[Origin, ...] = dataclasses.field(default=(), compare=False)
@@ -78,12 +81,12 @@ class Entry:
     @classmethod
     def of(cls, resolution: Resolution, origins: tuple[Origin, ...] = ()) -> Entry:
         """Writes a resolution down."""
-        plan, winner = resolution.plan, resolution.winner
+        winner = resolution.winner
+        classes = () if resolution.shards is None else resolution.plans
         return cls(
             resolution.request,
-            resolution.kernel,
-            () if plan is None else tuple(step.adapter.name for step in plan.steps),
-            () if plan is None else tuple(sorted(plan.tiling.values)),
+            *_facts(resolution.plan),
+            tuple(_words(*_facts(plan)) for plan in classes),
             resolution.rule,
             "" if winner is None else winner.distribution,
             origins,
@@ -92,9 +95,9 @@ class Entry:
     @property
     def choice(self) -> str:
         """What may not change, as words."""
-        through = "".join(f" through {name}" for name in self.adapters)
-        tiling = ", ".join(f"{name}={value}" for name, value in self.tiling)
-        return f"{self.kernel or 'no kernel'}{through}{f' with {tiling}' if tiling else ''}"
+        chosen = _words(self.kernel, self.adapters, self.tiling)
+        others = [words for words in dict.fromkeys(self.shards) if words != chosen]
+        return chosen + (f", for other pairs of shards {' or '.join(others)}" if others else "")
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data; `from_json` reads it back."""
@@ -103,6 +106,7 @@ class Entry:
             "kernel": self.kernel,
             "adapters": list(self.adapters),
             "tiling": dict(self.tiling),
+            **({"shards": list(self.shards)} if self.shards else {}),
             "rule": self.rule,
             "distribution": self.distribution,
             "origins": [origin.to_json() for origin in self.origins],
@@ -119,7 +123,21 @@ class Entry:
         adapters = tuple(str(name) for name in data["adapters"])
         request = Request.from_json(data["request"])
         origins = tuple(Origin.from_json(origin) for origin in data.get("origins", ()))
-        return cls(request, data["kernel"], adapters, tiling, data["rule"], data["distribution"], origins)
+        shards = tuple(str(words) for words in data.get("shards", ()))
+        return cls(request, data["kernel"], adapters, tiling, shards, data["rule"], data["distribution"], origins)
+
+
+def _facts(plan: Plan | None) -> tuple[str | None, tuple[str, ...], tuple[tuple[str, int], ...]]:
+    """The kernel, the adapters and the tiling of a plan."""
+    if plan is None:
+        return None, (), ()
+    return plan.kernel.name, tuple(step.adapter.name for step in plan.steps), tuple(sorted(plan.tiling.values))
+
+
+def _words(kernel: str | None, adapters: tuple[str, ...], tiling: tuple[tuple[str, int], ...]) -> str:
+    through = "".join(f" through {name}" for name in adapters)
+    tunables = ", ".join(f"{name}={value}" for name, value in tiling)
+    return f"{kernel or 'no kernel'}{through}{f' with {tunables}' if tunables else ''}"
 
 
 @final

@@ -112,7 +112,7 @@ def without_plain_kernel(platform: str, names: Collection[str]) -> str | None:
 def advice_on(request: Request, names: Collection[str]) -> str | None:
     """Returns what to do where no kernel serves a request that a plain kernel would; None where it would not."""
     served = request.dtype in DTYPES and request.normalization in _PLAIN_NORMALIZATIONS
-    if not served or request.context_parallel is not None:
+    if not served or request.context_parallel is not None or request.sharding is not None:
         return None
     return without_plain_kernel(request.target.platform, names)
 

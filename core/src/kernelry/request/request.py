@@ -217,8 +217,7 @@ class Request:
     def _located(self, text: str) -> str | None:
         from kernelry.request.sharding import Sharding  # imported where a call is sharded
 
-        given = Sharding.parse(text)
-        located = given.on(dict(given.sizes))
+        located = Sharding.parse(text).located
         located.check(batch=self.batch, q_len=self.q_len, kv_len=self.kv_len, q_heads=self.q_heads)
         return None if located.is_empty else str(located)
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import jax
 
 from kernelry.errors import ArgumentError, ConfigError, ShapeError, nearest
+from kernelry.request.axes import Axes, checked_axes, checked_sizes, dimensions_of, parsed_axes
 
 STRATEGIES = ("auto", "ring", "all_gather", "ulysses", "usp", "native")
 TOKEN_ORDERS = ("contiguous", "dual_chunk", "striped")
 
-Axes = tuple[str, ...]
-"""Names of mesh axes, the slowest first."""
-
 _AXES = ("batch", "heads", "sequence", "kv_sequence", "ulysses")
-_WORDS = {name: ("strategy", name) for name in STRATEGIES} | {name: ("order", name) for name in TOKEN_ORDERS}
-_WORDS["dual"] = ("order", "dual_chunk")
+_WORDS = {name: ("order", name) for name in TOKEN_ORDERS} | {name: ("strategy", name) for name in STRATEGIES}
+_WORDS["dual"] = ("order", "dual")
 
 
 @final
@@ -32,16 +30,17 @@ class Sharding:
 
     Args:
       batch: the axes that share out B.
-      heads: those that share out N, and K where it divides; else key/value heads are repeated as often as needed.
+      heads: those that share out N, and K where it divides; else key/value heads are repeated as often as needed: each
+        device then has all of them, of a cache too, and reads those of its queries.
       sequence: those that share out T, and S unless `kv_sequence` says otherwise.
       kv_sequence: those that share out S: None means as T, () that each device has all keys.
       strategy: how queries meet the keys of other devices. `ring` passes keys around, `all_gather` brings all keys to
         every device, `ulysses` exchanges heads for tokens, `usp` does that along the axes `ulysses` and passes keys
         around along the others, `native` leaves it to the kernel; `auto` takes the first of these that serves the call.
       ulysses: of `usp`, the last of the axes of `sequence`.
-      order: where tokens stand: `contiguous`, or as `load_balanced_order` puts them, `dual_chunk` or `striped`. Masks
-        without positions are read so where T = S.
-      sizes: of the axes, where no mesh tells them.
+      order: where tokens stand: `contiguous`, or as `load_balanced_order` puts them, `dual_chunk` (`dual` for short) or
+        `striped`; `auto` is what `choose_order` says of the mask. Masks without positions are read so where T = S.
+      sizes: of the axes that are named, where no mesh tells them.
       mesh: the mesh; None is the one that is active, or that of the arrays.
 
     Raises:
@@ -60,12 +59,16 @@ class Sharding:
 
     def __post_init__(self) -> None:
         for name in _AXES:
-            object.__setattr__(self, name, _axes(name, getattr(self, name)))
-        for name, known in (("strategy", STRATEGIES), ("order", TOKEN_ORDERS)):
-            if getattr(self, name) not in known:
-                hint = nearest(str(getattr(self, name)), known)
-                raise ArgumentError(f"Sharding: unknown {name} {getattr(self, name)!r}{hint}")
-        object.__setattr__(self, "sizes", _sizes(self.sizes))
+            object.__setattr__(self, name, checked_axes(name, getattr(self, name)))
+        if self.kv_sequence == self.sequence:
+            object.__setattr__(self, "kv_sequence", None)
+        for name, known in (("strategy", STRATEGIES), ("order", (*TOKEN_ORDERS, "auto", "dual"))):
+            found = getattr(self, name)
+            if not isinstance(found, str) or found not in known:
+                raise ArgumentError(f"Sharding: unknown {name} {found!r}{nearest(str(found), known)}")
+        if self.order == "dual":
+            object.__setattr__(self, "order", "dual_chunk")
+        object.__setattr__(self, "sizes", checked_sizes(self.sizes))
         self._check_axes()
 
     def _check_axes(self) -> None:
@@ -73,11 +76,22 @@ class Sharding:
         used += [axis for axis in self.kv_sequence or () if axis not in self.sequence]
         twice = sorted({axis for axis in used if used.count(axis) > 1})
         if twice:
-            raise ArgumentError(f"Sharding: mesh axis {twice[0]!r} shares out two dimensions in {self}; name it once.")
+            raise ArgumentError(f"Sharding: mesh axis {twice[0]!r} is named twice in {self}; name it once.")
+        for axis, size in self.sizes:
+            if axis not in used:
+                known = nearest(axis, used)
+                raise ArgumentError(
+                    f"Sharding: sizes has {axis}:{size}, and {axis!r} is none of the axes of {self}{known}"
+                )
         if self.sequence and self.kv_sequence and self.kv_sequence != self.sequence:
             raise ArgumentError(
                 f"Sharding: queries are cut over {self.sequence} and keys over {self.kv_sequence}; cut both over the "
                 "same axes, or one of them over none."
+            )
+        if self.ulysses and self.strategy != "usp":
+            raise ArgumentError(
+                f"Sharding: ulysses={self.ulysses} is for strategy='usp', and the strategy is {self.strategy!r}; leave "
+                "one of them out."
             )
         if self.ulysses and self.sequence[len(self.sequence) - len(self.ulysses) :] != self.ulysses:
             raise ArgumentError(
@@ -100,10 +114,10 @@ class Sharding:
         Raises:
           ArgumentError: head dims are cut, or batch or heads of query and key are cut in two ways.
         """
-        batch, length, heads, dim = _dimensions("query", query)
+        batch, length, heads, dim = dimensions_of("query", query)
         kv_length = length
         if key is not None:
-            kv_batch, kv_length, kv_heads, kv_dim = _dimensions("key", key)
+            kv_batch, kv_length, kv_heads, kv_dim = dimensions_of("key", key)
             dim = dim or kv_dim
             for name, own, other in (("batch", batch, kv_batch), ("heads", heads, kv_heads)):
                 if other not in (own, ()):
@@ -119,8 +133,42 @@ class Sharding:
         )
 
     @classmethod
-    def parse(cls, text: str) -> Sharding:
+    def of_rules(
+        cls,
+        rules: Iterable[tuple[str, Any]] | None = None,
+        *,
+        batch: str | None = "activation_batch",
+        heads: str | None = "activation_heads",
+        q_length: str | None = "activation_length",
+        kv_length: str | None = None,
+        **options: Any,
+    ) -> Sharding:
+        """Reads flax's logical axis rules; the names are those of MaxText, whose attention has `activation_batch_attn`.
+
+        Of several rules of a name the first holds whose mesh axes no other dimension has, as in flax.
+
+        Args:
+          rules: pairs of a logical name and its mesh axes: a name, names, or None. None are the current rules of
+            `flax.linen`.
+          batch, heads, q_length: the logical names of B, N and T; None is a dimension that is not cut.
+          kv_length: that of S; None means as T.
+          options: the other arguments of Sharding, e.g. `strategy`.
+
+        Raises:
+          ArgumentError: a name has no rule, no rules are given or active, or a rule has another form.
+        """
+        from kernelry.request.axis_rules import LogicalRules  # imported only where rules are read
+
+        read = LogicalRules.of(rules)
+        read.check(batch=batch, heads=heads, q_length=q_length, kv_length=kv_length)
+        query = read.axes((batch, q_length, heads))
+        return cls.of_specs(query, query if kv_length is None else read.axes((batch, kv_length, heads)), **options)
+
+    @classmethod
+    def parse(cls, text: str | Sharding) -> Sharding:
         """Reads e.g. `batch=d:4 heads=t:2 sequence=c:8 ring dual`: axes with their sizes, a strategy, an order.
+
+        `order=auto` is the order that suits the mask; the word `auto` alone is a strategy.
 
         Raises:
           ArgumentError: it has another form.
@@ -137,7 +185,9 @@ class Sharding:
             if not equals and word in _WORDS:
                 name, found = _WORDS[word]
             elif equals and name in _AXES:
-                found = _parsed_axes(text, value, sizes)
+                found = parsed_axes(text, value, sizes)
+            elif equals and name in ("strategy", "order"):
+                found = value
             else:
                 hint = nearest(name, [*_AXES, *_WORDS])
                 raise ArgumentError(f"sharding {text!r}: {word!r} is neither axes nor a strategy nor an order{hint}")
@@ -156,7 +206,7 @@ class Sharding:
         if self.kv_sequence == () and self.sequence:
             named.append("kv_sequence=none")
         words = [self.strategy] if self.strategy != "auto" else []
-        words += [self.order] if self.order != "contiguous" else []
+        words += [] if self.order == "contiguous" else ["order=auto"] if self.order == "auto" else [self.order]
         return " ".join([*named, *words])
 
     def to_json(self) -> dict[str, Any]:
@@ -185,7 +235,7 @@ class Sharding:
         try:
             return cls(**data)
         except (ArgumentError, TypeError) as error:
-            raise ConfigError(f"sharding: cannot be read from {dict(data)!r}: {error}") from error
+            raise ConfigError(f"sharding: {str(error).removeprefix('Sharding: ')}") from error
 
     def on(self, sizes: Mapping[str, int]) -> Sharding:
         """Returns this sharding with the sizes of its axes, and without the axes of size 1.
@@ -216,15 +266,45 @@ class Sharding:
         strategy = self.strategy
         if strategy == "usp" and (not kept["ulysses"] or kept["ulysses"] == kept["sequence"]):
             strategy = "ulysses" if kept["ulysses"] else "ring"
-        if kept["kv_sequence"] == kept["sequence"]:
-            kept["kv_sequence"] = None
+            kept["ulysses"] = ()
+        if not kept["sequence"] and not kept["kv_sequence"]:
+            strategy = "auto"
         return Sharding(
             **kept,
             strategy=strategy,
-            order=self.order,
+            order=self.order if kept["sequence"] else "contiguous",
             sizes=tuple((axis, sizes[axis]) for axis in named),
             mesh=self.mesh,
         )
+
+    @property
+    def located(self) -> Sharding:
+        """This sharding with the sizes that it says itself, and without the axes of size 1.
+
+        Raises:
+          ArgumentError: it does not say the size of an axis.
+        """
+        sizes = dict(self.sizes)
+        unsized = [axis for name in _AXES for axis in getattr(self, name) or () if axis not in sizes]
+        if unsized:
+            raise ArgumentError(
+                f"sharding {str(self)!r}: the size of axis {unsized[0]!r} is not said; write e.g. {unsized[0]}:8."
+            )
+        return self.on(sizes)
+
+    @property
+    def of_one_token(self) -> Sharding:
+        """How a decode step is cut whose keys are cut as here: one query per row, which all devices along S have."""
+        if not self.sequence:
+            return self
+        return dataclasses.replace(
+            self, sequence=(), kv_sequence=self.kv_axes, strategy="auto", ulysses=(), order="contiguous"
+        )
+
+    @property
+    def devices(self) -> int:
+        """Those along all axes, of a sharding that knows their sizes."""
+        return math.prod(size for _, size in self.sizes)
 
     def size(self, axes: Iterable[str]) -> int:
         """The devices along some axes, of a sharding that knows their sizes."""
@@ -292,46 +372,8 @@ class Sharding:
             if not axes or size % shards == 0:
                 continue
             over = " and ".join(axes) + (", two chunks for each device" if parts == 2 else "")
-            pad = "" if what == "heads N" else f"; pad to {-(-size // shards) * shards}"
-            raise ShapeError(f"{what}={size} does not divide over {over}: {size} % {shards} = {size % shards}{pad}.")
-
-
-def _axes(name: str, given: Any) -> Axes | None:
-    if given is None:
-        return None if name == "kv_sequence" else ()
-    axes = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else given
-    if not isinstance(axes, tuple) or not all(
-        isinstance(axis, str) and axis and axis.split() == [axis] for axis in axes
-    ):
-        raise ArgumentError(
-            f"Sharding: {name} must be names of mesh axes, e.g. 'data' or ('data', 'fsdp'), got {given!r}."
-        )
-    return axes
-
-
-def _sizes(given: Any) -> tuple[tuple[str, int], ...]:
-    pairs = tuple(given.items()) if isinstance(given, Mapping) else tuple(map(tuple, given))
-    for pair in pairs:
-        if len(pair) != 2 or type(pair[1]) is not int or pair[1] < 1:
-            raise ArgumentError(f"Sharding: sizes must be positive integers by axis, got {given!r}.")
-    return tuple(sorted(pairs))
-
-
-def _parsed_axes(text: str, value: str, sizes: dict[str, int]) -> Axes:
-    axes = []
-    for part in () if value == "none" else value.split(","):
-        axis, colon, size = part.partition(":")
-        if colon and not (size.isdecimal() and int(size) and sizes.get(axis, int(size)) == int(size)):
-            raise ArgumentError(f"sharding {text!r}: {part!r} must be an axis and its size, e.g. data:4.")
-        if colon:
-            sizes[axis] = int(size)
-        axes.append(axis)
-    return tuple(axes)
-
-
-def _dimensions(name: str, spec: Any) -> tuple[Axes, Axes, Axes, Axes]:
-    if not isinstance(spec, jax.sharding.PartitionSpec | tuple) or len(spec) > 4:
-        raise ArgumentError(f"Sharding: the spec of {name} must be a PartitionSpec of four dimensions, got {spec!r}.")
-    found: list[Axes] = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec]
-    batch, length, heads, dim = found + [()] * (4 - len(found))
-    return batch, length, heads, dim
+            pad = f"; pad to {-(-size // shards) * shards}"
+            if size == 1 and axes == self.sequence:
+                pad = f"; to decode cut the slots of the cache alone, kv_sequence={axes} in place of sequence"
+            remedy = "" if what == "heads N" else pad
+            raise ShapeError(f"{what}={size} does not divide over {over}: {size} % {shards} = {size % shards}{remedy}.")

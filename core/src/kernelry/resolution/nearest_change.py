@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, final
 
 from kernelry.errors import KernelryError
 from kernelry.masks.form import MaskForm, PositionKind
 from kernelry.request.request import NEUTRAL, Mode, Request
-from kernelry.resolution.explanation import Change
 
 _LENGTHS = tuple(2**power for power in range(21))
 _VALUES: dict[str, Iterable[Any]] = {
@@ -23,6 +22,31 @@ _VALUES: dict[str, Iterable[Any]] = {
     "dtype": ("bfloat16", "float16", "float32"),
     "head_dim": (64, 128, 256),
 }
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """A change of one fact of the request after which another kernel is chosen.
+
+    Args:
+      kernel: what would be chosen.
+      fields: the fields of the request that change.
+      condition: how, e.g. `q_len and kv_len ≥ 512`.
+      example: the value tried, as in the request's JSON form where it is plain.
+    """
+
+    kernel: str
+    fields: tuple[str, ...]
+    condition: str
+    example: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} with {self.condition}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return {**dataclasses.asdict(self), "fields": list(self.fields)}
 
 
 def nearest_changes(
@@ -44,8 +68,10 @@ def nearest_changes(
             return None  # no such request: partial with sinks, say
 
     found: dict[str, Change] = {}
+    # Static positions belong to their lengths; of a length that is cut, few neighbours divide.
+    fixed = PositionKind.STATIC in request.mask.position_kinds or request.sharding is not None
     for fields in (("q_len", "kv_len"),) if request.q_len == request.kv_len else (("kv_len",), ("q_len",)):
-        if PositionKind.STATIC not in request.mask.position_kinds:  # else positions belong to their lengths
+        if not fixed:
             asked = functools.cache(lambda length, fields=fields: changed(**dict.fromkeys(fields, length)))
             for other, sign, edge in _edges(getattr(request, fields[0]), chosen, asked, bounds):
                 found.setdefault(other, Change(other, fields, f"{' and '.join(fields)} {sign} {edge}", str(edge)))

@@ -18,7 +18,7 @@ from kernelry.policy.rules import Rule
 from kernelry.policy.scope import current_recorders
 from kernelry.registry import installed
 from kernelry.request.request import Request
-from kernelry.resolution.explanation import Resolution, refusal_error
+from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.question import Question, choose
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def resolve(
     question = Question.of(request, kernel, kernels, policy, measurements, environment)
     resolution = _announced(question)
     if resolution.plan is None:
+        from kernelry.resolution.telling import refusal_error  # an error alone needs text
+
         raise refusal_error(resolution)
     lock = question.scope.strict or _lock_of_process()
     if lock is not None:
@@ -132,7 +134,7 @@ def _explained(question: Question) -> Resolution:
 
     @functools.cache
     def ask(neighbour: Request) -> str | None:
-        return choose(dataclasses.replace(unprobed, request=neighbour)).kernel
+        return _answer(dataclasses.replace(unprobed, request=neighbour)).kernel
 
     changes = nearest_changes(question.request, resolution.kernel, ask, question.policy.length_bounds)
     return dataclasses.replace(resolution, changes=changes)
@@ -140,6 +142,10 @@ def _explained(question: Question) -> Resolution:
 
 @functools.lru_cache(maxsize=8192)
 def _resolved(question: Question) -> Resolution:
+    return _answer(question)
+
+
+def _answer(question: Question) -> Resolution:
     if question.request.sharding is None:
         return choose(question)
     from kernelry.resolution.shards import choose_sharded  # imported where a call is sharded
@@ -182,12 +188,12 @@ def _log(resolution: Resolution, policy: Policy) -> None:
 def _warn_of_memory(resolution: Resolution, plan: Plan) -> None:
     if not plan.steps:
         return
-    own, extra = array_bytes(resolution.request), plan.cost.extra_bytes
+    own, extra = array_bytes(plan.request), plan.cost.extra_bytes
     if extra > own:
         _logger.warning(
             "adapters of %s more than double the memory of %s: %s, %.1f MiB on top of the %.1f MiB of its arrays",
             resolution.kernel,
-            resolution.request,
+            plan.request,
             ", ".join(step.adapter.name for step in plan.steps),
             extra / 2**20,
             own / 2**20,

@@ -7,10 +7,12 @@ import functools
 from collections.abc import Iterator
 from typing import Any, final
 
+import numpy as np
+
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, MaskForm, PositionForm, PositionKind
 from kernelry.masks.positions import StaticPositions, load_balanced_order
-from kernelry.masks.shard_pairs import EMPTY, PairTable, ShardGrid, class_form, pair_table
+from kernelry.masks.shard_pairs import EMPTY, PairTable, ShardGrid, best_order, class_form, pair_table
 from kernelry.masks.spread import why_not_cut
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import Operand, Request
@@ -20,6 +22,9 @@ from kernelry.resolution.question import Question, choose
 
 _AUTO = ("ring", "ulysses", "all_gather")
 """What `auto` tries, in this order: a ring holds least memory, and serves any mask that can be cut."""
+
+_NATIVE = ("ring", "all_gather")
+"""The strategies of kernels that attend across devices themselves, in the order in which `native` tries them."""
 
 
 @final
@@ -60,26 +65,43 @@ class _NotCutError(Exception):
 
 
 def choose_sharded(question: Question) -> Resolution:
-    """Asks about the shards of a call that says how it is sharded; `auto` takes the first strategy that serves it."""
+    """Asks about the shards of a call that says how it is sharded; `auto` takes the first strategy that serves it.
+
+    Where no kernel serves the shards of a strategy, those that have it themselves are asked about the whole call.
+    """
     request = question.request
     assert request.sharding is not None
-    sharding = Sharding.parse(request.sharding)
+    sharding = with_order(request, Sharding.parse(request.sharding))
     refused: list[Candidate] = []
     first: Resolution | None = None
     for strategy in _strategies(sharding):
         named = dataclasses.replace(sharding, strategy=strategy)
-        if strategy == "native":
-            found = _native(question, named)
-        else:
-            try:
-                found = _of_shards(question, cut(request, named))
-            except _NotCutError as error:
-                refused.append(Candidate(strategy, "kernelry", (error.refusal,)))
-                continue
-        if found.plan is not None:
+        found: Resolution | None
+        try:
+            found = _native(question, named) if strategy == "native" else _of_shards(question, cut(request, named))
+        except _NotCutError as error:
+            named_by = strategy if sharding.sequence else "sharding"  # without sequences there is no strategy
+            refused.append(Candidate(named_by, "kernelry", (error.refusal,)))
+            found = None
+        if found is None or found.plan is None:
+            first = first or found
+            found = _native(question, named) if strategy in _NATIVE and _one_axis(named) else None
+        if found is not None and found.plan is not None:
             return found
-        first = first or found
-    return first or Resolution(request, None, tuple(refused), "the sharding")
+    if first is not None:
+        return dataclasses.replace(first, candidates=(*first.candidates, *refused))
+    return Resolution(request, None, tuple(refused), "the sharding")
+
+
+def with_order(request: Request, sharding: Sharding) -> Sharding:
+    """The sharding with the order that suits the mask, where it leaves that open."""
+    if sharding.order != "auto":
+        return sharding
+    # Of a symbolic length no strategy serves any order.
+    alike = request.q_len == request.kv_len and not request.symbolic_sizes
+    ring = sharding.size(sharding.ring)
+    order = best_order(request.mask, request.q_len, ring) if alike else "contiguous"
+    return dataclasses.replace(sharding, order=order)
 
 
 def _strategies(sharding: Sharding) -> tuple[str, ...]:
@@ -101,29 +123,31 @@ def _of_shards(question: Question, shards: Shards) -> Resolution:
     return dataclasses.replace(shown, request=request, shards=ShardedResolution(shards, found))
 
 
+def _one_axis(sharding: Sharding) -> bool:
+    """Whether one axis cuts queries and keys alike."""
+    return len(sharding.sequence) == 1 and sharding.kv_sequence is None
+
+
 def _native(question: Question, sharding: Sharding) -> Resolution:
-    """Asks the kernels that attend across devices themselves."""
+    """Asks the kernels that attend across devices themselves; `native` is by any strategy of theirs."""
     request = question.request
-    if len(sharding.sequence) != 1 or sharding.kv_sequence is not None:
-        raise _NotCutError("strategy=native takes one axis that cuts queries and keys alike")
-    (axis,) = sharding.sequence
-    mask = _ordered(request, sharding)
-    answers = (
-        choose(
-            dataclasses.replace(
-                question,
-                request=dataclasses.replace(
-                    request,
-                    sharding=None,
-                    mask=mask,
-                    context_parallel=str(ContextParallel(axis, strategy, sharding.size((axis,)))),
-                ),
-            )
+    strategies = _NATIVE if sharding.strategy == "native" else (sharding.strategy,)
+    if not _one_axis(sharding):
+        raise _NotCutError(
+            f"kernels attend across devices themselves by {' or '.join(_NATIVE)}, over one axis that cuts "
+            f"queries and keys alike, not by sharding={sharding}"
         )
-        for strategy in ("ring", "all_gather")
+    (axis,) = sharding.sequence
+    size, mask = sharding.size((axis,)), _ordered(request, sharding)
+    asked = (
+        dataclasses.replace(
+            request, sharding=None, mask=mask, context_parallel=str(ContextParallel(axis, strategy, size))
+        )
+        for strategy in strategies
     )
-    found = next(answers)
-    return found if found.plan is not None else next(answers)
+    found = [choose(dataclasses.replace(question, request=own)) for own in asked]
+    served = next((resolution for resolution in found if resolution.plan is not None), found[0])
+    return dataclasses.replace(served, request=request)
 
 
 def cut(request: Request, sharding: Sharding) -> Shards:
@@ -154,6 +178,25 @@ def cut(request: Request, sharding: Sharding) -> Shards:
     )
     forms = (class_form(request.mask, pieces) for pieces in table.classes)
     return Shards(sharding, tuple(dataclasses.replace(asked, mask=form) for form in forms), table)
+
+
+def ring_offsets(table: PairTable) -> tuple[int, ...]:
+    """The steps of a ring: how far before a device the keys of each come from.
+
+    It is the shortest run that covers all steps in which some pair shows something, with a device's own keys first
+    where no step can be left out.
+
+    Args:
+      table: of as many shards of keys as of queries.
+    """
+    size = len(table.table)
+    classes, devices = np.asarray(table.table), np.arange(size)
+    full = [offset for offset in range(size) if (classes[devices, (devices - offset) % size] != EMPTY).any()]
+    gaps = [(after - before, after) for before, after in zip(full, [*full[1:], full[0] + size], strict=True)]
+    _, start = max(gaps, key=lambda gap: (gap[0], gap[1] == size))
+    start = start % size
+    last = max((offset - start) % size for offset in full)
+    return tuple((start + step) % size for step in range(last + 1))
 
 
 def grid_of(request: Request, sharding: Sharding) -> ShardGrid:
@@ -199,8 +242,9 @@ def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
         detail = f"heads N={request.q_heads} do not divide over {' and '.join(sharding.head_axes)}: "
         yield Refusal(code, detail + f"{request.q_heads} % {heads} = {request.q_heads % heads}", _FEWER_HEADS)
     if request.page_size is not None and (sharding.batch or sharding.cuts_sequences):
-        detail = f"sharding={sharding} of pages of page_size={request.page_size}: they may be anywhere in the pool"
-        yield Refusal(code, detail, "share out its heads alone, or give each shard a cache with a pool of its own")
+        cut = "the batch" if sharding.batch else "the sequence"
+        detail = f"{cut} of paged keys cannot be cut: a row's pages may be anywhere in the pool"
+        yield Refusal(code, detail, _POOL_OF_ITS_OWN)
     why = why_not_cut(request.mask)
     if why is not None and not sharding.is_empty:
         yield Refusal(code, f"mask={request.mask} cannot be cut: {why}")
@@ -208,6 +252,7 @@ def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
         yield Refusal(code, f"normalization={request.normalization} of keys on several devices")
 
 
+_POOL_OF_ITS_OWN = "cut their heads alone, or give each shard a cache with a pool of its own, inside a shard_map"
 _FEWER_HEADS = "share heads out over fewer devices, or let the strategy be ring"
 
 

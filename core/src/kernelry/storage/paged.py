@@ -31,8 +31,6 @@ class PagedArray:
       ShapeError: a rank or a dtype is another one.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
-
     pages: Stored
     table: Int32[Array, "B M"]
 

@@ -90,8 +90,6 @@ class QuantizedArray:
       ShapeError: a dtype or a shape is another one.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
-
     values: Array
     scale: Float[Array, "*rows heads 1"]
 

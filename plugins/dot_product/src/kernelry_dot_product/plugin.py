@@ -12,6 +12,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     PositionKind,
@@ -46,6 +47,8 @@ _EVERYWHERE = Capabilities(
     lse_cotangent=True,
     empty_rows=True,
     clean_hidden_slots=True,
+    manual_axes=ManualAxes.CHECKED,
+    partitioned_by_xla=True,
     tolerances=standard_tolerances("float32", "bfloat16", "float16"),
 )
 _TILINGS = ((512, 512), (64, 64), (128, 128), (256, 256), (512, 256), (1024, 512))
@@ -87,6 +90,7 @@ BLOCKWISE = KernelSpec(
         forward_over_reverse=True,
         kv_quantizations=QUANTIZATIONS,
         pages=True,
+        partitioned_by_xla=False,
     ),
     load="kernelry_dot_product.blockwise:BlockwiseKernel",
     tilings=_blockwise_tilings,

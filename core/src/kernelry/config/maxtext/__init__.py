@@ -1,10 +1,10 @@
 """MaxText's option names, read into an AttentionConfig.
 
-`options` has the table of the options about attention, `choice` the kernels that they name, and
+`options` has the table of the options about attention, `choice` the kernels that they name, `mesh` the sharding, and
 `not_attention.txt` lists the other keys of base.yml. Source: MaxText 0.2.5, configs/base.yml and
 configs/types.py. Internal: `kernelry.config` exports `from_maxtext`.
 """
 
-from kernelry.config.maxtext.reading import Caller, from_maxtext, read_options
+from kernelry.config.maxtext.reading import Caller, from_maxtext, merged, read_options
 
-__all__ = ["Caller", "from_maxtext", "read_options"]
+__all__ = ["Caller", "from_maxtext", "merged", "read_options"]

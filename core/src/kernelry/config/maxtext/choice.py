@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kernelry.config.maxtext.options import BLOCKS, SHIPPED_BLOCK, is_none
+from kernelry.config.maxtext.options import BLOCKS, SHIPPED_BLOCK, SHIPPED_RAGGED_BLOCK, is_none
 from kernelry.errors import ConfigError, nearest
 from kernelry.kernel.spec import AUTO
 from kernelry.policy.policy import FLASH_MIN_Q_LEN, Tilings
 from kernelry.policy.rules import Condition, Range, Rule
 from kernelry.request.request import Mode
-
-SHIPPED_RAGGED_BLOCK = 256
-"""Keys; the default of ragged_block_size in base.yml."""
 
 _NAMED = {
     "dot_product": "dot_product",
@@ -24,6 +21,12 @@ _NAMED = {
 
 _UNREAD_BY_TOKAMAX = ("block_q_dq", "block_kv_dq")
 """Blocks that tokamax's splash accepts and does not read, because its backward pass is a single kernel."""
+
+_LAYOUTS = ("HEAD_DIM_MINOR", "SEQ_MINOR")
+"""The vendors' QKVLayout; a tunable has its number, from 1."""
+
+_STEPS = 3
+"""Of dq_reduction_steps: the only number of steps that tokamax's backward pass has; 0 is its default."""
 
 _OF_VLLM = ("vllm_rpa", "vllm_batched_rpa")
 _FORWARD = (Mode.TRAIN, Mode.PREFILL)
@@ -119,11 +122,14 @@ def _paged_rules(source: str) -> tuple[Rule, ...]:
 
 
 def tilings(options: Mapping[str, Any], *, local: bool) -> Tilings:
-    """Returns the block sizes that differ from base.yml's, by kernel.
+    """Returns the block sizes and other tunables that differ from base.yml's, by kernel.
 
     Args:
       options: the values.
       local: whether the layer is local_sliding, whose local_sa_* take precedence over sa_*.
+
+    Raises:
+      ConfigError: one has a value that no kernel takes.
     """
     blocks = {f"block_{name}": _block(options, name, local) for name in BLOCKS}
     changed = {name: block for name, block in blocks.items() if block != SHIPPED_BLOCK}
@@ -135,11 +141,46 @@ def tilings(options: Mapping[str, Any], *, local: bool) -> Tilings:
             found["splash"] = changed
     if options["use_jax_splash"] and "block_q" in changed:
         found["blockwise"] = {"block_q": changed["block_q"]}
+    for kernel, tiling in _tunables(options, local).items():
+        found[kernel] = found.get(kernel, {}) | tiling
     if options["use_ragged_attention"] and options["ragged_block_size"] != SHIPPED_RAGGED_BLOCK:
         found |= {kernel: {"block_kv": options["ragged_block_size"]} for _, kernel in _RAGGED}
     return tuple((kernel, tuple(sorted(tiling.items()))) for kernel, tiling in sorted(found.items()) if tiling)
 
 
+def _tunables(options: Mapping[str, Any], local: bool) -> dict[str, dict[str, int]]:
+    """The other tunables that differ from base.yml's, by kernel."""
+    layouts = {f"{array}_layout": _layout(options, array, local) for array in "qkv"}
+    changed = {name: layout for name, layout in layouts.items() if layout != _LAYOUTS[0]}
+    numbered = {name: 1 + _LAYOUTS.index(layout) for name, layout in changed.items()}
+    found = {"tokamax_splash" if options["use_tokamax_splash"] else "splash": numbered}
+    if not options["use_tokamax_splash"] and _own(options, "sa_use_fused_bwd_kernel", local):
+        found["splash"]["backward_kernels"] = 1
+    steps, segments = options["dq_reduction_steps"], options["max_segments_per_seq"]
+    if steps not in (0, _STEPS):
+        raise ConfigError(f"MaxText option dq_reduction_steps must be 0 or {_STEPS}, got {steps}.")
+    if steps:
+        found.setdefault("tokamax_splash", {})["dq_reduction_steps"] = steps
+    if segments < -1 or segments == 0:
+        raise ConfigError(f"MaxText option max_segments_per_seq must be a positive integer, or -1, got {segments}.")
+    if segments > 0:
+        found["cudnn_te"] = {"max_segments": segments}
+    return found
+
+
+def _layout(options: Mapping[str, Any], array: str, local: bool) -> str:
+    name = f"sa_{array}_layout"
+    layout: str = _own(options, name, local)
+    if layout not in _LAYOUTS:
+        raise ConfigError(f"MaxText option {name} must be {' or '.join(_LAYOUTS)}, got {layout!r}.")
+    return layout
+
+
 def _block(options: Mapping[str, Any], name: str, local: bool) -> int:
-    own = options[f"local_sa_block_{name}"] if local else None
-    return int(options[f"sa_block_{name}"] if own is None or is_none(own) else own)
+    return int(_own(options, f"sa_block_{name}", local))
+
+
+def _own(options: Mapping[str, Any], name: str, local: bool) -> Any:
+    """The value of an option, of which local layers may have their own."""
+    own = options[f"local_{name}"] if local else None
+    return options[name] if is_none(own) else own

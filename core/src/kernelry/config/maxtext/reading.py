@@ -12,15 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
 from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
-from kernelry.config.maxtext import choice
+from kernelry.config.maxtext import choice, mesh
 from kernelry.config.maxtext.options import LAYERS, OPTIONS, SIZES, Fate, Option, is_none
 from kernelry.errors import ConfigError
 
 _BY_NAME = {option.name: option for option in OPTIONS}
 
+_EVAL_RULES = "logical_axis_rules_for_eval"
+
 _MISSPELT = 0.85
 """The difflib ratio from which an unknown key counts as a misspelt option. A name of five letters with one wrong letter
-is above it, and none of the 850 other keys of base.yml would be taken for an option if it were unknown."""
+is above it, and of the 820 other keys of base.yml two would be taken for an option if they were unknown."""
 
 
 @final
@@ -64,6 +66,10 @@ def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> A
     MaxText scales queries before attention, so `scale` is 1.0. float32_qk_product and float32_logits
     change nothing: logits and softmax are float32 here. matmul_precision and dropout_rate, which
     some of MaxText's kernels ignore, are required of every kernel here; `ignore` drops them.
+
+    A mapping with any option about a mesh, such as mesh_axes or context_parallel_strategy, makes the config's
+    `sharding`, and layers then need that mesh: `AttentionOp(config, mesh=mesh)`, or the active one. A part
+    of the options without them makes none.
 
     Args:
       mapping: option names to values.
@@ -111,11 +117,27 @@ def read_options(
     for name, value in about.items():
         _check_value(_BY_NAME[name], value, caller)
     options = {option.name: about.get(option.name, option.default) for option in OPTIONS}
-    config = _built(options)
+    config = _built(options, about)
     return config, (*unread, *_without_effect(about, caller), *_unused(options, config, caller))
 
 
-def _built(options: Mapping[str, Any]) -> AttentionConfig:
+def merged(options: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a file with those of a later one over them.
+
+    As in MaxText, rules of logical names replace those of the same names, and all others only where the later file sets
+    override_logical_axis_rules.
+    """
+    name = "logical_axis_rules"
+    both = {**options, **later}
+    rules, new = options.get(name), later.get(name)
+    if not isinstance(rules, list) or not isinstance(new, list) or both.get("override_logical_axis_rules"):
+        return both
+    replaced = [rule[0] for rule in new if isinstance(rule, list) and rule]
+    kept = [rule for rule in rules if not (isinstance(rule, list) and rule and rule[0] in replaced)]
+    return {**both, name: [*kept, *new]}
+
+
+def _built(options: Mapping[str, Any], given: Iterable[str]) -> AttentionConfig:
     kernel, rules = choice.kernel_and_rules(options)
     type_ = _type(options["attention_type"])
     soft_cap = options["attn_logits_soft_cap"]
@@ -135,6 +157,7 @@ def _built(options: Mapping[str, Any]) -> AttentionConfig:
         dropout_rate=_in_range("dropout_rate", options["dropout_rate"], 1.0) if options["enable_dropout"] else 0.0,
         precision=_precision(options["matmul_precision"]),
         tilings=choice.tilings(options, local=type_ is AttentionType.LOCAL_SLIDING),
+        sharding=mesh.sharding_of(options, given),
     )
 
 
@@ -147,15 +170,21 @@ def _without_effect(about: Mapping[str, Any], caller: Caller) -> Iterator[str]:
     """Yields a notice of the options that have no effect, grouped by reason."""
     unread = [name for name in about if _BY_NAME[name].fate is Fate.UNREAD]
     changed = [name for name in unread if _BY_NAME[name].says(about[name])]
+    if about.get(_EVAL_RULES) == about.get("logical_axis_rules"):  # as MaxText fills them in where it has none
+        changed = [name for name in changed if name != _EVAL_RULES]
     reasons: dict[str, list[str]] = {}
     for name in changed:
-        reasons.setdefault(_BY_NAME[name].meaning, []).append(f"{name} = {about[name]!r}")
+        reasons.setdefault(_BY_NAME[name].meaning, []).append(f"{name} = {_shown(about[name])}")
     if changed:
         said = "; ".join(f"{', '.join(values)} ({reason})" for reason, values in reasons.items())
         yield (
             f"MaxText options that are not read, as they do not change what attention means: {said}. "
             f"Pass {caller.ignoring(changed)} to leave them out."
         )
+
+
+def _shown(value: Any) -> str:
+    return "[…]" if isinstance(value, list | tuple) and len(repr(value)) > 80 else repr(value)
 
 
 def _unused(options: Mapping[str, Any], config: AttentionConfig, caller: Caller) -> Iterator[str]:

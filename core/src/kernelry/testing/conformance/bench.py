@@ -10,6 +10,7 @@ from typing import Any, final
 
 import jax
 
+from kernelry._pytree import pytree
 from kernelry.api import attention
 from kernelry.errors import PluginError
 from kernelry.execution.normalization import finalize, to_lse
@@ -24,7 +25,8 @@ from kernelry.testing.conformance.stored import TABLE, as_given
 
 
 @final
-@dataclasses.dataclass(frozen=True, slots=True)
+@pytree("out", "lse", "max_logits", "gradients")
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Answer:
     """What a call returned; None where it was not asked for.
 
@@ -117,8 +119,9 @@ class Bench:
         leaves, structure = jax.tree.flatten(given)
         key = call.request(self.host), adapters, structure, tuple(map(jax.typeof, leaves))
         if key not in self.programs:
-            self.programs[key] = self.compiled(flat(self.program(call)), *given, adapters=adapters)
-        return Answer(*self.programs[key](*given))
+            self.programs[key] = self.compiled(self.program(call), *given, adapters=adapters)
+        found: Answer = self.programs[key](*given)
+        return found
 
 
 _QUICKLY: tuple[dict[str, Any], ...] = (
@@ -148,16 +151,6 @@ def _quick_options() -> dict[str, Any]:
 def compile_quickly(lowered: Any, platform: str) -> Any:
     """Compiles for one run; as users do where the machine code is what is put to the test."""
     return lowered.compile(compiler_options=_quick_options() if platform == "cpu" else None)
-
-
-def flat(program: Callable[..., Answer]) -> Callable[..., tuple[Any, ...]]:
-    """Makes a program return a tuple, which JAX can carry, in place of an Answer."""
-
-    def run(*arguments: Any) -> tuple[Any, ...]:
-        found = program(*arguments)
-        return found.out, found.lse, found.max_logits, dict(found.gradients)
-
-    return run
 
 
 def _returned(result: Any, call: AttentionCall) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernelry.masks import Full, Mask
+from kernelry.request.arguments import CallOptions
 from kernelry.request.request import Mode, Operand, Request
 from kernelry.testing.conformance import stored
 from kernelry.testing.conformance.host import KernelHost
@@ -67,6 +68,11 @@ class AttentionCall:
     peaks: bool = False
 
     @property
+    def pairs(self) -> tuple[int, int, int, int]:
+        """B N T S: the shape of a bias for every pair."""
+        return self.batch, self.q_heads, self.q_len, self.kv_len
+
+    @property
     def wanted(self) -> frozenset[Operand]:
         """The operands with a gradient that this call passes."""
         absent = {Operand.BIAS} if self.bias is None else set()
@@ -76,49 +82,16 @@ class AttentionCall:
 
     def request(self, host: KernelHost) -> Request:
         """The static facts."""
-        return Request(
-            target=host.target,
-            mode=self.mode,
-            batch=self.batch,
-            q_len=self.q_len,
-            kv_len=self.kv_len,
-            q_heads=self.q_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            dtype=self.dtype,
-            mask=self.mask.form,
-            scale=self.scale,  # type: ignore[arg-type]
-            bias=self.bias,
-            soft_cap=self.soft_cap,
-            sinks=self.sinks,
-            dropout_rate=self.dropout_rate,
-            gradients=self.wanted,
-            normalization=self.normalization,
-            logits_dtype=self.logits_dtype,
-            precision=self.precision,
-            partial=self.partial,
-            max_logits=self.max_logits,
-            interpret=host.interpreted,
-            kv_quantization=self.kv_quantization,
-            page_size=self.page_size,
-        )
+        shared = {name: getattr(self, name) for name in _OF_REQUEST}
+        own = {"target": host.target, "interpret": host.interpreted, "mask": self.mask.form, "gradients": self.wanted}
+        return Request(**{**shared, **own})
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `kernelry.attention` that are not arrays."""
-        return {
-            "mode": self.mode,
-            "scale": self.scale,
-            "soft_cap": self.soft_cap,
-            "dropout_rate": self.dropout_rate,
-            "gradients": tuple(sorted(operand.value for operand in self.wanted)),
-            "normalization": self.normalization,
-            "logits_dtype": self.logits_dtype,
-            "precision": self.precision,
-            "return_partial": self.partial,
-            "return_max_logits": self.max_logits,
-        }
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(CallOptions)}
+        returned = {f"return_{name}": options.pop(name) for name in ("partial", "max_logits")}
+        return {**options, **returned, "gradients": tuple(sorted(operand.value for operand in self.wanted))}
 
     def arrays(self, seed: int = 0) -> dict[str, Any]:
         """Draws the arrays that the kernel is given, by argument name; paged keys and values come with their table."""
@@ -179,6 +152,10 @@ class AttentionCall:
             drawn["lse"] = jnp.asarray(rng.standard_normal((self.batch, self.q_heads, self.q_len)), jnp.float32)
         return drawn
 
+
+_OF_REQUEST = {field.name for field in dataclasses.fields(Request)} & {
+    field.name for field in dataclasses.fields(AttentionCall)
+}
 
 _FEW_KEYS = 16
 """Among more keys sinks are drawn larger, so that their share stays the same."""

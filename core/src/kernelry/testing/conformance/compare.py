@@ -6,7 +6,8 @@ from typing import Any, final
 
 import numpy as np
 
-from kernelry.kernel.capabilities import Capabilities, Tolerance, standard_tolerances
+from kernelry.kernel.capabilities import Capabilities, Tolerance
+from kernelry.kernel.common import standard_tolerances
 from kernelry.testing.conformance.bench import Answer
 from kernelry.testing.conformance.calls import QKV, AttentionCall
 from kernelry.testing.reference import reference_attention, reference_gradients

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
+from typing import NoReturn
 
 from kernelry.kernel.spec import KernelSpec
 from kernelry.testing.conformance.calls import AttentionCall
@@ -39,7 +41,7 @@ def cases_of(spec: KernelSpec, quick: bool = False) -> tuple[Case, ...]:
     cases = [*_declaration_cases(subject)]
     if base is None:
         base = subject.plainest
-        cases.append(Case("serves a plain call", "output", _serves_nothing(subject, base)))
+        cases.append(Case("serves a plain call", "output", functools.partial(_serves_nothing, subject, base)))
         return (*cases, *negative_cases(subject, base))
     cases += _call_cases(subject, base)
     cases += partial_cases(subject, base)
@@ -51,40 +53,30 @@ def cases_of(spec: KernelSpec, quick: bool = False) -> tuple[Case, ...]:
 
 def _declaration_cases(subject: Subject) -> Iterator[Case]:
     for dtype in sorted(subject.can.dtypes & SANE.keys()):
-        yield Case(f"a sane tolerance for {dtype}", DECLARATIONS, _sane(subject, dtype))
-    yield Case("a signature", DECLARATIONS, _signed(subject))
+        yield Case(f"a sane tolerance for {dtype}", DECLARATIONS, functools.partial(_sane, subject, dtype))
+    yield Case("a signature", DECLARATIONS, functools.partial(_signed, subject))
 
 
-def _sane(subject: Subject, dtype: str) -> Callable[[], Verdict]:
-    def check() -> Verdict:
-        sane, mine = SANE[dtype], [t for t in subject.can.tolerances if t.dtype == dtype]
-        if not mine and dtype == "float64":
-            raise Skip("no tolerance is declared for float64; that of float32 statistics applies")
-        assert mine, f"it takes {dtype} and declares no tolerance for it"
-        for tolerance in mine:
-            found = f"forward={tolerance.forward}, gradient={tolerance.gradient}"
-            small = 0 < tolerance.forward <= sane.forward and 0 < tolerance.gradient <= sane.gradient
-            assert small, f"{found} for {dtype} would hide errors; the most is {sane.forward} and {sane.gradient}"
-        return Outcome.PASSED, ""
-
-    return check
+def _sane(subject: Subject, dtype: str) -> None:
+    sane, mine = SANE[dtype], [t for t in subject.can.tolerances if t.dtype == dtype]
+    if not mine and dtype == "float64":
+        raise Skip("no tolerance is declared for float64; that of float32 statistics applies")
+    assert mine, f"it takes {dtype} and declares no tolerance for it"
+    for tolerance in mine:
+        found = f"forward={tolerance.forward}, gradient={tolerance.gradient}"
+        small = 0 < tolerance.forward <= sane.forward and 0 < tolerance.gradient <= sane.gradient
+        assert small, f"{found} for {dtype} would hide errors; the most is {sane.forward} and {sane.gradient}"
 
 
-def _signed(subject: Subject) -> Callable[[], Verdict]:
-    def check() -> Verdict:
-        texts = subject.spec.signature((subject.base or subject.plainest).request(subject.host))
-        assert texts, "its signature is empty, so that its programs do not show whether it ran"
-        return Outcome.PASSED, ", ".join(texts)
-
-    return check
+def _signed(subject: Subject) -> Verdict:
+    texts = subject.spec.signature((subject.base or subject.plainest).request(subject.host))
+    assert texts, "its signature is empty, so that its programs do not show whether it ran"
+    return Outcome.PASSED, ", ".join(texts)
 
 
-def _serves_nothing(subject: Subject, base: AttentionCall) -> Callable[[], Verdict]:
-    def check() -> Verdict:
-        reasons = "; ".join(map(str, subject.refusals(base)))
-        raise AssertionError(f"it serves no plain call at any of the lengths, dtypes and modes tried: {reasons}")
-
-    return check
+def _serves_nothing(subject: Subject, base: AttentionCall) -> NoReturn:
+    reasons = "; ".join(map(str, subject.refusals(base)))
+    raise AssertionError(f"it serves no plain call at any of the lengths, dtypes and modes tried: {reasons}")
 
 
 def _call_cases(subject: Subject, base: AttentionCall) -> list[Case]:
@@ -100,7 +92,7 @@ def _call_cases(subject: Subject, base: AttentionCall) -> list[Case]:
         kept = {*firsts.values(), *masks, *others[: max(0, _MOST_WHEN_SLOW - len(firsts))]}
         forward = masks - set(sorted(masks)[::_DIFFERENTIATED])
         named = [_forward(entry) if index in forward else entry for index, entry in enumerate(named) if index in kept]
-    return [Case(name, claim, _right(subject, calls)) for claim, name, calls in named]
+    return [Case(name, claim, functools.partial(_right, subject, calls)) for claim, name, calls in named]
 
 
 def _forward(entry: Named) -> Named:
@@ -119,24 +111,20 @@ def _at_most(named: list[Named], most: int) -> list[Named]:
     return kept
 
 
-def _right(subject: Subject, calls: tuple[AttentionCall, ...]) -> Callable[[], Verdict]:
+def _right(subject: Subject, calls: tuple[AttentionCall, ...]) -> Verdict:
     """Compares the first call that is served with the oracle; through adapters where the kernel alone serves none."""
-
-    def check() -> Verdict:
-        call = subject.first(calls)
-        adapters = call is None
-        call = call or next((call for call in calls if subject.serves_adapted(call)), None)
-        if call is None:
-            reasons = "; ".join(map(str, subject.refusals(calls[0])))
-            raise Skip(f"declared, but every call that would show it is refused: {reasons}")
-        for why_not in (why_not_float64(call), subject.host.why_not):
-            if why_not is not None:
-                raise Skip(why_not)
-        answer = subject.bench.answer(call, adapters=adapters)
-        verify(answer, oracle(call), call, tolerance_for(subject.can, call))
-        return Outcome.PASSED, "through adapters" if adapters else ""
-
-    return check
+    call = subject.first(calls)
+    adapters = call is None
+    call = call or next((call for call in calls if subject.serves_adapted(call)), None)
+    if call is None:
+        reasons = "; ".join(map(str, subject.refusals(calls[0])))
+        raise Skip(f"declared, but every call that would show it is refused: {reasons}")
+    for why_not in (why_not_float64(call), subject.host.why_not):
+        if why_not is not None:
+            raise Skip(why_not)
+    answer = subject.bench.answer(call, adapters=adapters)
+    verify(answer, oracle(call), call, tolerance_for(subject.can, call))
+    return Outcome.PASSED, "through adapters" if adapters else ""
 
 
 def _adapted_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
@@ -150,4 +138,4 @@ def _adapted_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
         if not subject.serves_adapted(call):
             continue
         found += 1
-        yield Case(f"through adapters: {name}", "adapters", _right(subject, (call,)))
+        yield Case(f"through adapters: {name}", "adapters", functools.partial(_right, subject, (call,)))

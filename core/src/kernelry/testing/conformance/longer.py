@@ -17,7 +17,7 @@ from kernelry.request.request import Mode
 from kernelry.storage import Quantization
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.calls import AttentionCall
-from kernelry.testing.conformance.positive import MAGNITUDE, Named, but, feature_changes, masked, together
+from kernelry.testing.conformance.positive import MAGNITUDE, Named, but, feature_changes, forms, masked, together
 from kernelry.testing.conformance.subject import Subject
 
 _SMALLEST_TILE = 8
@@ -150,8 +150,7 @@ def _features(subject: Subject, call: AttentionCall) -> Iterator[Named]:
 def _statistics(subject: Subject, call: AttentionCall) -> Iterator[Named]:
     partial = but(call, partial=True)
     if subject.can.statistics:
-        forms = partial, but(partial, gradients=frozenset())
-        yield from _served(subject, "statistics", "lse", forms)
+        yield from _served(subject, "statistics", "lse", forms(call, partial=True))
     if subject.can.gradient is Gradient.BACKWARD and call.wanted and not subject.serves(partial):
         # its backward runs where statistics are differentiated, which an adapter can make it do
         adapted = next((c for c in (partial, but(call, sinks=True)) if subject.serves_adapted(c)), None)

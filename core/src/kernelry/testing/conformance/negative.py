@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -34,22 +35,19 @@ def undeclared_calls(subject: Subject, base: AttentionCall) -> Iterator[Undeclar
 def negative_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
     """A case for each thing that is not declared."""
     for name, call, code in undeclared_calls(subject, base):
-        yield Case(f"refuses {name}", "refusals", _refuses(subject.bench, call, code))
+        yield Case(f"refuses {name}", "refusals", functools.partial(_refuses, subject.bench, call, code))
 
 
-def _refuses(bench: Bench, call: AttentionCall, code: RefusalCode) -> Callable[[], Verdict]:
-    def check() -> Verdict:
-        if (why_not := why_not_float64(call)) is not None:
-            raise Skip(why_not)
-        arrays, rng = call.arrays(), jax.random.key(0) if call.dropout_rate else None
-        with bench.host.entered(bench.spec):
-            try:
-                jax.eval_shape(lambda arrays: bench.attend(call, arrays, call.mask, rng), arrays)
-            except KernelRefusedError as refused:
-                return Outcome.REFUSED, _reasons(refused, code)
-        raise AssertionError(f"it does not declare this, and served {call.request(bench.host)}")
-
-    return check
+def _refuses(bench: Bench, call: AttentionCall, code: RefusalCode) -> Verdict:
+    if (why_not := why_not_float64(call)) is not None:
+        raise Skip(why_not)
+    arrays, rng = call.arrays(), jax.random.key(0) if call.dropout_rate else None
+    with bench.host.entered(bench.spec):
+        try:
+            jax.eval_shape(lambda arrays: bench.attend(call, arrays, call.mask, rng), arrays)
+        except KernelRefusedError as refused:
+            return Outcome.REFUSED, _reasons(refused, code)
+    raise AssertionError(f"it does not declare this, and served {call.request(bench.host)}")
 
 
 def _reasons(refused: KernelRefusedError, code: RefusalCode) -> str:
@@ -105,10 +103,9 @@ def _masks(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
 
 
 def _features(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
-    bias = (base.batch, base.q_heads, base.q_len, base.kv_len)
     changes: dict[Feature, tuple[dict[str, Any], RefusalCode]] = {
         Feature.SCALE: ({"scale": 0.7}, RefusalCode.SCALE),
-        Feature.BIAS: ({"bias": bias}, RefusalCode.BIAS),
+        Feature.BIAS: ({"bias": base.pairs}, RefusalCode.BIAS),
         Feature.SOFT_CAP: ({"soft_cap": 2.0}, RefusalCode.SOFT_CAP),
         Feature.SINKS: ({"sinks": True}, RefusalCode.SINKS),
         Feature.DROPOUT: ({"dropout_rate": 0.25}, RefusalCode.DROPOUT),
@@ -128,7 +125,7 @@ def _results(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
         if can.gradient is Gradient.NONE or operand not in can.gradients:
             extra: dict[str, Any] = {"sinks": True} if operand is Operand.SINKS else {}
             if operand is Operand.BIAS:
-                extra = {"bias": (1, base.q_heads, base.q_len, base.kv_len)}
+                extra = {"bias": (1, *base.pairs[1:])}
             needs = but(trained, gradients=frozenset({operand}), **extra)
             yield f"the gradient of {operand.value}", needs, RefusalCode.GRADIENT
     if not can.statistics:

@@ -38,6 +38,12 @@ def but(base: AttentionCall, **changes: Any) -> AttentionCall:
     return dataclasses.replace(base, **changes)
 
 
+def forms(base: AttentionCall, **changes: Any) -> tuple[AttentionCall, AttentionCall]:
+    """The base call with changes; and forward alone, for a kernel that serves no more."""
+    changed = but(base, **changes)
+    return changed, but(changed, gradients=frozenset())
+
+
 def masked(subject: Subject, base: AttentionCall) -> AttentionCall:
     """The base call with a causal mask where the kernel takes one."""
     causal = but(base, mask=Causal())
@@ -129,12 +135,11 @@ def _features(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     can, causal = subject.can.features, masked(subject, base)
     batch, heads, q_len, kv_len = base.batch, base.q_heads, base.q_len, base.kv_len
     if Feature.BIAS in can:
-        pairs = (batch, heads, q_len, kv_len)
-        yield "bias", "bias for every pair", (but(causal, bias=pairs),)
-        yield "bias", "slots biased by −1e9", (but(base, bias=pairs, biased_out=-1e9),)
+        yield "bias", "bias for every pair", (but(causal, bias=base.pairs),)
+        yield "bias", "slots biased by −1e9", (but(base, bias=base.pairs, biased_out=-1e9),)
         for shape in ((1, heads, q_len, kv_len), (batch, 1, 1, kv_len), (1, 1, q_len, 1)):
             yield "bias", f"bias of shape {shape}", (but(causal, bias=shape),)
-        yield "bias", "slots biased by −inf", (but(base, bias=pairs, biased_out=-np.inf),)
+        yield "bias", "slots biased by −inf", (but(base, bias=base.pairs, biased_out=-np.inf),)
     if Feature.SOFT_CAP in can:
         yield "soft cap", "soft cap", (but(causal, soft_cap=1.2),)
         yield "soft cap", "a soft cap of 30", (but(causal, soft_cap=30.0, magnitude=MAGNITUDE),)
@@ -162,8 +167,7 @@ def _gradients(subject: Subject, base: AttentionCall) -> Iterator[Named]:
         yield "gradients", f"the gradient of {operand.value} alone", (but(causal, gradients=frozenset({operand})),)
     if Feature.BIAS in subject.can.features and not subject.quick:
         constant = base.gradients - {Operand.BIAS}
-        bias = (1, base.q_heads, base.q_len, base.kv_len)
-        yield "gradients", "a constant bias", (but(causal, gradients=constant, bias=bias),)
+        yield "gradients", "a constant bias", (but(causal, gradients=constant, bias=(1, *base.pairs[1:])),)
 
 
 def _edges(subject: Subject, base: AttentionCall) -> Iterator[Named]:
@@ -204,10 +208,9 @@ def _combinations(subject: Subject, base: AttentionCall) -> Iterator[Named]:
 
 def feature_changes(call: AttentionCall) -> dict[str, dict[str, Any]]:
     """What each feature that has a formula changes in a call, by name."""
-    bias = (1, call.q_heads, call.q_len, call.kv_len)
     return {
         "soft cap": {"soft_cap": 3.0},
-        "bias": {"bias": bias},
+        "bias": {"bias": (1, *call.pairs[1:])},
         "sinks": {"sinks": True},
         "max logits": {"max_logits": True},
     }

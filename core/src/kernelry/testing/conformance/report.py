@@ -49,13 +49,13 @@ class Case:
     Args:
       name: unique within a kernel; known failures are listed by it.
       claim: the group it is reported under.
-      check: makes the check; raises AssertionError or any other exception where the kernel is wrong, and Skip
-        where this machine cannot tell.
+      check: makes the check, and returns nothing where the kernel is right; raises AssertionError or any other
+        exception where it is wrong, and Skip where this machine cannot tell.
     """
 
     name: str
     claim: str
-    check: Callable[[], Verdict]
+    check: Callable[[], Verdict | None]
 
 
 @final
@@ -71,13 +71,7 @@ class CaseResult:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
-        return {
-            "name": self.name,
-            "claim": self.claim,
-            "outcome": self.outcome.value,
-            "detail": self.detail,
-            "seconds": round(self.seconds, 3),
-        }
+        return {**dataclasses.asdict(self), "outcome": self.outcome.value, "seconds": round(self.seconds, 3)}
 
 
 @final

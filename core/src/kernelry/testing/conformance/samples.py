@@ -80,8 +80,6 @@ class Strided(Mask):
 class Near(Mask):
     """A third party's mask with an array: keys within a distance, integers [B], that is at least 0."""
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have no hash; the form is the key
-
     reach: Any
 
     word: ClassVar[str] = "kernelry.testing.near"
@@ -131,7 +129,7 @@ def _spans_separate(call: AttentionCall) -> Mapping[str, Alternatives]:
 
 def _dense(call: AttentionCall) -> Mapping[str, Alternatives]:
     rng = np.random.default_rng(_RNG_SEED)
-    full = rng.random((call.batch, call.q_heads, call.q_len, call.kv_len)) < 0.4
+    full = rng.random(call.pairs) < 0.4
     return {"dense": (masks.Dense(full),), "dense for all heads": (masks.Dense(full[:, :1]),)}
 
 
@@ -252,7 +250,7 @@ def emptying(call: AttentionCall) -> Mapping[str, Alternatives]:
     """Masks under which some rows see nothing and some slots are seen by no row, by name."""
     behind = {"query_offset": -3}
     slots = np.arange(call.kv_len)
-    seen = np.random.default_rng(_RNG_SEED).random((call.batch, call.q_heads, call.q_len, call.kv_len)) < 0.5
+    seen = np.random.default_rng(_RNG_SEED).random(call.pairs) < 0.5
     seen[:, :, :, 4] = seen[1, :, :, 5] = seen[:, :2, :, 6] = seen[0, :, 2:3] = seen[:, 3, 0] = False
     lengths = masks.Lengths(
         np.array([call.kv_len - 3, 0], np.int32), np.array([max(call.q_len - 2, 0), call.q_len], np.int32)

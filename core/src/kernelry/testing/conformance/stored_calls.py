@@ -11,7 +11,7 @@ from kernelry.kernel.capabilities import Feature
 from kernelry.masks import AtomKind, Dense, Lengths, Mask, PositionKind, SlidingWindow
 from kernelry.request.request import Mode
 from kernelry.testing.conformance.calls import AttentionCall
-from kernelry.testing.conformance.positive import Named, but, masked
+from kernelry.testing.conformance.positive import Named, but, forms, masked
 from kernelry.testing.conformance.subject import Subject
 
 _KV_LENGTHS = (16, 128)
@@ -72,7 +72,7 @@ def _rows(subject: Subject, base: AttentionCall) -> Iterator[tuple[str, tuple[At
 
 def _results(subject: Subject, call: AttentionCall, claim: str) -> Iterator[Named]:
     if subject.can.statistics:
-        yield claim, f"{claim}: lse", (but(call, partial=True), but(call, partial=True, gradients=frozenset()))
+        yield claim, f"{claim}: lse", forms(call, partial=True)
     if Feature.MAX_LOGITS in subject.can.features:
         yield claim, f"{claim}: max logits", (but(call, max_logits=True),)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly, flat
+from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.compare import oracle, tolerance_for, verify
 from kernelry.testing.conformance.positive import but
-from kernelry.testing.conformance.report import Case, Outcome, Skip, Verdict
+from kernelry.testing.conformance.report import Case, Skip
 from kernelry.testing.conformance.subject import Subject
 
 _Check = Callable[[Bench, AttentionCall], None]
@@ -36,33 +37,29 @@ def transform_cases(subject: Subject, call: AttentionCall) -> Iterator[Case]:
         checks["symbolic batch"] = _exported
     for name, check in checks.items():
         if not (subject.quick and subject.is_slow) or name == "determinism":
-            yield Case(name, "transforms", _verdict(check, subject.bench, call))
+            yield Case(name, "transforms", functools.partial(_verdict, check, subject.bench, call))
 
 
-def _verdict(check: _Check, bench: Bench, call: AttentionCall) -> Callable[[], Verdict]:
-    def run() -> Verdict:
-        if bench.host.why_not is not None:
-            raise Skip(bench.host.why_not)
-        check(bench, call)
-        return Outcome.PASSED, ""
-
-    return run
+def _verdict(check: _Check, bench: Bench, call: AttentionCall) -> None:
+    if bench.host.why_not is not None:
+        raise Skip(bench.host.why_not)
+    check(bench, call)
 
 
 def _given(call: AttentionCall, seed: int = 0) -> tuple[Any, Any, Any]:
     return call.arrays(seed), call.mask, call.cotangents(seed)
 
 
-def _hold(bench: Bench, call: AttentionCall, found: Any, seed: int = 0) -> None:
-    verify(Answer(*found), oracle(call, seed=seed), call, tolerance_for(bench.spec.capabilities, call))
+def _hold(bench: Bench, call: AttentionCall, found: Answer, seed: int = 0) -> None:
+    verify(found, oracle(call, seed=seed), call, tolerance_for(bench.spec.capabilities, call))
 
 
 def _determinism(bench: Bench, call: AttentionCall) -> None:
     """Running a program twice, and tracing the same call again, give the same bits."""
     given = _given(call)
-    program = bench.compiled(flat(bench.program(call)), *given)
+    program = bench.compiled(bench.program(call), *given)
     first, again = program(*given), program(*given)
-    retraced = bench.compiled(flat(bench.program(call)), *given)(*given)
+    retraced = bench.compiled(bench.program(call), *given)(*given)
     for name, other in (("a second run", again), ("the same call traced again", retraced)):
         for mine, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
             assert np.array_equal(np.asarray(mine), np.asarray(theirs), equal_nan=True), f"{name} gave different bits"
@@ -72,7 +69,7 @@ def _eager(bench: Bench, call: AttentionCall) -> None:
     forward = but(call, gradients=frozenset())
     with bench.host.entered(bench.spec):
         out = bench.attend(forward, forward.arrays(), forward.mask)
-    _hold(bench, forward, (out, None, None, {}))
+    _hold(bench, forward, Answer(out, None, None, {}))
 
 
 def _stacked(call: AttentionCall) -> tuple[Any, Any, Any]:
@@ -87,13 +84,13 @@ def _hold_both(bench: Bench, call: AttentionCall, found: Any) -> None:
 
 
 def _vmap(bench: Bench, call: AttentionCall) -> None:
-    mapped = jax.vmap(flat(bench.program(call)), in_axes=(0, None, 0))
+    mapped = jax.vmap(bench.program(call), in_axes=(0, None, 0))
     given = _stacked(call)
     _hold_both(bench, call, bench.compiled(mapped, *given)(*given))
 
 
 def _scan(bench: Bench, call: AttentionCall) -> None:
-    program = flat(bench.program(call))
+    program = bench.program(call)
 
     def scanned(arrays: Any, mask: Any, cotangents: Any) -> Any:
         step = lambda carry, each: (carry, program(each[0], mask, each[1]))  # noqa: E731
@@ -109,7 +106,7 @@ def _remat(bench: Bench, call: AttentionCall) -> None:
     def program(arrays: Any, mask: Any, cotangents: Any) -> Any:
         forward = jax.checkpoint(lambda moving: bench.attend(call, arrays | moving, mask))
         out, pull = jax.vjp(forward, {name: arrays[name] for name in wanted})
-        return out, None, None, pull(cotangents["out"])[0] if wanted else {}
+        return Answer(out, None, None, pull(cotangents["out"])[0] if wanted else {})
 
     given = _given(call)
     _hold(bench, call, bench.compiled(program, *given)(*given))
@@ -120,7 +117,7 @@ def _donation(bench: Bench, call: AttentionCall) -> None:
     given = _given(call)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-        found = bench.compiled(flat(bench.program(call)), *given, donate_argnums=(0,))(*given)
+        found = bench.compiled(bench.program(call), *given, donate_argnums=(0,))(*given)
     _hold(bench, call, found)
 
 
@@ -134,7 +131,7 @@ def _exported(bench: Bench, call: AttentionCall) -> None:
         return jax.ShapeDtypeStruct((batch, *leaf.shape[1:]) if rows else leaf.shape, leaf.dtype)  # type: ignore[no-untyped-call]
 
     with bench.host.entered(bench.spec):
-        program = jax.export.export(jax.jit(flat(bench.program(call))))(*jax.tree.map(shape_of, given))
+        program = jax.export.export(jax.jit(bench.program(call)))(*jax.tree.map(shape_of, given))
     lowered = jax.jit(program.call).lower(*given)
     _hold(bench, call, compile_quickly(lowered, bench.host.target.platform)(*given))
 
@@ -147,4 +144,4 @@ def _sharded(bench: Bench, call: AttentionCall) -> None:
     arrays, mask, cotangents = _given(call)
     arrays, cotangents = jax.device_put((arrays, cotangents), rows)
     given = (arrays, mask, cotangents)
-    _hold(bench, call, bench.compiled(flat(bench.program(call)), *given)(*given))
+    _hold(bench, call, bench.compiled(bench.program(call), *given)(*given))

@@ -6,7 +6,8 @@ Written against jax 0.10.0 … 0.12.0. The module is private, and three things a
 - the backward pass with our own output and logsumexp, for sinks and merges;
 - the questions after cuDNN and the device, which JAX asks only while it traces.
 
-`attend` is the function to which `jax.nn.dot_product_attention(implementation="cudnn")` leads; programs are equal.
+`attend` is the innermost function to which `jax.nn.dot_product_attention(implementation="cudnn")` leads; programs are
+equal. There, names for `jax.checkpoint` policies can be given to what its derivative keeps.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 
+from kernelry.plugin import named
+
 MaskType = fused_attention_stablehlo.MaskType
 
 _fused: Any = fused_attention_stablehlo
@@ -27,7 +30,9 @@ _SEED = 42
 """JAX's default; without dropout nothing reads it."""
 
 # Until jax 0.10 goes, whose primitive has no `score_mod`.
-_SCORE_MOD = {"score_mod": None} if "score_mod" in inspect.signature(_fused._dot_product_attention).parameters else {}
+_HAS_SCORE_MOD = "score_mod" in inspect.signature(_fused._dot_product_attention).parameters
+_NO_SCORE_MOD: dict[str, Any] = {"score_mod": None} if _HAS_SCORE_MOD else {}
+_NO_SCORE_MOD_ARGS: dict[str, Any] = {"score_mod_args": ()} if _HAS_SCORE_MOD else {}
 
 
 @final
@@ -59,9 +64,60 @@ class Operands:
     kv_lengths: jax.Array | None
 
 
-def attend(operands: Operands, attributes: Attributes, *, statistics: bool) -> Any:
-    """Returns the output [B, T, N, D], and with statistics its logsumexp, natural and float32 [B, N, T]."""
-    return _fused.dot_product_attention(
+def attend(operands: Operands, attributes: Attributes) -> jax.Array:
+    """Returns the output [B, T, N, D], with JAX's derivative of it."""
+    has_bias = operands.bias is not None
+    found: jax.Array = _attention_with_names(
+        **_arrays(operands),
+        **_NO_SCORE_MOD_ARGS,
+        **_NO_SCORE_MOD,
+        scale=attributes.scale,
+        seed=_SEED,
+        dropout_rate=0.0,
+        variadic_args=(has_bias, has_bias),  # the second: whether it has a gradient
+        mask_type=attributes.mask_type,
+        layout=_BTNH,
+        sliding_window_length=attributes.window,
+        cudnn_version=_fused.check_cudnn_version(),
+        return_residual=False,
+    )
+    return found
+
+
+def _arrays(operands: Operands) -> dict[str, jax.Array]:
+    """What the vendor's function reads; an empty array where there is nothing."""
+    absent = jnp.zeros(0, operands.query.dtype)
+    given = {
+        "query": operands.query,
+        "key": operands.key,
+        "value": operands.value,
+        "bias": operands.bias,
+        "q_seqlen": operands.query_lengths,
+        "kv_seqlen": operands.kv_lengths,
+        **dict.fromkeys(("q_offsets", "kv_offsets", "page_table_k", "page_table_v")),
+    }
+    return {name: absent if array is None else array for name, array in given.items()}
+
+
+def _with_names(vendor: Any) -> Any:
+    """JAX's function and derivative, but for names: JAX gives none to the output and logsumexp that it keeps."""
+
+    def forward(*arguments: Any) -> tuple[jax.Array, Any]:
+        _, (*kept, lse, out) = vendor.fwd(*arguments)
+        lse, out = named((lse, out))
+        return out, (*kept, lse, out)
+
+    function: Any = jax.custom_vjp(vendor.fun, nondiff_argnums=vendor.nondiff_argnums)
+    function.defvjp(forward, vendor.bwd)
+    return function
+
+
+_attention_with_names: Any = _with_names(_fused._dot_product_attention)
+
+
+def attend_with_statistics(operands: Operands, attributes: Attributes) -> tuple[jax.Array, jax.Array]:
+    """Returns the output, and its logsumexp, natural and float32 [B, N, T]; they have no derivative here."""
+    found: tuple[jax.Array, jax.Array] = _fused.dot_product_attention(
         operands.query,
         operands.key,
         operands.value,
@@ -71,8 +127,9 @@ def attend(operands: Operands, attributes: Attributes, *, statistics: bool) -> A
         scale=attributes.scale,
         mask_type=attributes.mask_type,
         sliding_window_length=attributes.window,
-        return_residual=statistics,
+        return_residual=True,
     )
+    return found
 
 
 def differentiate(
@@ -85,13 +142,8 @@ def differentiate(
     bias_gradient: bool,
 ) -> list[jax.Array]:
     """Returns the gradients of query, key and value, and of the bias where it is wanted."""
-    absent = jnp.zeros(0, operands.query.dtype)
-    optional = (operands.bias, operands.query_lengths, operands.kv_lengths, None, None, None, None)
     found: list[jax.Array] = _fused._dot_product_attention_bwd_p_wrapper.bind(
-        operands.query,
-        operands.key,
-        operands.value,
-        *(absent if array is None else array for array in optional),  # the last four: offsets and tables of pages
+        *_arrays(operands).values(),
         lse,
         out,
         d_out,
@@ -102,7 +154,7 @@ def differentiate(
         mask_type=attributes.mask_type,
         layout=_BTNH,
         sliding_window_length=attributes.window,
-        **_SCORE_MOD,
+        **_NO_SCORE_MOD,
     )
     return found
 

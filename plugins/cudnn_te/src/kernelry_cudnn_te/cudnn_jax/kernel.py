@@ -26,10 +26,10 @@ class CudnnJaxKernel(Kernel):
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope(_SCOPE):
-            found = _vendor.attend(operands_of(inputs, request), attributes_of(request), statistics=statistics)
+            operands, attributes = operands_of(inputs, request), attributes_of(request)
             if not statistics:
-                return Partial(found, dtype=request.dtype)
-            out, lse = found
+                return Partial(_vendor.attend(operands, attributes), dtype=request.dtype)
+            out, lse = _vendor.attend_with_statistics(operands, attributes)
             empty = empty_rows(inputs, request)
             if empty is not None:
                 lse = jnp.where(empty[:, None, :], -jnp.inf, lse)

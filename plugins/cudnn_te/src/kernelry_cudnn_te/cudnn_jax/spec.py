@@ -9,6 +9,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     PositionKind,
@@ -41,7 +42,10 @@ CUDNN_JAX = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
+        names_residuals=True,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE, Operand.BIAS}),
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=True,  # by the vendor's custom_partitioning: batch and heads
         tolerances=standard_tolerances(
             "bfloat16",
             "float16",

@@ -32,7 +32,7 @@ from transformer_engine.jax.attention import (
 from transformer_engine.jax.sharding import MeshResource, global_mesh_resource, global_shard_guard, num_of_devices
 
 from kernelry.errors import ConfigError
-from kernelry.plugin import Knowledge, Request, Vendor
+from kernelry.plugin import REMAT_NAME, Knowledge, Request, Vendor
 from kernelry_cudnn_te.cudnn_te.settings import FIRST_WITH_ALL, TeSettings
 
 __all__ = [
@@ -116,7 +116,7 @@ def forward(
 
     def direct(arrays: Mapping[str, Any]) -> Any:
         with _told_of(resource):
-            return fused_attn(**arrays, **told)
+            return fused_attn(**arrays, **told, context_checkpoint_name=REMAT_NAME)
 
     def with_pull(arrays: Mapping[str, Any]) -> tuple[Any, Any]:
         result, pull = jax.vjp(direct, arrays)

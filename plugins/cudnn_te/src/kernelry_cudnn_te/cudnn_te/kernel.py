@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernelry.errors import ConfigError
 from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
 from kernelry_cudnn_te.arrays import rounded
 from kernelry_cudnn_te.cudnn_te import _vendor
@@ -111,9 +110,7 @@ class _FusedAttnCall:
     @classmethod
     def of(cls, inputs: Inputs, request: Request, tiling: Tiling, statistics: bool) -> _FusedAttnCall:
         settings = TeSettings.of(request)
-        segments = tiling["max_segments"] if settings.packed else 1
-        if segments > request.q_len:
-            raise ConfigError(f"tiling: max_segments={segments} of cudnn_te > q_len={request.q_len}")
+        segments = min(tiling["max_segments"], request.q_len) if settings.packed else 1
         sequences, alone = Sequences.of(inputs, request, settings, segments), computed_alone(request, settings)
         # Where the compiler partitions a call, transformer-engine takes them to be cut as the queries are.
         lengths = [alike(array, inputs.query) for array in (sequences.queries, sequences.keys)]

@@ -11,6 +11,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     PositionKind,
@@ -34,7 +35,7 @@ _BROKEN = ((2, 12), (2, 13))
 """Whose SequenceDescriptor.from_segment_ids_and_pos needs two further arguments, later removed again."""
 
 _SEGMENTS = (SEGMENTS, 8, 16, 64, 128, 256)
-"""Of a row; memory and compile time grow with it."""
+"""Of a row; memory and compile time grow with it. A row that is not packed is one, whatever the tunable says."""
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -93,7 +94,7 @@ def _answer(request: Request, environment: Environment, static: tuple[Refusal, .
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
     if not is_packed(request):
-        return (Tiling(),)
+        return (Tiling.of(max_segments=1),)
     return tuple(dict.fromkeys(Tiling.of(max_segments=min(most, request.q_len)) for most in _SEGMENTS))
 
 
@@ -116,9 +117,12 @@ CUDNN_TE = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
+        names_residuals=True,
         gradients=_ALL,
         empty_rows=True,
         context_parallel=frozenset({"all_gather", "ring"}),
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=True,  # by the vendor's custom_partitioning: batch and heads
         tolerances=standard_tolerances(
             "bfloat16",
             "float16",

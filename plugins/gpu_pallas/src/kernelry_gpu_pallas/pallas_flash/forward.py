@@ -53,7 +53,7 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
     }
     for name in ("lse", "lse_rest", "top"):
         specs[name] = operands.spec((None, None, sizes.block_q), (At.ROW, At.HEAD, At.BLOCK))
-    found = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_block, settings=settings),
         grid=(sizes.grid.rows, request.q_heads, request.batch),
         in_specs=operands.specs,
@@ -62,7 +62,10 @@ def forward(inputs: Inputs, request: Request, tiling: Tiling, *, statistics: boo
         compiler_params=plgpu.CompilerParams(num_warps=tiling["num_warps"], num_stages=tiling["num_stages"]),
         interpret=request.is_interpreted,
         name="pallas_flash_forward",
-    )(*operands.arrays)
+    )
+    # Of what `jax.checkpoint` would compute again, JAX eliminates a jitted function whose results are not used, and no
+    # `pallas_call`.
+    found = jax.jit(call)(*operands.arrays)
     by_name = dict(zip(wanted, found, strict=True))
     return Result(by_name["out"], by_name.get("lse"), by_name.get("lse_rest"), by_name.get("top"))
 

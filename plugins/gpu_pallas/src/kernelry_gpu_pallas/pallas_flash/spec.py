@@ -9,6 +9,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     PositionKind,
@@ -49,6 +50,8 @@ PALLAS_FLASH = KernelSpec(
         lse_cotangent=True,
         empty_rows=True,
         clean_hidden_slots=True,
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=False,
         tolerances=standard_tolerances(
             "float32",
             "bfloat16",

@@ -6,8 +6,9 @@ Source: jax.experimental.pallas.ops.gpu.attention.mha, jax 0.10 … 0.12 (deprec
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernelry.errors import ConfigError
 from kernelry.masks import Segments
-from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
+from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling, named
 from kernelry_gpu_pallas.pallas_mha import _vendor
 
 _SCOPE = "kernelry.pallas_mha"
 _LN_2 = math.log(2.0)
 """The vendor's logsumexp is to base 2."""
+
+_Arrays: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, Int[Array, "B T"] | None]
+"""Query, key, value and segment ids."""
 
 
 @final
@@ -29,24 +33,16 @@ class PallasMhaKernel(Kernel):
     """JAX's Pallas Triton `mha`. Without statistics, the vendor's own derivative is kept."""
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
-        with jax.named_scope(_SCOPE):
-            ids, dead = _segments(inputs)
-            result = _vendor.mha(
-                inputs.query,
-                inputs.key,
-                inputs.value,
-                segment_ids=ids,
-                return_residuals=statistics,
-                **_options(request, tiling),
-            )
-            if not statistics:
-                return Partial(result, dtype=request.dtype)
-            out, lse = result
-            lse = lse * _LN_2
-            if dead is not None:
-                out = jnp.where(dead[:, :, None, None], 0, out)
-                lse = jnp.where(dead[:, None, :], -jnp.inf, lse)
-            return Partial(out, lse=lse, dtype=request.dtype)
+        ids, dead = _segments(inputs)
+        arrays = inputs.query, inputs.key, inputs.value, ids
+        if not statistics:
+            return Partial(_attended(request, tiling, arrays), dtype=request.dtype)
+        out, lse = _called(request, tiling, arrays, statistics=True)
+        lse = lse * _LN_2
+        if dead is not None:
+            out = jnp.where(dead[:, :, None, None], 0, out)
+            lse = jnp.where(dead[:, None, :], -jnp.inf, lse)
+        return Partial(out, lse=lse, dtype=request.dtype)
 
     def backward(
         self,
@@ -58,20 +54,54 @@ class PallasMhaKernel(Kernel):
         d_out: Float[Array, "B T N D"],
         d_lse: Float[Array, "B N T"] | None,
     ) -> Gradients:
-        with jax.named_scope(_SCOPE):
-            residuals = (inputs.query, inputs.key, inputs.value, _segments(inputs)[0], out, lse / _LN_2)
-            d_query, d_key, d_value, _ = _vendor.mha_backward(
-                backward_pass_impl="triton",
-                num_warps=None,
-                num_stages=2,
-                grid=None,
-                debug=False,
-                return_residuals=False,
-                res=residuals,
-                do=d_out.astype(inputs.query.dtype),
-                **_options(request, tiling),
-            )
-            return Gradients(d_query, d_key, d_value)
+        arrays = inputs.query, inputs.key, inputs.value, _segments(inputs)[0]
+        d_query, d_key, d_value, _ = _differentiated(request, tiling, arrays, out, lse / _LN_2, d_out)
+        return Gradients(d_query, d_key, d_value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attended(request: Request, tiling: Tiling, arrays: _Arrays) -> Float[Array, "B T N D"]:
+    """The vendor's output and derivative, but for names: the vendor gives none to what it keeps."""
+    out: jax.Array = _called(request, tiling, arrays, statistics=False)
+    return out
+
+
+def _attended_forward(request: Request, tiling: Tiling, arrays: _Arrays) -> Any:
+    out, lse = named(_called(request, tiling, arrays, statistics=True))
+    return out, (arrays, out, lse)
+
+
+def _attended_backward(request: Request, tiling: Tiling, residuals: Any, d_out: jax.Array) -> Any:
+    arrays, out, lse = residuals
+    return (_differentiated(request, tiling, arrays, out, lse, d_out),)
+
+
+_attended.defvjp(_attended_forward, _attended_backward)
+
+
+def _called(request: Request, tiling: Tiling, arrays: _Arrays, *, statistics: bool) -> Any:
+    *qkv, ids = arrays
+    # Not around the custom_vjp: its inside is lowered without the names that are around it.
+    with jax.named_scope(_SCOPE):
+        return _vendor.mha(*qkv, segment_ids=ids, return_residuals=statistics, **_options(request, tiling))
+
+
+def _differentiated(
+    request: Request, tiling: Tiling, arrays: _Arrays, out: jax.Array, lse: jax.Array, d_out: jax.Array
+) -> Any:
+    """The gradients of the arrays; lse is to base 2."""
+    with jax.named_scope(_SCOPE):
+        return _vendor.mha_backward(
+            backward_pass_impl="triton",
+            num_warps=None,
+            num_stages=2,
+            grid=None,
+            debug=False,
+            return_residuals=False,
+            res=(*arrays, out, lse),
+            do=d_out.astype(arrays[0].dtype),
+            **_options(request, tiling),
+        )
 
 
 def _segments(inputs: Inputs) -> tuple[Int[Array, "B T"] | None, Bool[Array, "B T"] | None]:

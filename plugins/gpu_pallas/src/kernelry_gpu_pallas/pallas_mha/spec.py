@@ -12,6 +12,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     Refusal,
@@ -86,7 +87,10 @@ PALLAS_MHA = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
+        names_residuals=True,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=False,
         tolerances=standard_tolerances(
             "float32",
             "bfloat16",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kernelry.errors import PluginError
-from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
+from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling, named
 from kernelry_gpu_pallas.tokamax_mosaic import _vendor
 from kernelry_gpu_pallas.tokamax_mosaic.blocks import BLACKWELL, NAME, check
 from kernelry_gpu_pallas.tokamax_mosaic.shift import Shifted
@@ -78,7 +78,7 @@ def _attended_forward(request: Request, tiling: Tiling, arrays: _Arrays, visible
     out, tops, sums, sees = _forward(request, tiling, arrays, visible)
     shifted = Shifted.of(arrays[3], visible, request)
     lse, rest = shifted.log_sums(tops, sums)
-    lse = jnp.where(sees, lse, -jnp.inf)
+    out, lse, rest = named((out, jnp.where(sees, lse, -jnp.inf), rest))
     top = _of_heads(shifted.shifted_back(tops, sums)[2], sees) if request.max_logits else None
     return (out, top), (arrays, visible, out, lse, rest)
 

@@ -44,8 +44,6 @@ class Shifted:
       is_far: [#B, #N, T], whether products of queries and keys vanish next to the row's bias.
     """
 
-    __hash__ = None  # type: ignore[assignment]
-
     bias: Float[Array, "#B #N T S"] | None
     shift: Float[Array, "#B #N T"] | None = None
     is_far: Bool[Array, "#B #N T"] | None = None

@@ -69,8 +69,6 @@ class Visible:
       dense: [#B, #N, T, S].
     """
 
-    __hash__ = None  # type: ignore[assignment]
-
     start: Int[Array, "#B 1 T"] | None = None
     end: Int[Array, "#B 1 T"] | None = None
     dense: Bool[Array, "#B #N T S"] | None = None

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling
+from kernelry.plugin import REMAT_NAME, Gradients, Inputs, Kernel, Partial, Request, Tiling
 from kernelry_tpu_splash.blocks import LAYOUTS, checked_sizes, one_of
 from kernelry_tpu_splash.computed_masks import ComputedMask, query_positions, segment_rows
 from kernelry_tpu_splash.operands import MASK_VALUE, heads_first, scaled, swapped, with_empty_rows
@@ -108,7 +108,7 @@ def _built(
         save_residuals=statistics,
         mask_value=MASK_VALUE,
         attn_logits_soft_cap=soft_cap,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=REMAT_NAME,
         mask_function=mask.function,
         interpret=interpret,
     )

@@ -10,6 +10,7 @@ from kernelry.plugin import (
     Feature,
     Gradient,
     KernelSpec,
+    ManualAxes,
     Mode,
     Operand,
     PositionKind,
@@ -64,7 +65,10 @@ SPLASH = KernelSpec(
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
+        names_residuals=True,
         gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=False,
         tolerances=standard_tolerances(
             "float32",
             "bfloat16",

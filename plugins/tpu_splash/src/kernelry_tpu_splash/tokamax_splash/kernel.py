@@ -32,7 +32,7 @@ class TokamaxSplashKernel(Kernel):
 
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         def one_row(kernel: Any, q: Any, k: Any, v: Any, ids: Any, sinks: Any) -> Any:
-            return kernel(q, k, v, ids, sinks)
+            return _vendor.attend(kernel, q, k, v, ids, sinks)
 
         with jax.named_scope(_SCOPE), _as_the_vendor_broadcasts():
             wanted = statistics or request.max_logits
