@@ -58,9 +58,9 @@ class Cut:
 
     def positions(self, length: int) -> np.ndarray | None:
         """Where the tokens of the order stand; None where they are contiguous."""
-        if self.sharding.order == "contiguous":
-            return None
         located = self.sharding.on(dict(self.mesh))
+        if located.order == "contiguous":
+            return None
         return load_balanced_order(length, located.size(located.ordered), located.order)
 
 
