@@ -63,8 +63,8 @@ class MeshFacts:
         if not idle:
             return None
         return (
-            f"use(context_parallel=…) names no dimension for the mesh axes {', '.join(idle)}, so the devices along them "
-            "compute the same, and arrays that are cut over them are gathered: name all axes, "
+            f"use(context_parallel=…) names no dimension for the mesh axes {', '.join(idle)}, so the devices along "
+            "them compute the same, and arrays that are cut over them are gathered: name all axes, "
             f"use(sharding={str(self.sharding)!r} and e.g. 'batch={idle[0]}')."
         )
 
