@@ -13,10 +13,10 @@ SCRIPT = Path(__file__).with_name("trace_call.py")
 # The most that `trace_call.py --kernel NAME` may find. Lower a number when the code gets better; before raising one,
 # look with `--pairs` at which files were added.
 BOUNDS = {
-    "auto": {"modules": 37, "lines": 7_150, "crossings": 440, "functions": 220, "function_lines": 2_100},
-    "dot_product": {"modules": 22, "lines": 5_750, "crossings": 90, "functions": 170, "function_lines": 1_600},
+    "auto": {"modules": 37, "lines": 7_250, "crossings": 440, "functions": 225, "function_lines": 2_150},
+    "dot_product": {"modules": 22, "lines": 5_900, "crossings": 90, "functions": 175, "function_lines": 1_650},
 }
-CLOSURE = {"closure_modules": 57, "closure_lines": 9_450}
+CLOSURE = {"closure_modules": 57, "closure_lines": 9_550}
 
 
 def trace(kernel):
