@@ -81,10 +81,13 @@ DEMANDS = {
         {"context_parallel": {"ring"}},
         RefusalCode.CONTEXT_PARALLEL,
     ),
+    "statistics": ({"statistics": True}, {"statistics": {Statistic.LSE}}, RefusalCode.STATISTICS),
     "page_size": ({"page_size": 4}, {"pages": True}, RefusalCode.PAGES),
     "head_dim": ({"head_dim": 48}, {"head_dims": Dims(multiple_of=16)}, RefusalCode.HEAD_DIM),
 }
 FIELDS = {field.name for field in dataclasses.fields(Request) if field.init}
+OF_MESHES = {"sharding", "partitioned"}
+"""No kernel is asked about a whole call that is cut; what XLA partitions is asked of kernels for TPUs alone."""
 
 
 def _request(**facts):
@@ -103,7 +106,25 @@ def test_every_request_field_is_decided_by_exactly_one_check():
 
 
 def test_every_request_field_has_a_demand_below():
-    assert set(DEMANDS) == FIELDS
+    assert set(DEMANDS) == FIELDS - OF_MESHES
+
+
+def test_a_kernel_is_not_asked_about_a_whole_call_that_is_cut():
+    [refusal] = LEAST.refusals(_request(batch=2, sharding="batch=d:2"))
+    assert (refusal.code, refusal.detail) == (RefusalCode.SHARDING, "sharding=batch=d:2: ask about a shard of it")
+
+
+def test_a_kernel_for_tpus_must_be_partitioned_by_xla_where_no_sharding_is_given():
+    left_to_xla = _request(target="tpu", partitioned=True)
+    alone = dataclasses.replace(LEAST, platforms=frozenset({"tpu"}))
+    [refusal] = alone.refusals(left_to_xla)
+    assert refusal.code is RefusalCode.SHARDING
+    assert "kernelry.use(sharding=" in refusal.remedy
+    assert dataclasses.replace(alone, partitioned_by_xla=True).refusals(left_to_xla) == ()
+    anywhere = dataclasses.replace(
+        LEAST, platforms=frozenset({"cpu", "tpu"})
+    )  # XLA compiles it, for every device alike
+    assert anywhere.refusals(left_to_xla) == ()
 
 
 def test_neutral_values_are_listed_for_every_optional_field():

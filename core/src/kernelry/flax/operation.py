@@ -138,7 +138,7 @@ class AttentionOp(nnx.Module):
             dropout_rng=dropout_rng,
             options=options,
         )
-        keys = [part.key for part in call.cached] + ([] if key is None else [key])
+        keys = [part.key for part in call.cached if isinstance(part, CachedPart)] + ([] if key is None else [key])
         with scope_of(self.config, self.sharding, mode, query, keys):
             check_order(query, key, tokens, moba=self.config.moba is not None)
             result, max_logits = call.attend(query, key, value)

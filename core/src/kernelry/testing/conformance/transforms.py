@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernelry.policy.scope import use
+from kernelry.request.sharding import Sharding
 from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.compare import oracle, tolerance_for, verify
@@ -140,8 +143,11 @@ def _sharded(bench: Bench, call: AttentionCall) -> None:
     devices = jax.devices()
     if len(devices) < call.batch:
         raise Skip(f"needs {call.batch} devices, here {'is' if len(devices) == 1 else 'are'} {len(devices)}")
-    rows = NamedSharding(Mesh(np.asarray(devices[: call.batch]), ("batch",)), PartitionSpec("batch"))  # type: ignore[no-untyped-call]
+    mesh = Mesh(np.asarray(devices[: call.batch]), ("batch",))
+    rows = NamedSharding(mesh, PartitionSpec("batch"))  # type: ignore[no-untyped-call]
     arrays, mask, cotangents = _given(call)
     arrays, cotangents = jax.device_put((arrays, cotangents), rows)
     given = (arrays, mask, cotangents)
-    _hold(bench, call, bench.compiled(bench.program(call), *given)(*given))
+    by_xla = bench.spec.capabilities.partitioned_by_xla
+    with contextlib.nullcontext() if by_xla else use(sharding=Sharding(batch=("batch",), mesh=mesh)):
+        _hold(bench, call, bench.compiled(bench.program(call), *given)(*given))
