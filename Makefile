@@ -147,6 +147,7 @@ format: $(VENV)/.lint-installed
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/resolution.py
+	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/blockwise.py
 	$(BIN)/python benchmarks/dot_product.py
 

@@ -1,15 +1,17 @@
 """Calls on a mesh of simulated devices, next to the same call by the float64 reference."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import math
+import re
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mask_strategies import near, strided
 
 import kernelry
@@ -56,9 +58,9 @@ class Cut:
 
     def positions(self, length: int) -> np.ndarray | None:
         """Where the tokens of the order stand; None where they are contiguous."""
-        if self.sharding.order == "contiguous":
-            return None
         located = self.sharding.on(dict(self.mesh))
+        if located.order == "contiguous":
+            return None
         return load_balanced_order(length, located.size(located.ordered), located.order)
 
 
@@ -328,3 +330,48 @@ def close(found, expected, tolerance, name):
     found = np.asarray(found, np.float64)
     assert found.shape == expected.shape, (name, found.shape, expected.shape)
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+_COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(?:-start)?\(")
+
+
+def program(cut, mask, sizes, kernel="blockwise", *, backward=True, sinks=False, **options):
+    """Compiles a call, or its gradients, whose arrays are sharded as it is cut; nothing runs."""
+    mesh, sharding = mesh_of(cut.mesh), cut.sharding.on(dict(cut.mesh))
+    kv_heads = sharding.heads if sizes.kv_heads % sharding.size(sharding.heads) == 0 else ()
+
+    def array(shape, *axes):
+        spec = PartitionSpec(*(named or None for named in axes))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    rows = sizes.batch, sizes.q_len, sizes.q_heads, sizes.dim
+    query = array(rows, sharding.batch, sharding.sequence, sharding.heads)
+    slots = sizes.batch, sizes.kv_len, sizes.kv_heads
+    key, value = (
+        array((*slots, dim), sharding.batch, sharding.kv_axes, kv_heads) for dim in (sizes.dim, sizes.value_dim)
+    )
+    given = {"query": query, "key": key, "value": value}
+    given |= {"sinks": array((sizes.q_heads,), sharding.heads)} if sinks else {}
+    mask = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), mask)
+
+    def attend(arrays, mask):
+        return _call(arrays, mask, {"kernel": kernel, **options})[0]["out"]
+
+    def differentiated(arrays, mask, d_out):
+        return jax.vjp(lambda arrays: attend(arrays, mask), arrays)[1](d_out)[0]
+
+    d_out = array((*rows[:3], sizes.value_dim), sharding.batch, sharding.sequence, sharding.heads)
+    with jax.set_mesh(mesh), kernelry.use(sharding=cut.sharding), place_of(kernel):
+        if backward:
+            return jax.jit(differentiated).lower(given, mask, d_out).compile()
+        return jax.jit(attend).lower(given, mask).compile()
+
+
+def collectives(compiled):
+    """Returns the collectives of a program as pairs of an operation and the shape of its result, counted."""
+    text = re.sub(r"/\*.*?\*/", "", compiled.as_text())
+    return collections.Counter(
+        (found[2], shape)
+        for found in _COLLECTIVE.finditer(text)
+        for shape in sorted(set(re.findall(r"\w+\[[\d,]*\]", found[1])))
+    )

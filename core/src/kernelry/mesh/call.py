@@ -56,37 +56,55 @@ def run_on_mesh(
         return resolution.plan.run(dataclasses.replace(inputs, mask=masks))
     whole = ShardedResolution(Shards(facts.sharding, (request,)), (resolution,))
     found = resolution.shards or whole
-    shards = found.shards
-    plans = tuple(resolution.plan for resolution in found.resolutions)
-    assert all(plan is not None for plan in plans)
-    cutting = _Cutting(request, shards.sharding)
-    if shards.table is None:
-        masks = _whole_masks(request, shards.sharding, inputs.mask)
-        operands, specs = cutting.operands(inputs, masks)
-        body: Any = _Whole(cutting, plans[0], _structures(masks))  # type: ignore[arg-type]
-    else:
-        tokens = grid_of(request, shards.sharding).tokens
-        traced = {piece.index for pieces in shards.table.classes for piece in pieces if piece.traced}
-        masks = tuple(spread_in_order(inputs.mask[index], tokens) for index in sorted(traced))
-        operands, specs = cutting.operands(inputs, masks)
-        steps = Steps(
-            plans,  # type: ignore[arg-type]
-            shards.table,
-            request.mask,
-            tuple(Full() if index in traced else mask for index, mask in enumerate(inputs.mask)),
-            tuple(
-                TracedMask(index, jax.tree.structure(mask), _letters(mask))
-                for index, mask in zip(sorted(traced), masks, strict=True)
-            ),
-            shards.sharding.ring or shards.sharding.kv_axes,
-            shards.sharding.size(shards.sharding.ring or shards.sharding.kv_axes),
-            _source(shards.sharding),
-            request.partial,
-            apart,
-        )
-        body = _InSteps(cutting, steps)
-    results = _partial_specs(shards.sharding, request.partial, request.max_logits, request.dtype, apart)
+    cut = found.shards.sharding
+    make = _whole_body if found.shards.table is None else functools.partial(_body_in_steps, apart=apart)
+    body, masks = make(found, _Cutting(request, cut), inputs.mask)
+    operands, specs = body.cutting.operands(inputs, masks)
+    results = _partial_specs(cut, request.partial, request.max_logits, request.dtype, apart)
     return _mapped(body, operands, specs, results, facts)
+
+
+def _plans(found: ShardedResolution) -> tuple[Plan, ...]:
+    plans = tuple(resolution.plan for resolution in found.resolutions if resolution.plan is not None)
+    assert len(plans) == len(found.resolutions)
+    return plans
+
+
+def _whole_body(
+    found: ShardedResolution, cutting: _Cutting, masks: tuple[Mask, ...]
+) -> tuple[_Whole, tuple[Mask, ...]]:
+    """What a device runs that has all keys which its queries may see, and the masks whose arrays it is given."""
+    masks = _whole_masks(cutting.request, cutting.sharding, masks)
+    structures = tuple(jax.tree.structure(mask) for mask in masks)
+    return _Whole(cutting, _plans(found)[0], structures), masks
+
+
+def _body_in_steps(
+    found: ShardedResolution, cutting: _Cutting, masks: tuple[Mask, ...], *, apart: bool
+) -> tuple[_InSteps, tuple[Mask, ...]]:
+    """What a device runs whose queries meet keys of others, and the masks whose arrays it is given."""
+    table, cut, request = found.shards.table, cutting.sharding, cutting.request
+    assert table is not None
+    tokens = grid_of(request, cut).tokens
+    traced = sorted({piece.index for pieces in table.classes for piece in pieces if piece.traced})
+    spread = tuple(spread_in_order(masks[index], tokens) for index in traced)
+    axes = cut.ring or cut.kv_axes
+    steps = Steps(
+        plans=_plans(found),
+        table=table,
+        form=request.mask,
+        masks=tuple(Full() if index in traced else mask for index, mask in enumerate(masks)),
+        traced=tuple(
+            TracedMask(index, jax.tree.structure(mask), tuple(leaf_axes(mask)))
+            for index, mask in zip(traced, spread, strict=True)
+        ),
+        axes=axes,
+        size=cut.size(axes),
+        source=_source(cut),
+        partial=request.partial,
+        apart=apart,
+    )
+    return _InSteps(cutting, steps), spread
 
 
 def finished_across(partial: Partial, facts: MeshFacts) -> Partial:
@@ -151,10 +169,6 @@ def _letters(mask: Mask) -> tuple[str, ...]:
         "".join("." if size == 1 else letter for letter, size in zip(letters, jnp.shape(leaf), strict=True))
         for letters, leaf in zip(leaf_axes(mask), jax.tree.leaves(mask), strict=True)
     )
-
-
-def _structures(masks: tuple[Mask, ...]) -> tuple[Any, ...]:
-    return tuple(jax.tree.structure(mask) for mask in masks)
 
 
 def _whole_masks(request: Request, sharding: Sharding, masks: tuple[Mask, ...]) -> tuple[Mask, ...]:

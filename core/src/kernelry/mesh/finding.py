@@ -32,7 +32,7 @@ class MeshFacts:
       mesh: the mesh that cuts it.
       names: the axes over which each device runs by itself.
       partitioned: whether XLA is left to partition the call over automatic axes.
-      idle: automatic axes of more than one device that a sharding does not name.
+      idle: of a scope that says how sequences are cut and nothing else, the other axes of more than one device.
     """
 
     sharding: Sharding | None = None
@@ -63,8 +63,9 @@ class MeshFacts:
         if not idle:
             return None
         return (
-            f"sharding={self.sharding} names no dimension for the mesh axes {', '.join(idle)}, so the devices along "
-            "them compute the same, and arrays that are cut over them are gathered: name them, e.g. as batch."
+            f"use(context_parallel=…) names no dimension for the mesh axes {', '.join(idle)}, so the devices along "
+            "them compute the same, and arrays that are cut over them are gathered: name all axes, "
+            f"use(sharding={str(self.sharding)!r} and e.g. 'batch={idle[0]}')."
         )
 
 
@@ -106,9 +107,7 @@ def _said(said: Sharding, active: Any, manual: frozenset[str], query: jax.Array)
     sharding = _without(said, manual).on(dict(mesh.shape))
     if sharding.is_empty:  # inside a shard_map over its axes each call is a shard's
         return MeshFacts()
-    named = {axis for axis, _ in sharding.sizes}
-    idle = frozenset(name for name in _named(mesh, AxisType.Auto) - manual - named if mesh.shape[name] > 1)
-    return MeshFacts(sharding, mesh, frozenset(mesh.axis_names) - manual, idle=idle)
+    return MeshFacts(sharding, mesh, frozenset(mesh.axis_names) - manual)
 
 
 def native_text(context: ContextParallel) -> str | None:
@@ -162,6 +161,8 @@ def natively_or_by_core(
     if explain(request, kernel=kernel, changes=False).plan is not None:
         return request, None
     facts = mesh_facts(Sharding(sequence=(context.axis,), strategy=context.strategy), query, key)
+    others = _named(facts.mesh, AxisType.Auto) & facts.names - {context.axis}
+    facts = dataclasses.replace(facts, idle=frozenset(name for name in others if facts.mesh.shape[name] > 1))
     return dataclasses.replace(request, context_parallel=None, sharding=facts.text, partitioned=False), facts
 
 

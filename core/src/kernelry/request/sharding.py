@@ -272,7 +272,7 @@ class Sharding:
         return Sharding(
             **kept,
             strategy=strategy,
-            order=self.order if kept["sequence"] else "contiguous",
+            order=self.order if kept["sequence"] or kept["kv_sequence"] else "contiguous",
             sizes=tuple((axis, sizes[axis]) for axis in named),
             mesh=self.mesh,
         )
