@@ -9,8 +9,8 @@ On a cluster, in every process (docs/mesh.md says how they are started under Slu
     python examples/multihost_train.py --distributed --mesh data:2,tensor:2,context:2
 
 There are two runs. In `packed` a row holds several paragraphs, which do not see each other. In `balanced` each device
-along `context` has a chunk from both ends of a sequence (`dual_chunk`), so that all have as much to do. The layers are a
-scan, and each keeps only what is named `context` for its backward pass.
+along `context` has a chunk from both ends of a sequence (`dual_chunk`), so that all have as much to do. The layers are
+a scan, and each keeps only what is named `context` for its backward pass.
 """
 
 from __future__ import annotations
