@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import jax
@@ -149,14 +149,12 @@ def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshF
         axis_names=facts.names,
         check_vma=False,
     )
-    found: Partial = in_checked_map(run, operands) if are_checked() else run(operands)
+    if are_checked():
+        run = functools.partial(
+            in_checked_map if AxisType.Explicit in facts.mesh.axis_types else _without_gradient, run
+        )
+    found: Partial = run(operands)
     return found
-
-
-def _only(spec: Any, kept: Collection[str]) -> Any:
-    """A PartitionSpec with only some of its axes."""
-    entries = (() if axes is None else (axes,) if isinstance(axes, str) else axes for axes in spec)
-    return _partition(*(_one(tuple(axis for axis in axes if axis in kept)) for axes in entries))
 
 
 def _resharded(array: Any, spec: Any, mesh: Any) -> Any:
