@@ -150,9 +150,8 @@ def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshF
         check_vma=False,
     )
     if are_checked():
-        run = functools.partial(
-            in_checked_map if AxisType.Explicit in facts.mesh.axis_types else _without_gradient, run
-        )
+        is_explicit = AxisType.Explicit in facts.mesh.axis_types
+        run = functools.partial(in_checked_map if is_explicit else without_gradient, run)
     found: Partial = run(operands)
     return found
 
