@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
-from kernelry.execution.apart import in_checked_map
+from kernelry.execution.apart import in_checked_map, without_gradient
 from kernelry.execution.manual_axes import are_checked
 from kernelry.execution.normalization import to_lse
 from kernelry.execution.plan import Plan
