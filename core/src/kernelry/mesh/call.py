@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, final
 
 import jax
@@ -154,6 +154,12 @@ def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshF
         run = functools.partial(in_checked_map if is_explicit else without_gradient, run)
     found: Partial = run(operands)
     return found
+
+
+def _only(spec: Any, kept: Collection[str]) -> Any:
+    """A PartitionSpec with only some of its axes."""
+    entries = (() if axes is None else (axes,) if isinstance(axes, str) else axes for axes in spec)
+    return _partition(*(_one(tuple(axis for axis in axes if axis in kept)) for axes in entries))
 
 
 def _resharded(array: Any, spec: Any, mesh: Any) -> Any:
