@@ -217,12 +217,13 @@ def test_sequences_that_are_sharded_unsaid_are_gathered():
         cases.same(cases.results(cases.IN_FLOAT32.name, there[:3], there[3], mask=masks.Causal()), wanted)
 
 
-def test_an_explicit_mesh_is_an_error():
+@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, None, "data"), PartitionSpec()])
+def test_explicit_axes_are_read_from_the_arrays(spec):
+    """Core cuts the call, so that transformer-engine sees a shard on each device."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
     *operands, d_out = cases.arrays(batch=DEVICES)
-    with (
-        jax.set_mesh(mesh),
-        kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]),
-        pytest.raises(ConfigError, match="mesh axes data are explicit"),
-    ):
-        cases.results(cases.IN_FLOAT32.name, operands, d_out, mask=masks.Causal())
+    operands = [operands[0], *(jnp.repeat(array, operands[0].shape[2] // array.shape[2], 2) for array in operands[1:])]
+    wanted = cases.results("dot_product", operands, d_out, mask=masks.Causal())
+    with jax.set_mesh(mesh), kernelry.use(target=cases.TARGET, kernels=[cases.IN_FLOAT32]):
+        there = [jax.device_put(array, NamedSharding(mesh, spec)) for array in (*operands, d_out)]
+        cases.same(cases.results(cases.IN_FLOAT32.name, there[:3], there[3], mask=masks.Causal()), wanted)
