@@ -30,9 +30,9 @@ ROUNDED = {"bfloat16": {"out": 2e-2, "gradient": 6e-2}}
 
 
 def run(strategy, mask, order, feature, kernel="blockwise"):
-    check(
-        STRATEGIES[strategy].ordered(order), MASKS[mask], FEATURES[feature], kernel=kernel, **ROUNDED.get(feature, {})
-    )
+    asked = FEATURES[feature]
+    masks_here = masks_of(dataclasses.replace(SMALL, **asked.sizes)) if asked.sizes else MASKS
+    check(STRATEGIES[strategy].ordered(order), masks_here[mask], asked, kernel=kernel, **ROUNDED.get(feature, {}))
 
 
 def _cycled(values, step, place):
@@ -178,6 +178,26 @@ def test_nothing_to_attend_to():
     """No rows at all, and rows without a key."""
     check(STRATEGIES["ring"], masks.Causal(), FEATURES["plain"], Sizes(batch=0), "dot_product")
     check(STRATEGIES["ring"], masks.Lengths(np.array([0, 0])), FEATURES["sinks"])
+
+
+@pytest.mark.parametrize("strategy", ["ring", "usp", "keys_alone"])
+def test_hidden_slots_do_not_leak(strategy):
+    """NaN in keys and values that no row may see, nor in the cotangent of rows that see nothing."""
+    cut, mask = STRATEGIES[strategy], MASKS["lengths"]
+    hidden = np.arange(64)[None] >= np.asarray(mask.kv_lengths)[:, None]
+    unseeing = np.arange(64)[None] >= np.asarray(mask.query_lengths)[:, None]
+    arrays = mesh_cases.arrays_of(SMALL, FEATURES["plain"])
+    dirty = {name: jnp.where(hidden[:, :, None, None], jnp.nan, arrays[name]) for name in ("key", "value")}
+    d_out = jnp.where(unseeing[:, :, None, None], jnp.nan, COTANGENT)
+
+    def run(arrays, d_out):
+        out, pull = jax.vjp(lambda arrays: kernelry.attention(**arrays, mask=mask, kernel="blockwise"), arrays)
+        return out, pull(d_out)[0]
+
+    with jax.set_mesh(mesh_cases.mesh_of(cut.mesh)), kernelry.use(sharding=cut.sharding):
+        program = jax.jit(run)
+        found, clean = program(arrays | dirty, d_out), program(arrays, COTANGENT)
+    jax.tree.map(np.testing.assert_array_equal, found, clean)
 
 
 # Kernels of accelerators, interpreted
