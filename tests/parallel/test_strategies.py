@@ -230,9 +230,14 @@ SPLASH_REFUSES_FEATURES = {
 }
 
 
+IN_MANY_RUNS = ("offsets_of_rows", "striped")
+"""Queries at positions of their own and keys that are striped: a mask in many runs."""
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask", sorted(set(MASKS) - set(SPLASH_REFUSES)))
+@pytest.mark.parametrize(
+    ("mask", "order"), sorted({*itertools.product(set(MASKS) - set(SPLASH_REFUSES), ORDERS)} - {IN_MANY_RUNS})
+)
 def test_splash_in_a_ring_of_the_matrix(mask, order):
     check(OF_TWO.ordered(order), masks_of(LONG)[mask], FEATURES["sinks"], LONG, "splash")
 
@@ -248,6 +253,12 @@ def test_what_splash_refuses(mask):
         KernelRefusedError, match=rf"(?s)mask=.*sharding=sequence=c:2 ring.*splash.*{SPLASH_REFUSES[mask]}"
     ):
         check(OF_TWO, masks_of(LONG)[mask], FEATURES["plain"], LONG, "splash")
+
+
+def test_splash_refuses_stripes_of_keys_alone():
+    mask, order = IN_MANY_RUNS
+    with pytest.raises(KernelRefusedError, match="positions by row or in many runs"):
+        check(OF_TWO.ordered(order), masks_of(LONG)[mask], FEATURES["plain"], LONG, "splash")
 
 
 @pytest.mark.parametrize("feature", SPLASH_REFUSES_FEATURES)
