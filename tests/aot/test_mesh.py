@@ -129,3 +129,23 @@ def test_the_program_does_not_grow_with_the_devices(compile_for):
         )
         calls[devices] = found.compiled.as_text().count('custom_call_target="tpu_custom_call"')
     assert len(set(calls.values())) == 1, calls
+
+
+@pytest.mark.parametrize("kernel", ["splash", "tokamax_splash"])
+@pytest.mark.parametrize("sharding", ["heads=context", "sequence=context ring", "sequence=context ulysses"])
+def test_saving_one_name_runs_no_kernel_again(kernel, sharding, compile_for):
+    spec = PartitionSpec(None, None, "context") if "heads" in sharding else PartitionSpec(None, "context")
+    attend = _sum(kernel=kernel)
+    policies = jax.checkpoint_policies
+    saved = {"kept": policies.everything_saveable, "nothing": policies.nothing_saveable}
+    saved["named"] = policies.save_only_these_names("context")
+    calls = {}
+    for name, policy in saved.items():
+        step = jax.value_and_grad(jax.checkpoint(attend, policy=policy), argnums=(0, 1, 2))
+        with kernelry.use(sharding=sharding):
+            found = compile_for(
+                "tpu:v5e:2x2", step, shapes(2, 2048, 2048), mesh_shape={"context": 4}, specs=(spec, spec, spec)
+            )
+        assert found.ok, found.reason
+        calls[name] = found.compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    assert calls["named"] == calls["kept"] < calls["nothing"]
