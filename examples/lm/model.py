@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         """Writes the last counts[b] tokens of each row of a cache, and attends from them."""
         start, config, held = view.lengths - counts, self.attend.config, view.cache.keys[0]
         dtype = held.dtype if isinstance(held, jax.Array) else x.dtype  # quantised pages serve any query
-        where = start[:, None] + jnp.arange(x.shape[1])
+        where = start[:, None] + jnp.arange(x.shape[1])[None]
         query, key, value = rotate(self.query(x), where), rotate(self.key(x), where), self.value(x)
         view = view.write(key, value, lengths=counts)
         with kernelry.use(policy=config.policy):
