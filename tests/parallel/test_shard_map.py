@@ -277,3 +277,21 @@ def test_a_shard_map_over_one_axis_of_a_mesh(kind, kernel):
     with place(kernel):
         found = run(placed)
     assert_is_the_whole_call(found, arrays, CAUSAL)
+
+
+def test_a_gradient_through_automatic_axes_in_a_checked_map_is_an_error():
+    mesh = jax.make_mesh((2, 4), ("rows", "cut"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    query = jnp.ones((2, 64, 4, 16))
+    spec = jax.sharding.PartitionSpec("rows")
+
+    def loss(query, check):
+        def attend(query):
+            return kernelry.attention(query, query, query, kernel="blockwise")
+
+        placed = {"in_specs": spec, "out_specs": spec, "axis_names": {"rows"}}
+        return jax.shard_map(attend, **placed, check_vma=check)(query).sum()
+
+    with jax.set_mesh(mesh), kernelry.use(sharding="sequence=cut ring"):
+        assert jax.jit(loss, static_argnums=1)(query, True) == jax.jit(loss, static_argnums=1)(query, False)
+        with pytest.raises(kernelry.errors.ArgumentError, match="pass check_vma=False to that shard_map"):
+            jax.jit(jax.grad(loss), static_argnums=1)(query, True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 
+from kernelry.errors import ArgumentError
 from kernelry.execution.attend import BoundKernel
 from kernelry.execution.manual_axes import are_checked, unchecked
 from kernelry.kernel.capabilities import Gradient
@@ -65,6 +66,22 @@ def _checked_backward(run: Callable[[Any], Any], pull: Callable[[Any], Any], cot
 
 
 in_checked_map.defvjp(_checked_forward, _checked_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def without_gradient(run: Callable[[Any], Any], arrays: Any) -> Any:
+    """Calls a function that has a shard_map over automatic axes inside, and makes differentiating it an error."""
+    return run(arrays)
+
+
+def _no_gradient(run: Callable[[Any], Any], arrays: Any) -> NoReturn:
+    raise ArgumentError(
+        "JAX has no gradient of attention that is cut over automatic mesh axes inside a shard_map over other axes that "
+        "checks them: pass check_vma=False to that shard_map, or let it be over all axes of the sharding."
+    )
+
+
+without_gradient.defvjp(_no_gradient, _no_gradient)
 
 
 def _unless_of_integers(cotangent: jax.Array) -> jax.Array | None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
-from kernelry.execution.apart import in_checked_map
+from kernelry.execution.apart import in_checked_map, without_gradient
 from kernelry.execution.manual_axes import are_checked
 from kernelry.execution.normalization import to_lse
 from kernelry.execution.plan import Plan
@@ -149,7 +149,10 @@ def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshF
         axis_names=facts.names,
         check_vma=False,
     )
-    found: Partial = in_checked_map(run, operands) if are_checked() else run(operands)
+    if are_checked():
+        is_explicit = AxisType.Explicit in facts.mesh.axis_types
+        run = functools.partial(in_checked_map if is_explicit else without_gradient, run)
+    found: Partial = run(operands)
     return found
 
 
