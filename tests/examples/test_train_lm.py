@@ -210,20 +210,28 @@ def test_a_mesh_that_does_not_fit_is_an_error(tmp_path, capsys, mesh, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def on_mesh(tmp_path, mesh, *options):
+def losses_of(folder):
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return np.array([line["loss"] for line in history[1:]])
+
+
+def on_mesh(tmp_path, mesh):
     command = [sys.executable, "-W", "error", str(EXAMPLES / "train_lm.py"), "--config", str(written(tmp_path))]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")}
-    command += ["--runs", str(tmp_path), "--name", mesh, "--mesh", mesh, *options]
+    command += ["--runs", str(tmp_path / "runs"), "--name", mesh, "--mesh", mesh, "--steps", "3"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    history = [json.loads(line) for line in (tmp_path / mesh / "metrics.jsonl").read_text().splitlines()]
-    return done.stdout, np.array([line["loss"] for line in history[1:]])
+    return done.stdout, losses_of(tmp_path / "runs" / mesh)
+
+
+def alone(tmp_path):
+    assert run(tmp_path, written(tmp_path), "--name", "alone", "--steps", "3") == 0
+    return losses_of(tmp_path / "runs" / "alone")
 
 
 def test_a_run_on_a_mesh_trains_as_one_device_does(tmp_path):
-    printed, losses = on_mesh(tmp_path, "data:2,context:4", "--steps", "3")
-    _, alone = on_mesh(tmp_path, "data:1", "--steps", "3")
-    np.testing.assert_allclose(losses, alone, rtol=2e-6)
+    printed, losses = on_mesh(tmp_path, "data:2,context:4")
+    np.testing.assert_allclose(losses, alone(tmp_path), rtol=2e-6)
     for shown in ("batch=data:2", "sequence=context:4 ring", "kv_sequence=context:4", "6 full", "4 causal", "skipped"):
         assert shown in printed, shown
     assert printed.count("The for statement") == 2  # one for each device along data
@@ -255,8 +263,8 @@ def test_a_decode_step_on_a_mesh_gathers_results_and_no_cache():
 
 @pytest.mark.sweep
 def test_heads_are_cut_over_tensor(tmp_path):
-    _, alone = on_mesh(tmp_path, "data:1", "--steps", "3")
+    expected = alone(tmp_path)
     for mesh in ("tensor:2,context:2", "data:2,tensor:4"):  # two key/value heads: repeated for four devices
-        printed, losses = on_mesh(tmp_path, mesh, "--steps", "3")
-        np.testing.assert_allclose(losses, alone, rtol=2e-6)
+        printed, losses = on_mesh(tmp_path, mesh)
+        np.testing.assert_allclose(losses, expected, rtol=2e-6)
         assert "heads=tensor:" in printed
