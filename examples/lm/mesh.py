@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -118,6 +119,23 @@ def shared_out(tokens: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return tokens
     return jax.lax.with_sharding_constraint(tokens, PartitionSpec("data", "context"))
+
+
+def written(cached: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Writes tokens [B, T, K, H] into slots start … start + T − 1 of [B, S, K, H].
+
+    On a mesh the slots are cut over `context`, and each device writes its own: XLA would gather all of them to copy a
+    slice.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.lax.dynamic_update_slice(cached, new, (0, start, 0, 0))
+    token = jnp.arange(cached.shape[1]) - start
+    is_new = (token >= 0) & (token < new.shape[1])
+    moved = jnp.take(new, jnp.clip(token, 0, new.shape[1] - 1), axis=1)
+    heads = "tensor" if cached.shape[2] % mesh.shape["tensor"] == 0 else None
+    here = PartitionSpec("data", "context", heads)
+    return jax.lax.with_sharding_constraint(jnp.where(is_new[None, :, None, None], moved, cached), here)
 
 
 def placed(tree: Any, mesh: Mesh, spec: Callable[[Any, Any], PartitionSpec]) -> Any:

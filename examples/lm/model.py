@@ -14,6 +14,7 @@ from kernelry.cache import PagedCache, PagedView
 from kernelry.config import AttentionConfig, AttentionType
 from kernelry.errors import ConfigError
 from kernelry.flax import AttentionOp, Tokens
+from lm.mesh import written
 from lm.settings import ModelSettings
 
 VOCABULARY = 256  # bytes
@@ -30,11 +31,8 @@ class Cache:
 
     def append(self, key: jax.Array, value: jax.Array) -> Cache:
         """Writes the next keys and values."""
-        start = (0, self.length, 0, 0)
         return Cache(
-            jax.lax.dynamic_update_slice(self.key, key, start),
-            jax.lax.dynamic_update_slice(self.value, value, start),
-            self.length + key.shape[1],
+            written(self.key, key, self.length), written(self.value, value, self.length), self.length + key.shape[1]
         )
 
 
@@ -83,7 +81,7 @@ class Attention(nnx.Module):
         """Writes the last counts[b] tokens of each row of a cache, and attends from them."""
         start, config, held = view.lengths - counts, self.attend.config, view.cache.keys[0]
         dtype = held.dtype if isinstance(held, jax.Array) else x.dtype  # quantised pages serve any query
-        where = start[:, None] + jnp.arange(x.shape[1])
+        where = start[:, None] + jnp.arange(x.shape[1])[None]
         query, key, value = rotate(self.query(x), where), rotate(self.key(x), where), self.value(x)
         view = view.write(key, value, lengths=counts)
         with kernelry.use(policy=config.policy):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ import train_lm  # noqa: E402
 from lm.choices import choices  # noqa: E402
 from lm.data import batches, load_text  # noqa: E402
 from lm.generate import decode, generate, prefill  # noqa: E402
+from lm.mesh import MeshSettings, of_parameter, placed  # noqa: E402
 from lm.model import Decoder  # noqa: E402
 from lm.settings import ModelSettings, Settings  # noqa: E402
 
@@ -208,29 +210,61 @@ def test_a_mesh_that_does_not_fit_is_an_error(tmp_path, capsys, mesh, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def on_mesh(tmp_path, mesh, *options):
+def losses_of(folder):
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return np.array([line["loss"] for line in history[1:]])
+
+
+def on_mesh(tmp_path, mesh):
     command = [sys.executable, "-W", "error", str(EXAMPLES / "train_lm.py"), "--config", str(written(tmp_path))]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")}
-    command += ["--runs", str(tmp_path), "--name", mesh, "--mesh", mesh, *options]
+    command += ["--runs", str(tmp_path / "runs"), "--name", mesh, "--mesh", mesh, "--steps", "3"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    history = [json.loads(line) for line in (tmp_path / mesh / "metrics.jsonl").read_text().splitlines()]
-    return done.stdout, np.array([line["loss"] for line in history[1:]])
+    return done.stdout, losses_of(tmp_path / "runs" / mesh)
+
+
+def alone(tmp_path):
+    assert run(tmp_path, written(tmp_path), "--name", "alone", "--steps", "3") == 0
+    return losses_of(tmp_path / "runs" / "alone")
 
 
 def test_a_run_on_a_mesh_trains_as_one_device_does(tmp_path):
-    printed, losses = on_mesh(tmp_path, "data:2,context:4", "--steps", "3")
-    _, alone = on_mesh(tmp_path, "data:1", "--steps", "3")
-    np.testing.assert_allclose(losses, alone, rtol=2e-6)
+    printed, losses = on_mesh(tmp_path, "data:2,context:4")
+    np.testing.assert_allclose(losses, alone(tmp_path), rtol=2e-6)
     for shown in ("batch=data:2", "sequence=context:4 ring", "kv_sequence=context:4", "6 full", "4 causal", "skipped"):
         assert shown in printed, shown
     assert printed.count("The for statement") == 2  # one for each device along data
 
 
+def test_a_decode_step_on_a_mesh_gathers_results_and_no_cache():
+    prompt = jnp.asarray([list(b"The for statement is"), list(b"A while statement is")])
+    settings = ModelSettings(window=8, width=32, head_dim=8, hidden=48)
+    step = nnx.jit(decode)
+
+    def decoded(model):
+        logits, caches = nnx.jit(lambda model: prefill(model, prompt, 50))(model)
+        lowered = step.lower(model, logits.argmax(-1), caches)
+        return step(model, logits.argmax(-1), caches), lowered
+
+    (logits, _), _ = decoded(Decoder(settings, Settings().attention, seed=1))
+    mesh = MeshSettings.parse("data:2,context:4").make()
+    with jax.set_mesh(mesh):
+        model = Decoder(settings, Settings().attention, seed=1)
+        nnx.update(model, placed(nnx.state(model, nnx.Param), mesh, of_parameter(mesh)))
+        (on_mesh, caches), lowered = decoded(model)
+    np.testing.assert_allclose(on_mesh, logits, rtol=1e-4, atol=1e-5)
+    for cache in caches:
+        assert cache.key.shape == (2, 52, 2, 8)  # 50 slots do not divide over four devices
+        assert cache.key.addressable_shards[0].data.shape == (1, 13, 2, 8)
+    gathers = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", lowered.compile().as_text())
+    assert gathers == ["4,1,1,4,10"] * 2  # for each layer, of each device: eight numbers of a head, and its lse
+
+
 @pytest.mark.sweep
 def test_heads_are_cut_over_tensor(tmp_path):
-    _, alone = on_mesh(tmp_path, "data:1", "--steps", "3")
+    expected = alone(tmp_path)
     for mesh in ("tensor:2,context:2", "data:2,tensor:4"):  # two key/value heads: repeated for four devices
-        printed, losses = on_mesh(tmp_path, mesh, "--steps", "3")
-        np.testing.assert_allclose(losses, alone, rtol=2e-6)
+        printed, losses = on_mesh(tmp_path, mesh)
+        np.testing.assert_allclose(losses, expected, rtol=2e-6)
         assert "heads=tensor:" in printed
