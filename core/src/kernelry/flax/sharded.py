@@ -103,7 +103,16 @@ def _in_decode(sharding: Sharding, query: Any, keys: Sequence[Any]) -> Sharding:
     cut = dataclasses.replace(whole, kv_sequence=sharding.kv_axes, sizes=sharding.sizes)
     found = mesh_facts(cut, as_array("query", query, 4), None).sharding
     shards = 1 if found is None else found.size(found.kv_axes)
-    return cut if all(np.shape(key)[1] % shards == 0 for key in keys if np.ndim(key) == 4) else whole
+    lengths = [np.shape(key)[1] for key in keys if np.ndim(key) == 4]
+    uneven = next((length for length in lengths if length % shards), None)
+    if uneven is None:
+        return cut
+    warnings.warn(
+        f"a part of the keys has S={uneven}, which does not divide over {' and '.join(cut.kv_axes)}: {uneven} % {shards} = "
+        f"{uneven % shards}. Every device along these axes attends to all keys; choose lengths that divide.",
+        stacklevel=5,
+    )
+    return whole
 
 
 def check_order(query: Any, key: Any, tokens: Tokens, *, moba: bool) -> None:
