@@ -1,5 +1,7 @@
 """Sequences over a mesh axis: what a call says of them, and the orders in which their tokens stand."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,13 @@ from kernelry import masks
 from kernelry.errors import ArgumentError, KernelRefusedError, NoKernelError, ShapeError
 from kernelry.parallel import (
     ContextParallel,
+    Sharding,
     choose_order,
     load_balanced_order,
     reorder_for_load_balance,
     undo_reorder,
 )
+from kernelry.policy.scope import current_scope
 from kernelry.request.request import Request
 
 ORDERS = ("dual_chunk", "striped")
@@ -104,6 +108,42 @@ def test_an_inner_scope_of_size_one_takes_it_back():
     whole = ContextParallel("context", size=1)
     with kernelry.use(context_parallel=ContextParallel("context", size=4)), kernelry.use(context_parallel=whole):
         assert _attend().shape == (1, 8, 2, 16)
+
+
+def test_of_it_and_a_sharding_the_one_that_an_inner_scope_gives_holds():
+    context, taken_back = ContextParallel("c", "ring", size=4), ContextParallel("c", size=1)
+    cut = Sharding(batch="d", sequence="c")
+
+    def found(*scopes):
+        with contextlib.ExitStack() as inside:
+            for scope in scopes:
+                inside.enter_context(kernelry.use(**scope))
+            scope = current_scope()
+            return scope.context_parallel, scope.sharding
+
+    assert found({"context_parallel": context}, {"sharding": cut}) == (None, cut)
+    assert found({"sharding": cut}, {"context_parallel": context}) == (context, None)
+    assert found({"sharding": cut}, {"context_parallel": taken_back}) == (taken_back, cut)
+    assert found({"context_parallel": context}, {"sharding": Sharding()}) == (context, Sharding())
+
+
+def test_it_and_a_sharding_in_one_scope_are_an_error():
+    with pytest.raises(ArgumentError, match=r"'batch=d'\): both say how sequences are cut; name the axis in sharding"):
+        kernelry.use(context_parallel=ContextParallel("c"), sharding="batch=d")
+
+
+@pytest.mark.parametrize("given", [jax.sharding.PartitionSpec("d"), 3, {"batch": "d"}])
+def test_a_scopes_sharding_of_another_kind_is_an_error(given):
+    with pytest.raises(ArgumentError, match=r"or its text, e\.g\. 'batch=data .*; Sharding\.of_specs reads .*; got"):
+        kernelry.use(sharding=given)
+
+
+@pytest.mark.parametrize("sharding", ["sequence=c:4 ring", "kv_sequence=c:4", "sequence=c:4 kv_sequence=none"])
+def test_results_of_several_shards_are_not_merged_in_float64(sharding):
+    facts = {"q_len": 128, "q_heads": 4, "dtype": "float64", "logits_dtype": "float64", "target": "cpu"}
+    with pytest.raises(NoKernelError, match=r"logits_dtype=float64 of keys in several shards, .* merged in float32"):
+        kernelry.resolve(Request(**facts, sharding=sharding))
+    assert kernelry.resolve(Request(**facts, sharding="sequence=c:4")).shards.shards.sharding.strategy == "ulysses"
 
 
 def test_an_axis_that_the_mesh_lacks_is_an_error():

@@ -325,9 +325,15 @@ def test_a_form_and_its_masks_are_sorted_alike():
     assert len(aligned) > 1
 
 
-def test_no_slots_have_no_class():
+def test_where_nothing_is_visible_one_pair_is_left():
     table = pair_table(masks.Causal().form, ShardGrid(q_len=0, kv_len=8, q_shards=2, kv_shards=4))
-    assert table.skipped == 8
+    assert (table.skipped, table.of(0, 0)) == (7, ())
+    before = masks.Causal().at(query_positions=np.arange(8), kv_positions=np.arange(8) + 8)
+    table = pair_table(before.form, ShardGrid(q_len=8, kv_len=8, q_shards=2, kv_shards=4))
+    assert (table.skipped, table.partial, len(table.of(0, 0))) == (7, 1, 1)
+
+
+def test_no_slots_are_no_blocks():
     assert blocks_per_shard(masks.Causal().form, ShardGrid(q_len=0, kv_len=8, q_shards=2, kv_shards=4)).sum() == 0
 
 

@@ -69,7 +69,7 @@ def test_a_mesh_says_the_sizes_and_leaves_axes_of_one_device_out(sharding):
     assert located.size(located.batch) == located.size(axis for axis in sharding.batch if MESH.shape[axis] > 1)
     assert located.on(dict(MESH.shape)) == located
     assert Sharding.parse(str(located)) == located
-    assert located.order == (sharding.order if located.sequence else "contiguous")
+    assert located.order == (sharding.order if located.cuts_sequences else "contiguous")
 
 
 def test_a_mesh_is_written_as_sizes():
@@ -134,6 +134,7 @@ BAD_SIZES = "sizes must be positive integers by axis, e.g. {'data': 4}, got "
         ({"strategy": "rings"}, "unknown strategy 'rings'; did you mean 'ring'"),
         ({"order": "stripes"}, "unknown order 'stripes'; did you mean 'striped'"),
         ({"order": ["striped"]}, r"unknown order \['striped'\]"),
+        ({"batch": "d", "mesh": "d:4"}, r"mesh must be a jax\.sharding\.Mesh, got 'd:4'"),
         ({"batch": "d", "heads": "d"}, "mesh axis 'd' is named twice in batch=d heads=d; name it once"),
         ({"batch": "d", "kv_sequence": "d"}, "mesh axis 'd' is named twice"),
         ({"sequence": "c", "kv_sequence": "k"}, r"queries are cut over \('c',\) and keys over \('k',\); cut both"),

@@ -180,6 +180,40 @@ def test_nothing_to_attend_to():
     check(STRATEGIES["ring"], masks.Lengths(np.array([0, 0])), FEATURES["sinks"])
 
 
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "keys_alone"])
+def test_a_mask_that_hides_everything_before_the_program_runs(strategy):
+    tokens = np.arange(SMALL.q_len)
+    mask = masks.Causal().at(query_positions=tokens, kv_positions=tokens + SMALL.q_len)
+    check(STRATEGIES[strategy], mask, FEATURES["sinks"])
+
+
+@pytest.mark.parametrize("lengths", [(SMALL.q_len, 0), (0, SMALL.kv_len)])
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "keys_alone"])
+def test_no_queries_or_no_keys(strategy, lengths):
+    cut, (q_len, kv_len) = STRATEGIES[strategy], lengths
+    query = jnp.ones((SMALL.batch, q_len, SMALL.q_heads, 8))
+    key = value = jnp.ones((SMALL.batch, kv_len, SMALL.kv_heads, 8))
+
+    def attend(*arrays):
+        return shard_attention(*arrays, sharding=cut.sharding, kernel="blockwise").sum()
+
+    with jax.set_mesh(mesh_cases.mesh_of(cut.mesh)):
+        out, gradients = jax.jit(jax.value_and_grad(attend, (0, 1, 2)))(query, key, value)
+    close(out, 0.0, 0.0, "out")
+    for found, array in zip(gradients, (query, key, value), strict=True):
+        close(found, np.zeros(array.shape), 0.0, "gradients")
+
+
+@pytest.mark.parametrize(("given", "active"), [(("Explicit",) * 2, ()), ((), ("Explicit",) * 2)])
+def test_a_mesh_whose_axes_are_of_another_kind_than_those_of_the_active_one(given, active):
+    cut = STRATEGIES["ring"]
+    query = jnp.ones((SMALL.batch, SMALL.q_len, SMALL.q_heads, 8))
+    sharding = dataclasses.replace(cut.sharding, mesh=mesh_cases.mesh_of(cut.mesh, given))
+    with jax.set_mesh(mesh_cases.mesh_of(cut.mesh, active)):
+        out = jax.jit(lambda query: shard_attention(query, query, query, sharding=sharding))(query)
+    close(out, query, 1e-6, "out")
+
+
 @pytest.mark.parametrize("strategy", ["ring", "usp", "keys_alone"])
 def test_hidden_slots_do_not_leak(strategy):
     """NaN in keys and values that no row may see, nor in the cotangent of rows that see nothing."""

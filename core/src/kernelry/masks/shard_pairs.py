@@ -141,24 +141,30 @@ def pair_table(form: MaskForm, grid: ShardGrid) -> PairTable:
 
     Pairs in which static atoms of one set of positions show nothing are always found. Static bands, chunks and blocks
     of positions become static pieces, unless their positions are so scattered that they would be more numbers than the
-    sequence has tokens; all else is known to the running program alone.
+    sequence has tokens; all else is known to the running program alone. Where nothing is visible at all, the first pair
+    is not skipped, so that some kernel answers.
 
     Raises:
       ArgumentError: the sequence does not divide in the order.
     """
     shape, lengths = (grid.q_shards, grid.kv_shards), grid.shard_lengths
     if 0 in lengths:
-        return PairTable((), (tuple([EMPTY] * shape[1]),) * shape[0])
+        empty = np.full(shape, EMPTY)
+        empty[0, 0] = 0
+        return PairTable(((),), tuple(map(tuple, empty.tolist())))
     blocks = Grid((grid.q_len, grid.kv_len), lengths, tokens=grid.tokens)
     whole = decided_blocks(form, blocks)
+    met = ~whole.empty
+    if not met.any():
+        met[0, 0] = True
     alone = [whole] if len(form.atoms) == 1 else [decided_blocks(MaskForm((atom,)), blocks) for atom in form.atoms]
     found = []
     for index, decided in enumerate(alone):
-        pairs = [(i, j) for i, j in np.argwhere(~whole.empty & ~decided.full).tolist()]
+        pairs = [(i, j) for i, j in np.argwhere(met & ~decided.full).tolist()]
         found.append(_pieces_by_pair(index, form.atoms[index], pairs, blocks))
     numbers: dict[PairClass, int] = {}
     table = [[EMPTY] * shape[1] for _ in range(shape[0])]
-    for i, j in np.argwhere(~whole.empty).tolist():
+    for i, j in np.argwhere(met).tolist():
         pieces = tuple(piece for by_pair in found for piece in by_pair.get((i, j), ()))
         table[i][j] = numbers.setdefault(_without_implied(pieces, form), len(numbers))
     return PairTable(tuple(numbers), tuple(tuple(row) for row in table))

@@ -100,7 +100,7 @@ def _body_in_steps(
         ),
         axes=axes,
         size=cut.size(axes),
-        source=_source(cut),
+        source=_source(cut, request),
         partial=request.partial,
         apart=apart,
     )
@@ -122,12 +122,13 @@ def finished_across(partial: Partial, facts: MeshFacts) -> Partial:
     return _mapped(functools.partial(merged_across, axes=cut.kv_axes), partial, before, after, facts)
 
 
-def _source(sharding: Sharding) -> Source:
+def _source(sharding: Sharding, request: Request) -> Source:
     if not sharding.sequence:
         return Source.OWN
     if not sharding.kv_axes:
         return Source.WHOLE
-    return Source.GATHERED if sharding.strategy == "all_gather" else Source.RING
+    # Of no keys XLA gathers none, and a ring sends none: it ends with a device's own.
+    return Source.GATHERED if sharding.strategy == "all_gather" and request.kv_len else Source.RING
 
 
 def _mapped(body: Any, operands: Any, specs: Any, results: Partial, facts: MeshFacts) -> Partial:

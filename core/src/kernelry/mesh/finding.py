@@ -93,16 +93,16 @@ def mesh_facts(said: Sharding | None, query: jax.Array, key: Any) -> MeshFacts:
 
 
 def _said(said: Sharding, active: Any, manual: frozenset[str], query: jax.Array) -> MeshFacts:
-    mesh = said.mesh or (active if not active.empty else jax.typeof(query).sharding.mesh)
+    mesh = (said.mesh or jax.typeof(query).sharding.mesh) if active.empty else active
     if mesh.empty:
         raise ArgumentError(
             f"sharding={said}: no mesh is active; enter one, e.g. by jax.set_mesh, or give it as Sharding(mesh=…), a "
             "layer's as AttentionOp(mesh=…)."
         )
-    if said.mesh is not None and not active.empty and dict(active.shape) != dict(mesh.shape):
+    if said.mesh is not None and dict(said.mesh.shape) != dict(mesh.shape):
         raise ArgumentError(
-            f"sharding={said} is for a mesh {dict(mesh.shape)}, and the active one is {dict(active.shape)}; give the "
-            "sharding no mesh, or enter its own."
+            f"sharding={said} is for a mesh {dict(said.mesh.shape)}, and the active one is {dict(active.shape)}; give "
+            "the sharding no mesh, or enter its own."
         )
     sharding = _without(said, manual).on(dict(mesh.shape))
     if sharding.is_empty:  # inside a shard_map over its axes each call is a shard's

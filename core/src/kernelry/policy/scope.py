@@ -311,12 +311,14 @@ def use(
       kernels: adds kernels that no plugin registers.
       tiling: overrides tunables by name.
       strict: a lock file, as `kernelry lock` writes it; a resolution that differs from it is a ConfigError.
-      context_parallel: how to attend to sequences that are sharded over a mesh axis; a size of 1 takes it back.
+      context_parallel: how to attend to sequences that are sharded over a mesh axis; a size of 1 takes it back. Of it
+        and `sharding` the one that an inner scope gives holds.
       sharding: how calls are cut over the axes of a mesh, as a `kernelry.parallel.Sharding` or its text; an empty one
         takes it back.
 
     Raises:
-      ArgumentError: an argument is of another kind, or a KernelSpec cannot be hashed or used.
+      ArgumentError: an argument is of another kind, a KernelSpec cannot be hashed or used, or sharding and
+        context_parallel are both given.
       ConfigError: the target is unknown, or the lock file cannot be read.
     """
     check_kernel_name(AUTO if kernel is None else kernel)
@@ -334,6 +336,9 @@ def use(
     if not isinstance(context_parallel, ContextParallel | None):
         raise ArgumentError(f"use(context_parallel=…) takes a ContextParallel, got {context_parallel!r}.")
     cut = None if sharding is None else _sharding(sharding)
+    if cut is not None and context_parallel is not None:
+        both = f"use(context_parallel={context_parallel!r}, sharding={str(cut)!r})"
+        raise ArgumentError(f"{both}: both say how sequences are cut; name the axis in sharding alone, as sequence.")
     where = None if target is None else Target.parse(target)
     written = None if strict is None else _lock(strict)
 
@@ -346,8 +351,8 @@ def use(
             kernels=(*outer.kernels, *kernels),
             tiling=tuple(sorted({**dict(outer.tiling), **(tiling or {})}.items())),
             strict=written or outer.strict,
-            context_parallel=context_parallel or outer.context_parallel,
-            sharding=cut or outer.sharding,
+            context_parallel=None if cut and not cut.is_empty else context_parallel or outer.context_parallel,
+            sharding=None if context_parallel and context_parallel.size != 1 else cut or outer.sharding,
         )
 
     return _changing(inside)
@@ -358,7 +363,8 @@ def _sharding(given: object) -> Sharding:
 
     if isinstance(given, str | Sharding):
         return given if isinstance(given, Sharding) else Sharding.parse(given)
-    raise ArgumentError(f"use(sharding=…) takes a kernelry.parallel.Sharding, got {given!r}.")
+    text = "or its text, e.g. 'batch=data sequence=context'; Sharding.of_specs reads PartitionSpecs"
+    raise ArgumentError(f"use(sharding=…) takes a kernelry.parallel.Sharding, {text}; got {given!r}.")
 
 
 def _lock(strict: object) -> Lock:

@@ -69,6 +69,8 @@ class Sharding:
         if self.order == "dual":
             object.__setattr__(self, "order", "dual_chunk")
         object.__setattr__(self, "sizes", checked_sizes(self.sizes))
+        if not isinstance(self.mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh | None):
+            raise ArgumentError(f"Sharding: mesh must be a jax.sharding.Mesh, got {self.mesh!r}.")
         self._check_axes()
 
     def _check_axes(self) -> None:

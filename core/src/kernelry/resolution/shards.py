@@ -116,9 +116,7 @@ def _of_shards(question: Question, shards: Shards) -> Resolution:
     request = question.request
     found = tuple(choose(dataclasses.replace(question, request=part)) for part in shards.requests)
     unserved = next((resolution for resolution in found if resolution.plan is None), None)
-    most = max(range(len(found)), key=shards.pairs, default=None)
-    if most is None:  # every pair is empty
-        raise _NotCutError(f"mask={request.mask} shows nothing to any query", "pass a mask that shows some key")
+    most = max(range(len(found)), key=shards.pairs)
     shown = unserved or found[most]
     return dataclasses.replace(shown, request=request, shards=ShardedResolution(shards, found))
 
@@ -163,7 +161,7 @@ def cut(request: Request, sharding: Sharding) -> Shards:
     for refusal in _refusals(request, sharding):
         raise _NotCutError(refusal.detail, refusal.remedy)
     shape = _local_shape(request, sharding)
-    if not sharding.ring and not (sharding.kv_axes and not sharding.sequence):
+    if not _meets_shards(sharding):
         mask = _with_traced_rows(_ordered(request, sharding), sharding)
         return Shards(sharding, (dataclasses.replace(request, **shape, mask=mask, sharding=None),))
     table = pair_table(request.mask, grid_of(request, sharding))
@@ -178,6 +176,11 @@ def cut(request: Request, sharding: Sharding) -> Shards:
     )
     forms = (class_form(request.mask, pieces) for pieces in table.classes)
     return Shards(sharding, tuple(dataclasses.replace(asked, mask=form) for form in forms), table)
+
+
+def _meets_shards(sharding: Sharding) -> bool:
+    """Whether queries meet the keys in several shards, whose results are merged."""
+    return bool(sharding.ring or (sharding.kv_axes and not sharding.sequence))
 
 
 def ring_offsets(table: PairTable) -> tuple[int, ...]:
@@ -250,6 +253,9 @@ def _refusals(request: Request, sharding: Sharding) -> Iterator[Refusal]:
         yield Refusal(code, f"mask={request.mask} cannot be cut: {why}")
     if sharding.cuts_sequences and sharding.kv_axes and request.normalization != "softmax":
         yield Refusal(code, f"normalization={request.normalization} of keys on several devices")
+    if _meets_shards(sharding) and request.logits_dtype == "float64":
+        detail = "logits_dtype=float64 of keys in several shards, whose results are merged in float32"
+        yield Refusal(code, detail, "leave sequences whole on each device, or let the strategy be ulysses")
 
 
 _POOL_OF_ITS_OWN = "cut their heads alone, or give each shard a cache with a pool of its own, inside a shard_map"
