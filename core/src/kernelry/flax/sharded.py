@@ -108,8 +108,8 @@ def _in_decode(sharding: Sharding, query: Any, keys: Sequence[Any]) -> Sharding:
     if uneven is None:
         return cut
     warnings.warn(
-        f"a part of the keys has S={uneven}, which does not divide over {' and '.join(cut.kv_axes)}: {uneven} % {shards} = "
-        f"{uneven % shards}. Every device along these axes attends to all keys; choose lengths that divide.",
+        f"a part of the keys has S={uneven}, which does not divide over {' and '.join(cut.kv_axes)}: {uneven} % {shards}"
+        f" = {uneven % shards}. Every device along these axes attends to all keys; choose lengths that divide.",
         stacklevel=5,
     )
     return whole
