@@ -109,8 +109,8 @@ def _in_decode(sharding: Sharding, query: Any, keys: Sequence[Any]) -> Sharding:
         return cut
     arithmetic = f"{uneven} % {shards} = {uneven % shards}"
     warnings.warn(
-        f"a part of the keys has S={uneven}, which does not divide over {' and '.join(cut.kv_axes)}: {arithmetic}. Every "
-        "device along these axes attends to all keys; choose lengths that divide.",
+        f"a part of the keys has S={uneven}, which does not divide over {' and '.join(cut.kv_axes)}: {arithmetic}. "
+        "Every device along these axes attends to all keys; choose lengths that divide.",
         stacklevel=5,
     )
     return whole
