@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -148,6 +147,5 @@ def _sharded(bench: Bench, call: AttentionCall) -> None:
     arrays, mask, cotangents = _given(call)
     arrays, cotangents = jax.device_put((arrays, cotangents), rows)
     given = (arrays, mask, cotangents)
-    by_xla = bench.spec.capabilities.partitioned_by_xla
-    with contextlib.nullcontext() if by_xla else use(sharding=Sharding(batch=("batch",), mesh=mesh)):
+    with use(sharding=Sharding(batch=("batch",), mesh=mesh)):
         _hold(bench, call, bench.compiled(bench.program(call), *given)(*given))
