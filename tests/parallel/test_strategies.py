@@ -108,7 +108,6 @@ KEPT = {"ring_in_another_order", "usp_in_another_order", "unused_axes_of_keys", 
 @pytest.mark.parametrize(
     "name", [name if name in KEPT else pytest.param(name, marks=pytest.mark.sweep) for name in AXES]
 )
-@pytest.mark.filterwarnings("ignore:sharding=.* names no dimension for the mesh axes x.*:UserWarning")
 def test_several_axes_of_a_dimension(name):
     check(AXES[name].ordered("striped"), MASKS["packed_window"], FEATURES["max_logits"])
     check(AXES[name], MASKS["selection_of_kv_heads"], FEATURES["bias"])
@@ -455,7 +454,6 @@ def test_layers_in_a_scan_with_remat():
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=3e-6, atol=3e-6), found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:sharding=.* names no dimension for the mesh axes v:UserWarning")
 @pytest.mark.parametrize("options", [{}, {"spmd_axis_name": "v"}])
 def test_vmap(options):
     mesh = mesh_cases.mesh_of((("v", 2), ("c", 4)))
