@@ -327,12 +327,19 @@ def _cotangents(
     d_inputs = tuple(_cotangent(arrays, share) for arrays, share in zip(inputs, shares, strict=True))
     if sinks is None:
         return d_inputs, None
+    return d_inputs, sink_gradient(sinks, out, lse, rest, d_out)
+
+
+def sink_gradient(
+    sinks: jax.Array, out: jax.Array, lse: jax.Array, rest: jax.Array | None, d_out: jax.Array
+) -> jax.Array:
+    """Returns d_sink = −Σ exp(sink − lse) · Σ out · d_out, [N], of the whole attention."""
     delta = jnp.einsum("BTND,BTND->BNT", out.astype(jnp.float32), d_out.astype(jnp.float32))
     nothing = jnp.isneginf(lse)  # no key and no sink
     exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, lse)
     exponent = exponent if rest is None else exponent - rest
     probability = jnp.where(nothing, 0.0, jnp.exp(exponent))
-    return d_inputs, -(probability * delta).sum(axis=(0, 2)).astype(sinks.dtype)
+    return -(probability * delta).sum(axis=(0, 2)).astype(sinks.dtype)
 
 
 def _shared_out(d_out: jax.Array, d_lse: jax.Array | None, rest: jax.Array) -> tuple[jax.Array, jax.Array | None]:

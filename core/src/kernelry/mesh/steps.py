@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernelry.execution.attend import whole_of
+from kernelry.execution.attend import sink_gradient, whole_of
 from kernelry.execution.normalization import LogSumExp
 from kernelry.execution.parts import Shares, Whole
 from kernelry.kernel.partial import Partial, heads_last, named
@@ -251,13 +251,9 @@ def _sent_sums(steps: Steps, sums: Shares, by: int) -> Shares:
 
 
 def _of_sinks(steps: Steps, sinks: jax.Array, whole: Whole) -> jax.Array:
-    delta = jnp.einsum("BTND,BTND->BNT", whole.out.astype(jnp.float32), whole.d_out.astype(jnp.float32))
-    nothing = jnp.isneginf(whole.lse)  # no key and no sink
-    exponent = sinks.astype(jnp.float32)[None, :, None] - jnp.where(nothing, 0.0, whole.lse)
-    share = -(jnp.where(nothing, 0.0, jnp.exp(exponent)) * delta).sum(axis=(0, 2))
-    if steps.merges_across:
-        share = share / steps.size  # every device has all of it, and they are summed
-    return share.astype(sinks.dtype)
+    share = sink_gradient(sinks, whole.out, whole.lse, None, whole.d_out)
+    # Where results are merged across devices, each has all of it, and they are summed.
+    return (share / steps.size).astype(sinks.dtype) if steps.merges_across else share
 
 
 def merged_across(partial: Partial, axes: Axes) -> Partial:
