@@ -175,7 +175,20 @@ def test_idioms_are_found_where_they_are(text, words):
     assert [found for _, found, _ in idioms_in(text)] == words
 
 
-PUBLIC = {"aot", "cache", "config", "errors", "flax", "masks", "moba", "parallel", "pictures", "plugin", "testing"}
+PUBLIC = {
+    "aot",
+    "cache",
+    "config",
+    "errors",
+    "flax",
+    "masks",
+    "moba",
+    "models",
+    "parallel",
+    "pictures",
+    "plugin",
+    "testing",
+}
 """Modules of kernelry that users and plugins may import; of a package, the names that it exports are public."""
 
 CORE = ROOT / "core" / "src" / "kernelry"

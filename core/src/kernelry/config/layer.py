@@ -85,12 +85,17 @@ class AttentionConfig:
       forbid_adapters: adapters that must not be used.
       source: where this was read, for explanations.
       type: which keys a query sees, by position; a name or an AttentionType.
-      window: keys that a query sees, its own included; only with `local_sliding`, which needs it.
+      window: keys that a query sees, its own included; or a pair (left, right), the keys that it sees before and
+        after its own, as encoders count them. Only with `local_sliding`, which needs it.
       chunk_size: keys of one chunk; only with `chunk`, which needs it.
       block_size: tokens of one block; only with `block_diffusion`, which needs it.
       soft_cap: logits are capped to soft_cap · tanh(logits / soft_cap); None means no cap.
       scale: of the logits; None means H ** -0.5.
       sinks: whether the layer has one sink logit per query head.
+      bias: whether the layer adds a bias [1, N, T, S] to the logits, such as ALiBi or relative positions.
+      bias_after_cap: whether the bias is added after the soft cap.
+      q_heads, kv_heads: N and K; None means that calls decide.
+      head_dim, value_dim: H and D; None means that calls decide.
       moba: how the blocks that a query sees are chosen by their keys; None means that it sees all of them.
       record_max_logits: whether the largest visible logits are returned, for QK-clip.
       dropout_rate: on the probabilities, in [0, 1).
@@ -112,12 +117,18 @@ class AttentionConfig:
     forbid_adapters: tuple[str, ...] = ()
     source: str = "config"
     type: AttentionType = AttentionType.GLOBAL
-    window: int | None = None
+    window: int | tuple[int, int] | None = None
     chunk_size: int | None = None
     block_size: int | None = None
     soft_cap: float | None = None
     scale: float | None = None
     sinks: bool = False
+    bias: bool = False
+    bias_after_cap: bool = False
+    q_heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
     moba: MoBA | None = None
     record_max_logits: bool = False
     dropout_rate: float = 0.0
@@ -140,10 +151,11 @@ class AttentionConfig:
             raise ConfigError(f"source must be text, e.g. a file's name, got {self.source!r}.")
         if self.moba is not None and not isinstance(self.moba, MoBA):
             raise ConfigError(f"moba must be a MoBA(chunk_size, top_k) or None, got {self.moba!r}.")
-        for name in ("sinks", "record_max_logits"):
+        for name in ("sinks", "bias", "bias_after_cap", "record_max_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         self._check_sizes()
+        self._check_heads()
         self._check_numbers()
 
     def _check_sizes(self) -> None:
@@ -153,12 +165,22 @@ class AttentionConfig:
                 raise ConfigError(f"type {owner.value!r} needs {name}, a positive integer.")
             if size is None:
                 continue
-            _check_whole(name, size)
+            if name == "window" and isinstance(size, list | tuple):
+                object.__setattr__(self, name, _both_sides(size))
+            else:
+                _check_whole(name, size)
             if self.type is not owner:
                 raise ConfigError(
                     f"{name}={size} is only valid with type {owner.value!r}, and the type is {self.type.value!r}; "
                     f"leave {name} out or set the type."
                 )
+
+    def _check_heads(self) -> None:
+        for name in HEADS:
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name))
+        if self.q_heads is not None and self.kv_heads is not None and self.q_heads % self.kv_heads:
+            raise ConfigError(f"kv_heads={self.kv_heads} must divide q_heads={self.q_heads}.")
 
     def _check_numbers(self) -> None:
         for name in ("soft_cap", "scale", "dropout_rate"):
@@ -185,6 +207,9 @@ class AttentionConfig:
         return _policy(self)
 
 
+HEADS = ("q_heads", "kv_heads", "head_dim", "value_dim")
+"""The options that are sizes of the arrays of a call."""
+
 _SIZES = {
     "window": AttentionType.LOCAL_SLIDING,
     "chunk_size": AttentionType.CHUNK,
@@ -193,9 +218,13 @@ _SIZES = {
 """The type that needs each size; no other type accepts it."""
 
 
-def _mask(type_: AttentionType, window: int | None, chunk_size: int | None, block_size: int | None) -> Mask:
+def _mask(
+    type_: AttentionType, window: int | tuple[int, int] | None, chunk_size: int | None, block_size: int | None
+) -> Mask:
     from kernelry import masks
 
+    if isinstance(window, tuple):
+        return masks.SlidingWindow(*window)
     if window is not None:
         return masks.SlidingWindow(window - 1)
     if chunk_size is not None:
@@ -233,6 +262,14 @@ def options_of(config: AttentionConfig) -> CallOptions:
 def _check_whole(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def _both_sides(window: Any) -> tuple[int, int]:
+    if len(window) == 2 and all(type(side) is int and side >= 0 for side in window):
+        return tuple(window)
+    raise ConfigError(
+        f"window must be a positive integer, or a pair (left, right) of integers, 0 or more, got {window!r}."
+    )
 
 
 def _precision(value: Any) -> str | None:

@@ -65,6 +65,12 @@ class AttentionTable(_Table):
     soft_cap: Any = None
     scale: Any = None
     sinks: Any = None
+    bias: Any = None
+    bias_after_cap: Any = None
+    q_heads: Any = None
+    kv_heads: Any = None
+    head_dim: Any = None
+    value_dim: Any = None
     moba: MoBATable | None = None
     record_max_logits: Any = None
     dropout_rate: Any = None

@@ -187,6 +187,10 @@ def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
 
 def _window(config: AttentionConfig) -> int:
     window = config.window or config.chunk_size
+    if isinstance(window, tuple):
+        raise ArgumentError(
+            f"cache 'rolling' keeps only the last tokens, and window={window} sees later tokens, too; use 'contiguous'."
+        )
     if window is None:
         raise ArgumentError(
             f"cache 'rolling' keeps only the last tokens, for layers with a window or chunks, and type "
