@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """A tiny model.
 
@@ -18,6 +18,7 @@ class Case:
       stack_of: the stack that a call belongs to, in a model that has several.
       calls_per_layer: of attention.
       in_order: whether layers are counted, where the code numbers them otherwise.
+      layer_of: the layer of a config that the code's number means, where the two differ.
     """
 
     model_type: str
@@ -29,6 +30,13 @@ class Case:
     stack_of: Callable[[Any], str] | None = None
     calls_per_layer: int = 1
     in_order: bool = False
+    layer_of: Callable[[int], int] = int
 
     def __str__(self):
-        return "-".join([self.model_type, *(f"{name}={value}" for name, value in self.options.items())])
+        return "-".join([self.model_type, *(f"{name}={brief(value)}" for name, value in self.options.items())])
+
+
+def brief(value):
+    """An option in the name of a case."""
+    text = str(value).replace("_attention", "").replace(" ", "")
+    return text if len(text) <= 40 else f"{text[:37]}..."
