@@ -4,6 +4,7 @@ Imported by tests that run with `make test-models`; torch and transformers are i
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import sys
@@ -60,15 +61,21 @@ class Call:
         return mask if mask.dtype == bool else mask > -1e4
 
 
-def tiny_config(model_type, **overrides):
-    """A config of a model type with small sizes, and windows of 7 where it has one."""
+def tiny_options(model_type, options):
+    """The content of a config.json with small sizes, and windows of 7 where a model type has one."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
     names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     sizes = {**TINY, **dict.fromkeys(WINDOWS, 7)}
-    given = {name: value for name, value in sizes.items() if name in names} | overrides
-    return config_class(**given)
+    return {"model_type": model_type, **{name: value for name, value in sizes.items() if name in names}, **options}
+
+
+def tiny_config(options):
+    """The config of transformers for such a content."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[options["model_type"]].from_dict(copy.deepcopy(options))
 
 
 def content_of(config):
@@ -82,6 +89,8 @@ def tiny_model(config, *, seed=0, gain=12.0, dtype="float32"):
     from transformers import AutoModel
 
     torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    config.use_cache = False
     model = AutoModel.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -118,6 +127,8 @@ def capture(model, **inputs):
     calls: list[Call] = []
     rotations = [0]
     with contextlib.ExitStack() as stack, torch.no_grad():
+        if model.dtype == torch.float64:
+            _replace(stack, torch.nn.functional, "softmax", _softmax_in_own_dtype)
         for module in list(sys.modules.values()):
             if getattr(module, "__name__", "").startswith("transformers.models.") and ".modeling_" in module.__name__:
                 _wrap(stack, module, calls, rotations)
@@ -139,6 +150,11 @@ def _replace(stack, module, name, instead):
     setattr(module, name, instead)
 
 
+def _softmax_in_own_dtype(logits, dim, dtype=None):
+    """Eager attention takes it in float32, whatever the dtype of the model."""
+    return logits.softmax(dim)
+
+
 def _counting(rotate, rotations):
     def counted(*args, **kwargs):
         rotations[0] += 1
@@ -148,9 +164,15 @@ def _counting(rotate, rotations):
 
 
 def _recording(attend, calls, rotations):
+    last = {}
+
     def recorded(module, query, key, value, attention_mask=None, *args, **kwargs):
         result = attend(module, query, key, value, attention_mask, *args, **kwargs)
         scale = kwargs.get("scaling", args[0] if args else None)
+        rotated = rotations[0] > 0 or (
+            last.get("module") is module and last["rotated"]
+        )  # of several calls, before the first
+        last.update(module=module, rotated=rotated)
         calls.append(
             Call(
                 layer=getattr(module, "layer_idx", None),
@@ -159,7 +181,7 @@ def _recording(attend, calls, rotations):
                 out=result[0].numpy(),
                 mask=None if attention_mask is None else attention_mask.numpy(),
                 scale=scale,
-                rotated=rotations[0] > 0,
+                rotated=rotated,
                 more={name: as_numpy(value) for name, value in kwargs.items() if name != "scaling"},
             )
         )

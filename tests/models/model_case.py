@@ -19,6 +19,7 @@ class Case:
       calls_per_layer: of attention.
       in_order: whether layers are counted, where the code numbers them otherwise.
       layer_of: the layer of a config that the code's number means, where the two differ.
+      name: what the tests call it; else all options.
     """
 
     model_type: str
@@ -31,9 +32,12 @@ class Case:
     calls_per_layer: int = 1
     in_order: bool = False
     layer_of: Callable[[int], int] = int
+    name: str = ""
 
     def __str__(self):
-        return "-".join([self.model_type, *(f"{name}={brief(value)}" for name, value in self.options.items())])
+        return self.name or "-".join(
+            [self.model_type, *(f"{name}={brief(value)}" for name, value in self.options.items())]
+        )
 
 
 def brief(value):

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from kernelry.models.keys import Keys
-from kernelry.models.layerwise import everywhere, nowhere, on_sliding, rope_options
-from kernelry.models.patterns import SLIDING, Layers, all_full, all_sliding, every, first_of, from_layer, windowed
+from kernelry.models.layerwise import rope_options
+from kernelry.models.patterns import SLIDING, Layers
+
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,7 +128,9 @@ def wide(keys: Keys) -> Heads:
     """Of twice the hidden size, unless `attention_head_dim` says the head dim."""
     query = keys.count("num_attention_heads")
     kv = keys.optional_count("num_key_value_heads") or query
-    return checked_heads(keys, query, kv, keys.optional_count("attention_head_dim") or 2 * keys.count("hidden_size") // query)
+    return checked_heads(
+        keys, query, kv, keys.optional_count("attention_head_dim") or 2 * keys.count("hidden_size") // query
+    )
 
 
 def checked_heads(keys: Keys, query: int, kv: int, head_dim: int | None, value_dim: int | None = None) -> Heads:
