@@ -6,5 +6,6 @@ internal. Imports `config` and what is below.
 """
 
 from kernelry.models.model import LayerKind, Model, OtherLayers
+from kernelry.models.reading import from_huggingface
 
-__all__ = ["LayerKind", "Model", "OtherLayers"]
+__all__ = ["LayerKind", "Model", "OtherLayers", "from_huggingface"]
