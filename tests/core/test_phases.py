@@ -138,7 +138,7 @@ def test_a_shape_without_heads_has_those_of_the_config_or_the_defaults():
 @pytest.mark.parametrize("name", ["q_heads", "kv_heads", "head_dim", "value_dim"])
 def test_a_size_other_than_the_configs_is_an_error_that_names_both(name):
     config = AttentionConfig(**{name: 16}, source="c.toml")
-    with pytest.raises(ArgumentError, match=rf"{name}=8 is not that of c.toml, {name}=16; leave {name} out"):
+    with pytest.raises(ArgumentError, match=rf"{name}=8 contradicts {name}=16 of c.toml; leave it out"):
         resolve_phases(config, ModelShape(q_len=4, max_len=4, q_heads=8, kv_heads=8, head_dim=8, value_dim=8))
 
 

@@ -85,18 +85,12 @@ def decodes(layer: AttentionConfig | LayerKind) -> bool:
     """
     if not isinstance(layer, LayerKind) or is_cross(layer):
         return True
-    return not sees_later_tokens(layer.config) or layer.config.type is AttentionType.BLOCK_DIFFUSION
+    return not layer.config.sees_later_tokens or layer.config.type is AttentionType.BLOCK_DIFFUSION
 
 
 def is_cross(layer: AttentionConfig | LayerKind) -> bool:
     """Whether the keys are those of an encoder, which precedes the decoder."""
     return isinstance(layer, LayerKind) and layer.name.startswith("cross")
-
-
-def sees_later_tokens(config: AttentionConfig) -> bool:
-    """Whether the mask shows a query any token after its own."""
-    two_sided = isinstance(config.window, tuple) and config.window[1] > 0
-    return two_sided or config.type in (AttentionType.FULL, AttentionType.BLOCK_DIFFUSION)
 
 
 def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> Mask:

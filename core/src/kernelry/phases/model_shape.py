@@ -166,7 +166,7 @@ class ModelShape:
         for name in HEADS:
             own, said = getattr(self, name), getattr(config, name)
             if own is not None and said is not None and own != said:
-                raise ArgumentError(f"{name}={own} is not that of {config.source}, {name}={said}; leave {name} out.")
+                raise ArgumentError(f"{name}={own} contradicts {name}={said} of {config.source}; leave it out.")
             sizes[name] = said if own is None else own
         found = dataclasses.replace(self, **sizes)  # type: ignore[arg-type]
         return dataclasses.replace(found, **dict(zip(HEADS, found.heads, strict=True)))  # type: ignore[arg-type]

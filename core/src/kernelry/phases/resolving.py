@@ -12,7 +12,7 @@ from kernelry.errors import ArgumentError
 from kernelry.execution.plan import Plan
 from kernelry.kernel.spec import AUTO, KernelSpec
 from kernelry.models.model import LayerKind, Model, config_of
-from kernelry.phases.calls import PhaseCall, calls, decodes, is_cross, sees_later_tokens
+from kernelry.phases.calls import PhaseCall, calls, decodes, is_cross
 from kernelry.phases.model_shape import ModelShape
 from kernelry.policy.scope import current_scope
 from kernelry.request.request import Mode
@@ -186,11 +186,11 @@ def resolve_phases(
 
 @contextlib.contextmanager
 def naming(layer: AttentionConfig | LayerKind) -> Iterator[None]:
-    """Puts the name of a kind of layers before the message of an error about it."""
+    """Puts the name of a kind of layers before the message of an error about it, unless that names it."""
     try:
         yield
     except ArgumentError as error:
-        if not isinstance(layer, LayerKind):
+        if not isinstance(layer, LayerKind) or layer.config.source in str(error):
             raise
         raise ArgumentError(f"layers {layer.name!r}: {error}") from error
 
@@ -273,7 +273,7 @@ def _statistics(resolutions: Iterable[Resolution]) -> Iterator[str]:
 def _meaning(layer: AttentionConfig | LayerKind) -> Iterator[str]:
     """In training a query may see later tokens, which one step of decode does not have yet."""
     config = config_of(layer)
-    if decodes(layer) and sees_later_tokens(config) and not is_cross(layer):
+    if decodes(layer) and config.sees_later_tokens and not is_cross(layer):
         window = "" if config.window is None else f" and window={config.window}"
         yield (
             f"mask meaning: with type {config.type.value!r}{window} a query of training sees later tokens, and a "
