@@ -1,7 +1,7 @@
 """Models: from a model's own config to the mask, scale, cap, sinks and heads of each of its layers.
 
 `model` has the description, `reading` reads Hugging Face's config.json by the table of facts in `families`, `maxtext`
-reads MaxText's files. Neither transformers, torch nor MaxText is imported. The names below are public, the modules are
+reads MaxText's files. Neither transformers, torch nor MaxText is imported. The names below are public, its modules are
 internal. Imports `config` and what is below.
 """
 
