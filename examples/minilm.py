@@ -8,7 +8,7 @@ python examples/minilm.py --kernel splash --interpret
 The package holds the files of all-MiniLM-L6-v2, a BERT of 6 layers whose attention is bidirectional; it is read, never
 imported. Sentences of different lengths go through the encoder as one padded batch, and alone, without padding. Each
 vector is compared with that of an independent pass in NumPy and float64 (bert/plain.py), and the exit status is 1 where
-a cosine is below 0.9999. The table names the sentence whose meaning is nearest, and what follows it the kernel that
+a cosine is below 0.9999. The table names the sentence whose vector is nearest; the lines after it say which kernel
 attended, and why.
 """
 
@@ -26,6 +26,7 @@ from bert.checkpoint import Checkpoint, CheckpointError, installed, padded
 from bert.encoder import Encoder, encode
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import kernelry
 from kernelry import Resolution
@@ -141,7 +142,7 @@ def table_of(sentences: Sequence[str], report: Report) -> Table:
     for number, nearest in enumerate(report.nearest):
         table.add_row(
             str(number),
-            sentences[number],
+            Text(sentences[number]),
             str(report.tokens[number]),
             "" if nearest is None else f"{nearest[0]} ({nearest[1]:.2f})",
             f"{report.cosines[number]:.10f}",

@@ -16,7 +16,6 @@ from kernelry.config import AttentionConfig
 from kernelry.flax import AttentionOp
 
 Tensors = Mapping[str, np.ndarray]
-_UNUSED = nnx.Rngs(0)  # every parameter is the checkpoint's
 
 
 class Attention(nnx.Module):
@@ -105,7 +104,7 @@ def _linear(tensors: Tensors, name: str, inner: Any, outer: Any) -> nnx.LinearGe
         axis=(-2, -1) if isinstance(inner, tuple) else -1,
         kernel_init=_given(tensors[f"{name}.weight"].T),
         bias_init=_given(tensors[f"{name}.bias"]),
-        rngs=_UNUSED,
+        rngs=nnx.Rngs(0),
     )
 
 
@@ -116,14 +115,14 @@ def _norm(checkpoint: Checkpoint, name: str) -> nnx.LayerNorm:
         scale_init=_given(checkpoint.tensors[f"{name}.weight"]),
         bias_init=_given(checkpoint.tensors[f"{name}.bias"]),
         use_fast_variance=False,  # E[x²] − E[x]² would cancel
-        rngs=_UNUSED,
+        rngs=nnx.Rngs(0),
     )
 
 
 def _embed(tensors: Tensors, name: str, number: int, width: int) -> nnx.Embed:
-    return nnx.Embed(number, width, embedding_init=_given(tensors[f"embeddings.{name}.weight"]), rngs=_UNUSED)
+    return nnx.Embed(number, width, embedding_init=_given(tensors[f"embeddings.{name}.weight"]), rngs=nnx.Rngs(0))
 
 
 def _given(values: np.ndarray) -> Callable[..., jax.Array]:
-    """An initialiser that gives these values, cut into heads where the shape says so."""
+    """An initialiser that draws nothing: it gives these values, cut into heads where the shape says so."""
     return lambda _, shape, dtype: jnp.asarray(values, dtype).reshape(shape)
