@@ -1,8 +1,9 @@
 """Models: from a model's own config to the mask, scale, cap, sinks and heads of each of its layers.
 
 `model` has the description, `reading` reads Hugging Face's config.json by the table of facts in `families`, `maxtext`
-reads MaxText's files. Neither transformers, torch nor MaxText is imported. The names below are public, the modules are
-internal. Imports `config` and what is below.
+reads MaxText's files. Neither transformers, torch nor MaxText is imported.
+
+The names below are public, its modules are internal. Imports `config` and what is below.
 """
 
 from kernelry.models.model import LayerKind, Model, OtherLayers

@@ -35,7 +35,7 @@ class Keys:
 
     Args:
       given: the config's content.
-      model_type: whose defaults stand for absent keys.
+      model_type: whose defaults replace absent keys.
       where: what errors name, e.g. the file.
     """
 
