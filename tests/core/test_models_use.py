@@ -225,6 +225,15 @@ def test_a_bias_that_a_kind_needs_must_be_passed(front_end):
     assert request.bias == (1, 4, 8, 8)
 
 
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_bias_after_the_cap_is_asked_for(front_end):
+    kind = with_options(bias=True, soft_cap=5.0, bias_after_cap=True)
+    request = asked(front_end(kind), *arrays(32), bias=jnp.zeros((1, 4, 32, 32)))
+    assert request.bias_after_cap
+    shape = dataclasses.replace(SHAPE, batch=2)
+    assert request == resolve_phases(kind, shape, changes=False).train.request
+
+
 def with_options(**options):
     return dataclasses.replace(FULL, config=dataclasses.replace(FULL.config, **options))
 
@@ -244,6 +253,7 @@ def test_sinks_that_a_kind_needs_must_be_bound():
         (SLIDING, {"soft_cap": 50.0}, "soft_cap=50.0 contradicts .* which says 30.0;"),
         (FULL, {"soft_cap": 50.0}, "soft_cap=50.0 contradicts .* which says None;"),
         (FULL, {"sinks": jnp.zeros(4)}, "sinks=an array contradicts .* which says no sinks;"),
+        (FULL, {"bias_after_cap": True}, "bias_after_cap=True contradicts .* which says False;"),
         (with_options(precision="high"), {"precision": "highest"}, "precision=highest contradicts .* says high;"),
         (
             with_options(dropout_rate=0.5),

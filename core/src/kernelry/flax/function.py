@@ -56,6 +56,7 @@ def attention_fn(
     layer_mask: Mask | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    bias_after_cap: bool = False,
     sinks: Float[Array, " N"] | None = None,
     mode: str | Mode = Mode.TRAIN,
     kernel: str = AUTO,
@@ -85,13 +86,13 @@ def attention_fn(
       input_positions: must be None: apply rotary embedding in the model.
       force_fp32_for_softmax: has no effect: softmax is always in float32.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
-      layer: a kind of a model's layers, or the config of a layer: says `layer_mask`, `scale`, `soft_cap` and `config`,
-        whether `sinks` and `bias` are needed, and the heads and head dims of the arrays. An argument that says
-        otherwise is an error.
+      layer: a kind of a model's layers, or the config of a layer: says `layer_mask`, `scale`, `soft_cap`,
+        `bias_after_cap` and `config`, whether `sinks` and `bias` are needed, and the heads and head dims of the arrays.
+        An argument that says otherwise is an error.
       bidirectional: flags of the tokens, e.g. of an image, each run of which sees itself whatever the masks are.
       layer_mask: a mask combined with `mask` by `&`; None means the layer's, and without a layer no other mask. With
         a layer it may say positions of the layer's mask, `layer.config.mask.at(query_offset=…)`.
-      scale, soft_cap, sinks, mode, kernel: as in `kernelry.attention`.
+      scale, soft_cap, bias_after_cap, sinks, mode, kernel: as in `kernelry.attention`.
       config: how kernels are chosen and calls are sharded, unless an enclosing `use` decides. Its options of
         the layer must have their defaults: Flax's module and the arguments above give those.
       mesh, sharding: as in `AttentionOp`; B is *batch taken together.
@@ -122,7 +123,14 @@ def attention_fn(
     query, key, value = _promoted(dtype, query, key, value)
     batch = _batch(query, key, value)
     arrays = [_folded(array) for array in (query, key, value)]
-    options = CallOptions(mode=mode, scale=scale, soft_cap=soft_cap, dropout_rate=dropout_rate, precision=precision)
+    options = CallOptions(
+        mode=mode,
+        scale=scale,
+        soft_cap=soft_cap,
+        bias_after_cap=bias_after_cap,
+        dropout_rate=dropout_rate,
+        precision=precision,
+    )
     if layer is not None:
         _check_alone(layer, config, is_causal)
         config, layer_mask, options = said_by(

@@ -97,6 +97,8 @@ def said_by(
         raise _contradiction(config, "scale", options.scale, own_scale)
     if options.soft_cap not in (None, config.soft_cap):
         raise _contradiction(config, "soft_cap", options.soft_cap, config.soft_cap)
+    if options.bias_after_cap and not config.bias_after_cap:
+        raise _contradiction(config, "bias_after_cap", True, False)
     if config.precision is not None and options.precision not in (None, config.precision):
         raise _contradiction(config, "precision", options.precision, config.precision)
     if drops and config.dropout_rate and options.dropout_rate != config.dropout_rate:
@@ -105,6 +107,7 @@ def said_by(
         options,
         scale=config.scale,
         soft_cap=config.soft_cap,
+        bias_after_cap=config.bias_after_cap,
         precision=options.precision if config.precision is None else config.precision,
         logits_dtype=config.logits_dtype,
     )
