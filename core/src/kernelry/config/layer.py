@@ -252,6 +252,7 @@ def options_of(config: AttentionConfig) -> CallOptions:
     return CallOptions(
         scale=config.scale,
         soft_cap=config.soft_cap,
+        bias_after_cap=config.bias_after_cap,
         dropout_rate=config.dropout_rate,
         logits_dtype=config.logits_dtype,
         precision=config.precision,
