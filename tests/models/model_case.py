@@ -18,6 +18,9 @@ class Case:
       stack_of: the stack that a call belongs to, in a model that has several.
       calls_per_layer: of attention.
       in_order: whether layers are counted, where the code numbers them otherwise.
+      products: whether calls are found by the products around their softmaxes.
+      implementation: of attention in transformers; PyTorch's own is found with `products`.
+      bias: makes what is added to the logits of a call, as the remark of its kind says.
     """
 
     model_type: str
@@ -29,6 +32,9 @@ class Case:
     stack_of: Callable[[Any], str] | None = None
     calls_per_layer: int = 1
     in_order: bool = False
+    products: bool = False
+    implementation: str = "eager"
+    bias: Callable[[Any], Any] | None = None
 
     def __str__(self):
         return "-".join([self.model_type, *(f"{name}={value}" for name, value in self.options.items())])
