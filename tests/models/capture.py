@@ -56,7 +56,7 @@ class Call:
         """Booleans [T, S] of the first sequence and head: what transformers' mask lets through."""
         if self.mask is None:
             return np.ones((self.query.shape[1], self.key.shape[1]), bool)
-        mask = self.mask[0, 0]
+        mask = np.broadcast_to(self.mask[0, 0], (self.query.shape[1], self.key.shape[1]))
         return mask if mask.dtype == bool else mask > -1e4
 
 
@@ -67,8 +67,13 @@ def tiny_config(model_type, **overrides):
     config_class = CONFIG_MAPPING[model_type]
     names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     sizes = {**TINY, **dict.fromkeys(WINDOWS, 7)}
-    given = {name: value for name, value in sizes.items() if name in names} | overrides
-    return config_class(**given)
+    own = {config_class.attribute_map.get(name, name) for name in overrides}
+    given = {
+        name: value
+        for name, value in sizes.items()
+        if name in names and config_class.attribute_map.get(name, name) not in own
+    }
+    return config_class(**given, **overrides)
 
 
 def content_of(config):
@@ -76,13 +81,13 @@ def content_of(config):
     return json.loads(config.to_json_string(use_diff=True))
 
 
-def tiny_model(config, *, seed=0, gain=12.0, dtype="float32"):
-    """A random model with eager attention; the weights that make queries and keys are scaled up."""
+def tiny_model(config, *, seed=0, gain=12.0, dtype="float32", implementation="eager"):
+    """A random model; the weights that make queries and keys are scaled up."""
     import torch
     from transformers import AutoModel
 
     torch.manual_seed(seed)
-    model = AutoModel.from_config(config, attn_implementation="eager").eval()
+    model = AutoModel.from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             parts = name.split(".")
@@ -111,9 +116,14 @@ QUERY_AND_KEY = (
 )
 
 
-def capture(model, **inputs):
-    """Runs a model and returns its calls of eager attention, in order."""
+def capture(model, *, products=False, **inputs):
+    """Runs a model and returns its calls of eager attention, in order.
+
+    Args:
+      products: whether the calls are found by the products around their softmaxes; see `products`.
+    """
     import torch
+    from products import recording_products
 
     calls: list[Call] = []
     rotations = [0]
@@ -121,6 +131,8 @@ def capture(model, **inputs):
         for module in list(sys.modules.values()):
             if getattr(module, "__name__", "").startswith("transformers.models.") and ".modeling_" in module.__name__:
                 _wrap(stack, module, calls, rotations)
+        if products:
+            stack.enter_context(recording_products(calls, rotations))
         model(**inputs)
     return calls
 

@@ -13,12 +13,14 @@ from kernelry.models.families import families, text_families
 
 PACKAGE = Path(kernelry.models.__file__).parent
 FILE = PACKAGE / "defaults.json"
-MODULES = ("rules.py", "families.py", "reading.py", "keys.py")
+MODULES = sorted(
+    [*(PACKAGE / name for name in ("rules.py", "reading.py", "keys.py")), *(PACKAGE / "families").glob("*.py")]
+)
 
 
 def words_of_the_reader():
     """Every text in the modules that read configs: the names of keys are among them."""
-    trees = [ast.parse((PACKAGE / name).read_text(encoding="utf-8")) for name in MODULES]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in MODULES]
     nodes = (node for tree in trees for node in ast.walk(tree))
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 

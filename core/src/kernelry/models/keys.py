@@ -190,3 +190,7 @@ class Keys:
         if isinstance(found, Mapping) and all(isinstance(key, str) or type(key) is int for key in found):
             return found
         raise self.error(f"{self.named(name)} must be an object, got {brief(found)}.")
+
+    def inner(self, name: str) -> Keys:
+        """Returns the keys of an object, none where it is absent."""
+        return Keys(self.table(name), "", f"{self.where}: {self.named(name)}")

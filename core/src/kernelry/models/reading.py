@@ -10,6 +10,7 @@ from typing import Any, final
 
 from kernelry.config.layer import AttentionConfig, AttentionType
 from kernelry.errors import ConfigError, nearest
+from kernelry.models.encoding import IMAGE
 from kernelry.models.families import families, text_families
 from kernelry.models.keys import Keys, brief
 from kernelry.models.model import LayerKind, Model, OtherLayers
@@ -38,6 +39,7 @@ _OTHERS = {
         _CHOSEN,
     ),
     **dict.fromkeys(("conv", "mlp", "moe"), _NO_ATTENTION),
+    IMAGE: "it attends to the keys of an image, whose number and mask a call says",
 }
 """Why the layers of the other words are not described."""
 
@@ -110,10 +112,8 @@ def _file(path: Path) -> tuple[Mapping[str, Any], str]:
 def _text_config(given: Mapping[str, Any], outer: str, name: str) -> Mapping[str, Any]:
     """The part of a multimodal config that is about text."""
     inner = given.get("text_config")
-    if inner is None:
-        return {
-            key: value for key, value in given.items() if key != "model_type"
-        }  # files of the first releases are flat
+    if inner is None:  # files of the first releases are flat
+        return {key: value for key, value in given.items() if key not in ("model_type", "text_config")}
     if not isinstance(inner, Mapping):
         raise ConfigError(f"{name}: text_config of {outer!r} must be an object, got {brief(inner)}.")
     return inner
@@ -139,7 +139,7 @@ class _Layer:
 
 
 def _layers(family: Family, keys: Keys) -> Iterable[_Layer]:
-    count = keys.count(family.count)
+    count = keys.count(family.count) if isinstance(family.count, str) else family.count(keys)
     words = _words(family, keys, count)
     shared = _shared(family, keys, words)
     for number, word in enumerate(words):
@@ -184,6 +184,7 @@ def _kind(family: Family, keys: Keys, word: str, number: int, shared: int | None
     heads = family.heads(keys)
     causal = family.causal if isinstance(family.causal, bool) else family.causal(keys)
     bias = family.bias(keys) if callable(family.bias) else family.bias
+    remarks = family.remarks(keys, word, number) if callable(family.remarks) else family.remarks
     name = _KINDS[word]
     try:
         config = AttentionConfig(
@@ -206,8 +207,8 @@ def _kind(family: Family, keys: Keys, word: str, number: int, shared: int | None
         config,
         rope=family.rope(keys, word, number),
         shared_kv=() if shared is None else ((number, shared),),
-        bidirectional=family.bidirectional(keys) if callable(family.bidirectional) else family.bidirectional,
-        remarks=(*((f"bias: {bias}",) if bias else ()), *family.remarks),
+        bidirectional=family.bidirectional(keys, word) if callable(family.bidirectional) else family.bidirectional,
+        remarks=(*((f"bias: {bias}",) if bias else ()), *remarks),
     )
 
 
@@ -217,10 +218,9 @@ def _mask_options(family: Family, keys: Keys, name: str, *, causal: bool) -> dic
     if name == "chunked":
         return {"type": AttentionType.CHUNK, "chunk_size": _size(family.chunk, keys, name)}
     window = _size(family.window, keys, name)
-    if causal:
-        return {"type": AttentionType.LOCAL_SLIDING, "window": window}
-    side = window // 2 if family.halved else window
-    return {"type": AttentionType.LOCAL_SLIDING, "window": (side, side)}
+    if family.resized is not None:
+        window = family.resized(keys, window)
+    return {"type": AttentionType.LOCAL_SLIDING, "window": window if causal else (window, window)}
 
 
 def _size(key: str, keys: Keys, name: str) -> int:

@@ -37,13 +37,13 @@ class Family:
 
     Args:
       stack: `encoder`, `decoder` or `cross`, in a model that has several.
-      count: the key of the number of layers.
+      count: the key of the number of layers, or a rule.
       layers: the kinds of layers where the config has no `layer_types`.
       layer_types: the key that says the kinds, which then wins over `layers`; None where the code reads no such key.
       last_full: whether the last layer is full, whatever is said.
       causal: whether a query sees no later tokens: True, False, or a rule.
-      window: the key of the window of sliding layers.
-      halved: whether an encoder's window is counted in both directions together; else it is that of each side.
+      window: the key of the window of sliding layers; without causality it is that of each side.
+      resized: what the code makes of that window.
       chunk: the key of the size of chunks.
       heads: N, K, H and D.
       scale: the factor on the logits; None means H ** -0.5.
@@ -52,20 +52,20 @@ class Family:
       bias: what is added to the logits, in words.
       rope: whether a layer rotates queries and keys; of the keys, the layer's word and its number.
       shared_kv: the key of the number of last layers that read an earlier layer's keys and values.
-      bidirectional: the tokens that see each other besides the mask, or a rule.
-      remarks: what a call must know besides.
+      bidirectional: the tokens that see each other besides the mask, or a rule; of the keys and the layer's word.
+      remarks: what a call must know besides, or a rule; of the keys, the layer's word and its number.
       refused: why no layer of these types can be described.
       version: the release of transformers whose code these facts are read from.
     """
 
     stack: str = ""
-    count: str = "num_hidden_layers"
+    count: str | Callable[[Keys], int] = "num_hidden_layers"
     layers: Layers
     layer_types: str | None = "layer_types"
     last_full: bool = False
     causal: bool | Callable[[Keys], bool] = True
     window: str = "sliding_window"
-    halved: bool = False
+    resized: Callable[[Keys, int], int] | None = None
     chunk: str = "attention_chunk_size"
     heads: Callable[[Keys], Heads]
     scale: Callable[[Keys, Heads, int], float | None]
@@ -74,8 +74,8 @@ class Family:
     bias: str | Callable[[Keys], str | None] | None = None
     rope: Callable[[Keys, str, int], bool]
     shared_kv: str | None = None
-    bidirectional: str | Callable[[Keys], str | None] | None = None
-    remarks: tuple[str, ...] = ()
+    bidirectional: str | Callable[[Keys, str], str | None] | None = None
+    remarks: tuple[str, ...] | Callable[[Keys, str, int], tuple[str, ...]] = ()
     refused: str | None = None
     version: str = "5.24.0"
 

@@ -1,0 +1,134 @@
+"""Encoders, models with an encoder and a decoder, and decoders with biases or learned positions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from kernelry.models import encoding, rules
+from kernelry.models.families.rows import Rows, decoder, encoder
+
+_SCALED_FIRST = ("queries are multiplied by H ** -0.5 before the call, so the scale is 1",)
+_ALIBI = "ALiBi [B, N, 1, S]: slopes times the keys' numbers among those that are not padding"
+_BUCKETS = "learned, by buckets of the distance of key and query [1, N, T, S]"
+
+plain = functools.partial(encoder, layer_types=None, heads=rules.equal, rope=rules.nowhere)
+"""An encoder that sees everything, with positions added to its embeddings and equal heads."""
+
+bert = functools.partial(plain, causal=rules.where("is_decoder"), remarks=encoding.cross_where("add_cross_attention"))
+"""An encoder that is a decoder where `is_decoder` is set."""
+
+rotary = functools.partial(plain, rope=rules.everywhere)
+"""An encoder that sees everything, with rotary embeddings and equal heads."""
+
+gpt = functools.partial(decoder, layer_types=None, heads=rules.equal, rope=rules.nowhere)
+"""A decoder with learned positions and equal heads."""
+
+_DECODER = functools.partial(
+    gpt, stack="decoder", count="decoder_layers", heads=encoding.equal_of("decoder_attention_heads")
+)
+_CROSS = functools.partial(_DECODER, stack="cross", causal=False)
+_T5_DECODER = functools.partial(
+    gpt,
+    stack="decoder",
+    count=encoding.count_of("num_decoder_layers", "num_hidden_layers"),
+    heads=rules.grouped,
+    scale=rules.unscaled,
+)
+
+
+ENCODERS: Rows = {
+    # Encoders of text
+    "bert roberta camembert xlm-roberta xlm-roberta-xl electra ernie data2vec-text dpr roberta-prelayernorm "
+    "bert-generation roc_bert": (bert(),),
+    "distilbert albert layoutlm splinter": (plain(),),
+    "mpnet": (plain(bias=_BUCKETS),),
+    "nomic_bert": (rotary(heads=rules.grouped),),
+    "gte jina_embeddings_v3": (rotary(),),
+    "eurobert": (encoder(layer_types=None),),
+    "esm": (
+        bert(
+            scale=rules.unscaled,
+            rope=encoding.rotary_where("position_embedding_type", "rotary"),
+            remarks=_SCALED_FIRST,
+        ),
+    ),
+    "modernbert": (
+        encoder(
+            layers=rules.first_of(3, "global_attn_every_n_layers"),
+            window="local_attention",
+            resized=encoding.half_unless("sliding_window"),
+            heads=rules.equal,
+        ),
+    ),
+    "modernbert-decoder": (
+        decoder(
+            layers=rules.first_of(3, "global_attn_every_n_layers"),
+            window="local_attention",
+            resized=encoding.half_unless("sliding_window"),
+            heads=rules.equal,
+        ),
+    ),
+    "ultrabert": (encoder(layers=rules.every(3)),),
+    "openai_privacy_filter": (
+        encoder(
+            layers=rules.all_sliding,
+            layer_types=None,
+            scale=rules.unscaled,
+            sinks=rules.all_sinks,
+            remarks=("queries and keys are each multiplied by H ** -0.25 before the call, so the scale is 1",),
+        ),
+    ),
+    # Encoders of images
+    "vit deit dinov2 clip_vision_model siglip_vision_model siglip_text_model": (plain(),),
+    "dinov3_vit pixtral": (rotary(),),
+    "clip_text_model": (gpt(),),
+    # Decoders with learned positions
+    "gpt2 imagegpt": (gpt(scale=encoding.gpt2_scale, remarks=encoding.cross_where("add_cross_attention")),),
+    "openai-gpt biogpt ctrl": (gpt(),),
+    "gpt_bigcode": (
+        gpt(heads=encoding.one_kv_where("multi_query"), scale=encoding.scaled_where("scale_attn_weights")),
+    ),
+    "opt xglm": (gpt(scale=rules.unscaled, remarks=_SCALED_FIRST),),
+    "gpt_neo": (gpt(layers=encoding.from_attention_types, window="window_size", scale=rules.unscaled),),
+    "gptj codegen gpt_neox persimmon": (gpt(rope=rules.everywhere),),
+    # Decoders with biases
+    "falcon": (
+        gpt(
+            heads=encoding.falcon_heads,
+            bias=encoding.where_flag("alibi", f"{_ALIBI}, times H ** -0.5"),
+            rope=encoding.without("alibi"),  # the eager code adds ALiBi twice, the code with SDPA once
+        ),
+    ),
+    "bloom": (gpt(bias=f"{_ALIBI}, not scaled"),),
+    "mpt": (
+        gpt(
+            scale=encoding.in_table("attn_config", "softmax_scale"),
+            bias="ALiBi [N, 1, S]: slopes times the keys' distances from the last of max_seq_len positions, with a "
+            "largest slope of 2 ** -(8 / N), not scaled; alibi and alibi_bias_max of attn_config are not read",
+        ),
+    ),
+    # An encoder and a decoder
+    "bart mbart pegasus marian blenderbot blenderbot-small m2m_100 plbart": (
+        plain(stack="encoder"),
+        _DECODER(),
+        _CROSS(),
+    ),
+    "whisper": (
+        plain(stack="encoder", scale=rules.unscaled, remarks=_SCALED_FIRST),
+        _DECODER(scale=rules.unscaled, remarks=_SCALED_FIRST),
+        _CROSS(scale=rules.unscaled, remarks=_SCALED_FIRST),
+    ),
+    "t5 mt5 umt5": (
+        plain(stack="encoder", heads=rules.grouped, scale=rules.unscaled, bias=_BUCKETS),
+        _T5_DECODER(bias=_BUCKETS),
+        _T5_DECODER(stack="cross", causal=False),
+    ),
+}
+
+TEXT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"bidirectional": "image"}),
+    "llava": ("llama", {}),
+}
+"""Multimodal model types: the type of a `text_config` that says none, and what the whole model changes of its rows."""

@@ -1,0 +1,170 @@
+"""Encoders, and models with biases or several stacks, whose layers are reproduced."""
+
+import functools
+
+from model_case import Case
+
+SOURCE, TARGET = 40, 24
+"""Tokens of an encoder and of its decoder: unlike, so that a call says its stack by its lengths."""
+
+
+def stack_of(call):
+    """The stack of a call of a model with an encoder and a decoder."""
+    lengths = call.query.shape[1], call.key.shape[1]
+    return {(SOURCE, SOURCE): "encoder", (TARGET, TARGET): "decoder", (TARGET, SOURCE): "cross"}[lengths]
+
+
+def source_and_target(ids):
+    """The ids of an encoder and of a decoder."""
+    return {"input_ids": ids, "decoder_input_ids": ids[:, :TARGET]}
+
+
+def speech(ids):
+    """Random features for Whisper's encoder, whose convolution halves their number, and ids of its decoder."""
+    import torch
+
+    features = torch.randn(2, 16, 2 * SOURCE, generator=torch.Generator().manual_seed(2))
+    return {"input_features": features, "decoder_input_ids": ids[:, :TARGET]}
+
+
+def unpadded(ids):
+    """Ids with a padding mask, from which BLOOM makes its bias."""
+    import torch
+
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def images(size=28, channels=3):
+    """Random images."""
+
+    def inputs(ids):
+        import torch
+
+        return {"pixel_values": torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(2))}
+
+    return inputs
+
+
+def position_bias(call):
+    """T5's bias, which its code passes to attention."""
+    return call.more["position_bias"]
+
+
+def made_bias(call):
+    """The bias that the code made for a whole model, [B N, 1, S] or [1, N, T, S]."""
+    bias = call.more["bias"]
+    return bias if bias.ndim == 4 else bias.reshape(call.query.shape[0], -1, *bias.shape[1:])
+
+
+def falcon_bias(call):
+    """Falcon's bias, times H ** -0.5."""
+    return made_bias(call) * call.query.shape[3] ** -0.5
+
+
+def mpt_bias(call):
+    """MPT's bias [N, 1, max_seq_len], of the last keys."""
+    return call.more["bias"][None, :, :, -call.key.shape[1] :]
+
+
+VISION = {"image_size": 28, "patch_size": 7, "num_hidden_layers": 2}
+STACKS = {
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 8,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+translation = functools.partial(Case, options=STACKS, inputs=source_and_target, stack_of=stack_of, in_order=True)
+t5 = functools.partial(Case, inputs=source_and_target, stack_of=stack_of, in_order=True, bias=position_bias, gain=2.0)
+
+TEXT_ENCODERS = [
+    *map(
+        Case,
+        [
+            "bert",
+            "roberta",
+            "camembert",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "electra",
+            "ernie",
+            "data2vec-text",
+            "dpr",
+            "roberta-prelayernorm",
+            "bert-generation",
+            "roc_bert",
+            "distilbert",
+            "albert",
+            "layoutlm",
+            "splinter",
+            "nomic_bert",
+            "gte",
+            "jina_embeddings_v3",
+            "eurobert",
+            "esm",
+            "ultrabert",
+            "openai_privacy_filter",
+        ],
+    ),
+    Case("bert", {"is_decoder": True}),
+    Case("roberta", {"is_decoder": True}),
+    Case("esm", {"position_embedding_type": "rotary"}),
+    Case("modernbert", {"local_attention": 12, "global_attn_every_n_layers": 2}),
+    Case("modernbert", {"local_attention": 13}),
+    Case("modernbert-decoder", {"local_attention": 12}),
+    Case("mpnet", products=True, bias=made_bias),
+]
+VISION_ENCODERS = [
+    *(
+        Case(model_type, VISION, inputs=images(), gain=6.0)
+        for model_type in ["vit", "deit", "dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model"]
+    ),
+    Case("clip_text_model"),
+]
+LEARNED_POSITIONS = [
+    *map(Case, ["biogpt", "ctrl", "gpt_bigcode", "opt", "gpt_neox", "persimmon"]),
+    Case("gptj", {"rotary_dim": 8}),
+    Case("codegen", {"rotary_dim": 8}),
+    Case("gpt2", gain=6.0),
+    Case("gpt2", {"scale_attn_by_inverse_layer_idx": True}, gain=6.0),
+    Case("gpt2", {"scale_attn_weights": False}, gain=4.0),
+    Case("gpt2", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}, gain=4.0),
+    Case("gpt_bigcode", {"multi_query": False}),
+    Case("gpt_bigcode", {"scale_attn_weights": False}, gain=4.0),
+    Case("gpt_neo", {"attention_types": [[["global", "local"], 3]], "window_size": 7}, products=True),
+    Case("gpt_neo", {"attention_types": [[["global"], 2], [["local"], 4]], "window_size": 5}, products=True),
+    Case("xglm", products=True),
+    Case("imagegpt", products=True),
+    Case("imagegpt", {"scale_attn_by_inverse_layer_idx": True}, products=True),
+    Case("openai-gpt", products=True),
+]
+WITH_BIASES = [
+    Case("falcon", products=True),
+    Case("falcon", {"multi_query": False}, products=True),
+    Case("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, products=True),
+    # Its eager code adds the bias twice.
+    Case("falcon", {"alibi": True}, products=True, bias=falcon_bias, implementation="sdpa"),
+    Case("bloom", products=True, bias=made_bias, inputs=unpadded),
+    Case("bloom", {"num_attention_heads": 8}, products=True, bias=made_bias, inputs=unpadded),
+    Case("mpt", {"max_seq_len": 64}, products=True, bias=mpt_bias),
+    Case("mpt", {"attn_config": {"softmax_scale": 0.4}}, products=True, bias=mpt_bias),
+    Case("mpt", {"attn_config": {"alibi": False, "alibi_bias_max": 4}}, products=True, bias=mpt_bias),
+]
+STACKED = [
+    *map(translation, ["bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "m2m_100", "plbart"]),
+    translation(
+        "whisper",
+        options={
+            **STACKS,
+            "d_model": 64,
+            "num_mel_bins": 16,
+            "max_source_positions": SOURCE,
+            "max_target_positions": 64,
+        },
+        inputs=speech,
+    ),
+    *map(t5, ["t5", "mt5", "umt5"]),
+    t5("t5", options={"num_layers": 2, "num_decoder_layers": 3, "num_heads": 8}),
+]
+ENCODERS = [*TEXT_ENCODERS, *VISION_ENCODERS, *LEARNED_POSITIONS, *WITH_BIASES, *STACKED]

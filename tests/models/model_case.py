@@ -1,0 +1,40 @@
+"""What a case of the model tests says."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A tiny model.
+
+    Args:
+      model_type: of transformers.
+      options: of its config, over the tiny sizes.
+      tolerance: of outputs.
+      gain: the factor on the weights that make queries and keys.
+      inputs: makes the model's inputs from token ids.
+      stack_of: the stack that a call belongs to, in a model that has several.
+      calls_per_layer: of attention.
+      in_order: whether layers are counted, where the code numbers them otherwise.
+      products: whether calls are found by the products around their softmaxes.
+      implementation: of attention in transformers; PyTorch's own is found with `products`.
+      bias: makes what is added to the logits of a call, as the remark of its kind says.
+    """
+
+    model_type: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tolerance: float = 5e-6
+    gain: float = 12.0
+    dtype: str = "float32"
+    inputs: Callable[[Any], dict[str, Any]] | None = None
+    stack_of: Callable[[Any], str] | None = None
+    calls_per_layer: int = 1
+    in_order: bool = False
+    products: bool = False
+    implementation: str = "eager"
+    bias: Callable[[Any], Any] | None = None
+
+    def __str__(self):
+        return "-".join([self.model_type, *(f"{name}={value}" for name, value in self.options.items())])
