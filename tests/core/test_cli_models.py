@@ -192,6 +192,17 @@ def test_an_encoder_has_no_row_for_decode_and_says_why(run, given):
     assert "--mode decode: there is no such phase: full: no decode phase: queries" in " ".join(err.split())
 
 
+def test_an_encoder_and_a_decoder_have_their_own_phases(run, folder):
+    sizes = {"d_model": 64, "d_kv": 16, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+    (folder / "t5.json").write_text(json.dumps({"model_type": "t5", **sizes}))
+    out = run("explain", "--model", "t5.json", "--target", "tpu:v6e", "--kv-len", 2048)[1]
+    phases = [row[1] for row in cells_of(out) if row[1]]
+    assert phases == ["train", "prefill", *["train", "prefill", "decode"] * 2]
+    assert "  decode: decided by" in out
+    assert "  decoder full decode: not ragged: bias=(1, 4, 1, 2048) is not supported" in out
+    assert "encoder full and decoder full: bias: " in out
+
+
 def test_other_layers_and_remarks_follow_the_table(run, given):
     kinds = (
         LayerKind("sliding", (0, 2), AttentionConfig(type="local_sliding", window=8), bidirectional="image"),
@@ -390,7 +401,7 @@ def test_a_folder_with_a_config_of_a_known_name_is_read(folder):
 
 
 NAMED = {
-    "bert-base": {"full": ("", 12, 12, 64, 64, 12, None)},
+    "bert-base": {"full": ("full", 12, 12, 64, 64, 12, None)},
     "deepseek-v3": {"full": ("causal", 128, 128, 192, 128, 61, 192**-0.5 * (0.1 * 3.6888794541139363 + 1) ** 2)},
     "gemma-2-27b": {
         "sliding": ("window(4095, 0)", 32, 16, 128, 128, 23, 144**-0.5),
@@ -408,7 +419,7 @@ NAMED = {
     "llama-3-8b": {"full": ("causal", 32, 8, 128, 128, 32, None)},
     "mistral-7b": {"sliding": ("window(4095, 0)", 32, 8, 128, 128, 32, None)},
     "modernbert-large": {
-        "full": ("", 16, 16, 64, 64, 10, None),
+        "full": ("full", 16, 16, 64, 64, 10, None),
         "sliding": ("window(64, 64)", 16, 16, 64, 64, 18, None),
     },
     "olmo-3-32b": {

@@ -226,15 +226,14 @@ def _grouped(pairs: Iterable[tuple[str, Row]]) -> dict[str, list[Row]]:
 
 
 def _named(rows: Sequence[Row], everything: Sequence[Row]) -> str:
-    """Which rows a line is about: nothing where it is all of them, a phase where it is that of all kinds."""
+    """Which rows a line is about: nothing where it is all of them, phases where it is these of all kinds."""
     if len(rows) == len(everything):
         return ""
-    calls = {row.kind.name: [other.call for other in rows if other.kind == row.kind] for row in rows}
-    everywhere = {row.kind.name for row in everything} == calls.keys() and len({*map(tuple, calls.values())}) == 1
-    named = {kind: ", ".join(names) for kind, names in calls.items()}
-    if everywhere:
-        return f"{next(iter(named.values()))}: "
-    return f"{'; '.join(f'{kind} {phases}' for kind, phases in named.items())}: "
+    calls = dict.fromkeys(row.call for row in rows)
+    if sum(row.call in calls for row in everything) == len(rows):
+        return f"{', '.join(calls)}: "
+    of_kinds = {row.kind.name: ", ".join(other.call for other in rows if other.kind == row.kind) for row in rows}
+    return f"{'; '.join(f'{kind} {phases}' for kind, phases in of_kinds.items())}: "
 
 
 def _joined(remarks: Iterable[tuple[str, str]]) -> Iterator[str]:
