@@ -5,7 +5,6 @@
 picks the best installed kernel that honours every argument, or says why none can.
 """
 
-import importlib
 import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
