@@ -63,7 +63,8 @@ def from_huggingface(source: str | Path | Mapping[str, Any] | Any) -> Model:
     outer = given.get("model_type")
     if not isinstance(outer, str):
         raise ConfigError(f"{name}: model_type must be a text, e.g. 'llama', got {brief(outer)}.")
-    where, model_type, changes = name, outer, {}
+    where, model_type = name, outer
+    changes: Mapping[str, Any] = {}
     if outer not in families() and outer in text_families():
         inner, changes = text_families()[outer]
         given, where = _text_config(given, outer, inner, name)
