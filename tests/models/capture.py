@@ -60,20 +60,48 @@ class Call:
         return mask if mask.dtype == bool else mask > -1e4
 
 
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+"""Sizes of the other parts of a multimodal model, which do not run here."""
+
+
 def tiny_config(model_type, **overrides):
-    """A config of a model type with small sizes, and windows of 7 where it has one."""
+    """A config of a model type with small sizes, also of its parts, and windows of 7 where it has one."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
-    names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    parts = {}
+    for name, part in getattr(config_class, "sub_configs_defaults", {}).items():
+        given = overrides.pop(name, {})
+        inner = given.get("model_type", part.model_type)
+        parts[name] = {
+            "model_type": inner,
+            **tiny_options(
+                part if isinstance(part, type) else CONFIG_MAPPING[inner],
+                {**TINY, **dict.fromkeys(WINDOWS, 7)} if name == "text_config" else VISION,
+                given,
+            ),
+        }
     sizes = {**TINY, **dict.fromkeys(WINDOWS, 7)}
+    return config_class(**parts, **tiny_options(config_class, sizes, overrides))
+
+
+def tiny_options(config_class, sizes, overrides):
+    """The sizes that a class of configs has a key for, and overrides under either name of a key."""
+    names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     own = {config_class.attribute_map.get(name, name) for name in overrides}
     given = {
         name: value
         for name, value in sizes.items()
         if name in names and config_class.attribute_map.get(name, name) not in own
     }
-    return config_class(**given, **overrides)
+    return {**given, **overrides}
 
 
 def content_of(config):
@@ -81,13 +109,15 @@ def content_of(config):
     return json.loads(config.to_json_string(use_diff=True))
 
 
-def tiny_model(config, *, seed=0, gain=12.0, dtype="float32", implementation="eager"):
+def tiny_model(config, *, seed=0, gain=12.0, dtype="float32", implementation="eager", class_name="AutoModel"):
     """A random model; the weights that make queries and keys are scaled up."""
     import torch
-    from transformers import AutoModel
+    import transformers
 
     torch.manual_seed(seed)
-    model = AutoModel.from_config(config, attn_implementation=implementation).eval()
+    model_class = getattr(transformers, class_name)
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    model = make(config, attn_implementation=implementation).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             parts = name.split(".")

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 from model_case import Case
 
 SOURCE, TARGET = 40, 24
@@ -17,6 +18,19 @@ def stack_of(call):
 def source_and_target(ids):
     """The ids of an encoder and of a decoder."""
     return {"input_ids": ids, "decoder_input_ids": ids[:, :TARGET]}
+
+
+def attending(ids):
+    """The ids of a decoder, and the output of an encoder."""
+    import torch
+
+    states = torch.randn(2, SOURCE, 64, generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids[:, :TARGET], "encoder_hidden_states": states}
+
+
+def self_or_cross(call):
+    """The stack of a call of a decoder that attends to an encoder."""
+    return "" if call.key.shape[1] == TARGET else "cross"
 
 
 def speech(ids):
@@ -66,6 +80,29 @@ def mpt_bias(call):
     return call.more["bias"][None, :, :, -call.key.shape[1] :]
 
 
+IMAGES = np.isin(np.arange(SOURCE), [*range(5, 11), *range(20, 27)])
+"""Two images, none longer than the window."""
+PREFIX = np.arange(SOURCE) < 15
+
+
+def with_images(name):
+    """Ids whose images are said by an input of a name."""
+
+    def inputs(ids):
+        import torch
+
+        return {"input_ids": ids, name: torch.tensor(IMAGES).int().expand(2, -1)}
+
+    return inputs
+
+
+def with_prefix(ids):
+    """Ids whose prefix has the type 0."""
+    import torch
+
+    return {"input_ids": ids, "token_type_ids": torch.tensor(~PREFIX).int().expand(2, -1)}
+
+
 VISION = {"image_size": 28, "patch_size": 7, "num_hidden_layers": 2}
 STACKS = {
     "encoder_layers": 2,
@@ -76,6 +113,7 @@ STACKS = {
     "decoder_ffn_dim": 64,
 }
 translation = functools.partial(Case, options=STACKS, inputs=source_and_target, stack_of=stack_of, in_order=True)
+crossing = functools.partial(Case, inputs=attending, stack_of=self_or_cross, in_order=True)
 t5 = functools.partial(Case, inputs=source_and_target, stack_of=stack_of, in_order=True, bias=position_bias, gain=2.0)
 
 TEXT_ENCODERS = [
@@ -109,6 +147,12 @@ TEXT_ENCODERS = [
     ),
     Case("bert", {"is_decoder": True}),
     Case("roberta", {"is_decoder": True}),
+    *(
+        crossing(model_type, {"is_decoder": True, "add_cross_attention": True})
+        for model_type in ["bert", "electra", "xlm-roberta-xl", "roc_bert"]
+    ),
+    Case("rembert", products=True),
+    Case("megatron-bert", products=True),
     Case("esm", {"position_embedding_type": "rotary"}),
     Case("modernbert", {"local_attention": 12, "global_attn_every_n_layers": 2}),
     Case("modernbert", {"local_attention": 13}),
@@ -121,6 +165,7 @@ VISION_ENCODERS = [
         for model_type in ["vit", "deit", "dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model"]
     ),
     Case("clip_text_model"),
+    Case("siglip_text_model", class_name="SiglipTextModel", gain=6.0),
 ]
 LEARNED_POSITIONS = [
     *map(Case, ["biogpt", "ctrl", "gpt_bigcode", "opt", "gpt_neox", "persimmon"]),
@@ -130,6 +175,7 @@ LEARNED_POSITIONS = [
     Case("gpt2", {"scale_attn_by_inverse_layer_idx": True}, gain=6.0),
     Case("gpt2", {"scale_attn_weights": False}, gain=4.0),
     Case("gpt2", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}, gain=4.0),
+    crossing("gpt2", {"add_cross_attention": True, "scale_attn_by_inverse_layer_idx": True}, gain=6.0),
     Case("gpt_bigcode", {"multi_query": False}),
     Case("gpt_bigcode", {"scale_attn_weights": False}, gain=4.0),
     Case("gpt_neo", {"attention_types": [[["global", "local"], 3]], "window_size": 7}, products=True),
@@ -167,4 +213,17 @@ STACKED = [
     *map(t5, ["t5", "mt5", "umt5"]),
     t5("t5", options={"num_layers": 2, "num_decoder_layers": 3, "num_heads": 8}),
 ]
-ENCODERS = [*TEXT_ENCODERS, *VISION_ENCODERS, *LEARNED_POSITIONS, *WITH_BIASES, *STACKED]
+MULTIMODAL = [
+    *map(
+        Case,
+        [
+            *("llava", "llava_next", "llava_next_video", "vipllava", "video_llava", "idefics3", "smolvlm"),
+            *("deepseek_vl", "idefics2", "mistral3", "internvl", "llava_onevision", "qwen2_audio", "got_ocr2"),
+        ],
+    ),
+    Case("llava", {"text_config": {"model_type": "mistral"}}),
+    Case("gemma3", inputs=with_images("token_type_ids"), marked=IMAGES),
+    Case("paligemma", inputs=with_prefix, marked=PREFIX),
+    Case("paligemma", {"text_config": {"model_type": "gemma2"}}, inputs=with_prefix, marked=PREFIX),
+]
+ENCODERS = [*TEXT_ENCODERS, *VISION_ENCODERS, *LEARNED_POSITIONS, *WITH_BIASES, *STACKED, *MULTIMODAL]

@@ -20,6 +20,8 @@ class Case:
       in_order: whether layers are counted, where the code numbers them otherwise.
       products: whether calls are found by the products around their softmaxes.
       implementation: of attention in transformers; PyTorch's own is found with `products`.
+      class_name: of the model, where transformers' AutoModel does not know it.
+      marked: flags [S] of the tokens that the kind's `bidirectional` names.
       bias: makes what is added to the logits of a call, as the remark of its kind says.
     """
 
@@ -34,6 +36,8 @@ class Case:
     in_order: bool = False
     products: bool = False
     implementation: str = "eager"
+    class_name: str = "AutoModel"
+    marked: Any = None
     bias: Callable[[Any], Any] | None = None
 
     def __str__(self):

@@ -28,7 +28,8 @@ def inputs_of(case):
 
 def calls_and_model(case):
     config = tiny_config(case.model_type, **case.options)
-    model = tiny_model(config, gain=case.gain, dtype=case.dtype, implementation=case.implementation)
+    options = {name: getattr(case, name) for name in ("gain", "dtype", "implementation", "class_name")}
+    model = tiny_model(config, **options)
     calls = capture(model, products=case.products, **inputs_of(case))
     return calls, from_huggingface(content_of(config))
 
@@ -61,7 +62,7 @@ def attend(call, kind, case, **options):
     return np.asarray(
         kernelry.attention(
             *(jnp.asarray(array) for array in (call.query, call.key, call.value)),
-            mask=config.mask,
+            mask=mask_of(kind, case),
             scale=config.scale,
             soft_cap=config.soft_cap,
             sinks=jnp.asarray(sinks).reshape(-1)[: config.q_heads] if config.sinks else None,
@@ -69,6 +70,13 @@ def attend(call, kind, case, **options):
             **options,
         )
     )
+
+
+def mask_of(kind, case):
+    """The mask of a kind, with the tokens that see each other."""
+    if kind.bidirectional is None:
+        return kind.config.mask
+    return kind.config.mask | masks.BidirectionalSpans.from_flags(case.marked)
 
 
 def scale_of(call, case):
@@ -82,7 +90,7 @@ def check_facts(call, kind, case):
     """Says which fact of the table differs from what transformers does."""
     config = kind.config
     N, K, H, D = call.query.shape[2], call.key.shape[2], call.query.shape[3], call.value.shape[3]
-    seen = np.asarray(config.mask.materialize(call.query.shape[1], call.key.shape[1]))[0, 0]
+    seen = np.asarray(mask_of(kind, case).materialize(call.query.shape[1], call.key.shape[1]))[0, 0]
     ours = {
         "q_heads": config.q_heads,
         "kv_heads": config.kv_heads,

@@ -20,6 +20,24 @@ def count_of(key: str, other: str) -> Callable[[Keys], int]:
     return lambda keys: keys.optional_count(key) or keys.count(other)
 
 
+def cross_count(flag: str, needed: str | None = None) -> Callable[[Keys], int]:
+    """As many layers of cross attention as there are layers, where a flag is set; none otherwise.
+
+    Args:
+      flag: the flag.
+      needed: another flag, without which the code refuses it.
+    """
+
+    def count(keys: Keys) -> int:
+        if not keys.flag(flag):
+            return 0
+        if needed is not None and not keys.flag(needed):
+            raise keys.error(f"{flag} is true and {needed} is not: only a decoder attends to an encoder.")
+        return keys.count("num_hidden_layers")
+
+    return count
+
+
 def from_attention_types(keys: Keys, count: int) -> tuple[str, ...]:
     """GPT-Neo's `attention_types`: pairs of the kinds of some layers, and how often they come in turn."""
     pairs = keys.get("attention_types")
@@ -51,15 +69,12 @@ def _pairs(keys: Keys, pairs: Any) -> list[Any]:
     return list(pairs)
 
 
-def crossing(key: str) -> Layers:
+def crossing(key: str, default: tuple[int, ...]) -> Layers:
     """The layers of a list attend to an image, and the others are full."""
 
     def layers(keys: Keys, count: int) -> tuple[str, ...]:
-        listed = set(keys.items(key, int) or ())
-        outside = sorted(listed - set(range(count)))
-        if outside:
-            raise keys.error(f"{key} has {brief(outside)}, and layers are numbered from 0 to {count - 1}.")
-        return tuple(IMAGE if layer in listed else FULL for layer in range(count))
+        listed = keys.items(key, int)
+        return tuple(IMAGE if layer in (default if listed is None else listed) else FULL for layer in range(count))
 
     return layers
 
@@ -171,14 +186,22 @@ def where_flag(flag: str, text: str) -> Callable[[Keys], str | None]:
     return lambda keys: text if keys.flag(flag) else None
 
 
-def cross_where(flag: str) -> Callable[[Keys, str, int], tuple[str, ...]]:
-    """Says that a decoder also attends to an encoder's output, where a flag is set."""
-    text = "each layer also attends to the output of an encoder, with no mask and the same heads and scale"
+def absolute(*others: str) -> Callable[[Keys], None]:
+    """No bias, of models whose positions are added to the embeddings, or are of another kind that adds none.
 
-    def remarks(keys: Keys, kind: str, layer: int) -> tuple[str, ...]:
-        return (text,) if keys.flag(flag) else ()
+    Raises:
+      ConfigError: `position_embedding_type` is of any other kind.
+    """
 
-    return remarks
+    def bias(keys: Keys) -> None:
+        kind = keys.text("position_embedding_type")
+        if kind not in (None, "absolute", *others):
+            raise keys.error(
+                f"position_embedding_type = {brief(kind)} is not described: it adds products of queries and learned "
+                "distances to the logits, and transformers no longer has it."
+            )
+
+    return bias
 
 
 def image_in_window(keys: Keys, kind: str, layer: int) -> tuple[str, ...]:

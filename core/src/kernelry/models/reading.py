@@ -63,15 +63,15 @@ def from_huggingface(source: str | Path | Mapping[str, Any] | Any) -> Model:
     outer = given.get("model_type")
     if not isinstance(outer, str):
         raise ConfigError(f"{name}: model_type must be a text, e.g. 'llama', got {brief(outer)}.")
+    where, model_type = name, outer
+    changes: Mapping[str, Any] = {}
     if outer not in families() and outer in text_families():
-        given = _text_config(given, outer, name)
         inner, changes = text_families()[outer]
+        given, where = _text_config(given, outer, inner, name)
         model_type = given.get("model_type", inner)
-    else:
-        model_type, changes = outer, {}
     if not isinstance(model_type, str) or model_type not in families():
-        raise ConfigError(f"{name}: {_unknown(model_type)}")
-    keys = Keys(given, model_type, name)
+        raise ConfigError(f"{where}: {_unknown(model_type)}")
+    keys = Keys(given, model_type, where)
     layers: list[_Layer] = []
     for family in families()[model_type]:
         layers.extend(_layers(dataclasses.replace(family, **changes), keys))
@@ -109,14 +109,17 @@ def _file(path: Path) -> tuple[Mapping[str, Any], str]:
     return content, str(path)
 
 
-def _text_config(given: Mapping[str, Any], outer: str, name: str) -> Mapping[str, Any]:
-    """The part of a multimodal config that is about text."""
-    inner = given.get("text_config")
-    if inner is None:  # files of the first releases are flat
-        return {key: value for key, value in given.items() if key not in ("model_type", "text_config")}
-    if not isinstance(inner, Mapping):
-        raise ConfigError(f"{name}: text_config of {outer!r} must be an object, got {brief(inner)}.")
-    return inner
+def _text_config(given: Mapping[str, Any], outer: str, inner: str, name: str) -> tuple[Mapping[str, Any], str]:
+    """The part of a multimodal config that is about text, and what errors call it."""
+    part = given.get("text_config")
+    if isinstance(part, Mapping):
+        return part, f"{name}: text_config"
+    if part is not None:
+        raise ConfigError(f"{name}: text_config of {outer!r} must be an object, got {brief(part)}.")
+    flat = {key: value for key, value in given.items() if key not in ("model_type", "text_config")}
+    if not Keys(flat, inner, name).says("num_hidden_layers"):  # files of the first releases are flat
+        raise ConfigError(f"{name}: text_config is missing: without it, the layers of {outer!r} are unknown.")
+    return flat, name
 
 
 def _unknown(model_type: Any) -> str:

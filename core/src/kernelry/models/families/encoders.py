@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 from kernelry.models import encoding, rules
 from kernelry.models.families.rows import Rows, decoder, encoder
@@ -16,8 +14,16 @@ _BUCKETS = "learned, by buckets of the distance of key and query [1, N, T, S]"
 plain = functools.partial(encoder, layer_types=None, heads=rules.equal, rope=rules.nowhere)
 """An encoder that sees everything, with positions added to its embeddings and equal heads."""
 
-bert = functools.partial(plain, causal=rules.where("is_decoder"), remarks=encoding.cross_where("add_cross_attention"))
+bert = functools.partial(
+    plain,
+    causal=rules.where("is_decoder"),
+    bias=encoding.absolute(),
+)
 """An encoder that is a decoder where `is_decoder` is set."""
+
+_BERTS_CROSS = functools.partial(
+    plain, stack="cross", count=encoding.cross_count("add_cross_attention", needed="is_decoder")
+)
 
 rotary = functools.partial(plain, rope=rules.everywhere)
 """An encoder that sees everything, with rotary embeddings and equal heads."""
@@ -41,7 +47,7 @@ _T5_DECODER = functools.partial(
 ENCODERS: Rows = {
     # Encoders of text
     "bert roberta camembert xlm-roberta xlm-roberta-xl electra ernie data2vec-text dpr roberta-prelayernorm "
-    "bert-generation roc_bert": (bert(),),
+    "bert-generation roc_bert rembert megatron-bert": (bert(), _BERTS_CROSS()),
     "distilbert albert layoutlm splinter": (plain(),),
     "mpnet": (plain(bias=_BUCKETS),),
     "nomic_bert": (rotary(heads=rules.grouped),),
@@ -50,6 +56,7 @@ ENCODERS: Rows = {
     "esm": (
         bert(
             scale=rules.unscaled,
+            bias=encoding.absolute("rotary"),
             rope=encoding.rotary_where("position_embedding_type", "rotary"),
             remarks=_SCALED_FIRST,
         ),
@@ -82,10 +89,18 @@ ENCODERS: Rows = {
     ),
     # Encoders of images
     "vit deit dinov2 clip_vision_model siglip_vision_model siglip_text_model": (plain(),),
-    "dinov3_vit pixtral": (rotary(),),
+    "dinov3_vit": (rotary(),),
     "clip_text_model": (gpt(),),
     # Decoders with learned positions
-    "gpt2 imagegpt": (gpt(scale=encoding.gpt2_scale, remarks=encoding.cross_where("add_cross_attention")),),
+    "gpt2 imagegpt": (
+        gpt(scale=encoding.gpt2_scale),
+        gpt(
+            stack="cross",
+            count=encoding.cross_count("add_cross_attention"),
+            causal=False,
+            scale=encoding.gpt2_scale,
+        ),
+    ),
     "openai-gpt biogpt ctrl": (gpt(),),
     "gpt_bigcode": (
         gpt(heads=encoding.one_kv_where("multi_query"), scale=encoding.scaled_where("scale_attn_weights")),
@@ -126,9 +141,3 @@ ENCODERS: Rows = {
         _T5_DECODER(stack="cross", causal=False),
     ),
 }
-
-TEXT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "gemma3": ("gemma3_text", {"bidirectional": "image"}),
-    "llava": ("llama", {}),
-}
-"""Multimodal model types: the type of a `text_config` that says none, and what the whole model changes of its rows."""
