@@ -30,8 +30,8 @@ from rich.text import Text
 
 import kernelry
 from kernelry import Resolution
-from kernelry.config import AttentionConfig
 from kernelry.errors import KernelryError
+from kernelry.models import from_huggingface
 from kernelry.testing import interpret
 
 SENTENCES = (
@@ -121,7 +121,7 @@ def compared(sentences: Sequence[str], folder: Path | None, kernel: str, *, inte
       KernelryError: the kernel does not serve the calls.
     """
     checkpoint = Checkpoint.read(installed() if folder is None else folder)
-    model = Encoder(checkpoint, AttentionConfig(type="full"))
+    model = Encoder(checkpoint, from_huggingface(checkpoint.config))
     tokens = checkpoint.tokens(sentences)
     with kernelry.use(kernel), interpret() if interpreted else contextlib.nullcontext():
         with kernelry.record() as resolutions:

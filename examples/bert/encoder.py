@@ -12,8 +12,8 @@ from flax import nnx
 
 from bert.checkpoint import Checkpoint
 from kernelry import Mode, masks
-from kernelry.config import AttentionConfig
 from kernelry.flax import AttentionOp
+from kernelry.models import LayerKind, Model
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -21,15 +21,14 @@ Tensors = Mapping[str, np.ndarray]
 class Attention(nnx.Module):
     """Multi-head attention with biases, which sees the whole sentence."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, attention: AttentionConfig) -> None:
-        config, tensors = checkpoint.config, checkpoint.tensors
-        width, number = config["hidden_size"], config["num_attention_heads"]
-        heads = (number, width // number)
+    def __init__(self, checkpoint: Checkpoint, name: str, kind: LayerKind) -> None:
+        width, tensors = checkpoint.config["hidden_size"], checkpoint.tensors
+        heads = (kind.config.q_heads, kind.config.head_dim)
         self.query = _linear(tensors, f"{name}.self.query", width, heads)
         self.key = _linear(tensors, f"{name}.self.key", width, heads)
         self.value = _linear(tensors, f"{name}.self.value", width, heads)
         self.out = _linear(tensors, f"{name}.output.dense", heads, width)
-        self.attend = AttentionOp(attention)
+        self.attend = AttentionOp(kind)
 
     def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
         # Padding follows the tokens, so one length per row says it all: the layer's own mask and no key past it.
@@ -41,10 +40,10 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """Attention and a feed-forward, each around a residual and before a norm."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, attention: AttentionConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, kind: LayerKind) -> None:
         config, tensors = checkpoint.config, checkpoint.tensors
         width, hidden = config["hidden_size"], config["intermediate_size"]
-        self.attention = Attention(checkpoint, f"{name}.attention", attention)
+        self.attention = Attention(checkpoint, f"{name}.attention", kind)
         self.attention_norm = _norm(checkpoint, f"{name}.attention.output.LayerNorm")
         self.up = _linear(tensors, f"{name}.intermediate.dense", width, hidden)
         self.down = _linear(tensors, f"{name}.output.dense", hidden, width)
@@ -60,10 +59,10 @@ class Encoder(nnx.Module):
 
     Args:
       checkpoint: the files.
-      attention: the options of every layer's attention.
+      model: what its config says about the attention of each layer.
     """
 
-    def __init__(self, checkpoint: Checkpoint, attention: AttentionConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: Model) -> None:
         config, tensors = checkpoint.config, checkpoint.tensors
         width = config["hidden_size"]
         self.words = _embed(tensors, "word_embeddings", config["vocab_size"], width)
@@ -71,7 +70,9 @@ class Encoder(nnx.Module):
         self.types = _embed(tensors, "token_type_embeddings", config["type_vocab_size"], width)
         self.norm = _norm(checkpoint, "embeddings.LayerNorm")
         numbers = range(config["num_hidden_layers"])
-        self.layers = nnx.List([Layer(checkpoint, f"encoder.layer.{number}", attention) for number in numbers])
+        self.layers = nnx.List(
+            [Layer(checkpoint, f"encoder.layer.{number}", model.of_layer(number)) for number in numbers]
+        )
 
     def __call__(self, ids: jax.Array, lengths: jax.Array) -> jax.Array:
         """Returns vectors [B, F].

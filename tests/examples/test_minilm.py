@@ -20,7 +20,7 @@ from bert.checkpoint import Checkpoint, CheckpointError, installed, padded  # no
 from bert.encoder import Encoder, encode  # noqa: E402
 
 import kernelry  # noqa: E402
-from kernelry.config import AttentionConfig  # noqa: E402
+from kernelry.models import from_huggingface  # noqa: E402
 
 WIDTH, HIDDEN, HEADS, LAYERS, POSITIONS = 16, 24, 2, 2, 24
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -106,7 +106,7 @@ def tokens(checkpoint):
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    return Encoder(checkpoint, AttentionConfig(type="full"))
+    return Encoder(checkpoint, from_huggingface(checkpoint.config))
 
 
 @pytest.fixture(scope="module")
