@@ -165,7 +165,7 @@ VISION_ENCODERS = [
         for model_type in ["vit", "deit", "dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model"]
     ),
     Case("clip_text_model"),
-    Case("siglip_text_model", class_name="SiglipTextModel", gain=6.0),
+    Case("siglip_text_model", class_name="SiglipTextModel", gain=2.0),
 ]
 LEARNED_POSITIONS = [
     *map(Case, ["biogpt", "ctrl", "gpt_bigcode", "opt", "gpt_neox", "persimmon"]),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """A tiny model.
 
@@ -23,6 +23,7 @@ class Case:
       class_name: of the model, where transformers' AutoModel does not know it.
       marked: flags [S] of the tokens that the kind's `bidirectional` names.
       bias: makes what is added to the logits of a call, as the remark of its kind says.
+      layer_of: the layer of a config that the code's number means, where the two differ.
     """
 
     model_type: str
@@ -39,6 +40,13 @@ class Case:
     class_name: str = "AutoModel"
     marked: Any = None
     bias: Callable[[Any], Any] | None = None
+    layer_of: Callable[[int], int] = int
 
     def __str__(self):
-        return "-".join([self.model_type, *(f"{name}={value}" for name, value in self.options.items())])
+        return "-".join([self.model_type, *(f"{name}={brief(value)}" for name, value in self.options.items())])
+
+
+def brief(value):
+    """An option in the name of a case."""
+    text = str(value).replace("_attention", "").replace(" ", "")
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kernelry.models.keys import LARGEST, Keys, brief
-from kernelry.models.rules import FULL, SLIDING, Heads, Layers, checked_heads
+from kernelry.models.patterns import FULL, SLIDING, Layers
+from kernelry.models.rules import Heads, checked_heads
 
 IMAGE = "image_attention"
 """Layers that attend to the keys of an image."""

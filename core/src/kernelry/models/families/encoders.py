@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 
-from kernelry.models import encoding, rules
+from kernelry.models import encoding, layerwise, patterns, rules
 from kernelry.models.families.rows import Rows, decoder, encoder
 
 _SCALED_FIRST = ("queries are multiplied by H ** -0.5 before the call, so the scale is 1",)
 _ALIBI = "ALiBi [B, N, 1, S]: slopes times the keys' numbers among those that are not padding"
 _BUCKETS = "learned, by buckets of the distance of key and query [1, N, T, S]"
 
-plain = functools.partial(encoder, layer_types=None, heads=rules.equal, rope=rules.nowhere)
+plain = functools.partial(encoder, layer_types=None, heads=rules.equal, rope=layerwise.nowhere)
 """An encoder that sees everything, with positions added to its embeddings and equal heads."""
 
 bert = functools.partial(
@@ -25,10 +25,10 @@ _BERTS_CROSS = functools.partial(
     plain, stack="cross", count=encoding.cross_count("add_cross_attention", needed="is_decoder")
 )
 
-rotary = functools.partial(plain, rope=rules.everywhere)
+rotary = functools.partial(plain, rope=layerwise.everywhere)
 """An encoder that sees everything, with rotary embeddings and equal heads."""
 
-gpt = functools.partial(decoder, layer_types=None, heads=rules.equal, rope=rules.nowhere)
+gpt = functools.partial(decoder, layer_types=None, heads=rules.equal, rope=layerwise.nowhere)
 """A decoder with learned positions and equal heads."""
 
 _DECODER = functools.partial(
@@ -63,7 +63,7 @@ ENCODERS: Rows = {
     ),
     "modernbert": (
         encoder(
-            layers=rules.first_of(3, "global_attn_every_n_layers"),
+            layers=patterns.first_of(3, "global_attn_every_n_layers"),
             window="local_attention",
             resized=encoding.half_unless("sliding_window"),
             heads=rules.equal,
@@ -71,16 +71,16 @@ ENCODERS: Rows = {
     ),
     "modernbert-decoder": (
         decoder(
-            layers=rules.first_of(3, "global_attn_every_n_layers"),
+            layers=patterns.first_of(3, "global_attn_every_n_layers"),
             window="local_attention",
             resized=encoding.half_unless("sliding_window"),
             heads=rules.equal,
         ),
     ),
-    "ultrabert": (encoder(layers=rules.every(3)),),
+    "ultrabert": (encoder(layers=patterns.every(3)),),
     "openai_privacy_filter": (
         encoder(
-            layers=rules.all_sliding,
+            layers=patterns.all_sliding,
             layer_types=None,
             scale=rules.unscaled,
             sinks=rules.all_sinks,
@@ -107,7 +107,7 @@ ENCODERS: Rows = {
     ),
     "opt xglm": (gpt(scale=rules.unscaled, remarks=_SCALED_FIRST),),
     "gpt_neo": (gpt(layers=encoding.from_attention_types, window="window_size", scale=rules.unscaled),),
-    "gptj codegen gpt_neox persimmon": (gpt(rope=rules.everywhere),),
+    "gptj codegen gpt_neox": (gpt(rope=layerwise.everywhere),),
     # Decoders with biases
     "falcon": (
         gpt(
