@@ -146,11 +146,12 @@ QUERY_AND_KEY = (
 )
 
 
-def capture(model, *, products=False, **inputs):
+def capture(model, *, products=False, ignored=(), **inputs):
     """Runs a model and returns its calls of eager attention, in order.
 
     Args:
       products: whether the calls are found by the products around their softmaxes; see `products`.
+      ignored: exceptions that are raised after the last layer.
     """
     import torch
     from products import recording_products
@@ -163,7 +164,8 @@ def capture(model, *, products=False, **inputs):
                 _wrap(stack, module, calls, rotations)
         if products:
             stack.enter_context(recording_products(calls, rotations))
-        model(**inputs)
+        with contextlib.suppress(*ignored):
+            model(**inputs)
     return calls
 
 

@@ -33,8 +33,9 @@ def inputs_of(case):
 def calls_and_model(case):
     config = tiny_config(case.model_type, **case.options)
     options = {name: getattr(case, name) for name in ("gain", "dtype", "implementation", "class_name")}
-    model = tiny_model(config, **options)
-    calls = capture(model, products=case.products, **inputs_of(case))
+    with case.building():
+        model = tiny_model(config, **options)
+    calls = capture(model, products=case.products, ignored=case.ignored, **inputs_of(case))
     return calls, from_huggingface(content_of(config))
 
 

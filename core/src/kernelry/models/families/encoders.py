@@ -16,7 +16,7 @@ plain = functools.partial(encoder, layer_types=None, heads=rules.equal, rope=lay
 
 bert = functools.partial(
     plain,
-    causal=rules.where("is_decoder"),
+    causal=encoding.decoder_where("is_decoder"),
     bias=encoding.absolute(),
 )
 """An encoder that is a decoder where `is_decoder` is set."""
@@ -29,7 +29,7 @@ rotary = functools.partial(plain, rope=layerwise.everywhere)
 """An encoder that sees everything, with rotary embeddings and equal heads."""
 
 gpt = functools.partial(decoder, layer_types=None, heads=rules.equal, rope=layerwise.nowhere)
-"""A decoder with learned positions and equal heads."""
+"""A decoder with learned positions and equal heads; those with `causal=True` do not read `is_causal`."""
 
 _DECODER = functools.partial(
     gpt, stack="decoder", count="decoder_layers", heads=encoding.equal_of("decoder_attention_heads")
@@ -77,7 +77,21 @@ ENCODERS: Rows = {
             heads=rules.equal,
         ),
     ),
-    "ultrabert": (encoder(layers=patterns.every(3)),),
+    "ultrabert": (
+        encoder(
+            layers=encoding.listed_windows("attention_windows", patterns.every(3)),
+            resized=encoding.first_listed("attention_windows"),
+        ),
+    ),
+    "embedding_gemma2_text": (
+        encoder(
+            layers=patterns.every(6, "sliding_window_pattern"),
+            last_full=True,
+            own=encoding.wide_full,
+            scale=rules.unscaled,
+        ),
+    ),
+    "neomme": (encoder(layers=patterns.every_or_last(6), full_slides=True, own=encoding.short_and_long),),
     "openai_privacy_filter": (
         encoder(
             layers=patterns.all_sliding,
@@ -87,12 +101,17 @@ ENCODERS: Rows = {
             remarks=("queries and keys are each multiplied by H ** -0.25 before the call, so the scale is 1",),
         ),
     ),
+    # A text model some of whose layers attend to an image
+    "mllama_text_model": (
+        decoder(layers=encoding.crossing("cross_attention_layers", (3, 8, 13, 18, 23, 28, 33, 38)), layer_types=None),
+    ),
     # Encoders of images
     "vit deit dinov2 clip_vision_model siglip_vision_model siglip_text_model": (plain(),),
     "dinov3_vit": (rotary(),),
     "clip_text_model": (gpt(),),
     # Decoders with learned positions
-    "gpt2 imagegpt": (
+    "imagegpt": (gpt(scale=encoding.gpt2_scale, causal=True),),
+    "gpt2": (
         gpt(scale=encoding.gpt2_scale),
         gpt(
             stack="cross",
@@ -101,12 +120,13 @@ ENCODERS: Rows = {
             scale=encoding.gpt2_scale,
         ),
     ),
-    "openai-gpt biogpt ctrl": (gpt(),),
+    "biogpt ctrl": (gpt(),),
+    "openai-gpt": (gpt(causal=True),),
     "gpt_bigcode": (
         gpt(heads=encoding.one_kv_where("multi_query"), scale=encoding.scaled_where("scale_attn_weights")),
     ),
     "opt xglm": (gpt(scale=rules.unscaled, remarks=_SCALED_FIRST),),
-    "gpt_neo": (gpt(layers=encoding.from_attention_types, window="window_size", scale=rules.unscaled),),
+    "gpt_neo": (gpt(causal=True, layers=encoding.from_attention_types, window="window_size", scale=rules.unscaled),),
     "gptj codegen gpt_neox": (gpt(rope=layerwise.everywhere),),
     # Decoders with biases
     "falcon": (
@@ -119,6 +139,7 @@ ENCODERS: Rows = {
     "bloom": (gpt(bias=f"{_ALIBI}, not scaled"),),
     "mpt": (
         gpt(
+            causal=True,
             scale=encoding.in_table("attn_config", "softmax_scale"),
             bias="ALiBi [N, 1, S]: slopes times the keys' distances from the last of max_seq_len positions, with a "
             "largest slope of 2 ** -(8 / N), not scaled; alibi and alibi_bias_max of attn_config are not read",
