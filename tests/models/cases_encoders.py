@@ -105,6 +105,20 @@ def with_prefix(ids):
     return {"input_ids": ids, "token_type_ids": torch.tensor(~PREFIX).int().expand(2, -1)}
 
 
+def as_generated(ids):
+    """Ids with images, and the masks that `generate` makes for them: a plain forward pass makes others."""
+    import torch
+    from capture import tiny_config, tiny_options
+    from transformers import Gemma4UnifiedForConditionalGeneration
+
+    config = tiny_config(tiny_options("gemma4_unified", {}))
+    config._attn_implementation = "eager"
+    states, positions = torch.zeros(*ids.shape, 64), torch.arange(SOURCE)[None]
+    types = torch.tensor(IMAGES).int().expand(2, -1)
+    make = Gemma4UnifiedForConditionalGeneration.create_masks_for_generate
+    return {"input_ids": ids, "attention_mask": make(config, states, None, None, positions, mm_token_type_ids=types)}
+
+
 def without_tower():
     """Makes no tower for images, which needs packages that are not installed."""
     import torch
@@ -229,7 +243,7 @@ STACKED = [
         },
         inputs=speech,
     ),
-    *map(t5, ["t5", "mt5", "umt5"]),
+    *(t5(model_type, options={"num_layers": 3}) for model_type in ["t5", "mt5", "umt5"]),
     t5("t5", options={"num_layers": 2, "num_decoder_layers": 3, "num_heads": 8}),
 ]
 SECTIONS = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}
@@ -259,7 +273,7 @@ MULTIMODAL = [
     Case("gemma3", inputs=with_images("token_type_ids"), marked=IMAGES),
     gemma4("gemma4", {"text_config": {**GEMMA4, "use_bidirectional_attention": "vision"}}),
     gemma4("gemma4", {"text_config": GEMMA4}),
-    gemma4("gemma4_unified", {"text_config": {"num_hidden_layers": 6}}),
+    gemma4("gemma4_unified", inputs=as_generated),
     Case("paligemma", inputs=with_prefix, marked=PREFIX),
     Case("paligemma", {"text_config": {"model_type": "gemma2"}}, inputs=with_prefix, marked=PREFIX),
 ]

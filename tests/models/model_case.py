@@ -27,6 +27,7 @@ class Case:
       marked: flags [S] of the tokens that the kind's `bidirectional` names.
       bias: makes what is added to the logits of a call, as the remark of its kind says.
       layer_of: the layer of a config that the code's number means, where the two differ.
+      name: what the tests call it; else all options.
     """
 
     model_type: str
@@ -46,9 +47,12 @@ class Case:
     marked: Any = None
     bias: Callable[[Any], Any] | None = None
     layer_of: Callable[[int], int] = int
+    name: str = ""
 
     def __str__(self):
-        return "-".join([self.model_type, *(f"{name}={brief(value)}" for name, value in self.options.items())])
+        return self.name or "-".join(
+            [self.model_type, *(f"{name}={brief(value)}" for name, value in self.options.items())]
+        )
 
 
 def brief(value):

@@ -39,7 +39,7 @@ def defaults_of(config_class, words):
 
 
 def is_plain(value):
-    return value is None or isinstance(value, bool | int | float | str | list | dict)
+    return value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
 
 
 def current():

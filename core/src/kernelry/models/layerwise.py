@@ -75,10 +75,13 @@ def where_parameters(default: tuple[str, ...] = ()) -> Callable[[Keys, str, int]
     return rope
 
 
-def where_rope_theta(keys: Keys, word: str, layer: int) -> bool:
-    """Where `rope_parameters` has a `rope_theta` other than null."""
+def unless_theta_is_null(keys: Keys, word: str, layer: int) -> bool:
+    """Everywhere, unless the base of the rotary embedding is null."""
     options = rope_options(keys)
-    return options is not None and options.number("rope_theta") is not None
+    for found in (options, keys):
+        if found is not None and found.has("rope_theta"):
+            return found.number("rope_theta") is not None
+    return True
 
 
 def where_key(key: str, value: Any) -> Callable[[Keys, str, int], bool]:
@@ -124,6 +127,8 @@ def heads_of_experts(keys: Keys, word: str, layer: int) -> Mapping[str, Any]:
 # Remarks
 
 
-def on_layers_without_rope(rope: Callable[[Keys, str, int], bool], flag: str, text: str) -> Callable[..., tuple[str, ...]]:
+def on_layers_without_rope(
+    rope: Callable[[Keys, str, int], bool], flag: str, text: str
+) -> Callable[..., tuple[str, ...]]:
     """A remark on the layers without rotary embeddings, where a flag is set."""
     return lambda keys, word, layer: (text,) if keys.flag(flag) and not rope(keys, word, layer) else ()

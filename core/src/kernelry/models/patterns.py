@@ -33,8 +33,30 @@ def all_of(word: str) -> Layers:
 
 
 def constant(words: tuple[str, ...]) -> Layers:
-    """The words of one published model, whatever the number."""
-    return lambda keys, count: words
+    """The words of one published model.
+
+    Raises:
+      ConfigError: the config has another number of layers.
+    """
+
+    def layers(keys: Keys, count: int) -> tuple[str, ...]:
+        if count != len(words):
+            raise keys.error(
+                f"{keys.named('layer_types')} is missing, which {count} layers need: only {len(words)} have a default."
+            )
+        return words
+
+    return layers
+
+
+def named_besides(word: str, layers: Layers) -> Layers:
+    """The words of `layer_types` besides one, which names blocks that are no layers; a rule where it is absent."""
+
+    def others(keys: Keys, count: int) -> tuple[str, ...]:
+        words = keys.items("layer_types", str)
+        return layers(keys, count) if words is None else tuple(each for each in words if each != word)
+
+    return others
 
 
 def said(keys: Keys, count: int) -> tuple[str, ...]:
@@ -259,5 +281,18 @@ def length_of(layers: Layers, key: str) -> Callable[[Keys], int]:
     def count(keys: Keys) -> int:
         words = keys.items(key, str)
         return len(layers(keys, 0) if words is None else words)
+
+    return count
+
+
+def besides(word: str) -> Callable[[Keys], int]:
+    """`num_hidden_layers`, which counts the blocks of a word too where `layer_types` names them."""
+
+    def count(keys: Keys) -> int:
+        words = keys.items("layer_types", str) or []
+        given = keys.count("num_hidden_layers")
+        if words and len(words) != given:
+            raise keys.error(f"layer_types has {len(words)} entries for {given} layers; both must agree.")
+        return max(given - words.count(word), 1)
 
     return count

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from kernelry.models.keys import Keys
-from kernelry.models.layerwise import everywhere, nowhere, on_sliding, rope_options
-from kernelry.models.patterns import SLIDING, Layers, all_full, all_sliding, every, first_of, from_layer, windowed
+from kernelry.models.layerwise import rope_options
+from kernelry.models.patterns import SLIDING, Layers
+
 
 
 @final

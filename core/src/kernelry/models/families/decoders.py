@@ -14,9 +14,7 @@ _PLAIN = (
 )
 """Every layer is full, also where a window is set, as in Moshi's configs."""
 
-_EAGER_ONLY = (
-    "the eager attention of its code stays causal, and another implementation may see later tokens where no mask is passed"
-)
+_EAGER_ONLY = "the eager attention of its code stays causal, and another implementation may see later tokens where no mask is passed"
 
 DECODERS: Rows = {
     _PLAIN: (decoder(layer_types=None),),
@@ -108,8 +106,7 @@ DECODERS: Rows = {
     "beam": (decoder(layers=patterns.every_or_last(6), rope=layerwise.where_parameters((SLIDING,))),),
     "dory": (
         decoder(
-            layers=patterns.every(4),
-            remarks=("layers are counted as in its file, which names the feed-forward blocks between them too",),
+            count=patterns.besides("mlp"), layers=patterns.named_besides("mlp", patterns.every(4)), layer_types=None
         ),
     ),
     # Sinks, chunks, and heads that differ between kinds
@@ -165,14 +162,11 @@ DECODERS: Rows = {
         decoder(
             layers=patterns.every(6, "sliding_window_pattern"),
             scale=rules.root_of("query_pre_attn_scalar"),
-            soft_cap="attn_logit_softcapping",
             causal=rules.unless_bidirectional,
             resized=rules.half_where_bidirectional,
         ),
     ),
-    "gemma3n_text": (
-        decoder(layers=patterns.every(5), scale=rules.unscaled, shared_kv="num_kv_shared_layers"),
-    ),
+    "gemma3n_text": (decoder(layers=patterns.every(5), scale=rules.unscaled, shared_kv="num_kv_shared_layers"),),
     "gemma4_text gemma4_unified_text": (
         decoder(
             layers=patterns.every(6),

@@ -23,7 +23,7 @@ HYBRIDS: Rows = {
         decoder(layers=patterns.every(4, "full_attention_interval", other=LINEAR)),
     ),
     "olmo_hybrid": (
-        decoder(layers=patterns.every_or_last(4, LINEAR, always=False), rope=layerwise.where_rope_theta),
+        decoder(layers=patterns.every_or_last(4, LINEAR, always=False), rope=layerwise.unless_theta_is_null),
     ),
     "minimax": (decoder(layers=patterns.alternating(FULL, LINEAR), full_slides=True),),
     "minimax_m3_vl_text": (decoder(),),
@@ -63,7 +63,13 @@ HYBRIDS: Rows = {
     ),
     "lfm2": (decoder(layers=patterns.numbered("full_attn_idxs", CONV, default=patterns.all_full)),),
     "lfm2_moe": (decoder(layers=patterns.said),),
-    "lfm3": (decoder(layers=patterns.alternating(SLIDING, CONV, FULL, CONV)),),
+    "lfm3": (
+        decoder(
+            layers=patterns.each(
+                lambda layer, count: CONV if layer % 2 or not layer else FULL if layer % 4 else SLIDING
+            )
+        ),
+    ),
     "lara_mini": (
         decoder(
             layers=patterns.alternating(LINEAR, SLIDING, LINEAR, FULL, SLIDING),
@@ -94,7 +100,6 @@ HYBRIDS: Rows = {
     ),
     "zamba2": (
         decoder(
-            count=patterns.length_of(patterns.constant(_ZAMBA2), "layers_block_type"),
             layers=patterns.constant(_ZAMBA2),
             heads=rules.wide,
             scale=rules.half_dim_scale,
@@ -129,7 +134,5 @@ HYBRIDS: Rows = {
             refused="it adds a bias made of the values, and keeps the keys whose bias is largest: pass it as an array of a call",
         ),
     ),
-    "falcon_mamba mamba mamba2 rwkv": (
-        decoder(layers=patterns.all_of(LINEAR), layer_types=None),
-    ),
+    "falcon_mamba mamba mamba2 rwkv": (decoder(layers=patterns.all_of(LINEAR), layer_types=None),),
 }

@@ -35,6 +35,7 @@ _VISION = {"bidirectional": encoding.vision_on_sliding, "remarks": encoding.visi
 _IMAGES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma3": ("gemma3_text", {"bidirectional": "image", "remarks": encoding.image_in_window}),
     "gemma4": ("gemma4_text", _VISION),
+    # As `generate` masks; a plain forward pass of transformers also lets images see each other on full layers.
     "gemma4_unified": ("gemma4_unified_text", _VISION),
     # Its text_config says that the text model sees later tokens: the whole model masks by the prefix instead.
     "paligemma": ("gemma", {"bidirectional": "prefix", "causal": True}),
