@@ -4,6 +4,7 @@ Imported by tests that run with `make test-models`; torch and transformers are i
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import sys
@@ -71,37 +72,39 @@ VISION = {
 """Sizes of the other parts of a multimodal model, which do not run here."""
 
 
-def tiny_config(model_type, **overrides):
-    """A config of a model type with small sizes, also of its parts, and windows of 7 where it has one."""
+def tiny_options(model_type, options):
+    """The content of a config.json with small sizes, also of its parts, and windows of 7 where a model type has one."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
     parts = {}
     for name, part in getattr(config_class, "sub_configs_defaults", {}).items():
-        given = overrides.pop(name, {})
+        given = options.get(name, {})
         inner = given.get("model_type", part.model_type)
-        parts[name] = {
-            "model_type": inner,
-            **tiny_options(
-                part if isinstance(part, type) else CONFIG_MAPPING[inner],
-                {**TINY, **dict.fromkeys(WINDOWS, 7)} if name == "text_config" else VISION,
-                given,
-            ),
-        }
+        part_class = part if isinstance(part, type) else CONFIG_MAPPING[inner]
+        sizes = {**TINY, **dict.fromkeys(WINDOWS, 7)} if name == "text_config" else VISION
+        parts[name] = {"model_type": inner, **sized(part_class, sizes, given)}
     sizes = {**TINY, **dict.fromkeys(WINDOWS, 7)}
-    return config_class(**parts, **tiny_options(config_class, sizes, overrides))
+    return {"model_type": model_type, **sized(config_class, sizes, options), **parts}
 
 
-def tiny_options(config_class, sizes, overrides):
-    """The sizes that a class of configs has a key for, and overrides under either name of a key."""
+def sized(config_class, sizes, options):
+    """The sizes that a class of configs has a key for, and options under either name of a key."""
     names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    own = {config_class.attribute_map.get(name, name) for name in overrides}
+    own = {config_class.attribute_map.get(name, name) for name in options}
     given = {
         name: value
         for name, value in sizes.items()
         if name in names and config_class.attribute_map.get(name, name) not in own
     }
-    return {**given, **overrides}
+    return {**given, **options}
+
+
+def tiny_config(options):
+    """The config of transformers for such a content."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[options["model_type"]].from_dict(copy.deepcopy(options))
 
 
 def content_of(config):
@@ -115,6 +118,8 @@ def tiny_model(config, *, seed=0, gain=12.0, dtype="float32", implementation="ea
     import transformers
 
     torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    config.use_cache = False
     model_class = getattr(transformers, class_name)
     make = getattr(model_class, "from_config", None) or model_class._from_config
     model = make(config, attn_implementation=implementation).eval()
@@ -125,7 +130,7 @@ def tiny_model(config, *, seed=0, gain=12.0, dtype="float32", implementation="ea
                 weight.mul_(gain)
             elif "sinks" in name:
                 weight.normal_()
-    return model.to(getattr(torch, dtype))
+    return model if dtype == "float32" else model.to(getattr(torch, dtype))
 
 
 QUERY_AND_KEY = (
@@ -146,11 +151,12 @@ QUERY_AND_KEY = (
 )
 
 
-def capture(model, *, products=False, **inputs):
+def capture(model, *, products=False, ignored=(), **inputs):
     """Runs a model and returns its calls of eager attention, in order.
 
     Args:
       products: whether the calls are found by the products around their softmaxes; see `products`.
+      ignored: exceptions that are raised after the last layer.
     """
     import torch
     from products import recording_products
@@ -158,12 +164,15 @@ def capture(model, *, products=False, **inputs):
     calls: list[Call] = []
     rotations = [0]
     with contextlib.ExitStack() as stack, torch.no_grad():
+        if model.dtype == torch.float64:
+            _replace(stack, torch.nn.functional, "softmax", _softmax_in_own_dtype)
         for module in list(sys.modules.values()):
             if getattr(module, "__name__", "").startswith("transformers.models.") and ".modeling_" in module.__name__:
                 _wrap(stack, module, calls, rotations)
         if products:
             stack.enter_context(recording_products(calls, rotations))
-        model(**inputs)
+        with contextlib.suppress(*ignored):
+            model(**inputs)
     return calls
 
 
@@ -181,6 +190,11 @@ def _replace(stack, module, name, instead):
     setattr(module, name, instead)
 
 
+def _softmax_in_own_dtype(logits, dim, dtype=None):
+    """Eager attention takes it in float32, whatever the dtype of the model."""
+    return logits.softmax(dim)
+
+
 def _counting(rotate, rotations):
     def counted(*args, **kwargs):
         rotations[0] += 1
@@ -190,9 +204,15 @@ def _counting(rotate, rotations):
 
 
 def _recording(attend, calls, rotations):
+    last = {}
+
     def recorded(module, query, key, value, attention_mask=None, *args, **kwargs):
         result = attend(module, query, key, value, attention_mask, *args, **kwargs)
         scale = kwargs.get("scaling", args[0] if args else None)
+        rotated = rotations[0] > 0 or (
+            last.get("module") is module and last["rotated"]
+        )  # of several calls, before the first
+        last.update(module=module, rotated=rotated)
         calls.append(
             Call(
                 layer=getattr(module, "layer_idx", None),
@@ -201,7 +221,7 @@ def _recording(attend, calls, rotations):
                 out=result[0].numpy(),
                 mask=None if attention_mask is None else attention_mask.numpy(),
                 scale=scale,
-                rotated=rotations[0] > 0,
+                rotated=rotated,
                 more={name: as_numpy(value) for name, value in kwargs.items() if name != "scaling"},
             )
         )

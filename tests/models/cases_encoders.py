@@ -1,6 +1,8 @@
 """Encoders, and models with biases or several stacks, whose layers are reproduced."""
 
 import functools
+import types
+from unittest import mock
 
 import numpy as np
 from model_case import Case
@@ -103,6 +105,34 @@ def with_prefix(ids):
     return {"input_ids": ids, "token_type_ids": torch.tensor(~PREFIX).int().expand(2, -1)}
 
 
+def as_generated(ids):
+    """Ids with images, and the masks that `generate` makes for them: a plain forward pass makes others."""
+    import torch
+    from capture import tiny_config, tiny_options
+    from transformers import Gemma4UnifiedForConditionalGeneration
+
+    config = tiny_config(tiny_options("gemma4_unified", {}))
+    config._attn_implementation = "eager"
+    states, positions = torch.zeros(*ids.shape, 64), torch.arange(SOURCE)[None]
+    types = torch.tensor(IMAGES).int().expand(2, -1)
+    make = Gemma4UnifiedForConditionalGeneration.create_masks_for_generate
+    return {"input_ids": ids, "attention_mask": make(config, states, None, None, positions, mm_token_type_ids=types)}
+
+
+def without_tower():
+    """Makes no tower for images, which needs packages that are not installed."""
+    import torch
+    from transformers import AutoModel
+
+    def from_config(config, **options):
+        return (
+            torch.nn.Identity() if config.model_type == "gemma3n_vision" else AutoModel.from_config(config, **options)
+        )
+
+    name = "transformers.models.gemma3n.modeling_gemma3n.AutoModel"
+    return mock.patch(name, types.SimpleNamespace(from_config=from_config))
+
+
 VISION = {"image_size": 28, "patch_size": 7, "num_hidden_layers": 2}
 STACKS = {
     "encoder_layers": 2,
@@ -157,6 +187,9 @@ TEXT_ENCODERS = [
     Case("modernbert", {"local_attention": 12, "global_attn_every_n_layers": 2}),
     Case("modernbert", {"local_attention": 13}),
     Case("modernbert-decoder", {"local_attention": 12}),
+    Case("embedding_gemma2_text", dtype="float64", tolerance=1e-9),
+    Case("neomme"),
+    Case("neomme", {"per_layer_config": {1: {"sliding_window": 3}, 5: {"sliding_window": None}}}),
     Case("mpnet", products=True, bias=made_bias),
 ]
 VISION_ENCODERS = [
@@ -165,10 +198,10 @@ VISION_ENCODERS = [
         for model_type in ["vit", "deit", "dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model"]
     ),
     Case("clip_text_model"),
-    Case("siglip_text_model", class_name="SiglipTextModel", gain=6.0),
+    Case("siglip_text_model", class_name="SiglipTextModel", gain=2.0),
 ]
 LEARNED_POSITIONS = [
-    *map(Case, ["biogpt", "ctrl", "gpt_bigcode", "opt", "gpt_neox", "persimmon"]),
+    *map(Case, ["biogpt", "ctrl", "gpt_bigcode", "opt", "gpt_neox"]),
     Case("gptj", {"rotary_dim": 8}),
     Case("codegen", {"rotary_dim": 8}),
     Case("gpt2", gain=6.0),
@@ -210,19 +243,37 @@ STACKED = [
         },
         inputs=speech,
     ),
-    *map(t5, ["t5", "mt5", "umt5"]),
+    *(t5(model_type, options={"num_layers": 3}) for model_type in ["t5", "mt5", "umt5"]),
     t5("t5", options={"num_layers": 2, "num_decoder_layers": 3, "num_heads": 8}),
 ]
+SECTIONS = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}
+GEMMA4 = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16}
+gemma4 = functools.partial(
+    Case, inputs=with_images("mm_token_type_ids"), marked=IMAGES, dtype="float64", tolerance=1e-9
+)
 MULTIMODAL = [
     *map(
         Case,
         [
             *("llava", "llava_next", "llava_next_video", "vipllava", "video_llava", "idefics3", "smolvlm"),
             *("deepseek_vl", "idefics2", "mistral3", "internvl", "llava_onevision", "qwen2_audio", "got_ocr2"),
+            *("aria", "aya_vision", "cohere2_vision", "exaone4_5", "lfm2_vl", "modernvbert", "qwen3_5"),
+            *("ultravbert", "qwen3_vl", "qwen3_vl_moe"),
         ],
     ),
     Case("llava", {"text_config": {"model_type": "mistral"}}),
+    Case("granite_speech", {"text_config": {"attention_multiplier": 0.4}}),
+    Case("qwen2_vl", SECTIONS),
+    Case("qwen2_5_vl", SECTIONS),
+    Case("embedding_gemma2", dtype="float64", tolerance=1e-9),
+    Case("mllama"),
+    Case("mllama_text_model", {"cross_attention_layers": [0, 4]}, class_name="MllamaTextModel"),
+    Case("llama4", ignored=(AttributeError,)),
+    Case("gemma3n", {"text_config": {"num_kv_shared_layers": 0}}, building=without_tower),
     Case("gemma3", inputs=with_images("token_type_ids"), marked=IMAGES),
+    gemma4("gemma4", {"text_config": {**GEMMA4, "use_bidirectional_attention": "vision"}}),
+    gemma4("gemma4", {"text_config": GEMMA4}),
+    gemma4("gemma4_unified", inputs=as_generated),
     Case("paligemma", inputs=with_prefix, marked=PREFIX),
     Case("paligemma", {"text_config": {"model_type": "gemma2"}}, inputs=with_prefix, marked=PREFIX),
 ]

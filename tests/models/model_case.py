@@ -1,11 +1,12 @@
 """What a case of the model tests says."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """A tiny model.
 
@@ -21,8 +22,12 @@ class Case:
       products: whether calls are found by the products around their softmaxes.
       implementation: of attention in transformers; PyTorch's own is found with `products`.
       class_name: of the model, where transformers' AutoModel does not know it.
+      building: a context in which the model is made.
+      ignored: what transformers raises after the last layer.
       marked: flags [S] of the tokens that the kind's `bidirectional` names.
       bias: makes what is added to the logits of a call, as the remark of its kind says.
+      layer_of: the layer of a config that the code's number means, where the two differ.
+      name: what the tests call it; else all options.
     """
 
     model_type: str
@@ -37,8 +42,20 @@ class Case:
     products: bool = False
     implementation: str = "eager"
     class_name: str = "AutoModel"
+    building: Callable[[], Any] = contextlib.nullcontext
+    ignored: tuple[type[Exception], ...] = ()
     marked: Any = None
     bias: Callable[[Any], Any] | None = None
+    layer_of: Callable[[int], int] = int
+    name: str = ""
 
     def __str__(self):
-        return "-".join([self.model_type, *(f"{name}={value}" for name, value in self.options.items())])
+        return self.name or "-".join(
+            [self.model_type, *(f"{name}={brief(value)}" for name, value in self.options.items())]
+        )
+
+
+def brief(value):
+    """An option in the name of a case."""
+    text = str(value).replace("_attention", "").replace(" ", "")
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -13,9 +13,8 @@ from kernelry.models.families import families, text_families
 
 PACKAGE = Path(kernelry.models.__file__).parent
 FILE = PACKAGE / "defaults.json"
-MODULES = sorted(
-    [*(PACKAGE / name for name in ("rules.py", "reading.py", "keys.py")), *(PACKAGE / "families").glob("*.py")]
-)
+READERS = ("encoding.py", "keys.py", "patterns.py", "rules.py", "layerwise.py", "reading.py", "families/*.py")
+MODULES = sorted(path for pattern in READERS for path in PACKAGE.glob(pattern))
 
 
 def words_of_the_reader():
@@ -40,7 +39,7 @@ def defaults_of(config_class, words):
 
 
 def is_plain(value):
-    return value is None or isinstance(value, bool | int | float | str | list | dict)
+    return value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
 
 
 def current():

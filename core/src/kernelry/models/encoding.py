@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kernelry.models.keys import LARGEST, Keys, brief
-from kernelry.models.rules import FULL, SLIDING, Heads, Layers, checked_heads
+from kernelry.models.patterns import FULL, SLIDING, Layers, every_or_last
+from kernelry.models.rules import Heads, checked_heads, is_causal
 
 IMAGE = "image_attention"
 """Layers that attend to the keys of an image."""
@@ -79,7 +80,37 @@ def crossing(key: str, default: tuple[int, ...]) -> Layers:
     return layers
 
 
+def listed_windows(key: str, otherwise: Layers) -> Layers:
+    """The layers slide whose entry in a list is a window, and not 0 or null; another rule where there is no list."""
+
+    def layers(keys: Keys, count: int) -> tuple[str, ...]:
+        windows = _windows(keys, key)
+        if windows is None:
+            return otherwise(keys, count)
+        if len(windows) != count:
+            raise keys.error(f"{key} has {len(windows)} entries, num_hidden_layers = {count}; both must agree.")
+        return tuple(SLIDING if window else FULL for window in windows)
+
+    return layers
+
+
+def _windows(keys: Keys, key: str) -> list[int | None] | None:
+    windows = keys.get(key)
+    if windows is None:
+        return None
+    if not isinstance(windows, list | tuple) or not all(
+        each is None or (type(each) is int and 0 <= each <= LARGEST) for each in windows
+    ):
+        raise keys.error(f"{key} must be a list of windows, with 0 or null where there is none, got {brief(windows)}.")
+    return list(windows)
+
+
 # Windows
+
+
+def first_listed(key: str) -> Callable[[Keys, int], int]:
+    """The first window of a list, which all sliding layers have; the key of the window without one."""
+    return lambda keys, window: next((each for each in _windows(keys, key) or () if each), window)
 
 
 def half_unless(other: str) -> Callable[[Keys, int], int]:
@@ -131,6 +162,28 @@ def falcon_heads(keys: Keys) -> Heads:
     return checked_heads(keys, query, kv, None)
 
 
+# What one layer's keys say
+
+
+def wide_full(keys: Keys, kind: str, layer: int) -> Mapping[str, Any]:
+    """Full layers have `global_head_dim` and `num_global_key_value_heads`, unless there is a `per_layer_config`."""
+    if kind != FULL or keys.has("per_layer_config"):
+        return {}
+    heads = keys.count("num_global_key_value_heads", 1)
+    return {"head_dim": keys.count("global_head_dim", 512), "num_key_value_heads": heads}
+
+
+def short_and_long(keys: Keys, kind: str, layer: int) -> Mapping[str, Any]:
+    """Every other sliding layer has a window of 1024, and full ones none, unless there is a `per_layer_config`."""
+    if keys.has("per_layer_config"):
+        return {}
+    if kind == FULL:
+        return {"sliding_window": None}
+    count = keys.count("num_hidden_layers")
+    words = keys.items("layer_types", str) or every_or_last(6)(keys, count)
+    return {"sliding_window": 1024} if list(words[:layer]).count(SLIDING) % 2 else {}
+
+
 # Scales
 
 
@@ -161,6 +214,11 @@ def in_table(name: str, key: str) -> Callable[[Keys, Heads, int], float | None]:
 
 
 # Rotary embeddings, biases and the rest
+
+
+def decoder_where(flag: str) -> Callable[[Keys], bool]:
+    """Causal where a flag is set, unless `is_causal` is false."""
+    return lambda keys: keys.flag(flag) and is_causal(keys)
 
 
 def rotary_where(key: str, word: str) -> Callable[[Keys, str, int], bool]:
@@ -204,15 +262,22 @@ def absolute(*others: str) -> Callable[[Keys], None]:
     return bias
 
 
+_IN_WINDOW = (
+    "an image longer than the window: its tokens see it to the left no farther than the window, i.e. "
+    "(Causal() | spans) & SlidingWindow(window - 1, S)"
+)
+
+
 def image_in_window(keys: Keys, kind: str, layer: int) -> tuple[str, ...]:
     """Says of sliding layers that the tokens of an image keep to the window on their left."""
-    text = (
-        "an image longer than the window: its tokens see it to the left no farther than the window, i.e. "
-        "(Causal() | spans) & SlidingWindow(window - 1, S)"
-    )
-    return (text,) if kind == SLIDING else ()
+    return (_IN_WINDOW,) if kind == SLIDING else ()
+
+
+def vision_in_window(keys: Keys, kind: str, layer: int) -> tuple[str, ...]:
+    """As `image_in_window`, where images see each other."""
+    return (_IN_WINDOW,) if vision_on_sliding(keys, kind) else ()
 
 
 def vision_on_sliding(keys: Keys, kind: str) -> str | None:
     """Images and videos on the sliding layers, where `use_bidirectional_attention` is "vision"."""
-    return "image and video" if kind == SLIDING and keys.get("use_bidirectional_attention") == "vision" else None
+    return "image and video" if kind == SLIDING and keys.text("use_bidirectional_attention") == "vision" else None

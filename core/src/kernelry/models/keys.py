@@ -52,20 +52,25 @@ class Keys:
         """Returns an error that names the config."""
         return ConfigError(f"{self.where}: {text}")
 
-    def of_layer(self, layer: int, word: str) -> Keys:
-        """Returns the keys of one layer: `per_layer_config` overrides those of the model, by number or by kind."""
+    def of_layer(self, layer: int) -> Keys:
+        """Returns the keys of one layer: `per_layer_config` overrides those of the model."""
         table = self.table("per_layer_config")
         changed: dict[str, Any] = {}
-        for key in (word, layer, str(layer)):
-            if key in table:
-                own = table[key]
+        for key, own in table.items():
+            if not str(key).isdecimal():
+                raise self.error(f"per_layer_config: {brief(key)} must be the number of a layer.")
+            if int(key) == layer:
                 if not isinstance(own, Mapping):
                     raise self.error(f"per_layer_config[{key!r}] must be an object, got {brief(own)}.")
                 changed.update(own)
-        return self.overridden(changed) if changed else self
+        if changed.get("skip"):
+            raise self.error(f"per_layer_config of layer {layer} skips {brief(changed['skip'])}: it is not described.")
+        return self.overridden(changed)
 
     def overridden(self, changed: Mapping[str, Any]) -> Keys:
         """Returns these keys with other values."""
+        if not changed:
+            return self
         names = {*changed, *(self._names[key] for key in changed if key in self._names)}
         kept = {key: value for key, value in self._given.items() if key not in names}
         return Keys({**kept, **changed}, self._model_type, self.where)
@@ -73,6 +78,10 @@ class Keys:
     def says(self, name: str) -> bool:
         """Whether the config itself has a key, under either name, with a value other than null."""
         return self._found(name) is not None
+
+    def has(self, name: str) -> bool:
+        """Whether the config itself has a key, also with null."""
+        return name in self._given or self._names.get(name, name) in self._given
 
     def _found(self, name: str) -> Any:
         own = self._names.get(name, name)

@@ -14,17 +14,22 @@ from kernelry.models.encoding import IMAGE
 from kernelry.models.families import families, text_families
 from kernelry.models.keys import Keys, brief
 from kernelry.models.model import LayerKind, Model, OtherLayers
-from kernelry.models.rules import CHUNKED, FULL, SLIDING, Family
+from kernelry.models.patterns import CHUNKED, FULL, SLIDING
+from kernelry.models.rules import Family
 
 _KINDS = {
     FULL: "full",
     "attention": "full",
     "global": "full",
+    "hybrid": "full",
     SLIDING: "sliding",
     "local": "sliding",
     CHUNKED: "chunked",
 }
 """The kinds of layers that a config describes, by the words of `layer_types`."""
+
+MOST_LAYERS = 4096
+"""Of a model: no model comes near it."""
 
 _LINEAR = "its layers keep a state and no keys, which is not attention"
 _CHOSEN = (
@@ -35,7 +40,15 @@ _NO_ATTENTION = "its layers do not attend"
 _OTHERS = {
     **dict.fromkeys(("linear_attention", "lightning_attention", "mamba", "mamba2", "recurrent", "kda", "gdn"), _LINEAR),
     **dict.fromkeys(
-        ("compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention", "sparse_attention"),
+        (
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+            "indexed_attention",
+            "sparse_attention",
+            "deepseek_sparse_attention",
+            "qwen_sparse_attention",
+            "minimax_m3_sparse",
+        ),
         _CHOSEN,
     ),
     **dict.fromkeys(("conv", "mlp", "moe"), _NO_ATTENTION),
@@ -143,6 +156,8 @@ class _Layer:
 
 def _layers(family: Family, keys: Keys) -> Iterable[_Layer]:
     count = keys.count(family.count) if isinstance(family.count, str) else family.count(keys)
+    if count > MOST_LAYERS:
+        raise keys.error(f"{family.count} must be at most {MOST_LAYERS}, got {count}.")
     words = _words(family, keys, count)
     shared = _shared(family, keys, words)
     for number, word in enumerate(words):
@@ -150,8 +165,9 @@ def _layers(family: Family, keys: Keys) -> Iterable[_Layer]:
         if why is not None:
             yield _Layer(number, None, OtherLayers(_named(family, word), (number,), why))
             continue
-        own = keys.of_layer(number, word)
-        yield _Layer(number, _kind(family, own, word, number, shared.get(number)))
+        own = keys.of_layer(number)
+        changed = {} if family.own is None else family.own(own, word, number)
+        yield _Layer(number, _kind(family, own.overridden(changed), word, number, shared.get(number)))
 
 
 def _named(family: Family, name: str) -> str:
@@ -161,11 +177,13 @@ def _named(family: Family, name: str) -> str:
 def _words(family: Family, keys: Keys, count: int) -> list[str]:
     """The word of each layer, by `layer_types` or else by the family's own rule."""
     said = keys.items(family.layer_types, str, count) if family.layer_types else None
-    words = list(family.layers(keys, count) if said is None else said)
+    words = [FULL if word == "attention" else word for word in (family.layers(keys, count) if said is None else said)]
     for number, word in enumerate(words):
         if word not in _KINDS and word not in _OTHERS:
             known = nearest(word[:80], [*_KINDS, *_OTHERS])
-            raise keys.error(f"{family.layer_types}[{number}]: unknown kind of layer {brief(word)}{known}")
+            raise keys.error(
+                f"{family.layer_types or 'layer_types'}[{number}]: unknown kind of layer {brief(word)}{known}"
+            )
     if family.last_full:
         words[-1] = FULL
     return words
@@ -176,7 +194,7 @@ def _shared(family: Family, keys: Keys, words: list[str]) -> dict[int, int]:
     number = 0 if family.shared_kv is None else keys.count(family.shared_kv, 0, least=0)
     if not number:
         return {}
-    own = words[: len(words) - number]
+    own = words[: max(len(words) - number, 0)]
     if set(words) - set(own):
         raise keys.error(f"{family.shared_kv} = {number} leaves no layer of some kind with keys and values of its own.")
     last = {word: layer for layer, word in enumerate(own)}
@@ -187,8 +205,8 @@ def _kind(family: Family, keys: Keys, word: str, number: int, shared: int | None
     heads = family.heads(keys)
     causal = family.causal if isinstance(family.causal, bool) else family.causal(keys)
     bias = family.bias(keys) if callable(family.bias) else family.bias
+    name = "sliding" if family.full_slides and keys.get(family.window) is not None else _KINDS[word]
     remarks = family.remarks(keys, word, number) if callable(family.remarks) else family.remarks
-    name = _KINDS[word]
     try:
         config = AttentionConfig(
             source=f"{keys.where}: {_named(family, name)}",

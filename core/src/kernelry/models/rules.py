@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Mapping
+from typing import Any, final
 
 from kernelry.models.keys import Keys
+from kernelry.models.layerwise import rope_options
+from kernelry.models.patterns import SLIDING, Layers
 
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-
-Layers = Callable[[Keys, int], tuple[str, ...]]
-"""The words of `layer_types` that a family means where its config has none, for a number of layers."""
 
 
 @final
@@ -41,10 +39,13 @@ class Family:
       layers: the kinds of layers where the config has no `layer_types`.
       layer_types: the key that says the kinds, which then wins over `layers`; None where the code reads no such key.
       last_full: whether the last layer is full, whatever is said.
+      full_slides: whether full layers slide too where a window is set.
       causal: whether a query sees no later tokens: True, False, or a rule.
       window: the key of the window of sliding layers; without causality it is that of each side.
       resized: what the code makes of that window.
       chunk: the key of the size of chunks.
+      own: what keys say of one layer instead of the model, besides `per_layer_config`; of the keys, the layer's word and
+        its number.
       heads: N, K, H and D.
       scale: the factor on the logits; None means H ** -0.5.
       soft_cap: the key of the logits' cap.
@@ -63,10 +64,12 @@ class Family:
     layers: Layers
     layer_types: str | None = "layer_types"
     last_full: bool = False
+    full_slides: bool = False
     causal: bool | Callable[[Keys], bool] = True
     window: str = "sliding_window"
     resized: Callable[[Keys, int], int] | None = None
     chunk: str = "attention_chunk_size"
+    own: Callable[[Keys, str, int], Mapping[str, Any]] | None = None
     heads: Callable[[Keys], Heads]
     scale: Callable[[Keys, Heads, int], float | None]
     soft_cap: str | None = None
@@ -78,62 +81,6 @@ class Family:
     remarks: tuple[str, ...] | Callable[[Keys, str, int], tuple[str, ...]] = ()
     refused: str | None = None
     version: str = "5.24.0"
-
-
-# Which layers
-
-
-def all_full(keys: Keys, count: int) -> tuple[str, ...]:
-    """Every layer is full."""
-    return (FULL,) * count
-
-
-def all_sliding(keys: Keys, count: int) -> tuple[str, ...]:
-    """Every layer slides."""
-    return (SLIDING,) * count
-
-
-def windowed(key: str) -> Layers:
-    """Every layer slides where a window is set, else none."""
-    return lambda keys, count: (FULL if keys.get(key) is None else SLIDING,) * count
-
-
-def every(number: int, key: str | None = None, *, window: str | None = None, other: str = SLIDING) -> Layers:
-    """Layers number − 1, 2 number − 1, … are full and the others slide; a key may say another number.
-
-    Args:
-      number: of layers, where the config has none.
-      key: whose value is the number.
-      window: a key without which no layer slides.
-      other: the word of the other layers.
-    """
-
-    def layers(keys: Keys, count: int) -> tuple[str, ...]:
-        period = number if key is None else keys.count(key, number)
-        other_word = FULL if window is not None and keys.get(window) is None else other
-        return tuple(FULL if (layer + 1) % period == 0 else other_word for layer in range(count))
-
-    return layers
-
-
-def first_of(number: int, key: str | None = None) -> Layers:
-    """Layers 0, number, 2 number, … are full and the others slide."""
-
-    def layers(keys: Keys, count: int) -> tuple[str, ...]:
-        period = number if key is None else keys.count(key, number)
-        return tuple(SLIDING if layer % period else FULL for layer in range(count))
-
-    return layers
-
-
-def from_layer(flag: str, first: str) -> Layers:
-    """The layers from a number on slide, where a flag is set."""
-
-    def layers(keys: Keys, count: int) -> tuple[str, ...]:
-        start = keys.count(first, count, least=0) if keys.flag(flag) else count
-        return tuple(SLIDING if layer >= start else FULL for layer in range(count))
-
-    return layers
 
 
 # Heads and head dims
@@ -150,6 +97,39 @@ def equal(keys: Keys) -> Heads:
     """As many key/value heads as query heads; the hidden size over the heads."""
     query = keys.count("num_attention_heads")
     return checked_heads(keys, query, query, None)
+
+
+def latent(keys: Keys) -> Heads:
+    """Latent attention: as many key/value heads as query heads, and two parts of each query and key.
+
+    Raises:
+      ConfigError: the key/value heads are fewer.
+    """
+    query = keys.count("num_attention_heads")
+    kv = keys.optional_count("num_key_value_heads") or query
+    if kv != query:
+        raise keys.error(
+            f"{keys.named('num_key_value_heads')} = {kv} and {keys.named('num_attention_heads')} = {query} must be equal "
+            "in latent attention."
+        )
+    head_dim = keys.count("qk_nope_head_dim", least=0) + keys.count("qk_rope_head_dim", least=0)
+    value_dim = keys.optional_count("v_head_dim") or checked_heads(keys, query, query, None).head_dim
+    return checked_heads(keys, query, query, keys.optional_count("qk_head_dim") or head_dim, value_dim)
+
+
+def other_values(keys: Keys) -> Heads:
+    """As `grouped`, and the values' head dim is `v_head_dim`."""
+    heads = grouped(keys)
+    return dataclasses.replace(heads, value_dim=keys.count("v_head_dim", heads.head_dim))
+
+
+def wide(keys: Keys) -> Heads:
+    """Of twice the hidden size, unless `attention_head_dim` says the head dim."""
+    query = keys.count("num_attention_heads")
+    kv = keys.optional_count("num_key_value_heads") or query
+    return checked_heads(
+        keys, query, kv, keys.optional_count("attention_head_dim") or 2 * keys.count("hidden_size") // query
+    )
 
 
 def checked_heads(keys: Keys, query: int, kv: int, head_dim: int | None, value_dim: int | None = None) -> Heads:
@@ -204,44 +184,38 @@ def value_of(key: str, default: float | None = None) -> Callable[[Keys, Heads, i
     return scale
 
 
-def yarn(keys: Keys) -> Keys | None:
-    """Returns the options of a scaled rotary embedding, of either generation of keys; None without one."""
-    for name in ("rope_parameters", "rope_scaling"):
-        table = keys.table(name)
-        if table.get("rope_type", table.get("type", "default")) != "default":
-            return Keys(table, "", f"{keys.where}: {name}")
-    return None
+def latent_scale(default: Mapping[str, Any] | None = None) -> Callable[[Keys, Heads, int], float | None]:
+    """H ** -0.5 · m², where m = 0.1 mscale_all_dim ln(factor) + 1 under a scaled rotary embedding, as in DeepSeek-V3.
+
+    Args:
+      default: the options of a config that has none.
+    """
+
+    def scale(keys: Keys, heads: Heads, layer: int) -> float | None:
+        options = rope_options(keys) or Keys(default or {}, "", keys.where)
+        kind = options.text("rope_type") or options.text("type") or "default"
+        mscale = options.number("mscale_all_dim")
+        if kind == "default" or not mscale:
+            return None
+        factor = options.positive("factor")
+        if factor is None:
+            raise options.error("mscale_all_dim needs factor, and there is none.")
+        m = 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+        return float(heads.head_dim**-0.5 * m * m)
+
+    return scale
 
 
-def mla_scale(keys: Keys, heads: Heads, layer: int) -> float | None:
-    """H ** -0.5 · m², where m = 0.1 mscale_all_dim ln(factor) + 1 under scaled rotary embedding, as in DeepSeek-V3."""
-    scaled = yarn(keys)
-    mscale = scaled and scaled.number("mscale_all_dim")
-    if not scaled or not mscale:
-        return None
-    factor = scaled.positive("factor")
-    if factor is None:
-        raise scaled.error("mscale_all_dim needs factor, and there is none.")
-    m = 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-    return float(heads.head_dim**-0.5 * m * m)
+mla_scale = latent_scale()
+"""Of a config that scales no rotary embedding unless it says so."""
 
 
-# Rotary embeddings, sinks and the rest
+def half_dim_scale(keys: Keys, heads: Heads, layer: int) -> float:
+    """(H / 2) ** -0.5: two hidden states are read as one."""
+    return float((heads.head_dim / 2) ** -0.5)
 
 
-def everywhere(keys: Keys, word: str, layer: int) -> bool:
-    """Yes."""
-    return True
-
-
-def nowhere(keys: Keys, word: str, layer: int) -> bool:
-    """No."""
-    return False
-
-
-def on_sliding(keys: Keys, word: str, layer: int) -> bool:
-    """On the layers that slide."""
-    return word == SLIDING
+# Sinks and masks
 
 
 def no_sinks(keys: Keys, word: str) -> bool:
@@ -254,6 +228,11 @@ def all_sinks(keys: Keys, word: str) -> bool:
     return True
 
 
+def sliding_sinks(keys: Keys, word: str) -> bool:
+    """The layers that slide have sinks."""
+    return word == SLIDING
+
+
 def unless(flag: str) -> Callable[[Keys], bool]:
     """Causal, unless a flag is set."""
     return lambda keys: not keys.flag(flag)
@@ -262,3 +241,71 @@ def unless(flag: str) -> Callable[[Keys], bool]:
 def where(flag: str, default: bool = False) -> Callable[[Keys], bool]:
     """Causal where a flag is set."""
     return lambda keys: keys.flag(flag, default)
+
+
+def is_causal(keys: Keys) -> bool:
+    """Causal unless `is_causal` is false, which the code of every decoder's mask reads."""
+    return keys.flag("is_causal", True)
+
+
+def unless_all(keys: Keys) -> bool:
+    """Causal unless `use_bidirectional_attention` is "all"."""
+    return keys.text("use_bidirectional_attention") != "all" and is_causal(keys)
+
+
+def unless_bidirectional(keys: Keys) -> bool:
+    """Causal unless `use_bidirectional_attention` is true."""
+    return not keys.flag("use_bidirectional_attention") and is_causal(keys)
+
+
+def refused_flag(flag: str, why: str) -> Callable[[Keys], bool]:
+    """As `is_causal`; a flag is refused.
+
+    Raises:
+      ConfigError: it is set.
+    """
+
+    def causal(keys: Keys) -> bool:
+        if keys.flag(flag):
+            raise keys.error(f"{flag} is true, and it is not described: {why}.")
+        return is_causal(keys)
+
+    return causal
+
+
+# Windows
+
+
+def half_where_bidirectional(keys: Keys, window: int) -> int:
+    """Half of it on each side, where `use_bidirectional_attention` is true."""
+    return window // 2 if keys.flag("use_bidirectional_attention") else window
+
+
+def half_where_all(keys: Keys, window: int) -> int:
+    """Half of it and one on each side, where `use_bidirectional_attention` is "all"."""
+    return window // 2 + 1 if keys.text("use_bidirectional_attention") == "all" else window
+
+
+def or_one_more_than(key: str) -> Callable[[Keys, int], int]:
+    """One more than another key's, where there is one."""
+
+    def resized(keys: Keys, window: int) -> int:
+        other = keys.optional_count(key)
+        return window if other is None else other + 1
+
+    return resized
+
+
+def only_where(flag: str) -> Callable[[Keys, int], int]:
+    """The window, which a flag allows.
+
+    Raises:
+      ConfigError: the flag is not set.
+    """
+
+    def resized(keys: Keys, window: int) -> int:
+        if not keys.flag(flag):
+            raise keys.error(f"{flag} is false, and layer_types has sliding layers: the two contradict each other.")
+        return window
+
+    return resized

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 
-from kernelry.models import encoding, rules
+from kernelry.models import encoding, layerwise, patterns, rules
 from kernelry.models.families.rows import Rows, decoder, encoder
 
 _SCALED_FIRST = ("queries are multiplied by H ** -0.5 before the call, so the scale is 1",)
 _ALIBI = "ALiBi [B, N, 1, S]: slopes times the keys' numbers among those that are not padding"
 _BUCKETS = "learned, by buckets of the distance of key and query [1, N, T, S]"
 
-plain = functools.partial(encoder, layer_types=None, heads=rules.equal, rope=rules.nowhere)
+plain = functools.partial(encoder, layer_types=None, heads=rules.equal, rope=layerwise.nowhere)
 """An encoder that sees everything, with positions added to its embeddings and equal heads."""
 
 bert = functools.partial(
     plain,
-    causal=rules.where("is_decoder"),
+    causal=encoding.decoder_where("is_decoder"),
     bias=encoding.absolute(),
 )
 """An encoder that is a decoder where `is_decoder` is set."""
@@ -25,11 +25,11 @@ _BERTS_CROSS = functools.partial(
     plain, stack="cross", count=encoding.cross_count("add_cross_attention", needed="is_decoder")
 )
 
-rotary = functools.partial(plain, rope=rules.everywhere)
+rotary = functools.partial(plain, rope=layerwise.everywhere)
 """An encoder that sees everything, with rotary embeddings and equal heads."""
 
-gpt = functools.partial(decoder, layer_types=None, heads=rules.equal, rope=rules.nowhere)
-"""A decoder with learned positions and equal heads."""
+gpt = functools.partial(decoder, layer_types=None, heads=rules.equal, rope=layerwise.nowhere)
+"""A decoder with learned positions and equal heads; those with `causal=True` do not read `is_causal`."""
 
 _DECODER = functools.partial(
     gpt, stack="decoder", count="decoder_layers", heads=encoding.equal_of("decoder_attention_heads")
@@ -63,7 +63,7 @@ ENCODERS: Rows = {
     ),
     "modernbert": (
         encoder(
-            layers=rules.first_of(3, "global_attn_every_n_layers"),
+            layers=patterns.first_of(3, "global_attn_every_n_layers"),
             window="local_attention",
             resized=encoding.half_unless("sliding_window"),
             heads=rules.equal,
@@ -71,28 +71,47 @@ ENCODERS: Rows = {
     ),
     "modernbert-decoder": (
         decoder(
-            layers=rules.first_of(3, "global_attn_every_n_layers"),
+            layers=patterns.first_of(3, "global_attn_every_n_layers"),
             window="local_attention",
             resized=encoding.half_unless("sliding_window"),
             heads=rules.equal,
         ),
     ),
-    "ultrabert": (encoder(layers=rules.every(3)),),
+    "ultrabert": (
+        encoder(
+            layers=encoding.listed_windows("attention_windows", patterns.every(3)),
+            resized=encoding.first_listed("attention_windows"),
+        ),
+    ),
+    "embedding_gemma2_text": (
+        encoder(
+            layers=patterns.every(6, "sliding_window_pattern"),
+            last_full=True,
+            own=encoding.wide_full,
+            scale=rules.unscaled,
+        ),
+    ),
+    "neomme": (encoder(layers=patterns.every_or_last(6), full_slides=True, own=encoding.short_and_long),),
     "openai_privacy_filter": (
         encoder(
-            layers=rules.all_sliding,
+            layers=patterns.all_sliding,
             layer_types=None,
             scale=rules.unscaled,
             sinks=rules.all_sinks,
             remarks=("queries and keys are each multiplied by H ** -0.25 before the call, so the scale is 1",),
         ),
     ),
+    # A text model some of whose layers attend to an image
+    "mllama_text_model": (
+        decoder(layers=encoding.crossing("cross_attention_layers", (3, 8, 13, 18, 23, 28, 33, 38)), layer_types=None),
+    ),
     # Encoders of images
     "vit deit dinov2 clip_vision_model siglip_vision_model siglip_text_model": (plain(),),
     "dinov3_vit": (rotary(),),
     "clip_text_model": (gpt(),),
     # Decoders with learned positions
-    "gpt2 imagegpt": (
+    "imagegpt": (gpt(scale=encoding.gpt2_scale, causal=True),),
+    "gpt2": (
         gpt(scale=encoding.gpt2_scale),
         gpt(
             stack="cross",
@@ -101,13 +120,14 @@ ENCODERS: Rows = {
             scale=encoding.gpt2_scale,
         ),
     ),
-    "openai-gpt biogpt ctrl": (gpt(),),
+    "biogpt ctrl": (gpt(),),
+    "openai-gpt": (gpt(causal=True),),
     "gpt_bigcode": (
         gpt(heads=encoding.one_kv_where("multi_query"), scale=encoding.scaled_where("scale_attn_weights")),
     ),
     "opt xglm": (gpt(scale=rules.unscaled, remarks=_SCALED_FIRST),),
-    "gpt_neo": (gpt(layers=encoding.from_attention_types, window="window_size", scale=rules.unscaled),),
-    "gptj codegen gpt_neox persimmon": (gpt(rope=rules.everywhere),),
+    "gpt_neo": (gpt(causal=True, layers=encoding.from_attention_types, window="window_size", scale=rules.unscaled),),
+    "gptj codegen gpt_neox": (gpt(rope=layerwise.everywhere),),
     # Decoders with biases
     "falcon": (
         gpt(
@@ -119,6 +139,7 @@ ENCODERS: Rows = {
     "bloom": (gpt(bias=f"{_ALIBI}, not scaled"),),
     "mpt": (
         gpt(
+            causal=True,
             scale=encoding.in_table("attn_config", "softmax_scale"),
             bias="ALiBi [N, 1, S]: slopes times the keys' distances from the last of max_seq_len positions, with a "
             "largest slope of 2 ** -(8 / N), not scaled; alibi and alibi_bias_max of attn_config are not read",

@@ -2,6 +2,137 @@
 
 from __future__ import annotations
 
-from kernelry.models.families.rows import Rows
+from kernelry.models import layerwise, patterns, rules
+from kernelry.models.families.rows import Rows, decoder
+from kernelry.models.patterns import CONV, FULL, INDEXED, LINEAR, SLIDING
 
-HYBRIDS: Rows = {}
+_NEMOTRON = patterns.lettered(
+    "hybrid_override_pattern",
+    {"M": LINEAR, "E": "moe", "*": FULL, "-": "mlp"},
+    default=(LINEAR, "moe", FULL, "mlp"),
+)
+
+_ZAMBA2 = (LINEAR, *(*(LINEAR,) * 5, "hybrid") * 7, *(LINEAR,) * 4, "hybrid", *(LINEAR,) * 3, "hybrid", LINEAR, LINEAR)
+
+_CHOSEN_KEYS = (
+    "it attends to compressed keys, or to keys that an indexer chooses: pass them as arrays of a call, with a mask"
+)
+
+HYBRIDS: Rows = {
+    "qwen3_next qwen3_5_text qwen3_5_moe_text": (
+        decoder(layers=patterns.every(4, "full_attention_interval", other=LINEAR)),
+    ),
+    "olmo_hybrid": (
+        decoder(layers=patterns.every_or_last(4, LINEAR, always=False), rope=layerwise.unless_theta_is_null),
+    ),
+    "minimax": (decoder(layers=patterns.alternating(FULL, LINEAR), full_slides=True),),
+    "minimax_m3_vl_text": (decoder(),),
+    "jamba": (
+        decoder(
+            layers=patterns.periodic("attn_layer_period", "attn_layer_offset"),
+            layer_types=None,
+            rope=layerwise.nowhere,
+        ),
+    ),
+    "bamba": (
+        decoder(
+            layers=patterns.numbered("attn_layer_indices", LINEAR, default=patterns.all_of(LINEAR)), layer_types=None
+        ),
+    ),
+    "granitemoehybrid": (
+        decoder(
+            layers=patterns.all_of(LINEAR),
+            scale=rules.value_of("attention_multiplier"),
+            rope=layerwise.where_key("position_embedding_type", "rope"),
+        ),
+    ),
+    "falcon_h1": (decoder(layer_types=None, remarks=("each layer keeps a state too, besides its attention",)),),
+    "nemotron_h": (
+        decoder(
+            count=patterns.length_of(_NEMOTRON, "layer_types"),
+            layers=_NEMOTRON,
+            rope=layerwise.nowhere,
+        ),
+    ),
+    "recurrent_gemma": (
+        decoder(
+            layers=patterns.cycled("block_types", {"recurrent": LINEAR, "attention": SLIDING}),
+            layer_types=None,
+            window="attention_window_size",
+        ),
+    ),
+    "lfm2": (decoder(layers=patterns.numbered("full_attn_idxs", CONV, default=patterns.all_full)),),
+    "lfm2_moe": (decoder(layers=patterns.said),),
+    "lfm3": (
+        decoder(
+            layers=patterns.each(
+                lambda layer, count: CONV if layer % 2 or not layer else FULL if layer % 4 else SLIDING
+            )
+        ),
+    ),
+    "lara_mini": (
+        decoder(
+            layers=patterns.alternating(LINEAR, SLIDING, LINEAR, FULL, SLIDING),
+            rope=layerwise.on_sliding,
+        ),
+    ),
+    "kimi_linear": (
+        decoder(
+            layers=patterns.within(
+                "linear_attn_config",
+                {"full_attn_layers": FULL, "kda_layers": LINEAR},
+                default=patterns.each(lambda layer, count: FULL if layer and layer % 4 == 0 else LINEAR),
+            ),
+            heads=rules.latent,
+            rope=layerwise.nowhere,
+        ),
+    ),
+    "zamba": (
+        decoder(
+            layers=patterns.after(
+                (LINEAR, LINEAR, "hybrid"), patterns.periodic("attn_layer_period", "attn_layer_offset", word="hybrid")
+            ),
+            heads=rules.wide,
+            scale=rules.half_dim_scale,
+            rope=layerwise.nowhere,
+            remarks=("each of these layers keeps a state too, besides its attention",),
+        ),
+    ),
+    "zamba2": (
+        decoder(
+            layers=patterns.constant(_ZAMBA2),
+            heads=rules.wide,
+            scale=rules.half_dim_scale,
+            rope=layerwise.where_key("use_mem_rope", True),
+            remarks=("each of these layers keeps a state too, besides its attention",),
+        ),
+    ),
+    "deepseek_v4": (
+        decoder(
+            layers=patterns.ratios(
+                "compress_ratios",
+                {0: SLIDING, 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"},
+                default=patterns.each(
+                    lambda layer, count: (
+                        "compressed_sparse_attention" if layer > 2 and layer % 2 else "heavily_compressed_attention"
+                    )
+                ),
+            ),
+            sinks=rules.all_sinks,
+        ),
+    ),
+    "axk2 deepseek_v32 glm_moe_dsa hy_v4 hy_v4_vl_text mistral_large4_text qwen4_exp_text": (
+        decoder(
+            layers=patterns.all_of(INDEXED),
+            layer_types=None,
+            refused=_CHOSEN_KEYS,
+        ),
+    ),
+    "doge": (
+        decoder(
+            layer_types=None,
+            refused="it adds a bias made of the values, and keeps the keys whose bias is largest: pass it as an array of a call",
+        ),
+    ),
+    "falcon_mamba mamba mamba2 rwkv": (decoder(layers=patterns.all_of(LINEAR), layer_types=None),),
+}

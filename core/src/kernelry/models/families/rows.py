@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-from kernelry.models import rules
+from kernelry.models import layerwise, patterns, rules
 from kernelry.models.rules import Family
 
 Rows = Mapping[str, tuple[Family, ...]]
@@ -13,11 +13,12 @@ Rows = Mapping[str, tuple[Family, ...]]
 
 decoder = functools.partial(
     Family,
-    layers=rules.all_full,
+    layers=patterns.all_full,
     heads=rules.grouped,
     scale=rules.head_dim_scale,
     sinks=rules.no_sinks,
-    rope=rules.everywhere,
+    rope=layerwise.everywhere,
+    causal=rules.is_causal,
 )
 """A causal decoder with rotary embeddings and grouped heads: what a row does not say is this."""
 
