@@ -5,6 +5,7 @@ reads MaxText's files. Neither transformers, torch nor MaxText is imported. The 
 internal. Imports `config` and what is below.
 """
 
+from kernelry.models.maxtext import from_maxtext_model
 from kernelry.models.model import LayerKind, Model, OtherLayers
 
-__all__ = ["LayerKind", "Model", "OtherLayers"]
+__all__ = ["LayerKind", "Model", "OtherLayers", "from_maxtext_model"]
