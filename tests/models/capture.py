@@ -57,18 +57,47 @@ class Call:
         """Booleans [T, S] of the first sequence and head: what transformers' mask lets through."""
         if self.mask is None:
             return np.ones((self.query.shape[1], self.key.shape[1]), bool)
-        mask = self.mask[0, 0]
+        mask = np.broadcast_to(self.mask[0, 0], (self.query.shape[1], self.key.shape[1]))
         return mask if mask.dtype == bool else mask > -1e4
 
 
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+"""Sizes of the other parts of a multimodal model, which do not run here."""
+
+
 def tiny_options(model_type, options):
-    """The content of a config.json with small sizes, and windows of 7 where a model type has one."""
+    """The content of a config.json with small sizes, also of its parts, and windows of 7 where a model type has one."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
-    names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    parts = {}
+    for name, part in getattr(config_class, "sub_configs_defaults", {}).items():
+        given = options.get(name, {})
+        inner = given.get("model_type", part.model_type)
+        part_class = part if isinstance(part, type) else CONFIG_MAPPING[inner]
+        sizes = {**TINY, **dict.fromkeys(WINDOWS, 7)} if name == "text_config" else VISION
+        parts[name] = {"model_type": inner, **sized(part_class, sizes, given)}
     sizes = {**TINY, **dict.fromkeys(WINDOWS, 7)}
-    return {"model_type": model_type, **{name: value for name, value in sizes.items() if name in names}, **options}
+    return {"model_type": model_type, **sized(config_class, sizes, options), **parts}
+
+
+def sized(config_class, sizes, options):
+    """The sizes that a class of configs has a key for, and options under either name of a key."""
+    names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    own = {config_class.attribute_map.get(name, name) for name in options}
+    given = {
+        name: value
+        for name, value in sizes.items()
+        if name in names and config_class.attribute_map.get(name, name) not in own
+    }
+    return {**given, **options}
 
 
 def tiny_config(options):
@@ -83,15 +112,17 @@ def content_of(config):
     return json.loads(config.to_json_string(use_diff=True))
 
 
-def tiny_model(config, *, seed=0, gain=12.0, dtype="float32"):
-    """A random model with eager attention; the weights that make queries and keys are scaled up."""
+def tiny_model(config, *, seed=0, gain=12.0, dtype="float32", implementation="eager", class_name="AutoModel"):
+    """A random model; the weights that make queries and keys are scaled up."""
     import torch
-    from transformers import AutoModel
+    import transformers
 
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     config.use_cache = False
-    model = AutoModel.from_config(config, attn_implementation="eager").eval()
+    model_class = getattr(transformers, class_name)
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    model = make(config, attn_implementation=implementation).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             parts = name.split(".")
@@ -99,7 +130,7 @@ def tiny_model(config, *, seed=0, gain=12.0, dtype="float32"):
                 weight.mul_(gain)
             elif "sinks" in name:
                 weight.normal_()
-    return model.to(getattr(torch, dtype))
+    return model if dtype == "float32" else model.to(getattr(torch, dtype))
 
 
 QUERY_AND_KEY = (
@@ -120,9 +151,15 @@ QUERY_AND_KEY = (
 )
 
 
-def capture(model, **inputs):
-    """Runs a model and returns its calls of eager attention, in order."""
+def capture(model, *, products=False, ignored=(), **inputs):
+    """Runs a model and returns its calls of eager attention, in order.
+
+    Args:
+      products: whether the calls are found by the products around their softmaxes; see `products`.
+      ignored: exceptions that are raised after the last layer.
+    """
     import torch
+    from products import recording_products
 
     calls: list[Call] = []
     rotations = [0]
@@ -132,7 +169,10 @@ def capture(model, **inputs):
         for module in list(sys.modules.values()):
             if getattr(module, "__name__", "").startswith("transformers.models.") and ".modeling_" in module.__name__:
                 _wrap(stack, module, calls, rotations)
-        model(**inputs)
+        if products:
+            stack.enter_context(recording_products(calls, rotations))
+        with contextlib.suppress(*ignored):
+            model(**inputs)
     return calls
 
 

@@ -1,5 +1,6 @@
 """What a case of the model tests says."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,13 @@ class Case:
       stack_of: the stack that a call belongs to, in a model that has several.
       calls_per_layer: of attention.
       in_order: whether layers are counted, where the code numbers them otherwise.
+      products: whether calls are found by the products around their softmaxes.
+      implementation: of attention in transformers; PyTorch's own is found with `products`.
+      class_name: of the model, where transformers' AutoModel does not know it.
+      building: a context in which the model is made.
+      ignored: what transformers raises after the last layer.
+      marked: flags [S] of the tokens that the kind's `bidirectional` names.
+      bias: makes what is added to the logits of a call, as the remark of its kind says.
       layer_of: the layer of a config that the code's number means, where the two differ.
       name: what the tests call it; else all options.
     """
@@ -31,6 +39,13 @@ class Case:
     stack_of: Callable[[Any], str] | None = None
     calls_per_layer: int = 1
     in_order: bool = False
+    products: bool = False
+    implementation: str = "eager"
+    class_name: str = "AutoModel"
+    building: Callable[[], Any] = contextlib.nullcontext
+    ignored: tuple[type[Exception], ...] = ()
+    marked: Any = None
+    bias: Callable[[Any], Any] | None = None
     layer_of: Callable[[int], int] = int
     name: str = ""
 

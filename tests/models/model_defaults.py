@@ -13,7 +13,7 @@ from kernelry.models.families import families, text_families
 
 PACKAGE = Path(kernelry.models.__file__).parent
 FILE = PACKAGE / "defaults.json"
-READERS = ("keys.py", "patterns.py", "rules.py", "layerwise.py", "reading.py", "families/*.py")
+READERS = ("encoding.py", "keys.py", "patterns.py", "rules.py", "layerwise.py", "reading.py", "families/*.py")
 MODULES = sorted(path for pattern in READERS for path in PACKAGE.glob(pattern))
 
 

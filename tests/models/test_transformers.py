@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from capture import LENGTH, capture, content_of, tiny_config, tiny_model, tiny_options
 from model_cases import CASES, SPLASH
+from products import fitted_scale
 
 import kernelry
 from kernelry import masks
@@ -38,7 +39,10 @@ def calls_and_model(case):
     config = tiny_config(options)
     model = from_huggingface(options)
     assert with_scales(from_huggingface(content_of(config))) == with_scales(model)
-    return capture(tiny_model(config, gain=case.gain, dtype=case.dtype), **inputs_of(case)), model
+    made = {name: getattr(case, name) for name in ("gain", "dtype", "implementation", "class_name")}
+    with case.building():
+        network = tiny_model(config, **made)
+    return capture(network, products=case.products, ignored=case.ignored, **inputs_of(case)), model
 
 
 def with_scales(model):
@@ -70,8 +74,19 @@ def calls_by_kind(case):
             continue
         counts[stack] += 1
         kind = model.of_layer(layer, stack)
-        found.setdefault(kind.name, (kind, []))[1].append((layer, call))
+        found.setdefault(kind.name, (kind, []))[1].append((layer, in_groups(call, kind)))
     return list(found.values())
+
+
+def in_groups(call, kind):
+    """A call whose keys and values were repeated for each query head, with the heads that its kind says."""
+    repeats, rest = divmod(call.key.shape[2], kind.config.kv_heads)
+    if repeats < 2 or rest:
+        return call
+    fewer = {name: getattr(call, name)[:, :, ::repeats] for name in ("key", "value")}
+    for name, array in fewer.items():
+        np.testing.assert_array_equal(getattr(call, name), np.repeat(array, repeats, axis=2))
+    return dataclasses.replace(call, **fewer)
 
 
 def of_stack(model, stack):
@@ -91,7 +106,7 @@ def arrays_of(calls):
     return (jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)), out
 
 
-def attend(calls, kind, **options):
+def attend(calls, kind, case, **options):
     """How far the output of kernelry for the arrays of calls is off, with what the kind says and nothing else."""
     config = kind.config
     call = calls[0][1]
@@ -100,11 +115,11 @@ def attend(calls, kind, **options):
     found = np.asarray(
         kernelry.attention(
             *arrays,
-            mask=config.mask,
+            mask=mask_of(kind, case),
             scale=config.scale,
             soft_cap=config.soft_cap,
             sinks=jnp.asarray(sinks).reshape(-1)[: config.q_heads] if config.sinks else None,
-            bias=bias_of(call) if config.bias else None,
+            bias=jnp.asarray(case.bias(call)) if config.bias else None,
             logits_dtype=arrays[0].dtype,
             **options,
         )
@@ -117,23 +132,32 @@ def sinks_of(call):
     return next((call.more[name] for name in ("s_aux", "sinks") if call.more.get(name) is not None), None)
 
 
-def bias_of(call):
-    """What transformers adds to the logits, without the mask."""
-    bias = call.more.get("position_bias")
-    return jnp.asarray(np.where(call.mask > -1e4, call.mask, 0) if bias is None else bias)
+def mask_of(kind, case):
+    """The mask of a kind, with the tokens that see each other."""
+    if kind.bidirectional is None:
+        return kind.config.mask
+    return kind.config.mask | masks.BidirectionalSpans.from_flags(case.marked)
 
 
-def check_facts(layer, call, kind):
+def passed_scale(call, case):
+    """The scale that transformers passed, or the one that its logits have."""
+    if case.products:
+        return fitted_scale(call, case.bias(call) if case.bias else 0)
+    return call.query.shape[3] ** -0.5 if call.scale is None else float(call.scale)
+
+
+def check_facts(layer, call, kind, case):
     """Says which fact of the table differs from what transformers does."""
     config = kind.config
     N, K, H, D = call.query.shape[2], call.key.shape[2], call.query.shape[3], call.value.shape[3]
-    seen = np.asarray(config.mask.materialize(call.query.shape[1], call.key.shape[1]))[0, 0]
+    seen = np.asarray(mask_of(kind, case).materialize(call.query.shape[1], call.key.shape[1]))[0, 0]
+    digits = 5 if case.products else 6
     ours = {
         "q_heads": config.q_heads,
         "kv_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "value_dim": config.value_dim,
-        "scale": round(scale_of(config), 6),
+        "scale": round(scale_of(config), digits),
         "soft_cap": config.soft_cap,
         "sinks": config.sinks,
         "rope": kind.rope,
@@ -144,7 +168,7 @@ def check_facts(layer, call, kind):
         "kv_heads": K,
         "head_dim": H,
         "value_dim": D,
-        "scale": round(H**-0.5 if call.scale is None else float(call.scale), 6),
+        "scale": round(passed_scale(call, case), digits),
         "soft_cap": call.more.get("softcap"),
         "sinks": sinks_of(call) is not None,
         "rope": call.rotated,
@@ -185,24 +209,34 @@ def test_every_layer_is_reproduced_from_the_config_alone(case):
     assert called == described, str(model)
     for kind, members in kinds:
         for layer, call in members:
-            check_facts(layer, call, kind)
+            check_facts(layer, call, kind, case)
     if case.calls_per_layer == 1 and not case.stack_of:
         check_shared(kinds)
     for kind, members in kinds:
         for some in together(kind, members):
             for kernel in ("dot_product", "blockwise") if case.dtype == "float32" else ("dot_product",):
                 with jax.enable_x64(case.dtype == "float64"):
-                    off = attend(some, kind, kernel=kernel)
+                    off = attend(some, kind, case, kernel=kernel)
                 assert off <= case.tolerance, f"layers {[layer for layer, _ in some]} ({kind.name}), {kernel}: {off}"
+
+
+def is_default(kind, causal, call):
+    """Whether a kind says nothing but what kernelry does by default, for the lengths of a call."""
+    lengths = call.query.shape[1], call.key.shape[1]
+    config = kind.config
+    same_scale = config.scale is None or np.isclose(config.scale, config.head_dim**-0.5)
+    same_mask = np.array_equal(config.mask.materialize(*lengths), causal.materialize(*lengths))
+    return same_scale and same_mask and not (config.sinks or config.bias or config.soft_cap)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_defaults_would_be_wrong_where_the_table_says_otherwise(case):
     for kind, members in calls_by_kind(case):
-        if kind.config.mask == masks.Causal() and kind.config.scale is None and not kind.config.sinks:
-            continue
         arrays, out = arrays_of(members)
-        default = np.asarray(kernelry.attention(*arrays, mask=masks.Causal(), kernel="dot_product"))
+        causal = masks.Causal().at(query_offset=arrays[1].shape[1] - arrays[0].shape[1])
+        if is_default(kind, causal, members[0][1]):
+            continue
+        default = np.asarray(kernelry.attention(*arrays, mask=causal, kernel="dot_product"))
         off = np.abs(default - out.reshape(default.shape)).reshape(len(members), -1).max(1)
         assert off.min() > 100 * case.tolerance, f"{kind.name}: the defaults are off by {off} only"
 
@@ -212,5 +246,5 @@ def test_splash_reproduces_them_in_interpret_mode(case):
     with interpret():
         for kind, members in calls_by_kind(case):
             for some in together(kind, members):
-                off = attend(some[:1], kind, kernel="splash")
+                off = attend(some[:1], kind, case, kernel="splash")
                 assert off <= case.tolerance, f"{kind.name}: {off}"

@@ -35,7 +35,7 @@ class Keys:
 
     Args:
       given: the config's content.
-      model_type: whose defaults absent keys have.
+      model_type: whose defaults replace absent keys.
       where: what errors name, e.g. the file.
     """
 
@@ -202,3 +202,7 @@ class Keys:
         if isinstance(found, Mapping) and all(isinstance(key, str) or type(key) is int for key in found):
             return found
         raise self.error(f"{self.named(name)} must be an object, got {brief(found)}.")
+
+    def inner(self, name: str) -> Keys:
+        """Returns the keys of an object, none where it is absent."""
+        return Keys(self.table(name), "", f"{self.where}: {self.named(name)}")

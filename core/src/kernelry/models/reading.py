@@ -10,6 +10,7 @@ from typing import Any, final
 
 from kernelry.config.layer import AttentionConfig, AttentionType
 from kernelry.errors import ConfigError, nearest
+from kernelry.models.encoding import IMAGE
 from kernelry.models.families import families, text_families
 from kernelry.models.keys import Keys, brief
 from kernelry.models.model import LayerKind, Model, OtherLayers
@@ -51,6 +52,7 @@ _OTHERS = {
         _CHOSEN,
     ),
     **dict.fromkeys(("conv", "mlp", "moe"), _NO_ATTENTION),
+    IMAGE: "it attends to the keys of an image, whose number and mask a call says",
 }
 """Why the layers of the other words are not described."""
 
@@ -74,15 +76,15 @@ def from_huggingface(source: str | Path | Mapping[str, Any] | Any) -> Model:
     outer = given.get("model_type")
     if not isinstance(outer, str):
         raise ConfigError(f"{name}: model_type must be a text, e.g. 'llama', got {brief(outer)}.")
+    where, model_type = name, outer
+    changes: Mapping[str, Any] = {}
     if outer not in families() and outer in text_families():
-        given = _text_config(given, outer, name)
         inner, changes = text_families()[outer]
+        given, where = _text_config(given, outer, inner, name)
         model_type = given.get("model_type", inner)
-    else:
-        model_type, changes = outer, {}
     if not isinstance(model_type, str) or model_type not in families():
-        raise ConfigError(f"{name}: {_unknown(model_type)}")
-    keys = Keys(given, model_type, name)
+        raise ConfigError(f"{where}: {_unknown(model_type)}")
+    keys = Keys(given, model_type, where)
     layers: list[_Layer] = []
     for family in families()[model_type]:
         layers.extend(_layers(dataclasses.replace(family, **changes), keys))
@@ -120,16 +122,17 @@ def _file(path: Path) -> tuple[Mapping[str, Any], str]:
     return content, str(path)
 
 
-def _text_config(given: Mapping[str, Any], outer: str, name: str) -> Mapping[str, Any]:
-    """The part of a multimodal config that is about text."""
-    inner = given.get("text_config")
-    if inner is None:
-        return {
-            key: value for key, value in given.items() if key != "model_type"
-        }  # files of the first releases are flat
-    if not isinstance(inner, Mapping):
-        raise ConfigError(f"{name}: text_config of {outer!r} must be an object, got {brief(inner)}.")
-    return inner
+def _text_config(given: Mapping[str, Any], outer: str, inner: str, name: str) -> tuple[Mapping[str, Any], str]:
+    """The part of a multimodal config that is about text, and what errors call it."""
+    part = given.get("text_config")
+    if isinstance(part, Mapping):
+        return part, f"{name}: text_config"
+    if part is not None:
+        raise ConfigError(f"{name}: text_config of {outer!r} must be an object, got {brief(part)}.")
+    flat = {key: value for key, value in given.items() if key not in ("model_type", "text_config")}
+    if not Keys(flat, inner, name).says("num_hidden_layers"):  # files of the first releases are flat
+        raise ConfigError(f"{name}: text_config is missing: without it, the layers of {outer!r} are unknown.")
+    return flat, name
 
 
 def _unknown(model_type: Any) -> str:
@@ -224,7 +227,7 @@ def _kind(family: Family, keys: Keys, word: str, number: int, shared: int | None
         config,
         rope=family.rope(keys, word, number),
         shared_kv=() if shared is None else ((number, shared),),
-        bidirectional=family.bidirectional(keys) if callable(family.bidirectional) else family.bidirectional,
+        bidirectional=family.bidirectional(keys, word) if callable(family.bidirectional) else family.bidirectional,
         remarks=(*((f"bias: {bias}",) if bias else ()), *remarks),
     )
 
@@ -237,10 +240,7 @@ def _mask_options(family: Family, keys: Keys, name: str, *, causal: bool) -> dic
     window = _size(family.window, keys, name)
     if family.resized is not None:
         window = family.resized(keys, window)
-    if causal:
-        return {"type": AttentionType.LOCAL_SLIDING, "window": window}
-    side = window // 2 if family.halved else window
-    return {"type": AttentionType.LOCAL_SLIDING, "window": (side, side)}
+    return {"type": AttentionType.LOCAL_SLIDING, "window": window if causal else (window, window)}
 
 
 def _size(key: str, keys: Keys, name: str) -> int:

@@ -16,6 +16,7 @@ from kernelry.models.layerwise import rope_options
 from kernelry.models.patterns import SLIDING, Layers
 
 
+
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Heads:
@@ -40,9 +41,8 @@ class Family:
       last_full: whether the last layer is full, whatever is said.
       full_slides: whether full layers slide too where a window is set.
       causal: whether a query sees no later tokens: True, False, or a rule.
-      window: the key of the window of sliding layers.
+      window: the key of the window of sliding layers; without causality it is that of each side.
       resized: what the code makes of that window.
-      halved: whether an encoder's window is counted in both directions together; else it is that of each side.
       chunk: the key of the size of chunks.
       own: what keys say of one layer instead of the model, besides `per_layer_config`; of the keys, its word and its
         number.
@@ -53,7 +53,7 @@ class Family:
       bias: what is added to the logits, in words.
       rope: whether a layer rotates queries and keys; of the keys, the layer's word and its number.
       shared_kv: the key of the number of last layers that read an earlier layer's keys and values.
-      bidirectional: the tokens that see each other besides the mask, or a rule.
+      bidirectional: the tokens that see each other besides the mask, or a rule; of the keys and the layer's word.
       remarks: what a call must know besides, or a rule; of the keys, the layer's word and its number.
       refused: why no layer of these types can be described.
       version: the release of transformers whose code these facts are read from.
@@ -68,7 +68,6 @@ class Family:
     causal: bool | Callable[[Keys], bool] = True
     window: str = "sliding_window"
     resized: Callable[[Keys, int], int] | None = None
-    halved: bool = False
     chunk: str = "attention_chunk_size"
     own: Callable[[Keys, str, int], Mapping[str, Any]] | None = None
     heads: Callable[[Keys], Heads]
@@ -78,7 +77,7 @@ class Family:
     bias: str | Callable[[Keys], str | None] | None = None
     rope: Callable[[Keys, str, int], bool]
     shared_kv: str | None = None
-    bidirectional: str | Callable[[Keys], str | None] | None = None
+    bidirectional: str | Callable[[Keys, str], str | None] | None = None
     remarks: tuple[str, ...] | Callable[[Keys, str, int], tuple[str, ...]] = ()
     refused: str | None = None
     version: str = "5.24.0"
@@ -289,11 +288,6 @@ def half_where_bidirectional(keys: Keys, window: int) -> int:
 def half_where_all(keys: Keys, window: int) -> int:
     """Half of it and one on each side, where `use_bidirectional_attention` is "all"."""
     return window // 2 + 1 if keys.text("use_bidirectional_attention") == "all" else window
-
-
-def half(keys: Keys, window: int) -> int:
-    """Half of it."""
-    return window // 2
 
 
 def or_one_more_than(key: str) -> Callable[[Keys, int], int]:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from kernelry.models.families.decoders import DECODERS
-from kernelry.models.families.encoders import ENCODERS, TEXT
+from kernelry.models.families.encoders import ENCODERS
 from kernelry.models.families.hybrids import HYBRIDS
+from kernelry.models.families.multimodal import TEXT
 from kernelry.models.rules import Family
 
 

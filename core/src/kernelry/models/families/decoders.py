@@ -108,14 +108,6 @@ DECODERS: Rows = {
             count=patterns.besides("mlp"), layers=patterns.named_besides("mlp", patterns.every(4)), layer_types=None
         ),
     ),
-    "modernbert-decoder": (
-        decoder(
-            layers=patterns.first_of(3, "global_attn_every_n_layers"),
-            heads=rules.equal,
-            window="local_attention",
-            resized=rules.half,
-        ),
-    ),
     # Sinks, chunks, and heads that differ between kinds
     "gpt_oss": (decoder(layers=patterns.every(2), sinks=rules.all_sinks),),
     "flint": (
