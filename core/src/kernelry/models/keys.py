@@ -87,6 +87,10 @@ class Keys:
         """Whether the config itself has a key, under any of its names, also with null."""
         return bool(self._written(name))
 
+    def says(self, name: str) -> bool:
+        """Whether the config itself has a key, under any of its names, with a value other than null."""
+        return self.has(name) and self.get(name) is not None
+
     def get(self, name: str) -> Any:
         """Returns a value: the config's, else the default of its model type, else None. A null is None.
 

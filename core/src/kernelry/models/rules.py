@@ -16,7 +16,6 @@ from kernelry.models.layerwise import rope_options
 from kernelry.models.patterns import SLIDING, Layers
 
 
-
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Heads:
