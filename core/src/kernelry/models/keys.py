@@ -47,6 +47,7 @@ class Keys:
         self._names: Mapping[str, str] = about.get("names", {})
         self.where = where
         self.remarks: list[str] = []
+        self.read: dict[str, None] = {}  # the keys that the config has and that were asked for, in order
 
     def error(self, text: str) -> ConfigError:
         """Returns an error that names the config."""
@@ -59,7 +60,7 @@ class Keys:
         for key, own in table.items():
             if not str(key).isdecimal():
                 raise self.error(f"per_layer_config: {brief(key)} must be the number of a layer.")
-            if int(key) == layer:
+            if str(key) == str(layer):
                 if not isinstance(own, Mapping):
                     raise self.error(f"per_layer_config[{key!r}] must be an object, got {brief(own)}.")
                 changed.update(own)
@@ -96,6 +97,7 @@ class Keys:
         """Returns a value: the config's, else the default of its model type, else None. A null is None."""
         own = self._names.get(name, name)
         if name in self._given or own in self._given:
+            self.read[self.named(name)] = None
             return self._found(name)
         return self._defaults.get(own, self._defaults.get(name))
 
