@@ -209,9 +209,8 @@ def _recording(attend, calls, rotations):
     def recorded(module, query, key, value, attention_mask=None, *args, **kwargs):
         result = attend(module, query, key, value, attention_mask, *args, **kwargs)
         scale = kwargs.get("scaling", args[0] if args else None)
-        rotated = rotations[0] > 0 or (
-            last.get("module") is module and last["rotated"]
-        )  # of several calls, before the first
+        # Of several calls of one module, queries and keys are rotated before the first.
+        rotated = rotations[0] > 0 or (last.get("module") is module and last["rotated"])
         last.update(module=module, rotated=rotated)
         calls.append(
             Call(

@@ -169,9 +169,12 @@ OLD_YARN = {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", **YARN}}
 SCALED_YARN = {"rope_parameters": {**NEW_YARN["rope_parameters"], "llama_4_scaling_beta": 0.1}}
 WITHOUT = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **YARN, "mscale_all_dim": 0}}
 
+LATENT_GAINS = {"minicpm3": 4.0, "youtu": 4.0}
+"""Their logits are large as they are."""
+
 LATENT_DECODERS = [
     *(
-        Case(name, {**LATENT, **GROUPS, **options}, name=f"{name}-{label}", gain=4.0)
+        Case(name, {**LATENT, **GROUPS, **options}, name=f"{name}-{label}", gain=LATENT_GAINS.get(name, 12.0))
         for name in ["axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu"]
         for label, options in (("default", {}), ("yarn", NEW_YARN))
     ),

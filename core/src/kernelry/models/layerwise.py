@@ -47,17 +47,21 @@ def unless_windowed_or_sliding(keys: Keys, word: str, layer: int) -> bool:
 
 def on_rotary(interval: int) -> Callable[[Keys, str, int], bool]:
     """As `no_rope_layers` says, which is 1 where there are rotary embeddings; else on all layers but every so many."""
-    return lambda keys, word, layer: rotary_layers(keys, keys.count("num_hidden_layers"), interval)[layer]
+
+    def rope(keys: Keys, word: str, layer: int) -> bool:
+        return rotary_layers(keys, keys.count("num_hidden_layers"), interval)[layer]
+
+    return rope
 
 
-def where_theta(default: Callable[[int, int], bool]) -> Callable[[Keys, str, int], bool]:
-    """On the layers whose `layer_rope_theta` is not 0; by a function of a layer's number and the count without it."""
+def where_theta(except_every: int | None = None) -> Callable[[Keys, str, int], bool]:
+    """On the layers whose `layer_rope_theta` is not 0; without it, not on the last and every so many before it."""
 
     def rope(keys: Keys, word: str, layer: int) -> bool:
         count = keys.count("num_hidden_layers")
         thetas = keys.get("layer_rope_theta")
         if thetas is None:
-            return default(layer, count)
+            return except_every is None or (count - 1 - layer) % except_every != 0
         if not isinstance(thetas, list | tuple) or len(thetas) != count or not all(is_finite(each) for each in thetas):
             raise keys.error(f"layer_rope_theta must be a list of {count} finite numbers, got {brief(thetas)}.")
         return bool(thetas[layer])
@@ -86,7 +90,11 @@ def unless_theta_is_null(keys: Keys, word: str, layer: int) -> bool:
 
 def where_key(key: str, value: Any) -> Callable[[Keys, str, int], bool]:
     """Where a key has a value."""
-    return lambda keys, word, layer: keys.get(key) == value
+
+    def rope(keys: Keys, word: str, layer: int) -> bool:
+        return bool(keys.get(key) == value)
+
+    return rope
 
 
 def dense_or_sliding(keys: Keys, word: str, layer: int) -> bool:

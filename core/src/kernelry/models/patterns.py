@@ -29,7 +29,11 @@ def all_sliding(keys: Keys, count: int) -> tuple[str, ...]:
 
 def all_of(word: str) -> Layers:
     """Every layer has one word."""
-    return lambda keys, count: (word,) * count
+
+    def layers(keys: Keys, count: int) -> tuple[str, ...]:
+        return (word,) * count
+
+    return layers
 
 
 def constant(words: tuple[str, ...]) -> Layers:
@@ -41,9 +45,7 @@ def constant(words: tuple[str, ...]) -> Layers:
 
     def layers(keys: Keys, count: int) -> tuple[str, ...]:
         if count != len(words):
-            raise keys.error(
-                f"{keys.named('layer_types')} is missing, which {count} layers need: only {len(words)} have a default."
-            )
+            raise keys.error(f"{keys.named('layer_types')} is missing, and only {len(words)} layers have a default.")
         return words
 
     return layers
@@ -113,17 +115,30 @@ def first_of(number: int, key: str | None = None) -> Layers:
 
 def back_from_last(number: int) -> Layers:
     """Full are the last layer and every so many before it; the others slide."""
-    return lambda keys, count: tuple(FULL if (count - 1 - layer) % number == 0 else SLIDING for layer in range(count))
+
+    def layers(keys: Keys, count: int) -> tuple[str, ...]:
+        return tuple(FULL if (count - 1 - layer) % number == 0 else SLIDING for layer in range(count))
+
+    return layers
 
 
 def alternating(*words: str) -> Layers:
     """The words again and again."""
-    return lambda keys, count: tuple(words[layer % len(words)] for layer in range(count))
+
+    def layers(keys: Keys, count: int) -> tuple[str, ...]:
+        return tuple(words[layer % len(words)] for layer in range(count))
+
+    return layers
 
 
-def each(word: Callable[[int, int], str]) -> Layers:
-    """The words that a function of a layer's number and of the count of layers returns."""
-    return lambda keys, count: tuple(word(layer, count) for layer in range(count))
+def each(word: Callable[[int], str], last: str | None = None) -> Layers:
+    """The words that a function of a layer's number returns, and another for the last layer."""
+
+    def layers(keys: Keys, count: int) -> tuple[str, ...]:
+        words = tuple(word(layer) for layer in range(count))
+        return words if last is None else (*words[:-1], last)
+
+    return layers
 
 
 def from_layer(flag: str | None, first: str, window: str = "sliding_window") -> Layers:

@@ -183,9 +183,8 @@ def _words(family: Family, keys: Keys, count: int) -> list[str]:
     for number, word in enumerate(words):
         if word not in _KINDS and word not in _OTHERS:
             known = nearest(word[:80], [*_KINDS, *_OTHERS])
-            raise keys.error(
-                f"{family.layer_types or 'layer_types'}[{number}]: unknown kind of layer {brief(word)}{known}"
-            )
+            key = keys.named(family.layer_types or "layer_types")
+            raise keys.error(f"{key}[{number}]: unknown kind of layer {brief(word)}{known}")
     if family.last_full:
         words[-1] = FULL
     return words

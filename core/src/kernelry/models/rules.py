@@ -44,8 +44,8 @@ class Family:
       window: the key of the window of sliding layers; without causality it is that of each side.
       resized: what the code makes of that window.
       chunk: the key of the size of chunks.
-      own: what keys say of one layer instead of the model, besides `per_layer_config`; of the keys, the layer's word and
-        its number.
+      own: what keys say of one layer instead of the model, besides `per_layer_config`; of the keys, its word and its
+        number.
       heads: N, K, H and D.
       scale: the factor on the logits; None means H ** -0.5.
       soft_cap: the key of the logits' cap.
@@ -109,8 +109,8 @@ def latent(keys: Keys) -> Heads:
     kv = keys.optional_count("num_key_value_heads") or query
     if kv != query:
         raise keys.error(
-            f"{keys.named('num_key_value_heads')} = {kv} and {keys.named('num_attention_heads')} = {query} must be equal "
-            "in latent attention."
+            f"{keys.named('num_key_value_heads')} = {kv} must be {keys.named('num_attention_heads')} = {query} in "
+            "latent attention, whose heads all have their own keys."
         )
     head_dim = keys.count("qk_nope_head_dim", least=0) + keys.count("qk_rope_head_dim", least=0)
     value_dim = keys.optional_count("v_head_dim") or checked_heads(keys, query, query, None).head_dim
@@ -127,9 +127,13 @@ def wide(keys: Keys) -> Heads:
     """Of twice the hidden size, unless `attention_head_dim` says the head dim."""
     query = keys.count("num_attention_heads")
     kv = keys.optional_count("num_key_value_heads") or query
-    return checked_heads(
-        keys, query, kv, keys.optional_count("attention_head_dim") or 2 * keys.count("hidden_size") // query
-    )
+    head_dim = keys.optional_count("attention_head_dim") or 2 * keys.count("hidden_size") // query
+    return checked_heads(keys, query, kv, head_dim)
+
+
+def single(keys: Keys) -> Heads:
+    """One key/value head, whatever `num_key_value_heads` says."""
+    return checked_heads(keys, keys.count("num_attention_heads"), 1, keys.optional_count("head_dim"))
 
 
 def checked_heads(keys: Keys, query: int, kv: int, head_dim: int | None, value_dim: int | None = None) -> Heads:

@@ -9,17 +9,16 @@ from kernelry.models.patterns import CHUNKED, FULL, SLIDING
 _PLAIN = (
     "llama apertus apertus1p5_text arcee aria_text bitnet cohere csm ernie4_5 ernie4_5_moe exaone flex_olmo glm glm4 "
     "glm4_moe helium higgs_audio_v2 hunyuan_v1_dense hunyuan_v1_moe hy_v3 internlm3 iquestcoder jais2 minimax_m2 "
-    "molmo2_text moshi nanochat nemotron olmo olmo2 olmoe qwen3_moe qwen3_vl_moe_text qwen3_vl_text sarvam_moe seed_oss "
-    "solar_open stablelm"
+    "molmo2_text moshi nanochat nemotron olmo olmo2 olmoe phi qwen3_moe qwen3_vl_moe_text qwen3_vl_text sarvam_moe "
+    "seed_oss solar_open stablelm"
 )
 """Every layer is full, also where a window is set, as in Moshi's configs."""
 
-_EAGER_ONLY = "the eager attention of its code stays causal, and another implementation may see later tokens where no mask is passed"
+_EAGER_ONLY = "eager attention stays causal in its code, and others see later tokens where no mask is passed"
 
 DECODERS: Rows = {
     _PLAIN: (decoder(layer_types=None),),
     "persimmon": (decoder(layer_types=None, heads=rules.equal),),
-    "phi": (decoder(layer_types=None),),
     "diffllama": (decoder(layer_types=None, remarks=("two calls a layer, whose outputs are subtracted",)),),
     "jetmoe": (
         decoder(
@@ -36,7 +35,7 @@ DECODERS: Rows = {
             layers=patterns.first_of(4),
             scale=rules.value_of("attention_multiplier"),
             sinks=rules.all_sinks,
-            rope=layerwise.where_theta(lambda layer, count: True),
+            rope=layerwise.where_theta(),
         ),
     ),
     # Windows in every layer
@@ -100,7 +99,7 @@ DECODERS: Rows = {
     "muse_glimmer_text muse_spark_text": (
         decoder(
             layers=patterns.back_from_last(4),
-            rope=layerwise.where_theta(lambda layer, count: (count - 1 - layer) % 4 != 0),
+            rope=layerwise.where_theta(except_every=4),
         ),
     ),
     "beam": (decoder(layers=patterns.every_or_last(6), rope=layerwise.where_parameters((SLIDING,))),),
@@ -113,16 +112,14 @@ DECODERS: Rows = {
     "gpt_oss": (decoder(layers=patterns.every(2), sinks=rules.all_sinks),),
     "flint": (
         decoder(
-            layers=patterns.each(
-                lambda layer, count: FULL if layer < 2 or layer % 4 == 1 or layer == count - 1 else SLIDING
-            ),
+            layers=patterns.each(lambda layer: FULL if layer < 2 or layer % 4 == 1 else SLIDING, last=FULL),
             sinks=rules.all_sinks,
             rope=layerwise.on_sliding,
         ),
     ),
     "mimo_v2_flash": (
         decoder(
-            layers=patterns.each(lambda layer, count: FULL if layer == 0 or (layer + 1) % 6 == 0 else SLIDING),
+            layers=patterns.each(lambda layer: FULL if layer == 0 or (layer + 1) % 6 == 0 else SLIDING),
             own=layerwise.twice_as_many_sliding,
             heads=rules.other_values,
             resized=rules.or_one_more_than("sliding_window_size"),

@@ -63,13 +63,7 @@ HYBRIDS: Rows = {
     ),
     "lfm2": (decoder(layers=patterns.numbered("full_attn_idxs", CONV, default=patterns.all_full)),),
     "lfm2_moe": (decoder(layers=patterns.said),),
-    "lfm3": (
-        decoder(
-            layers=patterns.each(
-                lambda layer, count: CONV if layer % 2 or not layer else FULL if layer % 4 else SLIDING
-            )
-        ),
-    ),
+    "lfm3": (decoder(layers=patterns.after((CONV,), patterns.alternating(CONV, FULL, CONV, SLIDING))),),
     "lara_mini": (
         decoder(
             layers=patterns.alternating(LINEAR, SLIDING, LINEAR, FULL, SLIDING),
@@ -81,7 +75,7 @@ HYBRIDS: Rows = {
             layers=patterns.within(
                 "linear_attn_config",
                 {"full_attn_layers": FULL, "kda_layers": LINEAR},
-                default=patterns.each(lambda layer, count: FULL if layer and layer % 4 == 0 else LINEAR),
+                default=patterns.each(lambda layer: FULL if layer and layer % 4 == 0 else LINEAR),
             ),
             heads=rules.latent,
             rope=layerwise.nowhere,
@@ -113,11 +107,12 @@ HYBRIDS: Rows = {
                 "compress_ratios",
                 {0: SLIDING, 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"},
                 default=patterns.each(
-                    lambda layer, count: (
+                    lambda layer: (
                         "compressed_sparse_attention" if layer > 2 and layer % 2 else "heavily_compressed_attention"
                     )
                 ),
             ),
+            heads=rules.single,
             sinks=rules.all_sinks,
         ),
     ),
@@ -131,7 +126,7 @@ HYBRIDS: Rows = {
     "doge": (
         decoder(
             layer_types=None,
-            refused="it adds a bias made of the values, and keeps the keys whose bias is largest: pass it as an array of a call",
+            refused="it adds a bias made of the values, and sees the keys of the largest: pass it to a call",
         ),
     ),
     "falcon_mamba mamba mamba2 rwkv": (decoder(layers=patterns.all_of(LINEAR), layer_types=None),),
