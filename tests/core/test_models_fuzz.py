@@ -32,10 +32,28 @@ LAYERS = st.lists(st.sampled_from(["full_attention", "sliding_attention", "mamba
 DELETED = object()
 
 
+def outer_types():
+    """The model types to start from: those whose defaults can be read."""
+    known = {name for name in families() if readable({"model_type": name})}
+    return sorted(known | {outer for outer, (inner, _) in text_families().items() if inner in known})
+
+
+def readable(content):
+    """Whether a config can be read."""
+    try:
+        from_huggingface(content)
+    except ConfigError:
+        return False
+    return True
+
+
+TYPES = outer_types()
+
+
 @st.composite
 def mutated(draw):
     """A config, and the names of the keys that were changed."""
-    model_type = draw(st.sampled_from(sorted({*families(), *text_families()})))
+    model_type = draw(st.sampled_from(TYPES))
     outer = model_type not in families()
     inner = text_families()[model_type][0] if outer else model_type
     content = {"model_type": inner, **defaults()[inner]["defaults"]}
@@ -94,25 +112,28 @@ def test_ten_thousand_mutated_configs_are_read_or_refused_by_name(config):
     check(*config)
 
 
+def outcome(content):
+    """The kinds of layers of a config, or None where it is refused."""
+    return from_huggingface(content).kinds if readable(content) else None
+
+
 @pytest.mark.parametrize("model_type", sorted(families()))
 def test_both_names_of_a_key_are_read_alike(model_type):
     own = {"model_type": model_type, **defaults()[model_type]["defaults"]}
     common = dict(own)
     for name, other in NAMES[model_type].items():
-        if other in common:
+        if common.get(other) is not None:
             common[name] = common.pop(other)
-    assert (
-        from_huggingface(common).kinds
-        == from_huggingface(own).kinds
-        == from_huggingface({"model_type": model_type}).kinds
-    )
+    found = outcome({"model_type": model_type})
+    assert outcome(own) == found
+    assert outcome(common) == found
 
 
-@pytest.mark.parametrize("model_type", sorted(name for name in families() if NAMES[name]))
+@pytest.mark.parametrize("model_type", sorted(name for name in families() if "num_attention_heads" in NAMES[name]))
 def test_two_names_of_a_key_that_differ_are_refused(model_type):
-    name, own = next((name, own) for name, own in NAMES[model_type].items() if name == "num_attention_heads")
-    with pytest.raises(ConfigError, match=f"{own} = 3 and {name} = 5 contradict each other"):
-        from_huggingface({"model_type": model_type, own: 3, name: 5})
+    own = NAMES[model_type]["num_attention_heads"]
+    with pytest.raises(ConfigError, match=f"{own} = 3 and num_attention_heads = 5 contradict each other"):
+        from_huggingface({"model_type": model_type, own: 3, "num_attention_heads": 5})
 
 
 def test_a_file_cut_anywhere_is_refused_by_its_name(tmp_path):

@@ -47,6 +47,7 @@ class Keys:
         self._names: Mapping[str, str] = about.get("names", {})
         self.where = where
         self.remarks: list[str] = []
+        self.read: dict[str, None] = {}  # the keys that the config has and that were asked for, in order
 
     def error(self, text: str) -> ConfigError:
         """Returns an error that names the config."""
@@ -59,7 +60,7 @@ class Keys:
         for key, own in table.items():
             if not str(key).isdecimal():
                 raise self.error(f"per_layer_config: {brief(key)} must be the number of a layer.")
-            if int(key) == layer:
+            if str(key) == str(layer):
                 if not isinstance(own, Mapping):
                     raise self.error(f"per_layer_config[{key!r}] must be an object, got {brief(own)}.")
                 changed.update(own)
@@ -101,6 +102,7 @@ class Keys:
         if not written:
             return self._defaults.get(self._alike(name)[0])
         first, *others = written
+        self.read[first] = None
         for other in others:
             if self._given[first] != self._given[other]:
                 values = f"{first} = {brief(self._given[first])} and {other} = {brief(self._given[other])}"

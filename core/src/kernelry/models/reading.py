@@ -90,7 +90,9 @@ def from_huggingface(source: str | Path | Mapping[str, Any] | Any) -> Model:
         layers.extend(_layers(dataclasses.replace(family, **changes), keys))
     kinds, others = _grouped(layers, name)
     if not kinds:
-        raise ConfigError(f"{name}: model_type {model_type!r} has no layer that a config describes: {others[0].why}.")
+        why = others[0].why if others else "it has none"
+        by = f" (read from {', '.join(keys.read)})" if keys.read else ""
+        raise ConfigError(f"{where}: model_type {model_type!r} has no layer that a config describes: {why}{by}.")
     version = families()[model_type][0].version
     return Model(outer, kinds, others, source=name, facts=f"transformers {version}", remarks=tuple(keys.remarks))
 
@@ -137,10 +139,10 @@ def _text_config(given: Mapping[str, Any], outer: str, inner: str, name: str) ->
 
 def _unknown(model_type: Any) -> str:
     known = sorted({*families(), *text_families()})
+    hint = nearest(str(model_type)[:80], known, listed=False) or f", which is none of the {len(known)} that are known."
     return (
-        f"unknown model_type {brief(model_type)}{nearest(str(model_type)[:80], known)} What its layers see is never "
-        "guessed: write an AttentionConfig for each kind of layers, or pass the config of a part that is known, e.g. "
-        "text_config."
+        f"unknown model_type {brief(model_type)}{hint} What its layers see is never guessed: write an AttentionConfig "
+        "for each kind of layers, or pass the config of a part that is known, e.g. text_config."
     )
 
 
