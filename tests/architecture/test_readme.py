@@ -27,7 +27,10 @@ IN_THIS_PROCESS = ["README.md", "attention.md", "masks.md", "maxtext.md", "plugi
 
 CHECKS = {
     "README.md": "assert out.shape == (2, 1024, 8, 64), out.shape",
-    "attention.md": "assert packed.form.atoms and out.shape == (2, 1, 8, 64), out.shape",
+    "attention.md": """
+assert packed.form.atoms and out.shape == (2, 1, 8, 64), out.shape
+assert biased.shape == query.shape, biased.shape
+""",
     "masks.md": "assert balanced.form.atoms and decode_step.form.atoms",
     "maxtext.md": "assert out.shape == (2, 1024, 8, 64), out.shape",
     "plugins.md": """

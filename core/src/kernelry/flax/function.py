@@ -51,6 +51,7 @@ def attention_fn(
     layer_mask: Mask | None = _FULL,
     scale: float | None = None,
     soft_cap: float | None = None,
+    bias_after_cap: bool = False,
     sinks: Float[Array, " N"] | None = None,
     mode: str | Mode = Mode.TRAIN,
     kernel: str = AUTO,
@@ -80,7 +81,7 @@ def attention_fn(
       force_fp32_for_softmax: has no effect: softmax is always in float32.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
       layer_mask: a mask combined with `mask` by `&`; None means no other mask.
-      scale, soft_cap, sinks, mode, kernel: as in `kernelry.attention`.
+      scale, soft_cap, bias_after_cap, sinks, mode, kernel: as in `kernelry.attention`.
       config: how kernels are chosen and calls are sharded, unless an enclosing `use` decides. Its options of
         the layer must have their defaults: Flax's module and the arguments above give those.
       mesh, sharding: as in `AttentionOp`; B is *batch taken together.
@@ -119,6 +120,7 @@ def attention_fn(
             scale=scale,
             bias=None if bias is None else _on_logits("bias", bias, batch),
             soft_cap=soft_cap,
+            bias_after_cap=bias_after_cap,
             sinks=sinks,
             dropout_rate=dropout_rate,
             dropout_rng=dropout_rng,
