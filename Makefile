@@ -20,7 +20,7 @@ LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
 .PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
-	conformance lint format benchmark benchmark-decode \
+	test-models models-environment conformance lint format benchmark benchmark-decode \
 	benchmark-peers wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
@@ -147,6 +147,18 @@ test-aot-tpu: aot-environment
 
 test-aot-gpu: aot-environment
 	$(AOT_TESTS) tests/aot/test_gpu_*.py $(ARGS)
+
+# Other libraries, pinned, to compare with: models of transformers, and the porting pages. 2 GB in an environment of its own.
+MODELS_VENV ?= .venv-models
+MODELS_NEEDS := "transformers==5.24.0" "torch==2.13.0" "onnx==1.23.2" "onnxruntime==1.32.0" "keras==3.15.1" "mlx[cpu]==0.32.4"
+
+models-environment:
+	$(PYTHON) -m venv $(MODELS_VENV)
+	$(MODELS_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product \
+		-e "./plugins/tpu_splash[tokamax]" $(MODELS_NEEDS) $(TEST_NEEDS)
+
+test-models: models-environment
+	$(MODELS_VENV)/bin/python -m pytest -n 2 --dist loadgroup -p no:randomly -m models tests/models $(ARGS)
 
 lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .

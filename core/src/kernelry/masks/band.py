@@ -81,7 +81,8 @@ class Causal(Mask):
 class SlidingWindow(Mask):
     """A query sees `left` keys before it, itself, and `right` after: p_q − left ≤ p_k ≤ p_q + right.
 
-    A model card's "window w" is `left = w − 1`. `SlidingWindow(1)`:
+    "Window w" of a model card is `left = w − 1` in causal decoders; encoders count w or w // 2 on each side.
+    `SlidingWindow(1)`:
 
         1 . . .
         1 1 . .
