@@ -118,17 +118,21 @@ mutation: coverage
 test-install: $(VENV)/.installed
 	$(BIN)/python -m pytest -p no:randomly -m install tests/install $(ARGS)
 
-# The parity tests next to the real MaxText, which needs Python 3.12 and about 1 GB in an environment of its own.
+# The parity tests next to the real MaxText, whose models are built abstractly to ask how their layers attend. It needs
+# Python 3.12 and about 1 GB in an environment of its own.
 MAXTEXT_NEEDS := maxtext==0.2.5 tokamax qwix aqtp jaxtyping immutabledict pathwaysutils fastapi starlette \
 	annotated-doc anyio opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions idna sniffio requests \
-	urllib3 certifi uvicorn click jinja2 markupsafe xprof fire termcolor six einshape tqdm importlib_metadata
+	urllib3 certifi uvicorn click jinja2 markupsafe xprof fire termcolor six einshape tqdm importlib_metadata \
+	huggingface_hub transformers regex filelock httpx2 httpcore2 truststore h11 safetensors tokenizers grain cloudpickle \
+	portpicker array_record drjax wadler_lindig pillow tiktoken sentencepiece sympy mpmath
 
 test-maxtext:
 	$(MAXTEXT_PYTHON) -m venv .venv-maxtext
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product -e ./plugins/tpu_splash \
 		"jax==0.12.0.1" omegaconf $(TEST_NEEDS)
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
-	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py $(ARGS)
+	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py \
+		tests/core/test_models_maxtext.py $(ARGS)
 
 # The real compilers of TPUs and GPUs, without a device: about 2.5 GB in an environment of their own.
 AOT_VENV ?= .venv-aot
