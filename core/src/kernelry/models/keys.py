@@ -60,7 +60,7 @@ class Keys:
         for key, own in table.items():
             if not str(key).isdecimal():
                 raise self.error(f"per_layer_config: {brief(key)} must be the number of a layer.")
-            if str(key) == str(layer):
+            if (str(key).lstrip("0") or "0") == str(layer):  # int() refuses thousands of digits
                 if not isinstance(own, Mapping):
                     raise self.error(f"per_layer_config[{key!r}] must be an object, got {brief(own)}.")
                 changed.update(own)
