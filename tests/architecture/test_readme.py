@@ -27,9 +27,13 @@ IN_THIS_PROCESS = ["README.md", "attention.md", "masks.md", "maxtext.md", "plugi
 
 CHECKS = {
     "README.md": "assert out.shape == (2, 1024, 8, 64), out.shape",
-    "attention.md": "assert packed.form.atoms and out.shape == (2, 1, 8, 64), out.shape",
+    "attention.md": """
+assert packed.form.atoms and out.shape == (2, 1, 8, 64), out.shape
+assert biased.shape == query.shape, biased.shape
+""",
     "masks.md": "assert balanced.form.atoms and decode_step.form.atoms",
     "maxtext.md": "assert out.shape == (2, 1024, 8, 64), out.shape",
+    "models.md": "assert (out.shape, features.shape) == ((1, 64, 32, 128), (1, 64, 64))",
     "plugins.md": """
 assert kernelry_kernels() == [MINE]
 import sys, types
@@ -93,6 +97,7 @@ assert token.tolist() == [0, 0] and bool(cache.overflowed) and cache.lengths.tol
 PRINTS = {
     "README.md": ["→ pallas_flash"],
     "attention.md": ["→ pallas_flash", "→ cudnn_te"],
+    "models.md": ["sliding: layers 0, 2, …, 44: mask=window(4095, 0)", "\npallas_decode\n"],
     "mesh.md": ["'data', 'context', None, None", "dual_chunk contiguous"],
     "caches.md": ["PagedCache: tokens were appended that did not fit"],
 }
@@ -155,6 +160,17 @@ def test_the_resolution_shown_is_the_one_printed(tmp_path):
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert _blocks("text")[0] == done.stdout, done.stdout + done.stderr
+
+
+def test_the_table_of_a_model_is_the_one_printed(tmp_path):
+    page = PAGES["models.md"]
+    _, *arguments = _blocks("", page)[0].split()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("KERNELRY_")}
+    environ |= {"COLUMNS": "80", "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", "from kernelry.cli import main; main()", *arguments]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
+    printed = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+    assert _blocks("text", page)[0].strip() == printed, done.stdout + done.stderr
 
 
 def test_the_mask_shown_is_the_one_drawn():

@@ -46,7 +46,8 @@ def unstable_jax(path):
 
 def undocumented(path):
     tree = ast.parse(text_of(path))
-    public = (node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef))
+    defined = (node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef))
+    public = (node for node in defined if "overload" not in map(ast.unparse, node.decorator_list))
     names = [node.name for node in public if not node.name.startswith("_") and not ast.get_docstring(node)]
     return names if ast.get_docstring(tree) else ["the module", *names]
 

@@ -90,6 +90,35 @@ class CapsBeforeBias(Honest):
         return logits
 
 
+@lie("a bias after the soft cap")
+class IgnoresThatTheBiasComesAfterTheCap(Honest):
+    def adds_after_cap(self, request):
+        return False
+
+
+@lie("a bias after the soft cap")
+class TakesTheSlopeOfTheCapForABiasAfterIt(Honest):
+    def biased_after_cap(self, capped, inputs, request):
+        bias = inputs.bias.astype(jnp.float32)
+        constant = jax.lax.stop_gradient(bias)
+        slope = 1 - jax.lax.stop_gradient(capped / request.soft_cap) ** 2
+        return capped + constant + slope * (bias - constant)
+
+
+@lie("lse of a bias after the soft cap")
+class ReturnsCappedLseUnderABiasAfterTheCap(Honest):
+    def biased_after_cap(self, capped, inputs, request):
+        self.before = jax.nn.logsumexp(capped, axis=3)
+        return super().biased_after_cap(capped, inputs, request)
+
+    def attend(self, inputs, request, statistics):
+        self.before = None
+        return super().attend(inputs, request, statistics)
+
+    def returned_lse(self, lse):
+        return lse if self.before is None else jnp.where(jnp.isneginf(lse), lse, self.before)
+
+
 def band(mask, left, right):
     if not isinstance(mask, Band) or mask.left is None:
         return mask

@@ -59,6 +59,11 @@ DEMANDS = {
         RefusalCode.BIAS,
     ),
     "soft_cap": ({"soft_cap": 5.0}, {"features": {Feature.SOFT_CAP}}, RefusalCode.SOFT_CAP),
+    "bias_after_cap": (
+        {"bias_after_cap": True, "soft_cap": 5.0, "bias": (1, 1, 8, 8), "gradients": ["query"]},
+        {"features": {Feature.BIAS, Feature.SOFT_CAP, Feature.BIAS_AFTER_CAP}},
+        RefusalCode.BIAS_AFTER_CAP,
+    ),
     "sinks": ({"sinks": True, "gradients": ["query"]}, {"features": {Feature.SINKS}}, RefusalCode.SINKS),
     "dropout_rate": ({"dropout_rate": 0.1}, {"features": {Feature.DROPOUT}}, RefusalCode.DROPOUT),
     "gradients": (
@@ -139,6 +144,15 @@ def test_declaring_nothing_refuses_a_plain_request():
     codes = {refusal.code for refusal in Capabilities().refusals(PLAIN)}
     wanted = {"PLATFORM", "MODE", "DTYPE", "HEAD_DIM", "NORMALIZATION", "GRADIENT"}
     assert codes == {RefusalCode[name] for name in wanted}
+
+
+def test_a_kernel_of_caps_and_biases_must_declare_that_it_adds_the_bias_last():
+    facts, declared, code = DEMANDS["bias_after_cap"]
+    can = _with({"features": declared["features"] - {Feature.BIAS_AFTER_CAP}})
+    [refusal] = can.refusals(_request(**facts))
+    assert (refusal.code, refusal.detail) == (code, "bias_after_cap=True is not supported")
+    for absent in ("bias", "soft_cap"):
+        assert can.refusals(_request(**{**facts, absent: None})) == ()
 
 
 @pytest.mark.parametrize("field", sorted(set(DEMANDS) - {"head_dim"}))

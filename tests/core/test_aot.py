@@ -333,6 +333,32 @@ def test_every_call_of_a_model_can_be_traced_for_its_row(cache, mask, rows, monk
     assert [report.name for report in aot.check_layers(config, shape, "cpu")] == rows
 
 
+def test_a_bias_is_compiled_in_every_phase_with_its_gradient(monkeypatch):
+    made = []
+
+    def traced(target, function, *arguments):
+        made.append(jax.eval_shape(function, *arguments))
+        return Compilation(target, 0.0, {}, None)
+
+    monkeypatch.setattr(layers, "compile_for", traced)
+    config = AttentionConfig(bias=True, sinks=True, q_heads=4, head_dim=32, kernel="dot_product")
+    aot.check_layers(config, ModelShape(q_len=16, max_len=48), "cpu")
+    (_, gradients), _, decoded = made
+    assert [array.shape for array in gradients[3:]] == [(4,), (1, 4, 16, 16)]
+    assert decoded.shape == (1, 1, 4, 32)
+
+
+def test_an_axis_cuts_one_dimension_of_a_bias(monkeypatch):
+    cut = []
+    monkeypatch.setattr(
+        layers, "compile_for", lambda *_, specs, **__: cut.append(specs[4]) or Compilation("", 0, {}, None)
+    )
+    config = AttentionConfig(bias=True, q_heads=4, head_dim=32, kernel="dot_product")
+    aot.check_layers(config, ModelShape(q_len=16, max_len=48, sharding="heads=t:2 sequence=c:2"), "cpu")
+    spec = jax.sharding.PartitionSpec
+    assert cut == [spec(None, ("t",), ("c",), None)] * 2 + [spec(None, ("t",), None, ("c",))]
+
+
 def test_chosen_blocks_can_be_traced_in_every_phase(monkeypatch):
     def traced(target, function, *arguments):
         jax.eval_shape(function, *arguments)

@@ -16,7 +16,7 @@ from pairs import sweep_but
 import kernelry
 from kernelry import masks
 from kernelry.errors import ArgumentError
-from kernelry.testing import reference_attention
+from kernelry.testing import reference_attention, reference_mask
 
 pytestmark = pytest.mark.versions
 
@@ -123,9 +123,42 @@ def test_sinks_of_minus_infinity_are_no_sinks(kernel):
     assert_twins(found, oracle_answer(MASKS["packed"], arrays, cotangents, **CAPPED))
 
 
+def _traced(**arguments):
+    jax.eval_shape(lambda *arrays: kernelry.attention(*arrays, **arguments), *_arrays())
+
+
 def test_a_bias_under_a_soft_cap_is_warned_about():
-    with pytest.warns(UserWarning, match="soft cap caps bias"):
-        jax.eval_shape(lambda *arrays: kernelry.attention(*arrays, bias=jnp.zeros((1, S)), soft_cap=2.0), *_arrays())
+    with pytest.warns(UserWarning, match=r"soft cap caps bias.*mask=, or pass bias_after_cap=True"):
+        _traced(bias=jnp.zeros((1, S)), soft_cap=2.0)
+
+
+def test_a_bias_after_the_soft_cap_is_not_warned_about():
+    with kernelry.record() as resolutions:
+        _traced(bias=jnp.zeros((1, S)), soft_cap=2.0, bias_after_cap=True)
+        _traced(bias=jnp.zeros((1, S)), bias_after_cap=True)
+        _traced(soft_cap=2.0, bias_after_cap=True)
+    assert [resolution.request.bias_after_cap for resolution in resolutions] == [True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore:the soft cap caps bias too")
+@pytest.mark.parametrize("fill", [np.nan, -1e9])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("kernel", ["dot_product", "blockwise"])
+def test_bias_and_soft_cap_in_either_order_equal_the_reference_whatever_the_bias_of_hidden_pairs(kernel, after, fill):
+    arrays, order = arrays_of(T, S, bias=(2, 4, T, S)), CAPPED | PARTIAL | {"bias_after_cap": after}
+    cotangents = cotangents_of(arrays, lse=True)
+    visible = reference_mask(MASKS["packed"], 2, 4, T, S)
+    filled = arrays | {"bias": jnp.where(visible, arrays["bias"], fill)}
+    found = _answer(MASKS["packed"], filled, cotangents, kernel, **order)
+    assert_twins(found, oracle_answer(MASKS["packed"], arrays, cotangents, **order))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, S), (2, 1, T, 1), (1, 4, 1, 1)])
+def test_blockwise_sums_the_gradient_of_a_bias_after_the_cap(shape):
+    arrays, order = arrays_of(T, S, bias=shape, sinks=True), CAPPED | {"bias_after_cap": True}
+    cotangents = cotangents_of(arrays)
+    found = _answer(MASKS["causal"], arrays, cotangents, **order)
+    assert_twins(found, oracle_answer(MASKS["causal"], arrays, cotangents, **order))
 
 
 def test_decode_step_equals_the_last_row_of_the_whole():

@@ -62,6 +62,7 @@ def test_misfits_raise_shape_errors_that_name_the_argument(change, words):
         ({"mode": "trian"}, "unknown mode 'trian'; did you mean 'train'"),
         ({"soft_cap": 0.0}, "soft_cap must be positive, got 0.0"),
         ({"soft_cap": -1.0}, "soft_cap must be positive"),
+        ({"bias_after_cap": 1}, "bias_after_cap must be True or False, got 1"),
         ({"dropout_rate": 1.0}, "dropout_rate must be in"),
         ({"dropout_rate": 0.1}, "needs dropout_rng"),
         ({"normalization": "softmx"}, "did you mean 'softmax'"),

@@ -169,7 +169,7 @@ def test_everything_declared_is_tried_beyond_a_kernels_own_tiles():
     atoms = [atom for call in calls for atom in call.mask.form.atoms]
     assert {atom.kind for atom in atoms} | {AtomKind.CUSTOM} == ALL.atoms | {AtomKind.CUSTOM}
     assert {where.kind for atom in atoms for where in (atom.query, atom.kv)} == ALL.positions
-    for feature in ("bias", "soft_cap", "sinks", "max_logits"):
+    for feature in ("bias", "soft_cap", "bias_after_cap", "sinks", "max_logits"):
         assert any(getattr(call, feature) for call in calls), feature
     assert {Quantization.parse(call.kv_quantization).axis for call in calls if call.kv_quantization} == {
         "head_dim",

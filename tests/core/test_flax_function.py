@@ -236,6 +236,13 @@ def test_sinks_and_soft_cap_are_bound_by_partial():
     close(out, oracle(q, k, v, True, sinks=sinks, soft_cap=5.0, scale=0.3))
 
 
+def test_a_bias_after_the_soft_cap_is_bound_by_partial():
+    q, k, v = qkv(B)
+    bias = array(N, T, T, seed=4)
+    out = jax.jit(functools.partial(attention_fn, soft_cap=1.0, bias_after_cap=True))(q, k, v, bias)
+    close(out, oracle(q, k, v, True, bias=bias, soft_cap=1.0, bias_after_cap=True))
+
+
 # Dropout
 
 

@@ -354,7 +354,8 @@ def test_an_option_becomes_a_field(options, field, value):
         (
             {"sliding_window_size": 4096},
             "sliding_window_size = 4096 is not used: attention_type is 'global', so the mask is Causal(). "
-            "from_maxtext({**options, 'attention_type': 'local_sliding'}) builds the config of such a layer. "
+            "from_maxtext({**options, 'attention_type': 'local_sliding'}) builds the config of such a layer, and "
+            "kernelry.models.from_maxtext_model(base, model_yml) those of all layers of a model. "
             "If Causal() is right for this layer, pass ignore=('sliding_window_size',).",
         ),
         ({"chunk_attn_window_size": 8192}, "chunk_attn_window_size = 8192 is not used: attention_type is 'global'"),
@@ -592,7 +593,7 @@ def test_no_key_of_base_yml_would_be_taken_for_an_option_if_it_were_new(monkeypa
     taken = []
     for key in sorted(keys):
         monkeypatch.setattr(reading, "not_attention", lambda left=keys - {key}: left)
-        taken += [key] if reading._misspelt(key) else []
+        taken += [key] if reading.misspelt(key, reading._BY_NAME) else []
     assert taken == ["custom_mesh", "mtc_data_parallelism"]  # which are about the mesh
 
 

@@ -75,6 +75,8 @@ def build_case(mask, arguments, heads, place, dtype=np.float32):
         shapes["bias"] = (BATCH, widths.query, q_len, kv_len) if arguments == "bias" else (widths.query, 1, kv_len)
     if arguments in ("plain", "partial", "all"):
         given["return_max_logits"] = True
+    if arguments == "all":
+        given["bias_after_cap"] = bool(MASKS.index(mask) % 2)
     if arguments == "partial":
         given |= {"return_partial": True, "scale": 0.3}
     arrays = arrays_of(q_len, kv_len, widths, seed=MASKS.index(mask), dtype=dtype, **shapes)
@@ -88,6 +90,10 @@ def _pairs_of(cases, columns):
     for one, other in itertools.combinations(columns, 2):
         met = {(case[one], case[other]) for case in cases}
         yield met, set(itertools.product(columns[one], columns[other]))
+
+
+def test_the_selection_has_both_orders_of_cap_and_bias():
+    assert {MASKS.index(case[0]) % 2 for case in CASES if case[1] == "all"} == {0, 1}
 
 
 def test_every_pair_of_values_is_in_the_grid():

@@ -18,7 +18,7 @@ out, loaded = sys.stdout, []
 import kernelry
 assert kernelry.kernels() and kernelry.plugins()
 loaded.append(list(sys.modules))
-submodules = ("aot", "cache", "config", "errors", "flax", "masks", "moba", "parallel", "plugin", "testing")
+submodules = ("aot", "cache", "config", "errors", "flax", "masks", "moba", "models", "parallel", "plugin", "testing")
 assert set(submodules) <= set(dir(kernelry))
 sys.modules["flax"] = None
 assert set(submodules) - set(dir(kernelry)) == {"flax"} and dict(inspect.getmembers(kernelry))

@@ -306,6 +306,40 @@ def test_a_part_that_sees_nothing_is_the_identity_of_merge_on_both_sides(parts, 
     assert_close(merged(identity, part), alone, atol=2e-6)
 
 
+@functools.partial(jax.jit, static_argnames=("kernel", "cap"))
+def _bias_after_cap(arrays, d_out, kernel, cap):
+    """The output and the gradients under a bias that is added after the cap."""
+
+    def call(arrays):
+        return kernelry.attention(**arrays, soft_cap=cap, scale=1.3, bias_after_cap=True, kernel=kernel)
+
+    out, pull = jax.vjp(call, arrays)
+    return out, pull(d_out)
+
+
+@pytest.mark.parametrize("kernel", ["dot_product", "blockwise"])
+@given(visible=any_booleans(), cap=st.sampled_from([0.5, 6.0]), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_a_bias_after_the_cap_is_added_to_capped_logits_and_minus_a_billion_hides(kernel, visible, cap, seed):
+    arrays = arrays_of(T, S, seed=seed, bias=(BATCH, Q_HEADS, T, S))
+    d_out = cotangents_of(arrays)["out"]
+    visible = visible | np.eye(T, S, dtype=bool)  # a row whose every bias is −1e9 is not empty
+    biased = arrays | {"bias": jnp.where(visible, arrays["bias"], -1e9)}
+    out, gradients = _bias_after_cap(biased, d_out, kernel, cap)
+
+    query, key, value, bias = (np.asarray(biased[name], np.float64) for name in ("query", "key", "value", "bias"))
+    key, value = (np.repeat(array, Q_HEADS // GROUPED.kv, axis=2) for array in (key, value))
+    logits = cap * np.tanh(1.3 * np.einsum("btnh,bsnh->bnts", query, key) / cap) + bias
+    weights = np.exp(logits - logits.max(axis=3, keepdims=True))
+    expected = np.einsum("bnts,bsnd->btnd", weights / weights.sum(axis=3, keepdims=True), value)
+    assert_close(out, expected, atol=2e-6)
+
+    given = {"soft_cap": cap, "scale": 1.3, "bias_after_cap": True}
+    hidden = oracle_answer(masks.Dense(visible), arrays, {"out": d_out, "lse": None}, **given)
+    assert_close(out, hidden.out, atol=2e-6)
+    assert_close(gradients, hidden.gradients, atol=2e-5)
+
+
 @jax.jit
 def _with_sinks_and_without(visible, arrays):
     without = {name: array for name, array in arrays.items() if name != "sinks"}

@@ -79,6 +79,16 @@ def test_check_passes_what_stands(config):
     assert (done.exit_code, done.output) == (0, "3 resolutions are unchanged.\n")
 
 
+def test_check_passes_a_lock_written_before_a_field_was_added(config):
+    file = _write(config)
+    data = json.loads(file.read_text())
+    for entry in data["resolutions"]:
+        assert entry["request"].pop("bias_after_cap") is False
+    file.write_text(json.dumps(data))
+    done = _run(config, "--check", "--file", file)
+    assert (done.exit_code, done.output) == (0, "3 resolutions are unchanged.\n")
+
+
 def test_check_prints_what_changed_and_fails(config):
     file = _write(config)
     config.write_text("[[attention.rules]]\nwhen = { mode = 'train' }\nuse = ['blockwise']\n")

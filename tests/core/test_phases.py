@@ -113,10 +113,49 @@ def test_a_kernel_without_statistics_does_not_serve_parts():
     assert any(text.startswith("prefill: no kernel serves it (bare: return_partial") for text in phases.disagreements)
 
 
-@pytest.mark.parametrize("options", [{"type": "full"}, {"type": "block_diffusion", "block_size": 8}])
+@pytest.mark.parametrize(
+    "options",
+    [{"type": "full"}, {"type": "block_diffusion", "block_size": 8}, {"type": "local_sliding", "window": (8, 1)}],
+)
 def test_masks_that_look_ahead_mean_something_else_in_decode(options):
     found = resolve_phases(AttentionConfig(**options), SHAPE).disagreements
     assert any(text.startswith("mask meaning") and options["type"] in text for text in found)
+
+
+def test_a_window_of_earlier_keys_only_means_the_same_in_decode():
+    assert resolve_phases(AttentionConfig(type="local_sliding", window=(8, 0)), SHAPE).disagreements == ()
+
+
+def test_a_shape_without_heads_has_those_of_the_config_or_the_defaults():
+    bare = dataclasses.replace(SHAPE, q_heads=None, kv_heads=None, head_dim=None)
+    assert bare.of(AttentionConfig()).heads == (1, 1, 64, 64)
+    config = AttentionConfig(q_heads=8, kv_heads=2, head_dim=16, value_dim=24)
+    assert bare.of(config).heads == (8, 2, 16, 24)
+    assert SHAPE.of(dataclasses.replace(config, q_heads=4, head_dim=None)).heads == (4, 2, 32, 24)
+    assert {(r.q_heads, r.kv_heads, r.head_dim, r.value_dim) for r in _requests_of(config, bare)} == {(8, 2, 16, 24)}
+
+
+@pytest.mark.parametrize("name", ["q_heads", "kv_heads", "head_dim", "value_dim"])
+def test_a_size_other_than_the_configs_is_an_error_that_names_both(name):
+    config = AttentionConfig(**{name: 16}, source="c.toml")
+    with pytest.raises(ArgumentError, match=rf"{name}=8 contradicts {name}=16 of c.toml; leave it out"):
+        resolve_phases(config, ModelShape(q_len=4, max_len=4, q_heads=8, kv_heads=8, head_dim=8, value_dim=8))
+
+
+def test_a_mask_with_heads_is_checked_once_the_heads_are_known():
+    per_head = masks.Dense(np.ones((1, 4, 8, 8), bool))
+    shape = ModelShape(q_len=8, max_len=8, mask=per_head)
+    assert _requests_of(AttentionConfig(q_heads=4), shape)
+    with pytest.raises(ArgumentError, match="Dense"):
+        _requests_of(AttentionConfig(q_heads=3), shape)
+
+
+def test_a_bias_of_the_config_is_asked_for_in_every_phase():
+    train, prefill, decode = _requests_of(AttentionConfig(bias=True), SHAPE)
+    assert (train.bias, prefill.bias, decode.bias) == ((1, 4, 64, 64), (1, 4, 64, 64), (1, 4, 1, 128))
+    assert Operand.BIAS in train.gradients
+    with pytest.raises(ArgumentError, match=r"cache 'paged:4' with a bias: .* use 'contiguous'"):
+        _requests_of(AttentionConfig(bias=True), dataclasses.replace(SHAPE, cache="paged:4"))
 
 
 def test_chosen_blocks_are_asked_for_in_every_phase():
@@ -137,7 +176,7 @@ def test_phases_are_text_and_json():
     phases = resolve_phases(AttentionConfig(type="full"), SHAPE)
     assert "disagreement: mask meaning" in str(phases)
     data = json.loads(json.dumps(phases.to_json()))
-    assert sorted(data) == ["decode", "disagreements", "more", "prefill", "train"]
+    assert sorted(data) == ["decode", "disagreements", "more", "prefill", "remarks", "train"]
 
 
 def test_a_prompt_must_fit_into_the_cache():
@@ -160,6 +199,10 @@ HELD = (
 
 def _requests(config, **changes):
     return [call.request for call in calls(config, dataclasses.replace(TINY, **changes), Target("cpu"))]
+
+
+def _requests_of(config, shape):
+    return [call.request for call in calls(config, shape, Target("cpu"))]
 
 
 def _shapes(q_len):

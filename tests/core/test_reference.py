@@ -31,6 +31,7 @@ CASES = {
     "sinks": {"sinks": SINKS},
     "dropout": DROPOUT,
     "all": {"scale": 1.3, "soft_cap": 1.1, "bias": BIAS, "sinks": SINKS, **DROPOUT},
+    "bias after cap": {"soft_cap": 1.1, "bias": BIAS, "bias_after_cap": True, "sinks": SINKS, **DROPOUT},
 }
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -72,15 +73,39 @@ def test_bias_is_capped_and_sinks_are_not():
     np.testing.assert_allclose(found.max_logits.item(), math.log(2), **CLOSE)
 
 
-def _looped(scale=None, soft_cap=None, bias=None, sinks=None, dropout_rate=0.0, dropout_keep=None):
+def test_a_bias_after_the_cap_is_not_capped():
+    cap = math.log(2)
+    late = {"soft_cap": cap, "bias_after_cap": True}
+    found, out = _pair([1e9, -1e9], bias=np.array([math.log(3), math.log(5)]), **late)
+    np.testing.assert_allclose(out, (2 * 3 * 4 + 0.5 * 5 * 8) / (2 * 3 + 0.5 * 5), **CLOSE)
+    np.testing.assert_allclose(found.max_logits.item(), cap + math.log(3), **CLOSE)
+    assert _pair([0.0, 9.0], bias=np.array([0.0, -1e9]), **late)[1] == 4
+    assert _pair([0.0, 9.0], bias=np.array([0.0, -1e9]), soft_cap=cap)[1] > 4
+
+
+@pytest.mark.parametrize("case", ["plain", "cap", "bias"])
+def test_without_cap_or_bias_their_order_changes_nothing(case):
+    found, plain = (
+        reference_attention(QUERY, KEY, VALUE, mask=MASK, bias_after_cap=after, **CASES[case])
+        for after in (True, False)
+    )
+    for one, other in zip(dataclasses.astuple(found), dataclasses.astuple(plain), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def _looped(
+    scale=None, soft_cap=None, bias=None, sinks=None, dropout_rate=0.0, dropout_keep=None, bias_after_cap=False
+):
     """Attention and lse by plain loops over (b, n, t, s)."""
     out, lse, largest = np.zeros((B, T, N, D)), np.full((B, N, T), -np.inf), np.full((B, N), -np.inf)
     for b, n, t in np.ndindex(B, N, T):
         logits = {}
         for s in np.flatnonzero(VISIBLE[b, n, t]):
             dot = sum(QUERY[b, t, n, h] * KEY[b, s, n // (N // K), h] for h in range(H))
-            logit = dot * (1 / math.sqrt(H) if scale is None else scale) + (0 if bias is None else bias[b, n, t, s])
-            logits[s] = logit if soft_cap is None else soft_cap * math.tanh(logit / soft_cap)
+            logit, added = dot * (1 / math.sqrt(H) if scale is None else scale), 0 if bias is None else bias[b, n, t, s]
+            before, after = (0, added) if bias_after_cap else (added, 0)
+            logit += before
+            logits[s] = after + (logit if soft_cap is None else soft_cap * math.tanh(logit / soft_cap))
         if not logits:
             continue
         total = sum(math.exp(logit) for logit in logits.values())
@@ -225,16 +250,16 @@ def _poisoned(poison):
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_hidden_slots_take_no_part(poison):
+@pytest.mark.parametrize("order", [{}, {"bias_after_cap": True}], ids=["bias before cap", "bias after cap"])
+def test_hidden_slots_take_no_part(poison, order):
+    capped = {"mask": MASK, "soft_cap": 1.5, **order}
     bad, d_out, d_lse, _ = _poisoned(poison)
     clean = {name: array for name, array in _operands().items() if name != "sinks"}
     pairs = itertools.chain(
+        zip(*(dataclasses.astuple(reference_attention(**a, **capped)) for a in (bad, clean)), strict=True),
         zip(
-            *(dataclasses.astuple(reference_attention(**a, mask=MASK, soft_cap=1.5)) for a in (bad, clean)), strict=True
-        ),
-        zip(
-            dataclasses.astuple(reference_gradients(**bad, d_out=d_out, d_lse=d_lse, mask=MASK, soft_cap=1.5))[:4],
-            dataclasses.astuple(reference_gradients(**clean, d_out=D_OUT, d_lse=D_LSE, mask=MASK, soft_cap=1.5))[:4],
+            dataclasses.astuple(reference_gradients(**bad, d_out=d_out, d_lse=d_lse, **capped))[:4],
+            dataclasses.astuple(reference_gradients(**clean, d_out=D_OUT, d_lse=D_LSE, **capped))[:4],
             strict=True,
         ),
     )

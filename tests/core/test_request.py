@@ -34,6 +34,7 @@ requests = st.builds(
     scale=st.none() | st.floats(0.1, 2),
     bias=st.none() | st.just((1, 1, 1, 1)),
     soft_cap=st.none() | st.floats(1, 50),
+    bias_after_cap=st.booleans(),
     gradients=st.none() | st.sets(st.sampled_from(["query", "key"])),
 )
 
@@ -49,6 +50,32 @@ def test_requests_survive_json(request, more):
 def test_missing_facts_follow_from_the_others():
     request = Request(q_len=8, q_heads=4, head_dim=16)
     assert (request.kv_len, request.kv_heads, request.value_dim, request.scale) == (8, 4, 16, 0.25)
+
+
+CAPPED_BIAS = {"soft_cap": 5.0, "bias": (1, 1, 1, 1), "bias_after_cap": True}
+
+
+@pytest.mark.parametrize("absent", ["soft_cap", "bias"])
+def test_without_cap_or_bias_there_is_no_order_of_the_two(absent):
+    assert Request(q_len=8, **CAPPED_BIAS).bias_after_cap
+    request = Request(q_len=8, **{**CAPPED_BIAS, absent: None})
+    assert not request.bias_after_cap
+    assert request == Request(q_len=8, **{**CAPPED_BIAS, absent: None, "bias_after_cap": False})
+    assert not dataclasses.replace(Request(q_len=8, **CAPPED_BIAS), **{absent: None}, gradients=()).bias_after_cap
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None, np.True_])
+def test_the_order_of_cap_and_bias_must_be_a_bool_whether_it_matters_or_not(value):
+    for facts in ({}, CAPPED_BIAS):
+        with pytest.raises(ArgumentError, match="bias_after_cap must be True or False, got"):
+            Request(q_len=8, **{**facts, "bias_after_cap": value})
+
+
+def test_json_written_before_a_field_was_added_is_read():
+    request = Request(q_len=8, **{**CAPPED_BIAS, "bias_after_cap": False})
+    written = request.to_json()
+    assert written.pop("bias_after_cap") is False
+    assert Request.from_json(written) == request
 
 
 @pytest.mark.parametrize(
@@ -89,6 +116,8 @@ def test_text_shows_every_unusual_field():
     text = str(Request(q_len=8, soft_cap=5.0, sinks=True, q_heads=4, kv_heads=2, scale=1.0, gradients={Operand.KEY}))
     for part in ("soft_cap=5.0", "sinks=True", "K=2", "scale=1.0", "gradients=key", "mask=full"):
         assert part in text
+    assert "soft_cap=5.0 bias_after_cap=True" in str(Request(q_len=8, **CAPPED_BIAS))
+    assert "bias_after_cap" not in text
 
 
 @pytest.mark.parametrize(

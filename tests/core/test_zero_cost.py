@@ -84,6 +84,18 @@ def test_a_gradient_by_backward_multiplies_as_often_as_forward_and_backward_do(n
         assert programs[0].count(work) == programs[1].count(work) + (work == "stablehlo.exponential"), work
 
 
+@pytest.mark.parametrize("kernel", ["dot_product", "blockwise"])
+@pytest.mark.parametrize("options", [{}, {"bias": jnp.ones((1, 1, T, T))}, {"soft_cap": 3.0}], ids=str)
+def test_the_order_of_cap_and_bias_costs_nothing_without_both(options, kernel):
+    def gradient(**more):
+        def loss(q, k, v):
+            return kernelry.attention(q, k, v, mask=masks.Causal(), kernel=kernel, **options, **more).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(Q, KV, KV)
+
+    assert _operations(gradient(bias_after_cap=True)) == _operations(gradient())
+
+
 def test_names_and_locations_are_all_that_is_stripped():
     one, other = (jax.jit(f).lower(Q) for f in (lambda q: q + 1, lambda q: q + 2))
     assert _operations(one) != _operations(other)

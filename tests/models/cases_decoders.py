@@ -190,6 +190,15 @@ LATENT_DECODERS = [
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}
 
+ZAMBA2 = {
+    "layers_block_type": [LINEAR, "hybrid", "hybrid"] * 2,
+    "mamba_d_state": 8,
+    "mamba_ngroups": 1,
+    "n_mamba_heads": 4,
+    "num_mem_blocks": 2,
+    "adapter_rank": 4,
+}
+
 HYBRIDS = [
     *(Case(name) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")),
     Case("qwen3_next", {"full_attention_interval": 2}),
@@ -225,8 +234,22 @@ HYBRIDS = [
         name="kimi_linear-linear_attn_config",
     ),
     Case("zamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "head_dim": 32}, in_order=True),
+    *(
+        Case("zamba2", {**ZAMBA2, "use_mem_rope": rope}, name=f"zamba2-use_mem_rope={rope}", in_order=True)
+        for rope in (False, True)
+    ),
     Case("deepseek_v4", {"layer_types": [SLIDING, "heavily_compressed_attention", "compressed_sparse_attention"] * 2}),
 ]
 
 DECODERS = [*FULL_DECODERS, *WINDOWS, *KINDS, *GEMMA, *LATENT_DECODERS, *HYBRIDS]
-SPLASH = [case for case in DECODERS if case.model_type in ("gemma2",)]
+_IN_SPLASH = [
+    "mistral",
+    "mistral-is_causal=False",
+    "cohere2",
+    "gpt_oss",
+    "llama4_text-attention_chunk_size=8",
+    "gemma2-query_pre_attn_scalar=24-attn_logit_softcapping=5.0",
+    "deepseek_v3-yarn",
+]
+SPLASH = [case for case in DECODERS if str(case) in _IN_SPLASH]
+"""Windows of one and of two sides, sinks, chunks, a soft cap, and values of another head dim."""

@@ -26,7 +26,7 @@ def words_of_the_reader():
 
 def defaults_of(config_class, words):
     """The defaults of a class's fields, and the names that it gives to common keys."""
-    names = {common: own for common, own in config_class.attribute_map.items() if common in words}
+    names = {common: own for common, own in config_class.attribute_map.items() if {common, own} & words}
     wanted = words | set(names.values())
     found = {}
     for field in dataclasses.fields(config_class):

@@ -156,7 +156,7 @@ def _program(operands, d_out, *, bias=None, tiling=SMALL, **options):
         out, pull = jax.vjp(attend, *operands)
         return out, *pull(d_out.astype(out.dtype))
 
-    caps_bias = bias is not None and "soft_cap" in options
+    caps_bias = bias is not None and "soft_cap" in options and not options.get("bias_after_cap")
     warned = pytest.warns(UserWarning, match="soft cap") if caps_bias else contextlib.nullcontext()
     with testing.interpret(), kernelry.use(tiling=tiling), kernelry.record() as resolutions, warned:
         compiled = jax.jit(run).lower(*operands).compile()
@@ -193,7 +193,12 @@ def check(arrays, *, tiling=SMALL, **options):
 
 SMOKE = covering(
     mask=["static", "carried", "dense"],
-    extras=["none", "sinks and a bias of queries", "soft cap and a bias of pairs"],
+    extras=[
+        "none",
+        "sinks and a bias of queries",
+        "soft cap and a bias of pairs",
+        "a bias of pairs after the soft cap",
+    ],
     dtype=list(TOLERANCES),
     sizes=[(48, 48, 16), (40, 56, 16), (48, 48, 24)],
     kv_heads=[4, 2],
@@ -238,6 +243,8 @@ def _smoke(number, make_arrays):
         options |= {"bias": jnp.asarray(rng.standard_normal((1, 4, q_len, kv_len)), jnp.float32)}
     if "soft cap" in case["extras"]:
         options |= {"soft_cap": 4.0, "scale": 0.7}
+    if "after" in case["extras"]:
+        options |= {"bias_after_cap": True}
     operands = [*_poisoned(*operands, mask)]
     if "sinks" in case["extras"]:
         operands.append(jnp.asarray([0.5, -1.0, 2.0, 0.0]))

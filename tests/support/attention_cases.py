@@ -111,7 +111,8 @@ def _compiled_attend(mask, arrays, dropout_rng, items):
 
 def oracle_answer(mask, arrays, cotangents, **arguments):
     """Answers as `compiled_answer` does, in float64; statistics are given even where nobody asked."""
-    known = {name: arguments[name] for name in ("scale", "soft_cap", "dropout_rate") if name in arguments}
+    options = ("scale", "soft_cap", "bias_after_cap", "dropout_rate")
+    known = {name: arguments[name] for name in options if name in arguments}
     known |= {"dropout_keep": arguments["dropout_keep"]} if "dropout_keep" in arguments else {}
     qkv = [arrays[name] for name in QKV]
     known |= {name: array for name, array in arrays.items() if name not in QKV}

@@ -51,6 +51,7 @@ _CHOICES = {
     "scale": (None, 1.0, 0.125, 0.0, -1.0),
     "bias": (None, (1, 1, 1, 1), (2, 4, 128, 128)),
     "soft_cap": (None, 30.0),
+    "bias_after_cap": (False, True),
     "sinks": (False, True),
     "dropout_rate": (0.0, 0.1),
     "gradients": (None, (), ("query",), ("query", "key", "value", "bias", "sinks")),

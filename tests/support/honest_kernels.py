@@ -48,7 +48,10 @@ class Honest(Kernel):
         query, key, value = self.cleaned(inputs, visible, request)
         key, value = self.expanded(key, request), self.expanded(value, request)
         logits = self.logits(query, key, request)
-        capped = self.capped(self.biased(logits, inputs), inputs, visible, request)
+        if self.adds_after_cap(request):
+            capped = self.biased_after_cap(self.capped(logits, inputs, visible, request), inputs, request)
+        else:
+            capped = self.capped(self.biased(logits, inputs), inputs, visible, request)
         masked = jnp.where(visible, capped, -jnp.inf)
         top = jax.lax.stop_gradient(self.top(masked))
         weights = self.weights(masked, top)
@@ -127,6 +130,12 @@ class Honest(Kernel):
         if request.soft_cap is None:
             return logits
         return request.soft_cap * jnp.tanh(jnp.where(visible, logits, 0) / request.soft_cap)
+
+    def adds_after_cap(self, request):
+        return request.bias_after_cap
+
+    def biased_after_cap(self, capped, inputs, request):
+        return self.biased(capped, inputs)
 
     def top(self, masked):
         return jnp.max(masked, axis=-1, initial=jnp.finfo(jnp.float32).min)

@@ -212,6 +212,7 @@ FEATURES = {
     "sinks": Feature({"sinks": "N"}),
     "soft_cap": Feature(options={"soft_cap": 3.0, "scale": 0.7}),
     "bias": Feature({"bias": "BNTS"}),
+    "bias_after_cap": Feature({"bias": "BNTS"}, {"soft_cap": 3.0, "scale": 0.7, "bias_after_cap": True}),
     "bias_of_heads": Feature({"bias": "1NTS"}),
     "bias_of_slots": Feature({"bias": "B11S"}),
     "bias_of_rows": Feature({"bias": "11T1"}),
@@ -305,7 +306,7 @@ def check(cut, mask, feature, sizes=SMALL, kernel="blockwise", *, out=OUT, gradi
 
 def compare(cut, mask, arrays, cotangents, options, found, tolerances, sizes=SMALL):
     """Compares what a call returned with the reference."""
-    known = {name: options[name] for name in ("scale", "soft_cap") if name in options}
+    known = {name: options[name] for name in ("scale", "soft_cap", "bias_after_cap") if name in options}
     known |= {name: array for name, array in arrays.items() if name not in QKV}
     positions = cut.positions(sizes.q_len) if sizes.q_len == sizes.kv_len else None
     if positions is not None:

@@ -5,7 +5,6 @@
 picks the best installed kernel that honours every argument, or says why none can.
 """
 
-import importlib
 import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
@@ -29,13 +28,14 @@ if TYPE_CHECKING:
     from kernelry import config as config
     from kernelry import flax as flax
     from kernelry import moba as moba
+    from kernelry import models as models
     from kernelry import parallel as parallel
     from kernelry import plugin as plugin
     from kernelry import testing as testing
     from kernelry.phases.model_shape import ModelShape
     from kernelry.phases.resolving import resolve_phases
 
-_LAZY = ("aot", "cache", "config", "flax", "moba", "parallel", "plugin", "testing")
+_LAZY = ("aot", "cache", "config", "flax", "moba", "models", "parallel", "plugin", "testing")
 """Modules that are imported when they are first used: training needs none of them."""
 
 _LAZY_NAMES = {"ModelShape": "kernelry.phases.model_shape", "resolve_phases": "kernelry.phases.resolving"}

@@ -63,14 +63,14 @@ def attention(
     normalization: str = "softmax",
     logits_dtype: Any = jnp.float32,
     precision: str | jax.lax.Precision | None = None,
+    bias_after_cap: bool = False,
     return_partial: bool = False,
     return_max_logits: bool = False,
 ) -> Any:
     """Attention by the best installed kernel that honours every argument.
 
-    logits = scale · ⟨query, key⟩ + bias, capped to soft_cap · tanh(logits / soft_cap), masked;
-    out = softmax(logits) · value. Query head n reads key/value head n // (N / K). A row that sees
-    no key is 0.
+    logits = scale · ⟨query, key⟩ + bias, capped to soft_cap · tanh(logits / soft_cap), masked; out = softmax(logits) ·
+    value. Query head n reads key/value head n // (N / K). A row that sees no key is 0.
 
     Args:
       query: [B, T, N, H], floating.
@@ -79,19 +79,19 @@ def attention(
       mask: which keys each query sees; see `kernelry.masks`. None means all of them; booleans [T, S], or of rank 4 and
         broadcastable to B N T S, are True where a key is seen.
       scale: a number; None means H ** -0.5.
-      bias: floating, broadcastable to B N T S, added before the soft cap.
+      bias: floating, broadcastable to B N T S, added before the soft cap, under which −1e9 does not hide a key.
       soft_cap: a positive number; None means no cap.
       sinks: [N], one logit per query head that joins the denominator once, unscaled and unmasked.
       dropout_rate: the rate of dropout on the probabilities, in [0, 1); needs `dropout_rng`.
       dropout_rng: a PRNG key.
       mode: `train`, `prefill` or `decode` (alias `autoregressive`).
       kernel: the name of the kernel to use, with no alternative; or `auto`.
-      gradients: names of the operands whose gradient is needed, of `query`, `key`, `value`, `bias`
-        and `sinks`; None means all floating arrays in train mode and none otherwise. Differentiating
-        another operand raises ArgumentError.
+      gradients: names of the operands whose gradient is needed, of `query`, `key`, `value`, `bias` and `sinks`; None
+        means all floating arrays in train mode and none otherwise. Differentiating another raises ArgumentError.
       normalization: the name of a Normalization.
       logits_dtype: the dtype of logits, softmax and statistics.
       precision: the precision of the products, as in `jax.lax.Precision`.
+      bias_after_cap: add the bias to capped logits, as ONNX Attention does; without a soft cap it makes no difference.
       return_partial: return a Partial with statistics, for `kernelry.merge`.
       return_max_logits: return `(result, max_logits)`, [B, N], the largest visible logits.
 
@@ -108,6 +108,7 @@ def attention(
         mode=mode,
         scale=scale,
         soft_cap=soft_cap,
+        bias_after_cap=bias_after_cap,
         dropout_rate=dropout_rate,
         gradients=gradients,
         normalization=normalization,
@@ -139,9 +140,10 @@ def attention_with_options(
     check_kernel_name(kernel)
     options = options.checked()
     _check_normalization(options.normalization)
-    if bias is not None and options.soft_cap is not None:
+    if bias is not None and options.soft_cap is not None and options.bias_after_cap is not True:
         warnings.warn(
-            "the soft cap caps bias too, so keys that a bias hides become visible: pass a mask as mask=",
+            "the soft cap caps bias too, so keys that a bias hides become visible: pass a mask as mask=, or pass "
+            "bias_after_cap=True to add the bias to the capped logits",
             stacklevel=3,
         )
     scope = current_scope()

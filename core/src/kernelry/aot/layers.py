@@ -18,6 +18,7 @@ from kernelry.api import attention_with_options
 from kernelry.config.layer import AttentionConfig
 from kernelry.errors import KernelryError, PluginError
 from kernelry.masks.spread import leaf_axes
+from kernelry.models.model import LayerKind, config_of
 from kernelry.phases.calls import PhaseCall, calls
 from kernelry.phases.model_shape import ModelShape
 from kernelry.policy.scope import use
@@ -93,7 +94,7 @@ class LayerReport:
 
 
 def check_layers(
-    config: AttentionConfig,
+    config: AttentionConfig | LayerKind,
     shape: ModelShape | Sequence[ModelShape],
     target: Target | str,
     *,
@@ -102,7 +103,7 @@ def check_layers(
     """Compiles training (forward and backward), prefill and a decode step of a config for a target.
 
     Args:
-      config: as for `resolve_phases`.
+      config: a config or a kind of layers, as for `resolve_phases`.
       shape: as for `resolve_phases`, or several; a call that several of them need is compiled once.
       target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices, or, where the shape has a
         sharding, for as many as that names.
@@ -125,7 +126,7 @@ def check_layers(
     for call in asked.values():
         if tell is not None:
             tell(call.name)
-        reports.append(_report(config, call))
+        reports.append(_report(config_of(config), call))
     return tuple(reports)
 
 
@@ -171,11 +172,11 @@ def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> t
     axes = {"B": sharding.batch, "N": sharding.heads, "T": sharding.sequence, "S": sharding.kv_axes}
 
     def placed(letters: str, array: Any) -> PartitionSpec:
-        named = [axes.get(letter, ()) for letter in letters[len(letters) - len(array.shape) :]]
-        cut = (
-            names if names and size % sharding.size(names) == 0 else None
-            for names, size in zip(named, array.shape, strict=True)
-        )
+        cut: list[tuple[str, ...] | None] = []
+        for letter, size in zip(letters[len(letters) - len(array.shape) :], array.shape, strict=True):
+            names = axes.get(letter, ())
+            used = {name for others in cut for name in others or ()}  # what cuts T of a bias does not cut its S as well
+            cut.append(names if names and not used & {*names} and size % sharding.size(names) == 0 else None)
         return PartitionSpec(*cut)  # type: ignore[no-untyped-call]
 
     def of_keys(keys: Any) -> Any:
@@ -184,10 +185,11 @@ def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> t
             return PagedArray(pages, placed("PL", keys.table))  # type: ignore[arg-type]
         return jax.tree.map(functools.partial(placed, "BSNH"), keys)
 
-    query, key, value, sinks, leaves = arguments
+    query, key, value, sinks, bias, leaves = arguments
     of_mask = [placed(letters, leaf) for letters, leaf in zip(leaf_axes(call.mask), leaves, strict=True)]
     of_sinks = None if sinks is None else placed("N", sinks)
-    return placed("BTNH", query), of_keys(key), of_keys(value), of_sinks, of_mask
+    of_bias = None if bias is None else placed("BNTS", bias)
+    return placed("BTNH", query), of_keys(key), of_keys(value), of_sinks, of_bias, of_mask
 
 
 def _program(call: PhaseCall) -> Callable[..., Any]:
@@ -196,7 +198,7 @@ def _program(call: PhaseCall) -> Callable[..., Any]:
     structure = jax.tree.structure(call.mask)
     options = CallOptions(**{field.name: getattr(request, field.name) for field in dataclasses.fields(CallOptions)})
 
-    def attend(query: Any, key: Any, value: Any, sinks: Any, leaves: Any) -> Any:
+    def attend(query: Any, key: Any, value: Any, sinks: Any, bias: Any, leaves: Any) -> Any:
         if isinstance(key, PagedArray):
             value = PagedArray(value.pages, key.table)  # as arguments they would be two tables
         return attention_with_options(
@@ -204,6 +206,7 @@ def _program(call: PhaseCall) -> Callable[..., Any]:
             key,
             value,
             mask=jax.tree.unflatten(structure, leaves),
+            bias=bias,
             sinks=sinks,
             dropout_rng=jax.random.key(0) if request.dropout_rate else None,
             options=options,
@@ -216,7 +219,7 @@ def _program(call: PhaseCall) -> Callable[..., Any]:
         found = attend(*operands)
         return (found[0] if request.max_logits else found).astype(jnp.float32).sum()
 
-    differentiated = (0, 1, 2, 3) if request.sinks else (0, 1, 2)
+    differentiated = (0, 1, 2, *([3] if request.sinks else []), *([4] if request.bias else []))
     return jax.value_and_grad(loss, argnums=differentiated)
 
 
@@ -228,4 +231,5 @@ def _arguments(call: PhaseCall) -> tuple[Any, ...]:
 
     query = array(request.batch, request.q_len, request.q_heads, request.head_dim)
     sinks = array(request.q_heads, dtype="float32") if request.sinks else None
-    return query, call.key, call.value, sinks, jax.tree.leaves(call.mask)
+    bias = None if request.bias is None else array(*request.bias)
+    return query, call.key, call.value, sinks, bias, jax.tree.leaves(call.mask)

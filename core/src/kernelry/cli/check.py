@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import jax
@@ -17,12 +18,14 @@ from rich.table import Table
 from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
 from kernelry.cli import options
 from kernelry.cli.output import Json, Text, show
-from kernelry.phases.resolving import resolve_phases
+from kernelry.models.model import LayerKind
+from kernelry.phases.model_shape import ModelShape
+from kernelry.phases.resolving import naming, resolve_phases
 
 _MIB = 2**20
 
 
-@options.takes_model
+@options.takes(options.ModelOptions)
 def check(
     model: options.ModelOptions,
     *,
@@ -31,16 +34,19 @@ def check(
 ) -> None:
     """Whether train, prefill and decode compile for a TPU or GPU, with its real compiler and without it.
 
+    Of a model, each kind of its layers is compiled, and rows begin with its name.
+
     Status 1: not all of them do; 2: all that could be compiled do, and a compiler is not installed. Calls of cuDNN are
     not checked, which is not a failure.
     """
     _run_nothing()
-    read, shapes = model.files.read(), model.shapes
+    layers = [(layer, model.shapes(layer)) for layer in model.files.read()]
     for name in target:  # wrong names are found before anything is compiled
         with contextlib.suppress(NoCompilerError):  # its rows will say so
             topology_of(name)
-        for each in shapes:
-            options.check_names(resolve_phases(read, each, target=name, changes=False).all)
+        for layer, shapes in layers:
+            for each in shapes:
+                options.check_names(resolve_phases(layer, each, target=name, changes=False).all)
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     reports: dict[str, tuple[LayerReport, ...]] = {}
@@ -51,12 +57,23 @@ def check(
             def tell(phase: str, target: str = name) -> None:
                 progress.update(task, description=f"{target}: {phase}")
 
-            reports[name] = check_layers(read, shapes, name, tell=tell)
+            reports[name] = tuple(report for layer, shapes in layers for report in _reports(layer, shapes, name, tell))
     outcomes = {report.outcome for found in reports.values() for report in found}
     ok = not outcomes & {Outcome.FAILED, Outcome.NO_COMPILER}
     plain = {name: [report.to_json() for report in found] for name, found in reports.items()}
     show(as_json, {"ok": ok, "targets": plain}, _parts(reports))
     raise typer.Exit(0 if ok else 1 if Outcome.FAILED in outcomes else 2)
+
+
+def _reports(
+    layer: options.Layer, shapes: tuple[ModelShape, ...], target: str, tell: Callable[[str], object]
+) -> Iterator[LayerReport]:
+    """The reports of a layer; those of a model's kind are named after it."""
+    kind = f"{layer.name}: " if isinstance(layer, LayerKind) else ""
+    with naming(layer):
+        found = check_layers(layer, shapes, target, tell=lambda phase: tell(f"{kind}{phase}"))
+    for report in found:
+        yield dataclasses.replace(report, name=f"{kind}{report.name}")
 
 
 def _run_nothing() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,8 @@ import typer
 
 from kernelry.cli import options
 from kernelry.cli.output import Json, print_json
-from kernelry.config.layer import AttentionConfig
 from kernelry.errors import ConfigError, KernelryError, followed
+from kernelry.models.model import LayerKind, config_of
 from kernelry.phases.calls import calls
 from kernelry.phases.model_shape import ModelShape
 from kernelry.phases.resolving import resolve_phases
@@ -27,11 +28,11 @@ _TARGET = "target"
 """The fact of an origin that is not part of the shape."""
 
 
-_WITH_CHECK = {"config", "maxtext", "ignore", "file", "check", "as_json"}
+_WITH_CHECK = {"config", "maxtext", "ignore", "model", "layer_kind", "file", "check", "as_json"}
 """The options that --check reads; the file has the others."""
 
 
-@options.takes_model
+@options.takes(options.ModelOptions)
 def lock(
     model: options.ModelOptions,
     *,
@@ -45,26 +46,25 @@ def lock(
 ) -> None:
     """The kernels of train, prefill and decode, written down for strict mode; --check compares.
 
-    What the file says of other configs, sizes, caches and masks is kept, so a model with several kinds of layers is
-    locked by one call for each. Status 1: no kernel serves one of the calls, which is then not written; or, with
+    With --model every kind of its layers is locked. What the file says of other configs, models, sizes, caches and
+    masks is kept. Status 1: no kernel serves one of the calls, which is then not written; or, with
     --check, a resolution changed.
     """
-    read = model.files.read()
-    name = model.files.source(file.parent)
+    layers = {model.files.origin(layer, file.parent): layer for layer in model.files.read()}
     if check:
         _refuse_sizes(context)
-        _check(Lock.read(file), read, name, model.files.arguments(), as_json)
+        _check(Lock.read(file), layers, model.files, as_json)
         return
     targets = [Target.parse(text) for text in target or ()] or [current_target()]
     locked, disagreements = Lock(()), {}
     found: list[Resolution] = []
-    for where in targets:
-        for sizes in model.shapes:
-            phases = resolve_phases(read, sizes, target=where, changes=False)
+    for where, (name, layer) in itertools.product(targets, layers.items()):
+        for sizes in model.shapes(layer):
+            phases = resolve_phases(layer, sizes, target=where, changes=False)
             options.check_names(phases.all)
             found.extend(phases.all)
             locked = locked.merged(Lock.of(phases.all, _origin(name, where, sizes)))
-            disagreements.update(dict.fromkeys(phases.disagreements))
+            disagreements.update(dict.fromkeys(f"{_kind(layer)}{text}" for text in phases.disagreements))
     unserved = [str(entry.request) for entry in locked.entries if entry.kernel is None]
     nothing = len(unserved) == len(locked.entries) and not file.exists()
     written = Lock(()) if nothing else locked.write(file, merge=True)
@@ -72,7 +72,10 @@ def lock(
         told = {"unserved": unserved, "disagreements": list(disagreements), "advice": options.advice_of(found)}
         print_json({"file": str(file), **written.to_json(), **told})
     else:
-        _tell(file, locked, written, list(disagreements), options.advice_of(found))
+        _tell(file, layers, locked, written)
+        for text in disagreements:
+            sys.stdout.write(f"disagreement: {text}\n")
+        sys.stdout.writelines(f"{text}\n" for text in options.advice_of(found))
     raise typer.Exit(1 if unserved else 0)
 
 
@@ -95,16 +98,19 @@ def _refuse_sizes(context: typer.Context) -> None:
         )
 
 
-def _tell(file: Path, locked: Lock, written: Lock, disagreements: list[str], advice: list[str]) -> None:
+def _kind(layer: options.Layer) -> str:
+    """What lines about a kind of a model's layers begin with."""
+    return f"{layer.name}: " if isinstance(layer, LayerKind) else ""
+
+
+def _tell(file: Path, layers: Mapping[str, options.Layer], locked: Lock, written: Lock) -> None:
     for entry in locked.entries:
         left_out = "" if entry.kernel else f"; not written to {file}"
-        sys.stdout.write(f"{_shown(entry.request)}: {entry.choice}{left_out}\n")
+        kinds = "".join(dict.fromkeys(_kind(layers[origin.config]) for origin in entry.origins))
+        sys.stdout.write(f"{kinds}{_shown(entry.request)}: {entry.choice}{left_out}\n")
     kept = len(written.entries) - sum(entry.kernel is not None for entry in locked.entries)
     if kept:
         sys.stdout.write(f"{kept} other resolutions of {file} were kept.\n")
-    for text in disagreements:
-        sys.stdout.write(f"disagreement: {text}\n")
-    sys.stdout.writelines(f"{text}\n" for text in advice)
 
 
 def _shown(request: Request) -> str:
@@ -117,7 +123,7 @@ def _origin(name: str, target: Target, sizes: ModelShape) -> Origin:
     return Origin(name, tuple(sorted({_TARGET: str(target), **sizes.to_json()}.items())))
 
 
-def _asked_again(origin: Origin, config: AttentionConfig) -> tuple[Request, ...]:
+def _asked_again(origin: Origin, layer: options.Layer) -> tuple[Request, ...]:
     facts = dict(origin.facts)
     try:
         target, sizes = Target.parse(facts.pop(_TARGET)), ModelShape(**facts)
@@ -125,29 +131,32 @@ def _asked_again(origin: Origin, config: AttentionConfig) -> tuple[Request, ...]
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         unread = f"the lock file's facts {dict(origin.facts)} cannot be read: {reason}"
         raise ConfigError(followed(unread, "run kernelry lock again.")) from error
-    return tuple(call.request for call in calls(config, sizes, target))
+    return tuple(call.request for call in calls(layer, sizes, target))
 
 
-def _check(locked: Lock, config: AttentionConfig, name: str, arguments: str, as_json: bool) -> None:
-    """Resolves again what the config asked for, so that no option has to be repeated, and compares.
+def _check(locked: Lock, layers: Mapping[str, options.Layer], files: options.LayerFiles, as_json: bool) -> None:
+    """Resolves again what the layers asked for, so that no option has to be repeated, and compares.
 
     What a program recorded was resolved under rules that the file does not contain, so it is not compared.
     """
-    mine = [entry for entry in locked.entries if any(o.config == name for o in entry.origins)]
+    mine, differences, advice = set[Request](), list[str](), list[str]()
+    for name, layer in layers.items():
+        entries = [entry for entry in locked.entries if any(o.config == name for o in entry.origins)]
+        mine.update(entry.request for entry in entries)
+        origins = dict.fromkeys(o for entry in entries for o in entry.origins if o.config == name)
+        asked = dict.fromkeys(request for origin in origins for request in _asked_again(origin, layer))
+        found = {request: explain(request, policy=config_of(layer).policy, changes=False) for request in asked}
+        differences += _differences(locked, entries, found, name, files.arguments())
+        advice += options.advice_of(found.values())
     recorded = sum(not entry.origins for entry in locked.entries)
-    origins = dict.fromkeys(o for entry in mine for o in entry.origins if o.config == name)
-    asked = dict.fromkeys(request for origin in origins for request in _asked_again(origin, config))
-    found = {request: explain(request, policy=config.policy, changes=False) for request in asked}
-    differences = list(_differences(locked, mine, found, name, arguments))
-    advice = options.advice_of(found.values())
-    others = sorted({o.config for entry in locked.entries for o in entry.origins} - {name})
+    others = sorted({o.config for entry in locked.entries for o in entry.origins} - layers.keys())
+    told = list(dict.fromkeys((*differences, *advice)))
     if as_json:
-        facts = {"file": locked.source, "checked": len(mine), "differences": differences, "advice": advice}
-        print_json({**facts, "not_checked": others, "not_checked_recorded": recorded})
+        facts = {"file": locked.source, "checked": len(mine), "differences": differences}
+        unchecked = {"not_checked": others, "not_checked_recorded": recorded}
+        print_json({**facts, "advice": list(dict.fromkeys(advice)), **unchecked})
     else:
-        sys.stdout.write(
-            "".join(f"{text}\n" for text in (*differences, *advice)) or f"{len(mine)} resolutions are unchanged.\n"
-        )
+        sys.stdout.write("".join(f"{text}\n" for text in told) or f"{len(mine)} resolutions are unchanged.\n")
         if others:
             sys.stdout.write(f"not checked: what {', '.join(others)} asked for; pass it with --check.\n")
         if recorded:

@@ -1,4 +1,4 @@
-"""The options that verbs share: the config, and the model whose phases are resolved."""
+"""The options that verbs share: the config, the model, and the sizes of the calls whose phases are resolved."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import inspect
 import itertools
 import os
 import shlex
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Annotated, Any, TypeVar, final
 
 import typer
 
-from kernelry.config.layer import AttentionConfig
+from kernelry.config.layer import HEADS, AttentionConfig
 from kernelry.config.loading import load_config, read_maxtext
 from kernelry.config.maxtext import Caller
 from kernelry.errors import ConfigError, sentence
 from kernelry.kernel.refusal import RefusalCode
+from kernelry.models.model import LayerKind, Model, config_of
+from kernelry.models.named import model_from
 from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.resolution.explanation import Resolution
 
@@ -30,6 +33,20 @@ MaxText = Annotated[
 Ignored = Annotated[
     list[str] | None,
     typer.Option("--ignore", help="an option to leave out of MaxText's files; may be repeated."),
+]
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="FILE|NAME",
+        help="a model's config.json, or a folder that has one, or a name such as llama-3-8b: every kind of its layers, "
+        "with its mask, scale, heads and so on. A config, or MaxText's files, then only choose the kernels.",
+    ),
+]
+LayerKinds = Annotated[
+    list[str] | None,
+    typer.Option("--layer-kind", metavar="NAME", help="a kind of the model's layers, e.g. sliding; may be repeated."),
 ]
 
 Shards = Annotated[
@@ -86,27 +103,150 @@ class ConfigFiles:
         return " ".join([files, *([Caller.COMMAND.ignoring(names)] if names else [])])
 
 
+Layer = AttentionConfig | LayerKind
+"""The layer of a config, or a kind of a model's layers."""
+
+_OF_LAYERS = {field.name for field in dataclasses.fields(AttentionConfig)} - {
+    *("kernel", "rules", "thresholds", "forbid_adapters", "source", "tilings", "sharding")
+}
+"""The options of a config that say what a layer is."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerFiles:
+    """The layers that a verb is about: that of a config, or those of a model whose kernels a config may choose."""
+
+    files: ConfigFiles
+    model: str | None
+    kinds: Sequence[str] | None
+
+    def read(self) -> tuple[Layer, ...]:
+        """Reads them: one config, or the kinds of the model's layers that were named, else all.
+
+        Raises:
+          BadParameter: files or options that do not go together.
+          ConfigError: a file cannot be read, or there is no such kind.
+        """
+        if self.model is None and self.kinds:
+            raise typer.BadParameter("--layer-kind is for a model, named with --model")
+        if self.model is None:
+            return (self.files.read(),)
+        return self.kinds_of(self.read_model())
+
+    def kinds_of(self, model: Model) -> tuple[LayerKind, ...]:
+        """Returns the kinds of a model's layers that were named, else all.
+
+        Raises:
+          ConfigError: there is no such kind.
+        """
+        return tuple(map(model.kind, dict.fromkeys(self.kinds or ()))) or model.kinds
+
+    def read_model(self) -> Model:
+        """Reads the model, with kernels chosen as the config says, where there is one."""
+        model = model_from(self.model or "")
+        if not self.files:
+            return model
+        config = self.files.read()
+        shipped = AttentionConfig()
+        unread = sorted(name for name in _OF_LAYERS if getattr(config, name) != getattr(shipped, name))
+        if unread and self.files.config is not None:  # MaxText's files always say what a layer is
+            warnings.warn(
+                f"{self.files.source()}: not read, because the model says what its layers are: {', '.join(unread)}.",
+                stacklevel=2,
+            )
+        return model.choosing(config)
+
+    def source(self, start: Path | None = None) -> str:
+        """Returns the model, and the files, as text, relative to a folder where one is given."""
+        if self.model is None:
+            return self.files.source(start)
+        path = Path(self.model)
+        if path.exists():
+            path = path / "config.json" if path.is_dir() else path
+            own = str(path) if start is None else Path(os.path.relpath(path, start)).as_posix()
+        else:
+            own = self.model
+        return f"{own} with {self.files.source(start)}" if self.files else own
+
+    def origin(self, layer: Layer, start: Path | None = None) -> str:
+        """Returns what a lock file calls a layer: the files, and the kind in a model."""
+        return f"{self.source(start)}: {layer.name}" if isinstance(layer, LayerKind) else self.source(start)
+
+    def arguments(self) -> str:
+        """Returns the model, its kinds and the files as arguments of the command."""
+        if self.model is None:
+            return self.files.arguments()
+        kinds = (word for name in self.kinds or () for word in ("--layer-kind", name))
+        named = shlex.join(["--model", self.model, *kinds])
+        return f"{named} {self.files.arguments()}" if self.files else named
+
+
 def _size(name: str, text: str) -> Any:
     return typer.Option(name, min=1, help=text)
 
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads and head dims that were given; None where they were not."""
+
+    q_heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    value_dim: int | None
+
+    def left_open_by(self, config: AttentionConfig) -> dict[str, int | None]:
+        """Returns those that a config leaves open, by their names in a ModelShape; of the others None.
+
+        Raises:
+          BadParameter: one is not the config's.
+        """
+        found: dict[str, int | None] = {}
+        for name in HEADS:
+            given, said = getattr(self, name), getattr(config, name)
+            if None not in (given, said) and given != said:
+                option = _HEAD_OPTIONS[name]
+                raise typer.BadParameter(
+                    f"{option} {given} contradicts {name}={said} of {config.source}: leave {option} out"
+                )
+            found[name] = None if said is not None else _DEFAULTS.get(name) if given is None else given
+        return found
+
+
+_HEAD_OPTIONS = {
+    "q_heads": "--heads",
+    "kv_heads": "--kv-heads",
+    "head_dim": "--head-dim",
+    "value_dim": "--value-dim",
+}
+_DEFAULTS = {"q_heads": 8, "head_dim": 128}
+
+QueryHeads = Annotated[int | None, _size("--heads", "N, query heads; default: the model's or config's, else 8.")]
+KvHeads = Annotated[int | None, _size("--kv-heads", "K, key/value heads; default: the model's or config's, else N.")]
+HeadDim = Annotated[int | None, _size("--head-dim", "H; default: the model's or config's, else 128.")]
+ValueDim = Annotated[int | None, _size("--value-dim", "D; default: the model's or config's, else H.")]
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """The options that say which config and which model; `takes_model` adds them to a verb."""
+    """The options that say which config, which model and which sizes; `takes` adds them to a verb."""
 
     config: Config = None
     maxtext: MaxText = None
     ignore: Ignored = None
+    model: ModelName = None
+    layer_kind: LayerKinds = None
     q_len: Annotated[int, _size("--q-len", "T, tokens of a training sequence and of a prompt.")] = 1024
     max_len: Annotated[
         int | None, _size("--max-len", "slots of the cache; default T, and 2 T with --cache two-part.")
     ] = None
     batch: Annotated[list[int] | None, _size("--batch", "B, default 1; may be repeated.")] = None
-    heads: Annotated[int, _size("--heads", "N, query heads.")] = 8
-    kv_heads: Annotated[int | None, _size("--kv-heads", "K, key/value heads; default N.")] = None
-    head_dim: Annotated[int, _size("--head-dim", "H.")] = 128
-    value_dim: Annotated[int | None, _size("--value-dim", "D; default H.")] = None
+    heads: QueryHeads = None
+    kv_heads: KvHeads = None
+    head_dim: HeadDim = None
+    value_dim: ValueDim = None
     dtype: Annotated[str, typer.Option("--dtype", help="of query, key and value.")] = "bfloat16"
     two_part: Annotated[bool, typer.Option("--two-part", help="the same as --cache two-part.")] = False
     cache: Annotated[
@@ -128,13 +268,13 @@ class ModelOptions:
     sharding: Shards = None
 
     @property
-    def files(self) -> ConfigFiles:
-        """The config, or MaxText's files."""
-        return ConfigFiles(self.config, self.maxtext, self.ignore)
+    def files(self) -> LayerFiles:
+        """The config, or MaxText's files, and the model."""
+        return LayerFiles(ConfigFiles(self.config, self.maxtext, self.ignore), self.model, self.layer_kind)
 
-    @property
-    def shapes(self) -> tuple[ModelShape, ...]:
-        """A shape for every batch, cache and mask."""
+    def shapes(self, layer: Layer) -> tuple[ModelShape, ...]:
+        """A shape for every batch, cache and mask; heads that the layer has are left to it."""
+        heads = Heads(self.heads, self.kv_heads, self.head_dim, self.value_dim).left_open_by(config_of(layer))
         two_part = (CacheShape(CacheKind.TWO_PART),) if self.two_part else ()
         caches = (*map(CacheShape.parse, self.cache or ()), *two_part) or (CacheShape(),)
         return tuple(
@@ -142,10 +282,7 @@ class ModelOptions:
                 q_len=self.q_len,
                 max_len=self.max_len or (2 * self.q_len if cache.kind is CacheKind.TWO_PART else self.q_len),
                 batch=batch,
-                q_heads=self.heads,
-                kv_heads=self.kv_heads,
-                head_dim=self.head_dim,
-                value_dim=self.value_dim,
+                **heads,  # type: ignore[arg-type]
                 dtype=self.dtype,
                 cache=cache,
                 mask=mask,
@@ -155,19 +292,25 @@ class ModelOptions:
         )
 
 
-def takes_model(verb: Callable[..., None]) -> Callable[..., None]:
-    """Gives a verb the options of `ModelOptions`, which it receives as its first argument."""
-    _, *own = inspect.signature(verb, eval_str=True).parameters.values()
-    shared = inspect.signature(ModelOptions, eval_str=True).parameters
+_Options = TypeVar("_Options")
 
-    @functools.wraps(verb)
-    def with_model(**given: Any) -> None:
-        model = ModelOptions(**{name: given.pop(name) for name in shared})
-        verb(model, **given)
 
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*shared.values(), *own)]
-    with_model.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return with_model
+def takes(options: Callable[..., _Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that gives a verb the options of a dataclass, which it receives as its first argument."""
+
+    def decorated(verb: Callable[..., None]) -> Callable[..., None]:
+        _, *own = inspect.signature(verb, eval_str=True).parameters.values()
+        shared = inspect.signature(options, eval_str=True).parameters
+
+        @functools.wraps(verb)
+        def with_options(**given: Any) -> None:
+            verb(options(**{name: given.pop(name) for name in shared}), **given)
+
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*shared.values(), *own)]
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return with_options
+
+    return decorated
 
 
 def advice_of(resolutions: Iterable[Resolution]) -> list[str]:

@@ -202,6 +202,12 @@ class AttentionConfig:
         return _mask(self.type, self.window, self.chunk_size, self.block_size)
 
     @property
+    def sees_later_tokens(self) -> bool:
+        """Whether the mask of the type shows a query any token after its own."""
+        two_sided = isinstance(self.window, tuple) and self.window[1] > 0
+        return two_sided or self.type in (AttentionType.FULL, AttentionType.BLOCK_DIFFUSION)
+
+    @property
     def policy(self) -> Policy:
         """The policy that this config asks for, including environment variables."""
         return _policy(self)
@@ -252,6 +258,7 @@ def options_of(config: AttentionConfig) -> CallOptions:
     return CallOptions(
         scale=config.scale,
         soft_cap=config.soft_cap,
+        bias_after_cap=config.bias_after_cap,
         dropout_rate=config.dropout_rate,
         logits_dtype=config.logits_dtype,
         precision=config.precision,

@@ -112,16 +112,7 @@ def read_maxtext(
     paths: Sequence[str | Path], ignore: Iterable[str], caller: Caller, *, stacklevel: int = 2
 ) -> AttentionConfig:
     """Does what `load_maxtext` does, with messages for Python or for the command."""
-    names = " + ".join(str(path) for path in paths)
-    options: dict[str, Any] = {}
-    for path in map(Path, paths):
-        if path.suffix not in (".yaml", ".yml"):
-            others = "others are read by load_config, or by the command without --maxtext"
-            raise ConfigError(f"{path}: MaxText's files are YAML, .yml or .yaml; {others}.")
-        content, _ = _read(path)
-        if not isinstance(content, Mapping):
-            raise ConfigError(f"{path} must have MaxText's option names and values, got {content!r}.")
-        options = merged(options, content)
+    names, options = maxtext_options(paths)
     try:
         config, notices = read_options(options, ignore, caller)
     except ConfigError as error:
@@ -129,6 +120,37 @@ def read_maxtext(
     for notice in notices:
         warnings.warn(f"{names}: {notice}", stacklevel=stacklevel)
     return dataclasses.replace(config, source=names)
+
+
+def maxtext_options(sources: Sequence[str | Path | Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Reads MaxText's options, later sources over earlier ones.
+
+    Args:
+      sources: paths of YAML files, and mappings of option names to values.
+
+    Returns:
+      Names of the sources, and the options.
+
+    Raises:
+      ConfigError: a file cannot be read, or has no options.
+    """
+    places = ["options" if isinstance(source, Mapping) else str(source) for source in sources]
+    names = " + ".join(dict.fromkeys(places))
+    options: dict[str, Any] = {}
+    for source in sources:
+        content = source if isinstance(source, Mapping) else _maxtext_file(Path(source))
+        options = merged(options, content)
+    return names, options
+
+
+def _maxtext_file(path: Path) -> Mapping[str, Any]:
+    if path.suffix not in (".yaml", ".yml"):
+        others = "others are read by load_config, or by the command without --maxtext"
+        raise ConfigError(f"{path}: MaxText's files are YAML, .yml or .yaml; {others}.")
+    content, _ = _read(path)
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} must have MaxText's option names and values, got {content!r}.")
+    return content
 
 
 def _inside(content: Any, name: str, table: str, location: TableLines, *, required: bool) -> Any:

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from kernelry.api import attention
+from kernelry.api import attention_with_options
 from kernelry.config.layer import AttentionConfig, check_config
 from kernelry.errors import ArgumentError, ShapeError
+from kernelry.flax.kinds import check_bias, check_sizes, said_by
 from kernelry.flax.sharded import scope_of, sharding_of
 from kernelry.kernel.spec import AUTO
-from kernelry.masks import Causal, Dense, Full, Mask
+from kernelry.masks import BidirectionalSpans, Causal, Dense, Full, Mask
 from kernelry.masks.base import is_mask
 from kernelry.masks.fit import not_a_mask
+from kernelry.models.model import LayerKind, config_of
+from kernelry.request.arguments import CallOptions
 from kernelry.request.request import Mode
 
 if TYPE_CHECKING:
@@ -48,9 +51,12 @@ def attention_fn(
     einsum_dot_general: Any = None,
     qk_attn_weights_einsum: Any = None,
     attn_weights_value_einsum: Any = None,
-    layer_mask: Mask | None = _FULL,
+    layer: AttentionConfig | LayerKind | None = None,
+    bidirectional: Bool[Array, "*#batch S"] | None = None,
+    layer_mask: Mask | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    bias_after_cap: bool = False,
     sinks: Float[Array, " N"] | None = None,
     mode: str | Mode = Mode.TRAIN,
     kernel: str = AUTO,
@@ -60,9 +66,10 @@ def attention_fn(
 ) -> Float[Array, "*batch T N D"]:
     """Attention with Flax's arguments, for `attention_fn=` of its attention modules.
 
-    Bind the arguments that Flax does not pass (`layer_mask` and those after it) with `functools.partial`:
+    Bind the arguments that Flax does not pass (`layer` and those after it) with `functools.partial`:
 
         nnx.MultiHeadAttention(…, attention_fn=partial(attention_fn, layer_mask=masks.SlidingWindow(127)))
+        nnx.MultiHeadAttention(…, attention_fn=partial(attention_fn, layer=model.kind("sliding")))
 
     A row that sees no key is 0 (in Flax it is the mean of all values), and softmax is always in float32.
 
@@ -79,8 +86,13 @@ def attention_fn(
       input_positions: must be None: apply rotary embedding in the model.
       force_fp32_for_softmax: has no effect: softmax is always in float32.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None.
-      layer_mask: a mask combined with `mask` by `&`; None means no other mask.
-      scale, soft_cap, sinks, mode, kernel: as in `kernelry.attention`.
+      layer: a kind of a model's layers, or the config of a layer: says `layer_mask`, `scale`, `soft_cap`,
+        `bias_after_cap` and `config`, whether `sinks` and `bias` are needed, and the heads and head dims of the arrays.
+        An argument that says otherwise is an error.
+      bidirectional: flags of the tokens, e.g. of an image, each run of which sees itself whatever the masks are.
+      layer_mask: a mask combined with `mask` by `&`; None means the layer's, and without a layer no other mask. With
+        a layer it may say positions of the layer's mask, `layer.config.mask.at(query_offset=…)`.
+      scale, soft_cap, bias_after_cap, sinks, mode, kernel: as in `kernelry.attention`.
       config: how kernels are chosen and calls are sharded, unless an enclosing `use` decides. Its options of
         the layer must have their defaults: Flax's module and the arguments above give those.
       mesh, sharding: as in `AttentionOp`; B is *batch taken together.
@@ -89,8 +101,8 @@ def attention_fn(
       [*batch, T, N, D] in the dtype of the computation.
 
     Raises:
-      ArgumentError: an argument of Flax that is not supported.
-      ShapeError: an array does not fit.
+      ArgumentError: an argument of Flax that is not supported, or one that contradicts the layer, or is missing.
+      ShapeError: an array does not fit the others, or the layer.
     """
     _check_servable(
         module=module,
@@ -111,20 +123,34 @@ def attention_fn(
     query, key, value = _promoted(dtype, query, key, value)
     batch = _batch(query, key, value)
     arrays = [_folded(array) for array in (query, key, value)]
+    options = CallOptions(
+        mode=mode,
+        scale=scale,
+        soft_cap=soft_cap,
+        bias_after_cap=bias_after_cap,
+        dropout_rate=dropout_rate,
+        precision=precision,
+    )
+    if layer is not None:
+        _check_alone(layer, config, is_causal)
+        config, layer_mask, options = said_by(
+            layer, layer_mask, options, sinks=sinks, head_dim=query.shape[-1], drops=not deterministic
+        )
+        check_sizes(config, arrays[0], arrays[1:2], arrays[2:])
+        check_bias(config, bias)
+    visible = _mask(mask, is_causal, batch, query.shape[-3], key.shape[-3])
+    visible = visible if layer_mask is None else visible & layer_mask
+    if bidirectional is not None:
+        visible = visible | _spans(bidirectional, batch, query.shape[-3], key.shape[-3])
     with scope_of(config, sharding_of(config, mesh, sharding), mode, arrays[0], arrays[1:2]):
-        out: jax.Array = attention(
+        out: jax.Array = attention_with_options(
             *arrays,
-            mask=_mask(mask, is_causal, batch, query.shape[-3], key.shape[-3])
-            & (_FULL if layer_mask is None else layer_mask),
-            scale=scale,
+            mask=visible,
             bias=None if bias is None else _on_logits("bias", bias, batch),
-            soft_cap=soft_cap,
             sinks=sinks,
-            dropout_rate=dropout_rate,
             dropout_rng=dropout_rng,
-            mode=mode,
+            options=options,
             kernel=kernel,
-            precision=precision,
         )
     return out.reshape(*batch, *out.shape[1:])
 
@@ -166,6 +192,29 @@ def _check_config(config: AttentionConfig) -> None:
                 "scale=, soft_cap=, sinks=) or use "
                 "kernelry.flax.AttentionOp."
             )
+
+
+def _check_alone(layer: AttentionConfig | LayerKind, config: AttentionConfig, is_causal: bool) -> None:
+    """Refuses what says the same as the layer, and may say otherwise."""
+    if config != _SHIPPED:
+        raise ArgumentError(
+            "layer= and config= both say how kernels are chosen: leave config= out, and choose them by "
+            "model.choosing(config) for all kinds of layers."
+        )
+    said = config_of(layer)
+    if is_causal and said.sees_later_tokens:
+        raise ArgumentError(f"is_causal=True contradicts {said.source}, whose mask {said.mask!r} shows later tokens.")
+
+
+def _spans(flags: Any, batch: tuple[int, ...], q_len: int, kv_len: int) -> Mask:
+    """The mask of the runs of flagged tokens."""
+    shape = getattr(flags, "shape", None)
+    if shape is None or shape[-1:] != (kv_len,) or len(shape) > len(batch) + 1 or q_len != kv_len:
+        raise ShapeError(
+            f"bidirectional must be booleans [*batch, S] with T = S, got shape {shape} with T={q_len} and S={kv_len}; "
+            "for fewer queries than keys use AttentionOp, with Tokens(bidirectional=…, query_offset=…)."
+        )
+    return BidirectionalSpans.from_flags(jnp.broadcast_to(flags, (*batch, kv_len)).reshape(-1, kv_len))
 
 
 def _promoted(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernelry.config.layer import AttentionConfig, check_config, options_of
+from kernelry.config.layer import AttentionConfig, options_of
 from kernelry.errors import ArgumentError
 from kernelry.flax.call import LayerCall
+from kernelry.flax.kinds import check_bias, check_sizes
 from kernelry.flax.sharded import check_order, scope_of, sharding_of
 from kernelry.flax.tokens import CachedPart, Tokens
 from kernelry.masks import Mask
+from kernelry.models.model import LayerKind, config_of
 from kernelry.request.request import Mode, Operand, operands_of
 
 try:
@@ -41,7 +43,8 @@ class AttentionOp(nnx.Module):
     `nnx.pop(model, nnx.Intermediate)`; in linen they are in the collection `intermediates`.
 
     Args:
-      config: the options of the layer, and how kernels are chosen.
+      config: the options of the layer, and how kernels are chosen; or a kind of a model's layers, whose config is
+        taken. Heads and head dims that it has are those of the arrays.
       mask: which keys each query sees, in place of `config.mask`.
       sink_heads: N, for a learned sink logit per query head, which starts at 0 in the parameter
         `sinks`, whatever `config.sinks` is; None for no such parameter. `config.sinks` requires
@@ -60,7 +63,7 @@ class AttentionOp(nnx.Module):
 
     def __init__(
         self,
-        config: AttentionConfig = AttentionConfig(),  # noqa: B008  # frozen
+        config: AttentionConfig | LayerKind = AttentionConfig(),  # noqa: B008  # frozen
         *,
         mask: Mask | Bool[Array, ...] | None = None,
         sink_heads: int | None = None,
@@ -69,8 +72,7 @@ class AttentionOp(nnx.Module):
         mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
         sharding: Sharding | str | None = None,
     ) -> None:
-        check_config(config)
-        self.config = config
+        self.config = config = config_of(config)
         self.mask = nnx.data(config.mask if mask is None else mask)  # it may carry arrays
         self.sinks = nnx.data(None if sink_heads is None else nnx.Param(jnp.zeros(sink_heads)))
         self.deterministic = deterministic
@@ -107,7 +109,8 @@ class AttentionOp(nnx.Module):
           mask: replaces the module's own; without `cached` also booleans, as in `kernelry.attention`. It gets the
             positions of the tokens unless it has positions of its own.
           mode: `train`, `prefill` or `decode` (alias `autoregressive`).
-          bias: broadcastable to B N T S; with `cached`, S counts the slots of all parts, key's last.
+          bias: broadcastable to B N T S; needed where `config.bias` is True. With `cached`, S counts the slots of all
+            parts, key's last.
           sinks: [N], if the module has none of its own.
           deterministic: no dropout; None means the module's setting.
           rngs: a key, or where to draw one; None means the module's own stream.
@@ -115,7 +118,7 @@ class AttentionOp(nnx.Module):
 
         Raises:
           ArgumentError: arguments that do not go together, with what to pass instead.
-          ShapeError: an array does not fit, or T ≠ S and the queries' positions are unknown.
+          ShapeError: an array does not fit the others or the config, or T ≠ S and the queries' positions are unknown.
         """
         if not isinstance(tokens, Tokens):
             raise ArgumentError(f"tokens must be kernelry.flax.Tokens, got {type(tokens).__name__}.")
@@ -138,7 +141,10 @@ class AttentionOp(nnx.Module):
             dropout_rng=dropout_rng,
             options=options,
         )
-        keys = [part.key for part in call.cached if isinstance(part, CachedPart)] + ([] if key is None else [key])
+        check_bias(self.config, bias)
+        parts = [part for part in call.cached if isinstance(part, CachedPart)]
+        keys = [part.key for part in parts] + ([] if key is None else [key])
+        check_sizes(self.config, query, keys, [*(part.value for part in parts), value])
         with scope_of(self.config, self.sharding, mode, query, keys):
             check_order(query, key, tokens, moba=self.config.moba is not None)
             result, max_logits = call.attend(query, key, value)
@@ -179,7 +185,7 @@ class AttentionOp(nnx.Module):
 
 
 def attention_op_as_linen(
-    config: AttentionConfig = AttentionConfig(),  # noqa: B008  # frozen
+    config: AttentionConfig | LayerKind = AttentionConfig(),  # noqa: B008  # frozen
     *,
     mask: Mask | None = None,
     sink_heads: int | None = None,
@@ -196,7 +202,7 @@ def attention_op_as_linen(
     """
     module: nnx.bridge.ToLinen = nnx.bridge.to_linen(
         AttentionOp,
-        config,
+        config_of(config),
         mask=mask,
         sink_heads=sink_heads,
         deterministic=deterministic,

@@ -25,6 +25,7 @@ class Feature(enum.Enum):
     SCALE = "scale"
     BIAS = "bias"
     SOFT_CAP = "soft_cap"
+    BIAS_AFTER_CAP = "bias_after_cap"
     SINKS = "sinks"
     DROPOUT = "dropout_rate"
     LOGITS_DTYPE = "logits_dtype"
@@ -343,6 +344,7 @@ CHECKS: tuple[FieldCheck, ...] = (
     _feature(Feature.SCALE, RefusalCode.SCALE),
     _feature(Feature.BIAS, RefusalCode.BIAS),
     _feature(Feature.SOFT_CAP, RefusalCode.SOFT_CAP),
+    _feature(Feature.BIAS_AFTER_CAP, RefusalCode.BIAS_AFTER_CAP),
     _feature(Feature.SINKS, RefusalCode.SINKS),
     _feature(Feature.DROPOUT, RefusalCode.DROPOUT),
     FieldCheck(("normalization",), _normalization),

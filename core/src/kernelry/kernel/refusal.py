@@ -29,6 +29,7 @@ class RefusalCode(enum.Enum):
     SCALE = "scale"
     BIAS = "bias"
     SOFT_CAP = "soft_cap"
+    BIAS_AFTER_CAP = "bias_after_cap"
     SINKS = "sinks"
     DROPOUT = "dropout"
     GRADIENT = "gradient"

@@ -35,7 +35,7 @@ class Keys:
 
     Args:
       given: the config's content.
-      model_type: whose defaults absent keys have.
+      model_type: whose defaults replace absent keys.
       where: what errors name, e.g. the file.
     """
 
@@ -58,9 +58,9 @@ class Keys:
         table = self.table("per_layer_config")
         changed: dict[str, Any] = {}
         for key, own in table.items():
-            if not str(key).isdecimal():
+            if not (str(key).isascii() and str(key).isdecimal()):
                 raise self.error(f"per_layer_config: {brief(key)} must be the number of a layer.")
-            if str(key) == str(layer):
+            if str(key).lstrip("0") == str(layer).lstrip("0"):
                 if not isinstance(own, Mapping):
                     raise self.error(f"per_layer_config[{key!r}] must be an object, got {brief(own)}.")
                 changed.update(own)
@@ -72,39 +72,46 @@ class Keys:
         """Returns these keys with other values."""
         if not changed:
             return self
-        names = {*changed, *(self._names[key] for key in changed if key in self._names)}
+        names = {alike for key in changed for alike in self._alike(key)}
         kept = {key: value for key, value in self._given.items() if key not in names}
         return Keys({**kept, **changed}, self._model_type, self.where)
 
-    def says(self, name: str) -> bool:
-        """Whether the config itself has a key, under either name, with a value other than null."""
-        return self._found(name) is not None
+    def _alike(self, name: str) -> tuple[str, ...]:
+        """The names of one key: the model type's own first, then those that mean the same."""
+        own = self._names.get(name, name)
+        return (own, *(common for common, meant in self._names.items() if meant == own))
+
+    def _written(self, name: str) -> list[str]:
+        return [alike for alike in self._alike(name) if alike in self._given]
 
     def has(self, name: str) -> bool:
-        """Whether the config itself has a key, also with null."""
-        return name in self._given or self._names.get(name, name) in self._given
+        """Whether the config itself has a key, under any of its names, also with null."""
+        return bool(self._written(name))
 
-    def _found(self, name: str) -> Any:
-        own = self._names.get(name, name)
-        if own == name or name not in self._given or own not in self._given:
-            return self._given.get(own, self._given.get(name))
-        first, second = self._given[own], self._given[name]
-        if first != second:
-            raise self.error(f"{own} = {brief(first)} and {name} = {brief(second)} contradict each other: keep one.")
-        return first
+    def says(self, name: str) -> bool:
+        """Whether the config itself has a key, under any of its names, with a value other than null."""
+        return self.has(name) and self.get(name) is not None
 
     def get(self, name: str) -> Any:
-        """Returns a value: the config's, else the default of its model type, else None. A null is None."""
-        own = self._names.get(name, name)
-        if name in self._given or own in self._given:
-            self.read[self.named(name)] = None
-            return self._found(name)
-        return self._defaults.get(own, self._defaults.get(name))
+        """Returns a value: the config's, else the default of its model type, else None. A null is None.
+
+        Raises:
+          ConfigError: the config has it under two names, and the values differ.
+        """
+        written = self._written(name)
+        if not written:
+            return self._defaults.get(self._alike(name)[0])
+        self.read[written[0]] = None
+        first, *others = written
+        for other in others:
+            if self._given[first] != self._given[other]:
+                values = f"{first} = {brief(self._given[first])} and {other} = {brief(self._given[other])}"
+                raise self.error(f"{values} contradict each other: keep one.")
+        return self._given[first]
 
     def named(self, name: str) -> str:
         """Returns the name that the config uses, or would use, for a key."""
-        own = self._names.get(name, name)
-        return name if name in self._given and own not in self._given else own
+        return next(iter(self._written(name)), self._alike(name)[0])
 
     def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         """Returns a whole number that must be there.

@@ -8,6 +8,8 @@ from typing import Any, final
 
 from kernelry.config.layer import HEADS, AttentionConfig, check_config
 from kernelry.errors import ConfigError, nearest
+from kernelry.kernel.spec import AUTO
+from kernelry.policy.rules import Condition, Rule
 
 _CHOOSING = ("kernel", "rules", "thresholds", "forbid_adapters", "tilings", "sharding")
 """The options of a config that say how kernels are chosen and calls are sharded, and nothing of the layer."""
@@ -159,10 +161,10 @@ class Model:
         """
         check_config(config)
         chosen: dict[str, Any] = {name: getattr(config, name) for name in _CHOOSING}
-        kinds = (
-            dataclasses.replace(kind, config=dataclasses.replace(kind.config, **chosen, source=config.source))
-            for kind in self.kinds
-        )
+        if config.kernel != AUTO:  # as a rule, so that explanations name the config that decides
+            named = Rule(Condition(), (config.kernel,), source=f"{config.source}: kernel = {config.kernel!r}")
+            chosen |= {"kernel": AUTO, "rules": (named, *config.rules)}
+        kinds = (dataclasses.replace(kind, config=dataclasses.replace(kind.config, **chosen)) for kind in self.kinds)
         return dataclasses.replace(self, kinds=tuple(kinds))
 
     def to_json(self) -> dict[str, Any]:
@@ -176,9 +178,13 @@ class Model:
             "remarks": list(self.remarks),
         }
 
+    @property
+    def headline(self) -> str:
+        """The config's source, the type of the model, its number of layers, and whose facts are added, on one line."""
+        return f"{self.source}: {self.model_type}, {self.layer_count} layers; facts of {self.facts or 'the config'}"
+
     def __str__(self) -> str:
-        head = f"{self.source}: {self.model_type}, {self.layer_count} layers; facts of {self.facts or 'the config'}"
-        return "\n".join([head, *(f"  {each}" for each in (*self.kinds, *self.others, *self.remarks))])
+        return "\n".join([self.headline, *(f"  {each}" for each in (*self.kinds, *self.others, *self.remarks))])
 
 
 def config_of(layer: AttentionConfig | LayerKind) -> AttentionConfig:
@@ -194,7 +200,7 @@ def config_of(layer: AttentionConfig | LayerKind) -> AttentionConfig:
 
 def ranges(numbers: tuple[int, ...]) -> str:
     """Writes numbers compactly: `0-4, 6-10`, or `0, 2, …, 30` where the distance is always the same."""
-    if len(numbers) > 2 and len({after - before for before, after in itertools.pairwise(numbers)}) == 1:
+    if len(numbers) > 3 and len({after - before for before, after in itertools.pairwise(numbers)}) == 1:
         step = numbers[1] - numbers[0]
         return f"{numbers[0]}-{numbers[-1]}" if step == 1 else f"{numbers[0]}, {numbers[1]}, …, {numbers[-1]}"
     runs: list[list[int]] = []

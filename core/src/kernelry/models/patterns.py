@@ -217,8 +217,8 @@ def on_rotary_layers(interval: int, words: Callable[[Keys, bool], str]) -> Layer
 
 def rotary_layers(keys: Keys, count: int, interval: int) -> tuple[bool, ...]:
     """Whether each layer has rotary embeddings: 1 in `no_rope_layers`, or all but every so many."""
-    listed = keys.items("no_rope_layers", int, count)
-    if listed:
+    if keys.items("no_rope_layers", int):
+        listed = keys.items("no_rope_layers", int, count) or ()
         return tuple(bool(each) for each in listed)
     period = keys.count("no_rope_layer_interval", interval)
     return tuple((layer + 1) % period != 0 for layer in range(count))

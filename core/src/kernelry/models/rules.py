@@ -123,10 +123,10 @@ def other_values(keys: Keys) -> Heads:
 
 
 def wide(keys: Keys) -> Heads:
-    """Of twice the hidden size, unless `attention_head_dim` says the head dim."""
+    """Of twice the hidden size, unless `head_dim` says otherwise."""
     query = keys.count("num_attention_heads")
     kv = keys.optional_count("num_key_value_heads") or query
-    head_dim = keys.optional_count("attention_head_dim") or 2 * keys.count("hidden_size") // query
+    head_dim = keys.optional_count("head_dim") or 2 * keys.count("hidden_size") // query
     return checked_heads(keys, query, kv, head_dim)
 
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, final
 import jax
 import jax.numpy as jnp
 
-from kernelry.config.layer import AttentionConfig, options_of
+from kernelry.config.layer import AttentionConfig, AttentionType, options_of
 from kernelry.errors import ArgumentError
 from kernelry.masks import BlockSelection, Lengths
 from kernelry.masks.arrays import filled
 from kernelry.masks.base import Extent, Mask
 from kernelry.masks.fit import check_fits
 from kernelry.masks.parse import parse_shaped
+from kernelry.models.model import LayerKind, config_of
 from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.policy.scope import current_scope
 from kernelry.registry import installed
@@ -48,20 +49,28 @@ class PhaseCall:
     value: Any
 
 
-def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[PhaseCall, ...]:
+def calls(layer: AttentionConfig | LayerKind, shape: ModelShape, target: Target) -> tuple[PhaseCall, ...]:
     """The calls of training, prefill and decode; the first of each mode is the one that `Phases` names.
 
     Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step is at any
-    position of a partly filled cache.
+    position of a partly filled cache. Layers that do not decode have no cache, and the keys of cross attention are one
+    array, which does not grow.
+
+    Raises:
+      ArgumentError: the layer is neither a config nor a kind of layers, or the shape does not fit it.
     """
+    config = config_of(layer)
+    shape = shape.of(config)
     extent = shape.prompt
     prompt = _with_blocks(config, _prompt_mask(config, shape.mask, extent), extent)
     key, value = _plain(shape, shape.q_len, None)
     make = functools.partial(_call, config, shape, target)
     train = make("train", Mode.TRAIN, prompt, key, value)
     itself = make("prefill", Mode.PREFILL, prompt, key, value)
+    if not decodes(layer):
+        return train, itself
     kind = CacheShape.parse(shape.cache).kind
-    if kind is CacheKind.CONTIGUOUS:
+    if kind is CacheKind.CONTIGUOUS or is_cross(layer):
         return train, itself, _contiguous_step(config, shape, make)
     # A rolling cache keeps only the end of a prompt.
     read = () if kind is CacheKind.ROLLING else _from_cache(config, shape, make, Mode.PREFILL, "prefill from the cache")
@@ -69,8 +78,24 @@ def calls(config: AttentionConfig, shape: ModelShape, target: Target) -> tuple[P
     return train, *prefill, *_from_cache(config, shape, make, Mode.DECODE, "decode")
 
 
+def decodes(layer: AttentionConfig | LayerKind) -> bool:
+    """Whether one token after another is decoded: not by a model's layers that see later tokens, as encoders do.
+
+    Layers of cross attention see all tokens, of the encoder. A config alone does not say what it is used for.
+    """
+    if not isinstance(layer, LayerKind) or is_cross(layer):
+        return True
+    return not layer.config.sees_later_tokens or layer.config.type is AttentionType.BLOCK_DIFFUSION
+
+
+def is_cross(layer: AttentionConfig | LayerKind) -> bool:
+    """Whether the keys are those of an encoder, which precedes the decoder."""
+    return isinstance(layer, LayerKind) and layer.name.startswith("cross")
+
+
 def _prompt_mask(config: AttentionConfig, more: Mask | str, extent: Extent) -> Mask:
     if not isinstance(more, str):
+        check_fits(more, extent)
         return config.mask & more
     asked: list[Mask] = []
 
@@ -112,22 +137,12 @@ def _plain(shape: ModelShape, length: int, storage: str | None) -> tuple[Any, An
     # Imported here, like the caches below, because training needs none.
     from kernelry.cache.slots import empty
 
-    _, kv_heads, head_dim, value_dim = _heads(shape)
+    _, kv_heads, head_dim, value_dim = shape.heads
     dims = (shape.batch, length, kv_heads)
     found: tuple[Any, Any] = jax.eval_shape(
         lambda: tuple(empty((*dims, width), shape.dtype, storage) for width in (head_dim, value_dim))
     )
     return found
-
-
-def _heads(shape: ModelShape) -> tuple[int, int, int, int]:
-    """N, K, H, D."""
-    return (
-        shape.q_heads,
-        shape.q_heads if shape.kv_heads is None else shape.kv_heads,
-        shape.head_dim,
-        shape.head_dim if shape.value_dim is None else shape.value_dim,
-    )
 
 
 def _from_cache(
@@ -152,6 +167,10 @@ def cached(config: AttentionConfig, shape: ModelShape, q_len: int) -> list[tuple
         raise ArgumentError(
             f"cache {str(shape.cache)!r} with moba: blocks are chosen among the keys of one array; use 'contiguous'."
         )
+    if config.bias:
+        raise ArgumentError(
+            f"cache {str(shape.cache)!r} with a bias: `attend` of a cache does not take one; use 'contiguous'."
+        )
 
     def masked() -> list[tuple[Mask, Any, Any]]:
         cache = _cache(config, shape)
@@ -166,7 +185,7 @@ def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
     from kernelry.cache import PagedCache, RollingCache, TwoPartCache
 
     asked = CacheShape.parse(shape.cache)
-    _, kv_heads, head_dim, value_dim = _heads(shape)
+    _, kv_heads, head_dim, value_dim = shape.heads
     sizes: dict[str, Any] = {
         "kv_heads": kv_heads,
         "head_dim": head_dim,
@@ -222,14 +241,16 @@ def _call(
     from_cache: bool = False,
 ) -> PhaseCall:
     q_len = 1 if mode is Mode.DECODE else shape.q_len
+    q_heads, _, head_dim, _ = shape.heads
     request = options_in(mode, config, partial=partial, from_cache=from_cache).request(
         jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
-            (shape.batch, q_len, shape.q_heads, shape.head_dim), shape.dtype
+            (shape.batch, q_len, q_heads, head_dim), shape.dtype
         ),
         key,
         value,
         mask=mask.form,
         target=target,
+        bias=(1, q_heads, q_len, value.shape[1]) if config.bias else None,
         sinks=config.sinks and not partial,  # sinks join once, after the merge of the parts
         interpret=current_scope().interpret,
         sharding=sharding_in(mode, config if shape.sharding is None else Sharding.parse(shape.sharding)),

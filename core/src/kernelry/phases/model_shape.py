@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from typing import Any, final
 
+from kernelry.config.layer import HEADS, AttentionConfig
 from kernelry.errors import ArgumentError, nearest
 from kernelry.masks.base import Extent, Mask, is_mask
 from kernelry.masks.fit import check_fits
@@ -94,8 +95,7 @@ class ModelShape:
       q_len: T, the length of a training sequence and of a prompt.
       max_len: S, the slots of the cache that a decode step reads.
       batch: B.
-      q_heads, kv_heads: N and K; `kv_heads=None` means N.
-      head_dim, value_dim: H and D; `value_dim=None` means H.
+      q_heads, kv_heads, head_dim, value_dim: N, K, H and D; None means the config's, else 1, N, 64 and H.
       dtype: the dtype of query, key and value, and of a cache that is not quantised.
       two_part: the same as `cache="two-part"`.
       cache: a CacheShape, or its text.
@@ -114,9 +114,9 @@ class ModelShape:
     q_len: int
     max_len: int
     batch: int = 1
-    q_heads: int = 1
+    q_heads: int | None = None
     kv_heads: int | None = None
-    head_dim: int = 64
+    head_dim: int | None = None
     value_dim: int | None = None
     dtype: str = "bfloat16"
     two_part: bool = False
@@ -152,15 +152,36 @@ class ModelShape:
             object.__setattr__(self, "sharding", str(Sharding.parse(self.sharding).located))
         object.__setattr__(self, "cache", cache)
         object.__setattr__(self, "two_part", two_part)
-        if not isinstance(self.mask, str):
+        if not isinstance(self.mask, str) and self.q_heads is not None:
             check_fits(self.mask, self.prompt)
         _check_arrays(self, cache)
+
+    def of(self, config: AttentionConfig) -> ModelShape:
+        """Returns this shape with heads and head dims, which it, or else the config, or else the defaults say.
+
+        Raises:
+          ArgumentError: a size that the config has is another one here, or the sizes do not fit together.
+        """
+        sizes: dict[str, int | None] = {}
+        for name in HEADS:
+            own, said = getattr(self, name), getattr(config, name)
+            if own is not None and said is not None and own != said:
+                raise ArgumentError(f"{name}={own} contradicts {name}={said} of {config.source}; leave it out.")
+            sizes[name] = said if own is None else own
+        found = dataclasses.replace(self, **sizes)  # type: ignore[arg-type]
+        return dataclasses.replace(found, **dict(zip(HEADS, found.heads, strict=True)))  # type: ignore[arg-type]
+
+    @property
+    def heads(self) -> tuple[int, int, int, int]:
+        """N, K, H, D; where nothing says them, the defaults."""
+        q_heads, head_dim = self.q_heads or 1, self.head_dim or 64
+        return q_heads, self.kv_heads or q_heads, head_dim, self.value_dim or head_dim
 
     @property
     def prompt(self) -> Extent:
         """The sizes that the mask of training and of a prompt must fit: B, N, K, and T twice."""
-        heads = {"q_heads": self.q_heads, "kv_heads": self.kv_heads or self.q_heads}
-        return Extent(batch=self.batch, q_len=self.q_len, kv_len=self.q_len, **heads)
+        q_heads, kv_heads, _, _ = self.heads
+        return Extent(batch=self.batch, q_heads=q_heads, kv_heads=kv_heads, q_len=self.q_len, kv_len=self.q_len)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data; `ModelShape(**data)` is this shape again.
@@ -177,11 +198,11 @@ class ModelShape:
 def _check_sizes(shape: ModelShape) -> None:
     for name in ("q_len", "max_len", "batch", "q_heads", "kv_heads", "head_dim", "value_dim"):
         size = getattr(shape, name)
-        if size is None and name in ("kv_heads", "value_dim"):
+        if size is None and name in HEADS:
             continue
         if type(size) is not int or not 1 <= size <= LARGEST_SIZE:
             raise ArgumentError(f"{name} must be an integer from 1 to {LARGEST_SIZE}, got {shown(size)}.")
-    if shape.kv_heads is not None and shape.q_heads % shape.kv_heads:
+    if None not in (shape.q_heads, shape.kv_heads) and shape.heads[0] % shape.heads[1]:
         raise ArgumentError(f"kv_heads={shape.kv_heads} must divide q_heads={shape.q_heads}.")
 
 
@@ -189,9 +210,8 @@ def _check_arrays(shape: ModelShape, cache: CacheShape) -> None:
     """Refuses sizes that are possible one by one, but whose arrays would be too large."""
     page = cache.page_size or 1
     slots = -(-shape.max_len // page) * page
-    kv_width = (shape.kv_heads or shape.q_heads) * max(shape.head_dim, shape.value_dim or 1)
-    query = shape.q_len * shape.q_heads * max(shape.head_dim, shape.value_dim or 1)
-    largest = shape.batch * max(slots * kv_width, query)
+    q_heads, kv_heads, head_dim, value_dim = shape.heads
+    largest = shape.batch * max(slots * kv_heads, shape.q_len * q_heads) * max(head_dim, value_dim)
     if largest > _LARGEST_ARRAY:
         raise ArgumentError(
             f"batch={shape.batch}, q_len={shape.q_len}, max_len={shape.max_len} and the heads give arrays of {largest} "

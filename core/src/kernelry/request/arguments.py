@@ -222,7 +222,7 @@ class CallOptions:
     """The options that `kernelry.attention`, caches and layers share, each a field of a Request of the same name.
 
     Args:
-      mode, scale, soft_cap, dropout_rate, gradients, normalization, logits_dtype, precision: as in
+      mode, scale, soft_cap, bias_after_cap, dropout_rate, gradients, normalization, logits_dtype, precision: as in
         `kernelry.attention`.
       partial: its `return_partial`.
       max_logits: its `return_max_logits`.
@@ -231,6 +231,7 @@ class CallOptions:
     mode: str | Mode = Mode.TRAIN
     scale: float | None = None
     soft_cap: float | None = None
+    bias_after_cap: bool = False
     dropout_rate: float = 0.0
     gradients: Iterable[str | Operand] | None = None
     normalization: str = "softmax"

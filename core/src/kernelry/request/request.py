@@ -111,10 +111,10 @@ class Request:
       scale: the factor on the logits; None is H ** -0.5.
       bias: the bias's shape, each of its four dimensions 1 or that of B N T S; None without bias.
       soft_cap: the logits' cap; None without.
+      bias_after_cap: whether the bias is added to capped logits; always False without bias or without cap.
       sinks: whether a sink logit per query head joins the denominator.
       dropout_rate: on the probabilities, in [0, 1).
-      gradients: the operands whose gradient is needed; None is all floating arrays in train mode
-        and none otherwise.
+      gradients: the operands whose gradient is needed; None is all floating arrays in train mode and none otherwise.
       normalization: the Normalization's name.
       logits_dtype: of logits, softmax and statistics.
       precision: of the products, as in `jax.lax.Precision`; None is JAX's default.
@@ -146,6 +146,7 @@ class Request:
     scale: float = cast(float, None)
     bias: tuple[int, ...] | None = None
     soft_cap: float | None = None
+    bias_after_cap: bool = False
     sinks: bool = False
     dropout_rate: float = 0.0
     gradients: frozenset[Operand] = cast("frozenset[Operand]", None)
@@ -184,6 +185,8 @@ class Request:
         for name in ("dtype", "logits_dtype"):
             object.__setattr__(self, name, named_dtype(getattr(self, name)))
         check_kinds(self, _FLAGS)
+        if self.bias is None or self.soft_cap is None:  # both orders are the same: no kernel need know them apart
+            object.__setattr__(self, "bias_after_cap", False)
         if self.kv_quantization is not None:
             kind = Quantization.parse(self.kv_quantization).of_heads(self.kv_heads)
             object.__setattr__(self, "kv_quantization", str(kind))
@@ -327,6 +330,7 @@ NEUTRAL: Mapping[str, Any] = {
     "mask": MaskForm(),
     "bias": None,
     "soft_cap": None,
+    "bias_after_cap": False,
     "sinks": False,
     "dropout_rate": 0.0,
     "normalization": "softmax",

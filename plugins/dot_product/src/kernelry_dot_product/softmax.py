@@ -84,14 +84,16 @@ def _logits(
     logits = _product("BKGTH,BSKH->BKGTS", jnp.moveaxis(grouped, 1, 3), key, request, dtype)
     logits = logits.astype(request.logits_dtype)
     logits = logits * jnp.asarray(request.scale, logits.dtype)
-    if bias is not None:
+    if bias is not None and not request.bias_after_cap:
         logits = logits + _grouped(cast_finite(bias, logits.dtype), request)
-    if bias is not None and visible is not None and request.soft_cap is not None:
-        # The derivative of tanh at a hidden NaN is NaN, which no zero from behind can mend.
-        logits = jnp.where(visible, logits, 0)
+        if visible is not None and request.soft_cap is not None:
+            # The derivative of tanh at a hidden NaN is NaN, which no zero from behind can mend.
+            logits = jnp.where(visible, logits, 0)
     if request.soft_cap is not None:
         cap = jnp.asarray(request.soft_cap, logits.dtype)
         logits = cap * jnp.tanh(logits / cap)
+    if bias is not None and request.bias_after_cap:
+        logits = logits + _grouped(cast_finite(bias, logits.dtype), request)
     return logits
 
 

@@ -22,14 +22,14 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Logits:
-    """Scale · ⟨query, key⟩, with the bias, under the soft cap.
+    """Scale · ⟨query, key⟩, with the bias, under the soft cap or after it.
 
     The device has exp2; the factor log2(e) is applied to differences of logits, for a logit of −3e38, which an additive
     mask makes, would overflow in base 2. Where the scale is all there is between a product and its logit, it joins that
     factor.
 
     Args:
-      scale, soft_cap: of the request.
+      scale, soft_cap, bias_after_cap: of the request.
       unit: how many times the logits are what a call returns.
       precision: of products of float32. Triton's default rounds the factors to 10 bits of mantissa; in three parts they
         keep 21.
@@ -37,6 +37,7 @@ class Logits:
 
     scale: float
     soft_cap: float | None
+    bias_after_cap: bool
     unit: float
     precision: Any
 
@@ -46,7 +47,7 @@ class Logits:
         plain = request.bias is None and request.soft_cap is None and request.scale > 0
         unit = 1.0 if scaled or not plain else request.scale
         precision = _precision(request) if request.dtype == "float32" else None
-        return cls(request.scale, request.soft_cap, unit, precision)
+        return cls(request.scale, request.soft_cap, request.bias_after_cap, unit, precision)
 
     def power(self, difference: jax.Array) -> jax.Array:
         """Returns exp(difference) of two logits in this unit."""
@@ -70,12 +71,15 @@ class Logits:
         if self.unit == self.scale and self.soft_cap is None and bias is None:
             return found, None
         found = found * self.scale
-        if bias is not None:
+        if bias is not None and not self.bias_after_cap:
             found = found + bias.astype(jnp.float32)
         if self.soft_cap is None:
             return found, None
         share = jnp.tanh(found * (1.0 / self.soft_cap))
-        return share * self.soft_cap, 1.0 - share * share
+        capped = share * self.soft_cap
+        if bias is not None and self.bias_after_cap:
+            capped = capped + bias.astype(jnp.float32)
+        return capped, 1.0 - share * share
 
 
 def _precision(request: Request) -> Any:

@@ -87,15 +87,6 @@ def is_none(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value == "None")
 
 
-_LOCAL_AND_GLOBAL = ("local_sliding", "global")
-
-LAYERS = {
-    **dict.fromkeys(("gemma2", "gemma3", "gemma4", "gemma4_small", "gpt_oss", "olmo3"), _LOCAL_AND_GLOBAL),
-    "llama4": ("chunk", "global"),
-}
-"""The attention types of a decoder block's layers, where MaxText takes them from the model's code and not from
-`attention_type`. Source: models/*.py of MaxText 0.2.5."""
-
 SIZES = {
     "local_sliding": "sliding_window_size",
     "chunk": "chunk_attn_window_size",
@@ -153,7 +144,7 @@ def _unread_local(name: str, default: Any, kind: Kind, why: str) -> Option:
 
 _LAYER = (
     _mapped("attention_type", "global", Kind.TEXT, "type"),
-    _mapped("decoder_block", "llama2", Kind.TEXT, "a warning, where its layers are of several types: see LAYERS"),
+    _mapped("decoder_block", "llama2", Kind.TEXT, "a warning, where its layers are of several types: see blocks"),
     _mapped("sliding_window_size", 0, Kind.COUNT, "window, for local_sliding; 0 is none"),
     _mapped("chunk_attn_window_size", 0, Kind.COUNT, "chunk_size, for chunk; 0 is none"),
     _mapped("causal_block_size", 32, Kind.SIZE, "block_size, for block_diffusion"),

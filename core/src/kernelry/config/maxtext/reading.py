@@ -8,12 +8,13 @@ import functools
 import importlib.resources
 import shlex
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, final
 
 from kernelry.config.layer import AttentionConfig, AttentionType, MoBA
 from kernelry.config.maxtext import choice, mesh
-from kernelry.config.maxtext.options import LAYERS, OPTIONS, SIZES, Fate, Option, is_none
+from kernelry.config.maxtext.blocks import LAYERS
+from kernelry.config.maxtext.options import OPTIONS, SIZES, Fate, Option, is_none
 from kernelry.errors import ConfigError
 
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -100,25 +101,53 @@ def read_options(
     Raises:
       ConfigError: as there.
     """
+    options, given, notices = checked(mapping, ignore, caller)
+    config = built(options, given)
+    return config, (*notices, *_unused(options, config, caller))
+
+
+def checked(
+    mapping: Mapping[str, Any], ignore: Iterable[str], caller: Caller
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+    """Checks options, and fills in base.yml's defaults of those that are absent.
+
+    Args:
+      mapping, ignore, caller: as in `read_options`.
+
+    Returns:
+      The value of every option about attention, the names of those that the mapping has, and notices of keys that are
+      unknown or without effect.
+
+    Raises:
+      ConfigError: as in `from_maxtext`.
+    """
     if not isinstance(mapping, Mapping):
         raise ConfigError(
             f"from_maxtext takes a mapping of option names to values, got {type(mapping).__name__}; "
             "of a config of MaxText, pass config.get_keys()."
         )
+    dropped = checked_names(ignore)
+    given = {name: value for name, value in mapping.items() if name not in dropped}
+    unread = _unknown(given, caller)
+    about = {name: plain(value) for name, value in given.items() if name in _BY_NAME}
+    for name, value in about.items():
+        check_value(_BY_NAME[name], value, caller)
+    options = {option.name: about.get(option.name, option.default) for option in OPTIONS}
+    return options, tuple(about), (*unread, *_without_effect(about, caller))
+
+
+def checked_names(ignore: Iterable[str]) -> frozenset[str]:
+    """Returns the names of options to leave out.
+
+    Raises:
+      ConfigError: they are not names.
+    """
     if isinstance(ignore, str) or not isinstance(ignore, Iterable):
         raise ConfigError(f"ignore must be names in a tuple, got {ignore!r}; write ignore=({str(ignore)!r},).")
     names = tuple(ignore)
     if not all(isinstance(name, str) for name in names):
         raise ConfigError(f"ignore must be names in a tuple, got {names!r}.")
-    dropped = frozenset(names)
-    given = {name: value for name, value in mapping.items() if name not in dropped}
-    unread = _unknown(given, caller)
-    about = {name: _plain(value) for name, value in given.items() if name in _BY_NAME}
-    for name, value in about.items():
-        _check_value(_BY_NAME[name], value, caller)
-    options = {option.name: about.get(option.name, option.default) for option in OPTIONS}
-    config = _built(options, about)
-    return config, (*unread, *_without_effect(about, caller), *_unused(options, config, caller))
+    return frozenset(names)
 
 
 def merged(options: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +166,16 @@ def merged(options: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
     return {**both, name: [*kept, *new]}
 
 
-def _built(options: Mapping[str, Any], given: Iterable[str]) -> AttentionConfig:
+def built(options: Mapping[str, Any], given: Iterable[str]) -> AttentionConfig:
+    """Returns the config of a layer of the type that `attention_type` names.
+
+    Args:
+      options: the value of every option about attention.
+      given: the names of those that are not defaults of an absent option.
+
+    Raises:
+      ConfigError: a value is not valid, or two options contradict each other.
+    """
     kernel, rules = choice.kernel_and_rules(options)
     type_ = _type(options["attention_type"])
     soft_cap = options["attn_logits_soft_cap"]
@@ -161,7 +199,7 @@ def _built(options: Mapping[str, Any], given: Iterable[str]) -> AttentionConfig:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Returns the value of an enum's member: `config.get_keys()` has members where base.yml has texts."""
     return value.value if isinstance(value, enum.Enum) else value
 
@@ -206,7 +244,8 @@ def _unused(options: Mapping[str, Any], config: AttentionConfig, caller: Caller)
     yield (
         f"MaxText: {listed} {'is' if len(left_out) == 1 else 'are'} not used: attention_type is {type_!r}, so the mask "
         f"is {config.mask!r}. {kinds}{caller.of_type((*layers, *others)[0])} builds "
-        f"the config of such a layer. If {config.mask!r} is right for this layer, pass {caller.ignoring(left_out)}."
+        f"the config of such a layer, and kernelry.models.from_maxtext_model(base, model_yml) those of all layers of a "
+        f"model. If {config.mask!r} is right for this layer, pass {caller.ignoring(left_out)}."
     )
 
 
@@ -240,7 +279,12 @@ def _precision(name: str) -> str | None:
     return None if name == "default" else name
 
 
-def _check_value(option: Option, value: Any, caller: Caller) -> None:
+def check_value(option: Option, value: Any, caller: Caller) -> None:
+    """Checks the value of one option.
+
+    Raises:
+      ConfigError: it is not of its kind, or the option is not supported at another value than its default.
+    """
     if not option.accepts(value):
         raise ConfigError(f"MaxText option {option.name} must be {option.expected}, got {value!r}.")
     if option.fate is Fate.FOREIGN and option.says(value):
@@ -257,7 +301,7 @@ def _unknown(given: Mapping[str, Any], caller: Caller) -> list[str]:
       ConfigError: one of them is a misspelt option about attention.
     """
     unknown = [name for name in given if name not in _BY_NAME and name not in not_attention()]
-    meant = {name: option for name in unknown if (option := _misspelt(str(name))) is not None}
+    meant = {name: option for name in unknown if (option := misspelt(str(name), _BY_NAME)) is not None}
     if meant:
         described = " ".join(
             f"Unknown MaxText option {name!r}; did you mean {option!r}?" for name, option in meant.items()
@@ -272,13 +316,13 @@ def _unknown(given: Mapping[str, Any], caller: Caller) -> list[str]:
     ]
 
 
-def _misspelt(name: str) -> str | None:
-    """Returns the option about attention that a key resembles, or whose name it is a part of."""
+def misspelt(name: str, options: Collection[str]) -> str | None:
+    """Returns the one of these options that an unknown key resembles, or whose name it is a part of."""
     name = name.lower().replace("-", "_")
-    close = difflib.get_close_matches(name, [*_BY_NAME, *not_attention()], n=1, cutoff=_MISSPELT)
-    if close and close[0] in _BY_NAME:
+    close = difflib.get_close_matches(name, [*options, *(not_attention() - set(options))], n=1, cutoff=_MISSPELT)
+    if close and close[0] in options:
         return close[0]
-    parts = [option for option in sorted(_BY_NAME) if "_" in name and f"_{name}_" in f"_{option}_"]
+    parts = [option for option in sorted(options) if "_" in name and f"_{name}_" in f"_{option}_"]
     return min(parts, key=len, default=None)
 
 

@@ -50,6 +50,7 @@ class AttentionCall:
     scale: float | None = None
     bias: tuple[int, ...] | None = None
     soft_cap: float | None = None
+    bias_after_cap: bool = False
     sinks: bool = False
     dropout_rate: float = 0.0
     gradients: frozenset[Operand] = frozenset()

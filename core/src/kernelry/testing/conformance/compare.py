@@ -54,7 +54,7 @@ def oracle(call: AttentionCall, *, seed: int = 0) -> Answer:
     """The float64 answer, always with statistics."""
     arrays = call.numbers(seed)
     known: dict[str, Any] = {name: array for name, array in arrays.items() if name not in QKV}
-    known |= {"mask": call.mask, "scale": call.scale, "soft_cap": call.soft_cap}
+    known |= {name: getattr(call, name) for name in ("mask", "scale", "soft_cap", "bias_after_cap")}
     qkv = [arrays[name] for name in QKV]
     found = reference_attention(*qkv, **known)
     if not call.wanted:

@@ -17,7 +17,16 @@ from kernelry.request.request import Mode
 from kernelry.storage import Quantization
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.calls import AttentionCall
-from kernelry.testing.conformance.positive import MAGNITUDE, Named, but, feature_changes, forms, masked, together
+from kernelry.testing.conformance.positive import (
+    MAGNITUDE,
+    Named,
+    after_cap,
+    but,
+    feature_changes,
+    forms,
+    masked,
+    together,
+)
 from kernelry.testing.conformance.subject import Subject
 
 _SMALLEST_TILE = 8
@@ -145,6 +154,9 @@ def _features(subject: Subject, call: AttentionCall) -> Iterator[Named]:
             yield from _served(subject, name, name, (but(call, **change),))
     if Feature.BIAS in subject.can.features:
         yield from _served(subject, "bias", "bias for every key", (but(call, bias=(call.batch, 1, 1, call.kv_len)),))
+    if Feature.BIAS_AFTER_CAP in subject.can.features:
+        late = but(call, **{**after_cap(call), "bias": (1, *call.pairs[1:])})
+        yield from _served(subject, "bias after cap", "a bias after the soft cap", (late,))
 
 
 def _statistics(subject: Subject, call: AttentionCall) -> Iterator[Named]:

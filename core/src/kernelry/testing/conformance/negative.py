@@ -18,7 +18,7 @@ from kernelry.storage import QUANTIZATIONS
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import AttentionCall
-from kernelry.testing.conformance.positive import but, why_not_float64
+from kernelry.testing.conformance.positive import after_cap, but, why_not_float64
 from kernelry.testing.conformance.report import Case, Outcome, Skip, Verdict
 from kernelry.testing.conformance.subject import Subject
 
@@ -107,6 +107,7 @@ def _features(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
         Feature.SCALE: ({"scale": 0.7}, RefusalCode.SCALE),
         Feature.BIAS: ({"bias": base.pairs}, RefusalCode.BIAS),
         Feature.SOFT_CAP: ({"soft_cap": 2.0}, RefusalCode.SOFT_CAP),
+        Feature.BIAS_AFTER_CAP: (after_cap(base), RefusalCode.BIAS_AFTER_CAP),
         Feature.SINKS: ({"sinks": True}, RefusalCode.SINKS),
         Feature.DROPOUT: ({"dropout_rate": 0.25}, RefusalCode.DROPOUT),
         Feature.LOGITS_DTYPE: ({"logits_dtype": "bfloat16"}, RefusalCode.LOGITS_DTYPE),

@@ -20,7 +20,7 @@ from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Answer, Bench, compile_quickly
 from kernelry.testing.conformance.calls import QKV, AttentionCall
 from kernelry.testing.conformance.compare import close, oracle, tolerance_for, verify
-from kernelry.testing.conformance.positive import LEVEL, MAGNITUDE, Named, but, forms, masked
+from kernelry.testing.conformance.positive import LEVEL, MAGNITUDE, Named, after_cap, but, forms, masked
 from kernelry.testing.conformance.report import Case, Skip
 from kernelry.testing.conformance.subject import Subject
 
@@ -39,6 +39,8 @@ def statistics_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
         yield "statistics", "lse under a soft cap", forms(causal, partial=True, soft_cap=1.2)
     if Feature.BIAS in subject.can.features:
         yield "statistics", "lse with bias", forms(causal, partial=True, bias=base.pairs)
+    if Feature.BIAS_AFTER_CAP in subject.can.features:
+        yield "statistics", "lse of a bias after the soft cap", forms(causal, partial=True, **after_cap(base))
     yield "statistics", "lse of logits of ±180", forms(causal, partial=True, magnitude=MAGNITUDE)
     yield "statistics", "lse of logits around −130", forms(causal, partial=True, level=LEVEL)
 

@@ -143,6 +143,10 @@ def _features(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     if Feature.SOFT_CAP in can:
         yield "soft cap", "soft cap", (but(causal, soft_cap=1.2),)
         yield "soft cap", "a soft cap of 30", (but(causal, soft_cap=30.0, magnitude=MAGNITUDE),)
+    if Feature.BIAS_AFTER_CAP in can:
+        late = after_cap(base)
+        yield "bias after cap", "a bias after the soft cap", (but(causal, **late),)
+        yield "bias after cap", "slots biased by −1e9 after the soft cap", (but(base, **late, biased_out=-1e9),)
     if Feature.SINKS in can:
         yield "sinks", "sinks", (but(causal, sinks=True),)
         yield "sinks", "sinks of ±40, logits of ±180", (but(causal, sinks=True, magnitude=MAGNITUDE),)
@@ -204,6 +208,11 @@ def _combinations(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     call, names = together(subject, masked(subject, base))
     if len(names) > 1:
         yield "combinations", "every feature at once", (call,)
+
+
+def after_cap(call: AttentionCall) -> dict[str, Any]:
+    """What makes a call one with a bias for every pair, after a soft cap."""
+    return {"bias": call.pairs, "soft_cap": 1.2, "bias_after_cap": True}
 
 
 def feature_changes(call: AttentionCall) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,7 @@ class Reference:
       out: normalised output, sinks and dropout included; 0 for a fully masked row. Without sinks,
         the unnormalised form of a Partial is `out · sum` with `(max, sum)`.
       lse: log Σ exp(logits), natural logarithm; −inf for a fully masked row.
-      max_logits: the largest visible, capped logit; −inf where nothing is visible.
+      max_logits: the largest visible logit, after cap and bias; −inf where nothing is visible.
       max, sum: the largest visible logit and Σ exp(logits − max) of each row; −inf and 0 for a
         fully masked row.
     """
@@ -46,18 +46,20 @@ def reference_attention(
     scale: float | None = None,
     bias: Float[Any, "*bias"] | None = None,
     soft_cap: float | None = None,
+    bias_after_cap: bool = False,
     sinks: Float[Any, " N"] | None = None,
     dropout_rate: float = 0.0,
     dropout_keep: Bool[Any, "B N T S"] | None = None,
 ) -> Reference:
     """Computes attention in float64.
 
-    logits = scale · ⟨query, key⟩ + bias, then soft_cap · tanh(logits / soft_cap), then the mask;
+    logits = scale · ⟨query, key⟩ + bias, then soft_cap · tanh(logits / soft_cap), then the mask; with `bias_after_cap`
+    the bias comes after the cap;
     out = Σ dropout(softmax(logits) · sigmoid(lse − sink)) · value.
 
     Args:
       query, key, value: arrays of any floating dtype, NumPy or JAX.
-      mask, scale, soft_cap, sinks: as in `kernelry.attention`.
+      mask, scale, soft_cap, bias_after_cap, sinks: as in `kernelry.attention`.
       bias: broadcastable to B N T S.
       dropout_rate: in [0, 1); kept probabilities are multiplied by 1/(1 − rate).
       dropout_keep: True for each probability that stays; broadcastable to B N T S.
@@ -66,7 +68,9 @@ def reference_attention(
       ArgumentError: a rate outside [0, 1), or a rate without `dropout_keep`.
       NotImplementedError: a mask that `reference_mask` does not know.
     """
-    arguments = AttentionArguments(query, key, value, mask, scale, bias, soft_cap, sinks, dropout_rate, dropout_keep)
+    arguments = AttentionArguments(
+        query, key, value, mask, scale, bias, soft_cap, bias_after_cap, sinks, dropout_rate, dropout_keep
+    )
     softmax = softmax_of(arguments)
     return Reference(softmax.out, softmax.lse, softmax.max_logits, softmax.max, softmax.sum)
 

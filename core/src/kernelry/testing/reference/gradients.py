@@ -38,6 +38,7 @@ def reference_gradients(
     scale: float | None = None,
     bias: Float[Any, "*bias"] | None = None,
     soft_cap: float | None = None,
+    bias_after_cap: bool = False,
     sinks: Float[Any, " N"] | None = None,
     dropout_rate: float = 0.0,
     dropout_keep: Bool[Any, "B N T S"] | None = None,
@@ -50,14 +51,15 @@ def reference_gradients(
 
         delta = Σ_d out · d_out
         d_logits = p · (m · ⟨d_out, value⟩ − delta + d_lse)
-        d_bias = d_logits · slope, d_query = scale · Σ_s d_bias · key, d_key = scale · Σ_t d_bias · query
+        d_raw = d_logits · slope, d_query = scale · Σ_s d_raw · key, d_key = scale · Σ_t d_raw · query
+        d_bias = d_logits with `bias_after_cap`, else d_raw
         d_value = Σ_t p · m · d_out, d_sink = −Σ_bt (1 − sigmoid(lse − sink)) · delta
 
     Fully masked rows have zero gradients, and so have hidden pairs and slots, whatever they and
     the cotangents of such rows hold.
 
     Args:
-      query, key, value, mask, scale, bias, soft_cap, sinks, dropout_rate, dropout_keep: as in
+      query, key, value, mask, scale, bias, soft_cap, bias_after_cap, sinks, dropout_rate, dropout_keep: as in
         `reference_attention`.
       d_out: cotangent of the output.
       d_lse: cotangent of lse, for attention over a part of the keys.
@@ -69,21 +71,24 @@ def reference_gradients(
     """
     if d_lse is not None and sinks is not None:
         raise ArgumentError("d_lse belongs to a part of an attention, and no part contains sinks; drop one of them.")
-    arguments = AttentionArguments(query, key, value, mask, scale, bias, soft_cap, sinks, dropout_rate, dropout_keep)
+    arguments = AttentionArguments(
+        query, key, value, mask, scale, bias, soft_cap, bias_after_cap, sinks, dropout_rate, dropout_keep
+    )
     softmax = softmax_of(arguments)
     empty = np.isneginf(softmax.lse)
     d_out = np.where(empty.swapaxes(1, 2)[..., None], 0, np.asarray(d_out, np.float64))
     delta = np.einsum("btnd,btnd->bnt", softmax.out, d_out)
     row = delta if d_lse is None else delta - np.where(empty, 0, np.asarray(d_lse, np.float64))
     d_kept = np.einsum("btnd,bsnd->bnts", d_out, softmax.value) * softmax.kept
-    d_raw = softmax.probabilities * (d_kept - row[..., None]) * softmax.slope
+    d_logits = softmax.probabilities * (d_kept - row[..., None])
+    d_raw = d_logits * softmax.slope
     weights = softmax.probabilities * softmax.kept
     kv_heads = np.shape(key)[2]
     return ReferenceGradients(
         query=softmax.scale * np.einsum("bnts,bsnh->btnh", d_raw, softmax.key),
         key=softmax.scale * _per_group(np.einsum("bnts,btnh->bsnh", d_raw, softmax.query), kv_heads),
         value=_per_group(np.einsum("bnts,btnd->bsnd", weights, d_out), kv_heads),
-        bias=None if bias is None else _summed_to(d_raw, np.shape(bias)),
+        bias=None if bias is None else _summed_to(d_logits if bias_after_cap else d_raw, np.shape(bias)),
         sinks=None if sinks is None else _d_sinks(softmax, delta),
     )
 

@@ -25,6 +25,7 @@ class AttentionArguments:
     scale: float | None = None
     bias: Any = None
     soft_cap: float | None = None
+    bias_after_cap: bool = False
     sinks: Any = None
     dropout_rate: float = 0.0
     dropout_keep: Any = None
@@ -45,7 +46,7 @@ class Softmax:
       query: [B, T, N, H]. key: [B, S, N, H], value: [B, S, N, D], repeated to query's heads.
       scale: the factor of ⟨query, key⟩.
       visible: the mask.
-      slope: derivative of the capped logits by the raw ones; 1 without a soft cap.
+      slope: derivative of the capped logits by scale · ⟨query, key⟩; 1 without a soft cap.
       max, sum, lse: maximum of the visible logits, Σ exp(logits − max), log Σ exp(logits).
       max_logits: maximum over the rows.
       share: sigmoid(lse − sink), what the sink leaves to the keys; 1 without sinks, 0 in empty rows.
@@ -81,10 +82,11 @@ def softmax_of(arguments: AttentionArguments) -> Softmax:
     query, key, value = _without_hidden(query, key, value, visible)
     scale = head_dim**-0.5 if arguments.scale is None else arguments.scale
 
-    raw = scale * np.einsum("btnh,bsnh->bnts", query, key) + _bias(arguments.bias, visible)
+    raw, bias = scale * np.einsum("btnh,bsnh->bnts", query, key), _bias(arguments.bias, visible)
+    raw, late = (raw, bias) if arguments.bias_after_cap else (raw + bias, 0.0)
     capped = raw if arguments.soft_cap is None else arguments.soft_cap * np.tanh(raw / arguments.soft_cap)
     slope = np.ones_like(raw) if arguments.soft_cap is None else 1 - np.tanh(raw / arguments.soft_cap) ** 2
-    logits = np.where(visible, capped, -np.inf)
+    logits = np.where(visible, capped + late, -np.inf)
 
     top = logits.max(axis=-1, initial=-np.inf)
     empty = np.isneginf(top)

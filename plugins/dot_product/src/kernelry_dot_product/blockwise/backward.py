@@ -136,12 +136,14 @@ def _add(tiles: Tiles, index: TileIndex, tile: Tile, row: _Rows, sums: _Sums) ->
         kept = jnp.where(keep, probability * factor, 0.0)
         d_probability = jnp.where(keep, d_probability * factor, 0.0)
     d_logits = probability * (d_probability - row.delta[..., None])
+    d_biased = d_logits
     if request.soft_cap is not None:
-        d_logits = d_logits * (1.0 - jnp.square(tile.logits / jnp.float32(request.soft_cap)))
+        capped = tile.logits if tile.capped is None else tile.capped
+        d_logits = d_logits * (1.0 - jnp.square(capped / jnp.float32(request.soft_cap)))
         if tile.visible is not None:
             d_logits = jnp.where(tile.visible, tiles.apart(d_logits), 0.0).reshape(d_logits.shape)
     if d_bias is not None:
-        d_bias = _with_bias(d_bias, tiles, index, d_logits)
+        d_bias = _with_bias(d_bias, tiles, index, d_biased if request.bias_after_cap else d_logits)
     d_logits, kept = d_logits.astype(row.query.dtype), kept.astype(row.query.dtype)
     more = product("BKRS,BKSH->BKRH", d_logits, tile.key, request)
     d_query = d_query.at[index.row].add(more)

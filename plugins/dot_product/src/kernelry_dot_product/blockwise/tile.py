@@ -32,12 +32,14 @@ class Tile:
     Args:
       key, value: [b, k, block_kv, H] and [b, k, block_kv, D], with zeros in slots that no row of the tile sees.
       visible: [b, k, G, block_q, block_kv], or sizes of 1; None where everything is visible.
+      capped: the logits without a bias that is added after the cap; None where no bias is.
     """
 
     logits: Float[Array, "b k R S"]
     key: Float[Array, "b k S H"]
     value: Float[Array, "b k S D"]
     visible: Bool[Array, "#b #k #G T S"] | None
+    capped: Float[Array, "b k R S"] | None
 
 
 @final
@@ -79,14 +81,18 @@ class Tiles:
         logits = product("BKRH,BKSH->BKRS", query, key, self.request)
         if not self.scaled:
             logits = logits * jnp.float32(self.request.scale)
-        if self.inputs.bias is not None:
-            logits = (self.apart(logits) + self._bias(index)).reshape(logits.shape)
+        late = self.request.bias_after_cap
+        if self.inputs.bias is not None and not late:
+            logits = self._biased(logits, index)
         if self.request.soft_cap is not None:
             cap = jnp.float32(self.request.soft_cap)
             logits = cap * jnp.tanh(logits / cap)
+        capped = logits if late else None
+        if late:
+            logits = self._biased(logits, index)
         if visible is not None:
             logits = jnp.where(visible, self.apart(logits), -jnp.inf).reshape(logits.shape)
-        return Tile(logits, key, value, visible)
+        return Tile(logits, key, value, visible, capped)
 
     def apart(self, tile: jax.Array) -> jax.Array:
         """[b, k, G·block_q, block_kv] → [b, k, G, block_q, block_kv]."""
@@ -111,6 +117,9 @@ class Tiles:
         visible = self.grid.of_step(jnp.asarray(visible), index.step)
         visible = jnp.broadcast_to(visible, (*visible.shape[:2], self.grid.block_q, self.grid.block_kv))
         return by_group(visible, self.grid)
+
+    def _biased(self, logits: jax.Array, index: TileIndex) -> jax.Array:
+        return (self.apart(logits) + self._bias(index)).reshape(logits.shape)
 
     def _bias(self, index: TileIndex) -> Float[Array, "#b #k #G #T #S"]:
         bias = self.inputs.bias

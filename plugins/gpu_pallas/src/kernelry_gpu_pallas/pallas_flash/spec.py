@@ -41,7 +41,16 @@ PALLAS_FLASH = KernelSpec(
         unequal_lengths=True,
         atoms=ATOMS,
         positions=frozenset(PositionKind),
-        features=frozenset({Feature.SCALE, Feature.BIAS, Feature.SOFT_CAP, Feature.PRECISION, Feature.MAX_LOGITS}),
+        features=frozenset(
+            {
+                Feature.SCALE,
+                Feature.BIAS,
+                Feature.SOFT_CAP,
+                Feature.BIAS_AFTER_CAP,
+                Feature.PRECISION,
+                Feature.MAX_LOGITS,
+            }
+        ),
         statistics=frozenset({Statistic.LSE}),
         normalizations=frozenset({"softmax"}),
         gradient=Gradient.BACKWARD,
