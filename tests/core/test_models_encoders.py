@@ -49,6 +49,38 @@ def test_the_windows_of_encoders_count_each_side_without_the_token_itself():
     assert only("openai_privacy_filter", sliding_window=7).config.mask == masks.SlidingWindow(7, 7)
 
 
+def test_windows_may_be_listed_for_each_layer():
+    model = read("ultrabert", num_hidden_layers=3, attention_windows=[7, 0, None])
+    assert masks_of(model) == {"sliding": masks.SlidingWindow(7, 7), "full": masks.Full()}
+    assert model.kind("sliding").layers == (0,)
+    with pytest.raises(ConfigError, match="attention_windows has 1 entries, num_hidden_layers = 3; both must agree"):
+        read("ultrabert", num_hidden_layers=3, attention_windows=[7])
+    with pytest.raises(ConfigError, match="attention_windows must be a list of windows"):
+        read("ultrabert", num_hidden_layers=1, attention_windows=["7"])
+
+
+def test_the_last_layer_of_embedding_gemma_2_is_full_and_full_layers_are_wide():
+    model = read("embedding_gemma2_text", num_hidden_layers=4, sliding_window=7)
+    assert masks_of(model) == {"sliding": masks.SlidingWindow(7, 7), "full": masks.Full()}
+    full, sliding = model.kind("full"), model.kind("sliding")
+    assert full.layers == (3,)
+    assert (full.config.head_dim, full.config.kv_heads) == (512, 1)
+    assert (sliding.config.head_dim, sliding.config.kv_heads) == (256, 2)
+    assert (full.config.scale, sliding.config.scale) == (1.0, 1.0)
+    newer = read("embedding_gemma2_text", num_hidden_layers=1, per_layer_config={"0": {"head_dim": 64}})
+    assert newer.kind("full").config.head_dim == 64
+
+
+def test_every_other_window_of_neomme_is_long_unless_each_layer_says_its_own():
+    model = read("neomme", num_hidden_layers=6, sliding_window=7)
+    windows = [kind.config.mask for kind in model.kinds]
+    assert windows == [masks.SlidingWindow(7, 7), masks.SlidingWindow(1024, 1024), masks.Full()]
+    assert model.kind("sliding 2").layers == (1, 3)
+    own = read("neomme", num_hidden_layers=2, sliding_window=7, per_layer_config={"1": {"sliding_window": None}})
+    assert own.kind("sliding").layers == (0,)
+    assert own.kind("full").layers == (1,)
+
+
 def test_modernbert_halves_its_window_and_every_third_layer_is_full():
     model = read("modernbert", num_hidden_layers=7, local_attention=13)
     assert masks_of(model) == {"full": masks.Full(), "sliding": masks.SlidingWindow(6, 6)}
@@ -249,6 +281,24 @@ def test_gemma_3s_images_see_each_other():
     assert {kind.bidirectional for kind in model.kinds} == {"image"}
     assert "longer than the window" in model.kind("sliding").remarks[-1]
     assert model.kind("full").remarks == ()
+
+
+def test_gemma_4s_images_see_each_other_on_sliding_layers_where_it_says_so():
+    sizes = {"num_hidden_layers": 6}
+    model = read("gemma4", text_config={**sizes, "use_bidirectional_attention": "vision"})
+    assert model.kind("sliding").bidirectional == "image and video"
+    assert model.kind("full").bidirectional is None
+    assert {kind.bidirectional for kind in read("gemma4", text_config=sizes).kinds} == {None}
+    assert read("gemma4_unified", text_config=sizes).kind("sliding").bidirectional == "image and video"
+
+
+def test_layers_of_mllama_that_attend_to_an_image_are_named_and_not_described():
+    model = read("mllama", text_config={"num_hidden_layers": 5})
+    assert model.kind("full").layers == (0, 1, 2, 4)
+    (other,) = model.others
+    assert other.layers == (3,)
+    assert "keys of an image" in other.why
+    assert read("mllama_text_model", cross_attention_layers=[0], num_hidden_layers=2).others[0].layers == (0,)
 
 
 def test_paligemmas_prefix_sees_itself():

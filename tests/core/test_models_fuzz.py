@@ -1,5 +1,6 @@
 """Configs of every model type, mutated: they are read, or refused with the name of a key that was changed."""
 
+import copy
 import json
 from collections.abc import Mapping
 
@@ -11,6 +12,7 @@ from kernelry.errors import ConfigError, KernelryError
 from kernelry.models import from_huggingface
 from kernelry.models.families import families, text_families
 from kernelry.models.keys import defaults
+from kernelry.models.named import named_configs
 
 NAMES = {model_type: row.get("names", {}) for model_type, row in defaults().items()}
 SCALARS = st.one_of(
@@ -32,12 +34,6 @@ LAYERS = st.lists(st.sampled_from(["full_attention", "sliding_attention", "mamba
 DELETED = object()
 
 
-def outer_types():
-    """The model types to start from: those whose defaults can be read."""
-    known = {name for name in families() if readable({"model_type": name})}
-    return sorted(known | {outer for outer, (inner, _) in text_families().items() if inner in known})
-
-
 def readable(content):
     """Whether a config can be read."""
     try:
@@ -47,24 +43,33 @@ def readable(content):
     return True
 
 
-TYPES = outer_types()
+def starts():
+    """Contents to start from: the defaults of each model type that can be read, and the named models."""
+    known = [name for name in sorted(families()) if readable({"model_type": name})]
+    contents = [{"model_type": name, **defaults()[name]["defaults"]} for name in known]
+    outer = [
+        {"model_type": name, "text_config": {"model_type": inner, **defaults()[inner]["defaults"]}}
+        for name, (inner, _) in text_families().items()
+        if inner in known
+    ]
+    return [*contents, *outer, *named_configs().values()]
+
+
+STARTS = starts()
 
 
 @st.composite
 def mutated(draw):
     """A config, and the names of the keys that were changed."""
-    model_type = draw(st.sampled_from(TYPES))
-    outer = model_type not in families()
-    inner = text_families()[model_type][0] if outer else model_type
-    content = {"model_type": inner, **defaults()[inner]["defaults"]}
+    content = copy.deepcopy(draw(st.sampled_from(STARTS)))
+    inner = content.get("text_config", content)
+    model_type = inner["model_type"]
     changed = set()
     for _ in range(draw(st.integers(1, 3))):
-        changed |= draw(mutation_of(content, inner))
-    if outer:
-        content = {"model_type": model_type, "text_config": content}
-        if draw(st.integers(0, 9)) == 0:
-            content["text_config"] = draw(VALUES)
-            changed.add("text_config")
+        changed |= draw(mutation_of(inner, model_type))
+    if inner is not content and draw(st.integers(0, 9)) == 0:
+        content["text_config"] = draw(VALUES)
+        changed.add("text_config")
     return content, changed
 
 

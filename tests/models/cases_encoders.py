@@ -269,7 +269,11 @@ MULTIMODAL = [
     Case("mllama"),
     Case("mllama_text_model", {"cross_attention_layers": [0, 4]}, class_name="MllamaTextModel"),
     Case("llama4", ignored=(AttributeError,)),
-    Case("gemma3n", {"text_config": {"num_kv_shared_layers": 0}}, building=without_tower),
+    Case(
+        "gemma3n",
+        {"text_config": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 128}},
+        building=without_tower,
+    ),
     Case("gemma3", inputs=with_images("token_type_ids"), marked=IMAGES),
     gemma4("gemma4", {"text_config": {**GEMMA4, "use_bidirectional_attention": "vision"}}),
     gemma4("gemma4", {"text_config": GEMMA4}),
@@ -278,3 +282,4 @@ MULTIMODAL = [
     Case("paligemma", {"text_config": {"model_type": "gemma2"}}, inputs=with_prefix, marked=PREFIX),
 ]
 ENCODERS = [*TEXT_ENCODERS, *VISION_ENCODERS, *LEARNED_POSITIONS, *WITH_BIASES, *STACKED, *MULTIMODAL]
+SPLASH = [case for case in ENCODERS if case.model_type in ("openai_privacy_filter", "bart", "whisper", "modernbert")]

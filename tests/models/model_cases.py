@@ -1,8 +1,9 @@
 """The model types whose layers are reproduced."""
 
-from cases_decoders import DECODERS, SPLASH
-from cases_encoders import ENCODERS
+import cases_decoders
+import cases_encoders
 
-CASES = [*DECODERS, *ENCODERS]
+CASES = [*cases_decoders.DECODERS, *cases_encoders.ENCODERS]
+SPLASH = [*cases_decoders.SPLASH, *cases_encoders.SPLASH]
 
 __all__ = ["CASES", "SPLASH"]

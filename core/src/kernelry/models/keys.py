@@ -58,9 +58,9 @@ class Keys:
         table = self.table("per_layer_config")
         changed: dict[str, Any] = {}
         for key, own in table.items():
-            if not str(key).isdecimal():
+            if not (str(key).isascii() and str(key).isdecimal()):
                 raise self.error(f"per_layer_config: {brief(key)} must be the number of a layer.")
-            if (str(key).lstrip("0") or "0") == str(layer):  # int() refuses thousands of digits
+            if str(key).lstrip("0") == str(layer).lstrip("0"):
                 if not isinstance(own, Mapping):
                     raise self.error(f"per_layer_config[{key!r}] must be an object, got {brief(own)}.")
                 changed.update(own)
@@ -101,8 +101,8 @@ class Keys:
         written = self._written(name)
         if not written:
             return self._defaults.get(self._alike(name)[0])
+        self.read[written[0]] = None
         first, *others = written
-        self.read[first] = None
         for other in others:
             if self._given[first] != self._given[other]:
                 values = f"{first} = {brief(self._given[first])} and {other} = {brief(self._given[other])}"

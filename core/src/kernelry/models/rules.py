@@ -150,7 +150,8 @@ def checked_heads(keys: Keys, query: int, kv: int, head_dim: int | None, value_d
         head_dim, rest = divmod(hidden, query)
         if rest or not head_dim:
             raise keys.error(
-                f"{keys.named('num_attention_heads')} = {query} must divide {keys.named('hidden_size')} = {hidden}."
+                f"{keys.named('num_attention_heads')} = {query} must divide {keys.named('hidden_size')} = {hidden}, "
+                "as there is no head_dim."
             )
     return Heads(query, kv, head_dim, value_dim or head_dim)
 
