@@ -35,6 +35,7 @@ DEEPSEEK4 = {
     "sliding_window_size": 128,
     "compress_ratios": [0, 4, 128, 0],
     "base_num_decoder_layers": 4,
+    "scan_layers": False,
 }
 DIFFERENT_WHERE_SCANNED = {
     "gpt_oss/scanned one by one",
@@ -265,6 +266,10 @@ def test_options_that_from_maxtext_warns_of_warn_here():
         ({**DEEPSEEK4, "compress_ratios": [0, "4", 0, 0]}, "compress_ratios must be integers"),
         ({**LLAMA4, "nope_layer_interval": 4}, "The interval must be a multiple of 4 that divides 16; or set scan_lay"),
         ({"inhomogeneous_layer_cycle_interval": 2}, "MaxText would build 8 times the same step, and these are not"),
+        (
+            {**DEEPSEEK4, "scan_layers": True, "first_num_hash_layers": 2},
+            "first_num_hash_layers = 2, MaxText builds layers with compress_ratios 128 and 4 by turns, got [128, 0]",
+        ),
         ({"global_parameter_scale": 6}, "global_parameter_scale must be a power of 2, got 6"),
         ({"base_num_decoder_layer": 4}, "Unknown MaxText option 'base_num_decoder_layer'; did you mean"),
         ({"kv_heads": 4}, "Unknown MaxText option 'kv_heads'; did you mean 'base_num_kv_heads'?"),

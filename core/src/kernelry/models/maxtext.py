@@ -230,12 +230,18 @@ class _Question:
         return known[name]
 
     def _ratios(self, count: int) -> list[int]:
-        name = self.block.ratios
-        ratios = self.sizes[name]
+        name, sizes = self.block.ratios, self.sizes
+        ratios = sizes[name]
         if not all(type(ratio) is int and (ratio == 0 or ratio >= 4) for ratio in ratios):
             raise ConfigError(f"MaxText option {name} must be integers, each 0, or 4 or more, got {ratios!r}.")
         if len(ratios) < count:
             raise ConfigError(f"MaxText option {name} has {len(ratios)} numbers for {count} layers.")
+        scanned = list(ratios[sizes["first_num_hash_layers"] : count])
+        if sizes["scan_layers"] and scanned != [128, 4] * (len(scanned) // 2):
+            raise ConfigError(
+                f"MaxText option scan_layers = True: after first_num_hash_layers = {sizes['first_num_hash_layers']}, "
+                f"MaxText builds layers with {name} 128 and 4 by turns, got {scanned}; set scan_layers to false."
+            )
         return list(ratios[:count])
 
     def _doublings(self) -> tuple[int, int]:

@@ -142,6 +142,7 @@ MODEL = {
         _option("scan_layers", True, Kind.FLAG, "checked: whether the interval before makes the same layers"),
         _option("num_kv_shared_layers", 0, Kind.COUNT, "shared_kv"),
         _option("compress_ratios", [], Kind.LIST, "which layers of deepseek4 are compressed"),
+        _option("first_num_hash_layers", 0, Kind.COUNT, "checked, where scan_layers: the layers before the steps"),
         _option("temperature_tuning", False, Kind.FLAG, "a remark"),
         _option("use_multimodal", False, Kind.FLAG, "bidirectional, and a remark"),
         _option("use_audio", False, Kind.FLAG, "a remark"),
