@@ -143,6 +143,19 @@ def test_relative_positions_of_old_berts_are_refused():
         read("esm", position_embedding_type="relative_key")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("deberta-v2", "learned distances"),
+        ("longformer", "a call marks tokens that see all tokens"),
+        ("big_bird", "blocks of keys at random"),
+    ],
+)
+def test_encoders_that_no_config_describes_are_refused_with_a_reason(model_type, why):
+    with pytest.raises(ConfigError, match=f"{model_type!r} has no layer that a config describes: .*{why}"):
+        read(model_type)
+
+
 # Decoders with learned positions
 
 

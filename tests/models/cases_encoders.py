@@ -265,6 +265,20 @@ MULTIMODAL = [
     Case("granite_speech", {"text_config": {"attention_multiplier": 0.4}}),
     Case("qwen2_vl", SECTIONS),
     Case("qwen2_5_vl", SECTIONS),
+    Case(
+        "glm4v",
+        {
+            "text_config": {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [1, 1, 2],
+                    "partial_rotary_factor": 0.5,
+                }
+            }
+        },
+    ),
+    Case("glm4v_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
     Case("embedding_gemma2", dtype="float64", tolerance=1e-9),
     Case("mllama"),
     Case("mllama_text_model", {"cross_attention_layers": [0, 4]}, class_name="MllamaTextModel"),

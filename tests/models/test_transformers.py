@@ -15,7 +15,9 @@ from products import fitted_scale
 
 import kernelry
 from kernelry import masks
+from kernelry.errors import ConfigError
 from kernelry.models import from_huggingface
+from kernelry.models.families import families, text_families
 from kernelry.testing import interpret
 
 pytestmark = pytest.mark.models
@@ -248,3 +250,19 @@ def test_splash_reproduces_them_in_interpret_mode(case):
             for some in together(kind, members):
                 off = attend(some[:1], kind, case, kernel="splash")
                 assert off <= case.tolerance, f"{kind.name}: {off}"
+
+
+def test_every_row_that_describes_a_layer_has_a_case():
+    tried = {case.model_type for case in CASES}
+    tried |= {part["model_type"] for case in CASES if "model_type" in (part := case.options.get("text_config", {}))}
+    described = {name for name in families() if name in tried or readable({"model_type": name})}
+    without = {*described, *text_families()} - tried
+    assert not without, f"rows of the table that no case reproduces: {sorted(without)}"
+
+
+def readable(content):
+    try:
+        from_huggingface(content)
+    except ConfigError:
+        return False
+    return True

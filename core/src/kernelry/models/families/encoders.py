@@ -101,10 +101,24 @@ ENCODERS: Rows = {
             remarks=("queries and keys are each multiplied by H ** -0.25 before the call, so the scale is 1",),
         ),
     ),
-    # A text model some of whose layers attend to an image
+    # Text models that only multimodal models have
     "mllama_text_model": (
         decoder(layers=encoding.crossing("cross_attention_layers", (3, 8, 13, 18, 23, 28, 33, 38)), layer_types=None),
     ),
+    "glm4v_text": (decoder(layer_types=None),),
+    # Encoders whose layers no config describes
+    "deberta deberta-v2": (
+        plain(
+            refused="its logits add products of queries and keys with learned distances: pass them as bias= of a call"
+        ),
+    ),
+    "longformer": (
+        plain(
+            refused="a call marks tokens that see all tokens and are seen by all, besides a window of half of "
+            "attention_window on each side: pass what each token sees as mask= of a call"
+        ),
+    ),
+    "big_bird": (plain(refused="it draws blocks of keys at random: pass what each token sees as mask= of a call"),),
     # Encoders of images
     "vit deit dinov2 clip_vision_model siglip_vision_model siglip_text_model": (plain(),),
     "dinov3_vit": (rotary(),),

@@ -13,6 +13,7 @@ _CAUSAL: Mapping[str, str] = {
     "embedding_gemma2_text": "embedding_gemma2",
     "exaone4": "exaone4_5",
     "gemma3n_text": "gemma3n",
+    "glm4v_text": "glm4v",
     "granite": "granite_speech",
     "lfm2": "lfm2_vl",
     "llama": "llava llava_next llava_next_video vipllava video_llava idefics3 smolvlm deepseek_vl",
