@@ -161,6 +161,7 @@ models-environment:
 	$(MODELS_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product \
 		-e "./plugins/tpu_splash[tokamax]" $(MODELS_NEEDS) $(TEST_NEEDS)
 
+test-models: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 test-models: models-environment
 	$(MODELS_VENV)/bin/python -m pytest -n 2 --dist loadgroup -p no:randomly -m models tests/models $(ARGS)
 

@@ -1,5 +1,8 @@
 """Hugging Face configs of decoders, read without transformers: guesses that were wrong, and what is refused."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from model_cases import CASES
@@ -7,6 +10,7 @@ from model_cases import CASES
 from kernelry import masks
 from kernelry.errors import ConfigError
 from kernelry.models import from_huggingface
+from kernelry.models.families import families, text_families
 from kernelry.models.families.decoders import DECODERS
 from kernelry.models.families.hybrids import HYBRIDS
 
@@ -392,3 +396,9 @@ def test_a_window_that_no_layer_has_and_dropout_are_remarked():
 def test_a_dropout_that_is_no_number_is_refused_by_its_name():
     with pytest.raises(ConfigError, match="attn_pdrop must be a finite number, got 'much'"):
         read("gpt2", attn_pdrop="much")
+
+
+def test_the_page_about_models_lists_every_type():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    lists = page.partition("## Model types")[2]
+    assert set(re.findall(r"`([^` ]+)`", lists)) == {*families(), *text_families()}

@@ -60,7 +60,7 @@ class LayerKind:
 
     def __str__(self) -> str:
         data = self.to_json()
-        facts = [f"mask={data['mask']}", *(f"{name}={data[name]}" for name in _SHOWN if name in data)]
+        facts = [f"mask={data['mask']}", *(f"{name}={_written(data[name])}" for name in _SHOWN if name in data)]
         facts += [] if self.rope else ["without RoPE"]
         facts += [f"keys and values of earlier layers in {len(self.shared_kv)} layers"] if self.shared_kv else []
         facts += [] if self.bidirectional is None else [f"{self.bidirectional} tokens see each other"]
@@ -68,6 +68,10 @@ class LayerKind:
 
 
 _SHOWN = ("scale", "soft_cap", "sinks", "bias", "bias_after_cap", *HEADS)
+
+
+def _written(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 @final
