@@ -20,7 +20,7 @@ LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
 .PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
-	conformance lint format benchmark benchmark-decode \
+	test-models models-environment conformance lint format benchmark benchmark-decode \
 	benchmark-peers wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
@@ -118,17 +118,21 @@ mutation: coverage
 test-install: $(VENV)/.installed
 	$(BIN)/python -m pytest -p no:randomly -m install tests/install $(ARGS)
 
-# The parity tests next to the real MaxText, which needs Python 3.12 and about 1 GB in an environment of its own.
+# The parity tests next to the real MaxText, whose models are built abstractly to ask how their layers attend. It needs
+# Python 3.12 and about 1 GB in an environment of its own.
 MAXTEXT_NEEDS := maxtext==0.2.5 tokamax qwix aqtp jaxtyping immutabledict pathwaysutils fastapi starlette \
 	annotated-doc anyio opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions idna sniffio requests \
-	urllib3 certifi uvicorn click jinja2 markupsafe xprof fire termcolor six einshape tqdm importlib_metadata
+	urllib3 certifi uvicorn click jinja2 markupsafe xprof fire termcolor six einshape tqdm importlib_metadata \
+	huggingface_hub transformers regex filelock httpx2 httpcore2 truststore h11 safetensors tokenizers grain cloudpickle \
+	portpicker array_record drjax wadler_lindig pillow tiktoken sentencepiece sympy mpmath
 
 test-maxtext:
 	$(MAXTEXT_PYTHON) -m venv .venv-maxtext
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product -e ./plugins/tpu_splash \
 		"jax==0.12.0.1" omegaconf $(TEST_NEEDS)
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
-	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py $(ARGS)
+	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py \
+		tests/core/test_models_maxtext.py $(ARGS)
 
 # The real compilers of TPUs and GPUs, without a device: about 2.5 GB in an environment of their own.
 AOT_VENV ?= .venv-aot
@@ -147,6 +151,18 @@ test-aot-tpu: aot-environment
 
 test-aot-gpu: aot-environment
 	$(AOT_TESTS) tests/aot/test_gpu_*.py $(ARGS)
+
+# Other libraries, pinned, to compare with: models of transformers, and the porting pages. 2 GB in an environment of its own.
+MODELS_VENV ?= .venv-models
+MODELS_NEEDS := "transformers==5.24.0" "torch==2.13.0" "onnx==1.23.2" "onnxruntime==1.32.0" "keras==3.15.1" "mlx[cpu]==0.32.4"
+
+models-environment:
+	$(PYTHON) -m venv $(MODELS_VENV)
+	$(MODELS_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product \
+		-e "./plugins/tpu_splash[tokamax]" $(MODELS_NEEDS) $(TEST_NEEDS)
+
+test-models: models-environment
+	$(MODELS_VENV)/bin/python -m pytest -n 2 --dist loadgroup -p no:randomly -m models tests/models $(ARGS)
 
 lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .

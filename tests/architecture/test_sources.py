@@ -92,7 +92,7 @@ def test_every_plugin_is_its_own_distribution(plugin):
 
 _TEXTS = (
     *("core/src/**/*.py", "plugins/*/src/**/*.py", "examples/**/*.py", "benchmarks/**/*.py"),
-    *("*.md", "core/*.md", "plugins/*/*.md", "docs/*.md", "benchmarks/**/*.md"),
+    *("*.md", "core/*.md", "plugins/*/*.md", "docs/**/*.md", "benchmarks/**/*.md"),
     *("Makefile", ".ci/run", "pyproject.toml", "core/pyproject.toml", "plugins/*/pyproject.toml"),
 )
 PROSE = sorted({path for pattern in _TEXTS for path in ROOT.glob(pattern)})

@@ -464,3 +464,24 @@ def test_shapes_of_a_model_leave_its_heads_to_it(folder):
     assert [(shape.batch, shape.q_heads) for shape in asked.shapes(sliding)] == [(1, None), (2, None)]
     without = dataclasses.replace(sliding, config=AttentionConfig(q_heads=4))
     assert asked.shapes(without)[0].of(without.config).heads == (4, 4, 128, 128)
+
+
+def test_a_models_file_of_maxtext_is_read_over_its_base(run, folder):
+    (folder / "base.yml").write_text("attention: autoselected\nuse_tokamax_splash: true\n")
+    (folder / "gemma.yml").write_text(
+        "decoder_block: gemma2\nbase_num_decoder_layers: 2\nbase_num_query_heads: 4\nbase_num_kv_heads: 2\n"
+        "head_dim: 64\nsliding_window_size: 128\n"
+    )
+    arguments = ("explain", "--model", "gemma.yml", "--maxtext", "base.yml", "--target", "tpu:v5e", "--json")
+    status, out, _ = run(*arguments)
+    found = json.loads(out)["model"]["kinds"]
+    assert status == 0
+    assert [(kind["mask"], kind["layers"]) for kind in found] == [("window(127, 0)", [0, 2]), ("causal", [1, 3])]
+    assert "MaxText: use_tokamax_splash = True" in out
+
+
+def test_a_models_file_of_maxtext_with_a_config_that_chooses(run, folder):
+    (folder / "llama.yml").write_text("decoder_block: llama2\nbase_num_decoder_layers: 2\n")
+    status, out, _ = run("explain", "--model", "llama.yml", "--config", "c.toml", "--target", "cpu")
+    assert status == 0
+    assert "blockwise" in out

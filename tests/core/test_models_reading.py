@@ -378,3 +378,17 @@ def test_every_row_of_decoders_is_proven_by_a_case():
     without_attention = {"falcon_mamba", "mamba", "mamba2", "rwkv"}
     assert described - without_attention - {case.model_type for case in CASES} == set()
     assert without_attention <= described
+
+
+def test_a_window_that_no_layer_has_and_dropout_are_remarked():
+    model = read("qwen2", sliding_window=4096, use_sliding_window=False)
+    assert model.remarks == ("sliding_window = 4096 is not used: no layer slides",)
+    assert read("qwen2", sliding_window=4096, use_sliding_window=True, max_window_layers=1).remarks == ()
+    [said] = read("llama", attention_dropout=0.1).remarks
+    assert said.startswith("attention_dropout = 0.1, dropout of training, is not in the kinds' configs")
+    assert read("llama", attention_dropout=0.0).remarks == ()
+
+
+def test_a_dropout_that_is_no_number_is_refused_by_its_name():
+    with pytest.raises(ConfigError, match="attn_pdrop must be a finite number, got 'much'"):
+        read("gpt2", attn_pdrop="much")

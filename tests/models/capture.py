@@ -29,6 +29,8 @@ TINY = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 16,
 }
 """Sizes that every config gets which has such a key; a case overrides them."""
 
@@ -84,6 +86,7 @@ def tiny_options(model_type, options):
         inner = given.get("model_type", part.model_type)
         part_class = part if isinstance(part, type) else CONFIG_MAPPING[inner]
         sizes = {**TINY, **dict.fromkeys(WINDOWS, 7)} if name == "text_config" else VISION
+        sizes = {} if name == "codec_config" else sizes  # convolutions, whose sizes depend on each other
         parts[name] = {"model_type": inner, **sized(part_class, sizes, given)}
     sizes = {**TINY, **dict.fromkeys(WINDOWS, 7)}
     return {"model_type": model_type, **sized(config_class, sizes, options), **parts}

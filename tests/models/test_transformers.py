@@ -31,7 +31,7 @@ def inputs_of(case):
     return case.inputs(ids) if case.inputs else {"input_ids": ids}
 
 
-@functools.lru_cache
+@functools.cache
 def calls_and_model(case):
     """What transformers calls, and the model of the same content.
 
@@ -60,7 +60,7 @@ def scale_of(config):
     return config.head_dim**-0.5 if config.scale is None else config.scale
 
 
-@functools.lru_cache
+@functools.cache
 def calls_by_kind(case):
     """Pairs of a kind of layers and its calls, each with the number of its layer."""
     calls, model = calls_and_model(case)

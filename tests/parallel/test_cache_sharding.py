@@ -21,8 +21,6 @@ from kernelry.errors import ArgumentError, NoKernelError, ShapeError
 from kernelry.flax import AttentionOp, CachedPart, Tokens
 from kernelry.parallel import Sharding
 
-pytestmark = pytest.mark.versions
-
 B, N, K, H = 4, 8, 4, 8
 LENGTHS = np.array([13, 3, 10, 0])
 CHUNK = np.array([3, 2, 0, 0])

@@ -13,8 +13,6 @@ from sharded_cases import BY_HEAD, PLAIN, B, H, K, N, mesh, normal, place
 from kernelry import masks
 from kernelry.cache import PagedCache, RollingCache, SharedPrefix, TwoPartCache
 
-pytestmark = pytest.mark.versions
-
 PROMPT, STEPS, WINDOW = 6, 3, 4
 LENGTHS = np.array([6, 4])
 

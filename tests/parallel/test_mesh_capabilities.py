@@ -34,8 +34,6 @@ from kernelry.errors import PluginError
 from kernelry.plugin import Capabilities, Kernel, ManualAxes, Partial
 from kernelry.testing import reference_attention, reference_gradients
 
-pytestmark = pytest.mark.versions
-
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar, final
 import typer
 
 from kernelry.config.layer import HEADS, AttentionConfig
-from kernelry.config.loading import load_config, read_maxtext
+from kernelry.config.loading import load_config, maxtext_options, read_maxtext
 from kernelry.config.maxtext import Caller
 from kernelry.errors import ConfigError, sentence
 from kernelry.kernel.refusal import RefusalCode
@@ -41,7 +41,8 @@ ModelName = Annotated[
         "--model",
         metavar="FILE|NAME",
         help="a model's config.json, or a folder that has one, or a name such as llama-3-8b: every kind of its layers, "
-        "with its mask, scale, heads and so on. A config, or MaxText's files, then only choose the kernels.",
+        "with its mask, scale, heads and so on. A config, or MaxText's files, then only choose the kernels. Or a "
+        "model's file of MaxText, read over the files that --maxtext names.",
     ),
 ]
 LayerKinds = Annotated[
@@ -144,6 +145,8 @@ class LayerFiles:
 
     def read_model(self) -> Model:
         """Reads the model, with kernels chosen as the config says, where there is one."""
+        if Path(self.model or "").suffix in (".yml", ".yaml"):
+            return self._read_maxtext_model(Path(self.model or ""))
         model = model_from(self.model or "")
         if not self.files:
             return model
@@ -156,6 +159,15 @@ class LayerFiles:
                 stacklevel=2,
             )
         return model.choosing(config)
+
+    def _read_maxtext_model(self, model: Path) -> Model:
+        """Reads a model's file of MaxText, over the other files of MaxText that were named."""
+        from kernelry.models import from_maxtext_model  # imported here, because it imports the tables of all families
+
+        if self.files.config is None:
+            _, base = maxtext_options(self.files.maxtext or ())
+            return from_maxtext_model(base, model, ignore=self.files.ignore or ())
+        return from_maxtext_model({}, model).choosing(self.files.read())
 
     def source(self, start: Path | None = None) -> str:
         """Returns the model, and the files, as text, relative to a folder where one is given."""

@@ -81,7 +81,7 @@ class Causal(Mask):
 class SlidingWindow(Mask):
     """A query sees `left` keys before it, itself, and `right` after: p_q − left ≤ p_k ≤ p_q + right.
 
-    A model card's "window w" is `left = w − 1`. `SlidingWindow(1)`:
+    In a causal decoder "window w" is `left = w − 1`; encoders count w or w // 2 on each side. `SlidingWindow(1)`:
 
         1 . . .
         1 1 . .

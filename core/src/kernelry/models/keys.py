@@ -46,7 +46,6 @@ class Keys:
         self._defaults: Mapping[str, Any] = about.get("defaults", {})
         self._names: Mapping[str, str] = about.get("names", {})
         self.where = where
-        self.remarks: list[str] = []
         self.read: dict[str, None] = {}  # the keys that the config has and that were asked for, in order
 
     def error(self, text: str) -> ConfigError:

@@ -148,6 +148,7 @@ class _Question:
     def model(self) -> Model:
         """Returns the description of all layers."""
         self._check_type()
+        self._check_scan()
         layers: dict[str, list[int]] = {}
         for layer, type_ in enumerate(self._types()):
             layers.setdefault(type_, []).append(layer)
@@ -183,6 +184,22 @@ class _Question:
                 "Set it to false: the layers attend alike."
             )
 
+    def _check_scan(self) -> None:
+        """Checks that steps of `cycle` layers, all alike, are the layers of the block."""
+        block, cycle = self.block, self.sizes["inhomogeneous_layer_cycle_interval"]
+        if block.cycles is None or not self.sizes["scan_layers"]:
+            return
+        count = self.sizes["base_num_decoder_layers"] * 2 ** self._doublings()[1]
+        period = self.sizes[block.interval] if block.interval else len(block.types)
+        period = max(period, 1) if block.cycles else 1
+        if cycle % period or count % cycle or not (block.cycles or cycle == 1):
+            expected = f"a multiple of {period} that divides {count}" if block.cycles else "1"
+            raise ConfigError(
+                f"MaxText options scan_layers = True and inhomogeneous_layer_cycle_interval = {cycle}: MaxText would "
+                f"build {count // cycle} times the same step, and these are not the {count} layers of decoder_block "
+                f"{self.name!r}. The interval must be {expected}; or set scan_layers to false."
+            )
+
     def _types(self) -> list[str]:
         """The attention type of every layer."""
         block, sizes = self.block, self.sizes
@@ -213,12 +230,18 @@ class _Question:
         return known[name]
 
     def _ratios(self, count: int) -> list[int]:
-        name = self.block.ratios
-        ratios = self.sizes[name]
+        name, sizes = self.block.ratios, self.sizes
+        ratios = sizes[name]
         if not all(type(ratio) is int and (ratio == 0 or ratio >= 4) for ratio in ratios):
             raise ConfigError(f"MaxText option {name} must be integers, each 0, or 4 or more, got {ratios!r}.")
         if len(ratios) < count:
             raise ConfigError(f"MaxText option {name} has {len(ratios)} numbers for {count} layers.")
+        scanned = list(ratios[sizes["first_num_hash_layers"] : count])
+        if sizes["scan_layers"] and scanned != [128, 4] * (len(scanned) // 2):
+            raise ConfigError(
+                f"MaxText option scan_layers = True: after first_num_hash_layers = {sizes['first_num_hash_layers']}, "
+                f"MaxText builds layers with {name} 128 and 4 by turns, got {scanned}; set scan_layers to false."
+            )
         return list(ratios[:count])
 
     def _doublings(self) -> tuple[int, int]:
@@ -231,8 +254,9 @@ class _Question:
 
     def _donors(self, layers: Mapping[str, list[int]]) -> dict[int, int]:
         """The layer whose keys and values each of the last num_kv_shared_layers reads: the last of its type before."""
-        shared = self.sizes["num_kv_shared_layers"] if self.block.shares else 0
         count = sum(map(len, layers.values()))
+        shared = self.sizes["num_kv_shared_layers"] if self.block.shares else 0
+        shared = shared if shared < count else 0  # as in MaxText
         first = count - shared
         donors: dict[int, int] = {}
         for type_, numbers in layers.items():
@@ -246,15 +270,17 @@ class _Question:
         return donors
 
     def _kind(self, type_: str, layers: tuple[int, ...], donors: Mapping[int, int]) -> LayerKind:
-        image = self.sizes["use_multimodal"] and type_ in self.block.bidirectional
+        of_block = GLOBAL if type_ == BLOCK_DIFFUSION else type_
+        image = self.sizes["use_multimodal"] and of_block in self.block.bidirectional
+        rope = of_block not in self.block.without_rope
         remarks = [_INDEXER] if type_ == MLA and self.attention["use_indexer"] else []
-        if type_ in self.block.without_rope and self.sizes["temperature_tuning"] and self.block.interval:
+        if not rope and self.sizes["temperature_tuning"] and self.block.interval:
             remarks.append(_TUNED)
         return LayerKind(
             name=_NAMES[type_],
             layers=layers,
             config=self._config(type_),
-            rope=type_ not in self.block.without_rope,
+            rope=rope,
             shared_kv=tuple((layer, donors[layer]) for layer in layers if layer in donors),
             bidirectional="image" if image else None,
             remarks=tuple(remarks),
@@ -286,17 +312,18 @@ class _Question:
             head_dim = value_dim = sizes["global_head_dim"] or head_dim
         if type_ == MLA:
             head_dim, value_dim = sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"], sizes["v_head_dim"]
-        if type_ == MLA and kv_heads != q_heads:
+        needed = {"any": kv_heads, "all": q_heads, "one": 1}[self.block.kv_heads]
+        if kv_heads != needed:
             raise ConfigError(
-                f"MaxText options base_num_query_heads = {sizes['base_num_query_heads']} and base_num_kv_heads = "
-                f"{sizes['base_num_kv_heads']} must be equal with attention_type = 'mla'."
+                f"MaxText option base_num_kv_heads = {sizes['base_num_kv_heads']}: with decoder_block {self.name!r} "
+                f"and {q_heads} heads of queries, {needed} heads of keys and values are needed, and not {kv_heads}."
             )
         if q_heads % kv_heads:
             raise ConfigError(
                 f"MaxText options: {kv_heads} heads of keys (base_num_kv_heads, global_num_kv_heads) must divide "
                 f"{q_heads} heads of queries (base_num_query_heads)."
             )
-        return q_heads, q_heads if self.block.own_heads else kv_heads, head_dim, value_dim
+        return q_heads, kv_heads, head_dim, value_dim
 
     def _remarks(self) -> Iterator[str]:
         if self.block.attentions > 1:
@@ -307,7 +334,7 @@ class _Question:
         if self.sizes["use_audio"]:
             yield "the audio encoder is not described"
         if self.sizes["mtp_num_layers"]:
-            yield f"the {self.sizes['mtp_num_layers']} layers of multi-token prediction are not described"
+            yield "the layers of multi-token prediction are not described"
 
     def notices(self) -> Iterator[str]:
         """Yields notices of options that are set, and that no layer of the block reads."""
@@ -324,7 +351,8 @@ class _Question:
 
     def _unused(self) -> Iterator[str]:
         block, options, sizes = self.block, self.attention, self.sizes
-        types = set(self._types())
+        layers = self._types()
+        types = set(layers)
         if options["attention_type"] not in (*types, *block.kinds, GLOBAL, block.attention_type):
             yield "attention_type"
         for type_, name in SIZES.items():
@@ -336,7 +364,7 @@ class _Question:
             yield "attention_sink"
         if sizes["nope_layer_interval"] > 0 and block.interval != "nope_layer_interval":
             yield "nope_layer_interval"
-        if sizes["num_kv_shared_layers"] and not block.shares:
+        if sizes["num_kv_shared_layers"] >= (len(layers) if block.shares else 1):
             yield "num_kv_shared_layers"
         yield from (
             name for name in ("global_num_kv_heads", "global_head_dim") if sizes[name] and not block.global_sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -93,8 +93,24 @@ def from_huggingface(source: str | Path | Mapping[str, Any] | Any) -> Model:
         why = others[0].why if others else "it has none"
         by = f" (read from {', '.join(keys.read)})" if keys.read else ""
         raise ConfigError(f"{where}: model_type {model_type!r} has no layer that a config describes: {why}{by}.")
-    version = families()[model_type][0].version
-    return Model(outer, kinds, others, source=name, facts=f"transformers {version}", remarks=tuple(keys.remarks))
+    first = families()[model_type][0]
+    remarks = tuple(_unused(keys, first, kinds))
+    return Model(outer, kinds, others, source=name, facts=f"transformers {first.version}", remarks=remarks)
+
+
+_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout", "attention_dropout_rate")
+
+
+def _unused(keys: Keys, family: Family, kinds: Iterable[LayerKind]) -> Iterator[str]:
+    """Yields what the config says of attention and the kinds do not."""
+    slides = any(kind.config.type is AttentionType.LOCAL_SLIDING for kind in kinds)
+    if not slides and keys.says(family.window):
+        yield f"{keys.named(family.window)} = {brief(keys.get(family.window))} is not used: no layer slides"
+    for name in _DROPOUT:
+        if keys.number(name):
+            rate = f"{keys.named(name)} = {keys.number(name)}"
+            yield f"{rate}, dropout of training, is not in the kinds' configs: set dropout_rate where it is wanted"
+            return
 
 
 def _content(source: Any) -> tuple[Mapping[str, Any], str]:

@@ -7,7 +7,7 @@ passes to AttentionOp: tests/fixtures/maxtext_layers.json has the record.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, final
+from typing import Any, Literal, final
 
 from kernelry.config.layer import AttentionType
 from kernelry.config.maxtext.options import Fate, Kind, Option
@@ -34,12 +34,15 @@ class Block:
       attention_type: the value that `attention_type` must have; None means that its layers do not read it.
       soft_cap: whether its layers read attn_logits_soft_cap.
       sinks: whether its layers have sinks; None means that attention_sink says it.
-      own_heads: whether every query head has keys and values of its own, whatever base_num_kv_heads is.
+      kv_heads: the heads of keys and values that it needs: "all" are as many as those of queries, "one" is one, "any"
+        leaves them to base_num_kv_heads.
       global_sizes: whether global layers read global_num_kv_heads and global_head_dim.
       without_rope: the types whose layers do not rotate queries and keys.
       shares: whether it reads num_kv_shared_layers.
       bidirectional: the types in which the tokens of an image see each other.
       attentions: the layers of attention in one of MaxText's layers.
+      cycles: whether a step of scan_layers has inhomogeneous_layer_cycle_interval layers, or one; None means that all
+        layers are kept whatever the option is.
     """
 
     types: tuple[str, ...] = (GLOBAL,)
@@ -49,12 +52,13 @@ class Block:
     attention_type: str | None = None
     soft_cap: bool = False
     sinks: bool | None = None
-    own_heads: bool = False
+    kv_heads: Literal["any", "all", "one"] = "any"
     global_sizes: bool = False
     without_rope: tuple[str, ...] = ()
     shares: bool = False
     bidirectional: tuple[str, ...] = ()
     attentions: int = 1
+    cycles: bool | None = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -70,33 +74,40 @@ def _local(number: int) -> tuple[str, ...]:
 BLOCKS = {
     "default": Block(),
     "llama2": Block(soft_cap=True),
-    "mistral": Block(soft_cap=True),
+    "mistral": Block(),
     "mixtral": Block(),
-    "deepseek": Block((MLA,), attention_type=MLA, soft_cap=True, sinks=False, own_heads=True),
-    "deepseek4": Block((LOCAL, COMPRESSED), ratios="compress_ratios", attention_type=COMPRESSED, sinks=True),
-    "envy": Block(),
+    "deepseek": Block((MLA,), attention_type=MLA, soft_cap=True, sinks=False, kv_heads="all", cycles=None),
+    "deepseek4": Block(
+        (LOCAL, COMPRESSED),
+        ratios="compress_ratios",
+        attention_type=COMPRESSED,
+        sinks=True,
+        kv_heads="one",
+        cycles=None,
+    ),
+    "envy": Block(cycles=True),
     "gemma": Block(),
     "gemma2": Block(_local(1), soft_cap=True, attentions=2),
-    "gemma3": Block(_local(5), soft_cap=True, bidirectional=(LOCAL, GLOBAL)),
-    "gemma4": Block(_local(5), soft_cap=True, global_sizes=True, bidirectional=(LOCAL,)),
+    "gemma3": Block(_local(5), soft_cap=True, bidirectional=(LOCAL, GLOBAL), cycles=None),
+    "gemma4": Block(_local(5), soft_cap=True, global_sizes=True, bidirectional=(LOCAL,), cycles=None),
     "gemma4_small": Block(
         _local(5),
         of_model=(("gemma4-e2b", _local(4)), ("gemma4-e4b", _local(5))),
         soft_cap=True,
         global_sizes=True,
         shares=True,
-        bidirectional=(LOCAL,),
+        cycles=None,
     ),
-    "gpt3": Block(sinks=False, own_heads=True, without_rope=(GLOBAL,)),
-    "gpt_oss": Block(_local(1)),
-    "llama4": Block((CHUNK, GLOBAL), interval="nope_layer_interval", without_rope=(GLOBAL,)),
-    "olmo3": Block(_local(3)),
+    "gpt3": Block(sinks=False, kv_heads="all", without_rope=(GLOBAL,)),
+    "gpt_oss": Block(_local(1), cycles=True),
+    "llama4": Block((CHUNK, GLOBAL), interval="nope_layer_interval", without_rope=(GLOBAL,), cycles=True),
+    "olmo3": Block(_local(3), cycles=True),
     "qwen2": Block(),
     "qwen3": Block(),
     "qwen3_moe": Block(),
     "qwen3_custom_moe": Block(),
-    "qwen3_next": Block((LINEAR, GLOBAL), interval="inhomogeneous_layer_cycle_interval"),
-    "qwen3_5": Block((LINEAR, GLOBAL), interval="inhomogeneous_layer_cycle_interval"),
+    "qwen3_next": Block((LINEAR, GLOBAL), interval="inhomogeneous_layer_cycle_interval", cycles=None),
+    "qwen3_5": Block((LINEAR, GLOBAL), interval="inhomogeneous_layer_cycle_interval", cycles=True),
 }
 """Every decoder block that attends, by its name."""
 
@@ -128,8 +139,10 @@ MODEL = {
         _option("use_mla_absorbed_mqa", False, Kind.FLAG, "not supported"),
         _option("nope_layer_interval", -1, Kind.INTEGER, "which layers of llama4 are global, without RoPE"),
         _option("inhomogeneous_layer_cycle_interval", 1, Kind.SIZE, "which layers of qwen3_next and qwen3_5 attend"),
+        _option("scan_layers", True, Kind.FLAG, "checked: whether the interval before makes the same layers"),
         _option("num_kv_shared_layers", 0, Kind.COUNT, "shared_kv"),
         _option("compress_ratios", [], Kind.LIST, "which layers of deepseek4 are compressed"),
+        _option("first_num_hash_layers", 0, Kind.COUNT, "checked, where scan_layers: the layers before the steps"),
         _option("temperature_tuning", False, Kind.FLAG, "a remark"),
         _option("use_multimodal", False, Kind.FLAG, "bidirectional, and a remark"),
         _option("use_audio", False, Kind.FLAG, "a remark"),

@@ -40,10 +40,13 @@ class Caller(enum.Enum):
         return shlex.join(word for name in names for word in ("--ignore", str(name)))
 
     def of_type(self, name: str) -> str:
-        """Returns what builds the config of another layer."""
-        if self is Caller.PYTHON:
-            return f"from_maxtext({{**options, 'attention_type': {name!r}}})"
-        return f"One more --maxtext FILE with attention_type: {name}"
+        """Returns a sentence on what builds the config of another layer, and those of all."""
+        if self is Caller.COMMAND:
+            return f"One more --maxtext FILE with attention_type: {name} builds the config of such a layer."
+        return (
+            f"from_maxtext({{**options, 'attention_type': {name!r}}}) builds the config of such a layer, and "
+            "kernelry.models.from_maxtext_model(base, model_yml) those of all layers of a model."
+        )
 
 
 def from_maxtext(mapping: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> AttentionConfig:
@@ -243,9 +246,8 @@ def _unused(options: Mapping[str, Any], config: AttentionConfig, caller: Caller)
     kinds = f"MaxText's layers of {block} are {' and '.join(layers)}. " if layers else ""
     yield (
         f"MaxText: {listed} {'is' if len(left_out) == 1 else 'are'} not used: attention_type is {type_!r}, so the mask "
-        f"is {config.mask!r}. {kinds}{caller.of_type((*layers, *others)[0])} builds "
-        f"the config of such a layer, and kernelry.models.from_maxtext_model(base, model_yml) those of all layers of a "
-        f"model. If {config.mask!r} is right for this layer, pass {caller.ignoring(left_out)}."
+        f"is {config.mask!r}. {kinds}{caller.of_type((*layers, *others)[0])} "
+        f"If {config.mask!r} is right for this layer, pass {caller.ignoring(left_out)}."
     )
 
 

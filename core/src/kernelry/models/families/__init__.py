@@ -1,4 +1,4 @@
-"""The table of facts: which row describes a model type.
+"""The table of facts: which row describes a model type. Internal.
 
 Each row says what the code of transformers does, where the config does not; `tests/models` runs that code against it.
 Internal.
