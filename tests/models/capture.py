@@ -79,8 +79,9 @@ def tiny_options(model_type, options):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
+    found = getattr(config_class, "sub_configs_defaults", {})
     parts = {}
-    for name, part in getattr(config_class, "sub_configs_defaults", {}).items():
+    for name, part in found.items() if "text_config" in found else ():
         given = options.get(name, {})
         inner = given.get("model_type", part.model_type)
         part_class = part if isinstance(part, type) else CONFIG_MAPPING[inner]
