@@ -129,7 +129,7 @@ MAXTEXT_NEEDS := maxtext==0.2.5 tokamax qwix aqtp jaxtyping immutabledict pathwa
 test-maxtext:
 	$(MAXTEXT_PYTHON) -m venv .venv-maxtext
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product -e ./plugins/tpu_splash \
-		"jax==0.12.0.1" omegaconf $(TEST_NEEDS)
+		-e ./plugins/gpu_pallas -e ./plugins/cudnn_te "jax==0.12.0.1" omegaconf $(TEST_NEEDS)
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
 	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py \
 		tests/core/test_models_maxtext.py $(ARGS)
