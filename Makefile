@@ -20,7 +20,7 @@ LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
 .PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
-	test-models models-environment conformance lint format benchmark benchmark-decode \
+	test-models models-environment model-defaults conformance lint format benchmark benchmark-decode \
 	benchmark-peers wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
@@ -164,6 +164,10 @@ models-environment:
 test-models: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 test-models: models-environment
 	$(MODELS_VENV)/bin/python -m pytest -n 2 --dist loadgroup -p no:randomly -m models tests/models $(ARGS)
+
+# After a change of the keys that kernelry.models reads, or of the release of transformers.
+model-defaults: models-environment
+	$(MODELS_VENV)/bin/python tests/models/model_defaults.py
 
 lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .
