@@ -156,10 +156,13 @@ test-aot-gpu: aot-environment
 MODELS_VENV ?= .venv-models
 MODELS_NEEDS := "transformers==5.24.0" "torch==2.13.0" "onnx==1.23.2" "onnxruntime==1.32.0" "keras==3.15.1" "mlx[cpu]==0.32.4"
 
-models-environment:
+$(MODELS_VENV)/.installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(MODELS_VENV)
 	$(MODELS_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product \
 		-e "./plugins/tpu_splash[tokamax]" $(MODELS_NEEDS) $(TEST_NEEDS)
+	touch $@
+
+models-environment: $(MODELS_VENV)/.installed
 
 test-models: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 test-models: models-environment
