@@ -38,7 +38,13 @@ def test_qwen2_slides_from_max_window_layers_on_and_qwen2_moe_the_even_layers_be
     assert layers_of(read("qwen2_moe", **flags)) == {"sliding": (0, 2), "full": (1, 3, 4, 5)}
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen2_moe"])
+def test_every_layer_of_qwen3_moe_slides_where_its_flag_is_set():
+    model = read("qwen3_moe", use_sliding_window=True, max_window_layers=4, sliding_window=7)
+    assert layers_of(model) == {"sliding": (0, 1, 2, 3, 4, 5)}
+    assert model.kind("sliding").config.mask == masks.SlidingWindow(6, 0)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
 def test_a_window_of_qwen_slides_only_where_its_flag_is_set(model_type):
     model = read(model_type, sliding_window=7, max_window_layers=2, use_sliding_window=False)
     assert layers_of(model) == {"full": (0, 1, 2, 3, 4, 5)}
