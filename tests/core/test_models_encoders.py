@@ -212,6 +212,14 @@ def test_falcon_scales_its_alibi_and_bloom_and_mpt_do_not():
     assert plain.rope
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "falcon"])
+def test_published_files_say_the_hidden_size_by_an_older_name(model_type):
+    assert only(model_type, n_embed=96, num_attention_heads=4).config.head_dim == 24
+    assert only(model_type, n_embed=96, hidden_size=96, num_attention_heads=4).config.head_dim == 24
+    with pytest.raises(ConfigError, match="hidden_size = 64 and n_embed = 96 contradict each other"):
+        only(model_type, n_embed=96, hidden_size=64, num_attention_heads=4)
+
+
 def test_falcon_counts_its_key_heads_by_its_architecture():
     sizes = {"hidden_size": 64, "num_attention_heads": 4}
     assert only("falcon", **sizes).config.kv_heads == 1

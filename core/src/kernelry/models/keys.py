@@ -15,6 +15,13 @@ LARGEST = 2**20
 """Of layers, heads and dims: more is a mistake, and no model has it."""
 
 
+OLDER_NAMES: Mapping[str, Mapping[str, str]] = {
+    "bloom": {"hidden_size": "n_embed"},
+    "falcon": {"hidden_size": "n_embed"},
+}
+"""Names in published files that the code reads and `attribute_map` of its config lacks, by model type."""
+
+
 def brief(value: Any) -> str:
     """A value as it is written, cut where it is long."""
     text = repr(value)
@@ -45,6 +52,7 @@ class Keys:
         about = defaults().get(model_type, {})
         self._defaults: Mapping[str, Any] = about.get("defaults", {})
         self._names: Mapping[str, str] = about.get("names", {})
+        self._older: Mapping[str, str] = OLDER_NAMES.get(model_type, {})
         self.where = where
         self.read: dict[str, None] = {}  # the keys that the config has and that were asked for, in order
 
@@ -78,7 +86,8 @@ class Keys:
     def _alike(self, name: str) -> tuple[str, ...]:
         """The names of one key: the model type's own first, then those that mean the same."""
         own = self._names.get(name, name)
-        return (own, *(common for common, meant in self._names.items() if meant == own))
+        common = (common for common, meant in self._names.items() if meant == own)
+        return (own, *common, *(older for key, older in self._older.items() if key == own))
 
     def _written(self, name: str) -> list[str]:
         return [alike for alike in self._alike(name) if alike in self._given]

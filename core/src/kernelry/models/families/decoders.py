@@ -63,9 +63,7 @@ DECODERS: Rows = {
             resized=rules.only_where("use_sliding_window"),
         ),
     ),
-    "qwen3_moe": (
-        decoder(layers=patterns.windowed("sliding_window", flag="use_sliding_window"), layer_types=None),
-    ),
+    "qwen3_moe": (decoder(layers=patterns.windowed("sliding_window", flag="use_sliding_window"), layer_types=None),),
     "dots1": (decoder(layers=patterns.from_layer(None, "max_window_layers")),),
     "mellum": (decoder(),),
     "laguna": (decoder(own=layerwise.listed_heads),),
