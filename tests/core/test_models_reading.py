@@ -243,7 +243,9 @@ def test_llama4_says_that_queries_are_scaled_before_the_call_where_they_are_not_
     assert model.kind("chunked").config.mask == masks.Chunked(8)
     assert model.kind("chunked").remarks == ()
     assert "attn_temperature_tuning" in model.kind("full").remarks[0]
-    assert read("llama4_text", attn_temperature_tuning=False).kind("full").remarks == ()
+    assert read("llama4_text", attn_temperature_tuning=4) == read("llama4_text", attn_temperature_tuning=True)
+    for off in (False, 0):
+        assert read("llama4_text", attn_temperature_tuning=off).kind("full").remarks == ()
     assert layers_of(read("llama4_text", attention_chunk_size=None)) == {"full 1": (0, 1, 2, 4, 5), "full 2": (3,)}
 
 
@@ -397,6 +399,47 @@ def test_a_window_that_no_layer_has_and_dropout_are_remarked():
     [said] = read("llama", attention_dropout=0.1).remarks
     assert said.startswith("attention_dropout = 0.1, dropout of training, is not in the kinds' configs")
     assert read("llama", attention_dropout=0.0).remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [
+        ("llama", {"layer_types": [SLIDING, FULL] * 3}),
+        ("mistral", {"layer_types": [FULL] * 6}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
+        ("gpt_oss", {"sliding_window_pattern": 4}),
+        ("gemma3n_text", {"use_bidirectional_attention": True, "num_kv_shared_layers": 0}),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}}),
+        ("llama", {"attention_chunk_size": 8192}),
+        ("minimax", {"attn_type_list": [0, 0, 0, 0, 0, 1]}),
+        ("llama", {"no_rope_layers": [1, 1, 1, 0, 1, 1]}),
+    ],
+)
+def test_a_key_about_attention_that_the_code_does_not_read_is_remarked(model_type, given):
+    (name, *_) = given
+    [said] = read(model_type, **given).remarks
+    assert said.startswith(f"{name} = ")
+    assert said.endswith(f"is not used: the code of {model_type} does not read it")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [
+        ("llama", {"layer_types": [FULL] * 6}),
+        ("jamba", {"layer_types": [LINEAR] * 4 + [FULL, LINEAR]}),
+        ("mistral", {"layer_types": [SLIDING] * 6}),
+        ("gemma3_text", {"attn_logit_softcapping": None, "sliding_window_pattern": 3}),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}),
+        ("llama4_text", {"no_rope_layers": [1, 1, 1, 0, 1, 1], "attention_chunk_size": 8}),
+        ("gemma", {"use_bidirectional_attention": False}),
+        (
+            "exaone4",
+            {"sliding_window_pattern": "LLLG", "layer_types": [SLIDING, SLIDING, SLIDING, FULL] + [SLIDING] * 2},
+        ),
+    ],
+)
+def test_a_key_that_is_read_or_says_nothing_else_is_not_remarked(model_type, given):
+    assert read(model_type, **given).remarks == ()
 
 
 def test_a_dropout_that_is_no_number_is_refused_by_its_name():

@@ -44,9 +44,12 @@ class Keys:
       given: the config's content.
       model_type: whose defaults replace absent keys.
       where: what errors name, e.g. the file.
+      read: of keys that these override, which are then read with them.
     """
 
-    def __init__(self, given: Mapping[str, Any], model_type: str, where: str) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], model_type: str, where: str, read: dict[str, None] | None = None
+    ) -> None:
         self._given = given
         self._model_type = model_type
         about = defaults().get(model_type, {})
@@ -54,7 +57,7 @@ class Keys:
         self._names: Mapping[str, str] = about.get("names", {})
         self._older: Mapping[str, str] = OLDER_NAMES.get(model_type, {})
         self.where = where
-        self.read: dict[str, None] = {}  # the keys that the config has and that were asked for, in order
+        self.read = {} if read is None else read  # the keys that the config has and that were asked for, in order
 
     def error(self, text: str) -> ConfigError:
         """Returns an error that names the config."""
@@ -81,7 +84,7 @@ class Keys:
             return self
         names = {alike for key in changed for alike in self._alike(key)}
         kept = {key: value for key, value in self._given.items() if key not in names}
-        return Keys({**kept, **changed}, self._model_type, self.where)
+        return Keys({**kept, **changed}, self._model_type, self.where, self.read)
 
     def _alike(self, name: str) -> tuple[str, ...]:
         """The names of one key: the model type's own first, then those that mean the same."""
