@@ -212,6 +212,14 @@ def test_falcon_scales_its_alibi_and_bloom_and_mpt_do_not():
     assert plain.rope
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "falcon"])
+def test_published_files_say_the_hidden_size_by_an_older_name(model_type):
+    assert only(model_type, n_embed=96, num_attention_heads=4).config.head_dim == 24
+    assert only(model_type, n_embed=96, hidden_size=96, num_attention_heads=4).config.head_dim == 24
+    with pytest.raises(ConfigError, match="hidden_size = 64 and n_embed = 96 contradict each other"):
+        only(model_type, n_embed=96, hidden_size=64, num_attention_heads=4)
+
+
 def test_falcon_counts_its_key_heads_by_its_architecture():
     sizes = {"hidden_size": 64, "num_attention_heads": 4}
     assert only("falcon", **sizes).config.kv_heads == 1
@@ -287,6 +295,8 @@ def test_a_text_config_must_be_an_object_of_a_known_type():
         read("llava", text_config=3)
     with pytest.raises(ConfigError, match="text_config: unknown model_type 'lama'; did you mean 'llama'"):
         read("llava", text_config={"model_type": "lama"})
+    with pytest.raises(ConfigError, match="text_config: model_type 'gemma3' is that of a whole .*, 'gemma3_text'"):
+        read("gemma3", text_config={"model_type": "gemma3"})
 
 
 def test_gemma_3s_images_see_each_other():

@@ -38,7 +38,13 @@ def test_qwen2_slides_from_max_window_layers_on_and_qwen2_moe_the_even_layers_be
     assert layers_of(read("qwen2_moe", **flags)) == {"sliding": (0, 2), "full": (1, 3, 4, 5)}
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen2_moe"])
+def test_every_layer_of_qwen3_moe_slides_where_its_flag_is_set():
+    model = read("qwen3_moe", use_sliding_window=True, max_window_layers=4, sliding_window=7)
+    assert layers_of(model) == {"sliding": (0, 1, 2, 3, 4, 5)}
+    assert model.kind("sliding").config.mask == masks.SlidingWindow(6, 0)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
 def test_a_window_of_qwen_slides_only_where_its_flag_is_set(model_type):
     model = read(model_type, sliding_window=7, max_window_layers=2, use_sliding_window=False)
     assert layers_of(model) == {"full": (0, 1, 2, 3, 4, 5)}
@@ -237,7 +243,9 @@ def test_llama4_says_that_queries_are_scaled_before_the_call_where_they_are_not_
     assert model.kind("chunked").config.mask == masks.Chunked(8)
     assert model.kind("chunked").remarks == ()
     assert "attn_temperature_tuning" in model.kind("full").remarks[0]
-    assert read("llama4_text", attn_temperature_tuning=False).kind("full").remarks == ()
+    assert read("llama4_text", attn_temperature_tuning=4) == read("llama4_text", attn_temperature_tuning=True)
+    for off in (False, 0):
+        assert read("llama4_text", attn_temperature_tuning=off).kind("full").remarks == ()
     assert layers_of(read("llama4_text", attention_chunk_size=None)) == {"full 1": (0, 1, 2, 4, 5), "full 2": (3,)}
 
 
@@ -391,6 +399,47 @@ def test_a_window_that_no_layer_has_and_dropout_are_remarked():
     [said] = read("llama", attention_dropout=0.1).remarks
     assert said.startswith("attention_dropout = 0.1, dropout of training, is not in the kinds' configs")
     assert read("llama", attention_dropout=0.0).remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [
+        ("llama", {"layer_types": [SLIDING, FULL] * 3}),
+        ("mistral", {"layer_types": [FULL] * 6}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
+        ("gpt_oss", {"sliding_window_pattern": 4}),
+        ("gemma3n_text", {"use_bidirectional_attention": True, "num_kv_shared_layers": 0}),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}}),
+        ("llama", {"attention_chunk_size": 8192}),
+        ("minimax", {"attn_type_list": [0, 0, 0, 0, 0, 1]}),
+        ("llama", {"no_rope_layers": [1, 1, 1, 0, 1, 1]}),
+    ],
+)
+def test_a_key_about_attention_that_the_code_does_not_read_is_remarked(model_type, given):
+    (name, *_) = given
+    [said] = read(model_type, **given).remarks
+    assert said.startswith(f"{name} = ")
+    assert said.endswith(f"is not used: the code of {model_type} does not read it")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [
+        ("llama", {"layer_types": [FULL] * 6}),
+        ("jamba", {"layer_types": [LINEAR] * 4 + [FULL, LINEAR]}),
+        ("mistral", {"layer_types": [SLIDING] * 6}),
+        ("gemma3_text", {"attn_logit_softcapping": None, "sliding_window_pattern": 3}),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}),
+        ("llama4_text", {"no_rope_layers": [1, 1, 1, 0, 1, 1], "attention_chunk_size": 8}),
+        ("gemma", {"use_bidirectional_attention": False}),
+        (
+            "exaone4",
+            {"sliding_window_pattern": "LLLG", "layer_types": [SLIDING, SLIDING, SLIDING, FULL] + [SLIDING] * 2},
+        ),
+    ],
+)
+def test_a_key_that_is_read_or_says_nothing_else_is_not_remarked(model_type, given):
+    assert read(model_type, **given).remarks == ()
 
 
 def test_a_dropout_that_is_no_number_is_refused_by_its_name():

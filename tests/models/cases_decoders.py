@@ -43,6 +43,8 @@ WINDOWS = [
     *(Case(name) for name in ["qwen2", "qwen3", "qwen2_moe"]),
     *(Case(name, {**FLAG, "max_window_layers": 2}) for name in ["qwen2", "qwen3", "qwen2_moe"]),
     Case("qwen2", {**FLAG, "sliding_window": None, "max_window_layers": 2}),
+    Case("qwen3_moe", FLAG),
+    Case("qwen3_moe", {**FLAG, "sliding_window": None}),
     Case("qwen2", {**FLAG, "layer_types": [SLIDING, FULL] * 3}),
     *(
         Case(name, {**FLAG, "max_window_layers": 4, "rope_parameters": {"mrope_section": [2, 3, 3], "rope_theta": 1e4}})

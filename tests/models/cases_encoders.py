@@ -225,6 +225,7 @@ WITH_BIASES = [
     # Its eager code adds the bias twice.
     Case("falcon", {"alibi": True}, products=True, bias=falcon_bias, implementation="sdpa"),
     Case("bloom", products=True, bias=made_bias, inputs=unpadded),
+    Case("bloom", {"hidden_size": 32, "n_embed": 32}, products=True, bias=made_bias, inputs=unpadded),
     Case("bloom", {"num_attention_heads": 8}, products=True, bias=made_bias, inputs=unpadded),
     Case("mpt", {"max_seq_len": 64}, products=True, bias=mpt_bias),
     Case("mpt", {"attn_config": {"softmax_scale": 0.4}}, products=True, bias=mpt_bias),

@@ -15,6 +15,13 @@ LARGEST = 2**20
 """Of layers, heads and dims: more is a mistake, and no model has it."""
 
 
+OLDER_NAMES: Mapping[str, Mapping[str, str]] = {
+    "bloom": {"hidden_size": "n_embed"},
+    "falcon": {"hidden_size": "n_embed"},
+}
+"""Names in published files that the code reads and `attribute_map` of its config lacks, by model type."""
+
+
 def brief(value: Any) -> str:
     """A value as it is written, cut where it is long."""
     text = repr(value)
@@ -37,16 +44,20 @@ class Keys:
       given: the config's content.
       model_type: whose defaults replace absent keys.
       where: what errors name, e.g. the file.
+      read: of keys that these override, which are then read with them.
     """
 
-    def __init__(self, given: Mapping[str, Any], model_type: str, where: str) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], model_type: str, where: str, read: dict[str, None] | None = None
+    ) -> None:
         self._given = given
         self._model_type = model_type
         about = defaults().get(model_type, {})
         self._defaults: Mapping[str, Any] = about.get("defaults", {})
         self._names: Mapping[str, str] = about.get("names", {})
+        self._older: Mapping[str, str] = OLDER_NAMES.get(model_type, {})
         self.where = where
-        self.read: dict[str, None] = {}  # the keys that the config has and that were asked for, in order
+        self.read = {} if read is None else read  # the keys that the config has and that were asked for, in order
 
     def error(self, text: str) -> ConfigError:
         """Returns an error that names the config."""
@@ -73,12 +84,13 @@ class Keys:
             return self
         names = {alike for key in changed for alike in self._alike(key)}
         kept = {key: value for key, value in self._given.items() if key not in names}
-        return Keys({**kept, **changed}, self._model_type, self.where)
+        return Keys({**kept, **changed}, self._model_type, self.where, self.read)
 
     def _alike(self, name: str) -> tuple[str, ...]:
         """The names of one key: the model type's own first, then those that mean the same."""
         own = self._names.get(name, name)
-        return (own, *(common for common, meant in self._names.items() if meant == own))
+        common = (common for common, meant in self._names.items() if meant == own)
+        return (own, *common, *(older for key, older in self._older.items() if key == own))
 
     def _written(self, name: str) -> list[str]:
         return [alike for alike in self._alike(name) if alike in self._given]

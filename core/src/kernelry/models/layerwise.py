@@ -138,5 +138,11 @@ def heads_of_experts(keys: Keys, word: str, layer: int) -> Mapping[str, Any]:
 def on_layers_without_rope(
     rope: Callable[[Keys, str, int], bool], flag: str, text: str
 ) -> Callable[..., tuple[str, ...]]:
-    """A remark on the layers without rotary embeddings, where a flag is set."""
-    return lambda keys, word, layer: (text,) if keys.flag(flag) and not rope(keys, word, layer) else ()
+    """A remark on the layers without rotary embeddings, where a flag is set; the first files have a number as the flag."""
+
+    def remarks(keys: Keys, word: str, layer: int) -> tuple[str, ...]:
+        value = keys.get(flag)
+        is_set = bool(value) if type(value) is int else keys.flag(flag)
+        return (text,) if is_set and not rope(keys, word, layer) else ()
+
+    return remarks

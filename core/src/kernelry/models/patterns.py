@@ -70,9 +70,14 @@ def said(keys: Keys, count: int) -> tuple[str, ...]:
     raise keys.error(f"{keys.named('layer_types')} is missing, and its model type has no default.")
 
 
-def windowed(key: str) -> Layers:
-    """Every layer slides where a window is set, else none."""
-    return lambda keys, count: (FULL if keys.get(key) is None else SLIDING,) * count
+def windowed(key: str, flag: str | None = None) -> Layers:
+    """Every layer slides where a window is set and, if there is one, a flag; else none."""
+
+    def layers(keys: Keys, count: int) -> tuple[str, ...]:
+        slides = keys.get(key) is not None and (flag is None or keys.flag(flag))
+        return (SLIDING if slides else FULL,) * count
+
+    return layers
 
 
 def every(number: int, key: str | None = None, *, window: str | None = None, other: str = SLIDING) -> Layers:

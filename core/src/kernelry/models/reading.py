@@ -93,12 +93,44 @@ def from_huggingface(source: str | Path | Mapping[str, Any] | Any) -> Model:
         why = others[0].why if others else "it has none"
         by = f" (read from {', '.join(keys.read)})" if keys.read else ""
         raise ConfigError(f"{where}: model_type {model_type!r} has no layer that a config describes: {why}{by}.")
-    first = families()[model_type][0]
-    remarks = tuple(_unused(keys, first, kinds))
+    first = dataclasses.replace(families()[model_type][0], **changes)
+    remarks = (*_unread(keys, first, model_type, kinds), *_unused(keys, first, kinds))
     return Model(outer, kinds, others, source=name, facts=f"transformers {first.version}", remarks=remarks)
 
 
 _DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout", "attention_dropout_rate")
+
+
+_ABOUT_ATTENTION = (
+    "attn_logit_softcapping",
+    "use_bidirectional_attention",
+    "attention_chunk_size",
+    "dual_chunk_attention_config",
+    "sliding_window_pattern",
+    "no_rope_layers",
+    "attn_type_list",
+)
+"""Keys that change attention where they are read."""
+
+
+def _unread(keys: Keys, family: Family, model_type: str, kinds: Iterable[LayerKind]) -> Iterator[str]:
+    """Yields what the config says of attention and the code of its model type does not read."""
+    for name in ("layer_types", *_ABOUT_ATTENTION):
+        written = keys.named(name)
+        if written in keys.read or not keys.has(name) or not (value := keys.get(name)):
+            continue
+        if name == "sliding_window_pattern" and keys.says("layer_types"):
+            continue  # the list was made by it
+        if name == "layer_types" and _names_in(keys) <= {word for kind in kinds for word in kind.name.split()}:
+            continue
+        if name == "use_bidirectional_attention" and isinstance(family.causal, bool):
+            continue  # the whole model says what its tokens see, whatever its text_config says
+        yield f"{written} = {brief(value)} is not used: the code of {model_type} does not read it"
+
+
+def _names_in(keys: Keys) -> set[str]:
+    """The names of kinds that `layer_types` means."""
+    return {_KINDS[word] for word in keys.items("layer_types", str) or () if word in _KINDS}
 
 
 def _unused(keys: Keys, family: Family, kinds: Iterable[LayerKind]) -> Iterator[str]:
@@ -154,6 +186,9 @@ def _text_config(given: Mapping[str, Any], outer: str, inner: str, name: str) ->
 
 
 def _unknown(model_type: Any) -> str:
+    if isinstance(model_type, str) and model_type in text_families():
+        inner, _ = text_families()[model_type]
+        return f"model_type {model_type!r} is that of a whole multimodal model; that of its text is, e.g., {inner!r}."
     known = sorted({*families(), *text_families()})
     hint = nearest(str(model_type)[:80], known, listed=False) or f", which is none of the {len(known)} that are known."
     return (

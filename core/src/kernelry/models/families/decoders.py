@@ -9,7 +9,7 @@ from kernelry.models.patterns import CHUNKED, FULL, SLIDING
 _PLAIN = (
     "llama apertus apertus1p5_text arcee aria_text bitnet cohere csm ernie4_5 ernie4_5_moe exaone flex_olmo glm glm4 "
     "glm4_moe helium higgs_audio_v2 hunyuan_v1_dense hunyuan_v1_moe hy_v3 internlm3 iquestcoder jais2 minimax_m2 "
-    "molmo2_text moshi nanochat nemotron olmo olmo2 olmoe phi qwen3_moe qwen3_vl_moe_text qwen3_vl_text sarvam_moe "
+    "molmo2_text moshi nanochat nemotron olmo olmo2 olmoe phi qwen3_vl_moe_text qwen3_vl_text sarvam_moe "
     "seed_oss solar_open stablelm"
 )
 """Every layer is full, also where a window is set, as in Moshi's configs."""
@@ -63,6 +63,7 @@ DECODERS: Rows = {
             resized=rules.only_where("use_sliding_window"),
         ),
     ),
+    "qwen3_moe": (decoder(layers=patterns.windowed("sliding_window", flag="use_sliding_window"), layer_types=None),),
     "dots1": (decoder(layers=patterns.from_layer(None, "max_window_layers")),),
     "mellum": (decoder(),),
     "laguna": (decoder(own=layerwise.listed_heads),),
