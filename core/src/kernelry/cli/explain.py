@@ -99,6 +99,11 @@ class RequestOptions:
         given = [name for name, value in alone.items() if value is not None]
         if given:
             raise typer.BadParameter(f"{', '.join(given)} with --model: the model says what its calls request")
+        if self.kv_len is not None and self.kv_len < self.q_len:
+            raise typer.BadParameter(
+                f"--kv-len {self.kv_len} with --model: a cache of {self.kv_len} slots cannot hold the prompt, "
+                f"--q-len {self.q_len} tokens"
+            )
         paged = CacheKind.CONTIGUOUS if self.page_size is None else CacheKind.PAGED
         return ModelShape(
             q_len=self.q_len,
@@ -140,7 +145,7 @@ def explain(
     has none.
     """
     files = options.LayerFiles(options.ConfigFiles(config, maxtext, ignore), model, layer_kind)
-    targets = [Target.parse(name) for name in target or ()] or [home_target()]
+    targets = list(dict.fromkeys(map(Target.parse, target or ()))) or [home_target()]
     if model is not None:
         mode = None if asked.mode is None else Mode.parse(asked.mode)
         whole = files.read_model()
