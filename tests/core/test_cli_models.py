@@ -554,3 +554,17 @@ def test_options_of_a_layer_in_a_config_for_a_models_file_of_maxtext_are_a_warni
         warnings.simplefilter("default")
         err = run("explain", "--model", "gemma.yml", "--config", "capped.toml", "--target", "cpu")[2]
     assert err == "warning: capped.toml: not read, because the model says what its layers are: soft_cap.\n"
+
+
+@pytest.mark.parametrize("verb", [("explain",), LOCK, ("check", "--target", "gpu:h100")])
+@pytest.mark.parametrize("files", [("--model", "m.yml"), ("--maxtext", "m.yml")])
+def test_axes_without_sizes_name_the_option_that_says_them(run, folder, verb, files):
+    (folder / "m.yml").write_text("mesh_axes: [data, tensor]\nici_data_parallelism: -1\n")
+    status, _, err = run(*verb, *files)
+    assert status == 2
+    assert (
+        "the size of axis 'data' is not said; write e.g. data:8. Pass such a text as --sharding; --sharding ''" in err
+    )
+    if verb == ("explain",):
+        assert run(*verb, *files, "--target", "cpu", "--sharding", "")[0] == 0
+        assert run(*verb, *files, "--target", "cpu", "--sharding", "batch=data:2", "--batch", 2)[0] == 0

@@ -18,7 +18,7 @@ import typer
 from kernelry.config.layer import HEADS, AttentionConfig
 from kernelry.config.loading import load_config, read_maxtext
 from kernelry.config.maxtext import Caller
-from kernelry.errors import ConfigError, sentence
+from kernelry.errors import ArgumentError, ConfigError, sentence
 from kernelry.kernel.refusal import RefusalCode
 from kernelry.models.model import LayerKind, Model, config_of
 from kernelry.models.named import model_from
@@ -59,6 +59,25 @@ Shards = Annotated[
         "e.g. 'batch=d:4 heads=t:2 sequence=c:8 ring dual'; default: the config's, or one device, which '' is, too.",
     ),
 ]
+
+
+def check_axes(config: AttentionConfig, given: str | None) -> None:
+    """Checks that a config that cuts calls over a mesh says the sizes of its axes, as MaxText's base.yml does not.
+
+    Args:
+      config: the config.
+      given: what --sharding says instead; None where it was not given.
+
+    Raises:
+      ArgumentError: it does not.
+    """
+    if given is not None or config.sharding is None:
+        return
+    try:
+        config.sharding.located  # noqa: B018  # it checks
+    except ArgumentError as error:
+        where = f"{config.source}: {error}"
+        raise ArgumentError(f"{where} Pass such a text as --sharding; --sharding '' is one device.") from error
 
 
 @final
@@ -301,6 +320,7 @@ class ModelOptions:
 
     def shapes(self, layer: Layer) -> tuple[ModelShape, ...]:
         """A shape for every batch, cache and mask; heads that the layer has are left to it."""
+        check_axes(config_of(layer), self.sharding)
         heads = Heads(self.heads, self.kv_heads, self.head_dim, self.value_dim).left_open_by(config_of(layer))
         two_part = (CacheShape(CacheKind.TWO_PART),) if self.two_part else ()
         caches = (*map(CacheShape.parse, self.cache or ()), *two_part) or (CacheShape(),)
