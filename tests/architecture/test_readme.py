@@ -163,6 +163,12 @@ def test_the_resolution_shown_is_the_one_printed(tmp_path):
     assert _blocks("text")[0] == done.stdout, done.stdout + done.stderr
 
 
+def test_the_model_is_the_one_printed(capsys):
+    page = PAGES["models.md"]
+    exec(compile(_blocks("python", page)[0], "models.md", "exec"), {})
+    assert _blocks("text", page)[0] == capsys.readouterr().out
+
+
 def test_the_table_of_a_model_is_the_one_printed(tmp_path):
     page = PAGES["models.md"]
     _, *arguments = _blocks("", page)[0].split()
