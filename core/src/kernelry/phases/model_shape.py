@@ -94,6 +94,7 @@ class ModelShape:
     Args:
       q_len: T, the length of a training sequence and of a prompt.
       max_len: S, the slots of the cache that a decode step reads.
+      encoder_len: S of cross attention, the tokens of the encoder; None is q_len.
       batch: B.
       q_heads, kv_heads, head_dim, value_dim: N, K, H and D; None means the config's, else 1, N, 64 and H.
       dtype: the dtype of query, key and value, and of a cache that is not quantised.
@@ -123,6 +124,7 @@ class ModelShape:
     cache: CacheShape | str = CacheShape()
     mask: Mask | str = "config"
     sharding: Sharding | str | None = None
+    encoder_len: int | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -192,6 +194,8 @@ class ModelShape:
         if not isinstance(self.mask, str):
             raise ArgumentError(f"mask={self.mask!r} cannot be written as JSON; pass an expression, e.g. 'segments'.")
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.encoder_len is None:
+            del data["encoder_len"]  # as in lock files that were written before there was such a size
         return {**data, "cache": str(self.cache)}
 
 
