@@ -568,3 +568,14 @@ def test_axes_without_sizes_name_the_option_that_says_them(run, folder, verb, fi
     if verb == ("explain",):
         assert run(*verb, *files, "--target", "cpu", "--sharding", "")[0] == 0
         assert run(*verb, *files, "--target", "cpu", "--sharding", "batch=data:2", "--batch", 2)[0] == 0
+
+
+def test_the_length_of_an_encoder_is_for_models(run, folder):
+    (folder / "whisper.json").write_text('{"model_type": "whisper", "encoder_layers": 1, "decoder_layers": 1}')
+    status, out, _ = run("explain", "--model", "whisper.json", "--q-len", 448, "--encoder-len", 1500, "--target", "cpu")
+    assert status == 0
+    assert "S=1500 in cross attention" in out
+    status, _, err = run("explain", "--encoder-len", 1500)
+    assert (status, "--encoder-len is for a model, named with --model" in err) == (2, True)
+    status, _, err = run("lock", "c.toml", "--encoder-len", 1500)
+    assert (status, "--encoder-len is for a model, named with --model" in err) == (2, True)

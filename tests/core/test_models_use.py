@@ -16,7 +16,7 @@ from kernelry import ModelShape, masks, resolve_phases
 from kernelry.config import AttentionConfig, MoBA
 from kernelry.errors import ArgumentError, ConfigError, ShapeError
 from kernelry.flax import AttentionOp, CachedPart, Tokens, attention_fn, attention_op_as_linen
-from kernelry.models import LayerKind, Model, OtherLayers
+from kernelry.models import LayerKind, Model, OtherLayers, from_huggingface
 from kernelry.phases.resolving import ModelPhases, Phases
 from kernelry.request.request import Mode
 
@@ -103,7 +103,8 @@ def test_an_encoder_has_no_decode_and_no_cache(options):
 
 
 def test_cross_attention_decodes_over_the_keys_of_the_encoder():
-    found = resolve_phases(encoder("cross"), dataclasses.replace(SHAPE, cache="paged:16"), target="cpu", changes=False)
+    shape = dataclasses.replace(SHAPE, cache="paged:16", encoder_len=48)
+    found = resolve_phases(encoder("cross"), shape, target="cpu", changes=False)
     assert (found.decode.request.q_len, found.decode.request.kv_len, found.decode.request.page_size) == (1, 48, None)
     assert found.disagreements == ()
     assert found.remarks == ()
@@ -354,3 +355,23 @@ def test_a_layer_in_an_nnx_module_equals_its_op():
     bound = functools.partial(attention_fn, layer=SLIDING)
     by_hand = functools.partial(attention_fn, layer_mask=masks.SlidingWindow(7), soft_cap=30.0)
     np.testing.assert_array_equal(module(bound), module(by_hand))
+
+
+def test_cross_attention_reads_the_keys_of_the_encoder_in_every_phase():
+    model = from_huggingface({"model_type": "whisper", "encoder_layers": 1, "decoder_layers": 1})
+    shape = ModelShape(q_len=448, max_len=896, encoder_len=1500, cache="two-part")
+    found = resolve_phases(model, shape, target="cpu")["cross"]
+    asked = [found.train.request, found.prefill.request, found.decode.request]
+    assert [(request.q_len, request.kv_len) for request in asked] == [(448, 1500), (448, 1500), (1, 1500)]
+    own = resolve_phases(model, shape, target="cpu")["decoder full"]
+    assert own.train.request.kv_len == 448
+    alike = resolve_phases(model, dataclasses.replace(shape, encoder_len=None), target="cpu")["cross"]
+    assert alike.train.request.kv_len == 448
+
+
+def test_the_length_of_an_encoder_is_checked_and_written_only_where_it_is_given():
+    with pytest.raises(ArgumentError, match="encoder_len must be an integer from 1 to"):
+        ModelShape(q_len=4, max_len=4, encoder_len=0)
+    shape = ModelShape(q_len=4, max_len=4, encoder_len=9)
+    assert ModelShape(**shape.to_json()) == shape
+    assert "encoder_len" not in ModelShape(q_len=4, max_len=4).to_json()

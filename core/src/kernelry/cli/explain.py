@@ -73,6 +73,7 @@ class RequestOptions:
         str | None, typer.Option(help="what a kernel does across devices itself, e.g. ring:context:4.")
     ] = None
     sharding: options.Shards = None
+    encoder_len: options.EncoderLength = None
     partial: Annotated[bool, typer.Option("--partial", help="return a Partial, with statistics.")] = False
 
     @property
@@ -115,6 +116,7 @@ class RequestOptions:
             cache=CacheShape(paged, self.page_size, self.kv_quantization),
             mask="config" if self.mask is None else self.mask,
             sharding=self.sharding,
+            encoder_len=self.encoder_len,
         )
 
 
@@ -154,6 +156,7 @@ def explain(
         found = models.ModelTable.of(whole, kinds, asked.shape_for, targets, mode=mode, kernel=kernel)
         show(as_json, found.to_json(), found.parts())
         raise typer.Exit(0 if found.is_served else 2)
+    options.check_encoder(asked.encoder_len, model)
     if layer_kind:
         files.read()  # which says that there is no model
     read = files.files.read() if files.files else None

@@ -175,6 +175,8 @@ class ModelTable:
 
 def _sizes(shape: ModelShape) -> str:
     said = [f"B={shape.batch} T={shape.q_len} S={shape.max_len} dtype={shape.dtype}"]
+    if shape.encoder_len is not None:
+        said.append(f"S={shape.encoder_len} in cross attention")
     if str(shape.cache) != "contiguous":
         said.append(f"cache={shape.cache}")
     if shape.mask != "config":

@@ -80,6 +80,12 @@ def check_axes(config: AttentionConfig, given: str | None) -> None:
         raise ArgumentError(f"{where} Pass such a text as --sharding; --sharding '' is one device.") from error
 
 
+EncoderLength = Annotated[
+    int | None,
+    typer.Option("--encoder-len", min=1, help="S of a model's cross attention, tokens of its encoder; default T."),
+]
+
+
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConfigFiles:
@@ -312,6 +318,7 @@ class ModelOptions:
         ),
     ] = None
     sharding: Shards = None
+    encoder_len: EncoderLength = None
 
     @property
     def files(self) -> LayerFiles:
@@ -321,6 +328,7 @@ class ModelOptions:
     def shapes(self, layer: Layer) -> tuple[ModelShape, ...]:
         """A shape for every batch, cache and mask; heads that the layer has are left to it."""
         check_axes(config_of(layer), self.sharding)
+        check_encoder(self.encoder_len, self.model)
         heads = Heads(self.heads, self.kv_heads, self.head_dim, self.value_dim).left_open_by(config_of(layer))
         two_part = (CacheShape(CacheKind.TWO_PART),) if self.two_part else ()
         caches = (*map(CacheShape.parse, self.cache or ()), *two_part) or (CacheShape(),)
@@ -334,9 +342,16 @@ class ModelOptions:
                 cache=cache,
                 mask=mask,
                 sharding=self.sharding,
+                encoder_len=self.encoder_len,
             )
             for batch, cache, mask in itertools.product(self.batch or [1], caches, self.mask or ["config"])
         )
+
+
+def check_encoder(encoder_len: int | None, model: str | None) -> None:
+    """Raises BadParameter for the length of an encoder without a model, which alone has cross attention."""
+    if encoder_len is not None and model is None:
+        raise typer.BadParameter("--encoder-len is for a model, named with --model")
 
 
 _Options = TypeVar("_Options")

@@ -54,16 +54,17 @@ def calls(layer: AttentionConfig | LayerKind, shape: ModelShape, target: Target)
 
     Prefill attends to the prompt itself, or reads it from the cache it was just written to. A decode step is at any
     position of a partly filled cache. Layers that do not decode have no cache, and the keys of cross attention are one
-    array, which does not grow.
+    array of the encoder's length, which does not grow.
 
     Raises:
       ArgumentError: the layer is neither a config nor a kind of layers, or the shape does not fit it.
     """
     config = config_of(layer)
     shape = shape.of(config)
-    extent = shape.prompt
+    kv_len = (shape.encoder_len or shape.q_len) if is_cross(layer) else shape.q_len
+    extent = dataclasses.replace(shape.prompt, kv_len=kv_len)
     prompt = _with_blocks(config, _prompt_mask(config, shape.mask, extent), extent)
-    key, value = _plain(shape, shape.q_len, None)
+    key, value = _plain(shape, kv_len, None)
     make = functools.partial(_call, config, shape, target)
     train = make("train", Mode.TRAIN, prompt, key, value)
     itself = make("prefill", Mode.PREFILL, prompt, key, value)
@@ -71,7 +72,8 @@ def calls(layer: AttentionConfig | LayerKind, shape: ModelShape, target: Target)
         return train, itself
     kind = CacheShape.parse(shape.cache).kind
     if kind is CacheKind.CONTIGUOUS or is_cross(layer):
-        return train, itself, _contiguous_step(config, shape, make)
+        slots = kv_len if is_cross(layer) else shape.max_len
+        return train, itself, _contiguous_step(config, shape, slots, make)
     # A rolling cache keeps only the end of a prompt.
     read = () if kind is CacheKind.ROLLING else _from_cache(config, shape, make, Mode.PREFILL, "prefill from the cache")
     prefill = (*read, itself) if kind is CacheKind.TWO_PART else (itself, *read)
@@ -121,10 +123,12 @@ def mask_of(config: AttentionConfig, mode: Mode, extent: Extent) -> Mask:
     return _with_blocks(config, mask, extent) & Lengths(filled(extent.kv_len, (extent.batch,)))
 
 
-def _contiguous_step(config: AttentionConfig, shape: ModelShape, make: Callable[..., PhaseCall]) -> PhaseCall:
-    mask = mask_of(config, Mode.DECODE, dataclasses.replace(shape.prompt, q_len=1, kv_len=shape.max_len))
+def _contiguous_step(
+    config: AttentionConfig, shape: ModelShape, slots: int, make: Callable[..., PhaseCall]
+) -> PhaseCall:
+    mask = mask_of(config, Mode.DECODE, dataclasses.replace(shape.prompt, q_len=1, kv_len=slots))
     storage = CacheShape.parse(shape.cache).storage
-    return make("decode", Mode.DECODE, mask, *_plain(shape, shape.max_len, storage))
+    return make("decode", Mode.DECODE, mask, *_plain(shape, slots, storage))
 
 
 def _anywhere() -> jax.Array:

@@ -200,9 +200,9 @@ class ModelShape:
 
 
 def _check_sizes(shape: ModelShape) -> None:
-    for name in ("q_len", "max_len", "batch", "q_heads", "kv_heads", "head_dim", "value_dim"):
+    for name in ("q_len", "max_len", "batch", *HEADS, "encoder_len"):
         size = getattr(shape, name)
-        if size is None and name in HEADS:
+        if size is None and name in (*HEADS, "encoder_len"):
             continue
         if type(size) is not int or not 1 <= size <= LARGEST_SIZE:
             raise ArgumentError(f"{name} must be an integer from 1 to {LARGEST_SIZE}, got {shown(size)}.")
@@ -213,7 +213,7 @@ def _check_sizes(shape: ModelShape) -> None:
 def _check_arrays(shape: ModelShape, cache: CacheShape) -> None:
     """Refuses sizes that are possible one by one, but whose arrays would be too large."""
     page = cache.page_size or 1
-    slots = -(-shape.max_len // page) * page
+    slots = max(-(-shape.max_len // page) * page, shape.encoder_len or 0)
     q_heads, kv_heads, head_dim, value_dim = shape.heads
     largest = shape.batch * max(slots * kv_heads, shape.q_len * q_heads) * max(head_dim, value_dim)
     if largest > _LARGEST_ARRAY:
