@@ -20,7 +20,7 @@ LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
 .PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
-	test-models models-environment conformance lint format benchmark benchmark-decode \
+	test-models models-environment model-defaults conformance lint format benchmark benchmark-decode \
 	benchmark-peers wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
@@ -129,7 +129,7 @@ MAXTEXT_NEEDS := maxtext==0.2.5 tokamax qwix aqtp jaxtyping immutabledict pathwa
 test-maxtext:
 	$(MAXTEXT_PYTHON) -m venv .venv-maxtext
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product -e ./plugins/tpu_splash \
-		"jax==0.12.0.1" omegaconf $(TEST_NEEDS)
+		-e ./plugins/gpu_pallas -e ./plugins/cudnn_te "jax==0.12.0.1" omegaconf $(TEST_NEEDS)
 	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
 	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py \
 		tests/core/test_models_maxtext.py $(ARGS)
@@ -156,14 +156,21 @@ test-aot-gpu: aot-environment
 MODELS_VENV ?= .venv-models
 MODELS_NEEDS := "transformers==5.24.0" "torch==2.13.0" "onnx==1.23.2" "onnxruntime==1.32.0" "keras==3.15.1" "mlx[cpu]==0.32.4"
 
-models-environment:
+$(MODELS_VENV)/.installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(MODELS_VENV)
 	$(MODELS_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product \
 		-e "./plugins/tpu_splash[tokamax]" $(MODELS_NEEDS) $(TEST_NEEDS)
+	touch $@
+
+models-environment: $(MODELS_VENV)/.installed
 
 test-models: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 test-models: models-environment
 	$(MODELS_VENV)/bin/python -m pytest -n 2 --dist loadgroup -p no:randomly -m models tests/models $(ARGS)
+
+# After a change of the keys that kernelry.models reads, or of the release of transformers.
+model-defaults: models-environment
+	$(MODELS_VENV)/bin/python tests/models/model_defaults.py
 
 lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .

@@ -104,7 +104,8 @@ PRINTS = {
 
 
 def _blocks(language, text=README):
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for its_language, block in found if its_language == language]
 
 
 def _printed_pages():
@@ -162,6 +163,12 @@ def test_the_resolution_shown_is_the_one_printed(tmp_path):
     assert _blocks("text")[0] == done.stdout, done.stdout + done.stderr
 
 
+def test_the_model_is_the_one_printed(capsys):
+    page = PAGES["models.md"]
+    exec(compile(_blocks("python", page)[0], "models.md", "exec"), {})
+    assert _blocks("text", page)[0] == capsys.readouterr().out
+
+
 def test_the_table_of_a_model_is_the_one_printed(tmp_path):
     page = PAGES["models.md"]
     _, *arguments = _blocks("", page)[0].split()
@@ -170,7 +177,8 @@ def test_the_table_of_a_model_is_the_one_printed(tmp_path):
     command = [sys.executable, "-c", "from kernelry.cli import main; main()", *arguments]
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
     printed = "\n".join(line.rstrip() for line in done.stdout.splitlines())
-    assert _blocks("text", page)[0].strip() == printed, done.stdout + done.stderr
+    [table] = [block for block in _blocks("text", page) if "┏" in block]
+    assert table.strip() == printed, done.stdout + done.stderr
 
 
 def test_the_mask_shown_is_the_one_drawn():

@@ -290,7 +290,8 @@ def test_what_is_said_of_maxtext_files_is_for_the_command_line(run, config):
         "brand_new: 1": "Pass --ignore brand_new if they are not about attention.",
         "reshape_q: true\nforce_q_layout: true": "Pass --ignore reshape_q --ignore force_q_layout to leave them out.",
         "sliding_window_size: 8": "One more --maxtext FILE with attention_type: local_sliding builds the config "
-        "of such a layer. If Causal() is right for this layer, pass --ignore sliding_window_size.",
+        "of such a layer, and --model FILE, in place of the model's --maxtext FILE, describes all layers. If "
+        "Causal() is right for this layer, pass --ignore sliding_window_size.",
     }
     for content, words in wrong.items():
         (config / "base.yml").write_text(f"attention: dot_product\n{content}\n")

@@ -74,8 +74,8 @@ def test_a_model_is_a_table_of_kinds_phases_and_targets(run):
     assert "B=1 T=64 S=64 dtype=bfloat16\n" in out
     facts, phases, cpu, gpu = zip(*cells_of(out), strict=True)
     assert facts == (
-        *("sliding: layers 0, 2, 4", "window(7, 0)", "N=4 K=2 H=32", "scale=0.125 soft_cap=50"),
-        *("full: layers 1, 3, 5", "causal", "N=4 K=2 H=32", "scale=0.125 soft_cap=50"),
+        *("sliding: layers 0, 2, 4", "window(7, 0)", "N=4 K=2 H=32", "scale=0.125, soft_cap=50"),
+        *("full: layers 1, 3, 5", "causal", "N=4 K=2 H=32", "scale=0.125, soft_cap=50"),
     )
     assert phases == ("train", "prefill", "decode", "") * 2
     assert cpu == ("dot_product", "dot_product", "dot_product", "") * 2
@@ -116,7 +116,7 @@ def test_a_kind_a_target_and_a_mode_are_explained_in_full(run):
     one = ("--layer-kind", "sliding", "--target", "cpu", "--mode", "decode")
     status, out, _ = run("explain", "--model", "config.json", *one, "--q-len", 64, "--kv-len", 96)
     assert status == 0
-    assert "decode of sliding: layers 0, 2, 4: mask=window(7, 0), scale=0.125, soft_cap=50.0" in out
+    assert "decode of sliding: layers 0, 2, 4: mask=window(7, 0), scale=0.125, soft_cap=50, " in out
     assert "mode=decode B=1 T=1 S=96 N=4 K=2 H=32 dtype=bfloat16 mask=lengths & window(7, 0) at query=traced" in out
     assert "from config.json: sliding: mask=lengths & window(7, 0) at query=traced soft_cap=50.0 scale=0.125" in out
     assert "decided by: shipped policy" in out
@@ -261,7 +261,10 @@ def test_heads_that_the_model_has_may_be_given(run):
         (("lock", "c.toml", "--layer-kind", "full"), "--layer-kind is for a model, named with --model"),
         (("explain", "--model", "config.json", "--soft-cap", "3"), "--soft-cap with --model: the model says what"),
         (("explain", "--model", "config.json", "--partial", "--no-sinks"), "--partial, --sinks with --model"),
-        (("explain", "--model", "config.json", "--kv-len", "8"), "max_len=8 slots cannot hold the prompt"),
+        (
+            ("explain", "--model", "config.json", "--kv-len", "8"),
+            "--kv-len 8 with --model: a cache of 8 slots cannot hold the prompt",
+        ),
         (("explain", "--model", "config.json", "--mode", "trian"), "did you mean 'train'"),
         (("explain", "--model", "c.toml"), "c.toml is not valid JSON"),
         (("explain", "--model", "config.json", "--target", "gpu:h10"), "did you mean 'h100'"),
@@ -485,3 +488,83 @@ def test_a_models_file_of_maxtext_with_a_config_that_chooses(run, folder):
     status, out, _ = run("explain", "--model", "llama.yml", "--config", "c.toml", "--target", "cpu")
     assert status == 0
     assert "blockwise" in out
+
+
+FULL_ALONE = {**GEMMA, "layer_types": ["full_attention"] * 6}
+
+
+def test_lock_check_finds_a_kind_that_a_model_no_longer_has(run, folder):
+    run(*LOCK, "--model", ".")
+    (folder / "config.json").write_text(json.dumps(FULL_ALONE))
+    status, out, _ = run("lock", "--check", "--model", "config.json")
+    assert status == 1
+    assert out.startswith("config.json: sliding: there are no such layers any more, and kernelry.lock.json has 3 ")
+    assert "run kernelry lock --model config.json again" in out
+    assert "not checked" not in out
+    data = json.loads(run("lock", "--check", "--model", "config.json", "--json")[1])
+    assert (len(data["differences"]), data["checked"], data["not_checked"]) == (1, 3, [])
+
+
+def test_lock_leaves_out_a_kind_that_a_model_no_longer_has(run, folder):
+    run(*LOCK, "--model", ".")
+    run(*LOCK, "--model", "llama-3-8b")
+    (folder / "config.json").write_text(json.dumps(FULL_ALONE))
+    run(*LOCK, "--model", ".", "--layer-kind", "full")
+    assert len(Lock.read("kernelry.lock.json").entries) == 9  # one kind alone says nothing of the others
+    out = run(*LOCK, "--model", ".")[1]
+    assert "3 other resolutions of kernelry.lock.json were kept." in out
+    assert run("lock", "--check", "--model", ".")[0] == run("lock", "--check", "--model", "llama-3-8b")[0] == 0
+    assert len(Lock.read("kernelry.lock.json").entries) == 6
+
+
+def test_a_target_is_one_column_however_often_it_is_named(run):
+    data = json.loads(run("explain", "--model", "config.json", *TARGETS, "--target", "cpu", "--json")[1])
+    assert [list(row["targets"]) for row in data["rows"]] == [["cpu", "gpu:h100"]] * 6
+    out = run("explain", "--model", "config.json", *TARGETS, *TARGETS)[1]
+    assert next(line for line in out.splitlines() if "┃" in line).count("┃") == 5
+
+
+def test_slots_that_do_not_hold_the_prompt_are_named_as_the_option_is(run):
+    status, _, err = run("explain", "--model", "config.json", "--q-len", 64, "--kv-len", 32)
+    assert status == 2
+    assert "--kv-len 32 with --model: a cache of 32 slots cannot hold the prompt, --q-len 64 tokens" in err
+
+
+MAXTEXT = "decoder_block: gemma2\nbase_num_decoder_layers: 2\nsliding_window_size: 128\nfoo: 1\nscan_layers: false\n"
+
+
+def test_messages_about_a_models_file_of_maxtext_are_the_commands(run, folder):
+    (folder / "base.yml").write_text("attention: autoselected\n")
+    (folder / "gemma.yml").write_text(MAXTEXT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, out, err = run("explain", "--model", "gemma.yml", "--maxtext", "base.yml", "--target", "cpu")
+    assert status == 0
+    assert out.startswith("base.yml + gemma.yml: gemma2, 4 layers;")
+    assert "base.yml + gemma.yml: Unknown MaxText options that are not read: 'foo'. Pass --ignore foo if" in err
+    assert run("explain", "--model", "gemma.yml", "--target", "cpu", "--ignore", "foo")[1].startswith(
+        "gemma.yml: gemma2"
+    )
+
+
+def test_options_of_a_layer_in_a_config_for_a_models_file_of_maxtext_are_a_warning(run, folder):
+    (folder / "gemma.yml").write_text(MAXTEXT.replace("foo: 1\n", ""))
+    (folder / "capped.toml").write_text("[attention]\nsoft_cap = 30.0\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        err = run("explain", "--model", "gemma.yml", "--config", "capped.toml", "--target", "cpu")[2]
+    assert err == "warning: capped.toml: not read, because the model says what its layers are: soft_cap.\n"
+
+
+@pytest.mark.parametrize("verb", [("explain",), LOCK, ("check", "--target", "gpu:h100")])
+@pytest.mark.parametrize("files", [("--model", "m.yml"), ("--maxtext", "m.yml")])
+def test_axes_without_sizes_name_the_option_that_says_them(run, folder, verb, files):
+    (folder / "m.yml").write_text("mesh_axes: [data, tensor]\nici_data_parallelism: -1\n")
+    status, _, err = run(*verb, *files)
+    assert status == 2
+    assert (
+        "the size of axis 'data' is not said; write e.g. data:8. Pass such a text as --sharding; --sharding ''" in err
+    )
+    if verb == ("explain",):
+        assert run(*verb, *files, "--target", "cpu", "--sharding", "")[0] == 0
+        assert run(*verb, *files, "--target", "cpu", "--sharding", "batch=data:2", "--batch", 2)[0] == 0

@@ -265,6 +265,13 @@ def test_stacks_have_their_own_layers_and_heads():
     assert model.of_layer(1, "encoder").config.head_dim == 16
     assert model.of_layer(0, "cross").name == "cross"
     assert model.of_layer(0, "cross").config.mask == masks.Full()
+    several = r"encoder full and decoder full and cross have a layer 0; say which, e\.g\. stack='encoder'"
+    with pytest.raises(ConfigError, match=several):
+        model.of_layer(0)
+    with pytest.raises(
+        ConfigError, match=r"no stack 'vision'; the kinds of layers are encoder full, decoder full, cross"
+    ):
+        model.of_layer(0, "vision")
     with pytest.raises(ConfigError, match="decoder_attention_heads = 7 must divide d_model = 64"):
         read("bart", d_model=64, **{**keys, "decoder_attention_heads": 7})
 

@@ -350,3 +350,17 @@ def test_neither_maxtext_nor_flax_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("options", [{"base_num_decoder_layers": 10**9}, {"global_parameter_scale": 2**60}])
+def test_more_layers_than_any_model_has_are_refused(options):
+    with pytest.raises(ConfigError, match=r"base_num_decoder_layers = \d+: at most 4096 layers of attention are"):
+        from_maxtext_model({}, options)
+
+
+def test_an_empty_base_is_not_named(tmp_path):
+    file = tmp_path / "llama.yml"
+    file.write_text("decoder_block: llama2\n")
+    assert from_maxtext_model({}, file).source == from_maxtext_model(file, {}).source == str(file)
+    assert from_maxtext_model({"head_dim": 64}, file).source == f"options + {file}"
+    assert from_maxtext_model({}, {}).source == "options"

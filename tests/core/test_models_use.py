@@ -131,6 +131,17 @@ def test_neither_a_model_nor_a_config_is_refused():
         kernelry.resolve_phases("gemma", SHAPE)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [AttentionOp, attention_op_as_linen, lambda model: attention_fn(*arrays(), layer=model)],
+    ids=["op", "linen", "function"],
+)
+def test_a_whole_model_is_not_a_layer(call):
+    kinds = r"is a whole model, with layers of these kinds: sliding, full; pass one of them, model\.kind\('sliding'\)"
+    with pytest.raises(ArgumentError, match=kinds):
+        call(MODEL)
+
+
 def test_kernels_are_chosen_for_a_model_by_a_config():
     model = MODEL.choosing(AttentionConfig(kernel="blockwise"))
     found = resolve_phases(model, SHAPE, target="cpu", changes=False)
@@ -274,6 +285,22 @@ def test_arguments_that_contradict_a_layer_are_refused(kind, given, words):
         attention_fn(*arrays(), layer=kind, **given)
 
 
+def test_a_traced_number_is_refused_as_without_a_layer():
+    for name in ("scale", "soft_cap"):
+        with pytest.raises(ArgumentError, match=f"{name} must be a Python number, got a traced array"):
+            jax.jit(lambda number, name=name: attention_fn(*arrays(), layer=SLIDING, **{name: number}))(0.25)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.1), jnp.float32(0.1)])
+def test_a_scale_in_float32_is_that_of_the_layer(scale):
+    assert asked(function(with_options(scale=0.1)), *arrays(), scale=scale).scale == 0.1
+
+
+def test_precision_of_a_module_is_compared_by_what_it_means():
+    given = {"precision": jax.lax.Precision.HIGHEST}
+    assert asked(function(with_options(precision="highest")), *arrays(), **given).precision == "highest"
+
+
 def test_arguments_that_say_what_the_layer_says_are_accepted():
     same = {"scale": 0.25, "soft_cap": 30.0, "layer_mask": SLIDING.config.mask, "is_causal": True}
     assert asked(function(SLIDING), *arrays(), **same) == asked(function(SLIDING), *arrays())
@@ -312,6 +339,8 @@ def test_bidirectional_flags_of_more_keys_than_queries_are_refused():
     query, key, value = arrays(8)
     with pytest.raises(ShapeError, match=r"bidirectional must be booleans \[\*batch, S\] with T = S, got shape \(8,\)"):
         attention_fn(query[:, :4], key, value, bidirectional=np.ones(8, bool))
+    with pytest.raises(ShapeError, match=r"bidirectional must be booleans .* \*batch = \[2\], got shape \(3, 8\)"):
+        attention_fn(query, key, value, bidirectional=np.ones((3, 8), bool))
 
 
 def test_a_layer_in_an_nnx_module_equals_its_op():

@@ -11,7 +11,7 @@ from pathlib import Path
 import kernelry.models
 from kernelry.models.families import families, text_families
 
-PACKAGE = Path(kernelry.models.__file__).parent
+PACKAGE = Path(__file__).parents[2] / "core" / "src" / "kernelry" / "models"
 FILE = PACKAGE / "defaults.json"
 READERS = ("encoding.py", "keys.py", "patterns.py", "rules.py", "layerwise.py", "reading.py", "families/*.py")
 MODULES = sorted(path for pattern in READERS for path in PACKAGE.glob(pattern))
@@ -63,4 +63,6 @@ def as_text(data):
 
 
 if __name__ == "__main__":
+    if not PACKAGE.samefile(Path(kernelry.models.__file__).parent):
+        raise SystemExit(f"kernelry is imported from {kernelry.__file__}, which is not this checkout.")
     FILE.write_text(as_text(current()), encoding="utf-8")

@@ -99,6 +99,12 @@ class RequestOptions:
         given = [name for name, value in alone.items() if value is not None]
         if given:
             raise typer.BadParameter(f"{', '.join(given)} with --model: the model says what its calls request")
+        if self.kv_len is not None and self.kv_len < self.q_len:
+            raise typer.BadParameter(
+                f"--kv-len {self.kv_len} with --model: a cache of {self.kv_len} slots cannot hold the prompt, "
+                f"--q-len {self.q_len} tokens"
+            )
+        options.check_axes(config, self.sharding)
         paged = CacheKind.CONTIGUOUS if self.page_size is None else CacheKind.PAGED
         return ModelShape(
             q_len=self.q_len,
@@ -140,7 +146,7 @@ def explain(
     has none.
     """
     files = options.LayerFiles(options.ConfigFiles(config, maxtext, ignore), model, layer_kind)
-    targets = [Target.parse(name) for name in target or ()] or [home_target()]
+    targets = list(dict.fromkeys(map(Target.parse, target or ()))) or [home_target()]
     if model is not None:
         mode = None if asked.mode is None else Mode.parse(asked.mode)
         whole = files.read_model()
@@ -174,6 +180,7 @@ def _parts(answers: list[Answer]) -> Iterator[RenderableType]:
 def _answered(asked: RequestOptions, target: Target, read: AttentionConfig | None, source: str, kernel: str) -> Answer:
     """Resolves one request, and says what of it came from the config."""
     config = AttentionConfig() if read is None else read
+    options.check_axes(config, asked.sharding)
     phase = asked.phase
     kv_len = asked.q_len if asked.kv_len is None else asked.kv_len
     sizes = ModelShape(q_len=1, max_len=1, **asked.heads_for(config)).of(config)  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def lock(
     layers = {model.files.origin(layer, file.parent): layer for layer in model.files.read()}
     if check:
         _refuse_sizes(context)
-        _check(Lock.read(file), layers, model.files, as_json)
+        _check(Lock.read(file), layers, model.files, file.parent, as_json)
         return
     targets = [Target.parse(text) for text in target or ()] or [current_target()]
     locked, disagreements = Lock(()), {}
@@ -67,7 +67,8 @@ def lock(
             disagreements.update(dict.fromkeys(f"{_kind(layer)}{text}" for text in phases.disagreements))
     unserved = [str(entry.request) for entry in locked.entries if entry.kernel is None]
     nothing = len(unserved) == len(locked.entries) and not file.exists()
-    written = Lock(()) if nothing else locked.write(file, merge=True)
+    gone = model.files.gone(Lock.read(file), layers, file.parent) if file.exists() else ()
+    written = Lock(()) if nothing else locked.write(file, merge=True, gone=gone)
     if as_json:
         told = {"unserved": unserved, "disagreements": list(disagreements), "advice": options.advice_of(found)}
         print_json({"file": str(file), **written.to_json(), **told})
@@ -134,7 +135,9 @@ def _asked_again(origin: Origin, layer: options.Layer) -> tuple[Request, ...]:
     return tuple(call.request for call in calls(layer, sizes, target))
 
 
-def _check(locked: Lock, layers: Mapping[str, options.Layer], files: options.LayerFiles, as_json: bool) -> None:
+def _check(
+    locked: Lock, layers: Mapping[str, options.Layer], files: options.LayerFiles, start: Path, as_json: bool
+) -> None:
     """Resolves again what the layers asked for, so that no option has to be repeated, and compares.
 
     What a program recorded was resolved under rules that the file does not contain, so it is not compared.
@@ -148,8 +151,10 @@ def _check(locked: Lock, layers: Mapping[str, options.Layer], files: options.Lay
         found = {request: explain(request, policy=config_of(layer).policy, changes=False) for request in asked}
         differences += _differences(locked, entries, found, name, files.arguments())
         advice += options.advice_of(found.values())
+    gone = files.gone(locked, layers, start)
+    differences += (_gone(locked, name, files.arguments()) for name in gone)
     recorded = sum(not entry.origins for entry in locked.entries)
-    others = sorted({o.config for entry in locked.entries for o in entry.origins} - layers.keys())
+    others = sorted({o.config for entry in locked.entries for o in entry.origins} - {*layers, *gone})
     told = list(dict.fromkeys((*differences, *advice)))
     if as_json:
         facts = {"file": locked.source, "checked": len(mine), "differences": differences}
@@ -177,6 +182,15 @@ def _differences(
         yield from _difference(locked, found[entry.request])
     for request in new:
         yield from _difference(locked, found[request])
+
+
+def _gone(locked: Lock, name: str, arguments: str) -> str:
+    """Says that the model has no kind of layers any more that it had when the file was written."""
+    count = sum(any(origin.config == name for origin in entry.origins) for entry in locked.entries)
+    return (
+        f"{name}: there are no such layers any more, and {locked.source} has {count} resolutions of them; run kernelry "
+        f"lock {arguments} again"
+    )
 
 
 def _difference(locked: Lock, resolution: Resolution) -> Iterator[str]:

@@ -191,7 +191,7 @@ def _facts(kind: LayerKind, shape: ModelShape) -> list[str]:
     more += [name for name in ("sinks", "bias", "bias_after_cap") if getattr(config, name)]
     more += [] if kind.rope else ["no RoPE"]
     facts = [f"{kind.name}: layers {_shortened(ranges(kind.layers))}", str(config.mask.form)]
-    return [*facts, f"N={q_heads} K={kv_heads} {dims}", *([" ".join(more)] if more else [])]
+    return [*facts, f"N={q_heads} K={kv_heads} {dims}", *([", ".join(more)] if more else [])]
 
 
 def _shortened(layers: str) -> str:

@@ -16,13 +16,14 @@ from typing import Annotated, Any, TypeVar, final
 import typer
 
 from kernelry.config.layer import HEADS, AttentionConfig
-from kernelry.config.loading import load_config, maxtext_options, read_maxtext
+from kernelry.config.loading import load_config, read_maxtext
 from kernelry.config.maxtext import Caller
-from kernelry.errors import ConfigError, sentence
+from kernelry.errors import ArgumentError, ConfigError, sentence
 from kernelry.kernel.refusal import RefusalCode
 from kernelry.models.model import LayerKind, Model, config_of
 from kernelry.models.named import model_from
 from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
+from kernelry.policy.lock import Lock
 from kernelry.resolution.explanation import Resolution
 
 Config = Annotated[Path | None, typer.Argument(help="a config whose [attention] table decides.")]
@@ -58,6 +59,25 @@ Shards = Annotated[
         "e.g. 'batch=d:4 heads=t:2 sequence=c:8 ring dual'; default: the config's, or one device, which '' is, too.",
     ),
 ]
+
+
+def check_axes(config: AttentionConfig, given: str | None) -> None:
+    """Checks that a config that cuts calls over a mesh says the sizes of its axes, as MaxText's base.yml does not.
+
+    Args:
+      config: the config.
+      given: what --sharding says instead; None where it was not given.
+
+    Raises:
+      ArgumentError: it does not.
+    """
+    if given is not None or config.sharding is None:
+        return
+    try:
+        config.sharding.located  # noqa: B018  # it checks
+    except ArgumentError as error:
+        where = f"{config.source}: {error}"
+        raise ArgumentError(f"{where} Pass such a text as --sharding; --sharding '' is one device.") from error
 
 
 @final
@@ -148,8 +168,18 @@ class LayerFiles:
         if Path(self.model or "").suffix in (".yml", ".yaml"):
             return self._read_maxtext_model(Path(self.model or ""))
         model = model_from(self.model or "")
-        if not self.files:
-            return model
+        return model.choosing(self._choosing()) if self.files else model
+
+    def _read_maxtext_model(self, model: Path) -> Model:
+        """Reads a model's file of MaxText, over the other files of MaxText that were named."""
+        from kernelry.models.maxtext import read_maxtext_model  # imported here, because it imports the decoder blocks
+
+        if self.files.config is None:
+            return read_maxtext_model((*(self.files.maxtext or ()), model), self.files.ignore or (), Caller.COMMAND)
+        return read_maxtext_model((model,), (), Caller.COMMAND).choosing(self._choosing())
+
+    def _choosing(self) -> AttentionConfig:
+        """Reads the config that chooses the kernels of a model, and warns of what it says of a layer."""
         config = self.files.read()
         shipped = AttentionConfig()
         unread = sorted(name for name in _OF_LAYERS if getattr(config, name) != getattr(shipped, name))
@@ -158,16 +188,7 @@ class LayerFiles:
                 f"{self.files.source()}: not read, because the model says what its layers are: {', '.join(unread)}.",
                 stacklevel=2,
             )
-        return model.choosing(config)
-
-    def _read_maxtext_model(self, model: Path) -> Model:
-        """Reads a model's file of MaxText, over the other files of MaxText that were named."""
-        from kernelry.models import from_maxtext_model  # imported here, because it imports the tables of all families
-
-        if self.files.config is None:
-            _, base = maxtext_options(self.files.maxtext or ())
-            return from_maxtext_model(base, model, ignore=self.files.ignore or ())
-        return from_maxtext_model({}, model).choosing(self.files.read())
+        return config
 
     def source(self, start: Path | None = None) -> str:
         """Returns the model, and the files, as text, relative to a folder where one is given."""
@@ -184,6 +205,19 @@ class LayerFiles:
     def origin(self, layer: Layer, start: Path | None = None) -> str:
         """Returns what a lock file calls a layer: the files, and the kind in a model."""
         return f"{self.source(start)}: {layer.name}" if isinstance(layer, LayerKind) else self.source(start)
+
+    def gone(self, locked: Lock, own: Iterable[str], start: Path) -> list[str]:
+        """Returns the kinds in a lock file that the model no longer has; none where only some of its kinds were named.
+
+        Args:
+          locked: the lock file's content.
+          own: what it calls the layers that the model has.
+          start: its folder.
+        """
+        if self.model is None or self.kinds:
+            return []
+        names = {origin.config for entry in locked.entries for origin in entry.origins}
+        return sorted(name for name in names.difference(own) if name.startswith(f"{self.source(start)}: "))
 
     def arguments(self) -> str:
         """Returns the model, its kinds and the files as arguments of the command."""
@@ -286,6 +320,7 @@ class ModelOptions:
 
     def shapes(self, layer: Layer) -> tuple[ModelShape, ...]:
         """A shape for every batch, cache and mask; heads that the layer has are left to it."""
+        check_axes(config_of(layer), self.sharding)
         heads = Heads(self.heads, self.kv_heads, self.head_dim, self.value_dim).left_open_by(config_of(layer))
         two_part = (CacheShape(CacheKind.TWO_PART),) if self.two_part else ()
         caches = (*map(CacheShape.parse, self.cache or ()), *two_part) or (CacheShape(),)

@@ -134,8 +134,8 @@ def maxtext_options(sources: Sequence[str | Path | Mapping[str, Any]]) -> tuple[
     Raises:
       ConfigError: a file cannot be read, or has no options.
     """
-    places = ["options" if isinstance(source, Mapping) else str(source) for source in sources]
-    names = " + ".join(dict.fromkeys(places))
+    places = ["options" if isinstance(source, Mapping) else str(source) for source in sources if source != {}]
+    names = " + ".join(dict.fromkeys(places)) or "options"
     options: dict[str, Any] = {}
     for source in sources:
         content = source if isinstance(source, Mapping) else _maxtext_file(Path(source))

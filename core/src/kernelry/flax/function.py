@@ -209,10 +209,16 @@ def _check_alone(layer: AttentionConfig | LayerKind, config: AttentionConfig, is
 def _spans(flags: Any, batch: tuple[int, ...], q_len: int, kv_len: int) -> Mask:
     """The mask of the runs of flagged tokens."""
     shape = getattr(flags, "shape", None)
-    if shape is None or shape[-1:] != (kv_len,) or len(shape) > len(batch) + 1 or q_len != kv_len:
+    if shape is None or shape[-1:] != (kv_len,) or q_len != kv_len:
         raise ShapeError(
             f"bidirectional must be booleans [*batch, S] with T = S, got shape {shape} with T={q_len} and S={kv_len}; "
             "for fewer queries than keys use AttentionOp, with Tokens(bidirectional=…, query_offset=…)."
+        )
+    fits = [size in (1, of_batch) for size, of_batch in zip(shape[-2::-1], batch[::-1], strict=False)]
+    if len(shape) > len(batch) + 1 or not all(fits):
+        raise ShapeError(
+            f"bidirectional must be booleans that broadcast to [*batch, S] with *batch = {list(batch)}, got shape "
+            f"{tuple(shape)}."
         )
     return BidirectionalSpans.from_flags(jnp.broadcast_to(flags, (*batch, kv_len)).reshape(-1, kv_len))
 

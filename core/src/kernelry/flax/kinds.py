@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +85,7 @@ def said_by(
       ArgumentError: an argument contradicts the layer, or the layer needs one that is absent, or is not supported.
     """
     config = config_of(layer)
+    options = options.checked()
     for name in ("moba", "record_max_logits"):
         if getattr(config, name):
             raise ArgumentError(f"attention_fn does not support {name} of {config.source}: use AttentionOp.")
@@ -93,9 +95,9 @@ def said_by(
         raise _contradiction(config, "sinks", "an array", "no sinks")
     default = head_dim**-0.5 if head_dim else 1.0
     own_scale = default if config.scale is None else config.scale
-    if options.scale not in (None, own_scale):
+    if not _agree(options.scale, own_scale):
         raise _contradiction(config, "scale", options.scale, own_scale)
-    if options.soft_cap not in (None, config.soft_cap):
+    if not _agree(options.soft_cap, config.soft_cap):
         raise _contradiction(config, "soft_cap", options.soft_cap, config.soft_cap)
     if options.bias_after_cap and not config.bias_after_cap:
         raise _contradiction(config, "bias_after_cap", True, False)
@@ -112,6 +114,11 @@ def said_by(
         logits_dtype=config.logits_dtype,
     )
     return config, _mask(config, mask), completed
+
+
+def _agree(given: float | None, said: float | None) -> bool:
+    """Whether a number is the layer's, perhaps in float32, or is not given."""
+    return given is None or (said is not None and math.isclose(given, said, rel_tol=2**-23))
 
 
 def _mask(config: AttentionConfig, given: Mask | None) -> Mask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -12,7 +12,6 @@ from kernelry.config.layer import AttentionConfig
 from kernelry.config.loading import maxtext_options
 from kernelry.config.maxtext.blocks import (
     BLOCK_DIFFUSION,
-    BLOCKS,
     CHUNK,
     COMPRESSED,
     GLOBAL,
@@ -20,8 +19,8 @@ from kernelry.config.maxtext.blocks import (
     LOCAL,
     MLA,
     MODEL,
-    WITHOUT_ATTENTION,
     Block,
+    block_of,
 )
 from kernelry.config.maxtext.options import OPTIONS, SIZES
 from kernelry.config.maxtext.reading import (
@@ -34,8 +33,8 @@ from kernelry.config.maxtext.reading import (
     not_attention,
     plain,
 )
-from kernelry.errors import ConfigError, nearest
-from kernelry.models.model import LayerKind, Model, OtherLayers
+from kernelry.errors import ConfigError
+from kernelry.models.model import MOST_LAYERS, LayerKind, Model, OtherLayers
 
 _FACTS = "MaxText 0.2.5"
 
@@ -93,15 +92,22 @@ def from_maxtext_model(
                 f"from_maxtext_model takes paths or mappings, got {type(source).__name__}; of a config of MaxText, "
                 "pass config.get_keys() as base and {} as model_yml."
             )
-    names, options = maxtext_options((base, model_yml))
-    file_name = None if isinstance(model_yml, Mapping) else Path(model_yml).stem
+    return read_maxtext_model((base, model_yml), ignore, Caller.PYTHON, stacklevel=3)
+
+
+def read_maxtext_model(
+    sources: Sequence[str | Path | Mapping[str, Any]], ignore: Iterable[str], caller: Caller, *, stacklevel: int = 2
+) -> Model:
+    """Does what `from_maxtext_model` does, of any number of sources, with messages for Python or for the command."""
+    names, options = maxtext_options(sources)
+    file_name = None if isinstance(sources[-1], Mapping) else Path(sources[-1]).stem
     try:
-        question = _Question.of(options, ignore, names, file_name)
+        question = _Question.of(options, ignore, names, file_name, caller)
         model = question.model()
     except ConfigError as error:
         raise ConfigError(f"{names}: {error}") from error
     for notice in question.notices():
-        warnings.warn(f"{names}: {notice}", stacklevel=2)
+        warnings.warn(f"{names}: {notice}", stacklevel=stacklevel)
     return model
 
 
@@ -118,6 +124,7 @@ class _Question:
       name, block: of the decoder block.
       source: where the options were read.
       vision: whether an option names a vision encoder.
+      caller: who reads the messages.
     """
 
     attention: Mapping[str, Any]
@@ -128,22 +135,25 @@ class _Question:
     block: Block
     source: str
     vision: bool
+    caller: Caller
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], ignore: Iterable[str], source: str, file_name: str | None) -> _Question:
+    def of(
+        cls, options: Mapping[str, Any], ignore: Iterable[str], source: str, file_name: str | None, caller: Caller
+    ) -> _Question:
         dropped = checked_names(ignore)
         kept = {name: plain(value) for name, value in options.items() if name not in dropped}
-        _check_spelling(kept)
-        attention, given, unread = checked(kept, (), Caller.PYTHON)
+        _check_spelling(kept, caller)
+        attention, given, unread = checked(kept, (), caller)
         for name in MODEL.keys() & kept.keys():
-            check_value(MODEL[name], kept[name], Caller.PYTHON)
+            check_value(MODEL[name], kept[name], caller)
         sizes = {name: kept.get(name, option.default) for name, option in MODEL.items()}
         if sizes["model_name"] == "default" and file_name is not None:
             sizes["model_name"] = file_name
-        block = _block(attention["decoder_block"])
+        block = block_of(attention["decoder_block"])
         vision = kept.get("vision_encoder_block") not in (None, "None", "none", "")
         names = frozenset(given) | (MODEL.keys() & kept.keys())
-        return cls(attention, sizes, names, unread, attention["decoder_block"], block, source, vision)
+        return cls(attention, sizes, names, unread, attention["decoder_block"], block, source, vision, caller)
 
     def model(self) -> Model:
         """Returns the description of all layers."""
@@ -205,6 +215,11 @@ class _Question:
         block, sizes = self.block, self.sizes
         _, doublings = self._doublings()
         count = sizes["base_num_decoder_layers"] * 2**doublings * block.attentions
+        if count > MOST_LAYERS:
+            raise ConfigError(
+                f"MaxText option base_num_decoder_layers = {sizes['base_num_decoder_layers']}: at most {MOST_LAYERS} "
+                f"layers of attention are described, and these are {count}."
+            )
         if block.ratios:
             return [block.types[ratio > 0] for ratio in self._ratios(count)]
         if block.interval:
@@ -346,7 +361,7 @@ class _Question:
                 f"MaxText: {listed} {'is' if len(unused) == 1 else 'are'} not used: the layers of decoder_block "
                 f"{self.name!r}, which are {' and '.join(dict.fromkeys(self._types()))}, do not read "
                 f"{'it' if len(unused) == 1 else 'them'}. If that is right for this model, pass "
-                f"{Caller.PYTHON.ignoring(unused)}."
+                f"{self.caller.ignoring(unused)}."
             )
 
     def _unused(self) -> Iterator[str]:
@@ -371,15 +386,7 @@ class _Question:
         )
 
 
-def _block(name: str) -> Block:
-    if name in WITHOUT_ATTENTION:
-        raise ConfigError(f"MaxText option decoder_block = {name!r}: its layers have no attention.")
-    if name not in BLOCKS:
-        raise ConfigError(f"MaxText option decoder_block: unknown block {name!r}{nearest(name, BLOCKS)}")
-    return BLOCKS[name]
-
-
-def _check_spelling(options: Mapping[str, Any]) -> None:
+def _check_spelling(options: Mapping[str, Any], caller: Caller) -> None:
     known = {*MODEL, *_ATTENTION, *not_attention()}
     unknown = [name for name in options if name not in known]
     meant = {name: option for name in unknown if (option := misspelt(str(name), MODEL)) is not None}
@@ -387,4 +394,4 @@ def _check_spelling(options: Mapping[str, Any]) -> None:
         described = " ".join(
             f"Unknown MaxText option {name!r}; did you mean {option!r}?" for name, option in meant.items()
         )
-        raise ConfigError(f"{described} If it is not about layers, pass {Caller.PYTHON.ignoring(meant)}.")
+        raise ConfigError(f"{described} If it is not about layers, pass {caller.ignoring(meant)}.")

@@ -7,12 +7,15 @@ import itertools
 from typing import Any, final
 
 from kernelry.config.layer import HEADS, AttentionConfig, check_config
-from kernelry.errors import ConfigError, nearest
+from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.kernel.spec import AUTO
 from kernelry.policy.rules import Condition, Rule
 
 _CHOOSING = ("kernel", "rules", "thresholds", "forbid_adapters", "tilings", "sharding")
 """The options of a config that say how kernels are chosen and calls are sharded, and nothing of the layer."""
+
+MOST_LAYERS = 4096
+"""Of a model: no model comes near it."""
 
 
 @final
@@ -141,15 +144,27 @@ class Model:
           stack: `encoder`, `decoder` or `cross` in a model that has them.
 
         Raises:
-          ConfigError: there is no such layer, or it has no attention that is described.
+          ConfigError: there is no such layer, it has no attention that is described, or layers of several stacks have
+            its number and the stack is not said.
         """
-        for kind in self.kinds:
-            if layer in kind.layers and kind.name.startswith(stack):
-                return kind
+        found = [kind for kind in self.kinds if layer in kind.layers and kind.name.startswith(stack)]
+        if len(found) > 1:
+            names = " and ".join(kind.name for kind in found)
+            raise ConfigError(
+                f"{self.source}: {names} have a layer {layer}; say which, e.g. stack={found[0].name.split()[0]!r}."
+            )
+        if found:
+            return found[0]
+        if stack and not any(kind.name.startswith(stack) for kind in self.kinds):
+            raise ConfigError(f"{self.source}: there is no stack {stack!r}; the kinds of layers are {self._kinds}.")
         for other in self.others:
             if layer in other.layers:
                 raise ConfigError(f"{self.source}: layer {layer} has no config: {other.why}")
         raise ConfigError(f"{self.source}: there is no layer {layer!r}; the model has {self.layer_count} layers.")
+
+    @property
+    def _kinds(self) -> str:
+        return ", ".join(kind.name for kind in self.kinds)
 
     @property
     def layer_count(self) -> int:
@@ -197,6 +212,11 @@ def config_of(layer: AttentionConfig | LayerKind) -> AttentionConfig:
     Raises:
       ArgumentError: it is neither.
     """
+    if isinstance(layer, Model):
+        raise ArgumentError(
+            f"{layer.source} is a whole model, with layers of these kinds: {layer._kinds}; pass one of them, "
+            f"model.kind({layer.kinds[0].name!r}), or that of a layer, model.of_layer(0)."
+        )
     config = layer.config if isinstance(layer, LayerKind) else layer
     check_config(config)
     return config

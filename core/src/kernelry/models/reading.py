@@ -13,7 +13,7 @@ from kernelry.errors import ConfigError, nearest
 from kernelry.models.encoding import IMAGE
 from kernelry.models.families import families, text_families
 from kernelry.models.keys import Keys, brief
-from kernelry.models.model import LayerKind, Model, OtherLayers
+from kernelry.models.model import MOST_LAYERS, LayerKind, Model, OtherLayers
 from kernelry.models.patterns import CHUNKED, FULL, SLIDING
 from kernelry.models.rules import Family
 
@@ -27,9 +27,6 @@ _KINDS = {
     CHUNKED: "chunked",
 }
 """The kinds of layers that a config describes, by the words of `layer_types`."""
-
-MOST_LAYERS = 4096
-"""Of a model: no model comes near it."""
 
 _LINEAR = "its layers keep a state and no keys, which is not attention"
 _CHOSEN = (

@@ -181,6 +181,16 @@ class Lock:
             kept[entry.request] = _joined(kept.get(entry.request), entry)
         return Lock(tuple(kept.values()), self.source)
 
+    def without(self, configs: Iterable[str]) -> Lock:
+        """Returns this lock without what only these configs asked for."""
+        left_out = set(configs)
+        kept = []
+        for entry in self.entries:
+            others = tuple(origin for origin in entry.origins if origin.config not in left_out)
+            if others or not entry.origins:
+                kept.append(dataclasses.replace(entry, origins=others))
+        return Lock(tuple(kept), self.source)
+
     @classmethod
     def read(cls, path: str | Path) -> Lock:
         """Reads a lock file.
@@ -213,7 +223,7 @@ class Lock:
             "resolutions": entries,
         }
 
-    def write(self, path: str | Path, *, merge: bool = False) -> Lock:
+    def write(self, path: str | Path, *, merge: bool = False, gone: Iterable[str] = ()) -> Lock:
         """Writes the lock file: indented, keys sorted, the same bytes for the same resolutions.
 
         What no kernel serves is left out, and with `merge` out of the file: such a call is an error in any mode.
@@ -225,6 +235,7 @@ class Lock:
         Args:
           path: the file.
           merge: keep what the file, where there is one, holds of other requests.
+          gone: with `merge`, configs that no longer exist: what only they asked for is left out.
 
         Returns:
           The lock as written.
@@ -233,7 +244,7 @@ class Lock:
           ConfigError: the file cannot be written; with `merge` also where it is not a lock file, or where configs
             decide differently for one request.
         """
-        merged = Lock.read(path).merged(self) if merge and Path(path).exists() else self
+        merged = Lock.read(path).without(gone).merged(self) if merge and Path(path).exists() else self
         lock = Lock(tuple(entry for entry in merged.entries if entry.kernel is not None), merged.source)
         text = json.dumps(lock.to_json(), indent=2, sort_keys=True) + "\n"
         try:

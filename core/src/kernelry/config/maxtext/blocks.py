@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 
 from kernelry.config.layer import AttentionType
 from kernelry.config.maxtext.options import Fate, Kind, Option
+from kernelry.errors import ConfigError, nearest
 
 GLOBAL, LOCAL, CHUNK, MLA = (
     kind.value for kind in (AttentionType.GLOBAL, AttentionType.LOCAL_SLIDING, AttentionType.CHUNK, AttentionType.MLA)
@@ -150,3 +151,16 @@ MODEL = {
     )
 }
 """The options of base.yml that say how many layers a model has, of which types and sizes."""
+
+
+def block_of(name: str) -> Block:
+    """Returns the decoder block of a name.
+
+    Raises:
+      ConfigError: there is none, or its layers have no attention.
+    """
+    if name in WITHOUT_ATTENTION:
+        raise ConfigError(f"MaxText option decoder_block = {name!r}: its layers have no attention.")
+    if name not in BLOCKS:
+        raise ConfigError(f"MaxText option decoder_block: unknown block {name!r}{nearest(name, BLOCKS)}")
+    return BLOCKS[name]

@@ -42,7 +42,10 @@ class Caller(enum.Enum):
     def of_type(self, name: str) -> str:
         """Returns a sentence on what builds the config of another layer, and those of all."""
         if self is Caller.COMMAND:
-            return f"One more --maxtext FILE with attention_type: {name} builds the config of such a layer."
+            return (
+                f"One more --maxtext FILE with attention_type: {name} builds the config of such a layer, and --model "
+                "FILE, in place of the model's --maxtext FILE, describes all layers."
+            )
         return (
             f"from_maxtext({{**options, 'attention_type': {name!r}}}) builds the config of such a layer, and "
             "kernelry.models.from_maxtext_model(base, model_yml) those of all layers of a model."

@@ -14,7 +14,7 @@ _PLAIN = (
 )
 """Every layer is full, also where a window is set, as in Moshi's configs."""
 
-_EAGER_ONLY = "eager attention stays causal in its code, and others see later tokens where no mask is passed"
+_EAGER_ONLY = "eager attention stays causal in its code, and whether sdpa does depends on padding"
 
 DECODERS: Rows = {
     _PLAIN: (decoder(layer_types=None),),
