@@ -196,6 +196,20 @@ def test_gpt_neo_refuses_what_does_not_agree(keys, message):
         read("gpt_neo", **keys)
 
 
+@pytest.mark.parametrize("model_type", ["gte", "jina_embeddings_v3", "vit", "deit", "dinov2", "nomic_bert"])
+def test_some_encoders_read_the_head_dim_and_bert_does_not(model_type):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4}
+    assert only(model_type, **sizes).config.head_dim == 16
+    assert only(model_type, **sizes, head_dim=32).config.value_dim == 32
+    assert only("bert", **sizes, head_dim=32).config.head_dim == 16
+
+
+@pytest.mark.parametrize("model_type", ["t5", "umt5", "nomic_bert"])
+def test_encoders_without_grouped_heads_do_not_read_num_key_value_heads(model_type):
+    model = read(model_type, num_key_value_heads=1)
+    assert {kind.config.kv_heads == kind.config.q_heads for kind in model.kinds} == {True}
+
+
 # Decoders with biases
 
 
@@ -302,7 +316,7 @@ def test_a_text_config_must_be_an_object_of_a_known_type():
         read("llava", text_config=3)
     with pytest.raises(ConfigError, match="text_config: unknown model_type 'lama'; did you mean 'llama'"):
         read("llava", text_config={"model_type": "lama"})
-    with pytest.raises(ConfigError, match="text_config: model_type 'gemma3' is that of a whole .*, 'gemma3_text'"):
+    with pytest.raises(ConfigError, match="text_config: model_type 'gemma3' is that of a whole multimodal model"):
         read("gemma3", text_config={"model_type": "gemma3"})
 
 

@@ -301,6 +301,7 @@ def test_zamba2_has_its_own_54_layers():
 
 def test_longcat_counts_two_attentions_a_block():
     assert layers_of(read("longcat_flash", num_layers=3)) == {"full": (0, 1, 2, 3, 4, 5)}
+    assert layers_of(read("longcat_flash")) == {"full": (0, 1, 2, 3, 4, 5)}
 
 
 @pytest.mark.parametrize(
@@ -347,6 +348,12 @@ def test_longcat_counts_two_attentions_a_block():
             {"per_layer_config": {"1": {"skip": ["attention"]}}},
             r"per_layer_config of layer 1 skips \['attention'\]",
         ),
+        (
+            "longcat_flash",
+            {"num_layers": 6},
+            "num_hidden_layers must be two for each of num_layers, got 6, and num_layers",
+        ),
+        ("longcat_flash", {"num_hidden_layers": 5}, "num_hidden_layers must be two for each of num_layers, got 5"),
         ("gemma3n_text", {"num_kv_shared_layers": 6}, "num_kv_shared_layers = 6 leaves no layer of some kind"),
         ("gemma3n_text", {"num_kv_shared_layers": 9}, "num_kv_shared_layers = 9 leaves no layer of some kind"),
         ("lfm2_moe", {}, "layer_types is missing, and its model type has no default"),

@@ -187,6 +187,7 @@ LATENT_DECODERS = [
     Case("mistral4", {**LATENT, "head_dim": 24}, name="mistral4-default"),
     Case("mistral4", {**LATENT, "head_dim": 24, **SCALED_YARN}, name="mistral4-yarn"),
     Case("longcat_flash", {**LATENT, "num_layers": 3}, name="longcat_flash-default", gain=4.0),
+    Case("longcat_flash", {**LATENT, "num_hidden_layers": 4}, name="longcat_flash-num_hidden_layers", gain=4.0),
     Case("longcat_flash", {**LATENT, "num_layers": 3, **NEW_YARN}, name="longcat_flash-yarn", gain=4.0),
 ]
 

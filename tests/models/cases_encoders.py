@@ -175,6 +175,7 @@ TEXT_ENCODERS = [
             "openai_privacy_filter",
         ],
     ),
+    Case("gte", {"head_dim": 32}),
     Case("bert", {"is_decoder": True}),
     Case("roberta", {"is_decoder": True}),
     *(
@@ -197,6 +198,7 @@ VISION_ENCODERS = [
         Case(model_type, VISION, inputs=images(), gain=6.0)
         for model_type in ["vit", "deit", "dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model"]
     ),
+    Case("dinov2", {**VISION, "head_dim": 32}, inputs=images(), gain=6.0),
     Case("clip_text_model"),
     Case("siglip_text_model", class_name="SiglipTextModel", gain=2.0),
 ]
@@ -246,6 +248,7 @@ STACKED = [
     ),
     *(t5(model_type, options={"num_layers": 3}) for model_type in ["t5", "mt5", "umt5"]),
     t5("t5", options={"num_layers": 2, "num_decoder_layers": 3, "num_heads": 8}),
+    t5("t5", options={"num_layers": 2, "num_key_value_heads": 1}),
 ]
 SECTIONS = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}
 GEMMA4 = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16}

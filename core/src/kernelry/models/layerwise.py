@@ -138,7 +138,7 @@ def heads_of_experts(keys: Keys, word: str, layer: int) -> Mapping[str, Any]:
 def on_layers_without_rope(
     rope: Callable[[Keys, str, int], bool], flag: str, text: str
 ) -> Callable[..., tuple[str, ...]]:
-    """A remark on the layers without rotary embeddings, where a flag is set; the first files have a number as the flag."""
+    """A remark on the layers without rotary embeddings, where a flag is set, which is a number in the first files."""
 
     def remarks(keys: Keys, word: str, layer: int) -> tuple[str, ...]:
         value = keys.get(flag)

@@ -291,8 +291,22 @@ def within(table: str, words: dict[str, str], *, default: Layers) -> Layers:
 
 
 def twice(key: str) -> Callable[[Keys], int]:
-    """Two for each of a key."""
-    return lambda keys: 2 * keys.count(key)
+    """Two for each of a key, or else `num_hidden_layers`, which then is even.
+
+    Raises:
+      ConfigError: the two keys contradict each other.
+    """
+
+    def count(keys: Keys) -> int:
+        layers = keys.optional_count("num_hidden_layers", least=2)
+        if layers is None or (keys.says(key) and layers == 2 * keys.count(key)):
+            return 2 * keys.count(key)
+        if keys.says(key) or layers % 2:
+            said = f", and {key} = {keys.count(key)}" if keys.says(key) else ""
+            raise keys.error(f"num_hidden_layers must be two for each of {key}, got {layers}{said}.")
+        return layers
+
+    return count
 
 
 def length_of(layers: Layers, key: str) -> Callable[[Keys], int]:

@@ -98,6 +98,12 @@ def equal(keys: Keys) -> Heads:
     return checked_heads(keys, query, query, None)
 
 
+def equal_and_sized(keys: Keys) -> Heads:
+    """As many key/value heads as query heads; `head_dim`, or the hidden size over the heads."""
+    query = keys.count("num_attention_heads")
+    return checked_heads(keys, query, query, keys.optional_count("head_dim"))
+
+
 def latent(keys: Keys) -> Heads:
     """Latent attention: as many key/value heads as query heads, and two parts of each query and key.
 

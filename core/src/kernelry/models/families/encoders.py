@@ -39,7 +39,7 @@ _T5_DECODER = functools.partial(
     gpt,
     stack="decoder",
     count=encoding.count_of("num_decoder_layers", "num_hidden_layers"),
-    heads=rules.grouped,
+    heads=rules.equal_and_sized,
     scale=rules.unscaled,
 )
 
@@ -50,8 +50,8 @@ ENCODERS: Rows = {
     "bert-generation roc_bert rembert megatron-bert": (bert(), _BERTS_CROSS()),
     "distilbert albert layoutlm splinter": (plain(),),
     "mpnet": (plain(bias=_BUCKETS),),
-    "nomic_bert": (rotary(heads=rules.grouped),),
-    "gte jina_embeddings_v3": (rotary(),),
+    "nomic_bert": (rotary(heads=rules.equal_and_sized),),
+    "gte jina_embeddings_v3": (rotary(heads=rules.equal_and_sized),),
     "eurobert": (encoder(layer_types=None),),
     "esm": (
         bert(
@@ -120,7 +120,8 @@ ENCODERS: Rows = {
     ),
     "big_bird": (plain(refused="it draws blocks of keys at random: pass what each token sees as mask= of a call"),),
     # Encoders of images
-    "vit deit dinov2 clip_vision_model siglip_vision_model siglip_text_model": (plain(),),
+    "vit deit dinov2": (plain(heads=rules.equal_and_sized),),
+    "clip_vision_model siglip_vision_model siglip_text_model": (plain(),),
     "dinov3_vit": (rotary(),),
     "clip_text_model": (gpt(),),
     # Decoders with learned positions
@@ -171,7 +172,7 @@ ENCODERS: Rows = {
         _CROSS(scale=rules.unscaled, remarks=_SCALED_FIRST),
     ),
     "t5 mt5 umt5": (
-        plain(stack="encoder", heads=rules.grouped, scale=rules.unscaled, bias=_BUCKETS),
+        plain(stack="encoder", heads=rules.equal_and_sized, scale=rules.unscaled, bias=_BUCKETS),
         _T5_DECODER(bias=_BUCKETS),
         _T5_DECODER(stack="cross", causal=False),
     ),
