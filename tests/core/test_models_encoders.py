@@ -350,3 +350,10 @@ def test_paligemmas_prefix_sees_itself():
     (kind,) = model.kinds
     assert kind.bidirectional == "prefix"
     assert kind.config.mask == masks.Causal()
+
+
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "xglm"])
+def test_cross_attention_that_is_not_described_is_refused(model_type):
+    with pytest.raises(ConfigError, match="add_cross_attention is true, and it is not described: the keys of its cross"):
+        read(model_type, add_cross_attention=True)
+    assert only(model_type, add_cross_attention=False).config.mask == masks.Causal()

@@ -9,6 +9,7 @@ from kernelry.models.families.rows import Rows, decoder, encoder
 
 _SCALED_FIRST = ("queries are multiplied by H ** -0.5 before the call, so the scale is 1",)
 _ALIBI = "ALiBi [B, N, 1, S]: slopes times the keys' numbers among those that are not padding"
+_NO_CROSS = "the keys of its cross attention are of an encoder that its config does not name"
 _BUCKETS = "learned, by buckets of the distance of key and query [1, N, T, S]"
 
 plain = functools.partial(encoder, layer_types=None, heads=rules.equal, rope=layerwise.nowhere)
@@ -138,9 +139,20 @@ ENCODERS: Rows = {
     "biogpt ctrl": (gpt(),),
     "openai-gpt": (gpt(causal=True),),
     "gpt_bigcode": (
-        gpt(heads=encoding.one_kv_where("multi_query"), scale=encoding.scaled_where("scale_attn_weights")),
+        gpt(
+            heads=encoding.one_kv_where("multi_query"),
+            scale=encoding.scaled_where("scale_attn_weights"),
+            causal=rules.refused_flag("add_cross_attention", _NO_CROSS),
+        ),
     ),
-    "opt xglm": (gpt(scale=rules.unscaled, remarks=_SCALED_FIRST),),
+    "opt": (gpt(scale=rules.unscaled, remarks=_SCALED_FIRST),),
+    "xglm": (
+        gpt(
+            scale=rules.unscaled,
+            causal=rules.refused_flag("add_cross_attention", _NO_CROSS),
+            remarks=_SCALED_FIRST,
+        ),
+    ),
     "gpt_neo": (gpt(causal=True, layers=encoding.from_attention_types, window="window_size", scale=rules.unscaled),),
     "gptj codegen gpt_neox": (gpt(rope=layerwise.everywhere),),
     # Decoders with biases
