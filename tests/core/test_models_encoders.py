@@ -357,3 +357,11 @@ def test_cross_attention_that_is_not_described_is_refused(model_type):
     with pytest.raises(ConfigError, match="add_cross_attention is true, and it is not described: the keys of its cross"):
         read(model_type, add_cross_attention=True)
     assert only(model_type, add_cross_attention=False).config.mask == masks.Causal()
+
+
+def test_a_layer_is_its_own_attention_where_a_decoder_has_cross_attention_too():
+    model = read("gpt2", num_hidden_layers=2, add_cross_attention=True)
+    assert model.of_layer(1).name == "full"
+    assert model.of_layer(1, "cross").name == "cross"
+    with pytest.raises(ConfigError, match="encoder full and decoder full have a layer 0"):
+        read("t5").of_layer(0)

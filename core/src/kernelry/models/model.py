@@ -141,13 +141,15 @@ class Model:
 
         Args:
           layer: its number, from 0.
-          stack: `encoder`, `decoder` or `cross` in a model that has them.
+          stack: `encoder`, `decoder` or `cross` in a model that has them; cross attention is only found by its name.
 
         Raises:
           ConfigError: there is no such layer, it has no attention that is described, or layers of several stacks have
             its number and the stack is not said.
         """
         found = [kind for kind in self.kinds if layer in kind.layers and kind.name.startswith(stack)]
+        if not stack:
+            found = [kind for kind in found if not kind.name.startswith("cross")] or found
         if len(found) > 1:
             names = " and ".join(kind.name for kind in found)
             raise ConfigError(
