@@ -165,6 +165,15 @@ def test_as_many_rows_as_it_takes_compile(target, compile_for):
     assert found.ok, found.reason
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("heads", "dtype"), [((128, 8), "bfloat16"), ((128, 64), "bfloat16"), ((128, 32), "int8"), ((64, 8), "float32")]
+)
+def test_as_many_rows_as_are_joined_compile(target, heads, dtype, compile_for):
+    found = compile_for(target, decoded(), arguments(heads, dtype=dtype))
+    assert found.ok, found.reason
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [

@@ -113,8 +113,8 @@ def test_masks_agree_with_dense(name):
 SELECTED = covering(
     mask=["window", "by_head"],
     held=[None, "pages", "int8", "int8:heads_and_head_dim"],
-    heads=[(4, 2), (3, 1)],
-    dims=[(24, 128), (128, 64)],
+    heads=[(4, 2), (3, 1), (8, 4)],
+    dims=[(24, 128), (128, 64), (128, 128)],
     q_len=[1, 3],
     extras=[{}, {"soft_cap": 3.0, "scale": 0.3, "sinks": [0.0, 1.0, -3.0, 30.0]}],
     dtype=["float32", "bfloat16"],
@@ -127,7 +127,7 @@ def test_selected_cases_agree_with_dense(case):
     query, key, value = arrays(heads, kv_heads, head_dim, value_dim, case["q_len"], case["dtype"], slots=384)
     mask, extras = _selected_mask(case["mask"], heads, case["q_len"]), dict(case["extras"])
     if "sinks" in extras:
-        extras["sinks"] = jnp.asarray(extras["sinks"][-heads:])
+        extras["sinks"] = jnp.resize(jnp.asarray(extras["sinks"]), heads)
     held, how = (key, value), {}
     if case["held"] == "pages":
         *held, table = in_shuffled_pages(key, value, page_size=128)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray, Request, Tiling, round_up
 from kernelry_tpu_splash.operands import visible
+from kernelry_tpu_splash.ragged.joined import attend_joined
 from kernelry_tpu_splash.ragged.layout import Blocks
 from kernelry_tpu_splash.ragged.pallas import KernelSettings, Operands, attend
 
@@ -32,7 +33,8 @@ class RaggedKernel(Kernel):
                 request.mask.may_hide_slots(request.q_len, request.kv_len) or bool(request.kv_len % blocks.slots),
                 request.is_interpreted,
             )
-            out, top, total = attend(_operands(inputs, request, blocks), settings)
+            through = attend_joined if blocks.joined else attend
+            out, top, total = through(_operands(inputs, request, blocks), settings)
             max_logits = _by_head(top, request).max(axis=2) if request.max_logits else None
             if statistics:
                 unnormalised = _by_query(out, request)
@@ -56,12 +58,16 @@ def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
     any_row = jnp.broadcast_to(seen.any(axis=(1, 2)), (request.batch, padded))
     first, end = _bounds(any_row)
     first_block = first // blocks.slots
+    by_group = _by_group(seen, request)
+    whole = jnp.broadcast_to(by_group.any(axis=2).all(axis=1), (request.batch, padded))
     table = None
     key, value = inputs.key, inputs.value
     key_scale = value_scale = None
     if isinstance(key, PagedArray):
         inside = (key.table >= 0) & (key.table < key.pages.shape[0])
         table = _lengthened(jnp.where(inside, key.table, -1).astype(jnp.int32), padded // key.page_size, fill=-1)
+        whole = whole & jnp.repeat(table >= 0, key.page_size, axis=1)
+    whole_first, whole_end = _first_run(whole.reshape(request.batch, -1, blocks.slots).all(axis=2))
     if request.kv_quantization is not None:
         key_scale, value_scale = (_lengthened(_scale(keys), padded) for keys in (key, value))
     return Operands(
@@ -70,9 +76,11 @@ def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
         blocks.value.turn(_plain(value)),
         key_scale,
         value_scale,
-        _by_group(seen, request).astype(jnp.int32),
+        by_group.astype(jnp.int32),
         first_block,
         jnp.where(end > first, (end + blocks.slots - 1) // blocks.slots - first_block, 0),
+        whole_first,
+        whole_end,
         table,
     )
 
@@ -83,6 +91,13 @@ def _bounds(seen: Bool[Array, "B S"]) -> tuple[Int32[Array, " B"], Int32[Array, 
     end = jnp.where(seen, slots + 1, 0).max(axis=1)
     first = jnp.where(seen, slots, seen.shape[1]).min(axis=1)
     return jnp.minimum(first, end), end
+
+
+def _first_run(whole: Bool[Array, "B blocks"]) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
+    """The first block of each row that is whole, and the next one that is not; the number of blocks where none is."""
+    blocks = jnp.arange(whole.shape[1], dtype=jnp.int32)[None]
+    first = jnp.where(whole, blocks, whole.shape[1]).min(axis=1)
+    return first, jnp.where(whole | (blocks < first[:, None]), whole.shape[1], blocks).min(axis=1)
 
 
 def _lengthened(array: jax.Array, length: int, fill: Any = 0) -> jax.Array:

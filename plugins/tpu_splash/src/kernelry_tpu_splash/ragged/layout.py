@@ -24,6 +24,11 @@ _FLOAT32_BYTES = _INT32_BYTES = 4
 MOST_PAGES = 64
 """Of a block, each an operand of the kernel."""
 
+MOST_JOINED_ROWS = {"bfloat16": 128, "float32": 64}
+"""T · N up to which all rows are multiplied with the keys of all heads. By the schedule of libtpu 0.0.42, a block of
+512 slots of 8 heads of 128 bfloat16 takes 2802 (v5e) and 2160 cycles (v6e) with so many, against the 3841 and 2238 in
+which memory delivers it; twice as many rows take 5150 and 3979."""
+
 _MOST_BYTES = 2 * 2**20
 """Of a block of keys and one of values, of which vector memory holds two each besides what is computed from them."""
 
@@ -81,6 +86,7 @@ class Blocks:
       heads: key/value heads of a block.
       pages: of which a block consists; 1 where keys and values are not in pages.
       key, value: how they lie.
+      joined: whether keys of all heads are read as rows of one matrix; `heads` is then all of them.
     """
 
     slots: int
@@ -88,6 +94,7 @@ class Blocks:
     pages: int
     key: Order
     value: Order
+    joined: bool
 
     @classmethod
     def of(cls, request: Request, tiling: Tiling) -> Blocks:
@@ -102,12 +109,14 @@ class Blocks:
             pages = "" if request.page_size is None else f", which holds whole pages of {request.page_size}"
             raise ConfigError(f"tiling: block_kv={slots} of ragged is not a multiple of {unit}{pages}")
         slots = min(slots, _padded(request))
+        joined = _may_join(request, slots)
         return cls(
             slots,
-            _heads_of_block(request.kv_heads, itemsize),
+            request.kv_heads if joined else _heads_apart(request.kv_heads, itemsize),
             1 if request.page_size is None else slots // request.page_size,
             Order.of(request.kv_heads, request.head_dim, itemsize),
             Order.of(request.kv_heads, request.value_dim, itemsize),
+            joined,
         )
 
 
@@ -119,7 +128,7 @@ def block_sizes(request: Request, wanted: tuple[int, ...]) -> tuple[int, ...]:
       wanted: slots.
     """
     unit, itemsize = unit_of(request), _bytes_of_element(request)
-    slot = 2 * _heads_of_block(request.kv_heads, itemsize) * (request.head_dim + request.value_dim) * itemsize
+    slot = 2 * _heads_of_block(request) * (request.head_dim + request.value_dim) * itemsize
     slot += _converted_bytes(request)
     most = _padded(request) if request.page_size is None else min(_padded(request), MOST_PAGES * request.page_size)
     sizes = (max(unit, min(most, slots) // unit * unit) for slots in wanted)
@@ -129,7 +138,7 @@ def block_sizes(request: Request, wanted: tuple[int, ...]) -> tuple[int, ...]:
 def vector_bytes(request: Request) -> int:
     """What the smallest block takes in vector memory: two of keys and of values, and what is carried along, twice."""
     unit, itemsize = unit_of(request), _bytes_of_element(request)
-    heads = _heads_of_block(request.kv_heads, itemsize)
+    heads = _heads_of_block(request)
     rows = round_up(request.q_len * request.groups, SUBLANES)
     carried = heads * rows * (request.value_dim + 2 * LANES) * _FLOAT32_BYTES
     held = 2 * heads * (request.head_dim + request.value_dim) * itemsize + _converted_bytes(request)
@@ -150,7 +159,7 @@ def _converted_bytes(request: Request) -> int:
         return 0
     itemsize, widths = _bytes_of_element(request), (request.head_dim, request.value_dim)
     turned = sum(width for width in widths if Order.of(request.kv_heads, width, itemsize) is Order.AS_IT_IS)
-    return _heads_of_block(request.kv_heads, itemsize) * turned * int(jnp.dtype(request.dtype).itemsize)
+    return _heads_of_block(request) * turned * int(jnp.dtype(request.dtype).itemsize)
 
 
 def _bytes_of_element(request: Request) -> int:
@@ -168,7 +177,33 @@ def unit_of(request: Request) -> int:
     return LANES if request.page_size is None else math.lcm(LANES, request.page_size)
 
 
-def _heads_of_block(heads: int, itemsize: int) -> int:
+def _may_join(request: Request, slots: int) -> bool:
+    """Whether blocks of so many slots are read as [S · K, H]: they lie so, fit, and the rows are few."""
+    heads, widths, itemsize = request.kv_heads, (request.head_dim, request.value_dim), _bytes_of_element(request)
+    converted = 0 if request.kv_quantization is None else int(jnp.dtype(request.dtype).itemsize)
+    rows_held = request.kv_len if request.page_size is None else request.page_size
+    # Of fewer heads than sublanes, a tile holds several slots, and each further tile of lanes is elsewhere.
+    lies_so = all(
+        Order.of(heads, width, itemsize) is Order.AS_IT_IS and (heads % SUBLANES == 0 or width == LANES)
+        for width in widths
+    )
+    return (
+        lies_so
+        and heads & (heads - 1) == 0
+        and rows_held * heads % SUBLANES == 0
+        and request.q_len * request.q_heads <= MOST_JOINED_ROWS[request.dtype]
+        and slots * heads * sum(widths) * (itemsize + converted) <= 2 * _MOST_BYTES
+    )
+
+
+def _heads_of_block(request: Request) -> int:
+    """Of the smallest block."""
+    if _may_join(request, min(unit_of(request), _padded(request))):
+        return request.kv_heads
+    return _heads_apart(request.kv_heads, _bytes_of_element(request))
+
+
+def _heads_apart(heads: int, itemsize: int) -> int:
     """All of them, or as many as fill the sublanes."""
     few = SUBLANES if itemsize > 1 else 4 * SUBLANES
     return few if heads % few == 0 else heads

@@ -1,7 +1,7 @@
-"""The Pallas kernel: one block of keys and values after another, the softmax carried along.
+"""The Pallas kernel of one head after another: a block of keys and values at a time, the softmax carried along.
 
 The grid is (B, head blocks, blocks of slots), the last as long as the longest row needs. Rows that need fewer blocks
-stay on their last one, which fetches nothing, and compute nothing.
+stay on their last one, which fetches nothing, and compute nothing. Few queries take the kernel of joined.py.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Operands:
       key_scale, value_scale: float32 [B, K or 1, S], of quantised ones.
       visible: int32 [B or 1, K or 1, R or 1, S], 0 where a row does not see a slot.
       first, count: int32 [B], the first block that is seen, and how many there are to the last.
+      whole_first, whole_end: int32 [B], the first block of which some row of every head sees every slot, and the next
+        one of which that is not so; a page that does not exist is not seen.
       table: int32 [B, pages], negative where there is none.
     """
 
@@ -45,6 +47,8 @@ class Operands:
     visible: Int32[Array, "#B #K #R S"]
     first: Int32[Array, " B"]
     count: Int32[Array, " B"]
+    whole_first: Int32[Array, " B"]
+    whole_end: Int32[Array, " B"]
     table: Int32[Array, "B M"] | None
 
 
@@ -94,10 +98,10 @@ def attend(
     for scale in (operands.key_scale, operands.value_scale):
         if scale is not None:
             given.append(scale)
-            specs.append(pl.BlockSpec((1, min(heads, scale.shape[1]), blocks.slots), _over_slots(scale.shape[1:2])))
+            specs.append(pl.BlockSpec((1, min(heads, scale.shape[1]), blocks.slots), over_slots(scale.shape[1:2])))
     shared = operands.visible.shape
     given.append(operands.visible)
-    specs.append(pl.BlockSpec((1, min(heads, shared[1]), shared[2], blocks.slots), _over_slots(shared)))
+    specs.append(pl.BlockSpec((1, min(heads, shared[1]), shared[2], blocks.slots), over_slots(shared)))
     sizes = ((rows, value_dim), (rows, LANES), (rows, LANES))
     out, top, total = pl.pallas_call(
         functools.partial(_step, settings=settings, paged=operands.table is not None),
@@ -116,7 +120,7 @@ def attend(
     return out, top[..., 0], total[..., 0]
 
 
-def _block_at(b: Any, i: Any, first: Any, count: Any) -> Any:
+def block_at(b: Any, i: Any, first: Any, count: Any) -> Any:
     """The block that row b reads in step i: its last one from there on."""
     return first[b] + jnp.minimum(i, jnp.maximum(count[b] - 1, 0))
 
@@ -124,17 +128,17 @@ def _block_at(b: Any, i: Any, first: Any, count: Any) -> Any:
 def _index(
     order: Order, page: int, pages: int | None, b: Any, h: Any, i: Any, first: Any, count: Any, *table: Any
 ) -> tuple[Any, ...]:
-    block = _block_at(b, i, first, count)
+    block = block_at(b, i, first, count)
     if pages is None:
         return order.place(b, block, h)
     return order.place(jnp.maximum(table[0][b, block * pages + page], 0), 0, h)
 
 
-def _over_slots(shared: tuple[int, ...]) -> Any:
+def over_slots(shared: tuple[int, ...]) -> Any:
     """The index map of an array [B or 1, K or 1, …, S], or [B, K or 1, S]; what is 1 is the same everywhere."""
 
     def index(b: Any, h: Any, i: Any, first: Any, count: Any, *table: Any) -> tuple[Any, ...]:
-        block = _block_at(b, i, first, count)
+        block = block_at(b, i, first, count)
         if len(shared) == 1:
             return (b, h if shared[0] > 1 else 0, block)
         return (b if shared[0] > 1 else 0, h if shared[1] > 1 else 0, 0, block)
@@ -162,14 +166,14 @@ def _step(*refs: Any, settings: KernelSettings, paged: bool) -> None:
 
     @pl.when(step < count[row])
     def _attend() -> None:
-        absent = None if table is None else _absent(table, row, (first[row] + step) * blocks.pages, blocks)
+        absent = absent_slots(table, row, first[row] + step, blocks)
         held_keys = _held(keys, blocks.key, query.dtype)
         held_values = _held(values, blocks.value, query.dtype)
         for head in range(blocks.heads):
             seen = visible[0, min(head, visible.shape[1] - 1)] != 0
             factors = [scale[0, min(head, scale.shape[1] - 1)][None] for scale in scales] or [None, None]
             key = _head(held_keys, head, blocks.key, query.dtype)
-            logits = _product(query[0, head], key, by_columns=blocks.key.has_slots_last) * settings.scale
+            logits = product(query[0, head], key, by_columns=blocks.key.has_slots_last) * settings.scale
             if factors[0] is not None:
                 logits = logits * factors[0]
             if settings.soft_cap is not None:
@@ -189,10 +193,10 @@ def _step(*refs: Any, settings: KernelSettings, paged: bool) -> None:
             maxima[head] = jnp.broadcast_to(now, maxima.shape[1:])
             value = _head(held_values, head, blocks.value, query.dtype)
             if settings.hides:
-                value = _cleaned(value, seen, blocks.value)
+                value = cleaned(value, seen, blocks.value)
             if factors[1] is not None:
                 weights = weights * (jnp.where(seen, factors[1], 0) if settings.hides else factors[1])
-            more = _product(weights.astype(value.dtype), value, by_columns=not blocks.value.has_slots_last)
+            more = product(weights.astype(value.dtype), value, by_columns=not blocks.value.has_slots_last)
             sums[head] = shrink * sums[head] + more
 
     @pl.when(step == pl.num_programs(2) - 1)
@@ -222,7 +226,8 @@ def _head(pages: list[Any], head: int, order: Order, dtype: Any) -> jax.Array:
     return whole.astype(dtype)
 
 
-def _product(rows: jax.Array, other: jax.Array, *, by_columns: bool) -> jax.Array:
+def product(rows: jax.Array, other: jax.Array, *, by_columns: bool) -> jax.Array:
+    """In float32, of rows with the rows of another array, or its columns."""
     return jax.lax.dot_general(
         rows,
         other,
@@ -233,7 +238,7 @@ def _product(rows: jax.Array, other: jax.Array, *, by_columns: bool) -> jax.Arra
     )
 
 
-def _cleaned(value: jax.Array, seen: jax.Array, order: Order) -> jax.Array:
+def cleaned(value: jax.Array, seen: jax.Array, order: Order) -> jax.Array:
     """Zeroes what no row sees: 0 · NaN is NaN."""
     by_any = seen.astype(jnp.float32).max(axis=0, keepdims=True)  # [1, S]
     if not order.has_slots_last:
@@ -241,12 +246,15 @@ def _cleaned(value: jax.Array, seen: jax.Array, order: Order) -> jax.Array:
     return jnp.where(by_any > 0, value, jnp.zeros_like(value))
 
 
-def _absent(table: Any, row: Any, place: Any, blocks: Blocks) -> jax.Array:
-    """[1, S]: whether a slot is in a page that does not exist."""
-    size = blocks.slots // blocks.pages
-    slot = jax.lax.broadcasted_iota(jnp.int32, (1, blocks.slots), 1)
-    absent = jnp.zeros((1, blocks.slots), jnp.bool_)
+def absent_slots(table: Any, row: Any, block: Any, blocks: Blocks) -> jax.Array | None:
+    """[1, S], or [1, S · K] of joined heads: whether a slot is in a page that does not exist; None without a table."""
+    if table is None:
+        return None
+    length = blocks.slots * (blocks.heads if blocks.joined else 1)
+    size = length // blocks.pages
+    slot = jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
+    absent = jnp.zeros((1, length), jnp.bool_)
     for page in range(blocks.pages):
         inside = (slot >= page * size) & (slot < (page + 1) * size)
-        absent = absent | (inside & (table[row, place + page] < 0))
+        absent = absent | (inside & (table[row, block * blocks.pages + page] < 0))
     return absent
