@@ -13,6 +13,11 @@ from kernelry.models.keys import Keys
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 LINEAR, CONV, INDEXED = "linear_attention", "conv", "indexed_attention"
 
+CHOSEN_KEYS = (
+    "it attends to compressed keys, or to keys that an indexer chooses: pass them as arrays of a call, with a mask"
+)
+"""Why such layers are not described."""
+
 Layers = Callable[[Keys, int], tuple[str, ...]]
 """The words of `layer_types` that a family means where its config has none, for a number of layers."""
 

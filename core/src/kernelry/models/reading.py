@@ -14,7 +14,7 @@ from kernelry.models.encoding import IMAGE
 from kernelry.models.families import families, text_families
 from kernelry.models.keys import Keys, brief
 from kernelry.models.model import MOST_LAYERS, LayerKind, Model, OtherLayers
-from kernelry.models.patterns import CHUNKED, FULL, SLIDING
+from kernelry.models.patterns import CHOSEN_KEYS, CHUNKED, FULL, SLIDING
 from kernelry.models.rules import Family
 
 _KINDS = {
@@ -29,9 +29,6 @@ _KINDS = {
 """The kinds of layers that a config describes, by the words of `layer_types`."""
 
 _LINEAR = "its layers keep a state and no keys, which is not attention"
-_CHOSEN = (
-    "it attends to compressed keys, or to keys that an indexer chooses: pass them as arrays of a call, with a mask"
-)
 _NO_ATTENTION = "its layers do not attend"
 
 _OTHERS = {
@@ -46,7 +43,7 @@ _OTHERS = {
             "qwen_sparse_attention",
             "minimax_m3_sparse",
         ),
-        _CHOSEN,
+        CHOSEN_KEYS,
     ),
     **dict.fromkeys(("conv", "mlp", "moe"), _NO_ATTENTION),
     IMAGE: "it attends to the keys of an image, whose number and mask a call says",

@@ -216,10 +216,6 @@ def latent_scale(default: Mapping[str, Any] | None = None) -> Callable[[Keys, He
     return scale
 
 
-mla_scale = latent_scale()
-"""Of a config that scales no rotary embedding unless it says so."""
-
-
 def half_dim_scale(keys: Keys, heads: Heads, layer: int) -> float:
     """(H / 2) ** -0.5: two hidden states are read as one."""
     return float((heads.head_dim / 2) ** -0.5)
@@ -241,16 +237,6 @@ def all_sinks(keys: Keys, word: str) -> bool:
 def sliding_sinks(keys: Keys, word: str) -> bool:
     """The layers that slide have sinks."""
     return word == SLIDING
-
-
-def unless(flag: str) -> Callable[[Keys], bool]:
-    """Causal, unless a flag is set."""
-    return lambda keys: not keys.flag(flag)
-
-
-def where(flag: str, default: bool = False) -> Callable[[Keys], bool]:
-    """Causal where a flag is set."""
-    return lambda keys: keys.flag(flag, default)
 
 
 def is_causal(keys: Keys) -> bool:

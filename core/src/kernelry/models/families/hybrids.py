@@ -14,10 +14,6 @@ _NEMOTRON = patterns.lettered(
 
 _ZAMBA2 = (LINEAR, *(*(LINEAR,) * 5, "hybrid") * 7, *(LINEAR,) * 4, "hybrid", *(LINEAR,) * 3, "hybrid", LINEAR, LINEAR)
 
-_CHOSEN_KEYS = (
-    "it attends to compressed keys, or to keys that an indexer chooses: pass them as arrays of a call, with a mask"
-)
-
 HYBRIDS: Rows = {
     "qwen3_next qwen3_5_text qwen3_5_moe_text": (
         decoder(layers=patterns.every(4, "full_attention_interval", other=LINEAR)),
@@ -117,11 +113,7 @@ HYBRIDS: Rows = {
         ),
     ),
     "axk2 deepseek_v32 glm_moe_dsa hy_v4 hy_v4_vl_text mistral_large4_text qwen4_exp_text": (
-        decoder(
-            layers=patterns.all_of(INDEXED),
-            layer_types=None,
-            refused=_CHOSEN_KEYS,
-        ),
+        decoder(layers=patterns.all_of(INDEXED), layer_types=None, refused=patterns.CHOSEN_KEYS),
     ),
     "doge": (
         decoder(
