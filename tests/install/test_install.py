@@ -130,7 +130,7 @@ def complete(bare):
 
 @pytest.fixture(scope="module")
 def extended(complete):
-    complete.pip("install", "./core[flax]", "./third_party")
+    complete.pip("install", "./core[flax,quant]", "./third_party")
     return complete
 
 
@@ -194,24 +194,24 @@ def test_every_command_shown_runs(complete, command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-WITH_FLAX = ["maxtext.md"]
-WITHOUT_FLAX = [page for page, program in PROGRAMS.items() if program and page not in WITH_FLAX]
+WITH_EXTRA = {"maxtext.md": "flax", "models.md": "flax", "caches.md": "quant"}
+WITHOUT_EXTRA = [page for page, program in PROGRAMS.items() if program and page not in WITH_EXTRA]
 
 
-@pytest.mark.parametrize("page", WITHOUT_FLAX)
+@pytest.mark.parametrize("page", WITHOUT_EXTRA)
 def test_the_programs_shown_run_as_they_are_printed(complete, page):
     done = complete.run("python", "-W", "error", "-c", PROGRAMS[page])
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", WITH_FLAX)
-def test_a_program_for_flax_says_what_to_install(complete, page):
+@pytest.mark.parametrize(("page", "extra"), WITH_EXTRA.items())
+def test_a_program_that_needs_an_extra_says_what_to_install(complete, page, extra):
     done = complete.run("python", "-c", PROGRAMS[page])
-    assert "pip install 'kernelry[flax]'" in done.stderr.splitlines()[-1]
+    assert f"pip install 'kernelry[{extra}]'" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("page", WITH_FLAX)
-def test_the_programs_for_flax_run_with_it(extended, page):
+@pytest.mark.parametrize("page", WITH_EXTRA)
+def test_the_programs_that_need_an_extra_run_with_it(extended, page):
     done = extended.run("python", "-W", "error", "-c", PROGRAMS[page])
     assert done.returncode == 0, done.stderr
 
