@@ -148,7 +148,7 @@ DECODERS: Rows = {
             layers=patterns.every(2),
             scale=rules.root_of("query_pre_attn_scalar"),
             soft_cap="attn_logit_softcapping",
-            causal=rules.refused_flag("use_bidirectional_attention", _EAGER_ONLY),
+            causal=rules.refused_flag("use_bidirectional_attention", "the code of its attention ignores it"),
         ),
     ),
     "vaultgemma": (

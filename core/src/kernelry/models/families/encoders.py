@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from kernelry.models import encoding, layerwise, patterns, rules
 from kernelry.models.families.rows import Rows, decoder, encoder
@@ -44,6 +46,13 @@ _T5_DECODER = functools.partial(
     scale=rules.unscaled,
 )
 
+_MODERNBERT: Mapping[str, Any] = {
+    "layers": patterns.first_of(3, "global_attn_every_n_layers"),
+    "window": "local_attention",
+    "resized": encoding.half_unless("sliding_window"),
+    "heads": rules.equal,
+}
+"""What its encoder and its decoder have in common."""
 
 ENCODERS: Rows = {
     # Encoders of text
@@ -62,22 +71,8 @@ ENCODERS: Rows = {
             remarks=_SCALED_FIRST,
         ),
     ),
-    "modernbert": (
-        encoder(
-            layers=patterns.first_of(3, "global_attn_every_n_layers"),
-            window="local_attention",
-            resized=encoding.half_unless("sliding_window"),
-            heads=rules.equal,
-        ),
-    ),
-    "modernbert-decoder": (
-        decoder(
-            layers=patterns.first_of(3, "global_attn_every_n_layers"),
-            window="local_attention",
-            resized=encoding.half_unless("sliding_window"),
-            heads=rules.equal,
-        ),
-    ),
+    "modernbert": (encoder(**_MODERNBERT),),
+    "modernbert-decoder": (decoder(**_MODERNBERT),),
     "ultrabert": (
         encoder(
             layers=encoding.listed_windows("attention_windows", patterns.every(3)),
