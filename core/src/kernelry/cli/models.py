@@ -17,7 +17,7 @@ from kernelry.config.layer import AttentionConfig
 from kernelry.kernel.refusal import RefusalCode
 from kernelry.models.model import LayerKind, Model, ranges
 from kernelry.phases.model_shape import ModelShape
-from kernelry.phases.resolving import remarks_on, resolve_phases, resolved_calls
+from kernelry.phases.resolving import compared, remarks_on, resolved_calls
 from kernelry.request.request import Mode
 from kernelry.request.target import Target
 from kernelry.resolution.explanation import Resolution
@@ -101,7 +101,7 @@ class ModelTable:
                         row = rows.setdefault((kind.name, call.name), Row(kind, call.name, {}))
                         row.resolutions[str(target)] = resolution
                 if mode is None and kernel == "auto":
-                    found = resolve_phases(kind, shape, target=target, changes=False).disagreements
+                    found = compared(kind, [resolution for _, resolution in asked]).disagreements
                     disagreements += [f"{kind.name} on {target}: {text}" for text in found]
         if not rows:
             why = "; ".join(_joined((kind.name, text) for kind in kinds for text in remarks_on(kind)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, final, overload
 
 from kernelry.config.layer import AttentionConfig
@@ -174,14 +174,18 @@ def resolve_phases(
         each = (resolve_phases(kind, shape, target=target, kernels=kernels, changes=changes) for kind in config.kinds)
         return ModelPhases(config, tuple(each))
     asked = resolved_calls(config, shape, target=target, kernels=kernels, changes=changes)
-    found = [resolution for _, resolution in asked]
+    return compared(config, [resolution for _, resolution in asked])
+
+
+def compared(layer: AttentionConfig | LayerKind, found: Sequence[Resolution]) -> Phases:
+    """Compares the resolutions of the calls of all phases of a layer."""
     first = {mode: next((r for r in found if r.request.mode is mode), None) for mode in Mode}
     train, prefill, decode = first[Mode.TRAIN], first[Mode.PREFILL], first[Mode.DECODE]
     assert train is not None
     assert prefill is not None
     more = tuple(resolution for resolution in found if not any(resolution is r for r in first.values()))
-    disagreements = (*_unserved(found), *_layout(prefill, decode), *_statistics(found), *_meaning(config))
-    return Phases(train, prefill, decode, tuple(dict.fromkeys(disagreements)), more, remarks_on(config))
+    disagreements = (*_unserved(found), *_layout(prefill, decode), *_statistics(found), *_meaning(layer))
+    return Phases(train, prefill, decode, tuple(dict.fromkeys(disagreements)), more, remarks_on(layer))
 
 
 @contextlib.contextmanager
