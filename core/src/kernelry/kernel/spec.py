@@ -12,10 +12,9 @@ import importlib
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import jax
-from jaxtyping import Array, Float
 
 from kernelry._pytree import pytree, short_repr
 from kernelry.errors import ArgumentError, ConfigError, PluginError, nearest
@@ -24,6 +23,9 @@ from kernelry.kernel.partial import Partial
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.base import Mask
 from kernelry.request.request import Request
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 AUTO = "auto"
 """Given in place of a kernel's name, so that the policy chooses."""

@@ -5,13 +5,17 @@ Shapes inside: queries of one key/value head are together, so B K G T S, with N 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
 
 from kernelry.plugin import Inputs, Mask, Mode, Partial, Request, Side, cast_finite, log_sum, with_sinks
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
 
 _FEW_QUERIES = 64
 """N · T up to which a decode step on CPU multiplies all heads at once: benchmarks/decode.py."""

@@ -6,11 +6,10 @@ import dataclasses
 import enum
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Protocol, final
+from typing import TYPE_CHECKING, ClassVar, Protocol, final
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
 
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.partial import Partial
@@ -20,6 +19,9 @@ from kernelry.masks.base import Mask
 from kernelry.masks.form import Atom
 from kernelry.masks.side import Side
 from kernelry.request.request import Request
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool
 
 
 @final
