@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Protocol, final
@@ -111,6 +112,7 @@ CURED_ON_KEYS = frozenset(
 """What the adapters that rewrite keys and values cure: for them, quantised or paged ones are made plain first."""
 
 
+@functools.lru_cache(maxsize=64)
 def itemsize(dtype: str) -> int:
     """The bytes of one element."""
     return int(np.dtype(jnp.dtype(dtype)).itemsize)
