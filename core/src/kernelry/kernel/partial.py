@@ -108,7 +108,7 @@ def named(arrays: _R) -> _R:
 
     Name each array once: of one that was named twice, a policy that saves by name keeps both if both are read.
     """
-    same: _R = checkpoint_name(arrays, REMAT_NAME)  # type: ignore[no-untyped-call]
+    same: _R = None if arrays is None else checkpoint_name(arrays, REMAT_NAME)  # type: ignore[assignment,no-untyped-call]
     return same
 
 
