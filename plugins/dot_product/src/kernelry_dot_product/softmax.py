@@ -85,9 +85,12 @@ def attend_dense(
 def _logits(
     query: jax.Array, key: jax.Array, bias: jax.Array | None, visible: jax.Array | None, request: Request
 ) -> Float[Array, "B K G T S"]:
+    batch, length, _, width = query.shape
+    grouped = lax.reshape(query, (batch, length, request.kv_heads, request.groups, width))
     dtype = jnp.float64 if request.dtype == "float64" else jnp.float32
     # Heads before time, so that no product has to transpose the logits: twice as fast on CPU.
-    logits = _product("BKGTH,BSKH->BKGTS", lax.transpose(query, (0, 2, 1, 3)), key, request, dtype)
+    rows = lax.transpose(grouped, (0, 2, 3, 1, 4))
+    logits = _product("BKGTH,BSKH->BKGTS", rows, key, request, dtype)
     logits = lax.convert_element_type(logits, request.logits_dtype)
     logits = lax.mul(logits, logits.dtype.type(request.scale))
     if bias is not None and not request.bias_after_cap:
@@ -104,19 +107,17 @@ def _logits(
 
 
 def _product(equation: str, rows: jax.Array, columns: jax.Array, request: Request, dtype: DTypeLike) -> jax.Array:
-    """Multiplies rows B N T … or B K G T … by keys or values; G is left out of the product where it is 1.
+    """Multiplies rows B K G T … by keys or values; G is left out of the product where it is 1.
 
     The gradients of keys and values sum over G and T. Sums over two axes make XLA write a transposed copy of the
     logits first; over T alone it needs none, and the backward pass on CPU takes two thirds of the time:
     benchmarks/dot_product.py. A larger G is not merged with T, though as fast: where T is sharded, XLA would
     gather the logits.
     """
-    few, alone = _few_queries(request), request.groups == 1
-    if rows.ndim == 4 and (few or not alone):
-        rows = lax.reshape(rows, (rows.shape[0], request.kv_heads, request.groups, *rows.shape[2:]))
-    if few:
+    if _few_queries(request):
         return _product_by_slot(equation, rows, columns, request, dtype)
-    rows = lax.squeeze(rows, (2,)) if alone and rows.ndim == 5 else rows
+    alone = request.groups == 1
+    rows = lax.squeeze(rows, (2,)) if alone else rows
     contracted = (rows.ndim - 1,), (3 if equation.startswith("BKGTH") else 1,)
     numbers = contracted, ((0, 1), (0, 2))
     product = lax.dot_general(rows, columns, numbers, precision=request.precision, preferred_element_type=dtype)
