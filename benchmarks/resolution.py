@@ -76,6 +76,10 @@ def measure_resolution(kernelry):
         return kernelry.resolve(request)
 
     seconds = {f"resolve, uncached, {name}": typical(lambda r=r: uncached(r)) for name, r in asked.items()}
+    explained = lambda r: kernelry.explain(r, changes=False).explain()  # noqa: E731
+    seconds["explain, uncached, many adapters, tpu:v5e"] = typical(
+        lambda: (resolver.clear_cache(), explained(asked["many adapters, tpu:v5e"]))
+    )
     fresh = iter([request_of(q_len=1024, q_heads=8, mask=plain.mask) for _ in range(CACHED_CALLS)])
     seconds["resolve, a request seen before"] = mean(lambda: kernelry.resolve(plain))
     seconds["resolve, a fresh equal request"] = mean(lambda: kernelry.resolve(next(fresh)))
@@ -91,6 +95,12 @@ def measure_tracing(jax, kernelry, query):
     plan = kernelry.resolve(request, kernel="dot_product").plan
     body = plan.kernel.body()
 
+    lengths = itertools.count(129)
+
+    def first_of_its_length():
+        longer = jax.ShapeDtypeStruct((1, next(lengths), 8, 64), query.dtype)
+        return jax.make_jaxpr(attention())(longer)
+
     # New functions each time, so that JAX's own cache does not answer.
     def attention():
         return lambda q: kernelry.attention(q, q, q, mask=mask)
@@ -103,6 +113,7 @@ def measure_tracing(jax, kernelry, query):
         return jax.grad(lambda q: kernelry.attention(q, q, q, mask=mask).sum())
 
     return {
+        "trace attention, a new length each time": typical(first_of_its_length),
         "trace attention": typical(lambda: jax.make_jaxpr(attention())(query)),
         "trace attention, jitted": typical(lambda: jax.jit(attention()).trace(query)),
         "trace the gradient of attention": typical(lambda: jax.make_jaxpr(gradient())(query)),

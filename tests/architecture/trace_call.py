@@ -6,8 +6,8 @@ The call is the first of a fresh process, made after the plugins are listed: tra
 is traced with `sys.setprofile`. A module is traced if one of its functions runs; what runs when a module is imported
 does not count. A crossing is a call of a function whose nearest caller within kernelry is in another file. Files of
 plugins are listed, but only those of the core are counted. What a reader follows is less than these files: the
-functions that ran, and their lines. The import closure is what `kernelry.attention` and `kernelry.masks` import from the
-core; `import kernelry` alone imports none of it.
+functions that ran, and their lines. The import closure is what `kernelry.attention` and `kernelry.masks` import from
+the core; `import kernelry` alone imports next to nothing of it.
 """
 
 import argparse
