@@ -102,7 +102,7 @@ class Resolution:
     Args:
       request: what was asked.
       plan: what will run; None where no kernel serves the request.
-      candidates: every kernel considered, in order of preference.
+      candidates: every kernel considered, in order of preference; those behind the winner are asked when looked at.
       decided_by: the rule that decided the order; where none did, what decided it.
       excluded: installed kernels that were not considered.
       forced: whether a name was asked for, so that no other kernel may take its place.
