@@ -262,7 +262,8 @@ class KernelSpec:
       capabilities: what it can do.
       load: `module:attribute` of the body, a Kernel or a class of no arguments; imported when the
         kernel is first chosen. A function that returns the body serves notebooks and tests.
-      refusals: what data cannot say: divisibility, vendor probes.
+      refusals: what data cannot say: divisibility, vendor probes; a function of its arguments alone, for a kernel
+        behind the winner is asked later, or never.
       tilings: the search space for a request, the default first.
       signature: texts that a lowered program must contain if this kernel really ran; see
         `kernelry.plugin.signature_of`.
