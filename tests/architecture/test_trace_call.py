@@ -20,7 +20,9 @@ CLOSURE = {"closure_modules": 57, "closure_lines": 9_550}
 
 
 def trace(kernel):
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")} | {
+        "KERNELRY_MEASUREMENTS": ""
+    }
     command = [sys.executable, SCRIPT, "--kernel", kernel, "--json"]
     environ["JAX_PLATFORMS"] = "cpu"
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)

@@ -48,7 +48,9 @@ def modules(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vendors")
     for name in ("tokamax", "transformer_engine"):
         (folder / f"{name}.py").touch()
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON"))}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON"))} | {
+        "KERNELRY_MEASUREMENTS": ""
+    }
     environ |= {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", ONE_AFTER_ANOTHER]
     watched = json.dumps([*VENDORS, *OPTIONAL])

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.install
 
 ROOT = Path(__file__).parents[2]
 THIRD_PARTY = ROOT / "tests" / "fixtures" / "third_party"
-CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON", "VIRTUAL_ENV"))}
+CLEAN = {
+    key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON", "VIRTUAL_ENV"))
+} | {"KERNELRY_MEASUREMENTS": ""}
 
 
 class Venv:
