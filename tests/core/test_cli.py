@@ -75,10 +75,14 @@ def test_doctor_reports_versions_and_no_faults(run):
 @pytest.mark.parametrize(
     ("switches", "variable", "words"),
     [
-        (Switches(kernel="blokwise"), "KERNELRY_KERNEL", "did you mean 'blockwise'?"),
-        (Switches(unknown=("KERNELRY_KERNAL",)), "KERNELRY_KERNAL", "did you mean 'KERNELRY_KERNEL'?"),
-        (Switches(strict=True, lock="absent.json"), "KERNELRY_LOCK", "cannot read the lock file absent.json: No such"),
-        (Switches(strict=True, lock=__file__), "KERNELRY_LOCK", "test_cli.py is not valid JSON: "),
+        (Switches(kernel="blokwise", measurements=""), "KERNELRY_KERNEL", "did you mean 'blockwise'?"),
+        (Switches(unknown=("KERNELRY_KERNAL",), measurements=""), "KERNELRY_KERNAL", "did you mean 'KERNELRY_KERNEL'?"),
+        (
+            Switches(strict=True, lock="absent.json", measurements=""),
+            "KERNELRY_LOCK",
+            "cannot read the lock file absent.json: No such",
+        ),
+        (Switches(strict=True, lock=__file__, measurements=""), "KERNELRY_LOCK", "test_cli.py is not valid JSON: "),
     ],
 )
 def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch, switches, variable, words):

@@ -159,12 +159,12 @@ def _report(config: AttentionConfig, call: PhaseCall) -> LayerReport:
 
 
 def _compiled(call: PhaseCall) -> Compilation:
-    request, arguments = call.request, _arguments(call)
+    request, arguments = call.request, arguments_of(call)
     if request.sharding is None:
-        return compile_for(request.target, _program(call), *arguments)
+        return compile_for(request.target, program_of(call), *arguments)
     sharding = Sharding.parse(request.sharding)
     specs = _specs(call, sharding, arguments)
-    return compile_for(request.target, _program(call), *arguments, specs=specs, sharding=sharding)
+    return compile_for(request.target, program_of(call), *arguments, specs=specs, sharding=sharding)
 
 
 def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -192,7 +192,7 @@ def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> t
     return placed("BTNH", query), of_keys(key), of_keys(value), of_sinks, of_bias, of_mask
 
 
-def _program(call: PhaseCall) -> Callable[..., Any]:
+def program_of(call: PhaseCall) -> Callable[..., Any]:
     """Attention as the phase calls it; in training with its gradients."""
     request = call.request
     structure = jax.tree.structure(call.mask)
@@ -223,7 +223,8 @@ def _program(call: PhaseCall) -> Callable[..., Any]:
     return jax.value_and_grad(loss, argnums=differentiated)
 
 
-def _arguments(call: PhaseCall) -> tuple[Any, ...]:
+def arguments_of(call: PhaseCall) -> tuple[Any, ...]:
+    """The shapes of the arguments of `program_of`."""
     request = call.request
 
     def array(*shape: int, dtype: str = request.dtype) -> Any:

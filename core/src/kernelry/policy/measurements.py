@@ -55,7 +55,7 @@ class Bucket:
             "dtype": request.dtype,
             "T": _power(request.q_len),
             "S": _power(request.kv_len),
-            "B·N": _power(request.batch * request.q_heads),
+            "BN": _power(request.batch * request.q_heads),
             "G": _power(request.groups),
             "H": request.head_dim,
             "D": request.value_dim,
@@ -104,7 +104,7 @@ def _what(atom: Atom) -> str:
     if kind is AtomKind.CUSTOM:
         return f"{params[0]}" + (" with arrays" if OPERANDS in params else "")
     if kind is AtomKind.CAUSAL:
-        return kind.value
+        return str(kind.value)
     told = [str(_power(param)) if isinstance(param, int) else str(getattr(param, "title", param)) for param in params]
     return f"{kind.value}({', '.join(told)})" if told else kind.value
 

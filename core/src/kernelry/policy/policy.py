@@ -153,8 +153,8 @@ class Switches:
         wrong = None
         if text and text.lower() not in _YES_NO:
             wrong = f"KERNELRY_STRICT={text!r} is neither yes nor no; write one of {', '.join(_YES_NO)}"
-        kernel = None if kernel in ("", "auto") else kernel
-        return cls(kernel, names, strict, lock, unknown, wrong, environ.get("KERNELRY_MEASUREMENTS"))
+        measurements = environ.get("KERNELRY_MEASUREMENTS")
+        return cls(None if kernel in ("", "auto") else kernel, names, strict, lock, unknown, wrong, measurements)
 
 
 @functools.lru_cache(maxsize=1)
