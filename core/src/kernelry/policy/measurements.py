@@ -142,7 +142,7 @@ class Entry:
         where there is none, as `failure` says.
       kind: measured or predicted.
       versions: (distribution, version) pairs that the time depends on, sorted: of jax, of kernelry, of the kernel's
-        distribution, and of the compiler; of a CPU also the processor.
+        distribution, and of the compiler; of a CPU also the processor. Without any it does not depend on versions.
       time: when that was, in UTC, e.g. `2026-11-30T09:39:01Z`.
       failure: why there is no time: the compiler's message, or that there is no model.
     """
@@ -338,8 +338,10 @@ class Measurements:
           distribution: of its kernel as it is installed, `name version`.
         """
         name, _, version = distribution.rpartition(" ")
-        now = {**dict(self.versions), name: version}
-        for of, was in entry.versions:
+        then, now = dict(entry.versions), {**dict(self.versions), name: version}
+        if then and name not in then:
+            return f"{entry.kind.value} with a kernel of this name from elsewhere: not used"
+        for of, was in then.items():
             if now.get(of, was) != was:
                 return f"{entry.kind.value} with {of} {was}, this is {now[of]}: not used; run kernelry tune"
         return None
