@@ -50,6 +50,10 @@ _LAUNCH = re.compile(r"\]\s+(\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+s
 """A line of XLA's list of thunks."""
 
 
+THUNKS = ".thunk_sequence.txt"
+"""How the names of XLA's lists of thunks end."""
+
+
 @final
 class AssemblerError(KernelryError):
     """ptxas does not accept a PTX text; the message quotes what it says."""
@@ -271,8 +275,8 @@ def machine_code(ptx: Ptx) -> bytes:
 
 def kernels_in(folder: Path) -> Iterator[Listed]:
     """Yields the kernels of the programs of which XLA wrote dumps into a folder, in the order of their launches."""
-    for listed in sorted(folder.glob("*.thunk_sequence.txt")):
-        module = listed.name.removesuffix(".thunk_sequence.txt")
+    for listed in sorted(folder.glob(f"*{THUNKS}")):
+        module = listed.name.removesuffix(THUNKS)
         texts = (read_ptx(path.read_text()) for path in folder.glob(f"{module}.*.ptx"))
         by_name = {ptx.kernel: ptx for ptx in texts if ptx is not None}
         for launch in read_launches(listed.read_text()):

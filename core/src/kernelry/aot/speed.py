@@ -74,6 +74,7 @@ class KernelSpeed:
       seconds: predicted; None where there is no model.
       bound: what the prediction is bound by: `MXU`, `schedule`, `memory` or `grid` (what every step and row cost
         besides their blocks); empty without a prediction.
+      missing: why there is no schedule, or no code; else empty.
     """
 
     name: str
@@ -84,10 +85,12 @@ class KernelSpeed:
     bytes: float
     seconds: float | None
     bound: str
+    missing: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
-        return {**dataclasses.asdict(self), "kind": "static, not measured"}
+        code = None if self.code is None else self.code.to_json()
+        return {**dataclasses.asdict(self), "code": code, "kind": "static, not measured"}
 
 
 def tpu_speed(name: str, schedule: Schedule, grid: Grid, moved: float, kind: str | None, compiler: str) -> KernelSpeed:
