@@ -13,10 +13,10 @@ SCRIPT = Path(__file__).with_name("trace_call.py")
 # The most that `trace_call.py --kernel NAME` may find. Lower a number when the code gets better; before raising one,
 # look with `--pairs` at which files were added.
 BOUNDS = {
-    "auto": {"modules": 37, "lines": 7_250, "crossings": 440, "functions": 225, "function_lines": 2_150},
-    "dot_product": {"modules": 22, "lines": 5_900, "crossings": 90, "functions": 175, "function_lines": 1_650},
+    "auto": {"modules": 25, "lines": 6_620, "crossings": 116, "functions": 192, "function_lines": 1_745},
+    "dot_product": {"modules": 24, "lines": 6_370, "crossings": 107, "functions": 180, "function_lines": 1_670},
 }
-CLOSURE = {"closure_modules": 57, "closure_lines": 9_550}
+CLOSURE = {"closure_modules": 57, "closure_lines": 9_720, "bare_modules": 3}
 
 
 def trace(kernel):

@@ -6,7 +6,8 @@ The call is the first of a fresh process, made after the plugins are listed: tra
 is traced with `sys.setprofile`. A module is traced if one of its functions runs; what runs when a module is imported
 does not count. A crossing is a call of a function whose nearest caller within kernelry is in another file. Files of
 plugins are listed, but only those of the core are counted. What a reader follows is less than these files: the
-functions that ran, and their lines. The import closure is what `import kernelry` alone imports from the core.
+functions that ran, and their lines. The import closure is what `kernelry.attention` and `kernelry.masks` import from
+the core; `import kernelry` alone imports next to nothing of it.
 """
 
 import argparse
@@ -31,7 +32,9 @@ class Trace:
     functions: dict[tuple[str, int], range]
     """The functions that ran, by file and first line, and their lines."""
     closure: dict[str, int]
-    """The files that `import kernelry` imports, and their lines."""
+    """The files that `kernelry.attention` and `kernelry.masks` import, and their lines."""
+    bare: int
+    """How many files `import kernelry` imports."""
 
     @property
     def core(self):
@@ -48,6 +51,7 @@ class Trace:
             "function_lines": len({(file, line) for (file, _), lines in self.functions.items() for line in lines}),
             "closure_modules": len(self.closure),
             "closure_lines": sum(self.closure.values()),
+            "bare_modules": self.bare,
         }
 
 
@@ -55,13 +59,14 @@ def trace(kernel="auto"):
     """Traces one call. Only the first call of a process shows everything, since later ones find caches filled."""
     import kernelry
 
+    bare = len(_imported())
+    attention, mask = kernelry.attention, kernelry.masks.Causal()
     closure = {file: _lines(file) for file in sorted(_imported())}
 
     import jax.numpy as jnp
 
     kernelry.kernels()
     array = jnp.zeros((1, _TOKENS, _HEADS, _HEAD_DIM))
-    mask = kernelry.masks.Causal()
     calls, crossings, functions = collections.Counter(), collections.Counter(), {}
 
     def observe(frame, event, _):
@@ -77,10 +82,10 @@ def trace(kernel="auto"):
 
     sys.setprofile(observe)
     try:
-        kernelry.attention(array, array, array, mask=mask, kernel=kernel)
+        attention(array, array, array, mask=mask, kernel=kernel)
     finally:
         sys.setprofile(None)
-    return Trace(dict(calls), dict(crossings), functions, closure)
+    return Trace(dict(calls), dict(crossings), functions, closure, bare)
 
 
 def _imported():
@@ -142,7 +147,8 @@ def _report(found, *, pairs):
     yield ""
     yield "the call: {modules} modules of the core, {lines} lines, {crossings} crossings".format(**numbers)
     yield "what ran: {functions} functions of {function_lines} lines".format(**numbers)
-    yield "import kernelry: {closure_modules} modules of the core, {closure_lines} lines".format(**numbers)
+    yield "before it: {closure_modules} modules of the core, {closure_lines} lines".format(**numbers)
+    yield "import kernelry: {bare_modules} modules of the core".format(**numbers)
 
 
 def main():

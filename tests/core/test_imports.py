@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+import kernelry
+from kernelry import _compat
+
 pytestmark = pytest.mark.versions
 
 VENDORS = ("jax.experimental.pallas", "tokamax", "transformer_engine")
@@ -41,6 +44,38 @@ loaded.append(list(sys.modules))
 print(json.dumps(loaded), file=out)
 """
 
+FIRST_USED_IN_A_TRACE = """
+import json, sys
+import jax, jax.numpy as jnp
+before = set(sys.modules)
+import kernelry
+loaded = sorted(set(sys.modules) - before)
+
+@jax.jit
+def call(array):
+    return kernelry.attention(array, array, array)
+
+array = jnp.ones((1, 4, 1, 8))
+call(array)
+with kernelry.use(kernel="blockwise"), kernelry.record() as seen:
+    call(array)
+call(array)
+print(json.dumps([loaded, [resolution.kernel for resolution in seen]]))
+"""
+
+
+def run(program, folder, given=""):
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON"))} | {
+        "KERNELRY_MEASUREMENTS": ""
+    }
+    environ |= {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, env=environ, cwd=folder, input=given, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
 
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory):
@@ -48,17 +83,32 @@ def modules(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vendors")
     for name in ("tokamax", "transformer_engine"):
         (folder / f"{name}.py").touch()
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON"))} | {
-        "KERNELRY_MEASUREMENTS": ""
-    }
-    environ |= {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", ONE_AFTER_ANOTHER]
-    watched = json.dumps([*VENDORS, *OPTIONAL])
-    done = subprocess.run(
-        command, env=environ, cwd=folder, input=watched, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run(ONE_AFTER_ANOTHER, folder, json.dumps([*VENDORS, *OPTIONAL]))
+
+
+def test_import_loads_little_and_a_scope_reaches_functions_that_were_jitted_before_it(tmp_path):
+    loaded, kernels = run(FIRST_USED_IN_A_TRACE, tmp_path)
+    assert [name for name in loaded if not name.startswith("jax.")] == [
+        "kernelry",
+        "kernelry._compat",
+        "kernelry._version",
+    ]
+    assert [name for name in loaded if name.startswith(("jax.extend", "jax.experimental"))] == []
+    assert kernels == ["blockwise"]
+
+
+def test_names_are_found_on_first_use_and_listed():
+    assert set(kernelry.__all__) <= set(dir(kernelry))
+    assert all(getattr(kernelry, name) is getattr(kernelry, name) for name in kernelry.__all__)
+    assert "attention" in vars(kernelry)  # kept, so that a call does not look for it again
+    with pytest.raises(AttributeError, match="module 'kernelry' has no attribute 'atention'"):
+        kernelry.atention  # noqa: B018
+
+
+def test_primitives_are_of_the_class_that_jax_extend_has():
+    from jax.extend.core import Primitive
+
+    assert _compat._Primitive is Primitive
 
 
 def test_listing_imports_no_vendor_and_nothing_of_the_command(modules):

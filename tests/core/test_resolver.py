@@ -34,6 +34,7 @@ from kernelry.plugin import (
 from kernelry.policy.measurements import Entry, Measurements
 from kernelry.policy.policy import Policy, Switches
 from kernelry.policy.rules import Condition, Range, Rule
+from kernelry.resolution import resolver
 
 PLAIN = Capabilities(
     platforms=frozenset({"cpu"}),
@@ -199,6 +200,41 @@ def test_probing_happens_at_home_for_the_winner_only():
     resolution = kernelry.resolve(REQUEST, kernels=kernels, policy=policy())
     assert asked == ["a"]
     assert resolution.candidates[1].notes == ("vendor: not probed",)
+
+
+def test_kernels_behind_the_winner_are_asked_when_somebody_looks():
+    asked = []
+
+    def remembering(name):
+        def refusals(request, environment):
+            asked.append(name)
+            return (Refusal(RefusalCode.DRIVER, f"{name} has no driver"),) if name == "c" else ()
+
+        return spec(name, refusals=refusals)
+
+    kernels = tuple(map(remembering, "abc"))
+    resolution = kernelry.resolve(REQUEST, kernels=kernels, policy=policy())
+    assert resolution.winner.name == "a"
+    assert asked == ["a"]
+    assert "c has no driver" in str(resolution)
+    assert asked == ["a", "b", "c"]
+    assert [candidate.name for candidate in resolution.refused] == ["c"]
+    assert asked == ["a", "b", "c"]  # once
+
+
+def test_candidates_are_compared_copied_and_counted_as_a_tuple_of_them():
+    first, second = (kernelry.explain(Request(q_len=9), kernels=(A, B, C), policy=policy()) for _ in range(2))
+    resolver.clear_cache()
+    again = kernelry.explain(Request(q_len=9), kernels=(A, B, C), policy=policy())
+    assert first is second
+    assert again is not first
+    assert again.candidates == first.candidates == tuple(first.candidates)
+    assert tuple(first.candidates) == again.candidates
+    assert hash(again.candidates) == hash(tuple(first.candidates))
+    assert (len(again.candidates), again.candidates[-1].name) == (3, "c")
+    assert pickle.loads(pickle.dumps(again.candidates)) == first.candidates
+    assert repr(again.candidates) == repr(tuple(first.candidates))
+    assert again.candidates != (*first.candidates, first.candidates[0])
 
 
 def test_foreign_targets_are_assumed_not_probed():

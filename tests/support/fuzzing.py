@@ -1,6 +1,7 @@
 """Random requests and configs, valid and absurd."""
 
 import collections
+import dataclasses
 import math
 import random
 
@@ -105,6 +106,9 @@ def _ask(request, kernel, rng):
     shuffled = tuple(rng.sample(SPECS, len(SPECS)))
     again = kernelry.explain(request, kernel=kernel, kernels=shuffled)
     assert again.to_json() == explained.to_json(), f"the order of kernels decides: {request}"
+    for step in (step for candidate in explained.candidates for step in candidate.steps):
+        checked = dataclasses.replace(step.after)  # what an adapter asks is not checked when it is made
+        assert (checked, hash(checked)) == (step.after, hash(step.after)), f"{step.adapter.name} asks {step.after}"
     for candidate in explained.refused:
         assert all(str(refusal) for refusal in candidate.refusals)
     refusal = None

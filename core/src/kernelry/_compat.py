@@ -1,6 +1,7 @@
 """What kernelry needs of JAX that JAX does not promise to keep, and differences between its versions 0.10 … 0.12.
 
 `jax.interpreters` and `jax.extend` are for libraries and may change with any release; core imports them here alone.
+`import kernelry` imports this module.
 """
 
 from __future__ import annotations
@@ -10,8 +11,15 @@ from typing import Any, final
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
+
+# jax.extend.core has it under its name, and the import of jax.extend loads Pallas: a quarter of kernelry's own import.
+_Primitive: Any = type(jax.lax.add_p)
+
+# Public, but in what order JAX hashes and compares it is not said: 0.10 … 0.12 hash it before they trace, and only
+# compare it where they find a compiled program. tests/core/test_scopes.py fails where that changes.
+scope_key: Any = jax.make_user_context(None)  # type: ignore[no-untyped-call]
+"""A value that each thread has, None at first, and that is part of the key of JAX's caches of programs."""
 
 
 def abstract_device(mesh: jax.sharding.AbstractMesh) -> Any | None:
@@ -28,13 +36,6 @@ def platforms_of(context: Any) -> tuple[str, ...]:
     # 0.10 … 0.12: the context's own are those of a branch of lax.platform_dependent, else the module's count.
     platforms: tuple[str, ...] = tuple(context.platforms or context.module_context.platforms)
     return platforms
-
-
-def user_context() -> Any:
-    """Makes a value that each thread has, None at first, and that is part of the key of JAX's caches of programs."""
-    # Public, but in what order JAX hashes and compares it is not said: 0.10 … 0.12 hash it before they trace, and only
-    # compare it where they find a compiled program. tests/core/test_scopes.py fails where that changes.
-    return jax.make_user_context(None)  # type: ignore[no-untyped-call]
 
 
 def _identity(array: Any, **_params: Any) -> Any:
@@ -65,16 +66,16 @@ class Marker:
         transpose: Callable[..., list[Any]],
         evaluate: Callable[..., Any] = _identity,
     ) -> None:
-        self._primitive = Primitive(name)
-        self._primitive.def_impl(evaluate)  # type: ignore[no-untyped-call]
-        self._primitive.def_abstract_eval(_identity)  # type: ignore[no-untyped-call]
+        self._primitive = _Primitive(name)
+        self._primitive.def_impl(evaluate)
+        self._primitive.def_abstract_eval(_identity)
         batching.primitive_batchers[self._primitive] = self._vectorised
         mlir.register_lowering(self._primitive, lower)
         ad.deflinear2(self._primitive, transpose)  # type: ignore[no-untyped-call]
 
     def bind(self, array: Any, **params: Any) -> Any:
         """Returns the array, marked."""
-        return self._primitive.bind(array, **params)  # type: ignore[no-untyped-call]
+        return self._primitive.bind(array, **params)
 
     def _vectorised(self, arrays: Any, dims: Any, **params: Any) -> tuple[Any, Any]:
         return self.bind(arrays[0], **params), dims[0]
@@ -82,6 +83,8 @@ class Marker:
 
 def array_shapes(program: Any) -> Iterator[tuple[int, ...]]:
     """Shapes of the arrays that a jaxpr and all inside it hold; a scalar that is written into it is none."""
+    from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # elsewhere nothing of it is needed
+
     # Public are a jaxpr's text and its evaluation; the classes are in jax.extend. One class from 0.12.
     if isinstance(program, ClosedJaxpr | Jaxpr):
         yield from (np.shape(array) for array in getattr(program, "consts", ()))

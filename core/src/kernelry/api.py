@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
 from kernelry._values import size_of, unwrapped
 from kernelry.errors import ArgumentError, PluginError, ShapeError, nearest
@@ -39,6 +38,8 @@ from kernelry.resolution.resolver import resolve
 from kernelry.storage import PagedArray, QuantizedArray
 
 if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
     from kernelry.mesh.finding import MeshFacts
     from kernelry.resolution.explanation import Resolution
 

@@ -73,7 +73,9 @@ def in_reverse_mode(
       alternatives: says, for an error, what to pass to get a kernel that JAX differentiates itself.
     """
     guard = functools.partial(_once, _OneWay.of(kernel, alternatives))
-    guarded: dict[str, Any] = {operand.value: guard(getattr(inputs, operand.value)) for operand in wanted}
+    guarded: dict[str, Any] = {
+        operand.value: guard(getattr(inputs, operand.value)) for operand in Operand if operand in wanted
+    }
     return dataclasses.replace(inputs, **guarded)
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Protocol, final
+from typing import TYPE_CHECKING, Protocol, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
 
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.kernel.partial import Partial, checking_output, heads_last
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 class Normalization(Protocol):

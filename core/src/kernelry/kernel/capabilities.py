@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator
-from typing import final
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, final
 
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.masks.form import Atom, AtomKind, PositionKind
@@ -21,6 +21,8 @@ from kernelry.request.request import NEUTRAL, Mode, Operand, Request
 @final
 class Feature(enum.Enum):
     """Optional request fields that a kernel honours."""
+
+    __hash__ = object.__hash__  # by identity, as members compare
 
     SCALE = "scale"
     BIAS = "bias"
@@ -190,7 +192,7 @@ class FieldCheck:
     """Decides some fields of a Request against the Capabilities."""
 
     fields: tuple[str, ...]
-    run: Callable[[Capabilities, Request], Iterator[Refusal]]
+    run: Callable[[Capabilities, Request], Iterable[Refusal]]
 
 
 def _platform(can: Capabilities, request: Request) -> Iterator[Refusal]:
@@ -216,7 +218,7 @@ def _remedy(can: Capabilities) -> str | None:
 
 def _mode(can: Capabilities, request: Request) -> Iterator[Refusal]:
     if request.mode not in can.modes:
-        yield Refusal(RefusalCode.MODE, f"mode={request.mode.value} is not {_either(m.value for m in can.modes)}")
+        yield Refusal(RefusalCode.MODE, f"mode={request.mode.value} is not {_either(can.modes)}")
 
 
 def _dtype(can: Capabilities, request: Request) -> Iterator[Refusal]:
@@ -248,19 +250,19 @@ def _lengths(can: Capabilities, request: Request) -> Iterator[Refusal]:
     if request.q_len != request.kv_len and not can.unequal_lengths:
         yield Refusal(RefusalCode.UNEQUAL_LENGTHS, f"q_len={request.q_len} differs from kv_len={request.kv_len}")
     for name in ("batch", "q_len", "kv_len"):
-        if getattr(request, name) == 0 and not can.empty_arrays:
+        if not can.empty_arrays and getattr(request, name) == 0:
             yield Refusal(RefusalCode.EMPTY_ARRAY, f"{name}=0")
 
 
 def _mask(can: Capabilities, request: Request) -> Iterator[Refusal]:
     for atom in request.mask.walk():
         if not can.takes(atom):
-            yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} is not {_either(a.value for a in can.atoms)}")
+            yield Refusal(RefusalCode.MASK_ATOM, f"mask atom {atom} is not {_either(can.atoms)}")
         elif can.gradient is Gradient.BACKWARD and holds_traced(atom):
             # Its passes are traced apart, some after the program that the array belongs to.
             detail = f"mask atom {atom} holds an array that is being traced"
             yield Refusal(RefusalCode.MASK_ATOM, detail, "pass it as an operand: Predicate(fn, array)")
-    for kind in sorted(request.mask.position_kinds - {PositionKind.DEFAULT} - can.positions, key=lambda k: k.value):
+    for kind in sorted(request.mask.moved_kinds - can.positions, key=lambda k: k.value):
         yield Refusal(RefusalCode.POSITIONS, f"mask={request.mask} has {kind.value} positions")
     if not can.empty_rows and request.mask.may_have_empty_rows(request.q_len, request.kv_len):
         yield Refusal(RefusalCode.EMPTY_ROWS, f"mask={request.mask} may leave rows that see no key")
@@ -319,17 +321,30 @@ def _sharding(can: Capabilities, request: Request) -> Iterator[Refusal]:
 
 
 def _feature(feature: Feature, code: RefusalCode) -> FieldCheck:
-    def run(can: Capabilities, request: Request) -> Iterator[Refusal]:
-        value = getattr(request, feature.value)
-        neutral = request.default_scale if feature is Feature.SCALE else NEUTRAL[feature.value]
-        if value != neutral and feature not in can.features:
-            yield Refusal(code, f"{feature.value}={value} is not supported")
+    name = feature.value
+    if feature is Feature.SCALE:
+        return FieldCheck((name,), _scale)
+    neutral = NEUTRAL[name]
 
-    return FieldCheck((feature.value,), run)
+    def run(can: Capabilities, request: Request) -> Iterable[Refusal]:
+        value = getattr(request, name)
+        return _no_feature(code, name, value) if value != neutral and feature not in can.features else ()
+
+    return FieldCheck((name,), run)
 
 
-def _either(names: object) -> str:
-    listed = sorted(names)  # type: ignore[call-overload]
+def _scale(can: Capabilities, request: Request) -> Iterable[Refusal]:
+    if Feature.SCALE in can.features or request.scale == request.default_scale:
+        return ()
+    return _no_feature(RefusalCode.SCALE, "scale", request.scale)
+
+
+def _no_feature(code: RefusalCode, name: str, value: object) -> tuple[Refusal, ...]:
+    return (Refusal(code, f"{name}={value} is not supported"),)
+
+
+def _either(names: Iterable[Any]) -> str:
+    listed = sorted(str(getattr(name, "value", name)) for name in names)
     return " or ".join(listed) if listed else "declared"
 
 

@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar, final
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, final
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
 
 from kernelry._pytree import pytree, short_repr
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -106,7 +108,7 @@ def named(arrays: _R) -> _R:
 
     Name each array once: of one that was named twice, a policy that saves by name keeps both if both are read.
     """
-    same: _R = checkpoint_name(arrays, REMAT_NAME)  # type: ignore[no-untyped-call]
+    same: _R = None if arrays is None else checkpoint_name(arrays, REMAT_NAME)  # type: ignore[assignment,no-untyped-call]
     return same
 
 

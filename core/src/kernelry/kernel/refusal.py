@@ -11,6 +11,8 @@ from typing import Any, final
 class RefusalCode(enum.Enum):
     """Why a kernel says no. Adapters are found by these codes."""
 
+    __hash__ = object.__hash__  # by identity, as members compare
+
     PLATFORM = "platform"
     GENERATION = "generation"
     MODE = "mode"

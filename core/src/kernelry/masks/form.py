@@ -36,6 +36,8 @@ OPEN_RUN = -1
 class AtomKind(enum.Enum):
     """What a kernel can claim to understand."""
 
+    __hash__ = object.__hash__  # by identity, as members compare
+
     CAUSAL = "causal"
     WINDOW = "window"
     SEGMENTS = "segments"
@@ -77,6 +79,8 @@ def register_mask(key: AtomKind | str | None, cls: type[Mask]) -> None:
 @final
 class PositionKind(enum.Enum):
     """How positions of one side are given."""
+
+    __hash__ = object.__hash__  # by identity, as members compare
 
     DEFAULT = "default"
     OFFSET = "offset"
@@ -212,7 +216,8 @@ class Atom:
 
     def walk(self) -> tuple[Atom, ...]:
         """This atom, and those inside ANY_OF and NOT."""
-        return (self, *(atom for param in self.params if isinstance(param, MaskForm) for atom in param.walk()))
+        inside = (param.walk() for param in self.params if isinstance(param, MaskForm))
+        return (self, *itertools.chain.from_iterable(inside))
 
     @property
     def sort_key(self) -> tuple[str, str]:
@@ -231,7 +236,8 @@ class Atom:
           ArgumentError: a Predicate's function has no name by which it could be found again.
         """
         params = [_plain(param) for param in self.params]
-        sides = {side: {"kind": form.kind.value, "value": form.value} for side, form in self._sides()}
+        placed = (("query", self.query), ("kv", self.kv))
+        sides = {side: {"kind": form.kind.value, "value": form.value} for side, form in placed}
         return {"kind": self.kind.value, "params": params, **sides}
 
     @classmethod
@@ -242,9 +248,6 @@ class Atom:
         params = tuple(MaskForm.from_json(p) if nested else _frozen(p) for p in data["params"])
         query, kv = (PositionForm(PositionKind(s["kind"]), _frozen(s["value"])) for s in (data["query"], data["kv"]))
         return cls(kind, params, query, kv)
-
-    def _sides(self) -> tuple[tuple[str, PositionForm], tuple[str, PositionForm]]:
-        return ("query", self.query), ("kv", self.kv)
 
 
 def _plain(param: Any) -> Any:
@@ -315,10 +318,16 @@ class MaskForm:
     atoms: tuple[Atom, ...] = ()
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
     _placed: tuple[_Placed, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    _walk: tuple[Atom, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    moved_kinds: frozenset[PositionKind] = dataclasses.field(init=False, repr=False, compare=False)
+    """The ways positions are given, but for the default."""
+    _text: str | None = dataclasses.field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash(self.atoms))
         object.__setattr__(self, "_placed", tuple(_placed(self.atoms)))
+        object.__setattr__(self, "_walk", tuple(inside for atom in self.atoms for inside in atom.walk()))
+        object.__setattr__(self, "moved_kinds", self.position_kinds - {PositionKind.DEFAULT})
 
     def __hash__(self) -> int:
         return self._hash
@@ -337,12 +346,12 @@ class MaskForm:
 
     def walk(self) -> tuple[Atom, ...]:
         """The atoms, and those inside ANY_OF and NOT."""
-        return tuple(inside for atom in self.atoms for inside in atom.walk())
+        return self._walk
 
     @property
     def position_kinds(self) -> frozenset[PositionKind]:
         """The ways positions are given in the atoms."""
-        return frozenset().union(*(atom.position_kinds for atom in self.atoms))
+        return frozenset([form.kind for atom in self._walk for form in (atom.query, atom.kv)])
 
     def may_have_empty_rows(self, q_len: int, kv_len: int) -> bool:
         """False only where every query row certainly sees a key."""
@@ -368,7 +377,9 @@ class MaskForm:
         return visibility_of(self, q_len, kv_len)
 
     def __str__(self) -> str:
-        return " & ".join(str(atom) for atom in self.atoms) or "full"
+        if self._text is None:  # refusals ask for it again and again
+            object.__setattr__(self, "_text", " & ".join(str(atom) for atom in self.atoms) or "full")
+        return self._text  # type: ignore[return-value]
 
     def to_json(self) -> list[dict[str, Any]]:
         """Returns plain data; `from_json` reads it back."""

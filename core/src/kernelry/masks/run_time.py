@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
 
 if TYPE_CHECKING:
+    from jaxtyping import Array, Bool
+
     from kernelry.masks.base import Mask
     from kernelry.masks.composition import Conjunct
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 if TYPE_CHECKING:
     from kernelry.masks.positions import Positions
@@ -56,7 +57,11 @@ class Side:
 
     @classmethod
     def _of(cls, axis: Axis, length: int, xp: ModuleType, q_heads: int | None = None) -> Side:
-        slots = _place(xp.arange(length, dtype=xp.int32), axis)
+        if xp is jnp:
+            shape = (1, 1, length, 1) if axis is Axis.QUERY else (1, 1, 1, length)
+            slots: ArrayLike = lax.broadcasted_iota(jnp.int32, shape, 4 + axis.value)
+        else:
+            slots = _place(np.arange(length, dtype=np.int32), axis)
         return cls(axis, slots, slots, q_heads=q_heads)
 
     @classmethod

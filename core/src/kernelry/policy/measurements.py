@@ -11,7 +11,7 @@ import enum
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from kernelry.kernel.spec import Tiling
 from kernelry.masks.form import OPEN_RUN, OPERANDS, Atom, AtomKind, MaskForm, PositionForm, PositionKind
@@ -283,6 +283,13 @@ def in_ms(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds * 1e3:.3g} ms"
 
 
+class _Kernel(Protocol):
+    """A kernel and where it comes from, `name version`."""
+
+    @property
+    def distribution(self) -> str: ...
+
+
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measurements:
@@ -306,19 +313,19 @@ class Measurements:
     def __hash__(self) -> int:
         return hash(self.versions)
 
-    def about(self, request: Request, distributions: Mapping[str, str]) -> Evidence | None:
+    def about(self, request: Request, kernels: Mapping[str, _Kernel]) -> Evidence | None:
         """Returns what the times say of a request; None where there are none for its device and bucket.
 
         Args:
           request: the request.
-          distributions: of the kernels to choose among, `name version`, by the kernel's name.
+          kernels: the kernels to choose among, by name; their distributions are compared with those of the times.
         """
         bucket = Bucket.of(request) if self._found else None
         found = () if bucket is None else self._found.get((device_of(request.target), bucket), ())
-        timed = [entry for entry in found if entry.seconds is not None and entry.kernel in distributions]
+        timed = [entry for entry in found if entry.seconds is not None and entry.kernel in kernels]
         if not timed:
             return None
-        told = {entry: self.why_not(entry, distributions[entry.kernel]) for entry in timed}
+        told = {entry: self.why_not(entry, kernels[entry.kernel].distribution) for entry in timed}
         usable = [entry for entry, why in told.items() if why is None]
         unused = {entry.kernel: why for entry, why in told.items() if why is not None}
         asked = str(request)

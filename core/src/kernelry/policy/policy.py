@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
-from kernelry.errors import ArgumentError, ConfigError, nearest
+from kernelry.errors import ConfigError, nearest
 from kernelry.kernel.spec import AUTO
 from kernelry.policy.rules import Condition, Range, Rule, check_tiling
 from kernelry.request.request import Mode
@@ -335,11 +335,7 @@ def check_policy(policy: Any) -> None:
     Raises:
       ArgumentError: it is not a Policy.
     """
-    if policy is None or isinstance(policy, Policy):
-        return
-    instead = (
-        "write policy=config.policy"
-        if isinstance(getattr(policy, "policy", None), Policy)
-        else "read one with kernelry.config.load_config(source).policy"
-    )
-    raise ArgumentError(f"policy must be a Policy, got {type(policy).__name__}; {instead}.")
+    if policy is not None and not isinstance(policy, Policy):
+        from kernelry.kernel.mistakes import not_a_policy  # an error alone needs text
+
+        raise not_a_policy(policy)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
-from kernelry._compat import user_context
+from kernelry._compat import scope_key as _jax_key
 from kernelry.errors import ArgumentError
 from kernelry.kernel.spec import AUTO, KernelSpec, check_kernel_name
 from kernelry.policy.policy import Policy, check_policy
@@ -197,7 +197,6 @@ class _Local(threading.local):
         self.thread = _Thread()
 
 
-_jax_key = user_context()
 _openings: contextvars.ContextVar[tuple[_Opening, ...]] = contextvars.ContextVar("kernelry.scope", default=())
 _local = _Local()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, final
 
@@ -25,6 +26,8 @@ from kernelry.storage import Quantization
 @final
 class Mode(enum.Enum):
     """What the model is doing."""
+
+    __hash__ = object.__hash__  # by identity, as members compare
 
     TRAIN = "train"
     PREFILL = "prefill"
@@ -49,6 +52,8 @@ class Mode(enum.Enum):
 @final
 class Operand(enum.Enum):
     """The arrays of a call that can have a gradient."""
+
+    __hash__ = object.__hash__  # by identity, as members compare
 
     QUERY = "query"
     KEY = "key"
@@ -205,11 +210,7 @@ class Request:
 
     def _form_of(self, mask: Any) -> MaskForm:
         extent = Extent(
-            batch=self.batch,
-            q_heads=self.q_heads,
-            kv_heads=self.kv_heads,
-            q_len=self.q_len,
-            kv_len=self.kv_len,
+            batch=self.batch, q_heads=self.q_heads, kv_heads=self.kv_heads, q_len=self.q_len, kv_len=self.kv_len
         )
         meant = as_mask(mask, extent)
         check_located(meant, self.q_len, self.kv_len)  # its arrays may be of other sizes: only their form is kept
@@ -229,12 +230,23 @@ class Request:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Strings hash differently in every process, so the hash is made anew where this arrives.
-        return _rebuilt, (tuple((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init),)
+        return functools.partial(Request, **self._facts()), ()
+
+    def _facts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _NAMES}
+
+    def rewritten(self, **fields: Any) -> Request:
+        """Returns a copy with other values, written as a Request keeps them: nothing is checked or derived again."""
+        copy = object.__new__(Request)
+        for name, value in (self._facts() | fields).items():
+            object.__setattr__(copy, name, value)
+        object.__setattr__(copy, "_hash", hash(copy._key()))
+        return copy
 
     def _key(self) -> tuple[Any, ...]:
-        # hash(frozenset of enums) is slow in Python, and these few fields tell requests apart.
+        # These few fields tell requests apart.
         sizes = self.batch, self.q_len, self.kv_len, self.head_dim, self.page_size
-        return self.target, self.mode.value, sizes, self.dtype, self.kv_quantization, self.mask
+        return self.target, self.mode, sizes, self.dtype, self.kv_quantization, self.mask
 
     @property
     def default_scale(self) -> float:
@@ -295,9 +307,8 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data; `from_json` reads it back."""
-        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         return {
-            **data,
+            **self._facts(),
             "target": str(self.target),
             "mode": self.mode.value,
             "mask": self.mask.to_json(),
@@ -315,16 +326,17 @@ class Request:
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"request: expected an object with its fields, got {data!r}.")
-        known = {field.name for field in dataclasses.fields(cls) if field.init}
         for name in data:
-            if name not in known:
-                raise ConfigError(f"request: unknown field {name!r}{nearest(name, known)}")
+            if name not in _NAMES:
+                raise ConfigError(f"request: unknown field {name!r}{nearest(name, _NAMES)}")
         facts = {**data, "mask": MaskForm.from_json(data.get("mask", ()))}
         try:
             return cls(**{**facts, "bias": None if data.get("bias") is None else tuple(data["bias"])})
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"request: cannot be read from {dict(data)!r}: {error}") from error
 
+
+_NAMES = tuple(field.name for field in dataclasses.fields(Request) if field.init)
 
 NEUTRAL: Mapping[str, Any] = {
     "mask": MaskForm(),
@@ -357,10 +369,6 @@ def _plain(size: int) -> int | str:
 
 def _sized(size: Any) -> Any:
     return SymbolicSize.parse(size) if isinstance(size, str) else size
-
-
-def _rebuilt(facts: tuple[tuple[str, Any], ...]) -> Request:
-    return Request(**dict(facts))
 
 
 def named_dtype(dtype: Any) -> Any:

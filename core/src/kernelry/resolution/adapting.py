@@ -135,6 +135,7 @@ def compose(
     waiting = [(_Chain(request).order, _Chain(request))]
     seen: set[tuple[Request, frozenset[RefusalCode]]] = set()
     stuck: tuple[Refusal, ...] | None = None
+    original: tuple[Refusal, ...] = ()
     for _ in range(_MOST_CHAINS):
         if not waiting:
             break
@@ -145,6 +146,7 @@ def compose(
         refusals = refuse(chain.request, chain.settled)
         if not refusals:
             return chain.steps, ()
+        original = original if chain.steps else refusals
         helpful = _helpful(chain, refusals, capabilities)
         incurable = _incurable(refusals, helpful, forbidden)
         if incurable:
@@ -154,7 +156,6 @@ def compose(
         for adapter, after in _certain(allowed, refusals) or allowed:
             longer = chain.through(adapter, after)
             heapq.heappush(waiting, (longer.order, longer))
-    original = refuse(request, frozenset())
     asked = {(refusal.code, refusal.detail) for refusal in original}
     if stuck is None or not any((refusal.code, refusal.detail) in asked for refusal in stuck):
         return (), (*original, *(stuck or ()))  # what adapters led to explains nothing without what they were for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from kernelry.errors import NoKernelError
@@ -51,6 +52,49 @@ class Candidate:
 
 
 @final
+class Candidates(Sequence[Candidate]):
+    """Candidates of which those behind the winner are asked when somebody looks at them.
+
+    Equal to a tuple of the same candidates. A call needs the winner alone; logs, observers and explanations look.
+    """
+
+    __slots__ = ("_known", "_others")
+
+    def __init__(self, known: tuple[Candidate, ...], others: Callable[[], tuple[Candidate, ...]]) -> None:
+        self._known = known
+        self._others: Callable[[], tuple[Candidate, ...]] | None = others
+
+    def _all(self) -> tuple[Candidate, ...]:
+        others = self._others
+        if others is not None:
+            self._known, self._others = (*self._known, *others()), None
+        return self._known
+
+    def __iter__(self) -> Iterator[Candidate]:
+        known = self._known
+        yield from known
+        yield from self._all()[len(known) :]
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._all()[place]
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __eq__(self, other: object) -> bool:
+        return self._all() == (other._all() if isinstance(other, Candidates) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (self._all(),)
+
+
+@final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resolution:
     """The answer to a request.
@@ -58,7 +102,7 @@ class Resolution:
     Args:
       request: what was asked.
       plan: what will run; None where no kernel serves the request.
-      candidates: every kernel considered, in order of preference.
+      candidates: every kernel considered, in order of preference; those behind the winner are asked when looked at.
       decided_by: the rule that decided the order; where none did, what decided it.
       excluded: installed kernels that were not considered.
       forced: whether a name was asked for, so that no other kernel may take its place.
@@ -69,7 +113,7 @@ class Resolution:
 
     request: Request
     plan: Plan | None
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
     decided_by: Rule | str
     excluded: tuple[str, ...] = ()
     forced: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from kernelry.registry import installed
 from kernelry.request.request import Request
 from kernelry.request.target import home_target
 from kernelry.resolution.adapting import consider
-from kernelry.resolution.explanation import Candidate, Resolution
+from kernelry.resolution.explanation import Candidate, Candidates, Resolution
 
 if TYPE_CHECKING:
     from kernelry.policy.measurements import Evidence, Measurements
@@ -119,7 +120,7 @@ class Question:
         Raises:
           PluginError: a kernel named is claimed by two plugins, or cannot be used.
         """
-        timed = self._timed(pool)
+        timed = None if self.measurements is None else self.measurements.about(self.request, pool)
         if self.forced is not None:
             name, why = self.forced
             _check_names((name,), pool)
@@ -135,11 +136,6 @@ class Question:
         if rule.is_exhaustive:
             return Order(rule.names, rule, rest, approved, timed)
         return Order((*rule.names, *rest), rule, (), approved, timed)
-
-    def _timed(self, pool: Mapping[str, InstalledKernel]) -> Evidence | None:
-        if self.measurements is None:
-            return None
-        return self.measurements.about(self.request, {name: kernel.distribution for name, kernel in pool.items()})
 
     def _ranked(
         self, pool: Mapping[str, InstalledKernel], timed: Evidence | None
@@ -188,30 +184,46 @@ class Order:
 
 
 def choose(question: Question) -> Resolution:
-    """Asks the kernels in order and chooses the first that serves, or none."""
-    plan: Plan | None = None
+    """Asks the kernels in order and chooses the first that serves, or none; the others are asked when looked at."""
     fallback: Plan | None = None  # the best of those that serve through too much work
     candidates: list[Candidate] = []
     pool, environment = question.pool, question.known_environment
     order = question.order(pool)
-    for name in order.names:
-        if name not in pool:
-            candidates.append(_absent(name, pool))
-            continue
-        looking = environment if plan is None else environment.without_probing()
-        tunables = question.tiling_for(name, order.decided_by)
-        candidate, tiling = consider(pool[name], question.request, question.policy, looking, tunables, order.timed)
-        if plan is None and not candidate.refusals:
-            found = Plan(pool[name].spec, candidate.steps, question.request, tiling)
-            if name in order.approved or not question.policy.demotes(found.extra_work):
-                plan = found
-            else:
-                note = f"its adapters add {found.extra_work:.1f} times the work: ranked below kernels that need less"
-                candidate = dataclasses.replace(candidate, notes=(*candidate.notes, note))
-                fallback = fallback or found
+    for place, name in enumerate(order.names, 1):
+        candidate, plan = _asked(name, question, order, pool, environment)
+        if plan is not None and (name in order.approved or not question.policy.demotes(plan.extra_work)):
+            others = functools.partial(_others, order.names[place:], question, order, pool, environment)
+            found = Candidates((*candidates, candidate), others)
+            return Resolution(question.request, plan, found, order.decided_by, order.excluded, order.is_forced)
+        if plan is not None:
+            note = f"its adapters add {plan.extra_work:.1f} times the work: ranked below kernels that need less"
+            candidate = dataclasses.replace(candidate, notes=(*candidate.notes, note))
+            fallback = fallback or plan
         candidates.append(candidate)
-    plan = plan or fallback
-    return Resolution(question.request, plan, tuple(candidates), order.decided_by, order.excluded, order.is_forced)
+    return Resolution(question.request, fallback, tuple(candidates), order.decided_by, order.excluded, order.is_forced)
+
+
+_Pool = Mapping[str, "InstalledKernel"]
+
+
+def _asked(
+    name: str, question: Question, order: Order, pool: _Pool, environment: Environment
+) -> tuple[Candidate, Plan | None]:
+    """A kernel's answer, and its plan where it serves."""
+    if name not in pool:
+        return _absent(name, pool), None
+    tunables = question.tiling_for(name, order.decided_by)
+    candidate, tiling = consider(pool[name], question.request, question.policy, environment, tunables, order.timed)
+    serves = not candidate.refusals
+    return candidate, Plan(pool[name].spec, candidate.steps, question.request, tiling) if serves else None
+
+
+def _others(
+    names: tuple[str, ...], question: Question, order: Order, pool: _Pool, environment: Environment
+) -> tuple[Candidate, ...]:
+    """The answers of the kernels behind the winner, for whom nothing is probed."""
+    looking = environment.without_probing()
+    return tuple(_asked(name, question, order, pool, looking)[0] for name in names)
 
 
 def _absent(name: str, pool: Mapping[str, InstalledKernel]) -> Candidate:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
 
 from kernelry._pytree import pytree
 from kernelry.errors import ShapeError
 from kernelry.storage.quantized import Quantization, QuantizedArray, Stored, described, is_array
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32
 
 
 @final

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
 
 from kernelry._pytree import pytree
 from kernelry.errors import ArgumentError, ConfigError, ShapeError, nearest
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 _DTYPES = ("int8", "int4", "float8_e4m3fn")
 _AXES = {"head_dim": (-1,), "heads_and_head_dim": (-2, -1)}

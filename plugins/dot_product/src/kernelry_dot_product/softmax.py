@@ -1,17 +1,24 @@
 """Softmax attention over one dense block of logits, with every option of a request.
 
 Shapes inside: queries of one key/value head are together, so B K G T S, with N = K·G.
+
+What every call needs is written in `jax.lax`: most functions of `jax.numpy` are jitted, and each would be a program of
+its own while a call is traced, which doubles the time.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
 
 from kernelry.plugin import Inputs, Mask, Mode, Partial, Request, Side, cast_finite, log_sum, with_sinks
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
 
 _FEW_QUERIES = 64
 """N · T up to which a decode step on CPU multiplies all heads at once: benchmarks/decode.py."""
@@ -45,22 +52,22 @@ def attend_dense(
     query, key, value = _clean(inputs, request, grouped)
     logits = _logits(query, key, inputs.bias, grouped, request)
     if grouped is not None:
-        logits = jnp.where(grouped, logits, -jnp.inf)
+        logits = _where(grouped, logits, -jnp.inf)
     # The maximum starts from a finite number: −inf − top is then −inf in an empty row too, without a guard that
     # would keep XLA from joining maximum, difference and exponential into one pass.
     lowest = jnp.finfo(logits.dtype).min  # type: ignore[no-untyped-call]
-    top = lax.stop_gradient(logits.max(axis=-1, initial=lowest))
-    weights = jnp.exp(logits - top[..., None])
-    total = weights.sum(axis=-1)
-    empty = total == 0  # a row that sees something has a weight of 1
-    divisor = jnp.where(empty, 1.0, total)
-    weights = _dropped(weights, inputs, request).astype(value.dtype)
+    top = lax.stop_gradient(lax.max(lax.reduce_max(logits, (4,)), lowest))
+    weights = lax.exp(lax.sub(logits, lax.expand_dims(top, (4,))))
+    total = _total(weights)
+    empty = lax.eq(total, total.dtype.type(0))  # a row that sees something has a weight of 1
+    divisor = lax.select(empty, lax.full_like(total, 1), total)
+    weights = lax.convert_element_type(_dropped(weights, inputs, request), value.dtype)
     out = _product("BKGTS,BSKD->BKGTD", weights, value, request, logits.dtype)
-    out = out / divisor[..., None]
+    out = lax.div(out, lax.expand_dims(divisor, (4,)))
     if request.mask.may_have_empty_rows(request.q_len, request.kv_len):
         out = jnp.where(empty[..., None], 0, out)  # so that a NaN in the cotangent of such a row stops here
-    out = jnp.moveaxis(out, 3, 1)
-    out = out.reshape(*query.shape[:2], request.q_heads, value.shape[-1])
+    out = lax.transpose(out, (0, 3, 1, 2, 4))
+    out = lax.reshape(out, (*query.shape[:2], request.q_heads, value.shape[-1]))
     lse = rest = None
     if statistics or inputs.sinks is not None:
         lse, rest = log_sum(top, divisor)
@@ -71,19 +78,21 @@ def attend_dense(
     if request.max_logits:
         max_logits = _ungrouped(jnp.where(empty, -jnp.inf, top)).max(axis=-1, initial=-jnp.inf)
     if not statistics:
-        out = out.astype(request.dtype)
+        out = lax.convert_element_type(out, request.dtype)
     return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype, lse_rest=rest)
 
 
 def _logits(
     query: jax.Array, key: jax.Array, bias: jax.Array | None, visible: jax.Array | None, request: Request
 ) -> Float[Array, "B K G T S"]:
-    grouped = query.reshape(*query.shape[:2], request.kv_heads, request.groups, query.shape[-1])
+    batch, length, _, width = query.shape
+    grouped = lax.reshape(query, (batch, length, request.kv_heads, request.groups, width))
     dtype = jnp.float64 if request.dtype == "float64" else jnp.float32
     # Heads before time, so that no product has to transpose the logits: twice as fast on CPU.
-    logits = _product("BKGTH,BSKH->BKGTS", jnp.moveaxis(grouped, 1, 3), key, request, dtype)
-    logits = logits.astype(request.logits_dtype)
-    logits = logits * jnp.asarray(request.scale, logits.dtype)
+    rows = lax.transpose(grouped, (0, 2, 3, 1, 4))
+    logits = _product("BKGTH,BSKH->BKGTS", rows, key, request, dtype)
+    logits = lax.convert_element_type(logits, request.logits_dtype)
+    logits = lax.mul(logits, logits.dtype.type(request.scale))
     if bias is not None and not request.bias_after_cap:
         logits = logits + _grouped(cast_finite(bias, logits.dtype), request)
         if visible is not None and request.soft_cap is not None:
@@ -108,14 +117,11 @@ def _product(equation: str, rows: jax.Array, columns: jax.Array, request: Reques
     if _few_queries(request):
         return _product_by_slot(equation, rows, columns, request, dtype)
     alone = request.groups == 1
-    product = jnp.einsum(
-        equation.replace("G", "") if alone else equation,
-        rows.squeeze(2) if alone else rows,
-        columns,
-        precision=request.precision,
-        preferred_element_type=dtype,
-    )
-    return jnp.expand_dims(product, 2) if alone else product
+    rows = lax.squeeze(rows, (2,)) if alone else rows
+    contracted = (rows.ndim - 1,), (3 if equation.startswith("BKGTH") else 1,)
+    numbers = contracted, ((0, 1), (0, 2))
+    product = lax.dot_general(rows, columns, numbers, precision=request.precision, preferred_element_type=dtype)
+    return lax.expand_dims(product, (2,)) if alone else product
 
 
 def _few_queries(request: Request) -> bool:
@@ -155,10 +161,22 @@ def _matmul(equation: str, one: jax.Array, other: jax.Array, request: Request, d
     return jnp.einsum(equation, one, other, precision=request.precision, preferred_element_type=dtype)
 
 
+def _where(condition: jax.Array, array: jax.Array, other: float) -> jax.Array:
+    """`jnp.where(condition, array, other)` of arrays of one rank, whose result has the array's shape."""
+    return lax.select(jnp.broadcast_to(condition, array.shape), array, lax.full_like(array, other))
+
+
+def _total(weights: jax.Array) -> jax.Array:
+    """Sums over the last axis, in float32 or wider, as `jnp.sum` does."""
+    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    total = lax.reduce_sum(lax.convert_element_type(weights, wide), (weights.ndim - 1,))
+    return lax.convert_element_type(total, weights.dtype)
+
+
 def _grouped(array: jax.Array, request: Request) -> jax.Array:
     """[B, N or 1, T, S] → [B, K or 1, G or 1, T, S]."""
     heads = (1, 1) if array.shape[1] == 1 else (request.kv_heads, request.groups)
-    return array.reshape(array.shape[0], *heads, *array.shape[2:])
+    return lax.reshape(array, (array.shape[0], *heads, *array.shape[2:]))
 
 
 def _ungrouped(statistic: jax.Array) -> jax.Array:

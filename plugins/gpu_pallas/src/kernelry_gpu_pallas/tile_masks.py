@@ -11,15 +11,17 @@ import enum
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
 
 from kernelry.masks import BidirectionalSpans, Dense, Lengths, PrefixLM, Segments
 from kernelry.plugin import AtomKind, Axis, Mask, MaskForm, PositionForm, Refusal, Request, Side, array_refusals
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool
 
 ATOMS = frozenset(AtomKind) - {AtomKind.BLOCK_SELECTION, AtomKind.CUSTOM}
 """Atoms that can be evaluated so; of predicates those without arrays."""

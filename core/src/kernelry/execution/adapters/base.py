@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Protocol, final
+from typing import TYPE_CHECKING, ClassVar, Protocol, final
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
 
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.partial import Partial
@@ -20,6 +20,9 @@ from kernelry.masks.base import Mask
 from kernelry.masks.form import Atom
 from kernelry.masks.side import Side
 from kernelry.request.request import Request
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool
 
 
 @final
@@ -109,6 +112,7 @@ CURED_ON_KEYS = frozenset(
 """What the adapters that rewrite keys and values cure: for them, quantised or paged ones are made plain first."""
 
 
+@functools.lru_cache(maxsize=64)
 def itemsize(dtype: str) -> int:
     """The bytes of one element."""
     return int(np.dtype(jnp.dtype(dtype)).itemsize)

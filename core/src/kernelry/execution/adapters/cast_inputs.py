@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar, final
 
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ class CastInputs(Adapter):
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         for dtype in _TARGETS:
             if dtype in capabilities.dtypes and _holds(dtype, request.dtype):
-                return dataclasses.replace(request, dtype=dtype)
+                return request.rewritten(dtype=dtype)
         return None
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
@@ -47,6 +48,7 @@ class CastInputs(Adapter):
         return Cost(extra_bytes=elements * itemsize(after.dtype))
 
 
+@functools.lru_cache(maxsize=64)
 def _holds(wide: str, narrow: str) -> bool:
     """Says whether every number of `narrow` is one of `wide`, which is another dtype."""
     if wide == narrow or not _is_floating(narrow):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import ClassVar, TypeAlias, final
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
 
 from kernelry.execution.adapters.base import Adapter, Cost, itemsize, visible_of
 from kernelry.kernel.capabilities import Capabilities
@@ -20,7 +19,10 @@ from kernelry.masks.form import Atom, PositionKind
 from kernelry.masks.lengths import Lengths
 from kernelry.request.request import Request
 
-_Seen: TypeAlias = tuple[Bool[Array, "#B #T #N 1"], Bool[Array, "#B #S #K 1"]]
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool
+
+_Seen: TypeAlias = 'tuple[Bool[Array, "#B #T #N 1"], Bool[Array, "#B #S #K 1"]]'
 """Which rows see some key, and which slots some row sees."""
 
 

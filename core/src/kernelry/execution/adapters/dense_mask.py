@@ -27,7 +27,7 @@ class DenseMask(Adapter):
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         if AtomKind.DENSE not in capabilities.atoms or request.mask == _DENSE:
             return None
-        return dataclasses.replace(request, mask=_DENSE)
+        return request.rewritten(mask=_DENSE)
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
         return dataclasses.replace(inputs, mask=(Dense(visible_of(inputs.mask, before)),))

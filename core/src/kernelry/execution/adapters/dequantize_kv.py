@@ -23,7 +23,7 @@ class DequantizeKV(Adapter):
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         if request.kv_quantization is None or request.page_size is not None:
             return None
-        return dataclasses.replace(request, kv_quantization=None)
+        return request.rewritten(kv_quantization=None)
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
         key, value = (array.dequantize(after.dtype) for array in (inputs.key, inputs.value))

@@ -22,7 +22,7 @@ class GatherPages(Adapter):
     cures: ClassVar[frozenset[RefusalCode]] = CURED_ON_KEYS | {RefusalCode.PAGES, RefusalCode.KV_QUANTIZATION}
 
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
-        return None if request.page_size is None else dataclasses.replace(request, page_size=None)
+        return None if request.page_size is None else request.rewritten(page_size=None)
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
         return dataclasses.replace(inputs, key=inputs.key.gather(), value=inputs.value.gather())

@@ -46,7 +46,7 @@ class LengthsAsSegments(Adapter):
             return None
         _, kept = _split(request)
         atoms = (*(request.mask.atoms[i] for i in kept), Atom(AtomKind.SEGMENTS_SEPARATE))
-        return dataclasses.replace(request, mask=form_of(atoms))
+        return request.rewritten(mask=form_of(atoms))
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
         joined, kept = _split(before)

@@ -32,6 +32,6 @@ class LseGradientColumn(WidenHeads):
             return None
         if capabilities.split_head_dim:
             value_dim = dims.padded(request.value_dim + 1)
-            return None if value_dim is None else dataclasses.replace(request, value_dim=value_dim)
+            return None if value_dim is None else request.rewritten(value_dim=value_dim)
         dim = dims.padded(max(request.head_dim, request.value_dim + 1))
-        return None if dim is None else dataclasses.replace(request, head_dim=dim, value_dim=dim)
+        return None if dim is None else request.rewritten(head_dim=dim, value_dim=dim)

@@ -68,7 +68,7 @@ class PadHeadDim(WidenHeads):
         wide, wide_value = dims.padded(head_dim), dims.padded(value_dim)
         if wide is None or wide_value is None or (wide, wide_value) == (request.head_dim, request.value_dim):
             return None
-        return dataclasses.replace(request, head_dim=wide, value_dim=wide_value)
+        return request.rewritten(head_dim=wide, value_dim=wide_value)
 
 
 def _widened(array: jax.Array, columns: int) -> jax.Array:

@@ -48,11 +48,11 @@ class PadSequence(Adapter):
             return None
         bias = _padded_bias(request, q_len, kv_len)
         # The mask's static positions belong to the old lengths; it is padded below.
-        longer = dataclasses.replace(request, q_len=q_len, kv_len=kv_len, bias=bias, mask=MaskForm())
+        longer = request.rewritten(q_len=q_len, kv_len=kv_len, bias=bias, mask=MaskForm())
         atoms = tuple(padded_atom(atom, padding) for atom, padding in _paddings(request, longer))
         if _keys_in_sight(request, longer, atoms) or _rows_in_sight(request, longer, atoms):
             atoms = (*atoms, _hiding_atom(request, longer, atoms, capabilities))
-        return dataclasses.replace(longer, mask=form_of(atoms))
+        return longer.rewritten(mask=form_of(atoms))
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
         more_queries, more_keys = after.q_len - before.q_len, after.kv_len - before.kv_len

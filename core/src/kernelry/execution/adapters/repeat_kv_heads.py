@@ -24,7 +24,7 @@ class RepeatKVHeads(Adapter):
     on_keys: ClassVar[bool] = True
 
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
-        return dataclasses.replace(request, kv_heads=request.q_heads)
+        return request.rewritten(kv_heads=request.q_heads)
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
         key, value = (jnp.repeat(array, before.groups, axis=2) for array in (inputs.key, inputs.value))

@@ -23,7 +23,7 @@ class SinksFromLse(Adapter):
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
         if not request.sinks or not capabilities.statistics:
             return None
-        return dataclasses.replace(request, sinks=False, gradients=request.gradients - {Operand.SINKS})
+        return request.rewritten(sinks=False, gradients=request.gradients - {Operand.SINKS})
 
     def cost(self, before: Request, after: Request) -> Cost:
         rows = before.batch * before.q_heads * before.q_len

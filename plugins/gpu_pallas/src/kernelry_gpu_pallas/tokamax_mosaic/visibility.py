@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
 
 from kernelry.masks import Lengths, PrefixLM
 from kernelry.plugin import (
@@ -25,6 +24,9 @@ from kernelry.plugin import (
     Side,
     pytree,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Int
 
 RANGES = frozenset(
     {
