@@ -280,7 +280,7 @@ def test_nothing_is_begun_after_the_budget_and_a_second_run_goes_on(store, told)
     choices = choices_of(PREFILL)
     clock = Ticks()
     found = []
-    for result in Tuner(store, budget=5.0, clock=clock).measure(choices):
+    for result in Tuner(store, ends=clock.now + 5.0, clock=clock).measure(choices):
         found.append(result)
         clock.now += 2.0
     assert 0 < len(found) < len(choices)
@@ -324,11 +324,12 @@ def test_predictions_are_stored_one_by_one_and_not_asked_again(store):
     assert store.read() == (first.entry,)
     begun.close()
     found = {result.choice.kernel: result for result in Tuner(store).predict(choices, target, predict)}
-    assert [kernel for kernel, _, _ in asked] == ["splash", "tokamax_splash", "dot_product"]
+    assert [kernel for kernel, _, _ in asked] == ["splash", "tokamax_splash"], "of XLA's own work there is no model"
     assert asked[0][1:] == (choices[0].tiling.values, "tpu:v6e")
     assert not found["splash"].is_new
     assert found["tokamax_splash"].entry.failure == "out of vmem"
     assert found["dot_product"].entry.failure == "no model predicts its time"
+    assert {entry.kernel for entry in store.read()} == {"splash", "tokamax_splash"}
 
 
 def test_a_prediction_decides_for_the_device_it_is_about(store):
@@ -353,7 +354,7 @@ def test_predictions_end_with_the_budget(store):
     choices = choices_of(ON_TPU, ["splash"])
     predict = predictor(asked, {"splash": 1e-3})
     found = []
-    for result in Tuner(store, budget=3.0, clock=clock).predict(choices, Target.parse("tpu:v6e"), predict):
+    for result in Tuner(store, ends=clock.now + 3.0, clock=clock).predict(choices, Target.parse("tpu:v6e"), predict):
         found.append(result)
         clock.now += 2.0
     assert len(found) == len(asked) == 2
@@ -393,7 +394,7 @@ def test_tuning_on_cpu_times_all_phases_and_changes_what_is_chosen(command):
     status, out, _ = tune("tune", config, *SIZES, "--kernel", "blockwise", "--max-tilings", "2", "--json")
     assert status == 0, out
     told = json.loads(out)
-    assert told["store"] == str(store.path)
+    assert (told["store"], told["left_out"]) == (str(store.path), 0)
     assert [call["name"] for call in told["calls"]] == ["train", "prefill", "decode"]
     for call in told["calls"]:
         assert (call["before"]["kernel"], call["now"]["kernel"]) == ("dot_product", "blockwise")
@@ -440,7 +441,10 @@ def test_times_are_exported_and_imported(command, tmp_path):
     [
         (["--import", "absent.json"], "--import absent.json: there is no such file"),
         ([], "name either a config or"),
-        (["CONFIG", "--target", "cpu"], "times on CPUs cannot be predicted; leave --target out"),
+        (
+            ["CONFIG", "--target", "cpu"],
+            "predicted for TPUs alone, e.g. tpu:v5e; leave --target out",
+        ),
         (["CONFIG", "--target", "tpu:v9"], "unknown tpu kind 'v9'"),
         (["CONFIG", "--mode", "trian"], "did you mean 'train'?"),
         (["CONFIG", "--kernel", "splash"], "train: no kernel serves it (splash: platform=cpu is not tpu"),
@@ -454,6 +458,13 @@ def test_what_cannot_be_tuned_is_an_error_that_says_what_to_do(command, monkeypa
     status, out, err = tune("tune", *(config if each == "CONFIG" else each for each in arguments), *SIZES)
     assert status == 2, out
     assert words in " ".join(err.replace("│", " ").split())
+
+
+def test_what_the_budget_left_out_is_said(command):
+    tune, config, _ = command
+    status, out, _ = tune("tune", config, *SIZES, "--mode", "prefill", "--kernel", "blockwise", "--budget", "0")
+    assert status == 1
+    assert "6 were not tried within the budget; run again to go on." in out
 
 
 def test_a_damaged_store_is_set_aside_with_a_warning(command):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
@@ -35,7 +37,7 @@ def tune(
     *,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="a TPU or GPU for which times are predicted, e.g. tpu:v5e; default: this device, timed."),
+        typer.Option(help="a TPU for which times are predicted, e.g. tpu:v5e; default: this device, by timing."),
     ] = None,
     mode: Annotated[
         list[str] | None, typer.Option(help="train, prefill or decode; default all; may be repeated.")
@@ -72,19 +74,23 @@ def tune(
         return
     if Switches.of_process().strict:
         raise ConfigError("KERNELRY_STRICT is on, so that nothing but the locked kernels can be tried; unset it.")
-    tuner = Tuner(store, again=again, budget=budget)
+    tuner = Tuner(store, again=again, ends=math.inf if budget is None else time.perf_counter() + budget)
     modes = {Mode.parse(text) for text in mode or ()} or set(Mode)
     found: list[Tuned] = []
+    left_out = 0
     for where in map(_predicted_for, target) if target else (None,):
         jobs = list(_jobs(model, where or home_target(), modes))
         refused = [text for job in jobs for text in refusals_of(job, kernel or ())]
         choices = [choice for job in jobs for choice in choices_of(job, kernel or (), max_tilings)]
-        found += _tuned(jobs, _run(tuner, choices, where), store)
-        if len(refused) and not choices:
+        if refused and not choices:
             raise ConfigError("; ".join(refused))
+        results = _run(tuner, choices, where)
+        left_out += len(choices) - len(results)
+        found += _tuned(jobs, results, store)
     if export is not None:
         _moved(store, [], export)
-    show(as_json, {"store": str(store.path), "calls": [each.to_json() for each in found]}, _parts(found, store))
+    data = {"store": str(store.path), "left_out": left_out, "calls": [each.to_json() for each in found]}
+    show(as_json, data, _parts(found, left_out, store))
     raise typer.Exit(0 if all(each.fastest for each in found) else 1)
 
 
@@ -103,8 +109,10 @@ def _told_of(store: Store, entries: Sequence[Entry]) -> str:
 
 def _predicted_for(text: str) -> Target:
     target = Target.parse(text)
-    if target.platform == "cpu":
-        raise ConfigError(f"--target {text}: times on CPUs cannot be predicted; leave --target out to time this one.")
+    if target.platform != "tpu":
+        raise ConfigError(
+            f"--target {text}: times are predicted for TPUs alone, e.g. tpu:v5e; leave --target out to time this device."
+        )
     run_nothing()
     return target
 
@@ -192,11 +200,13 @@ def _tuned(jobs: Sequence[Job], results: Sequence[Result], store: Store) -> Iter
         yield Tuned(job, mine, job.resolved(), job.resolved(measurements))
 
 
-def _parts(found: Sequence[Tuned], store: Store) -> Iterator[RenderableType]:
+def _parts(found: Sequence[Tuned], left_out: int, store: Store) -> Iterator[RenderableType]:
     for each in found:
         yield Text(f"{each.job.name}: {each.job.call.request}")
         yield _table(each)
         yield Text(f"  without times {_plan(each.before)}; now {_plan(each.now)} ({each.now.rule})")
+    if left_out:
+        yield Text(f"{left_out} were not tried within the budget; run again to go on.")
     yield Text(f"Stored in {store.path}.")
 
 

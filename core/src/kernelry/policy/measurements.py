@@ -143,7 +143,7 @@ class Entry:
       kind: measured or predicted.
       versions: (distribution, version) pairs that the time depends on, sorted: of jax, of kernelry, of the kernel's
         distribution, and of the compiler; of a CPU also the processor. Without any it does not depend on versions.
-      time: when that was, in UTC, e.g. `2026-11-30T09:39:01Z`.
+      time: when that was, in UTC, e.g. `2026-11-30T09:39:01.250Z`.
       failure: why there is no time: the compiler's message, or that there is no model.
     """
 

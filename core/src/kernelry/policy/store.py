@@ -173,8 +173,8 @@ def _entries(path: Path) -> tuple[Entry, ...]:
 
 
 def now() -> str:
-    """The time as entries have it."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """The time as entries have it, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def versions_here() -> Pairs:

@@ -15,6 +15,9 @@ from kernelry.policy.store import versions_of
 from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.resolver import explain
 
+_TPU_CALL = "tpu_custom_call"
+"""The target of calls of Pallas kernels in programs for TPUs."""
+
 _UNTIMED = Measurements()
 """So that what is tried first does not depend on what was tried before."""
 
@@ -49,12 +52,19 @@ class Choice:
       kernel: the kernel's name.
       tiling: its tunables.
       versions: what the time will depend on.
+      signature: what its program contains, as its KernelSpec says.
     """
 
     job: Job
     kernel: str
     tiling: Tiling
     versions: Pairs
+    signature: tuple[str, ...] = ()
+
+    @property
+    def is_predictable(self) -> bool:
+        """Whether its program calls a kernel that a TPU's compiler schedules apart: of XLA's own work there is no model."""
+        return _TPU_CALL in self.signature
 
     def entry(self, seconds: float | None, kind: Kind, *, time: str = "", failure: str = "") -> Entry:
         """The entry of a result."""
@@ -96,4 +106,4 @@ def _tilings(job: Job, kernel: str) -> Iterator[Choice]:
     request = job.call.request
     versions = versions_of(device_of(request.target), plan.winner.distribution)
     for tiling in dict.fromkeys(plan.plan.kernel.tilings(plan.plan.inner_request)):
-        yield Choice(job, kernel, tiling, versions)
+        yield Choice(job, kernel, tiling, versions, plan.plan.kernel.signature(plan.plan.inner_request))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, final
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kernelry.aot.prediction import Candidate, Prediction
 
     Predict = Callable[..., Iterator[Prediction]]
+
+_NO_MODEL = "no model predicts its time"
 
 
 @final
@@ -39,21 +42,21 @@ class Result:
 
 
 @final
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Tuner:
     """Tries choices in order, until the time is used.
 
     Args:
       store: where results are kept; what is there already is not tried again.
       again: whether it is tried all the same.
-      budget: seconds after which nothing more is begun; None for as long as it takes.
+      ends: the clock's time after which nothing more is begun.
       tell: told the choice that is tried next.
       clock: seconds since any moment.
     """
 
     store: Store
     again: bool = False
-    budget: float | None = None
+    ends: float = math.inf
     tell: Callable[[Choice], object] = lambda _: None
     clock: Clock = time.perf_counter
 
@@ -63,17 +66,19 @@ class Tuner:
         Raises:
           ConfigError: the results cannot be stored.
         """
-        ends, known = self._ends(), self._known(choices, {Kind.MEASURED})
+        known = self._known(choices, {Kind.MEASURED})
         for job in dict.fromkeys(choice.job for choice in choices):
             mine = [choice for choice in choices if choice.job is job]
             yield from (Result(choice, known[choice], False) for choice in mine if choice in known)
-            left = [choice for choice in mine if choice not in known]
-            if left and self.clock() < ends:
-                yield from self._measured(mine, left, known, ends)
+            if not self.is_over and not known.keys() >= {*mine}:
+                yield from self._measured(mine, known)
 
-    def _measured(
-        self, mine: Sequence[Choice], left: Sequence[Choice], known: dict[Choice, Entry], ends: float
-    ) -> Iterator[Result]:
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is begun."""
+        return self.clock() >= self.ends
+
+    def _measured(self, mine: Sequence[Choice], known: dict[Choice, Entry]) -> Iterator[Result]:
         """Times what is left of a job, next to the first choice of the job that runs."""
         arguments = operands(mine[0].job.call)
         reference: Runner | None = None
@@ -83,7 +88,7 @@ class Tuner:
             if before is not None and before.seconds is None:
                 continue
             if reference is None:
-                if before is None and self.clock() >= ends:
+                if before is None and self.is_over:
                     continue
                 self.tell(choice)
                 try:
@@ -97,7 +102,7 @@ class Tuner:
                 seconds = alone(reference, self.clock) if before is None else before.seconds or 0.0
                 if before is None:
                     yield self._stored(choice, choice.entry(seconds, Kind.MEASURED, time=now()))
-            elif before is None and self.clock() < ends:
+            elif before is None and not self.is_over:
                 self.tell(choice)
                 yield self._stored(choice, self._timed(choice, arguments, reference, seconds))
 
@@ -122,26 +127,25 @@ class Tuner:
           ConfigError: the results cannot be stored.
           NoCompilerError: the target's compiler is not installed.
         """
-        ends, known = self._ends(), self._known(choices, set(Kind))
+        known = self._known(choices, set(Kind))
         yield from (Result(choice, known[choice], False) for choice in choices if choice in known)
-        left = [choice for choice in choices if choice not in known]
+        left = [choice for choice in choices if choice.is_predictable and choice not in known]
         for policy in dict.fromkeys(choice.job.policy for choice in left):
             mine = [choice for choice in left if choice.job.policy == policy]
-            asked = _asked(mine)
-            found = (predict or _predict())(asked, target, policy=policy)
-            for choice in mine:
-                if self.clock() >= ends:
-                    return
-                self.tell(choice)
-                prediction = next(found)  # it is in order, and as long
-                failure = prediction.failure or ("" if prediction.seconds else "no model predicts its time")
-                entry = choice.entry(
-                    None if failure else prediction.seconds, Kind.PREDICTED, time=now(), failure=failure
-                )
-                yield self._stored(choice, entry)
+            yield from self._predicted(mine, (predict or _predict())(_asked(mine), target, policy=policy))
+        for choice in choices:
+            if not choice.is_predictable and choice not in known:  # which costs nothing to find out again
+                yield Result(choice, choice.entry(None, Kind.PREDICTED, time=now(), failure=_NO_MODEL), False)
 
-    def _ends(self) -> float:
-        return float("inf") if self.budget is None else self.clock() + self.budget
+    def _predicted(self, choices: Sequence[Choice], predictions: Iterator[Prediction]) -> Iterator[Result]:
+        for choice in choices:
+            if self.is_over:
+                return
+            self.tell(choice)
+            found = next(predictions)  # they are in order
+            failure = found.failure or ("" if found.seconds else _NO_MODEL)
+            seconds = None if failure else found.seconds
+            yield self._stored(choice, choice.entry(seconds, Kind.PREDICTED, time=now(), failure=failure))
 
     def _known(self, choices: Iterable[Choice], kinds: set[Kind]) -> dict[Choice, Entry]:
         """What is stored of the choices; a file that is damaged is set aside here, before anything is tried."""
