@@ -111,7 +111,7 @@ def _predicted_for(text: str) -> Target:
     target = Target.parse(text)
     if target.platform != "tpu":
         raise ConfigError(
-            f"--target {text}: times are predicted for TPUs alone, e.g. tpu:v5e; leave --target out to time this device."
+            f"--target {text}: times are predicted for TPUs alone, e.g. tpu:v5e; leave --target out for this device."
         )
     run_nothing()
     return target

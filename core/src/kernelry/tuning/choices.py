@@ -63,7 +63,7 @@ class Choice:
 
     @property
     def is_predictable(self) -> bool:
-        """Whether its program calls a kernel that a TPU's compiler schedules apart: of XLA's own work there is no model."""
+        """Whether its program calls a kernel that a TPU's compiler schedules apart: XLA's own work has no model."""
         return _TPU_CALL in self.signature
 
     def entry(self, seconds: float | None, kind: Kind, *, time: str = "", failure: str = "") -> Entry:
