@@ -332,6 +332,14 @@ def test_a_refusal_of_the_named_kernel_stays_a_refusal():
         resolve(timed(("ragged", 1e-3)), kernel="ragged")
 
 
+def test_a_device_of_a_mesh_takes_the_times_of_its_part_of_the_call():
+    times = timed(("blockwise", 1e-3), request=dataclasses.replace(REQUEST, batch=2))
+    sharded = dataclasses.replace(REQUEST, batch=4, sharding="batch=d:2")
+    found = kernelry.explain(sharded, measurements=times, policy=SHIPPED, changes=False)
+    assert (found.kernel, found.rule) == ("blockwise", "measured on cpu: blockwise 1 ms")
+    assert kernelry.explain(sharded, policy=SHIPPED, changes=False).kernel == "dot_product"
+
+
 # Locks
 
 
