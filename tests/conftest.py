@@ -8,7 +8,10 @@ import gc
 import os
 from pathlib import Path
 
+os.environ["KERNELRY_MEASUREMENTS"] = ""  # before kernelry reads it: what a user has measured decides nothing here
+
 import jax
+import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -20,6 +23,13 @@ _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")  # one folder each: a f
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache" / _WORKER))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _of_the_user(*_, **__):
+    raise AssertionError("this test would read or write the cache directory of the user who runs it")
+
+
+platformdirs.user_cache_path = _of_the_user
 
 settings.register_profile(
     "gate", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]

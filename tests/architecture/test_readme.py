@@ -117,7 +117,9 @@ def _printed_pages():
 def test_python_runs_as_it_is_printed(name, tmp_path):
     program = tmp_path / "shown.py"
     program.write_text("\n".join([*_blocks("python", PAGES[name]), CHECKS.get(name, "")]))
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")} | {
+        "KERNELRY_MEASUREMENTS": ""
+    }
     command = [sys.executable, "-W", "error", program.name]
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -172,7 +174,9 @@ def test_the_model_is_the_one_printed(capsys):
 def test_the_table_of_a_model_is_the_one_printed(tmp_path):
     page = PAGES["models.md"]
     _, *arguments = _blocks("", page)[0].split()
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("KERNELRY_")}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("KERNELRY_")} | {
+        "KERNELRY_MEASUREMENTS": ""
+    }
     environ |= {"COLUMNS": "80", "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-c", "from kernelry.cli import main; main()", *arguments]
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)

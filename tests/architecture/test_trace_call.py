@@ -13,14 +13,16 @@ SCRIPT = Path(__file__).with_name("trace_call.py")
 # The most that `trace_call.py --kernel NAME` may find. Lower a number when the code gets better; before raising one,
 # look with `--pairs` at which files were added.
 BOUNDS = {
-    "auto": {"modules": 25, "lines": 6_600, "crossings": 115, "functions": 190, "function_lines": 1_725},
-    "dot_product": {"modules": 24, "lines": 6_350, "crossings": 106, "functions": 178, "function_lines": 1_650},
+    "auto": {"modules": 25, "lines": 6_620, "crossings": 116, "functions": 192, "function_lines": 1_745},
+    "dot_product": {"modules": 24, "lines": 6_370, "crossings": 107, "functions": 180, "function_lines": 1_670},
 }
-CLOSURE = {"closure_modules": 57, "closure_lines": 9_700, "bare_modules": 3}
+CLOSURE = {"closure_modules": 57, "closure_lines": 9_720, "bare_modules": 3}
 
 
 def trace(kernel):
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")} | {
+        "KERNELRY_MEASUREMENTS": ""
+    }
     command = [sys.executable, SCRIPT, "--kernel", kernel, "--json"]
     environ["JAX_PLATFORMS"] = "cpu"
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)

@@ -60,7 +60,9 @@ class Shelf:
 
     def run(self, code, **variables):
         """Runs code in a fresh process that has this folder on its path."""
-        environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON"))}
+        environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON"))} | {
+            "KERNELRY_MEASUREMENTS": ""
+        }
         environ |= {"PYTHONPATH": str(self.folder), "JAX_PLATFORMS": "cpu", **variables}
         command = [sys.executable, "-c", textwrap.dedent(code)]
         done = subprocess.run(

@@ -75,10 +75,14 @@ def test_doctor_reports_versions_and_no_faults(run):
 @pytest.mark.parametrize(
     ("switches", "variable", "words"),
     [
-        (Switches(kernel="blokwise"), "KERNELRY_KERNEL", "did you mean 'blockwise'?"),
-        (Switches(unknown=("KERNELRY_KERNAL",)), "KERNELRY_KERNAL", "did you mean 'KERNELRY_KERNEL'?"),
-        (Switches(strict=True, lock="absent.json"), "KERNELRY_LOCK", "cannot read the lock file absent.json: No such"),
-        (Switches(strict=True, lock=__file__), "KERNELRY_LOCK", "test_cli.py is not valid JSON: "),
+        (Switches(kernel="blokwise", measurements=""), "KERNELRY_KERNEL", "did you mean 'blockwise'?"),
+        (Switches(unknown=("KERNELRY_KERNAL",), measurements=""), "KERNELRY_KERNAL", "did you mean 'KERNELRY_KERNEL'?"),
+        (
+            Switches(strict=True, lock="absent.json", measurements=""),
+            "KERNELRY_LOCK",
+            "cannot read the lock file absent.json: No such",
+        ),
+        (Switches(strict=True, lock=__file__, measurements=""), "KERNELRY_LOCK", "test_cli.py is not valid JSON: "),
     ],
 )
 def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch, switches, variable, words):
@@ -93,7 +97,8 @@ def test_doctor_reports_environment_variables_that_mean_nothing(run, monkeypatch
 
 
 def test_doctor_and_list_answer_where_a_variable_is_wrong(run, monkeypatch):
-    monkeypatch.setattr("kernelry.policy.policy._of_process", lambda: Switches._read({"KERNELRY_STRICT": "maybe"}))
+    variables = {"KERNELRY_STRICT": "maybe", "KERNELRY_MEASUREMENTS": ""}
+    monkeypatch.setattr("kernelry.policy.policy._of_process", lambda: Switches._read(variables))
     status, out, _ = run("doctor")
     [fault] = json.loads(run("doctor", "--json")[1])["faults"]
     assert status == 1
@@ -108,7 +113,8 @@ def test_doctor_and_list_answer_where_a_variable_is_wrong(run, monkeypatch):
 def test_doctor_says_nothing_of_variables_that_are_right(run, monkeypatch, tmp_path):
     lock = tmp_path / "kernelry.lock.json"
     Lock(()).write(lock)
-    monkeypatch.setattr(Switches, "unchecked", lambda: Switches(kernel="blockwise", strict=True, lock=str(lock)))
+    switches = Switches(kernel="blockwise", strict=True, lock=str(lock), measurements="")
+    monkeypatch.setattr(Switches, "unchecked", lambda: switches)
     status, out, _ = run("doctor")
     assert (status, "No faults." in out) == (0, True)
 

@@ -431,7 +431,9 @@ CALLS = {
 def pytest_says(tmp_path_factory):
     """What pytest says to an author of a kernel, outside this repository: status and output of each call, by name."""
     folder = tmp_path_factory.mktemp("author")
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTEST_"))}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTEST_"))} | {
+        "KERNELRY_MEASUREMENTS": ""
+    }
     head = ("-p", "kernelry_pytest", "-p", "no:cacheprovider", "-rs", "--pyargs", "kernelry.testing")
     code = f"import pytest\nfor call in {list(CALLS.values())}:\n  print('END', int(pytest.main([*{head}, *call])))"
     done = subprocess.run(

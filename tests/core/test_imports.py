@@ -65,7 +65,9 @@ print(json.dumps([loaded, [resolution.kernel for resolution in seen]]))
 
 
 def run(program, folder, given=""):
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON"))}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON"))} | {
+        "KERNELRY_MEASUREMENTS": ""
+    }
     environ |= {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(

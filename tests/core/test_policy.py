@@ -10,7 +10,7 @@ from kernelry import Request
 from kernelry.config import load_config
 from kernelry.errors import ConfigError
 from kernelry.masks import MaskForm
-from kernelry.policy.measurements import Measurement, Measurements
+from kernelry.policy.measurements import Entry, Measurements
 from kernelry.policy.policy import Policy, Switches
 from kernelry.policy.rules import AnyRange, Condition, Range, Rule
 from kernelry_dot_product.plugin import DOT_PRODUCT
@@ -32,7 +32,7 @@ def _resolve(authorities):
     has = set(authorities)
     rules = (Rule(Condition(), ("by_rule",), source="r"),) if "rule" in has else ()
     switches = Switches(kernel="by_environment" if "environment" in has else None)
-    timed = Measurements((Measurement(REQUEST, "by_measurement", 1e-3),)) if "measurement" in has else None
+    timed = Measurements((Entry.of(REQUEST, "by_measurement", 1e-3),)) if "measurement" in has else None
     policy = Policy.shipped(rules=rules, switches=switches)
     kernels = (*KERNELS, spec("dot_product"))  # the shipped policy's choice for short queries
     with kernelry.use("by_use" if "use" in has else None):
@@ -57,7 +57,7 @@ def test_measurements_outrank_votes_and_votes_the_shipped_policy(shelf, install)
     kernels = (spec("dot_product"), spec("measured"), spec("voted"))
     policy = Policy.shipped(switches=Switches())
     request = Request(q_len=23)
-    timed = Measurements((Measurement(request, "measured", 1e-3),))
+    timed = Measurements((Entry.of(request, "measured", 1e-3),))
     assert kernelry.resolve(request, kernels=kernels, policy=policy).kernel == "voted"
     assert kernelry.resolve(request, kernels=kernels, policy=policy, measurements=timed).kernel == "measured"
 

@@ -31,7 +31,7 @@ from kernelry.plugin import (
     Statistic,
     Tiling,
 )
-from kernelry.policy.measurements import Measurement, Measurements
+from kernelry.policy.measurements import Entry, Measurements
 from kernelry.policy.policy import Policy, Switches
 from kernelry.policy.rules import Condition, Range, Rule
 from kernelry.resolution import resolver
@@ -163,11 +163,11 @@ def test_a_misspelt_kernel_names_the_nearest():
 
 
 def test_measurements_outrank_the_shipped_policy():
-    timed = Measurements((Measurement(REQUEST, "c", 1e-3), Measurement(REQUEST, "b", 2e-3)))
+    timed = Measurements((Entry.of(REQUEST, "c", 1e-3), Entry.of(REQUEST, "b", 2e-3)))
     resolution = kernelry.resolve(REQUEST, kernels=(A, B, C), policy=policy(), measurements=timed)
     assert [candidate.name for candidate in resolution.candidates] == ["c", "b", "a"]
-    assert resolution.rule == "measurements of this device"
-    other = kernelry.resolve(Request(q_len=9), kernels=(A, B, C), policy=policy(), measurements=timed)
+    assert resolution.rule == "measured on cpu: c 1 ms, b 2 ms"
+    other = kernelry.resolve(Request(q_len=90), kernels=(A, B, C), policy=policy(), measurements=timed)
     assert other.kernel == "a"
 
 
@@ -533,5 +533,5 @@ def test_a_kernel_whose_adapters_multiply_the_work_is_better_than_none():
 
 
 def test_a_kernel_that_was_timed_through_its_adapters_needs_no_other_proof():
-    timed = Measurements((Measurement(CHUNK, "pallas_mha", 1e-3), Measurement(CHUNK, "dot_product", 2e-3)))
+    timed = Measurements((Entry.of(CHUNK, "pallas_mha", 1e-3), Entry.of(CHUNK, "dot_product", 2e-3)))
     assert kernelry.explain(CHUNK, measurements=timed).kernel == "pallas_mha"

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from kernelry.aot.devices import GPUS, check_assembler, topology_of
+from kernelry.aot.dumps import Dumps, Written
 from kernelry.errors import ConfigError, KernelryError
 from kernelry.kernel.proof import custom_calls
 from kernelry.policy.scope import use
@@ -122,6 +123,8 @@ class Compilation:
       compiled: the compiled program, `jax.stages.Compiled`; None where there is none.
       reason: why it does not compile, or does not fit into memory; None where it does, as far as that was checked.
       unchecked: the part of it that only a device can compile; empty where there is none.
+      traced: the program as it was traced, `jax.stages.Traced`; None where that failed.
+      written: what the compiler wrote about it, where it was asked to.
     """
 
     target: Target
@@ -130,6 +133,8 @@ class Compilation:
     compiled: Any
     reason: CompileFailure | None = None
     unchecked: str = ""
+    traced: Any = None
+    written: Written = dataclasses.field(default_factory=Written)
 
     @property
     def outcome(self) -> Outcome:
@@ -164,6 +169,7 @@ def compile_for(
     mesh_shape: dict[str, int] | None = None,
     specs: Any = None,
     sharding: Sharding | str | None = None,
+    dumps: Dumps | None = None,
 ) -> Compilation:
     """Compiles a function for a target, which need not be present, with the vendor's compiler.
 
@@ -175,6 +181,7 @@ def compile_for(
       specs: a PartitionSpec per argument, a tree prefix; None replicates.
       sharding: as in `kernelry.use`, or its text. It says the sizes of its axes, which are the mesh where no
         `mesh_shape` is given.
+      dumps: where the compiler writes what it schedules, as `kernelry.aot.dumps_for` opens it; None: nowhere.
 
     Returns:
       The compilation. A program that cannot be lowered or compiled does not raise: its `reason` says why. One that
@@ -190,10 +197,13 @@ def compile_for(
     mesh = _mesh(where, mesh_shape or (None if cut is None else dict(cut.located.sizes)) or {"device": 1})
     placed = _placed(mesh, arguments, PartitionSpec() if specs is None else specs)  # type: ignore[no-untyped-call]
     start = time.perf_counter()
-    compiled, reason, unchecked = None, None, ""
+    traced, compiled, reason, unchecked = None, None, None, ""
+    if dumps is not None:
+        dumps.collect()  # what others have compiled since the last time
     try:
         with use(target=where, sharding=cut), use_abstract_mesh(mesh.abstract_mesh):
-            compiled = jax.jit(function).lower(*placed).compile()
+            traced = jax.jit(function).trace(*placed)
+            compiled = traced.lower().compile(None if dumps is None else dumps.options or None)
         unchecked, reason = left_to_device(compiled), _too_large(where, _memory(compiled))
     except (KernelryError, Warning):  # a warning that is made an error does not come from a compiler
         raise
@@ -201,7 +211,9 @@ def compile_for(
         check_assembler(error)
         unchecked = asked_of_device(error)
         reason = None if unchecked else CompileFailure.of(error)
-    return Compilation(where, time.perf_counter() - start, _memory(compiled), compiled, reason, unchecked)
+    seconds = time.perf_counter() - start
+    written = Written() if dumps is None else dumps.collect()
+    return Compilation(where, seconds, _memory(compiled), compiled, reason, unchecked, traced, written)
 
 
 def _mesh(target: Target, shape: dict[str, int]) -> Mesh:

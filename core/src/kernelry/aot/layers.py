@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ from jax.sharding import PartitionSpec
 
 from kernelry.aot.compilation import Compilation, Outcome, compile_for
 from kernelry.aot.devices import NoCompilerError
+from kernelry.aot.dumps import Dumps, dumps_for
+from kernelry.aot.kernel_speeds import speeds_of
+from kernelry.aot.speed import KernelSpeed
 from kernelry.aot.work import Work
 from kernelry.api import attention_with_options
 from kernelry.config.layer import AttentionConfig
@@ -43,6 +47,8 @@ class LayerReport:
       work: what the call takes.
       missing: why it was not compiled, or the compiled program does not show that the kernel runs; else empty.
       has_compiler: whether the target's compiler is installed.
+      speeds: what the compiler says of each kernel that the program calls through Pallas: static, not measured. Empty
+        where that was not asked for, and of kernels that XLA makes of ordinary operations.
     """
 
     name: str
@@ -51,6 +57,7 @@ class LayerReport:
     work: Work
     missing: str = ""
     has_compiler: bool = True
+    speeds: tuple[KernelSpeed, ...] = ()
 
     @property
     def outcome(self) -> Outcome:
@@ -90,6 +97,7 @@ class LayerReport:
             "resolution": self.resolution.to_json(),
             "compilation": None if self.compilation is None else self.compilation.to_json(),
             "work": self.work.to_json(),
+            "speeds": [speed.to_json() for speed in self.speeds],
         }
 
 
@@ -99,6 +107,7 @@ def check_layers(
     target: Target | str,
     *,
     tell: Callable[[str], object] | None = None,
+    speed: bool = False,
 ) -> tuple[LayerReport, ...]:
     """Compiles training (forward and backward), prefill and a decode step of a config for a target.
 
@@ -108,6 +117,8 @@ def check_layers(
       target: e.g. `tpu:v5e:2x2` or `gpu:h100`. The call is compiled for one of its devices, or, where the shape has a
         sharding, for as many as that names.
       tell: told the name of each phase before it is compiled.
+      speed: whether the compilers also say what they schedule. libtpu is told where to write that when it is loaded:
+        where this process has loaded it before, the report's speeds say so.
 
     Returns:
       A report for each call, which says so where the target's compiler or the kernel's package is missing.
@@ -123,10 +134,15 @@ def check_layers(
             name = f"{call.name}{_distinguished(sizes, shapes)}"
             asked.setdefault(call.request, dataclasses.replace(call, name=name))
     reports = []
-    for call in asked.values():
-        if tell is not None:
-            tell(call.name)
-        reports.append(_report(config_of(config), call))
+    with contextlib.ExitStack() as stack:
+        dumps = None
+        if speed:
+            with contextlib.suppress(NoCompilerError):  # the rows will say so
+                dumps = stack.enter_context(dumps_for(where))
+        for call in asked.values():
+            if tell is not None:
+                tell(call.name)
+            reports.append(_report(config_of(config), call, dumps))
     return tuple(reports)
 
 
@@ -137,14 +153,14 @@ def _distinguished(shape: ModelShape, shapes: Sequence[ModelShape]) -> str:
     return f" ({', '.join(f'{name}={getattr(shape, name)}' for name in varied)})" if varied else ""
 
 
-def _report(config: AttentionConfig, call: PhaseCall) -> LayerReport:
+def _report(config: AttentionConfig, call: PhaseCall, dumps: Dumps | None) -> LayerReport:
     work = Work.of(call.request, call.mask, config.moba)
     resolution = explain(call.request, policy=config.policy)
     if resolution.plan is None:
         return LayerReport(call.name, resolution, None, work)
     try:
         with use(policy=config.policy):
-            compilation = _compiled(call)
+            compilation = compile_call(call, dumps)
     except NoCompilerError as error:
         return LayerReport(call.name, resolution, None, work, str(error), has_compiler=False)
     except PluginError as error:
@@ -155,16 +171,19 @@ def _report(config: AttentionConfig, call: PhaseCall) -> LayerReport:
             resolution.verify(compilation.compiled)
         except KernelryError as error:
             missing = str(error)
-    return LayerReport(call.name, resolution, compilation, work, missing)
+    speeds = () if dumps is None else speeds_of(call, dict(resolution.plan.tiling.values), compilation)
+    return LayerReport(call.name, resolution, compilation, work, missing, speeds=speeds)
 
 
-def _compiled(call: PhaseCall) -> Compilation:
-    request, arguments = call.request, _arguments(call)
+def compile_call(call: PhaseCall, dumps: Dumps | None = None) -> Compilation:
+    """Compiles a call of a phase, in training with its gradients, and keeps what the compiler writes of it."""
+    request, arguments = call.request, arguments_of(call)
+    compiled = compile_for if dumps is None else functools.partial(compile_for, dumps=dumps)
     if request.sharding is None:
-        return compile_for(request.target, _program(call), *arguments)
+        return compiled(request.target, program_of(call), *arguments)
     sharding = Sharding.parse(request.sharding)
     specs = _specs(call, sharding, arguments)
-    return compile_for(request.target, _program(call), *arguments, specs=specs, sharding=sharding)
+    return compiled(request.target, program_of(call), *arguments, specs=specs, sharding=sharding)
 
 
 def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -192,7 +211,7 @@ def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> t
     return placed("BTNH", query), of_keys(key), of_keys(value), of_sinks, of_bias, of_mask
 
 
-def _program(call: PhaseCall) -> Callable[..., Any]:
+def program_of(call: PhaseCall) -> Callable[..., Any]:
     """Attention as the phase calls it; in training with its gradients."""
     request = call.request
     structure = jax.tree.structure(call.mask)
@@ -223,7 +242,8 @@ def _program(call: PhaseCall) -> Callable[..., Any]:
     return jax.value_and_grad(loss, argnums=differentiated)
 
 
-def _arguments(call: PhaseCall) -> tuple[Any, ...]:
+def arguments_of(call: PhaseCall) -> tuple[Any, ...]:
+    """The shapes of the arguments of `program_of`."""
     request = call.request
 
     def array(*shape: int, dtype: str = request.dtype) -> Any:

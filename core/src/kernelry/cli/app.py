@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kernelry import _version
-from kernelry.cli import check, conformance, explain, lock, mask, report
+from kernelry.cli import check, conformance, explain, lock, mask, report, tune
 from kernelry.cli.output import Json, show, survive_narrow_encodings
 from kernelry.errors import KernelryError, followed, sentence
 from kernelry.policy.policy import Switches
@@ -96,4 +96,5 @@ app.command("explain")(explain.explain)
 app.command("mask")(mask.draw)
 app.command("lock")(lock.lock)
 app.command("check")(check.check)
+app.command("tune")(tune.tune)
 app.command("conformance")(conformance.check)

@@ -39,7 +39,7 @@ def check(
     Status 1: not all of them do; 2: all that could be compiled do, and a compiler is not installed. Calls of cuDNN are
     not checked, which is not a failure.
     """
-    _run_nothing()
+    run_nothing()
     layers = [(layer, model.shapes(layer)) for layer in model.files.read()]
     for name in target:  # wrong names are found before anything is compiled
         with contextlib.suppress(NoCompilerError):  # its rows will say so
@@ -76,7 +76,7 @@ def _reports(
         yield dataclasses.replace(report, name=f"{kind}{report.name}")
 
 
-def _run_nothing() -> None:
+def run_nothing() -> None:
     """Keeps JAX off accelerators, unless JAX_PLATFORMS names some: to use a GPU its CUDA plugin needs all of CUDA."""
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]

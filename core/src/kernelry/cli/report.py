@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import platform
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,9 @@ from rich.table import Table
 
 from kernelry._version import __version__
 from kernelry.cli.output import Text
+from kernelry.errors import ConfigError
 from kernelry.policy.policy import Switches
+from kernelry.policy.store import Store
 from kernelry.registry import installed
 from kernelry.registry.contents import Fault, InstalledKernel, Registry, switch_faults
 from kernelry.registry.hooks import CONTRACT
@@ -98,6 +101,7 @@ def doctor_json(registry: Registry, switches: Switches) -> dict[str, Any]:
         "versions": _versions(),
         "target": _home(),
         "switches": _switches(switches),
+        "measurements": _measurements(switches),
         "plugins": [plugin.to_json() for plugin in registry.plugins],
         "faults": [fault.to_json() for fault in all_faults(registry, switches)],
     }
@@ -122,7 +126,19 @@ def _switches(switches: Switches) -> dict[str, Any]:
         "KERNELRY_PLUGINS": switches.plugins,
         "KERNELRY_STRICT": True if switches.strict else None,
         "KERNELRY_LOCK": switches.lock if switches.strict else None,
+        "KERNELRY_MEASUREMENTS": switches.measurements,
     }
+
+
+def _measurements(switches: Switches) -> dict[str, Any]:
+    """Where times are read, and how many there are of which device."""
+    path = switches.measurements_path
+    try:
+        entries = () if path is None else Store(path).read()
+    except ConfigError:  # which is among the faults
+        entries = ()
+    counts = collections.Counter(f"{entry.kind.value} {entry.device}" for entry in entries)
+    return {"path": path, "times": dict(sorted(counts.items()))}
 
 
 def _home() -> str:
@@ -148,7 +164,12 @@ def doctor_parts(registry: Registry, switches: Switches) -> Iterator[RenderableT
     yield Text(f"this machine is {_home()}")
     for name, value in _switches(switches).items():
         if value is not None:
-            yield f"{name} is set: {', '.join(value) or 'no plugins' if isinstance(value, tuple) else value}"
+            text = ", ".join(value) or "no plugins" if isinstance(value, tuple) else value
+            yield Text(f"{name} is set: {text if text != '' else 'no file'}")
+    measurements = _measurements(switches)
+    if measurements["times"]:
+        counts = ", ".join(f"{count} {name}" for name, count in measurements["times"].items())
+        yield Text(f"times of kernels in {measurements['path']}: {counts}")
     plugins = Table(title="Plugins", title_justify="left")
     for column in ("plugin", "distribution", "module", "kernels"):
         plugins.add_column(column, overflow="fold")

@@ -293,3 +293,21 @@ def _check_usable(spec: KernelSpec) -> None:
     if fatal:
         said = "; ".join(f"{mistake.detail}; {mistake.fix}" for mistake in fatal)
         raise ArgumentError(f"use(kernels=…): kernel {spec.name!r} cannot be used: {said}.")
+
+
+def not_a_name(kernel: Any) -> ArgumentError:
+    """The error of a call that was given something else than a name as `kernel=`."""
+    name = getattr(kernel, "name", None)
+    if not isinstance(name, str):
+        return ArgumentError(f"kernel must be a name or 'auto', got {kernel!r}.")
+    adding = ", inside kernelry.use(kernels=[spec]) where no plugin has it" if isinstance(kernel, KernelSpec) else ""
+    return ArgumentError(
+        f"kernel must be a name or 'auto', got {type(kernel).__name__} {name!r}; write kernel={name!r}{adding}."
+    )
+
+
+def not_a_policy(policy: Any) -> ArgumentError:
+    """The error of a call that was given something else than a Policy as `policy=`."""
+    has_one = type(getattr(policy, "policy", None)).__name__ == "Policy"
+    instead = "write policy=config.policy" if has_one else "read one with kernelry.config.load_config(source).policy"
+    return ArgumentError(f"policy must be a Policy, got {type(policy).__name__}; {instead}.")

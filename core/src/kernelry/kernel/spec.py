@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 import jax
 
 from kernelry._pytree import pytree, short_repr
-from kernelry.errors import ArgumentError, ConfigError, PluginError, nearest
+from kernelry.errors import ConfigError, PluginError, nearest
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.partial import Partial
 from kernelry.kernel.refusal import Refusal, RefusalCode
@@ -314,12 +314,7 @@ def check_kernel_name(kernel: Any) -> None:
     Raises:
       ArgumentError: it is not a name.
     """
-    if isinstance(kernel, str):
-        return
-    name = getattr(kernel, "name", None)
-    if not isinstance(name, str):
-        raise ArgumentError(f"kernel must be a name or 'auto', got {kernel!r}.")
-    adding = ", inside kernelry.use(kernels=[spec]) where no plugin has it" if isinstance(kernel, KernelSpec) else ""
-    raise ArgumentError(
-        f"kernel must be a name or 'auto', got {type(kernel).__name__} {name!r}; write kernel={name!r}{adding}."
-    )
+    if not isinstance(kernel, str):
+        from kernelry.kernel.mistakes import not_a_name  # an error alone needs text
+
+        raise not_a_name(kernel)

@@ -10,12 +10,15 @@ import functools
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from kernelry.errors import ArgumentError, ConfigError, nearest
+from kernelry.errors import ConfigError, nearest
 from kernelry.kernel.spec import AUTO
 from kernelry.policy.rules import Condition, Range, Rule, check_tiling
 from kernelry.request.request import Mode
+
+if TYPE_CHECKING:
+    from kernelry.policy.measurements import Measurements
 
 Tilings = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 """(kernel name, ((tunable, value), …)) pairs."""
@@ -67,9 +70,11 @@ SHIPPED_THRESHOLDS = (
 
 
 _PREFIX = "KERNELRY_"
-KNOWN_SWITCHES = ("KERNELRY_KERNEL", "KERNELRY_LOCK", "KERNELRY_PLUGINS", "KERNELRY_STRICT")
+KNOWN_SWITCHES = tuple(f"{_PREFIX}{name}" for name in ("KERNEL", "LOCK", "MEASUREMENTS", "PLUGINS", "STRICT"))
 _YES_NO = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 LOCK_FILE = "kernelry.lock.json"
+_MEASUREMENTS_FILE = "measurements-1.json"
+"""With the number of its format, so that versions of kernelry do not replace each other's."""
 
 
 @final
@@ -85,6 +90,7 @@ class Switches:
       lock: KERNELRY_LOCK, the path of the lock file; looked at only when strict.
       unknown: the variables named `KERNELRY_*` that mean nothing.
       wrong: of KERNELRY_STRICT, where it is neither yes nor no: what to write.
+      measurements: KERNELRY_MEASUREMENTS, the file of measured times; empty for none, None when unset.
     """
 
     kernel: str | None = None
@@ -93,6 +99,7 @@ class Switches:
     lock: str = LOCK_FILE
     unknown: tuple[str, ...] = ()
     wrong: str | None = None
+    measurements: str | None = None
 
     @classmethod
     def parse(cls, environ: Mapping[str, str]) -> Switches:
@@ -117,6 +124,15 @@ class Switches:
         """Returns the switches of this process for those who list things, and say what is wrong."""
         return _of_process()
 
+    @property
+    def measurements_path(self) -> str | None:
+        """The file of measured times, by default in the user's cache directory; None for none."""
+        if self.measurements is not None:
+            return self.measurements or None
+        from platformdirs import user_cache_path  # looked up once per process
+
+        return str(user_cache_path("kernelry") / _MEASUREMENTS_FILE)
+
     def _checked(self) -> Switches:
         if self.wrong is not None:
             raise ConfigError(f"{self.wrong}.")
@@ -137,12 +153,24 @@ class Switches:
         wrong = None
         if text and text.lower() not in _YES_NO:
             wrong = f"KERNELRY_STRICT={text!r} is neither yes nor no; write one of {', '.join(_YES_NO)}"
-        return cls(None if kernel in ("", "auto") else kernel, names, strict, lock, unknown, wrong)
+        measurements = environ.get("KERNELRY_MEASUREMENTS")
+        return cls(None if kernel in ("", "auto") else kernel, names, strict, lock, unknown, wrong, measurements)
 
 
 @functools.lru_cache(maxsize=1)
 def _of_process() -> Switches:
     return Switches._read(os.environ)
+
+
+@functools.lru_cache(maxsize=1)
+def measurements_of_process() -> Measurements | None:
+    """Returns the times that this process was started with; None where there is no file of them, or an unusable one."""
+    path = Switches.unchecked().measurements_path
+    if path is None or not os.path.exists(path):
+        return None
+    from kernelry.policy.store import Store  # imported where there is a file
+
+    return Store(path).usable()
 
 
 @final
@@ -307,11 +335,7 @@ def check_policy(policy: Any) -> None:
     Raises:
       ArgumentError: it is not a Policy.
     """
-    if policy is None or isinstance(policy, Policy):
-        return
-    instead = (
-        "write policy=config.policy"
-        if isinstance(getattr(policy, "policy", None), Policy)
-        else "read one with kernelry.config.load_config(source).policy"
-    )
-    raise ArgumentError(f"policy must be a Policy, got {type(policy).__name__}; {instead}.")
+    if policy is not None and not isinstance(policy, Policy):
+        from kernelry.kernel.mistakes import not_a_policy  # an error alone needs text
+
+        raise not_a_policy(policy)

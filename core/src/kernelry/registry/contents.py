@@ -182,7 +182,8 @@ def switch_faults(found: Registry, switches: Switches) -> tuple[Fault, ...]:
     """Returns what is wrong with the environment variables that nothing raised or warned of yet; see `doctor`."""
     backend = backend_fault()
     of_jax = () if backend is None else (backend,)
-    return (*_variables(switches), *_unknown_kernel(found, switches), *_lock(switches), *of_jax)
+    of_files = *_lock(switches), *_measurements(switches)
+    return (*_variables(switches), *_unknown_kernel(found, switches), *of_files, *of_jax)
 
 
 def _variables(switches: Switches) -> Iterator[Fault]:
@@ -216,3 +217,16 @@ def _lock(switches: Switches) -> Iterator[Fault]:
         detail = f"KERNELRY_STRICT is on, and every call is refused: {str(error).removesuffix('.')}"
         fix = "write the file with `kernelry lock CONFIG`, name it in KERNELRY_LOCK, or unset KERNELRY_STRICT"
         yield Fault(FaultKind.SWITCH, "KERNELRY_LOCK", _ENVIRONMENT, detail, fix)
+
+
+def _measurements(switches: Switches) -> Iterator[Fault]:
+    from kernelry.policy.store import Store  # imported for those who list things
+
+    path = switches.measurements_path
+    try:
+        if path is not None:
+            Store(path).read()
+    except ConfigError as error:
+        detail = f"no measured times are used: {str(error).removesuffix('.')}"
+        fix = "run `kernelry tune`, which sets it aside, name another file in KERNELRY_MEASUREMENTS, or delete it"
+        yield Fault(FaultKind.SWITCH, "KERNELRY_MEASUREMENTS", _ENVIRONMENT, detail, fix)

@@ -24,6 +24,7 @@ from kernelry.request.request import Request
 from kernelry.resolution.explanation import Candidate
 
 if TYPE_CHECKING:
+    from kernelry.policy.measurements import Evidence
     from kernelry.registry.contents import InstalledKernel
 
 _MOST_CHAINS = 128
@@ -44,6 +45,7 @@ def consider(
     policy: Policy,
     environment: Environment,
     overrides: tuple[tuple[str, int], ...],
+    timed: Evidence | None = None,
 ) -> tuple[Candidate, Tiling]:
     """Returns a kernel's answer, and the tiling it would run with.
 
@@ -53,6 +55,7 @@ def consider(
       policy: may forbid adapters.
       environment: vendor facts, probed or assumed.
       overrides: tunables set by a rule or a scope.
+      timed: times of kernels, whose tilings take precedence over the kernel's default.
     """
     spec = installed.spec
     environment = environment.fresh()
@@ -60,17 +63,20 @@ def consider(
     steps, refusals = compose(request, spec.capabilities, refuse, policy.forbidden_adapters)
     tiling = Tiling()
     if not refusals:
-        tiling, refusals = _tile(spec, steps[-1].after if steps else request, overrides)
+        fastest = timed.tilings.get(spec.name, ()) if timed else ()
+        tiling, refusals = _tile(spec, steps[-1].after if steps else request, overrides, fastest)
     notes = (f"vendor: {environment.knowledge.value}",) if environment.left_open and not refusals else ()
+    notes = (*notes, *timed.notes(spec.name)) if timed else notes
     return Candidate(spec.name, installed.distribution, refusals, () if refusals else steps, notes), tiling
 
 
 def _tile(
-    spec: KernelSpec, request: Request, overrides: tuple[tuple[str, int], ...]
+    spec: KernelSpec, request: Request, overrides: tuple[tuple[str, int], ...], fastest: tuple[Tiling, ...]
 ) -> tuple[Tiling, tuple[Refusal, ...]]:
     try:
         tilings = spec.tilings(request)
-        return tilings[0].replace(dict(overrides), spec.name), ()
+        chosen = next((tiling for tiling in fastest if tiling in tilings), tilings[0])
+        return chosen.replace(dict(overrides), spec.name), ()
     except ConfigError as error:
         return Tiling(), (Refusal(RefusalCode.TILING, str(error)),)
     except Exception as error:

@@ -13,7 +13,7 @@ from kernelry.errors import ArgumentError, nearest
 from kernelry.execution.plan import Plan
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import AUTO, Environment, KernelSpec, Knowledge, check_kernel_name
-from kernelry.policy.policy import Policy, check_policy
+from kernelry.policy.policy import Policy, check_policy, measurements_of_process
 from kernelry.policy.rules import Rule, first_match
 from kernelry.policy.scope import Scope, current_scope
 from kernelry.registry import installed
@@ -23,7 +23,7 @@ from kernelry.resolution.adapting import consider
 from kernelry.resolution.explanation import Candidate, Candidates, Resolution
 
 if TYPE_CHECKING:
-    from kernelry.policy.measurements import Measurements
+    from kernelry.policy.measurements import Evidence, Measurements
     from kernelry.registry.contents import InstalledKernel
 
 _logger = logging.getLogger("kernelry")
@@ -40,7 +40,7 @@ class Question:
       kernels: the kernels to choose among, besides those of `scope`; None is the installed ones.
       scope: what the surrounding `use` says.
       policy: the preferences in force.
-      measurements: None is none.
+      measurements: the times that may decide; None is none.
       environment: vendor facts; None looks on this machine's platform and assumes elsewhere.
     """
 
@@ -79,6 +79,7 @@ class Question:
         check_policy(policy)
         scope = current_scope()
         policy = policy or scope.policy or Policy.of_process()
+        measurements = measurements_of_process() if measurements is None else measurements
         return cls(request, kernel, kernels, scope, policy, measurements, environment)
 
     @property
@@ -119,35 +120,35 @@ class Question:
         Raises:
           PluginError: a kernel named is claimed by two plugins, or cannot be used.
         """
+        timed = None if self.measurements is None else self.measurements.about(self.request, pool)
         if self.forced is not None:
             name, why = self.forced
             _check_names((name,), pool)
-            return Order((name,), why, tuple(sorted(pool.keys() - {name})), frozenset({name}), is_forced=True)
-        timed = self.measurements.fastest(self.request) if self.measurements else ()
-        measured = tuple(name for name in timed if name in pool)
-        ranked, why_so = self._ranked(pool, measured)
+            return Order((name,), why, tuple(sorted(pool.keys() - {name})), frozenset({name}), timed, is_forced=True)
+        measured = timed.measured if timed else ()
+        ranked, why_so = self._ranked(pool, timed)
         rule = first_match(self.policy.rules, self.request)
         if rule is None:
-            return Order(ranked, why_so, approved=frozenset(measured))
+            return Order(ranked, why_so, approved=frozenset(measured), timed=timed)
         _check_names(rule.names, pool)
         rest = tuple(name for name in ranked if name not in rule.names)
         approved = frozenset({*rule.names, *measured})
         if rule.is_exhaustive:
-            return Order(rule.names, rule, rest, approved)
-        return Order((*rule.names, *rest), rule, (), approved)
+            return Order(rule.names, rule, rest, approved, timed)
+        return Order((*rule.names, *rest), rule, (), approved, timed)
 
     def _ranked(
-        self, pool: Mapping[str, InstalledKernel], measured: Sequence[str]
+        self, pool: Mapping[str, InstalledKernel], timed: Evidence | None
     ) -> tuple[tuple[str, ...], Rule | str]:
-        """Orders all kernels: by measured time, then by votes, then by the shipped policy, then by name."""
+        """Orders all kernels: by measured time, predicted time, votes, the shipped policy, and then by name."""
         votes = _votes(self.request, tuple(sorted(pool)))
         default = first_match(self.policy.defaults, self.request)
-        preferred = default.names if default else ()
+        preferred, fastest = default.names if default else (), timed.names if timed else ()
 
         def rank(name: str) -> tuple[int, int, int, str]:
-            return _position(name, measured), -votes.get(name, 0), _position(name, preferred), name
+            return _position(name, fastest), -votes.get(name, 0), _position(name, preferred), name
 
-        decided_by = "measurements of this device" if measured else "votes of plugins" if votes else default
+        decided_by = str(timed) if fastest else "votes of plugins" if votes else default
         return tuple(sorted(pool, key=rank)), decided_by or "by name"
 
     def tiling_for(self, name: str, decided_by: Rule | str) -> tuple[tuple[str, int], ...]:
@@ -169,7 +170,8 @@ class Order:
       names: theirs.
       decided_by: the rule; where none decided, what did.
       excluded: the other kernels, which must not be tried.
-      approved: the kernels that were asked for or timed, so that the work of their adapters does not demote them.
+      approved: the kernels that were asked for or measured, so that the work of their adapters does not demote them.
+      timed: the times of kernels; None where there are none.
       is_forced: whether one kernel was asked for by name.
     """
 
@@ -177,6 +179,7 @@ class Order:
     decided_by: Rule | str
     excluded: tuple[str, ...] = ()
     approved: frozenset[str] = frozenset()
+    timed: Evidence | None = None
     is_forced: bool = False
 
 
@@ -210,7 +213,7 @@ def _asked(
     if name not in pool:
         return _absent(name, pool), None
     tunables = question.tiling_for(name, order.decided_by)
-    candidate, tiling = consider(pool[name], question.request, question.policy, environment, tunables)
+    candidate, tiling = consider(pool[name], question.request, question.policy, environment, tunables, order.timed)
     serves = not candidate.refusals
     return candidate, Plan(pool[name].spec, candidate.steps, question.request, tiling) if serves else None
 

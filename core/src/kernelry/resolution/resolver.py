@@ -44,7 +44,7 @@ def resolve(
       kernel: a name, absolutely, or `auto`.
       kernels: the kernels to choose among; None is the installed ones and those of `use`.
       policy: None is that of `use`, else the shipped one.
-      measurements: None is none.
+      measurements: times of kernels; None is those of KERNELRY_MEASUREMENTS, or of the user's cache directory.
       environment: vendor facts; None looks on this machine and assumes elsewhere.
 
     Returns:

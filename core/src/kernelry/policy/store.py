@@ -1,0 +1,214 @@
+"""The file in which times are kept: JSON in the user's cache directory, or where KERNELRY_MEASUREMENTS says.
+
+Writers take turns under a file lock, put everything into a new file and move that over the old one. So a reader, which
+takes no lock, has the old file or the new one, and what was written before a process was killed stays. A file that is
+damaged, or of another format, is not used; the next writer sets it aside under another name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, final
+
+import jax
+
+from kernelry._version import __version__
+from kernelry.errors import ConfigError
+from kernelry.policy.measurements import Entry, Measurements, Pairs, merged
+from kernelry.policy.policy import Switches
+
+_logger = logging.getLogger("kernelry")
+
+FORMAT = 1
+_PATIENCE = 60.0
+"""Seconds that a writer waits for the others; each holds the lock for milliseconds."""
+
+_COMPILERS = ("libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "jax-rocm60-pjrt", "jax-rocm7-pjrt")
+"""The distributions whose compilers make the programs of accelerators."""
+
+
+class _DamagedError(Exception):
+    """What is in a file is not what this module writes."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Store:
+    """The file of times.
+
+    Args:
+      path: the file; it need not exist.
+    """
+
+    path: Path
+
+    def __init__(self, path: str | Path) -> None:
+        object.__setattr__(self, "path", Path(path))
+
+    @classmethod
+    def of_process(cls) -> Store:
+        """The file that `kernelry tune` writes and calls read.
+
+        Raises:
+          ConfigError: KERNELRY_MEASUREMENTS is empty.
+        """
+        path = Switches.of_process().measurements_path
+        if path is None:
+            raise ConfigError(
+                "KERNELRY_MEASUREMENTS is empty, so that times are neither read nor stored: unset it, or set it to the "
+                "path of a file."
+            )
+        return cls(path)
+
+    def read(self) -> tuple[Entry, ...]:
+        """Returns the entries; none where there is no file.
+
+        Raises:
+          ConfigError: the file cannot be read, or is damaged or of another format.
+        """
+        try:
+            return _entries(self.path)
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise ConfigError(f"cannot read the times in {self.path}: {error.strerror}; name another file.") from error
+        except _DamagedError as error:
+            raise ConfigError(f"{self.path} is not a file of times that can be read: {error}.") from error
+
+    def usable(self) -> Measurements | None:
+        """Returns the times for calls; None where there are none. Takes no lock and raises nothing."""
+        try:
+            entries = self.read()
+        except ConfigError as error:
+            _logger.warning("no measured times are used: %s", error)
+            return None
+        return Measurements(entries, versions_here()) if entries else None
+
+    def add(self, entries: Iterable[Entry]) -> tuple[Entry, ...]:
+        """Stores entries, and returns all that are then stored; of equal keys the one of the highest rank stays.
+
+        Raises:
+          ConfigError: the file cannot be written.
+        """
+        from filelock import FileLock, Timeout  # not needed to read
+
+        lock = FileLock(self.path.with_name(f"{self.path.name}.lock"), timeout=_PATIENCE)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with lock:
+                everything = merged(self._before(), entries)
+                self._replace(json.dumps({"format": FORMAT, "entries": [entry.to_json() for entry in everything]}))
+        except Timeout as error:
+            raise ConfigError(
+                f"cannot write {self.path}: another process has held {lock.lock_file} for {_PATIENCE:.0f} s; end it."
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write the times to {self.path}: {error.strerror or error}; set KERNELRY_MEASUREMENTS to the "
+                "path of a file that can be written."
+            ) from error
+        return everything
+
+    def _before(self) -> tuple[Entry, ...]:
+        """What is stored so far; a file that is not one of ours is renamed, under the lock."""
+        try:
+            return _entries(self.path)
+        except FileNotFoundError:
+            return ()
+        except _DamagedError as error:
+            aside = self._aside()
+            os.replace(self.path, aside)
+            warnings.warn(
+                f"{self.path} is not a file of times that can be read ({error}): it is now {aside.name}, and a new one "
+                "was begun",
+                stacklevel=4,
+            )
+            return ()
+
+    def _aside(self) -> Path:
+        names = (self.path.with_name(f"{self.path.name}.damaged-{number}") for number in range(1, 10_000))
+        return next(name for name in names if not name.exists())
+
+    def _replace(self, text: str) -> None:
+        for left in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of writers that were killed
+            with contextlib.suppress(OSError):
+                left.unlink()
+        number, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent)
+        try:
+            with open(number, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+
+def _entries(path: Path) -> tuple[Entry, ...]:
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _DamagedError(f"not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise _DamagedError("not valid JSON: nested too deeply") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise _DamagedError(f"its format is {found!r}, not {FORMAT}")
+    try:
+        return tuple(Entry.from_json(entry) for entry in data["entries"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _DamagedError(f"an entry cannot be read: {error!r}") from error
+
+
+def now() -> str:
+    """The time as entries have it, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def versions_here() -> Pairs:
+    """The versions in this process that a time may depend on, besides that of a kernel's distribution."""
+    from importlib_metadata import PackageNotFoundError, version  # not needed to import kernelry
+
+    found = {"jax": jax.__version__, "kernelry": __version__, "processor": _processor()}
+    for name in ("jaxlib", *_COMPILERS):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return tuple(sorted(found.items()))
+
+
+def versions_of(device: str, distribution: str) -> Pairs:
+    """Those of them that a time on a device depends on, with the version of the kernel's distribution.
+
+    Args:
+      device: `platform[:kind]`.
+      distribution: of the kernel, `name version`.
+    """
+    here = dict(versions_here())
+    name, _, version = distribution.rpartition(" ")
+    of_platform = {"cpu": ("processor",), "tpu": ("libtpu",), "gpu": _COMPILERS[1:]}
+    wanted = ("jax", "jaxlib", "kernelry", *of_platform.get(device.partition(":")[0], ()))
+    return tuple(
+        sorted({**{each: here[each] for each in wanted if each in here}, **({name: version} if name else {})}.items())
+    )
+
+
+def _processor() -> str:
+    """The model of the CPU and the number of its cores that this process may use: kernels on CPU depend on both."""
+    names: Iterator[str] = iter(())
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{next(names, '') or platform.processor() or platform.machine()}, {cores} cores"
