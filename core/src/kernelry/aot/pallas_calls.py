@@ -150,7 +150,7 @@ def _read(equation: Any, runs: int) -> PallasCall:
 
 
 def _size(array: Any) -> int:
-    return math.prod(array.shape) * array.dtype.itemsize
+    return math.prod(array.shape) * int(array.dtype.itemsize)
 
 
 def _block(described: Any, dimensions: int) -> tuple[Block, list[tuple[int, int]]]:
