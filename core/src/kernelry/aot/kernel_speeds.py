@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -37,6 +37,12 @@ def speeds_of(call: PhaseCall, tiling: Mapping[str, int], compilation: Compilati
         speeds.append(_speed(call, tiling, kernel, compilation.written, places[kernel.name]))
         places[kernel.name] += 1
     return tuple(speeds)
+
+
+def total_seconds(speeds: Sequence[KernelSpeed]) -> float | None:
+    """The time of all kernels together; None where there are none, or one of them cannot be predicted."""
+    known = [speed.seconds for speed in speeds if speed.seconds is not None]
+    return sum(known) if speeds and len(known) == len(speeds) else None
 
 
 def _speed(call: PhaseCall, tiling: Mapping[str, int], kernel: PallasCall, written: Written, place: int) -> KernelSpeed:

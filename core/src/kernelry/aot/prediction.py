@@ -13,7 +13,7 @@ from typing import Any, final
 
 from kernelry.aot.devices import NoCompilerError
 from kernelry.aot.dumps import dumps_for
-from kernelry.aot.kernel_speeds import speeds_of
+from kernelry.aot.kernel_speeds import speeds_of, total_seconds
 from kernelry.aot.layers import compile_call
 from kernelry.aot.speed import KernelSpeed
 from kernelry.aot.worker import COMMAND, WorkerEndedError, answers
@@ -129,6 +129,4 @@ def answered(shared: Any, candidate: Any) -> Prediction:
         if compilation.reason is not None:
             return Prediction(None, (), str(compilation.reason.about(candidate.kernel, tiling)))
         kernels = speeds_of(call, tiling, compilation)
-    seconds = [kernel.seconds for kernel in kernels]
-    known = [each for each in seconds if each is not None]
-    return Prediction(sum(known) if kernels and len(known) == len(seconds) else None, kernels)
+    return Prediction(total_seconds(kernels), kernels)
