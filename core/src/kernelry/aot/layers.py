@@ -177,13 +177,13 @@ def _report(config: AttentionConfig, call: PhaseCall, dumps: Dumps | None) -> La
 
 def compile_call(call: PhaseCall, dumps: Dumps | None = None) -> Compilation:
     """Compiles a call of a phase, in training with its gradients, and keeps what the compiler writes of it."""
-    request, arguments = call.request, _arguments(call)
+    request, arguments = call.request, arguments_of(call)
     compiled = compile_for if dumps is None else functools.partial(compile_for, dumps=dumps)
     if request.sharding is None:
-        return compiled(request.target, _program(call), *arguments)
+        return compiled(request.target, program_of(call), *arguments)
     sharding = Sharding.parse(request.sharding)
     specs = _specs(call, sharding, arguments)
-    return compiled(request.target, _program(call), *arguments, specs=specs, sharding=sharding)
+    return compiled(request.target, program_of(call), *arguments, specs=specs, sharding=sharding)
 
 
 def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -211,7 +211,7 @@ def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> t
     return placed("BTNH", query), of_keys(key), of_keys(value), of_sinks, of_bias, of_mask
 
 
-def _program(call: PhaseCall) -> Callable[..., Any]:
+def program_of(call: PhaseCall) -> Callable[..., Any]:
     """Attention as the phase calls it; in training with its gradients."""
     request = call.request
     structure = jax.tree.structure(call.mask)
@@ -242,7 +242,8 @@ def _program(call: PhaseCall) -> Callable[..., Any]:
     return jax.value_and_grad(loss, argnums=differentiated)
 
 
-def _arguments(call: PhaseCall) -> tuple[Any, ...]:
+def arguments_of(call: PhaseCall) -> tuple[Any, ...]:
+    """The shapes of what the program of a call takes."""
     request = call.request
 
     def array(*shape: int, dtype: str = request.dtype) -> Any:

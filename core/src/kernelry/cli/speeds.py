@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
+from rich.padding import Padding
 from rich.table import Table
 
 from kernelry.aot import LayerReport
@@ -20,15 +21,19 @@ _KIB = 2**10
 _TPU_COLUMNS = ("cycles", "visited", "MXU", "spills", "MiB", "ms", "bound by")
 _GPU_COLUMNS = ("registers", "spill B", "shared KiB", "blocks/SM", "products")
 
-_TPU_LEGEND = (
-    "cycles: of the body that a visible block runs, and of what every step runs besides; visited: of all steps; MXU: "
-    "the share of the body's cycles for which the busiest matrix unit is occupied; spills: vector registers stored and "
-    "loaded again; MiB: blocks copied, forward and backward apart; ms: predicted, of one device."
-)
-_GPU_LEGEND = (
-    "registers, spilled bytes stored and loaded: of a thread; shared memory: of a block of threads; blocks/SM: that a "
-    "multiprocessor holds at once; products: matrix instructions by path. No time is predicted for GPUs."
-)
+_LEGENDS = {
+    "tpu": (
+        "TPU: cycles of the body that a visible block runs, and of what every step runs besides; visited of all steps; "
+        "MXU: the share of the body's cycles for which the busiest matrix unit is occupied; spills: vector registers "
+        "stored and loaded again; MiB: blocks copied; ms: predicted, of one device, and what bounds it. Assumed: "
+        f"{'; '.join(ASSUMPTIONS)}."
+    ),
+    "gpu": (
+        "GPU: registers of a thread, and the bytes that it spills and loads again; shared memory of a block of "
+        "threads; blocks/SM: that a multiprocessor holds at once; products: matrix instructions by path. No time is "
+        "predicted."
+    ),
+}
 
 
 def speed_parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableType]:
@@ -42,13 +47,13 @@ def speed_parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[Rendera
     shown = [report for name in tables for report in _compiled(reports[name])]
     missing: dict[str, None] = {speed.missing: None for report in shown for speed in report.speeds if speed.missing}
     yield from (Text(f"  –: {why}") for why in missing)
+    if not shown:
+        return
+    compilers = sorted({speed.compiler for report in shown for speed in report.speeds})
+    by = f", by {' and '.join(compilers)}" if compilers else ""
+    yield Text(f"Static, not measured{by}. –: of what XLA compiles itself nothing is said.")
     platforms = {report.resolution.request.target.platform for report in shown}
-    legends = {"tpu": f"{_TPU_LEGEND} Assumed: {'; '.join(ASSUMPTIONS)}.", "gpu": _GPU_LEGEND}
-    said = [legend for platform, legend in legends.items() if platform in platforms]
-    if said:
-        compilers = sorted({speed.compiler for report in shown for speed in report.speeds})
-        by = f", by {' and '.join(compilers)}" if compilers else ""
-        yield Text(f"Static, not measured{by}. {' '.join(said)} –: of what XLA compiles itself nothing is said.")
+    yield from (Text(legend) for platform, legend in _LEGENDS.items() if platform in platforms)
 
 
 def _compiled(reports: Sequence[LayerReport]) -> list[LayerReport]:
@@ -66,10 +71,14 @@ def _table(name: str, reports: Sequence[LayerReport]) -> Table:
         speeds = report.speeds
         table.add_row(Text(f"{report.name}:"), *(_total(column, speeds) for column in columns))
         for speed in speeds:
-            table.add_row(Text(f" {speed.name}"), *map(Text, _of_tpu(speed) if is_tpu else _of_gpu(speed.code)))
+            table.add_row(_indented(speed.name), *map(Text, _of_tpu(speed) if is_tpu else _of_gpu(speed.code)))
         if not speeds:
-            table.add_row(Text(f" {' and '.join(report.resolution.kernels)}"), *(Text("–") for _ in columns))
+            table.add_row(_indented(" and ".join(report.resolution.kernels)), *(Text("–") for _ in columns))
     return table
+
+
+def _indented(name: str) -> RenderableType:
+    return Padding(Text(name), (0, 0, 0, 1))
 
 
 def _total(column: str, speeds: Sequence[KernelSpeed]) -> Text:
