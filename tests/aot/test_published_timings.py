@@ -2,7 +2,8 @@
 
 tokamax ships, for each shape, the fastest tiling of its search and the milliseconds that the whole operation took on a
 device: with the copies that put heads before the sequence. They are compiled as tokamax has them, and counted by the
-bytes that each reads and writes, at the published bandwidth.
+bytes that each reads and writes, at the published bandwidth. (XLA's own estimates of them give 0.97 to 1.04 of the
+published time on v5p, 0.73 to 0.95 on tpu7x, and 1.12 to 1.28 on v6e.)
 """
 
 import json
