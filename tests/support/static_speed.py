@@ -41,7 +41,7 @@ _STARTED = {"copy-start", "call-start", "async-start"}
 
 
 def bytes_besides_kernels(program):
-    """Bytes of main memory that the other instructions of a compiled program read and write, each by itself."""
+    """Bytes of main memory that XLA's own instructions of a compiled program read and write, each by itself."""
     results, moved = {}, 0
     for name, result, operation, operands in _INSTRUCTION.findall(program[program.index("\nENTRY") :]):
         results[name] = _bytes(result)
@@ -53,7 +53,7 @@ def bytes_besides_kernels(program):
 
 
 def _bytes(result):
-    """S(1) is memory of a core."""
+    """Of main memory: S(1) is memory of a core."""
     total = 0
     for item, dimensions, layout in _ARRAY.findall(result):
         size = _ITEM_BYTES[item] if "S(" not in layout else 0
