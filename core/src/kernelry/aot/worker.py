@@ -109,7 +109,7 @@ def _next(received: queue.SimpleQueue[bytes | None], limit: float) -> bytes | Wo
 
 
 def _started(command: Sequence[str], folder: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """The process can import what this one can, uses no accelerator, and knows neither KERNELRY_KERNEL nor a lock."""
+    """The process can import what this one can, uses no accelerator, and is told of no KERNELRY_KERNEL or lock."""
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
     environment |= {"JAX_PLATFORMS": "cpu", "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
