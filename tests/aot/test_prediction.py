@@ -1,5 +1,6 @@
 """Predictions by the vendors' compilers: candidates by a process of their own, and the table of `kernelry check`."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,11 +8,13 @@ import sys
 
 import pytest
 
+import kernelry
 from kernelry import ModelShape
 from kernelry.aot.prediction import Candidate, predict
 from kernelry.config.layer import AttentionConfig
 from kernelry.phases.calls import calls
 from kernelry.request.target import Target
+from kernelry_tpu_splash.plugin import SPLASH
 
 pytestmark = pytest.mark.aot
 
@@ -55,9 +58,9 @@ def test_larger_blocks_move_less_and_smaller_ones_visit_fewer_pairs():
 
 
 def test_candidates_that_do_not_compile_are_failures_and_the_rest_goes_on():
-    wide = ModelShape(q_len=4096, max_len=4096, q_heads=1, head_dim=128)
+    wide = ModelShape(q_len=2048, max_len=2048, q_heads=1, head_dim=128)
     candidates = [
-        Candidate(_call("prefill", shape=wide), "splash", _blocks(4096)),
+        Candidate(_call("prefill", shape=wide), "splash", _blocks(2048)),
         Candidate(_call("prefill"), "no_such_kernel"),
         Candidate(_call("prefill"), "splash", (("block_x", 128),)),
         Candidate(_call("prefill"), "dot_product"),
@@ -69,6 +72,15 @@ def test_candidates_that_do_not_compile_are_failures_and_the_rest_goes_on():
     assert "splash has no tunable 'block_x'" in misspelt.failure
     assert (plain.seconds, plain.kernels, plain.failure) == (None, (), "")
     assert last.seconds > 0
+
+
+def test_a_kernel_that_no_plugin_brings_is_known_to_the_other_process():
+    with kernelry.use(kernels=[dataclasses.replace(SPLASH, name="mine")]):
+        mine, ours = predict(
+            [Candidate(_call("prefill"), name, _blocks(256)) for name in ("mine", "splash")], "tpu:v5e"
+        )
+    assert mine == ours
+    assert mine.seconds > 0
 
 
 @pytest.mark.parametrize("kind", ["a100", "h100"])

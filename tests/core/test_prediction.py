@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from kernelry.aot.worker import WorkerEndedError, answers
 from kernelry.config.layer import AttentionConfig
 from kernelry.errors import ConfigError, KernelryError
 from kernelry.phases.calls import calls
-from kernelry.plugin import Capabilities, KernelSpec
+from kernelry.plugin import Capabilities, KernelSpec, signature_of
 from kernelry.request.target import Target
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -117,6 +118,18 @@ def test_a_process_that_cannot_start_is_an_error():
 def test_a_kernel_of_a_notebook_cannot_be_sent():
     spec = KernelSpec(name="mine", capabilities=Capabilities(), load=lambda: None, signature=lambda _: ())
     with kernelry.use(kernels=[spec]), pytest.raises(ConfigError, match=r"use\(kernels=…\)"):
+        list(predict(_candidates(), "tpu:v5e"))
+
+
+def test_a_kernel_that_the_other_process_cannot_import_is_named(monkeypatch):
+    module = types.ModuleType("only_here")
+    exec("def load(): ...", module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    spec = KernelSpec(name="mine", capabilities=Capabilities(), load=module.load, signature=signature_of("mine"))
+    with (
+        kernelry.use(kernels=[spec]),
+        pytest.raises(ConfigError, match="No module named 'only_here'"),
+    ):
         list(predict(_candidates(), "tpu:v5e"))
 
 
