@@ -25,7 +25,7 @@ from kernelry.policy.scope import current_scope, record, use
 from kernelry.request.target import Target
 
 LIMIT = 600.0
-"""Seconds for one candidate: the slowest splash program of the notes took 108 s on two cores."""
+"""Seconds for one candidate: splash with blocks of 2048 takes up to 108 on two cores, backward more."""
 
 
 @final
