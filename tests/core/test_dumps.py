@@ -1,8 +1,12 @@
 """What libtpu and XLA have written is read as that of one program; nothing is compiled here."""
 
+import importlib.util
+import os
+import tempfile
+
 import pytest
 
-from kernelry.aot import dumps
+from kernelry.aot import NoCompilerError, devices, dumps
 from kernelry.aot.dumps import Dumps, dumps_for
 from kernelry.request.target import Target
 
@@ -73,6 +77,19 @@ def test_a_libtpu_that_was_loaded_before_writes_nothing_and_the_reason_is_said(m
         "libtpu was loaded before it was told to write its schedules, which it reads only then: "
         "ask in a new process, before anything is compiled for a TPU"
     )
+
+
+def test_nothing_is_left_behind_where_there_is_no_compiler(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_other=1")
+    dumps._folder_of_libtpu.cache_clear()
+    devices._described_tpus.cache_clear()
+    with pytest.raises(NoCompilerError), dumps_for(TPU):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    assert os.environ["LIBTPU_INIT_ARGS"] == "--xla_other=1"
 
 
 LAUNCHES = "001: kCustomKernel [source] {name} grid: [4, 1, 1] threads: [128, 1, 1]  shared_memory: 64 bytes\n"

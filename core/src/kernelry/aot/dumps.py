@@ -110,16 +110,19 @@ def _folder_of_libtpu() -> Path | None:
     if _is_loaded("libtpu"):
         return None
     name = tempfile.mkdtemp(prefix="kernelry-")
-    atexit.register(shutil.rmtree, name, ignore_errors=True)
     theirs = os.environ.get("LIBTPU_INIT_ARGS")
     mine = f"--xla_jf_dump_to={name} --xla_jf_dump_llo_pass_label_regex=final.*"
     os.environ["LIBTPU_INIT_ARGS"] = f"{theirs} {mine}" if theirs else mine
     try:
         topology_of(_ANY)  # loads libtpu
+    except BaseException:  # no compiler, for instance
+        shutil.rmtree(name, ignore_errors=True)
+        raise
     finally:  # other processes that are started from here write nothing
         os.environ.pop("LIBTPU_INIT_ARGS")
         if theirs is not None:
             os.environ["LIBTPU_INIT_ARGS"] = theirs
+    atexit.register(shutil.rmtree, name, ignore_errors=True)
     return Path(name)
 
 
