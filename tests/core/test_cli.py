@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from kernelry import ModelShape, Request, Target, cli
-from kernelry.cli import check, report
+from kernelry.cli import report, speeds
 from kernelry.config import load_config
 from kernelry.phases.calls import calls
 from kernelry.policy.lock import Lock
@@ -254,7 +254,7 @@ def test_a_mask_made_of_the_configs_own_is_not_instead_of_it(run, config, mask, 
     ("number", "text"), [(0.0, "0"), (1.234e-5, "0.0000123"), (0.5, "0.500"), (9.999, "10.00"), (1234.5, "1234")]
 )
 def test_times_have_three_digits(number, text):
-    assert check._three_digits(number) == text
+    assert speeds.three_digits(number) == text
 
 
 def test_explain_reads_maxtext_files(run, config):

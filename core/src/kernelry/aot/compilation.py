@@ -181,7 +181,7 @@ def compile_for(
       specs: a PartitionSpec per argument, a tree prefix; None replicates.
       sharding: as in `kernelry.use`, or its text. It says the sizes of its axes, which are the mesh where no
         `mesh_shape` is given.
-      dumps: where the compiler writes what it schedules, as `kernelry.aot.dumps_for` opens it; None: nowhere.
+      dumps: where the compiler writes what it schedules, for `check_layers` and predictions; None: nowhere.
 
     Returns:
       The compilation. A program that cannot be lowered or compiled does not raise: its `reason` says why. One that

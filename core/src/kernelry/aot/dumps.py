@@ -52,19 +52,19 @@ class Dumps:
     """
 
     def __init__(self, folder: Path | None, options: dict[str, str], missing: str = "", *, own: bool = True) -> None:
-        self.options = options
-        self._folder, self._missing, self._own = folder, missing, own
+        self.folder, self.options = folder, options
+        self._missing, self._own = missing, own
         self._seen: frozenset[str] = frozenset()
         self._programs: set[str] = set()
         self.collect()  # what was written before is not of the next program
 
     def collect(self) -> Written:
         """Returns what was written since the last time."""
-        if self._folder is None:
+        if self.folder is None:
             return Written(missing=self._missing)
-        files = [path for path in sorted(self._folder.glob("*")) if path.is_file()]
+        files = [path for path in sorted(self.folder.glob("*")) if path.is_file()]
         new = [path for path in files if path.name not in self._seen]
-        listed = kernels_in(self._folder) if any(path.name.endswith(THUNKS) for path in new) else ()
+        listed = kernels_in(self.folder) if any(path.name.endswith(THUNKS) for path in new) else ()
         written = Written(_schedules(new), tuple(kernel for kernel in listed if kernel.program not in self._programs))
         self._programs |= {kernel.program for kernel in written.listed}
         if self._own:
@@ -110,16 +110,19 @@ def _folder_of_libtpu() -> Path | None:
     if _is_loaded("libtpu"):
         return None
     name = tempfile.mkdtemp(prefix="kernelry-")
-    atexit.register(shutil.rmtree, name, ignore_errors=True)
     theirs = os.environ.get("LIBTPU_INIT_ARGS")
     mine = f"--xla_jf_dump_to={name} --xla_jf_dump_llo_pass_label_regex=final.*"
     os.environ["LIBTPU_INIT_ARGS"] = f"{theirs} {mine}" if theirs else mine
     try:
         topology_of(_ANY)  # loads libtpu
+    except BaseException:  # no compiler, for instance
+        shutil.rmtree(name, ignore_errors=True)
+        raise
     finally:  # other processes that are started from here write nothing
         os.environ.pop("LIBTPU_INIT_ARGS")
         if theirs is not None:
             os.environ["LIBTPU_INIT_ARGS"] = theirs
+    atexit.register(shutil.rmtree, name, ignore_errors=True)
     return Path(name)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from kernelry.aot.gpu_code import assemble
 from kernelry.aot.pallas_calls import PallasCall, pallas_calls
 from kernelry.aot.speed import Grid, KernelSpeed, tpu_speed
 from kernelry.aot.tpu_schedule import ScheduleError, read_schedule
+from kernelry.errors import KernelryError
 from kernelry.masks.run_time import BlockKind
 from kernelry.phases.calls import PhaseCall
 
@@ -39,6 +41,12 @@ def speeds_of(call: PhaseCall, tiling: Mapping[str, int], compilation: Compilati
     return tuple(speeds)
 
 
+def total_seconds(speeds: Sequence[KernelSpeed]) -> float | None:
+    """The time of all kernels together; None where there are none, or one of them cannot be predicted."""
+    known = [speed.seconds for speed in speeds if speed.seconds is not None]
+    return sum(known) if speeds and len(known) == len(speeds) else None
+
+
 def _speed(call: PhaseCall, tiling: Mapping[str, int], kernel: PallasCall, written: Written, place: int) -> KernelSpeed:
     if call.request.target.platform != "tpu":
         return _gpu_speed(call, kernel, written)
@@ -53,7 +61,10 @@ def _speed(call: PhaseCall, tiling: Mapping[str, int], kernel: PallasCall, writt
         schedule = read_schedule(*texts[min(place, len(texts) - 1)])
     except ScheduleError as error:
         return KernelSpeed(kernel.name, compiler, grid, None, None, moved, None, "", str(error))
-    return tpu_speed(kernel.name, schedule, grid, moved, call.request.target.kind, compiler)
+    kind = call.request.target.kind
+    speed = tpu_speed(kernel.name, schedule, grid, moved, kind, compiler)
+    unknown = "" if speed.seconds is not None else f"no time is predicted for {kind}, whose clock is not known"
+    return dataclasses.replace(speed, missing=unknown)
 
 
 def _gpu_speed(call: PhaseCall, kernel: PallasCall, written: Written) -> KernelSpeed:
@@ -62,8 +73,11 @@ def _gpu_speed(call: PhaseCall, kernel: PallasCall, written: Written) -> KernelS
     listed = next((found for found in written.listed if found.launch.kernel == kernel.name), None)
     code, missing = None, f"XLA launches no kernel of the name {kernel.name}"
     if listed is not None and listed.ptx is not None:
-        code = assemble(listed.ptx, str(call.request.target.kind), listed.launch.shared_memory)
-        missing = ""
+        try:
+            code = assemble(listed.ptx, str(call.request.target.kind), listed.launch.shared_memory)
+            missing = ""
+        except KernelryError as error:  # the assembler is missing, or does not accept it
+            missing = str(error)
     elif listed is not None:
         missing = listed.unseen
     compiler = "ptxas" if code is None else code.assembler

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from kernelry.aot.compilation import Compilation, Outcome, compile_for
 from kernelry.aot.devices import NoCompilerError
 from kernelry.aot.dumps import Dumps, dumps_for
-from kernelry.aot.kernel_speeds import speeds_of
+from kernelry.aot.kernel_speeds import speeds_of, total_seconds
 from kernelry.aot.speed import KernelSpeed
 from kernelry.aot.work import Work
 from kernelry.api import attention_with_options
@@ -86,6 +86,11 @@ class LayerReport:
             return self.missing or (f"not checked without a device: {left}" if left else "ok")
         return str(reason if plan is None else reason.about(plan.kernel.name, dict(plan.tiling.values)))
 
+    @property
+    def predicted_seconds(self) -> float | None:
+        """The time of all its kernels, static and not measured; None where one of them cannot be predicted."""
+        return total_seconds(self.speeds)
+
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
         return {
@@ -97,6 +102,7 @@ class LayerReport:
             "resolution": self.resolution.to_json(),
             "compilation": None if self.compilation is None else self.compilation.to_json(),
             "work": self.work.to_json(),
+            "predicted_seconds": self.predicted_seconds,
             "speeds": [speed.to_json() for speed in self.speeds],
         }
 

@@ -150,7 +150,8 @@ def _read(equation: Any, runs: int) -> PallasCall:
 
 
 def _size(array: Any) -> int:
-    return math.prod(array.shape) * array.dtype.itemsize
+    size: int = math.prod(array.shape) * array.dtype.itemsize
+    return size
 
 
 def _block(described: Any, dimensions: int) -> tuple[Block, list[tuple[int, int]]]:
@@ -166,7 +167,7 @@ def _block(described: Any, dimensions: int) -> tuple[Block, list[tuple[int, int]
 
 def _length(size: Any) -> int:
     """The elements of a block along one dimension; one where the kernel does not see that dimension."""
-    return size if isinstance(size, int) else getattr(size, "block_size", 1)
+    return size if isinstance(size, int) else int(getattr(size, "block_size", 1))
 
 
 @final

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, final
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import IO, Any, final
 
 from kernelry.errors import ConfigError, KernelryError
 
@@ -24,6 +24,12 @@ COMMAND = (sys.executable, "-m", "kernelry.aot.worker")
 
 _LENGTH = 8
 """Bytes of the length of a message."""
+
+_READY = b"ready"
+"""The first message of a process, once it has imported what it needs."""
+
+_START = 300.0
+"""Seconds for that: an import takes a few, and minutes where many processes share a machine."""
 
 
 @final
@@ -48,6 +54,7 @@ def answers(
 
     Raises:
       ConfigError: what is shared, or a job, cannot be pickled here or unpickled there.
+      WorkerEndedError: no process can be started.
       Exception: what a job raised.
     """
     rest = [_pickled(shared), *map(_pickled, jobs)]
@@ -58,7 +65,7 @@ def answers(
                 yield answer
 
 
-def _answers_of_one(messages: Sequence[bytes], limit: float, command: Sequence[str]) -> Iterator[Any]:
+def _answers_of_one(messages: Sequence[bytes], limit: float, command: Sequence[str]) -> Generator[Any, None, None]:
     with tempfile.TemporaryDirectory(prefix="kernelry-") as folder, tempfile.TemporaryFile() as log:
         process = _started(command, folder, log)
         assert process.stdin is not None
@@ -69,16 +76,17 @@ def _answers_of_one(messages: Sequence[bytes], limit: float, command: Sequence[s
             reader.start()
             shared, *jobs = messages
             _send(process.stdin, shared)
+            if _next(received, _START) != _READY:  # the limit is that of a job alone
+                process.kill()
+                raise WorkerEndedError(f"no process that compiles can be started: {_ending(process.wait(), log)}")
             for job in jobs:
                 _send(process.stdin, job)
-                try:
-                    message = received.get(timeout=limit)
-                except queue.Empty:
-                    yield WorkerEndedError(f"it took more than {limit:g} s, and was ended")
+                message = _next(received, limit)
+                if isinstance(message, WorkerEndedError):
+                    yield message
                     return
                 if message is None:
-                    process.wait()
-                    yield WorkerEndedError(_ending(process.returncode, log))
+                    yield WorkerEndedError(f"the compiler ended its process: {_ending(process.wait(), log)}")
                     return
                 outcome = pickle.loads(message)  # of our own process
                 if outcome[0] == "raised":
@@ -92,8 +100,16 @@ def _answers_of_one(messages: Sequence[bytes], limit: float, command: Sequence[s
             process.stdout.close()
 
 
-def _started(command: Sequence[str], folder: str, log: BinaryIO) -> subprocess.Popen[bytes]:
-    """The process can import what this one can, uses no accelerator, and knows neither KERNELRY_KERNEL nor a lock."""
+def _next(received: queue.SimpleQueue[bytes | None], limit: float) -> bytes | WorkerEndedError | None:
+    """The next message; None where the process has ended."""
+    try:
+        return received.get(timeout=limit)
+    except queue.Empty:
+        return WorkerEndedError(f"it took more than {limit:g} s, and was ended")
+
+
+def _started(command: Sequence[str], folder: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """The process can import what this one can, uses no accelerator, and is told of no KERNELRY_KERNEL or lock."""
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
     environment |= {"JAX_PLATFORMS": "cpu", "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment["KERNELRY_MEASUREMENTS"] = ""  # what a candidate leaves open is the kernel's default
@@ -119,19 +135,19 @@ def _cannot_be_sent(error: Exception) -> ConfigError:
     )
 
 
-def _send(stream: BinaryIO, message: bytes) -> None:
+def _send(stream: IO[bytes], message: bytes) -> None:
     with contextlib.suppress(BrokenPipeError):  # the process has ended, which the reader learns, too
         stream.write(len(message).to_bytes(_LENGTH, "big") + message)
         stream.flush()
 
 
-def _received(stream: BinaryIO) -> bytes | None:
+def _received(stream: IO[bytes]) -> bytes | None:
     """The next message; None where there is none."""
     length = _exactly(stream, _LENGTH)
     return None if length is None else _exactly(stream, int.from_bytes(length, "big"))
 
 
-def _exactly(stream: BinaryIO, count: int) -> bytes | None:
+def _exactly(stream: IO[bytes], count: int) -> bytes | None:
     parts = bytearray()
     while len(parts) < count:
         part = stream.read(count - len(parts))
@@ -141,20 +157,20 @@ def _exactly(stream: BinaryIO, count: int) -> bytes | None:
     return bytes(parts)
 
 
-def _receive(stream: BinaryIO, received: queue.SimpleQueue[bytes | None]) -> None:
+def _receive(stream: IO[bytes], received: queue.SimpleQueue[bytes | None]) -> None:
     while (message := _received(stream)) is not None:
         received.put(message)
     received.put(None)
 
 
-def _ending(status: int, log: BinaryIO) -> str:
+def _ending(status: int, log: IO[bytes]) -> str:
     """How a process ended, with what it said last."""
     how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
     log.seek(0)
     lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     fatal = [line for line in lines if "Check failed" in line or line.startswith("F0") or "Fatal" in line]
     said = next(iter([*fatal, *reversed(lines)]), "")
-    return f"the compiler ended its process with {how}" + (f": {said[:_LONGEST]}" if said else "")
+    return how + (f": {said[:_LONGEST]}" if said else "")
 
 
 _LONGEST = 240
@@ -171,6 +187,7 @@ def serve(answer: Callable[[Any, Any], Any]) -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # compilers write to standard output
     stream = sys.stdin.buffer
+    _send(out, _READY)
     message, shared = _received(stream), None
     while message is not None:
         try:

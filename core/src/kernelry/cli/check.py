@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Annotated
@@ -16,11 +15,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
+from kernelry.aot.dumps import dumps_for
 from kernelry.cli import options
 from kernelry.cli.output import Json, Text, show
+from kernelry.cli.speeds import speed_parts, three_digits
 from kernelry.models.model import LayerKind
 from kernelry.phases.model_shape import ModelShape
 from kernelry.phases.resolving import naming, resolve_phases
+from kernelry.request.target import Target
 
 _MIB = 2**20
 
@@ -34,7 +36,8 @@ def check(
 ) -> None:
     """Whether train, prefill and decode compile for a TPU or GPU, with its real compiler and without it.
 
-    Of a model, each kind of its layers is compiled, and rows begin with its name.
+    Of a model, each kind of its layers is compiled, and rows begin with its name. A second table says what the
+    compilers schedule: cycles and predicted times on TPUs, registers and spills on GPUs, static and not measured.
 
     Status 1: not all of them do; 2: all that could be compiled do, and a compiler is not installed. Calls of cuDNN are
     not checked, which is not a failure.
@@ -42,7 +45,7 @@ def check(
     run_nothing()
     layers = [(layer, model.shapes(layer)) for layer in model.files.read()]
     for name in target:  # wrong names are found before anything is compiled
-        with contextlib.suppress(NoCompilerError):  # its rows will say so
+        with contextlib.suppress(NoCompilerError), dumps_for(Target.parse(name)):  # its rows will say so
             topology_of(name)
         for layer, shapes in layers:
             for each in shapes:
@@ -71,7 +74,7 @@ def _reports(
     """The reports of a layer; those of a model's kind are named after it."""
     kind = f"{layer.name}: " if isinstance(layer, LayerKind) else ""
     with naming(layer):
-        found = check_layers(layer, shapes, target, tell=lambda phase: tell(f"{kind}{phase}"))
+        found = check_layers(layer, shapes, target, tell=lambda phase: tell(f"{kind}{phase}"), speed=True)
     for report in found:
         yield dataclasses.replace(report, name=f"{kind}{report.name}")
 
@@ -96,8 +99,9 @@ def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableTy
     yield from map(Text, options.advice_of(report.resolution for found in reports.values() for report in found))
     yield Text(
         f"MiB: arguments, outputs and temporaries of one device. FLOPs, bytes and roofline: {_bound(assumed)}; a "
-        "decode step reads a full cache. Compiled, not run: this proves no numbers and no speed."
+        "decode step reads a full cache. Compiled, not run: this proves no numbers."
     )
+    yield from speed_parts(reports)
 
 
 def _bound(assumed: dict[str, set[str]]) -> str:
@@ -125,11 +129,6 @@ def _table(name: str, reports: tuple[LayerReport, ...]) -> Table:
             "–" if compilation is None else f"{compilation.seconds:.1f}",
             f"{sum(memory.values()) / _MIB:.1f}" if memory else "–",
             f"{work.intensity:.0f}",
-            "–" if work.seconds is None else _three_digits(work.seconds * 1e3),
+            "–" if work.seconds is None else three_digits(work.seconds * 1e3),
         )
     return table
-
-
-def _three_digits(number: float) -> str:
-    """A number, 0 or more, to three significant digits and without an exponent."""
-    return f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}" if number else "0"
