@@ -83,10 +83,15 @@ def test_a_program_that_is_mostly_copies_is_predicted_too_short(entry):
 SEARCHED = (256, 512, 1024)
 """Keys that are computed at a time, of a block of 1024; tokamax searches other blocks, layouts and schedulers too."""
 
-LONG = [entry for entry in PUBLISHED if entry["pass"] == "forward" and entry["q"][1] == 4096]
+_RANKED = {("v5p", 128), ("v5p", 256), ("v6e", 128)}
+WINNERS = [
+    entry
+    for entry in PUBLISHED
+    if entry["mask"] == "causal" and entry["q"][1] == 4096 and (entry["device"], entry["q"][3]) in _RANKED
+]
 
 
-@pytest.mark.parametrize("entry", [entry for entry in LONG if entry["mask"] == "causal"], ids=_named)
+@pytest.mark.parametrize("entry", WINNERS, ids=_named)
 def test_the_published_winner_is_within_six_per_cent_of_the_fastest_prediction(entry):
     others = [{**entry, "tiling": {**entry["tiling"], "block_kv_compute": keys}} for keys in SEARCHED]
     found = {other["tiling"]["block_kv_compute"]: sum(predicted(other)) for other in others}
