@@ -292,6 +292,24 @@ def test_a_request_says_the_blocks_that_its_window_wants():
     assert BLOCKWISE.tilings(request)[0]["block_q"] < BLOCKWISE.tilings(Request(q_len=4096))[0]["block_q"]
 
 
+@pytest.mark.parametrize(
+    ("mask", "length", "blocks"),
+    [
+        (masks.Causal(), 1024, (256, 1024)),
+        (masks.Causal(), 100, (64, 100)),
+        (masks.Full(), 512, (512, 512)),
+        (masks.SlidingWindow(255), 512, (128, 512)),
+        (masks.SlidingWindow(63), 512, (64, 64)),
+        (masks.Causal(), 2048, (1024, 512)),
+        (masks.Causal() & masks.Segments(jnp.zeros((1, 512), jnp.int32)), 512, (512, 512)),
+    ],
+    ids=str,
+)
+def test_a_short_call_has_all_keys_in_a_block_unless_most_of_them_are_hidden(mask, length, blocks):
+    request = Request(q_len=length, kv_len=length, mask=mask)
+    assert BLOCKWISE.tilings(request)[0] == Tiling.of(block_q=blocks[0], block_kv=blocks[1])
+
+
 def test_each_row_of_a_decoding_batch_visits_the_blocks_of_its_own_length():
     grid = Grid.of(Request(q_len=1, kv_len=64, batch=3, q_heads=2, mode="decode"), 3, 1, 16)
     visits = visits_of_queries(kinds_of(masks.Lengths(jnp.asarray([5, 64, 0])).canonical(), grid))

@@ -66,7 +66,9 @@ _SHORT = 1024
 
 _SHORT_ROWS = 4
 _LEAST_BLOCK = 64
-"""Blocks of queries of a short call, and the least G·block_q in slots: more blocks leave more of a causal mask out."""
+"""Blocks of queries of a short call, and the least block_q in slots: more blocks leave more of a causal mask out and
+take longer to compile. Under a window of less than half of the keys, loops over small blocks take less time with
+gradients: benchmarks/blockwise.py."""
 
 
 DOT_PRODUCT = KernelSpec(
@@ -82,11 +84,12 @@ def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
     atoms = request.mask.atoms
     static = all(atom.is_static for atom in atoms)
     spans = (sum(atom.params) + 1 for atom in atoms if atom.is_band and None not in atom.params)
+    span, length = min(spans, default=None), max(request.q_len, request.kv_len)
     first = []
-    if static and max(request.q_len, request.kv_len) <= _SHORT:
+    if static and length <= _SHORT and (span is None or 2 * span >= length):
         rows = -(-request.q_len // (_SHORT_ROWS if atoms else 1))
         first.append((max(_LEAST_BLOCK, rows) * request.groups, request.kv_len))
-    if min(spans, default=_NARROW + 1) <= _NARROW:
+    if span is not None and span <= _NARROW:
         first.append(_NARROW_TILING)
     if not static:
         first.append(_DYNAMIC_TILING)
