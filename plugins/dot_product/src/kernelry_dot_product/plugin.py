@@ -51,7 +51,7 @@ _EVERYWHERE = Capabilities(
     partitioned_by_xla=True,
     tolerances=standard_tolerances("float32", "bfloat16", "float16"),
 )
-_TILINGS = ((1024, 512), (512, 512), (64, 64), (128, 128), (256, 256), (512, 256))
+_TILINGS = ((1024, 512), (512, 512), (64, 64), (128, 128), (256, 256))
 """(G·block_q, block_kv) in slots, the fastest on CPU first: benchmarks/blockwise.py."""
 
 _DYNAMIC_TILING = (512, 512)
