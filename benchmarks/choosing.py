@@ -46,7 +46,8 @@ _RECORDED = ("date", "cpu", "cores", "versions")
 class Case:
     """One shape and pass.
 
-    `span` is the window's length in keys, or a segment's in tokens; 0 under a causal mask.
+    `span` is the window's length in keys, or a segment's in tokens; 0 under a causal mask. `keys` is S of a chunk of a
+    prompt, whose queries are the last ones; 0 where it is T.
     """
 
     length: int
@@ -57,12 +58,13 @@ class Case:
     heads: int = 8
     head_dim: int = 64
     dtype: str = "float32"
+    keys: int = 0
 
     def mask_itself(self) -> masks.Mask:
         if self.mask == "window":
             return masks.SlidingWindow(self.span - 1)
         if self.mask == "causal":
-            return masks.Causal()
+            return masks.Causal().at(query_offset=jnp.int32(self.keys - self.length)) if self.keys else masks.Causal()
         ids = jnp.arange(self.length, dtype=jnp.int32) // self.span
         return masks.Causal() & masks.Segments(jnp.broadcast_to(ids, (self.batch, self.length)))
 
@@ -73,14 +75,15 @@ class Case:
     @property
     def request(self) -> Request:
         return Request(
-            target="cpu", mode=self.mode, batch=self.batch, q_len=self.length, q_heads=self.heads,
-            head_dim=self.head_dim, dtype=self.dtype, mask=self.mask_itself(),
+            target="cpu", mode=self.mode, batch=self.batch, q_len=self.length, kv_len=self.keys or self.length,
+            q_heads=self.heads, head_dim=self.head_dim, dtype=self.dtype, mask=self.mask_itself(),
         )  # fmt: skip
 
     def __str__(self) -> str:
         span = f" {self.span}" if self.span else ""
         shape = f"B{self.batch} N{self.heads} H{self.head_dim} {self.dtype}"
-        return f"{shape} T={self.length:<5}{self.mask + span:<12} {self.which}"
+        length = f"{self.length} S={self.keys}" if self.keys else f"{self.length:<5}"
+        return f"{shape} T={length} {self.mask + span:<12} {self.which}"
 
 
 def main_grid(lengths: Iterable[int] = LENGTHS, **shape: Any) -> Iterator[Case]:
@@ -93,7 +96,7 @@ def main_grid(lengths: Iterable[int] = LENGTHS, **shape: Any) -> Iterator[Case]:
 
 def other_shapes() -> Iterator[Case]:
     """Whether the thresholds depend on more than the length."""
-    lengths = (128, 256, 512, 1024, 2048)
+    lengths = (128, 256, 512, 1024)
     for shape in ({"heads": 1}, {"batch": 4}, {"head_dim": 128}, {"dtype": "bfloat16"}):
         yield from main_grid(lengths, **shape)
 
@@ -105,7 +108,19 @@ def spans() -> Iterator[Case]:
         yield Case(length, "packed", which, length // 16)
 
 
-GRIDS = {"main": main_grid, "between": lambda: main_grid(BETWEEN), "others": other_shapes, "spans": spans}
+def chunks() -> Iterator[Case]:
+    """Few queries over many keys."""
+    for length, keys in itertools.product((16, 64), (256, 512, 1024, 2048, 4096)):
+        yield Case(length, "causal", "forward", keys=keys)
+
+
+GRIDS = {
+    "main": main_grid,
+    "between": lambda: main_grid(BETWEEN),
+    "others": other_shapes,
+    "spans": spans,
+    "chunks": chunks,
+}
 
 
 def eligible(request: Request) -> list[str]:
@@ -125,8 +140,9 @@ def chosen(request: Request) -> str:
 def jitted(case: Case, kernel: str) -> tuple[Any, tuple[jax.Array, ...]]:
     """A pass, not compiled yet, and its arguments."""
     keys = jax.random.split(jax.random.key(0), 4)
-    shape = (case.batch, case.length, case.heads, case.head_dim)
-    arrays = tuple(jax.random.normal(key, shape, jnp.float32).astype(case.dtype) for key in keys)
+    lengths = (case.length, case.keys or case.length, case.keys or case.length, case.length)
+    shapes = [(case.batch, length, case.heads, case.head_dim) for length in lengths]
+    arrays = tuple(jax.random.normal(key, shape).astype(case.dtype) for key, shape in zip(keys, shapes, strict=True))
     attend = functools.partial(kernelry.attention, mask=case.mask_itself(), mode=case.mode, kernel=kernel)
 
     def weighted(q: jax.Array, k: jax.Array, v: jax.Array, w: jax.Array) -> jax.Array:
@@ -189,6 +205,7 @@ class Recording:
         rows = (dataclasses.asdict(case) | {"kernels": times} for case, times in self.times.items())
         lines = ",\n  ".join(json.dumps(row) for row in rows)
         head = json.dumps(self.facts, indent=1).removesuffix("\n}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".part")
         beside.write_text(f'{head},\n "cases": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
         beside.replace(self.path)
@@ -209,7 +226,7 @@ def crossings(times: dict[Case, dict[str, Any]]) -> None:
     """For each mask and pass the least length from which blockwise should serve, by these recordings."""
     print("blockwise from the length on that leaves the least regret at worst (then in the mean), by mask and pass:")
     for mask, which in itertools.product(("causal", "window", "packed"), PASSES):
-        rows = [(case, told) for case, told in times.items() if (case.mask, case.which) == (mask, which)]
+        rows = [(c, told) for c, told in times.items() if (c.mask, c.which, c.keys) == (mask, which, 0)]
         if not rows:
             continue
         ends = sorted({case.length for case, _ in rows})
