@@ -202,7 +202,7 @@ benchmark-peers:
 
 # Whether auto chooses the fastest kernel on this CPU: some ten minutes, in as many runs as one likes. What it shows comes
 # from a recording; that of the shipped policy is benchmarks/results/choosing-cpu.json.
-CHOOSING_ARGS ?= --json runs/choosing-cpu.json --grids main between others spans chunks
+CHOOSING_ARGS ?= --json runs/choosing-cpu.json --grids main between others spans full chunks
 
 benchmark-choosing: $(VENV)/.installed
 	$(BIN)/python benchmarks/choosing.py $(CHOOSING_ARGS)

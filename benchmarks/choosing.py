@@ -46,7 +46,7 @@ _RECORDED = ("date", "cpu", "cores", "versions")
 class Case:
     """One shape and pass.
 
-    `span` is the window's length in keys, or a segment's in tokens; 0 under a causal mask. `keys` is S of a chunk of a
+    `span` is the window's length in keys, or a segment's in tokens; 0 under other masks. `keys` is S of a chunk of a
     prompt, whose queries are the last ones; 0 where it is T.
     """
 
@@ -63,6 +63,8 @@ class Case:
     def mask_itself(self) -> masks.Mask:
         if self.mask == "window":
             return masks.SlidingWindow(self.span - 1)
+        if self.mask == "full":
+            return masks.Full()
         if self.mask == "causal":
             return masks.Causal().at(query_offset=jnp.int32(self.keys - self.length)) if self.keys else masks.Causal()
         ids = jnp.arange(self.length, dtype=jnp.int32) // self.span
@@ -108,6 +110,12 @@ def spans() -> Iterator[Case]:
         yield Case(length, "packed", which, length // 16)
 
 
+def full() -> Iterator[Case]:
+    """Without a mask, as in encoders."""
+    for length, which in itertools.product((64, 128, 256, 512, 1024, 2048), PASSES):
+        yield Case(length, "full", which)
+
+
 def chunks() -> Iterator[Case]:
     """Few queries over many keys."""
     for length, keys in itertools.product((16, 64), (256, 512, 1024, 2048, 4096)):
@@ -119,6 +127,7 @@ GRIDS = {
     "between": lambda: main_grid(BETWEEN),
     "others": other_shapes,
     "spans": spans,
+    "full": full,
     "chunks": chunks,
 }
 
@@ -206,9 +215,9 @@ class Recording:
         lines = ",\n  ".join(json.dumps(row) for row in rows)
         head = json.dumps(self.facts, indent=1).removesuffix("\n}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part")
-        beside.write_text(f'{head},\n "cases": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
-        beside.replace(self.path)
+        part = self.path.with_suffix(".part")
+        part.write_text(f'{head},\n "cases": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+        part.replace(self.path)
 
 
 def show(case: Case, times: dict[str, Any]) -> float:
@@ -225,7 +234,7 @@ def show(case: Case, times: dict[str, Any]) -> float:
 def crossings(times: dict[Case, dict[str, Any]]) -> None:
     """For each mask and pass the least length from which blockwise should serve, by these recordings."""
     print("blockwise from the length on that leaves the least regret at worst (then in the mean), by mask and pass:")
-    for mask, which in itertools.product(("causal", "window", "packed"), PASSES):
+    for mask, which in itertools.product(("full", "causal", "window", "packed"), PASSES):
         rows = [(c, told) for c, told in times.items() if (c.mask, c.which, c.keys) == (mask, which, 0)]
         if not rows:
             continue

@@ -16,7 +16,7 @@ from typing import Any
 REPEATS = 9
 WARM_MS = 3.0
 """Untimed calls at the start of a turn take this long, or one call where a call takes up to as long as a sample:
-OpenMP's threads, which torch uses, spin for about a millisecond after a call and slow down whoever comes next."""
+OpenMP's threads, which torch uses, spin for about a millisecond after a call and slow down the next program."""
 SAMPLE_MS = 10.0
 """Calls are timed together until a sample takes about this long."""
 
