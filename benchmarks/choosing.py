@@ -34,7 +34,7 @@ from kernelry.policy.measurements import Measurements
 from kernelry.policy.policy import Policy, Switches
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-BETWEEN = (96, 192, 384, 768, 1536)
+BETWEEN = (192, 384, 768)
 PASSES = ("forward", "forward+backward")
 HOPELESS = 2.0
 GOAL = 1.05
@@ -98,7 +98,7 @@ def main_grid(lengths: Iterable[int] = LENGTHS, **shape: Any) -> Iterator[Case]:
 
 def other_shapes() -> Iterator[Case]:
     """Whether the thresholds depend on more than the length."""
-    lengths = (128, 256, 512, 1024)
+    lengths = (256, 512)
     for shape in ({"heads": 1}, {"batch": 4}, {"head_dim": 128}, {"dtype": "bfloat16"}):
         yield from main_grid(lengths, **shape)
 

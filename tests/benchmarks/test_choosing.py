@@ -67,6 +67,7 @@ def test_a_recording_of_another_machine_is_not_continued(tmp_path):
         Recording(tmp_path / "r.json").check()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("which", choosing.PASSES)
 def test_both_kernels_serve_and_are_timed(which):
     times = choosing.measure(Case(8, "packed", which, 4, heads=1, head_dim=8), repeats=2)
