@@ -1,6 +1,7 @@
 """The shipped policy for CPUs chooses what the committed recording says is fastest; how it was recorded."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import choosing
 import pytest
 import turns
 from choosing import GOAL, Case, Recording
+
+from kernelry.policy.policy import SHIPPED_THRESHOLDS
 
 _RECORDING = Path(__file__).parents[2] / "benchmarks" / "results" / "choosing-cpu.json"
 _WORST_ELSEWHERE = 1.25
@@ -44,6 +47,12 @@ def test_the_recording_says_where_and_when():
     assert {"jax", "jaxlib", "python"} <= data["versions"].keys()
     assert data["date"]
     assert data["cpu"]["features"]
+
+
+def test_the_page_has_the_thresholds_of_the_policy():
+    page = (_RECORDING.parents[2] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    told = {name: int(value) for value, name in re.findall(r"\| (\d+) \| `(cpu_\w+)` \|", page)}
+    assert told == {t.name: t.value for t in SHIPPED_THRESHOLDS if t.name.startswith("cpu_")}
 
 
 def test_regret_is_the_median_over_the_least_median():

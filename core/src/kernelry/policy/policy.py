@@ -40,11 +40,8 @@ CPU_BLOCKWISE = tuple(
     (mode, atoms, Threshold(f"cpu_blockwise_min_{'_'.join((mode.value, *atoms))}_kv_len", least, "key tokens", source))
     for mode, atoms, least, source in (
         (Mode.DECODE, (), 2048, "benchmarks/decode.py on two CPU cores"),
-        (Mode.PREFILL, ("window",), 256, _CHOOSING),
-        (Mode.PREFILL, ("segments",), 128, _CHOOSING),
-        (Mode.PREFILL, (), 512, _CHOOSING),
-        (Mode.TRAIN, ("window",), 512, _CHOOSING),
-        (Mode.TRAIN, ("segments",), 512, _CHOOSING),
+        (Mode.PREFILL, (), 64, _CHOOSING),
+        (Mode.TRAIN, ("window",), 256, _CHOOSING),
         (Mode.TRAIN, (), 512, _CHOOSING),
     )
 )
