@@ -27,6 +27,7 @@ from kernelry.testing import reference_mask
 from kernelry.testing.conformance import run
 from kernelry.testing.reference import reference_attention, reference_gradients
 from kernelry_dot_product.blockwise.grid import Grid
+from kernelry_dot_product.blockwise.spans import spans_of
 from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_keys, visits_of_queries
 from kernelry_dot_product.plugin import BLOCKWISE
 
@@ -125,6 +126,48 @@ def test_outputs_and_gradients_agree_with_the_oracle_under_any_mask(drawn, block
         np.testing.assert_allclose(found, of, rtol=2e-5, atol=2e-5)
 
 
+TRIMMED = {
+    "causal": (masks.Causal(), [(0, 4), (0, 8), (0, 12), (0, 13)]),
+    "window": (masks.SlidingWindow(2), [(0, 4), (0, 8), (4, 12), (8, 13)]),
+    "nothing": (masks.Causal().at(query_offset=-6, kv_offset=0), [(0, 4), (0, 4), (0, 8), (0, 8)]),
+    "everything": (masks.Full(), [(0, 13)] * 4),
+}
+
+
+@pytest.mark.parametrize("name", TRIMMED)
+@pytest.mark.parametrize("options", [{"bias": True}, {"soft_cap": 2.0, "sinks": True}], ids=str)
+def test_a_block_of_queries_meets_just_the_keys_that_it_sees(name, options, monkeypatch):
+    """Tiles as wide as what is seen, in steps of 4 slots; the last block of queries goes beyond the end."""
+    monkeypatch.setattr("kernelry_dot_product.blockwise.spans._STEP", 4)
+    mask, spans = TRIMMED[name]
+    length = 13
+    request = Request(batch=2, q_len=length, kv_len=length, q_heads=4, kv_heads=2, mask=mask)
+    found = spans_of(mask.canonical(), request, Grid(q_len=length, kv_len=length, block_q=4, block_kv=length))
+    assert [(span.start, span.stop) for span in found] == spans
+    query, key, value, d_out, bias = _drawn(*[(2, length, heads, 8) for heads in (4, 2, 2, 4)], (1, 4, length, length))
+    operands = {"query": query, "key": key, "value": value}
+    operands |= {"bias": bias} if "bias" in options else {}
+    operands |= {"sinks": jnp.arange(4.0)} if "sinks" in options else {}
+    known = {"mask": mask} | {name: value for name, value in options.items() if name == "soft_cap"}
+
+    def attend(operands):
+        return kernelry.attention(**operands, **known, kernel="blockwise")
+
+    with kernelry.use(tiling={"block_q": 4, "block_kv": 16}):
+        out, pull = jax.jit(lambda operands: jax.vjp(attend, operands))(operands)
+        [gradients] = pull(d_out)
+    np.testing.assert_allclose(out, reference_attention(**operands, **known).out, rtol=2e-6, atol=2e-6)
+    right = reference_gradients(**operands, **known, d_out=d_out)
+    for name, mine in gradients.items():
+        np.testing.assert_allclose(mine, getattr(right, name), rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mask", [masks.Segments(jnp.zeros((1, 64), jnp.int32)), masks.Lengths(jnp.asarray([5]))])
+def test_a_mask_that_holds_arrays_is_looped_over(mask):
+    request = Request(q_len=64, kv_len=64, mask=mask)
+    assert spans_of(mask.canonical(), request, Grid(q_len=64, kv_len=64, block_q=16, block_kv=64)) == ()
+
+
 def _gradient(length):
     arrays = [jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)] * 3
 
@@ -136,7 +179,7 @@ def _gradient(length):
 
 def test_the_program_does_not_grow_with_the_length():
     sizes = []
-    for length in (2048, 8192):
+    for length in (4096, 16384):
         function, arrays = _gradient(length)
         sizes.append(len(function.lower(*arrays).as_text().splitlines()))
     assert sizes[0] == sizes[1]
@@ -266,12 +309,16 @@ def test_a_step_takes_as_much_of_batch_and_heads_as_fits_a_tile(batch, heads):
     assert (large.step_batch, large.step_heads) == (1, 1)
 
 
-def test_splitting_and_joining_are_inverse_in_steps_over_batch_and_heads():
+def test_splitting_and_putting_are_inverse_in_steps_over_batch_and_heads():
     grid = Grid(q_len=7, kv_len=10, block_q=3, block_kv=4, batch=4, kv_heads=6, groups=2, step_batch=2, step_heads=3)
     query = jnp.asarray(np.random.default_rng(0).standard_normal((4, 7, 12, 5)), jnp.float32)
     key = jnp.asarray(np.random.default_rng(1).standard_normal((4, 10, 6, 5)), jnp.float32)
-    np.testing.assert_array_equal(grid.join_queries(grid.split_queries(query)), query)
-    np.testing.assert_array_equal(grid.join_keys(grid.split_keys(key)), key)
+    queries, keys = jnp.zeros_like(query), jnp.zeros_like(key)
+    for step in range(grid.steps):
+        queries = grid.put_queries(queries, grid.split_queries(query, step), step)
+        keys = grid.put_keys(keys, grid.split_keys(key, step), step)
+    np.testing.assert_array_equal(queries, query)
+    np.testing.assert_array_equal(keys, key)
 
 
 def _stored(how, array, page_size):

@@ -51,12 +51,22 @@ _EVERYWHERE = Capabilities(
     partitioned_by_xla=True,
     tolerances=standard_tolerances("float32", "bfloat16", "float16"),
 )
-_TILINGS = ((512, 512), (64, 64), (128, 128), (256, 256), (512, 256), (1024, 512))
+_TILINGS = ((1024, 512), (512, 512), (64, 64), (128, 128), (256, 256), (512, 256))
 """(G·block_q, block_kv) in slots, the fastest on CPU first: benchmarks/blockwise.py."""
+
+_DYNAMIC_TILING = (512, 512)
+"""Where arrays decide what is seen, as in packed sequences: larger blocks skip less."""
 
 _NARROW_TILING = (64, 64)
 _NARROW = 512
 """Slots: under a window of at most so many, small blocks skip more than they cost: benchmarks/blockwise.py."""
+
+_SHORT = 1024
+"""Slots: up to so many, all keys are one block: benchmarks/blockwise.py."""
+
+_SHORT_ROWS = 4
+_LEAST_BLOCK = 64
+"""Blocks of queries of a short call, and the least G·block_q in slots: more blocks leave more of a causal mask out."""
 
 
 DOT_PRODUCT = KernelSpec(
@@ -69,10 +79,19 @@ DOT_PRODUCT = KernelSpec(
 
 
 def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
-    spans = (sum(atom.params) + 1 for atom in request.mask.atoms if atom.is_band and None not in atom.params)
-    narrow = min(spans, default=_NARROW + 1) <= _NARROW
-    sizes = (_NARROW_TILING, *_TILINGS) if narrow else _TILINGS
+    atoms = request.mask.atoms
+    static = all(atom.is_static for atom in atoms)
+    spans = (sum(atom.params) + 1 for atom in atoms if atom.is_band and None not in atom.params)
+    first = []
+    if static and max(request.q_len, request.kv_len) <= _SHORT:
+        rows = -(-request.q_len // (_SHORT_ROWS if atoms else 1))
+        first.append((max(_LEAST_BLOCK, rows) * request.groups, request.kv_len))
+    if min(spans, default=_NARROW + 1) <= _NARROW:
+        first.append(_NARROW_TILING)
+    if not static:
+        first.append(_DYNAMIC_TILING)
     # The queries of a group are together in a tile.
+    sizes = (*first, *_TILINGS)
     blocks = dict.fromkeys((max(1, rows // request.groups), block_kv) for rows, block_kv in sizes)
     return tuple(Tiling.of(block_q=block_q, block_kv=block_kv) for block_q, block_kv in blocks)
 

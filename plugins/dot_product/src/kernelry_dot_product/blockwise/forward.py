@@ -1,7 +1,8 @@
-"""The forward pass: softmax over the blocks of keys as they come, with a running maximum and sum."""
+"""The forward pass: softmax over the keys at once where they are few, else over their blocks as they come."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -11,8 +12,9 @@ from kernelry.plugin import Inputs, Partial, Request, log_sum
 from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.blockwise.keys import reader_of
 from kernelry_dot_product.blockwise.loops import scanned, visited
+from kernelry_dot_product.blockwise.spans import Span, spans_of
 from kernelry_dot_product.blockwise.tile import TileIndex, Tiles, product, zero_of
-from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_queries
+from kernelry_dot_product.blockwise.visits import Visits, kinds_of, visits_of_queries
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
 """Where the running maximum begins: finite, so that the difference to the −inf of a hidden key is −inf, not NaN."""
@@ -20,18 +22,41 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
 _Running: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """Σ p·v [b, k, R, D], max [b, k, R], Σ p [b, k, R], of R = G·block_q rows."""
 
+_Step: TypeAlias = Callable[[jax.Array], tuple[jax.Array, ...]]
+"""step → what `_finished` returns, for all blocks of queries of the step."""
+
 
 def forward(inputs: Inputs, request: Request, grid: Grid) -> Partial:
     """Attends without sinks, step by step over batch and heads, one block of queries at a time; in float32."""
     tiles = Tiles.of(request, grid, inputs)
-    visits = visits_of_queries(kinds_of(inputs.mask, grid))
+    spans = spans_of(inputs.mask, request, grid)
+    of_step = _by_span(tiles, spans) if spans else _by_block(tiles, visits_of_queries(kinds_of(inputs.mask, grid)))
+    batch, length, heads, _ = inputs.query.shape
+    statistic = jnp.full((batch, length, heads), zero_of(inputs))
+    start = (jnp.full((batch, length, heads, request.value_dim), zero_of(inputs)), *(statistic,) * 3)
+
+    def put(whole: tuple[jax.Array, ...], step: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        parts = zip(whole, of_step(step), strict=True)
+        return tuple(grid.put_queries(array, blocks, step) for array, blocks in parts), None
+
+    steps = jnp.arange(grid.steps, dtype=jnp.int32)
+    (out, top, lse, rest), _ = scanned(put, start, steps, grid.steps)
+    max_logits = top.max(axis=1, initial=-jnp.inf) if request.max_logits else None
+    return Partial(
+        out, lse=lse.swapaxes(1, 2), max_logits=max_logits, dtype=request.dtype, lse_rest=rest.swapaxes(1, 2)
+    )
+
+
+def _by_block(tiles: Tiles, visits: Visits) -> _Step:
+    """Loops over blocks of queries and over blocks of keys, with a running maximum and sum."""
+    inputs, request, grid = tiles.inputs, tiles.request, tiles.grid
     reader = reader_of(inputs, request, grid)
     zero = zero_of(inputs)
     rows = jnp.arange(grid.rows, dtype=jnp.int32)
 
-    def of_step(_: None, blocks: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
-        step, queries, held = blocks
+    def of_step(step: jax.Array) -> tuple[jax.Array, ...]:
         own = visits.of_step(step, grid)
+        queries, held = tiles.scale(grid.split_queries(inputs.query, step)), reader.of_step(step)
 
         def of_row(_: None, blocks: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
             row, query, order, full, some = blocks
@@ -44,17 +69,31 @@ def forward(inputs: Inputs, request: Request, grid: Grid) -> Partial:
             start = _nothing(query, request.value_dim, zero)
             return None, _finished(visited(own, visit, (full, some), start, grid.columns))
 
-        return scanned(of_row, None, (rows, queries, own.order, own.full, own.some), grid.rows)
+        _, found = scanned(of_row, None, (rows, queries, own.order, own.full, own.some), grid.rows)
+        return tuple(found)
 
-    steps = jnp.arange(grid.steps, dtype=jnp.int32)
-    query = grid.split_queries(tiles.scale(inputs.query))
-    _, (out, top, lse, rest) = scanned(of_step, None, (steps, query, reader.held), grid.steps)
-    max_logits = None
-    if request.max_logits:
-        max_logits = grid.join_queries(top).max(axis=1, initial=-jnp.inf)
-    lse, rest = (grid.join_queries(each).swapaxes(1, 2) for each in (lse, rest))
-    out = grid.join_queries(out)
-    return Partial(out, lse=lse, max_logits=max_logits, dtype=request.dtype, lse_rest=rest)
+    return of_step
+
+
+def _by_span(tiles: Tiles, spans: tuple[Span, ...]) -> _Step:
+    """One tile for a block of queries, of just the keys that it sees: no running maximum, and no loop."""
+    inputs, grid = tiles.inputs, tiles.grid
+
+    def of_step(step: jax.Array) -> tuple[jax.Array, ...]:
+        queries = tiles.scale(grid.split_queries(inputs.query, step))
+        keys, values = (grid.split_keys(array, step)[0] for array in (inputs.key, inputs.value))
+
+        def of_row(row: int, span: Span) -> tuple[jax.Array, ...]:
+            own, index = span.of(tiles), TileIndex(step, row, 0)
+            tile = own(index, queries[row], span.cut(keys), span.cut(values), span.masked)
+            top = jnp.maximum(tile.logits.max(axis=-1), _LOWEST)
+            probability = jnp.exp(tile.logits - top[..., None])
+            return _finished((_weighted(own, index, probability, tile.value), top, probability.sum(axis=-1)))
+
+        found = [of_row(row, span) for row, span in enumerate(spans)]
+        return tuple(jnp.stack(each) for each in zip(*found, strict=True))
+
+    return of_step
 
 
 def _nothing(query: jax.Array, value_dim: int, zero: jax.Array) -> _Running:
@@ -72,11 +111,15 @@ def _add(
     probability = jnp.exp(tile.logits - highest[..., None])
     before = jnp.exp(top - highest)
     weight = weight * before + probability.sum(axis=-1)
+    return total * before[..., None] + _weighted(tiles, index, probability, tile.value), highest, weight
+
+
+def _weighted(tiles: Tiles, index: TileIndex, probability: jax.Array, value: jax.Array) -> jax.Array:
+    """Σ p·v [b, k, R, D] of a tile, with dropout."""
     rate = tiles.request.dropout_rate
     if rate:
         probability = jnp.where(tiles.kept(index, probability.shape), probability / (1.0 - rate), 0.0)
-    more = product("BKRS,BKSD->BKRD", probability.astype(tile.value.dtype), tile.value, tiles.request)
-    return total * before[..., None] + more, highest, weight
+    return product("BKRS,BKSD->BKRD", probability.astype(value.dtype), value, tiles.request)
 
 
 def _finished(running: _Running) -> tuple[jax.Array, ...]:

@@ -21,6 +21,9 @@ _ALIGNED = 8
 _TILE_BYTES = 1 << 20
 """Of a float32 tile of logits: two cores with 512 KiB of second-level cache each. benchmarks/blockwise.py."""
 
+_WIDE_TILE_BYTES = 1 << 21
+"""The same where a block of keys is all of them: most rows of tiles see fewer. benchmarks/blockwise.py."""
+
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,7 @@ class Grid:
     Args:
       q_len, kv_len: T and S.
       block_q, block_kv: slots of a block.
+      kv_start: the slot of the arrays at which the keys begin.
       batch, kv_heads, groups: B, K and G.
       step_batch, step_heads: the batch rows and the key/value heads of a step; they divide B and K.
     """
@@ -38,6 +42,7 @@ class Grid:
     kv_len: int
     block_q: int
     block_kv: int
+    kv_start: int = 0
     batch: int = 1
     kv_heads: int = 1
     groups: int = 1
@@ -55,7 +60,8 @@ class Grid:
         block_q, block_kv = _even(request.q_len, block_q), _even(request.kv_len, block_kv)
         if request.page_size is not None:
             block_kv = max(1, block_kv // request.page_size) * request.page_size
-        room = max(1, _TILE_BYTES // max(1, 4 * request.groups * block_q * block_kv))
+        most = _WIDE_TILE_BYTES if block_kv >= request.kv_len else _TILE_BYTES
+        room = max(1, most // max(1, 4 * request.groups * block_q * block_kv))
         heads = largest_divisor(request.kv_heads, room)
         # Rows of a decoding batch are of all lengths: each goes through its own blocks.
         by_row = request.mode is Mode.DECODE or "batch" in request.symbolic_sizes
@@ -120,14 +126,22 @@ class Grid:
         """The first key/value head of a step."""
         return step % self.head_steps * self.step_heads
 
+    def keys(self, start: int, stop: int) -> Self:
+        """The same blocks of queries with one block of keys, the slots from `start` up to `stop`."""
+        return dataclasses.replace(self, kv_start=start, kv_len=stop - start, block_kv=stop - start)
+
     def of_step(self, array: jax.Array, step: Any) -> jax.Array:
         """[B or 1, N or 1, …] → what a step sees of it."""
-        for axis, start, size in (
+        return self._part(array, step, 1, self.groups)
+
+    def _part(self, array: jax.Array, step: Any, axis: int, groups: int) -> jax.Array:
+        """The batch rows of a step, and its heads, which are along `axis`."""
+        for at, start, size in (
             (0, self.batch_start(step), self.step_batch),
-            (1, self.head_start(step) * self.groups, self.step_heads * self.groups),
+            (axis, self.head_start(step) * groups, self.step_heads * groups),
         ):
-            if array.shape[axis] not in (1, size):
-                array = lax.dynamic_slice_in_dim(array, start, size, axis)
+            if array.shape[at] not in (1, size):
+                array = lax.dynamic_slice_in_dim(array, start, size, at)
         return array
 
     def query_side(self, row: jax.Array | int, q_heads: int) -> Side:
@@ -137,7 +151,8 @@ class Grid:
 
     def kv_side(self, column: jax.Array | int) -> Side:
         """The keys of a block; slots beyond the end repeat the last one."""
-        return Side.of_slots(Axis.KV, jnp.minimum(self._kv_slots(column), self.kv_len - 1))
+        slots = self.kv_start + jnp.minimum(self._kv_slots(column), self.kv_len - 1)
+        return Side.of_slots(Axis.KV, slots)
 
     def kv_inside(self, column: jax.Array | int) -> jax.Array:
         """Whether the slots [block_kv] of a block of keys exist."""
@@ -146,41 +161,43 @@ class Grid:
     def _kv_slots(self, column: jax.Array | int) -> jax.Array:
         return column * self.block_kv + jnp.arange(self.block_kv, dtype=jnp.int32)
 
-    def split_queries(self, array: jax.Array, fill: float = 0.0) -> jax.Array:
-        """[B, T, N, …] → [steps, rows, b, k, G·block_q, …]: the rows of a block's group are together."""
-        padded = _padded(array, self.q_padding, fill)
-        batch, heads = (self.batch_steps, self.step_batch), (self.head_steps, self.step_heads)
-        apart = padded.reshape(*batch, self.rows, self.block_q, *heads, self.groups, *padded.shape[3:])
-        blocks = apart.transpose(0, 4, 2, 1, 5, 6, 3, *range(7, apart.ndim))
-        together = (self.steps, self.rows, self.step_batch, self.step_heads, self.groups * self.block_q)
+    def split_queries(self, array: jax.Array, step: Any, fill: float = 0.0) -> jax.Array:
+        """[B, T, N, …] → [rows, b, k, G·block_q, …] of a step: the rows of a block's group are together.
+
+        A step's part is copied once. All of it at once would be copied twice, and to memory that is new to the process.
+        """
+        padded = _padded(self._part(array, step, 2, self.groups), self.q_padding, fill)
+        sizes = (self.step_batch, self.rows, self.block_q, self.step_heads, self.groups)
+        apart = padded.reshape(*sizes, *padded.shape[3:])
+        blocks = apart.transpose(1, 0, 3, 4, 2, *range(5, apart.ndim))
+        together = (self.rows, self.step_batch, self.step_heads, self.groups * self.block_q)
         return blocks.reshape(*together, *padded.shape[3:])
 
-    def join_queries(self, blocks: jax.Array) -> jax.Array:
-        """[steps, rows, b, k, G·block_q, …] → [B, T, N, …], the inverse of `split_queries`."""
-        sizes = (self.batch_steps, self.head_steps, self.rows, self.step_batch, self.step_heads)
-        apart = blocks.reshape(*sizes, self.groups, self.block_q, *blocks.shape[5:])
-        order = apart.transpose(0, 3, 2, 6, 1, 4, 5, *range(7, apart.ndim))
-        heads = self.kv_heads * self.groups
-        whole = order.reshape(self.batch, self.rows * self.block_q, heads, *blocks.shape[5:])
-        return lax.slice_in_dim(whole, 0, self.q_len, axis=1)
+    def put_queries(self, whole: jax.Array, blocks: jax.Array, step: Any) -> jax.Array:
+        """Writes [rows, b, k, G·block_q, …] of a step into [B, T, N, …], the inverse of `split_queries`."""
+        sizes = (self.rows, self.step_batch, self.step_heads, self.groups, self.block_q)
+        apart = blocks.reshape(*sizes, *blocks.shape[4:])
+        order = apart.transpose(1, 0, 4, 2, 3, *range(5, apart.ndim))
+        part = order.reshape(self.step_batch, self.rows * self.block_q, -1, *blocks.shape[4:])
+        return self._put(whole, lax.slice_in_dim(part, 0, self.q_len, axis=1), step, self.groups)
 
-    def split_keys(self, array: jax.Array) -> jax.Array:
-        """[B, S, K, H] → [steps, columns, b, k, block_kv, H]."""
-        padded = _padded(array, self.kv_padding, 0.0)
-        batch, heads = (self.batch_steps, self.step_batch), (self.head_steps, self.step_heads)
-        apart = padded.reshape(*batch, self.columns, self.block_kv, *heads, padded.shape[3])
-        blocks = apart.transpose(0, 4, 2, 1, 5, 3, 6)
-        return blocks.reshape(
-            self.steps, self.columns, self.step_batch, self.step_heads, self.block_kv, padded.shape[3]
-        )
+    def split_keys(self, array: jax.Array, step: Any) -> jax.Array:
+        """[B, S, K, H] → [columns, b, k, block_kv, H] of a step."""
+        padded = _padded(self._part(array, step, 2, 1), self.kv_padding, 0.0)
+        apart = padded.reshape(self.step_batch, self.columns, self.block_kv, self.step_heads, padded.shape[3])
+        return apart.transpose(1, 0, 3, 2, 4)
 
-    def join_keys(self, blocks: jax.Array) -> jax.Array:
-        """[steps, columns, b, k, block_kv, H] → [B, S, K, H], the inverse of `split_keys`."""
-        sizes = (self.batch_steps, self.head_steps, self.columns, self.step_batch, self.step_heads)
-        apart = blocks.reshape(*sizes, self.block_kv, blocks.shape[-1])
-        whole = apart.transpose(0, 3, 2, 5, 1, 4, 6)
-        joined = whole.reshape(self.batch, self.columns * self.block_kv, self.kv_heads, blocks.shape[-1])
-        return lax.slice_in_dim(joined, 0, self.kv_len, axis=1)
+    def put_keys(self, whole: jax.Array, blocks: jax.Array, step: Any) -> jax.Array:
+        """Writes [columns, b, k, block_kv, H] of a step into [B, S, K, H], the inverse of `split_keys`."""
+        sizes = (self.step_batch, self.columns * self.block_kv, self.step_heads, blocks.shape[-1])
+        part = blocks.transpose(1, 0, 3, 2, 4).reshape(sizes)
+        return self._put(whole, lax.slice_in_dim(part, 0, self.kv_len, axis=1), step, 1)
+
+    def _put(self, whole: jax.Array, part: jax.Array, step: Any, groups: int) -> jax.Array:
+        if part.shape == whole.shape:
+            return part
+        starts = (self.batch_start(step), 0, self.head_start(step) * groups, *(0 for _ in whole.shape[3:]))
+        return lax.dynamic_update_slice(whole, part, tuple(jnp.asarray(start, jnp.int32) for start in starts))
 
 
 def _even(length: int, block: int) -> int:

@@ -19,12 +19,11 @@ over all slots before anything is attended to."""
 
 
 class Reader(Protocol):
-    """Reads blocks.
+    """Reads blocks: `of_step` lays out what a step reads, once; `read` takes a block of it."""
 
-    `held` is a pytree whose leaves have the steps first: a scan over the steps hands each its own part.
-    """
-
-    held: Any
+    def of_step(self, step: Any) -> Any:
+        """Returns what `read` needs in this step."""
+        ...
 
     def read(self, own: Any, step: Any, column: Any) -> tuple[jax.Array, jax.Array]:
         """Returns a block of keys [b, k, block_kv, H] and one of values."""
@@ -36,7 +35,7 @@ def reader_of(inputs: Inputs, request: Request, grid: Grid) -> Reader:
     in_place = request.mode is not Mode.TRAIN and not request.gradients and grid.rows <= _MOST_READS
     if not in_place:
         inputs = plain(inputs, request)
-        return _Split((grid.split_keys(inputs.key), grid.split_keys(inputs.value)))
+        return _Split(inputs.key, inputs.value, grid)
     if request.page_size is not None:
         return _InPages(inputs.key, inputs.value, _table(inputs.key, grid), request, grid)
     return _InPlace(inputs.key, inputs.value, request, grid)
@@ -56,9 +55,14 @@ def plain(inputs: Inputs, request: Request) -> Inputs:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Split(Reader):
-    """Blocks laid out beforehand, [steps, columns, b, k, block_kv, H]."""
+    """Blocks laid out at the beginning of a step, [columns, b, k, block_kv, H]."""
 
-    held: tuple[jax.Array, jax.Array]
+    key: jax.Array
+    value: jax.Array
+    grid: Grid
+
+    def of_step(self, step: Any) -> Any:
+        return self.grid.split_keys(self.key, step), self.grid.split_keys(self.value, step)
 
     def read(self, own: Any, step: Any, column: Any) -> tuple[jax.Array, jax.Array]:
         key, value = (lax.dynamic_index_in_dim(blocks, column, keepdims=False) for blocks in own)
@@ -74,7 +78,9 @@ class _InPlace(Reader):
     value: Any
     request: Request
     grid: Grid
-    held: Any = None
+
+    def of_step(self, step: Any) -> Any:
+        return None
 
     def read(self, own: Any, step: Any, column: Any) -> tuple[jax.Array, jax.Array]:
         grid = self.grid
@@ -101,7 +107,9 @@ class _InPages(Reader):
     table: jax.Array
     request: Request
     grid: Grid
-    held: Any = None
+
+    def of_step(self, step: Any) -> Any:
+        return None
 
     def read(self, own: Any, step: Any, column: Any) -> tuple[jax.Array, jax.Array]:
         grid = self.grid

@@ -162,7 +162,7 @@ def bias_window(shape: tuple[int, ...], grid: Grid, index: TileIndex) -> tuple[t
         (grid.batch_start(index.step), grid.step_batch),
         (grid.head_start(index.step) * grid.groups, grid.step_heads * grid.groups),
         (index.row * grid.block_q, grid.block_q),
-        (index.column * grid.block_kv, grid.block_kv),
+        (grid.kv_start + index.column * grid.block_kv, grid.block_kv),
     )
     found = tuple(part if size != 1 else (0, 1) for size, part in zip(shape, parts, strict=True))
     return tuple(jnp.asarray(start, jnp.int32) for start, _ in found), tuple(size for _, size in found)
