@@ -15,7 +15,7 @@ from kernelry.request.request import Request
 from kernelry.resolution.nearest_change import nearest_changes
 
 DOCS = (Path(__file__).parents[2] / "docs" / "explanations.md").read_text(encoding="utf-8")
-LEAST = next(t.value for t in Policy.shipped().thresholds if t.name == "cpu_blockwise_min_train_window_kv_len")
+LEAST = next(t.value for t in Policy.shipped().thresholds if t.name == "cpu_blockwise_min_train_kv_len")
 WINDOW = Request(q_len=LEAST // 2, mask=masks.SlidingWindow(15))
 ADAPTED = Request(
     target="tpu:v5e",
@@ -41,9 +41,7 @@ def test_a_longer_sequence_is_named_with_its_exact_boundary():
 
 
 def test_a_threshold_of_the_config_moves_the_boundary():
-    policy = load_config(
-        {"thresholds": {"cpu_blockwise_min_train_window_kv_len": 700, "cpu_blockwise_min_train_kv_len": 800}}
-    ).policy
+    policy = load_config({"thresholds": {"cpu_blockwise_min_train_kv_len": 700}}).policy
     assert "≥ 700" in str(change_to("blockwise", kernelry.explain(WINDOW, policy=policy)))
 
 

@@ -425,7 +425,7 @@ def test_every_shipped_threshold_has_a_unit_and_a_source():
 def test_a_threshold_changes_the_choice():
     request = Request(q_len=1024, mask=masks.SlidingWindow(64))
     assert kernelry.resolve(request, policy=policy()).kernel == "blockwise"
-    higher = policy(thresholds={"cpu_blockwise_min_train_window_kv_len": 2048, "cpu_blockwise_min_train_kv_len": 2048})
+    higher = policy(thresholds={"cpu_blockwise_min_train_kv_len": 2048})
     assert kernelry.resolve(request, policy=higher).kernel == "dot_product"
 
 

@@ -41,8 +41,8 @@ CPU_BLOCKWISE = tuple(
     for mode, atoms, least, source in (
         (Mode.DECODE, (), 2048, "benchmarks/decode.py on two CPU cores"),
         (Mode.PREFILL, (), 64, _CHOOSING),
-        (Mode.TRAIN, ("window",), 192, _CHOOSING),
-        (Mode.TRAIN, (), 512, _CHOOSING),
+        (Mode.TRAIN, ("segments",), 1024, _CHOOSING),
+        (Mode.TRAIN, (), 256, _CHOOSING),
     )
 )
 """(mode, atoms of the mask, least S), the first that applies: training's backward pass has crossings of its own."""
