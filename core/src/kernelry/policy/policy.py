@@ -42,6 +42,7 @@ CPU_BLOCKWISE = tuple(
         (Mode.DECODE, (), 2048, "benchmarks/decode.py on two CPU cores"),
         (Mode.PREFILL, (), 64, _CHOOSING),
         (Mode.TRAIN, ("segments",), 1024, _CHOOSING),
+        (Mode.TRAIN, ("full",), 1024, _CHOOSING),
         (Mode.TRAIN, (), 256, _CHOOSING),
     )
 )
@@ -274,10 +275,9 @@ def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
     long = least(BLOCKWISE_MIN_KV_LEN)
     return (
         *(
-            _shipped(
-                Condition(platform=("cpu",), mode=(mode,), mask=atoms, kv_len=least(t)), "blockwise", "dot_product"
-            )
+            _shipped(Condition(platform=("cpu",), mode=(mode,), mask=atoms, kv_len=lengths), *use)
             for mode, atoms, t in CPU_BLOCKWISE
+            for lengths, use in ((least(t), ("blockwise", "dot_product")), (None, ("dot_product",)))
         ),
         _shipped(Condition(platform=("tpu",), mode=(Mode.DECODE,)), "ragged", "dot_product"),
         _shipped(Condition(platform=("gpu",), mode=(Mode.DECODE,)), "pallas_decode", "dot_product"),
