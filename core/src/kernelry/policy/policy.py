@@ -41,7 +41,7 @@ CPU_BLOCKWISE = tuple(
     for mode, atoms, least, source in (
         (Mode.DECODE, (), 2048, "benchmarks/decode.py on two CPU cores"),
         (Mode.PREFILL, (), 64, _CHOOSING),
-        (Mode.TRAIN, ("segments",), 1024, _CHOOSING),
+        (Mode.TRAIN, ("segments",), 128, _CHOOSING),
         (Mode.TRAIN, ("full",), 1024, _CHOOSING),
         (Mode.TRAIN, (), 256, _CHOOSING),
     )
