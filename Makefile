@@ -21,7 +21,7 @@ MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.t
 
 .PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
 	test-models models-environment model-defaults conformance lint format benchmark benchmark-decode \
-	benchmark-peers wheelhouse clean
+	benchmark-peers benchmark-choosing wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
@@ -191,11 +191,21 @@ benchmark: $(VENV)/.installed
 benchmark-decode: $(VENV)/.installed
 	$(BIN)/python benchmarks/decode.py
 
-# Minutes, and 9 GiB: jax.nn at T=8192. torch stays out of .venv.
+# Minutes, and 9 GiB: jax.nn at T=8192. torch stays out of .venv. PEERS_ARGS="--lengths 4096 --only forward --cases causal"
+# is a part.
+PEERS_ARGS ?=
+
 benchmark-peers:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product "torch==2.13.0"
-	.venv-peers/bin/python benchmarks/against_peers.py
+	.venv-peers/bin/python benchmarks/against_peers.py $(PEERS_ARGS)
+
+# Whether auto chooses the fastest kernel on this CPU: some ten minutes, in as many runs as one likes. What it shows comes
+# from a recording; that of the shipped policy is benchmarks/results/choosing-cpu.json.
+CHOOSING_ARGS ?= --json runs/choosing-cpu.json --grids main between others spans full chunks
+
+benchmark-choosing: $(VENV)/.installed
+	$(BIN)/python benchmarks/choosing.py $(CHOOSING_ARGS)
 
 # For a machine that has jax and no network. There:
 # pip install --no-index --find-links wheelhouse "kernelry[plot]" pytest kernelry-dot-product kernelry-gpu-pallas \

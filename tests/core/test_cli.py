@@ -16,7 +16,7 @@ from kernelry.cli import report, speeds
 from kernelry.config import load_config
 from kernelry.phases.calls import calls
 from kernelry.policy.lock import Lock
-from kernelry.policy.policy import Switches
+from kernelry.policy.policy import Policy, Switches
 from kernelry.registry import contents, discovery, installed
 
 pytestmark = pytest.mark.versions
@@ -466,11 +466,12 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_outputs_that_know_ascii_alone_get_plainer_signs():
+    least = next(t.value for t in Policy.shipped().thresholds if t.name == "cpu_blockwise_min_train_kv_len")
     shown = {
         ("mask", "causal", "--q-len", "128"): "# full   + partial   . empty",
         ("explain", "--target", "cpu", "--q-len", "64", "--kv-quantization", "int8"): "| -> | dot_product",
-        ("explain", "--target", "cpu", "--q-len", "64"): "q_len and kv_len >= 768",
-        ("explain", "--target", "cpu", "--q-len", "8192"): "q_len and kv_len <= 767",
+        ("explain", "--target", "cpu", "--q-len", "64"): f"q_len and kv_len >= {least}",
+        ("explain", "--target", "cpu", "--q-len", "8192"): f"q_len and kv_len <= {least - 1}",
         ("list",): "dot_product",
         ("mask", "causal.at(x=1)"): "unknown .at(x=...)",
     }

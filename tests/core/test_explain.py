@@ -10,11 +10,13 @@ import pytest
 import kernelry
 from kernelry import masks
 from kernelry.config import load_config
+from kernelry.policy.policy import Policy
 from kernelry.request.request import Request
 from kernelry.resolution.nearest_change import nearest_changes
 
 DOCS = (Path(__file__).parents[2] / "docs" / "explanations.md").read_text(encoding="utf-8")
-WINDOW = Request(q_len=256, mask=masks.SlidingWindow(63))
+LEAST = next(t.value for t in Policy.shipped().thresholds if t.name == "cpu_blockwise_min_train_kv_len")
+WINDOW = Request(q_len=LEAST // 2, mask=masks.SlidingWindow(15))
 ADAPTED = Request(
     target="tpu:v5e",
     q_len=200,
@@ -33,13 +35,13 @@ def change_to(kernel, resolution):
 
 def test_a_longer_sequence_is_named_with_its_exact_boundary():
     change = change_to("blockwise", kernelry.explain(WINDOW))
-    assert str(change) == "blockwise with q_len and kv_len ≥ 512"
-    assert kernelry.resolve(dataclasses.replace(WINDOW, q_len=512, kv_len=512)).kernel == "blockwise"
-    assert kernelry.resolve(dataclasses.replace(WINDOW, q_len=511, kv_len=511)).kernel == "dot_product"
+    assert str(change) == f"blockwise with q_len and kv_len ≥ {LEAST}"
+    assert kernelry.resolve(dataclasses.replace(WINDOW, q_len=LEAST, kv_len=LEAST)).kernel == "blockwise"
+    assert kernelry.resolve(dataclasses.replace(WINDOW, q_len=LEAST - 1, kv_len=LEAST - 1)).kernel == "dot_product"
 
 
 def test_a_threshold_of_the_config_moves_the_boundary():
-    policy = load_config({"thresholds": {"cpu_blockwise_min_window_kv_len": 700}}).policy
+    policy = load_config({"thresholds": {"cpu_blockwise_min_train_kv_len": 700}}).policy
     assert "≥ 700" in str(change_to("blockwise", kernelry.explain(WINDOW, policy=policy)))
 
 
@@ -51,8 +53,7 @@ def test_a_length_that_only_multiples_reach_is_not_called_a_boundary():
 
 def test_a_range_between_powers_of_two_is_found():
     rule = {"when": {"q_len": ">=600", "kv_len": "<=900"}, "use": ["blockwise"]}
-    beyond = {"when": {"kv_len": ">900"}, "use": ["dot_product"]}
-    policy = load_config({"rules": [rule, beyond]}).policy
+    policy = load_config({"rules": [rule, {"use": ["dot_product"]}]}).policy
     request = Request(q_len=256, mask=masks.Causal())
     assert (
         str(change_to("blockwise", kernelry.explain(request, policy=policy))) == "blockwise with q_len and kv_len = 600"

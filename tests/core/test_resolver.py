@@ -461,8 +461,20 @@ def test_every_shipped_threshold_has_a_unit_and_a_source():
 def test_a_threshold_changes_the_choice():
     request = Request(q_len=1024, mask=masks.SlidingWindow(64))
     assert kernelry.resolve(request, policy=policy()).kernel == "blockwise"
-    higher = policy(thresholds={"cpu_blockwise_min_window_kv_len": 2048, "cpu_blockwise_min_kv_len": 2048})
+    higher = policy(thresholds={"cpu_blockwise_min_train_kv_len": 2048})
     assert kernelry.resolve(request, policy=higher).kernel == "dot_product"
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(64), masks.Segments(jnp.zeros(4096, int))])
+def test_thresholds_of_cpus_are_for_one_mode_each(mode, mask):
+    request = Request(q_len=4096, mode=mode, mask=mask)
+    assert kernelry.resolve(request, policy=policy()).kernel == "blockwise"
+    names = [threshold.name for threshold in policy().thresholds if threshold.name.startswith("cpu_blockwise_min_")]
+    own, others = ([name for name in names if (f"_{mode.value}_" in name) is is_own] for is_own in (True, False))
+    for raised, kernel in ((own, "dot_product"), (others, "blockwise")):
+        raising = policy(thresholds=dict.fromkeys(raised, 8192))
+        assert kernelry.resolve(request, policy=raising).kernel == kernel
 
 
 def test_a_rules_tiling_is_for_the_kernels_it_names():

@@ -38,15 +38,18 @@ class Threshold:
 FLASH_MIN_Q_LEN = Threshold(
     "flash_min_q_len", 128, "query tokens", "MaxText 0.2.5: dot_product below 128 query tokens, flash from there on"
 )
-CPU_BLOCKWISE_MIN_KV_LEN = Threshold(
-    "cpu_blockwise_min_kv_len", 768, "key tokens", "benchmarks/blockwise.py on two CPU cores"
+_CHOOSING = "benchmarks/choosing.py on two CPU cores"
+CPU_BLOCKWISE = tuple(
+    (mode, atoms, Threshold(f"cpu_blockwise_min_{'_'.join((mode.value, *atoms))}_kv_len", least, "key tokens", source))
+    for mode, atoms, least, source in (
+        (Mode.DECODE, (), 2048, "benchmarks/decode.py on two CPU cores"),
+        (Mode.PREFILL, (), 64, _CHOOSING),
+        (Mode.TRAIN, ("segments",), 128, _CHOOSING),
+        (Mode.TRAIN, ("full",), 1024, _CHOOSING),
+        (Mode.TRAIN, (), 256, _CHOOSING),
+    )
 )
-CPU_BLOCKWISE_MIN_WINDOW_KV_LEN = Threshold(
-    "cpu_blockwise_min_window_kv_len", 512, "key tokens, under a window", "benchmarks/blockwise.py on two CPU cores"
-)
-CPU_BLOCKWISE_MIN_DECODE_KV_LEN = Threshold(
-    "cpu_blockwise_min_decode_kv_len", 2048, "slots of the cache", "benchmarks/decode.py on two CPU cores"
-)
+"""(mode, atoms of the mask, least S), the first that applies: training's backward pass has crossings of its own."""
 BLOCKWISE_MIN_KV_LEN = Threshold(
     "blockwise_min_kv_len",
     8192,
@@ -61,9 +64,7 @@ ADAPTERS_MAX_EXTRA_WORK = Threshold(
 )
 SHIPPED_THRESHOLDS = (
     FLASH_MIN_Q_LEN,
-    CPU_BLOCKWISE_MIN_KV_LEN,
-    CPU_BLOCKWISE_MIN_WINDOW_KV_LEN,
-    CPU_BLOCKWISE_MIN_DECODE_KV_LEN,
+    *(t for _, _, t in CPU_BLOCKWISE),
     BLOCKWISE_MIN_KV_LEN,
     ADAPTERS_MAX_EXTRA_WORK,
 )
@@ -301,10 +302,10 @@ def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
     short = Range(maximum=thresholds[FLASH_MIN_Q_LEN.name].value - 1)
     long = least(BLOCKWISE_MIN_KV_LEN)
     return (
-        _shipped(
-            Condition(platform=("cpu",), mode=(Mode.DECODE,), kv_len=least(CPU_BLOCKWISE_MIN_DECODE_KV_LEN)),
-            "blockwise",
-            "dot_product",
+        *(
+            _shipped(Condition(platform=("cpu",), mode=(mode,), mask=atoms, kv_len=lengths), *use)
+            for mode, atoms, t in CPU_BLOCKWISE
+            for lengths, use in ((least(t), ("blockwise", "dot_product")), (None, ("dot_product",)))
         ),
         _shipped(Condition(platform=("tpu",), mode=(Mode.DECODE,)), "ragged", "dot_product"),
         _shipped(Condition(platform=("gpu",), mode=(Mode.DECODE,)), "pallas_decode", "dot_product"),
@@ -314,10 +315,6 @@ def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
         _shipped(Condition(platform=("tpu",)), "splash", "tokamax_splash", "dot_product"),
         _shipped(Condition(platform=("gpu",), kv_len=long), *_GPU, "blockwise", "dot_product"),
         _shipped(Condition(platform=("gpu",)), *_GPU, "dot_product"),
-        _shipped(
-            Condition(mask=("window",), kv_len=least(CPU_BLOCKWISE_MIN_WINDOW_KV_LEN)), "blockwise", "dot_product"
-        ),
-        _shipped(Condition(kv_len=least(CPU_BLOCKWISE_MIN_KV_LEN)), "blockwise", "dot_product"),
         _shipped(Condition(), "dot_product"),
     )
 

@@ -55,7 +55,7 @@ _TILINGS = ((1024, 512), (512, 512), (64, 64), (128, 128), (256, 256))
 """(G·block_q, block_kv) in slots, the fastest on CPU first: benchmarks/blockwise.py."""
 
 _DYNAMIC_TILING = (512, 512)
-"""Where arrays decide what is seen, as in packed sequences: larger blocks skip less."""
+"""Where arrays decide what is seen, as in packed sequences: larger blocks skip less. Short calls have narrow ones."""
 
 _NARROW_TILING = (64, 64)
 _NARROW = 512
@@ -92,7 +92,8 @@ def _blockwise_tilings(request: Request) -> tuple[Tiling, ...]:
     if span is not None and span <= _NARROW:
         first.append(_NARROW_TILING)
     if not static:
-        first.append(_DYNAMIC_TILING)
+        short = max(request.q_len, request.kv_len) <= _SHORT
+        first.append(_NARROW_TILING if short else _DYNAMIC_TILING)
     # The queries of a group are together in a tile.
     sizes = (*first, *_TILINGS)
     blocks = dict.fromkeys((max(1, rows // request.groups), block_kv) for rows, block_kv in sizes)
