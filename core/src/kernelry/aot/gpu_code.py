@@ -44,7 +44,7 @@ _RESERVED = 1024
 """Bytes of shared memory that CUDA keeps of each block of threads."""
 
 _PACKAGES = ("nvidia.cu13", "nvidia.cuda_nvcc")
-"""In which `nvidia-cuda-nvcc` puts ptxas, for CUDA 13 and 12; jax looks there first."""
+"""In which `nvidia-cuda-nvcc` puts ptxas, for CUDA 13 and 12; jax looks there first. nvdisasm has one of its own."""
 
 _LAUNCH = re.compile(r"\]\s+(\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)")
 """A line of XLA's list of thunks."""
@@ -256,19 +256,6 @@ def assemble(ptx: Ptx, kind: str, shared_memory: int = 0) -> GpuCode:
     )
 
 
-def machine_code(ptx: Ptx) -> bytes:
-    """Returns a kernel's cubin, as NVIDIA's assembler makes it of its PTX.
-
-    Raises:
-      NoCompilerError: ptxas is not installed.
-      AssemblerError: ptxas does not accept the text.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        _run_assembler(ptx, cubin)
-        return cubin.read_bytes()
-
-
 def kernels_in(folder: Path) -> Iterator[Listed]:
     """Yields the kernels of the programs of which XLA wrote dumps into a folder, in the order of their launches."""
     for listed in sorted(folder.glob("*.thunk_sequence.txt")):
@@ -303,25 +290,43 @@ def read_loops(assembly: str) -> tuple[int, ...]:
     return tuple(end - start for start, end in sorted(set(inner)))
 
 
+def disassembled(ptx: Ptx) -> str:
+    """Returns a kernel's machine code as `nvdisasm -c` prints it; `read_loops` reads it.
+
+    Raises:
+      NoCompilerError: ptxas or nvdisasm is not installed.
+      AssemblerError: ptxas does not accept the text.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        _run_assembler(ptx, cubin)
+        command: list[str | Path] = [_tool("nvdisasm", "nvidia-cuda-nvdisasm"), "-c", cubin]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def assembler() -> Path:
     """Returns ptxas: that of the package `nvidia-cuda-nvcc`, where jax looks first, else that in PATH.
 
     Raises:
       NoCompilerError: there is none.
     """
+    return _tool("ptxas", "kernelry[aot-gpu]")
+
+
+def _tool(name: str, distribution: str) -> Path:
     for package in _PACKAGES:
         try:
             spec = importlib.util.find_spec(package)
         except ModuleNotFoundError:  # no package of NVIDIA is installed at all
             continue
         for folder in (spec.submodule_search_locations or ()) if spec else ():
-            if (path := Path(folder) / "bin" / "ptxas").is_file():
+            if (path := Path(folder) / "bin" / name).is_file():
                 return path
-    if (found := shutil.which("ptxas")) is not None:
+    if (found := shutil.which(name)) is not None:
         return Path(found)
     raise NoCompilerError(
-        "what a GPU kernel takes is said by ptxas, CUDA's assembler, and none was found; "
-        "pip install 'kernelry[aot-gpu]', or put a CUDA toolkit's into PATH."
+        f"what a GPU kernel's machine code takes is said by CUDA's {name}, and none was found; "
+        f"pip install '{distribution}', or put a CUDA toolkit's into PATH."
     )
 
 

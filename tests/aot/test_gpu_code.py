@@ -1,0 +1,89 @@
+"""Registers, spills and instructions of `pallas_flash` and `pallas_decode`, by NVIDIA's assembler; nothing is timed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from kernelry.aot import gpu_code
+
+pytestmark = pytest.mark.aot
+
+PROGRAM = Path(__file__).with_name("gpu_program.py")
+KINDS = ("a100", "h100", "b200")
+DIMS = ("64", "80", "128", "192/128", "256")
+NO_SPILL = "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"
+FLOAT32_SPILLS: dict[tuple[str, str, str], int] = {}
+"""Bytes of stores and loads together of the float32 kernels that spill: by GPU, head dims and kernel."""
+
+
+def compiled(kind, dtype, *programs, flags=""):
+    """Kernels of programs, with their code, by (head dims, kernel)."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_pass_re=NONE {flags}",
+        }
+        command = [sys.executable, str(PROGRAM), f"gpu:{kind}", dtype, *programs]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr[-2000:]
+        return {
+            (listed.program.partition("jit_")[2], listed.launch.kernel): (
+                listed.ptx,
+                gpu_code.assemble(listed.ptx, kind, listed.launch.shared_memory),
+            )
+            for listed in gpu_code.kernels_in(Path(folder))
+            if listed.launch.kernel.startswith("pallas_")
+        }
+
+
+def every_program():
+    return [f"{name}:{dims}" for name in ("flash", "decode") for dims in DIMS]
+
+
+def spills(found):
+    return {
+        at: code.spill_stores + code.spill_loads
+        for at, (_, code) in found.items()
+        if code.spill_stores + code.spill_loads
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_default_tiling_spills_a_register(kind, dtype):
+    found = compiled(kind, dtype, *every_program(), flags=NO_SPILL)
+    assert len(found) == len(DIMS) * 4
+    assert spills(found) == {}
+    if kind != "a100":
+        paths = {at: code.tensor for at, (_, code) in found.items() if at[1] != "pallas_decode"}
+        assert set(paths.values()) == {"wgmma" if kind == "h100" else "tcgen05"}, paths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spills_of_float32_are_few_and_listed(kind):
+    found = compiled(kind, "float32", *every_program())
+    assert len(found) == len(DIMS) * 4
+    listed = {(program, kernel): most for (of, program, kernel), most in FLOAT32_SPILLS.items() if of == kind}
+    assert max([*listed.values(), 0]) <= 512
+    assert {at: size for at, size in spills(found).items() if size > listed.get(at, 0)} == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel", "most"),
+    [
+        ("h100", "pallas_flash_forward", 400),
+        ("h100", "pallas_flash_backward_kv", 320),
+        ("a100", "pallas_flash_backward_kv", 500),
+    ],
+)
+def test_a_full_block_takes_few_instructions(kind, kernel, most):
+    """The first innermost loop is that over full blocks, the second evaluates the mask."""
+    ptx, _ = compiled(kind, "bfloat16", "flash:128")[("flash_128_128", kernel)]
+    full, partial = gpu_code.read_loops(gpu_code.disassembled(ptx))
+    assert full <= most
+    assert full < partial
