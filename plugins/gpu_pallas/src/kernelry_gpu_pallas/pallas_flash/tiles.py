@@ -80,7 +80,7 @@ class KernelSettings:
             return self.logits(key, query, bias) if self.sizes.by_keys else self.logits(query, key, bias)
         found, slope = self.logits(query, key, bias)
         if self.logits.is_interpreted:  # XLA would multiply in the other order instead of transposing
-            found = jax.lax.optimization_barrier(found)
+            found = jax.lax.optimization_barrier(found)  # type: ignore[no-untyped-call]
         return found.T, None if slope is None else slope.T
 
     def pairs(self, ref: Any, head: Any, query: Slots, kv: Slots, *, other: Any) -> Any:

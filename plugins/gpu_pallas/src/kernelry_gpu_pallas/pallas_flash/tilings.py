@@ -30,12 +30,12 @@ class _Tiles:
     """The tiles that are the default where they fit.
 
     Args:
-      forward: block_q, block_kv and warps.
-      backward: slots of the tile that stays, of the one that comes and goes, and warps.
+      forward: block_q, block_kv, warps, and stages at most.
+      backward: slots of the tile that stays, of the one that comes and goes, warps, and stages at most.
     """
 
-    forward: tuple[int, int, int]
-    backward: tuple[int, int, int]
+    forward: tuple[int, int, int, int]
+    backward: tuple[int, int, int, int]
 
 
 _AMPERE, _HOPPER, _BLACKWELL = 80, 90, 100
@@ -43,29 +43,34 @@ _AMPERE, _HOPPER, _BLACKWELL = 80, 90, 100
 
 _HALF: dict[int, dict[int, _Tiles]] = {
     _AMPERE: {
-        128: _Tiles((128, 64, 8), (64, 64, 4)),
-        256: _Tiles((128, 64, 8), (64, 64, 8)),
-        384: _Tiles((128, 64, 8), (64, 64, 8)),
-        512: _Tiles((64, 64, 8), (32, 64, 8)),
+        128: _Tiles((128, 64, 8, 3), (64, 64, 4, 3)),
+        256: _Tiles((128, 64, 8, 3), (64, 64, 8, 3)),
+        384: _Tiles((128, 64, 8, 2), (64, 64, 8, 2)),
+        512: _Tiles((64, 64, 8, 2), (32, 64, 8, 2)),
     },
     _HOPPER: {
-        128: _Tiles((128, 64, 4), (64, 64, 4)),
-        256: _Tiles((128, 64, 8), (128, 32, 8)),
-        384: _Tiles((128, 64, 8), (64, 32, 8)),
-        512: _Tiles((128, 64, 8), (64, 16, 8)),
+        128: _Tiles((128, 64, 4, 3), (64, 64, 4, 3)),
+        256: _Tiles((128, 64, 8, 3), (128, 32, 8, 3)),
+        384: _Tiles((128, 64, 8, 3), (64, 32, 8, 2)),
+        512: _Tiles((128, 64, 8, 2), (64, 16, 8, 2)),
     },
     _BLACKWELL: {
-        128: _Tiles((128, 64, 8), (64, 64, 4)),
-        256: _Tiles((128, 64, 8), (64, 64, 8)),
-        384: _Tiles((128, 64, 8), (64, 16, 8)),
-        512: _Tiles((128, 64, 8), (64, 16, 8)),
+        128: _Tiles((128, 64, 8, 3), (128, 32, 4, 3)),
+        256: _Tiles((128, 64, 8, 3), (64, 64, 8, 3)),
+        384: _Tiles((128, 64, 8, 3), (64, 32, 8, 1)),
+        512: _Tiles((128, 64, 8, 2), (64, 16, 8, 1)),
     },
 }
 """Of bfloat16 and float16, by compute capability and the columns of keys and values together, each rounded up to a
 power of two: ptxas spills no register, and products take the fastest path of the generation. Not measured."""
 
-_FLOAT32 = {columns: _Tiles((64, 32, 8), (32, 32, 8)) for columns in (128, 256, 384, 512)}
-"""The same of float32, of every generation."""
+_FLOAT32 = {
+    128: _Tiles((64, 32, 8, 2), (32, 32, 8, 2)),
+    256: _Tiles((32, 32, 8, 2), (32, 16, 8, 2)),
+    384: _Tiles((32, 32, 8, 2), (32, 16, 8, 2)),
+    512: _Tiles((32, 16, 8, 2), (32, 16, 8, 1)),
+}
+"""The same of float32, of every generation: few registers are spilled."""
 
 _TENSOR_ROWS, _TENSOR_COLUMNS = 128, 256
 """Of the gradients of keys and values that a Blackwell accumulates in its tensor memory. It has 512 columns; for head
@@ -76,26 +81,25 @@ def search_space(request: Request) -> tuple[Tiling, ...]:
     """Tilings that fit the shared memory of the request's device, the best guess first. None of them is measured."""
     tiles = _default(request)
     forward = _first_fits(
-        request,
-        [_of_forward(request, *tiles.forward, stages) for stages in _STAGES]
-        + [
-            _of_forward(request, *blocks, _warps(request, blocks[0]), stages)
-            for blocks in _FORWARD
-            for stages in _STAGES
-        ],
+        request, [_of_forward(request, *each) for each in (*_fewer(tiles.forward), *_every(request, _FORWARD))]
     )
     backward = _first_fits(
-        request,
-        [_of_backward(request, *tiles.backward, stages) for stages in _STAGES]
-        + [
-            _of_backward(request, *blocks, _warps(request, blocks[0]), stages)
-            for blocks in _BACKWARD
-            for stages in _STAGES
-        ],
+        request, [_of_backward(request, *each) for each in (*_fewer(tiles.backward), *_every(request, _BACKWARD))]
     )
     best = {**forward[0], **backward[0]}
     every = [{**best, **part} for part in (*forward, *backward)]
     return tuple(dict.fromkeys(Tiling.of(**values) for values in (best, *every)))
+
+
+def _fewer(tile: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """A tile with as many stages, and with fewer."""
+    one, other, warps, most = tile
+    return ((one, other, warps, stages) for stages in range(most, 0, -1))
+
+
+def _every(request: Request, blocks: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, int, int]]:
+    """Tiles of all blocks with all stages."""
+    return ((*each, _warps(request, each[0]), stages) for each in blocks for stages in _STAGES)
 
 
 def _default(request: Request) -> _Tiles:
