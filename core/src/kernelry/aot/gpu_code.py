@@ -168,6 +168,19 @@ class GpuCode:
         return {**dataclasses.asdict(self), "products": dict(self.products), "tensor": self.tensor}
 
 
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loop:
+    """An innermost loop of machine code.
+
+    Args:
+      instructions: all of it. spills: those of them that load or store what there was no register for.
+    """
+
+    instructions: int
+    spills: int
+
+
 def read_ptx(text: str) -> Ptx | None:
     """Reads the PTX of a kernel; None where the text has none, as XLA writes texts of constants alone."""
     entry, arch = re.search(r"\.entry\s+(\w+)", text), re.search(r"^\s*\.target\s+(\w+)", text, re.MULTILINE)
@@ -266,28 +279,31 @@ def kernels_in(folder: Path) -> Iterator[Listed]:
             yield Listed(module, launch, by_name.get(launch.kernel))
 
 
-def read_loops(assembly: str) -> tuple[int, ...]:
-    """Reads machine code as `nvdisasm -c` prints it: instructions of each innermost loop, in the order of the program.
+def read_loops(assembly: str) -> tuple[Loop, ...]:
+    """Reads machine code as `nvdisasm -c` prints it: its innermost loops, in the order of the program.
 
     A loop is what lies between a label and a branch back to it, both counted in.
     """
     labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
-    count = 0
+    loops: set[tuple[int, int]] = set()
+    lines: list[str] = []
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = count
+            labels[label[1]] = len(lines)
         elif re.match(r"\s*/\*[0-9a-f]+\*/\s", line):
-            count += 1
+            lines.append(line)
             branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-            if branch and branch[1] in labels and count - labels[branch[1]] > 1:
-                loops.append((labels[branch[1]], count))
+            if branch and branch[1] in labels and len(lines) - labels[branch[1]] > 1:
+                loops.add((labels[branch[1]], len(lines)))
     inner = [
         (start, end)
-        for start, end in loops
+        for start, end in sorted(loops)
         if not any(other != (start, end) and start <= other[0] and other[1] <= end for other in loops)
     ]
-    return tuple(end - start for start, end in sorted(set(inner)))
+    return tuple(
+        Loop(end - start, sum(re.search(r"\b(?:LDL|STL)\b", line) is not None for line in lines[start:end]))
+        for start, end in inner
+    )
 
 
 def disassembled(ptx: Ptx) -> str:
