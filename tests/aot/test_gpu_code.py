@@ -26,6 +26,8 @@ FLOAT32_SPILLS = {
     ("flash_256_256", "pallas_flash_forward"): 64,
     ("flash_256_256", "pallas_flash_backward_q"): 160,
     ("flash_256_256", "pallas_flash_backward_kv"): 448,
+    ("decode_192_128", "pallas_decode"): 64,
+    ("decode_256_256", "pallas_decode"): 64,
 }
 """Bytes that a thread stores or loads at most, of the float32 kernels that spill."""
 
