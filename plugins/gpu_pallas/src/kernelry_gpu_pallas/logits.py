@@ -33,7 +33,7 @@ class Logits:
       plain: whether a positive scale is all there is.
       precision: of products of float32. Triton's default rounds the factors to 10 bits of mantissa; in three parts they
         keep 21.
-      is_interpreted: whether kernels run in interpret mode, which knows no instructions of a GPU.
+      is_interpreted: whether kernels run in interpret mode, which does not have the instructions of a GPU.
     """
 
     scale: float
