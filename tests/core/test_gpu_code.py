@@ -148,8 +148,13 @@ def test_code_is_plain_data():
 
 
 def test_loops_are_counted_from_their_label_to_their_branch():
-    assert gpu_code.read_loops(ASSEMBLY) == (4,)
-    assert gpu_code.read_loops(ASSEMBLY.replace("BRA `(.L_x_1)", "BRA `(.L_x_2)")) == (7,)
+    assert gpu_code.read_loops(ASSEMBLY) == (gpu_code.Loop(4, 0),)
+    assert gpu_code.read_loops(ASSEMBLY.replace("BRA `(.L_x_1)", "BRA `(.L_x_2)")) == (gpu_code.Loop(7, 0),)
+
+
+def test_spills_of_a_loop_are_those_inside():
+    spilled = ASSEMBLY.replace("MOV R1, c[0x0][0x28]", "STL [R1+0x10], R8").replace("FADD R2, R2", "LDL R2, R2", 1)
+    assert gpu_code.read_loops(spilled) == (gpu_code.Loop(4, 1),)
 
 
 def test_dumps_are_read_by_program(tmp_path):

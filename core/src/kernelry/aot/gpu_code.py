@@ -44,7 +44,7 @@ _RESERVED = 1024
 """Bytes of shared memory that CUDA keeps of each block of threads."""
 
 _PACKAGES = ("nvidia.cu13", "nvidia.cuda_nvcc")
-"""In which `nvidia-cuda-nvcc` puts ptxas, for CUDA 13 and 12; jax looks there first."""
+"""In which `nvidia-cuda-nvcc` puts ptxas, for CUDA 13 and 12; jax looks there first. nvdisasm has one of its own."""
 
 _LAUNCH = re.compile(r"\]\s+(\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)")
 """A line of XLA's list of thunks."""
@@ -172,6 +172,19 @@ class GpuCode:
         return {**dataclasses.asdict(self), "products": dict(self.products), "tensor": self.tensor}
 
 
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loop:
+    """An innermost loop of machine code.
+
+    Args:
+      instructions: all of it. spills: those of them that load or store what there was no register for.
+    """
+
+    instructions: int
+    spills: int
+
+
 def read_ptx(text: str) -> Ptx | None:
     """Reads the PTX of a kernel; None where the text has none, as XLA writes texts of constants alone."""
     entry, arch = re.search(r"\.entry\s+(\w+)", text), re.search(r"^\s*\.target\s+(\w+)", text, re.MULTILINE)
@@ -260,19 +273,6 @@ def assemble(ptx: Ptx, kind: str, shared_memory: int = 0) -> GpuCode:
     )
 
 
-def machine_code(ptx: Ptx) -> bytes:
-    """Returns a kernel's cubin, as NVIDIA's assembler makes it of its PTX.
-
-    Raises:
-      NoCompilerError: ptxas is not installed.
-      AssemblerError: ptxas does not accept the text.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        _run_assembler(ptx, cubin)
-        return cubin.read_bytes()
-
-
 def kernels_in(folder: Path) -> Iterator[Listed]:
     """Yields the kernels of the programs of which XLA wrote dumps into a folder, in the order of their launches."""
     for listed in sorted(folder.glob(f"*{THUNKS}")):
@@ -283,28 +283,45 @@ def kernels_in(folder: Path) -> Iterator[Listed]:
             yield Listed(module, launch, by_name.get(launch.kernel))
 
 
-def read_loops(assembly: str) -> tuple[int, ...]:
-    """Reads machine code as `nvdisasm -c` prints it: instructions of each innermost loop, in the order of the program.
+def read_loops(assembly: str) -> tuple[Loop, ...]:
+    """Reads machine code as `nvdisasm -c` prints it: its innermost loops, in the order of the program.
 
     A loop is what lies between a label and a branch back to it, both counted in.
     """
     labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
-    count = 0
+    loops: set[tuple[int, int]] = set()
+    lines: list[str] = []
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = count
+            labels[label[1]] = len(lines)
         elif re.match(r"\s*/\*[0-9a-f]+\*/\s", line):
-            count += 1
+            lines.append(line)
             branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-            if branch and branch[1] in labels and count - labels[branch[1]] > 1:
-                loops.append((labels[branch[1]], count))
+            if branch and branch[1] in labels and len(lines) - labels[branch[1]] > 1:
+                loops.add((labels[branch[1]], len(lines)))
     inner = [
         (start, end)
-        for start, end in loops
+        for start, end in sorted(loops)
         if not any(other != (start, end) and start <= other[0] and other[1] <= end for other in loops)
     ]
-    return tuple(end - start for start, end in sorted(set(inner)))
+    return tuple(
+        Loop(end - start, sum(re.search(r"\b(?:LDL|STL)\b", line) is not None for line in lines[start:end]))
+        for start, end in inner
+    )
+
+
+def disassembled(ptx: Ptx) -> str:
+    """Returns a kernel's machine code as `nvdisasm -c` prints it; `read_loops` reads it.
+
+    Raises:
+      NoCompilerError: ptxas or nvdisasm is not installed.
+      AssemblerError: ptxas does not accept the text.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        _run_assembler(ptx, cubin)
+        command: list[str | Path] = [_tool("nvdisasm", "nvidia-cuda-nvdisasm"), "-c", cubin]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def assembler() -> Path:
@@ -313,19 +330,23 @@ def assembler() -> Path:
     Raises:
       NoCompilerError: there is none.
     """
+    return _tool("ptxas", "kernelry[aot-gpu]")
+
+
+def _tool(name: str, distribution: str) -> Path:
     for package in _PACKAGES:
         try:
             spec = importlib.util.find_spec(package)
         except ModuleNotFoundError:  # no package of NVIDIA is installed at all
             continue
         for folder in (spec.submodule_search_locations or ()) if spec else ():
-            if (path := Path(folder) / "bin" / "ptxas").is_file():
+            if (path := Path(folder) / "bin" / name).is_file():
                 return path
-    if (found := shutil.which("ptxas")) is not None:
+    if (found := shutil.which(name)) is not None:
         return Path(found)
     raise NoCompilerError(
-        "what a GPU kernel takes is said by ptxas, CUDA's assembler, and none was found; "
-        "pip install 'kernelry[aot-gpu]', or put a CUDA toolkit's into PATH."
+        f"what a GPU kernel's machine code takes is said by CUDA's {name}, and none was found; "
+        f"pip install '{distribution}', or put a CUDA toolkit's into PATH."
     )
 
 

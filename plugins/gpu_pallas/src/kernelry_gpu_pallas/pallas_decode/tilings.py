@@ -6,12 +6,18 @@ from collections.abc import Iterator
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
-from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, problems
+from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two, problems
 from kernelry_gpu_pallas.pallas_decode.shared_memory import need
 from kernelry_gpu_pallas.shared_memory import available
 
 _BLOCKS = (64, 128, 32, SMALLEST_BLOCK)
 """Slots; blocks of the search space, the default first where it fits."""
+
+_WIDE_BLOCKS = (32, 64, 128, SMALLEST_BLOCK)
+"""Slots; the same for wide keys and values of float32, of which larger blocks spill about 1000 bytes of a thread."""
+
+_WIDE = 256
+"""Columns of keys and values together, each rounded up to a power of two."""
 
 _STAGES = (3, 2, 1)
 
@@ -25,12 +31,17 @@ _LEAST_BLOCKS = 4
 def search_space(request: Request) -> tuple[Tiling, ...]:
     """Tilings that fit the shared memory of the request's device, each block with most stages; at least one."""
     found: dict[int, Tiling] = {}
-    for block in _BLOCKS:
+    for block in _blocks(request):
         for stages in _STAGES:
             tiling = _tiling(request, block, stages)
             if block not in found and need(request, tiling).most <= available(request):
                 found[block] = tiling
     return tuple(found.values()) or (_smallest(request),)
+
+
+def _blocks(request: Request) -> tuple[int, ...]:
+    columns = power_of_two(request.head_dim) + power_of_two(request.value_dim)
+    return _WIDE_BLOCKS if request.dtype == "float32" and columns > _WIDE else _BLOCKS
 
 
 def refusals(request: Request) -> Iterator[Refusal]:
