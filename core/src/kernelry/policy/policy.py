@@ -306,6 +306,7 @@ def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
             _shipped(Condition(platform=("cpu",), mode=(mode,), mask=atoms, kv_len=lengths), *use)
             for mode, atoms, t in CPU_BLOCKWISE
             for lengths, use in ((least(t), ("blockwise", "dot_product")), (None, ("dot_product",)))
+            if lengths or atoms
         ),
         _shipped(Condition(platform=("tpu",), mode=(Mode.DECODE,)), "ragged", "dot_product"),
         _shipped(Condition(platform=("gpu",), mode=(Mode.DECODE,)), "pallas_decode", "dot_product"),
