@@ -1,6 +1,7 @@
-"""dot_product and blockwise against jax.nn on CPU, and blockwise's block sizes: where the shipped numbers come from.
+"""blockwise's block sizes on CPU: every tiling of its search space against its default. Run: make benchmark.
 
-Run: make benchmark. Every ratio is measured within one run.
+Every ratio is measured within one run. benchmarks/choosing.py compares the kernels, benchmarks/against_peers.py other
+libraries.
 """
 
 import statistics
@@ -13,9 +14,15 @@ import kernelry
 from kernelry import masks
 
 REPEATS = 7
-LENGTHS = (256, 512, 768, 1024, 2048, 4096)
-WINDOWED = ((256, 63), (512, 63), (1024, 63), (2048, 255), (4096, 511))
-TILINGS = ((512, 256), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 512))
+SHAPES = (
+    (256, masks.Causal()),
+    (512, masks.Causal()),
+    (1024, masks.Causal()),
+    (1024, masks.SlidingWindow(63)),
+    (1024, masks.SlidingWindow(255)),
+    (4096, masks.Causal()),
+    (4096, masks.SlidingWindow(511)),
+)
 
 
 def arrays(length):
@@ -32,9 +39,19 @@ def milliseconds(function, *arguments):
     return statistics.median(times), min(times), max(times)
 
 
-def forward_and_gradient(call):
+def attend(mask):
+    def call(q, k, v):
+        return kernelry.attention(q, k, v, mask=mask, kernel="blockwise")
+
     gradient = jax.grad(lambda q, k, v: call(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     return jax.jit(call), jax.jit(gradient)
+
+
+def tilings(length, mask):
+    """Those of blockwise for a shape, its default first."""
+    request = kernelry.Request(q_len=length, q_heads=8, head_dim=64, dtype="float32", mask=mask, target="cpu")
+    [spec] = (kernel.spec for kernel in kernelry.kernels() if kernel.name == "blockwise")
+    return spec.tilings(request)
 
 
 def cell(what, measured, base):
@@ -42,50 +59,16 @@ def cell(what, measured, base):
     return f"   {what} {median:8.1f} ms ({low:.1f} – {high:.1f}), ×{base / median:.2f}"
 
 
-def attend(mask, kernel):
-    return lambda q, k, v: kernelry.attention(q, k, v, mask=mask, kernel=kernel)
-
-
-def against_peers(length, window):
-    """Times the kernels and jax.nn on one shape."""
-    mask = masks.Causal() if window is None else masks.SlidingWindow(window)
-    local = None if window is None else (window, 0)
-    calls = {
-        "jax.nn": lambda q, k, v: jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, local_window_size=local, implementation="xla"
-        ),
-        "dot_product": attend(mask, "dot_product"),
-        "blockwise": attend(mask, "blockwise"),
-    }
-    print(f"B1 N8 H64 float32, T={length}, {mask}")
-    base = None
-    for name, call in calls.items():
-        forward, gradient = (milliseconds(f, *arrays(length)) for f in forward_and_gradient(call))
-        base = base or (forward[0], gradient[0])
-        print(f"  {name:<12}" + cell("forward", forward, base[0]) + cell("forward+gradient", gradient, base[1]))
-
-
-def block_sizes(length, mask):
-    """Times blockwise's tilings on one shape, against the first."""
-    print(f"block_q × block_kv, B1 N8 H64 float32, T={length}, {mask}")
-    base = None
-    for block_q, block_kv in TILINGS:
-        with kernelry.use(tiling={"block_q": block_q, "block_kv": block_kv}):
-            functions = forward_and_gradient(attend(mask, "blockwise"))
-            forward, gradient = (milliseconds(f, *arrays(length)) for f in functions)
-        base = base or (forward[0], gradient[0])
-        name = f"{block_q} × {block_kv}"
-        print(f"  {name:<12}" + cell("forward", forward, base[0]) + cell("forward+gradient", gradient, base[1]))
-
-
 def main():
-    for length in LENGTHS:
-        against_peers(length, None)
-    for length, window in WINDOWED:
-        against_peers(length, window)
-    block_sizes(4096, masks.Causal())
-    block_sizes(4096, masks.SlidingWindow(511))
-    block_sizes(1024, masks.SlidingWindow(63))
+    for length, mask in SHAPES:
+        print(f"block_q × block_kv, B1 N8 H64 float32, T={length}, {mask}")
+        base = None
+        for tiling in tilings(length, mask):
+            with kernelry.use(tiling=dict(tiling.values)):
+                forward, gradient = (milliseconds(function, *arrays(length)) for function in attend(mask))
+            base = base or (forward[0], gradient[0])
+            name = f"{tiling['block_q']} × {tiling['block_kv']}"
+            print(f"  {name:<12}" + cell("forward", forward, base[0]) + cell("forward+gradient", gradient, base[1]))
 
 
 if __name__ == "__main__":
