@@ -506,3 +506,39 @@ def test_a_call_of_one_tile_has_no_loop():
 def test_positions_need_no_adapter(where):
     request = Request(q_len=9, mask=masks.Causal().at(**where))
     assert kernelry.resolve(request, kernel="blockwise").plan.steps == ()
+
+
+def _within(query, kv, reach):
+    return abs(query - kv) <= reach
+
+
+def _listed(query, kv, table):
+    return table[0, 0, 0, kv] > query % 3
+
+
+LENGTH = 24
+OPERANDS_OF_PREDICATES = {
+    "a number": (_within, (1, 1, 1, 1)),
+    "rows of queries": (_within, (2, 1, LENGTH, 1)),
+    "all pairs": (_within, (1, 2, LENGTH, LENGTH)),
+    "a table by position": (_listed, (1, 1, 1, LENGTH)),
+}
+
+
+@pytest.mark.parametrize("block", [1, 5, 8])
+@pytest.mark.parametrize("name", OPERANDS_OF_PREDICATES)
+def test_a_tile_gets_its_part_of_a_predicates_operands(name, block):
+    function, shape = OPERANDS_OF_PREDICATES[name]
+    mask = masks.Predicate(function, np.random.default_rng(0).integers(0, 9, shape))
+    query = jax.random.normal(jax.random.key(0), (2, LENGTH, 2, 8))
+
+    def attend(query, kernel):
+        return kernelry.attention(query, query, query, mask=mask, kernel=kernel)
+
+    def results(kernel):
+        return attend(query, kernel), jax.grad(lambda query: jnp.sin(attend(query, kernel)).sum())(query)
+
+    with kernelry.use(tiling={"block_q": block, "block_kv": 8}):
+        found = results("blockwise")
+    for mine, right in zip(found, results("dot_product"), strict=True):
+        np.testing.assert_allclose(mine, right, atol=2e-5)

@@ -22,7 +22,7 @@ from kernelry.masks.arrays import (
 from kernelry.masks.base import Extent, Mask, Placeholder
 from kernelry.masks.form import Atom, AtomKind
 from kernelry.masks.run_time import BlockGrid, Decided
-from kernelry.masks.side import ArrayLike, Axis, Side
+from kernelry.masks.side import ArrayLike, Side
 
 if TYPE_CHECKING:
     from kernelry.masks.composition import Conjunct
@@ -50,12 +50,7 @@ class Dense(Mask):
         object.__setattr__(self, "visible", as_booleans("Dense: visible", self.visible, instead))
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        visible = with_rank_4(self.visible)
-        for side in (query, kv):
-            axis = 2 if side.axis is Axis.QUERY else 3
-            if not side.whole and visible.shape[axis] > 1:
-                visible = module_of(visible, side.slots).take(visible, side.slots.reshape(-1), axis=axis)
-        return visible
+        return kv.cut(query.cut(with_rank_4(self.visible)))
 
     def check(self, extent: Extent) -> None:
         full = (extent.batch, extent.q_heads, extent.q_len, extent.kv_len)

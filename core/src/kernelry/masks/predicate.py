@@ -33,7 +33,8 @@ class Predicate(Mask):
       fn: `fn(query_positions, kv_positions, *operands)` returns booleans. The positions are
         [B or 1, 1, T, 1] and [B or 1, 1, 1, S], so that they broadcast to B N T S; a kernel may
         call it with the positions of a tile. It must be traceable.
-      operands: arrays handed to it as they are; give them four dimensions, e.g. [B, 1, 1, 1].
+      operands: arrays handed to it; give them four dimensions, e.g. [B, 1, 1, 1]. Where the function takes a tile's
+        positions only with a tile's part of operands that broadcast to B N T S, it gets that part; else all of them.
     """
 
     fn: Callable[..., Any]
@@ -69,7 +70,8 @@ class Predicate(Mask):
         return Atom(AtomKind.PREDICATE, (named, OPERANDS) if self.operands else (named,))
 
     def evaluate(self, query: Side, kv: Side) -> ArrayLike:
-        visible = as_array(self.fn(query.positions, kv.positions, *self.operands))
+        operands = _operands_of(self, query, kv) if self.operands else ()
+        visible = as_array(self.fn(query.positions, kv.positions, *operands))
         if visible.dtype != np.bool_ or visible.ndim > 4:
             raise ShapeError(
                 f"Predicate: {title_of(self.fn)} must return booleans that broadcast to B N T S, "
@@ -91,6 +93,24 @@ class Predicate(Mask):
 
     def __repr__(self) -> str:
         return f"Predicate({', '.join([title_of(self.fn), *map(described, self.operands)])})"
+
+
+def _operands_of(predicate: Predicate, query: Side, kv: Side) -> tuple[Any, ...]:
+    """The operands for these slots."""
+    if query.whole and kv.whole:
+        return predicate.operands
+    whole: tuple[Any, ...] = predicate.operands
+    if not isinstance(query.slots, np.ndarray):  # traced positions index no NumPy array
+        whole = jax.tree.map(jax.numpy.asarray, whole)
+    try:
+        found = jax.eval_shape(predicate.fn, query.positions, kv.positions, *whole)
+        part = (query.slots.shape[-2], kv.slots.shape[-1])
+        if all(have in (1, want) for have, want in zip(np.shape(found)[-2:][::-1], part[::-1], strict=False)):
+            return whole
+    except (TypeError, ValueError):  # what array libraries raise where shapes do not broadcast
+        pass
+    cut: tuple[Any, ...] = jax.tree.map(lambda leaf: kv.cut(query.cut(leaf)) if np.ndim(leaf) == 4 else leaf, whole)
+    return cut
 
 
 def arrays_held(atom: Atom) -> tuple[tuple[int, ...], ...] | None:

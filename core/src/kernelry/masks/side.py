@@ -83,6 +83,13 @@ class Side:
             values = values[:, self.slots.reshape(-1)]
         return _place(values, self.axis)
 
+    def cut(self, array: ArrayLike) -> ArrayLike:
+        """Takes these slots of an array that broadcasts to B N T S."""
+        if self.whole or array.shape[self.axis.value] == 1:
+            return array
+        xp = np if isinstance(array, np.ndarray) and isinstance(self.slots, np.ndarray) else jnp
+        return xp.take(array, self.slots.reshape(-1), axis=self.axis.value)
+
     def first(self, length: int) -> Side:
         """Returns the slots below `length`; of a tile all, those beyond moved to the last slot below it."""
         if self.whole:
