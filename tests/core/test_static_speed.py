@@ -15,6 +15,7 @@ from kernelry.resolution.published import DEVICE_RATES
 OLD = "%1 = vmatmul.bf16.gmra.mxu{unit} %v1"
 OLD_FLOAT = "%1 = vmatmul.f32.gmra.mxu{unit} %v1"
 NEW = "%1 = vmatmul.mubr.bf16.gmra.mrb[4].mxu{unit} %v1"
+V6E = "%1 = vmatmul.mubr.bf16.vlgmr.msra.gmra.mxu{unit} %v1"
 NEW_FLOAT = "%1 = vmatmul.mubr.f32.vlgmr.msra.gmra.mrb[0].mxu{unit} %v1"
 SPILL = "%2 = vst [vmem:[#allocation9_spill] sm:$0xff] %v1"
 FILL = "%v3 = vld [vmem:[#allocation9_spill] sm:$0xff]"
@@ -113,7 +114,8 @@ def test_bodies_stand_in_the_order_of_the_program():
 
 
 @pytest.mark.parametrize(
-    ("instruction", "units", "cycles"), [(OLD, 4, 16), (OLD_FLOAT, 4, 8), (NEW, 2, 8), (NEW_FLOAT, 2, 4)]
+    ("instruction", "units", "cycles"),
+    [(OLD, 4, 16), (OLD_FLOAT, 4, 8), (NEW, 2, 8), (NEW_FLOAT, 2, 4), (V6E, 2, 8)],
 )
 def test_a_product_occupies_its_matrix_unit_for_the_rows_of_a_register(instruction, units, cycles):
     [body] = read_schedule(Text().grid(matmuls(units * 5, instruction, units))).bodies

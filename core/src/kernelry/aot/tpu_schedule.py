@@ -157,7 +157,7 @@ def _outermost(spans: Iterable[_Span]) -> list[_Span]:
 
 
 _ADDRESS = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:([A-Z]{2})\s*)?: ")
-_PRODUCT = re.compile(r"= vmatmul\.(?:mubr\.)?(\w+)\.\S*?(mrb\[\d+\]\.)?mxu(\d)")
+_PRODUCT = re.compile(r"= vmatmul\.(mubr\.)?(\w+)\.\S*?mxu(\d)")
 _SPILL = re.compile(r"= v(?:ld|st) \[vmem:\[#allocation\d+_spill\]")
 _BRANCH = re.compile(r"= sbr\.rel (?:\([^)]*\) )?target = \$region(\d+)")
 _TRANSFER = re.compile(r"= dma\.")
@@ -166,13 +166,13 @@ _ROWS = {"f32": 8, "bf16": 16}
 """Of one product of one register [8, 128] of 32 bits; of 8 bits it has 32, at twice the rate of bfloat16."""
 
 
-def _occupancy(dtype: str, buffered: bool) -> int:
+def _occupancy(dtype: str, wide: bool) -> int:
     """Cycles for which a product occupies its matrix unit.
 
-    One row of 128 a cycle on v5e and v5p; on v6e and tpu7x, whose results go to a buffer (`mrb`), two rows of 256.
+    One row of 128 a cycle on v5e and v5p; on v6e and tpu7x, whose products name a register (`mubr`), two rows of 256.
     """
     rows = _ROWS.get(dtype, 16)
-    return rows // 2 if buffered else rows
+    return rows // 2 if wide else rows
 
 
 @final
@@ -210,7 +210,7 @@ class _Program:
             if address < 0:
                 continue
             branches += [(address, name) for name in _BRANCH.findall(line)]
-            products += [(address, unit, _occupancy(dtype, bool(mrb))) for dtype, mrb, unit in _PRODUCT.findall(line)]
+            products += [(address, unit, _occupancy(dtype, bool(wide))) for wide, dtype, unit in _PRODUCT.findall(line)]
             spills += [address] * len(_SPILL.findall(line))
             transfers += [address] * len(_TRANSFER.findall(line))
             opened |= dict.fromkeys(re.findall(r"Start(?:/End empty)? region (\d+)", line), address)
