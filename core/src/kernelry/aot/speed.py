@@ -1,4 +1,10 @@
-"""How long a kernel takes, predicted from what its compiler wrote: static, not measured."""
+"""How long a kernel takes, predicted from what its compiler wrote: static, not measured.
+
+tests/aot/test_published_timings.py has the published times that predictions are compared with. With the bytes of the
+copies around the kernel, predictions are 0.8 to 1.0 of those of v5p, 0.7 to 0.9 of v6e and 0.7 to 0.8 of tpu7x, of
+which some short ones are below 0.7. For other devices none are published, so that predictions rank tilings; they do not
+promise times.
+"""
 
 from __future__ import annotations
 

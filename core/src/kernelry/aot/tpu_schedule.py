@@ -88,8 +88,8 @@ def read_schedule(bundles: str, utilization: str | None = None) -> Schedule:
       utilization: the content of the `*-final_hlo-static-per-bundle-utilization.txt` of the same kernel.
 
     Raises:
-      ScheduleError: there are no bundles, a loop has no end, no region has a product, a loop stands
-        in a region with a product (how often it runs is not written down), or the two texts have different lengths.
+      ScheduleError: there are no bundles, a loop has no end, no region has a product, a region
+        with a product has a loop (how often it runs is not written down), or the two texts have different lengths.
     """
     program = _Program.of(bundles)
     step = program.step()
