@@ -141,7 +141,7 @@ AOT_TESTS = $(AOT_VENV)/bin/python -m pytest -n 2 -p no:randomly -m aot
 aot-environment:
 	$(PYTHON) -m venv $(AOT_VENV)
 	$(AOT_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all,aot-tpu,aot-gpu]" -e ./plugins/dot_product \
-		-e "./plugins/tpu_splash[tokamax]" -e "./plugins/gpu_pallas[tokamax]" -e ./plugins/cudnn_te $(TEST_NEEDS)
+		-e "./plugins/tpu_splash[tokamax]" -e "./plugins/gpu_pallas[tokamax]" -e ./plugins/cudnn_te "nvidia-cuda-nvdisasm>=13.0" $(TEST_NEEDS)
 
 test-aot: aot-environment
 	$(AOT_TESTS) tests/aot $(ARGS)

@@ -117,15 +117,21 @@ def _part(operand, row, head, query, kv):
 
 
 @pytest.mark.parametrize(("q_len", "name"), [(q_len, name) for q_len, named in TILES.items() for name in named])
-def test_a_tile_shows_what_the_mask_shows(q_len, name):
-    """Without a kernel: what one is handed of the mask, and what it makes of that."""
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_a_tile_shows_what_the_mask_shows(q_len, name, by_keys):
+    """Without a kernel: what one is handed of the mask, and what it makes of that, in tiles of either order."""
     mask, query, kv = TILES[q_len][name], np.arange(3, 20, dtype=np.int32), np.arange(16, 48, dtype=np.int32)
     tile_mask = TileMask.of(mask.canonical(), Request(batch=2, q_len=q_len, kv_len=LENGTH, q_heads=4, mask=mask))
     wanted = testing.reference_mask(mask, 2, 4, q_len, LENGTH)[:, :, query][..., kv]
     for row, head in ((0, 0), (1, 3)):
-        read = [_part(operand, row, head, query, kv) for operand in tile_mask.operands].__getitem__
-        found = tile_mask.visible(jnp.asarray(query), jnp.asarray(kv), read)
-        found = np.ones((1, 1), bool) if found is None else found
+        parts = [_part(operand, row, head, query, kv) for operand in tile_mask.operands]
+        if by_keys:
+            parts = [
+                part.T if operand.along is Along.PAIRS else part
+                for part, operand in zip(parts, tile_mask.operands, strict=True)
+            ]
+        found = tile_mask.visible(jnp.asarray(query), jnp.asarray(kv), parts.__getitem__, by_keys=by_keys)
+        found = np.ones((1, 1), bool) if found is None else found.T if by_keys else found
         assert found.dtype == bool
         np.testing.assert_array_equal(np.broadcast_to(found, wanted[row, head].shape), wanted[row, head])
 
@@ -473,8 +479,7 @@ def test_gradients_of_wide_heads_leave_room_in_the_tensor_memory_of_blackwell():
     facts = {"q_len": 512, "head_dim": 192, "value_dim": 128, "dtype": "bfloat16"}
     on_blackwell, on_hopper = (kernelry.Request(target=target, **facts) for target in ("gpu:b200", "gpu:h100"))
     assert max(tiling["block_kv_dkv"] for tiling in PALLAS_FLASH.tilings(on_blackwell)) == 64
-    wide = PALLAS_FLASH.tilings(on_hopper)[0]
-    assert wide["block_kv_dkv"] == 128
+    wide = Tiling.of(**{**dict(PALLAS_FLASH.tilings(on_hopper)[0].values), "block_q_dkv": 32, "block_kv_dkv": 128})
     with pytest.raises(ConfigError, match="block_kv_dkv=128 of pallas_flash accumulates 384 columns in tensor memory"):
         tilings.check(on_blackwell, wide)
     tilings.check(dataclasses.replace(on_blackwell, gradients=()), wide)

@@ -25,50 +25,62 @@ class Logits:
     """Scale · ⟨query, key⟩, with the bias, under the soft cap or after it.
 
     The device has exp2; the factor log2(e) is applied to differences of logits, for a logit of −3e38, which an additive
-    mask makes, would overflow in base 2. Where the scale is all there is between a product and its logit, it joins that
-    factor.
+    mask makes, would overflow in base 2. Where a positive scale is all there is between a product and its logit, it
+    joins that factor: the maximum of the products is that of the logits.
 
     Args:
       scale, soft_cap, bias_after_cap: of the request.
-      unit: how many times the logits are what a call returns.
+      plain: whether a positive scale is all there is.
       precision: of products of float32. Triton's default rounds the factors to 10 bits of mantissa; in three parts they
         keep 21.
+      is_interpreted: whether kernels run in interpret mode, which knows no instructions of a GPU.
     """
 
     scale: float
     soft_cap: float | None
     bias_after_cap: bool
-    unit: float
+    plain: bool
     precision: Any
+    is_interpreted: bool
 
     @classmethod
-    def of(cls, request: Request, *, scaled: bool = False) -> Logits:
-        """Those of a request; `scaled` where the logits themselves are needed, not only their differences."""
+    def of(cls, request: Request) -> Logits:
+        """Those of a request."""
         plain = request.bias is None and request.soft_cap is None and request.scale > 0
-        unit = 1.0 if scaled or not plain else request.scale
         precision = _precision(request) if request.dtype == "float32" else None
-        return cls(request.scale, request.soft_cap, request.bias_after_cap, unit, precision)
+        return cls(request.scale, request.soft_cap, request.bias_after_cap, plain, precision, request.is_interpreted)
+
+    @property
+    def unit(self) -> float:
+        """How many times the logits are what a call returns."""
+        return self.scale if self.plain else 1.0
 
     def power(self, difference: jax.Array) -> jax.Array:
-        """Returns exp(difference) of two logits in this unit."""
+        """Returns exp(difference) of two logits in this unit, outside of a kernel."""
         return jnp.exp2(difference * (self.unit * LOG2_E))
 
-    def product(self, one: jax.Array, other: jax.Array, *, turn_one: bool = False, turn_other: bool = False) -> Any:
-        """Returns one · other, summed in float32; either may be transposed."""
-        return plgpu.dot(one, other, trans_a=turn_one, trans_b=turn_other, precision=self.precision)
+    def power_in_kernel(self, difference: jax.Array) -> jax.Array:
+        """Returns exp(difference) of two logits in this unit, inside a kernel."""
+        exponent = difference * (self.unit * LOG2_E)
+        return jnp.exp2(exponent) if self.is_interpreted else _exp2_on_gpu(exponent)
+
+    def product(self, one: jax.Array, other: jax.Array, *, turn_other: bool = False) -> Any:
+        """Returns one · other, summed in float32; `other` may be transposed."""
+        return plgpu.dot(one, other, trans_b=turn_other, precision=self.precision)
 
     def __call__(
-        self, query: jax.Array, key: jax.Array, bias: jax.Array | None, key_scale: jax.Array | None = None
-    ) -> tuple[Float[Array, "block_q block_kv"], Float[Array, "block_q block_kv"] | None]:
+        self, one: jax.Array, other: jax.Array, bias: jax.Array | None, key_scale: jax.Array | None = None
+    ) -> tuple[Float[Array, "one other"], Float[Array, "one other"] | None]:
         """Returns the logits before the mask, in this unit, and the slope of the soft cap.
 
         Args:
-          query, key: tiles. bias: [block_q or 1, block_kv or 1]. key_scale: [block_kv], of quantised keys.
+          one, other: tiles of queries and keys [one, H] and [other, H], or of keys and queries.
+          bias: [one or 1, other or 1]. key_scale: [other], of quantised keys.
         """
-        found = self.product(query, key, turn_other=True)
+        found = self.product(one, other, turn_other=True)
         if key_scale is not None:
             found = found * key_scale[None, :]
-        if self.unit == self.scale and self.soft_cap is None and bias is None:
+        if self.plain:
             return found, None
         found = found * self.scale
         if bias is not None and not self.bias_after_cap:
@@ -80,6 +92,21 @@ class Logits:
         if bias is not None and self.bias_after_cap:
             capped = capped + bias.astype(jnp.float32)
         return capped, 1.0 - share * share
+
+
+def _exp2_on_gpu(exponent: jax.Array) -> jax.Array:
+    """Returns 2^exponent by PTX's `ex2.approx.ftz.f32`: off by 2 ulp at most; 0 where it is below 2^−126, and of −inf.
+
+    What the compiler makes of `exp2` scales subnormal numbers up and down again, in three instructions more.
+    """
+    (found,) = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=(exponent,),
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=(jax.ShapeDtypeStruct(exponent.shape, jnp.float32),),  # type: ignore[no-untyped-call]
+    )
+    return found
 
 
 def _precision(request: Request) -> Any:

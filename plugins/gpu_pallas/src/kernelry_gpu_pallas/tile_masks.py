@@ -67,7 +67,7 @@ Read: TypeAlias = Callable[[int], Any]
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Tile:
-    """A block of queries [block_q, 1] and one of keys [1, block_kv]."""
+    """A block of queries [block_q, 1] and one of keys [1, block_kv]; or [1, block_q] and [block_kv, 1]."""
 
     query: Side
     kv: Side
@@ -93,11 +93,18 @@ class TileMask:
         return cls(tuple(taken.operands), parts)
 
     def visible(
-        self, query_slots: jax.Array, kv_slots: jax.Array, read: Read
+        self, query_slots: jax.Array, kv_slots: jax.Array, read: Read, *, by_keys: bool = False
     ) -> Bool[Array, "#block_q #block_kv"] | None:
-        """Evaluates the masks for int32 slots [block_q] and [block_kv]; None where nothing is ever hidden."""
-        query = Side(Axis.QUERY, query_slots[:, None], query_slots[:, None], whole=False)
-        kv = Side(Axis.KV, kv_slots[None, :], kv_slots[None, :], whole=False)
+        """Evaluates the masks for int32 slots [block_q] and [block_kv]; None where nothing is ever hidden.
+
+        Args:
+          by_keys: whether the result is [block_kv, block_q], and `read` returns pairs so.
+        """
+        down, across = (kv_slots, query_slots) if by_keys else (query_slots, kv_slots)
+        down, across = down[:, None], across[None, :]
+        query_slots, kv_slots = (across, down) if by_keys else (down, across)
+        query = Side(Axis.QUERY, query_slots, query_slots, whole=False)
+        kv = Side(Axis.KV, kv_slots, kv_slots, whole=False)
         tile = _Tile(query, kv, read)
         found = [part(tile) for part in self.parts]
         return functools.reduce(operator.and_, found) if found else None
@@ -179,8 +186,8 @@ class _Taken:
         own, other = self._take(Along.QUERY, both[0]), self._take(Along.KV, both[1])
 
         def same(tile: _Tile) -> Any:
-            ids = tile.read(own)[:, None]
-            return (ids == tile.read(other)[None, :]) & (ids >= 0)
+            ids = tile.read(own).reshape(tile.query.slots.shape)
+            return (ids == tile.read(other).reshape(tile.kv.slots.shape)) & (ids >= 0)
 
         return same
 

@@ -151,8 +151,8 @@ def _part(*refs: Any, settings: _KernelSettings) -> None:
                 seen = visible.astype(jnp.int32).max(axis=0) > 0
                 scale = None if scale is None else jnp.where(seen, scale, 0.0)
         highest = jnp.maximum(top, logits.max(axis=1))
-        probability = settings.logits.power(logits - highest[:, None])
-        before = settings.logits.power(top - highest)
+        probability = settings.logits.power_in_kernel(logits - highest[:, None])
+        before = settings.logits.power_in_kernel(top - highest)
         weighted = probability if scale is None else probability * scale[None, :]
         more = settings.logits.product(weighted.astype(held.dtype), held)
         return total * before[:, None] + more, highest, weight * before + probability.sum(axis=1)

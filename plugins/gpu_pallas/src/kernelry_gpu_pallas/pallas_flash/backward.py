@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 
 from kernelry.plugin import Gradients, Inputs, Request, Tiling
 from kernelry_gpu_pallas.blocks import power_of_two
-from kernelry_gpu_pallas.logits import cleaned
+from kernelry_gpu_pallas.logits import Logits, cleaned
 from kernelry_gpu_pallas.pallas_flash.operands import At, Operands, Sizes
-from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, KernelSettings, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, KernelSettings, over_runs
 from kernelry_gpu_pallas.runs import Runs
 from kernelry_gpu_pallas.slots import Slots, load, store
 from kernelry_gpu_pallas.tile_masks import TileMask
@@ -28,7 +28,7 @@ from kernelry_gpu_pallas.tile_masks import TileMask
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Whole:
-    """What both kernels read besides the inputs, of the whole attention."""
+    """What both kernels read besides the inputs, of the whole attention; lse in the unit of the kernels' logits."""
 
     d_out: Float[Array, "B T N D"]
     lse: Float[Array, "B N T"]
@@ -48,7 +48,7 @@ def backward(
     delta = jnp.einsum("BTND,BTND->BNT", out.astype(jnp.float32), d_out.astype(jnp.float32))
     if d_lse is not None:
         delta = delta - d_lse
-    whole = _Whole(d_out.astype(inputs.query.dtype), lse, delta)
+    whole = _Whole(d_out.astype(inputs.query.dtype), lse / Logits.of(request).unit, delta)
     d_query = _of_queries(inputs, request, tiling, whole)
     d_key, d_value = _of_keys(inputs, request, tiling, whole)
     return Gradients(d_query, d_key, d_value)
@@ -104,7 +104,7 @@ def _operands(
     operands.add_rows("lse", whole.lse)
     operands.add_rows("delta", whole.delta)
     outputs = ("d_key", "d_value") if sizes.by_keys else ("d_query",)
-    return operands, KernelSettings.of(request, operands, mask, outputs, scaled=True)
+    return operands, KernelSettings.of(request, operands, mask, outputs)
 
 
 def _compiler_params(tiling: Tiling) -> plgpu.CompilerParams:
@@ -143,9 +143,9 @@ def _key_block(*all_refs: Any, settings: KernelSettings) -> None:
             query_slots = Slots(row * sizes.block_q, sizes.block_q, sizes.q_len)
             rows = _Rows.read(refs, head, query_slots, sizes)
             probability, d_logits, _ = _tile(settings, refs, head, rows, (query_slots, kv_slots), (key, value), masked)
-            d_value = d_value + settings.logits.product(probability.astype(value.dtype), rows.d_out, turn_one=True)
+            d_value = d_value + settings.logits.product(probability.astype(value.dtype), rows.d_out)
             query = rows.alive if masked and settings.empties else rows.query
-            d_key = d_key + settings.logits.product(d_logits.astype(key.dtype), query, turn_one=True)
+            d_key = d_key + settings.logits.product(d_logits.astype(key.dtype), query)
             return d_key, d_value
 
         return over_runs(refs, visit, sums)
@@ -201,16 +201,17 @@ def _tile(
     kv: tuple[jax.Array, jax.Array],
     masked: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Probabilities of a tile, the cotangents of its logits, and what of it is visible."""
+    """Probabilities of a tile, the cotangents of its logits, and what of it is visible; as a tile of the kernel is."""
     key, value = kv
-    bias = pairs(refs["bias"], head, *slots, other=0.0) if "bias" in refs else None
-    logits, slope = settings.logits(rows.query, key, bias)
-    visible = visible_in(settings.mask, refs, head, *slots) if masked else None
+    logits, slope = settings.logits_of(refs, head, (rows.query, key), slots)
+    visible = settings.visible(refs, head, *slots) if masked else None
     if visible is not None:
         logits = jnp.where(visible, logits, -jnp.inf)
     # At most 1, though a logit as large as 1e9 may round to more than it did in the forward pass.
-    probability = settings.logits.power(jnp.minimum(logits - rows.lse[:, None], 0.0))
-    d_logits = probability * (settings.logits.product(rows.d_out, value, turn_other=True) - rows.delta[:, None])
+    probability = settings.logits.power_in_kernel(jnp.minimum(logits - settings.tile_of_rows(rows.lse), 0.0))
+    one, other = (value, rows.d_out) if settings.sizes.by_keys else (rows.d_out, value)
+    d_probability = settings.logits.product(one, other, turn_other=True)
+    d_logits = probability * (d_probability - settings.tile_of_rows(rows.delta))
     if slope is not None:
         d_logits = d_logits * slope
     if visible is not None:

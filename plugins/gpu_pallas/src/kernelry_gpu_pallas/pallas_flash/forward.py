@@ -16,7 +16,7 @@ from kernelry.plugin import Inputs, Request, Tiling, log_sum
 from kernelry_gpu_pallas.blocks import power_of_two
 from kernelry_gpu_pallas.logits import LOWEST, cleaned
 from kernelry_gpu_pallas.pallas_flash.operands import At, Operands, Sizes
-from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, KernelSettings, over_runs, pairs, visible_in
+from kernelry_gpu_pallas.pallas_flash.tiles import ONE_HEAD, KernelSettings, over_runs
 from kernelry_gpu_pallas.runs import Runs
 from kernelry_gpu_pallas.slots import Slots, load, store
 from kernelry_gpu_pallas.tile_masks import TileMask
@@ -81,16 +81,16 @@ def _block(*all_refs: Any, settings: KernelSettings) -> None:
         kv_slots = Slots(column * sizes.block_kv, sizes.block_kv, sizes.kv_len)
         key = load(refs["key"].at[kv_slots.window, :], kv_slots, sizes.head_dim)
         value = load(refs["value"].at[kv_slots.window, :], kv_slots, sizes.value_dim)
-        bias = pairs(refs["bias"], ONE_HEAD, query_slots, kv_slots, other=0.0) if "bias" in refs else None
-        logits, _ = settings.logits(query, key, bias)
-        visible = visible_in(settings.mask, refs, ONE_HEAD, query_slots, kv_slots) if masked else None
+        slots = query_slots, kv_slots
+        logits, _ = settings.logits_of(refs, ONE_HEAD, (query, key), slots)
+        visible = settings.visible(refs, ONE_HEAD, *slots) if masked else None
         if visible is not None:
             logits = jnp.where(visible, logits, -jnp.inf)
             if settings.hides:
                 value = cleaned(value, visible)
         highest = jnp.maximum(top, logits.max(axis=1))
-        probability = settings.logits.power(logits - highest[:, None])
-        before = settings.logits.power(top - highest)
+        probability = settings.logits.power_in_kernel(logits - highest[:, None])
+        before = settings.logits.power_in_kernel(top - highest)
         more = settings.logits.product(probability.astype(value.dtype), value)
         return total * before[:, None] + more, highest, weight * before + probability.sum(axis=1)
 

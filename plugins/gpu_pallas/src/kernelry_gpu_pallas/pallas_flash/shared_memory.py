@@ -63,7 +63,7 @@ def _need(request: Request, tiling: Mapping[str, int], end: str) -> Need:
     if end != "_dkv":
         return Need(least, rest + (stages + again) * move)
     keeps_a_stage = is_split or min(block_q, block_kv) >= _WARP_GROUP_ROWS
-    copies = max(2, stages) + again if keeps_a_stage else max(2, stages - 1)
+    copies = (max(2, stages) if keeps_a_stage else max(2, stages - 1)) + again
     return Need(least, rest + 2 * block_q * block_kv * itemsize + copies * move)
 
 

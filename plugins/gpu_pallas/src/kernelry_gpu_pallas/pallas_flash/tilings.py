@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import final
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
@@ -11,7 +13,7 @@ from kernelry_gpu_pallas.pallas_flash.shared_memory import needs
 from kernelry_gpu_pallas.shared_memory import available
 
 _FORWARD = ((128, 64), (128, 128), (64, 64), (128, 32), (64, 32), (32, 32), (16, 16))
-"""Elements; block_q and block_kv of the search space, the default first where it fits."""
+"""Elements; block_q and block_kv of the search space."""
 
 _BACKWARD = ((128, 32), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 """Elements; of the tile that stays and the tile that comes and goes."""
@@ -22,8 +24,53 @@ _WIDE = 128
 """Elements; from this head dim on eight warps share what four would have to spill."""
 
 
-_BLACKWELL = 100
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tiles:
+    """The tiles that are the default where they fit.
+
+    Args:
+      forward: block_q, block_kv, warps, and stages at most.
+      backward: slots of the tile that stays, of the one that comes and goes, warps, and stages at most.
+    """
+
+    forward: tuple[int, int, int, int]
+    backward: tuple[int, int, int, int]
+
+
+_AMPERE, _HOPPER, _BLACKWELL = 80, 90, 100
 """Compute capability times ten."""
+
+_HALF: dict[int, dict[int, _Tiles]] = {
+    _AMPERE: {
+        128: _Tiles((128, 64, 8, 3), (64, 64, 4, 3)),
+        256: _Tiles((128, 64, 8, 3), (64, 64, 8, 3)),
+        384: _Tiles((128, 64, 8, 2), (64, 64, 8, 2)),
+        512: _Tiles((64, 64, 8, 2), (32, 64, 8, 2)),
+    },
+    _HOPPER: {
+        128: _Tiles((128, 64, 4, 3), (64, 64, 4, 3)),
+        256: _Tiles((128, 64, 8, 3), (128, 32, 8, 3)),
+        384: _Tiles((128, 64, 8, 3), (64, 32, 8, 2)),
+        512: _Tiles((128, 64, 8, 2), (64, 32, 8, 3)),
+    },
+    _BLACKWELL: {
+        128: _Tiles((128, 64, 8, 3), (128, 32, 4, 3)),
+        256: _Tiles((128, 64, 8, 3), (64, 64, 8, 3)),
+        384: _Tiles((128, 64, 8, 3), (64, 32, 8, 1)),
+        512: _Tiles((128, 64, 8, 2), (64, 16, 8, 1)),
+    },
+}
+"""Of bfloat16 and float16, by compute capability and the columns of keys and values together, each rounded up to a
+power of two: ptxas spills no register, and products take the fastest path of the generation. Not measured."""
+
+_FLOAT32 = {
+    128: _Tiles((64, 32, 8, 2), (32, 32, 8, 2)),
+    256: _Tiles((32, 32, 8, 2), (32, 16, 8, 2)),
+    384: _Tiles((16, 32, 8, 1), (16, 16, 8, 1)),
+    512: _Tiles((16, 32, 4, 1), (16, 16, 8, 1)),
+}
+"""The same of float32, of every generation; each kernel spills 512 bytes of a thread at most, most of them none."""
 
 _TENSOR_ROWS, _TENSOR_COLUMNS = 128, 256
 """Of the gradients of keys and values that a Blackwell accumulates in its tensor memory. It has 512 columns; for head
@@ -32,13 +79,35 @@ dims of 192, rounded up to 256, and 128 the compiler asks for 640, and 128 and 1
 
 def search_space(request: Request) -> tuple[Tiling, ...]:
     """Tilings that fit the shared memory of the request's device, the best guess first. None of them is measured."""
-    forward = _first_fits(request, [_of_forward(request, *blocks, stages) for blocks in _FORWARD for stages in _STAGES])
+    tiles = _default(request)
+    forward = _first_fits(
+        request, [_of_forward(request, *each) for each in (*_fewer(tiles.forward), *_every(request, _FORWARD))]
+    )
     backward = _first_fits(
-        request, [_of_backward(request, *blocks, stages) for blocks in _BACKWARD for stages in _STAGES]
+        request, [_of_backward(request, *each) for each in (*_fewer(tiles.backward), *_every(request, _BACKWARD))]
     )
     best = {**forward[0], **backward[0]}
     every = [{**best, **part} for part in (*forward, *backward)]
     return tuple(dict.fromkeys(Tiling.of(**values) for values in (best, *every)))
+
+
+def _fewer(tile: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """A tile with as many stages, and with fewer."""
+    one, other, warps, most = tile
+    return ((one, other, warps, stages) for stages in range(most, 0, -1))
+
+
+def _every(request: Request, blocks: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, int, int]]:
+    """Tiles of all blocks with all stages."""
+    return ((*each, _warps(request, each[0]), stages) for each in blocks for stages in _STAGES)
+
+
+def _default(request: Request) -> _Tiles:
+    """The tiles of a device's generation; of one that is not known those of the least, which any serves."""
+    columns = power_of_two(request.head_dim) + power_of_two(request.value_dim)
+    generation = max((known for known in _HALF if known <= (request.target.generation or 0)), default=_AMPERE)
+    table = _FLOAT32 if request.dtype == "float32" else _HALF[generation]
+    return table[min(most for most in table if columns <= most)]
 
 
 def refusals(request: Request) -> Iterator[Refusal]:
@@ -56,7 +125,7 @@ def refusals(request: Request) -> Iterator[Refusal]:
 
 def _smallest(request: Request) -> dict[str, int]:
     blocks = SMALLEST_BLOCK, SMALLEST_BLOCK
-    return {**_of_forward(request, *blocks, 1), **_of_backward(request, *blocks, 1)}
+    return {**_of_forward(request, *blocks, 4, 1), **_of_backward(request, *blocks, 4, 1)}
 
 
 def _first_fits(request: Request, candidates: list[dict[str, int]]) -> list[dict[str, int]]:
@@ -75,28 +144,28 @@ def _fits(request: Request, values: Mapping[str, int]) -> bool:
     return in_shared and not any(_tensor_memory(request, values))
 
 
-def _of_forward(request: Request, block_q: int, block_kv: int, stages: int) -> dict[str, int]:
+def _of_forward(request: Request, block_q: int, block_kv: int, warps: int, stages: int) -> dict[str, int]:
     return {
         "block_q": _within(block_q, request.q_len),
         "block_kv": _within(block_kv, request.kv_len),
-        "num_warps": _warps(request, block_q),
+        "num_warps": warps,
         "num_stages": stages,
     }
 
 
-def _of_backward(request: Request, stay: int, move: int, stages: int) -> dict[str, int]:
+def _of_backward(request: Request, stay: int, move: int, warps: int, stages: int) -> dict[str, int]:
     return {
         "block_q_dq": _within(stay, request.q_len),
         "block_kv_dq": _within(move, request.kv_len),
         "block_q_dkv": _within(move, request.q_len),
         "block_kv_dkv": _within(stay, request.kv_len),
-        "num_warps_backward": _warps(request, stay),
+        "num_warps_backward": warps,
         "num_stages_backward": stages,
     }
 
 
 def _warps(request: Request, block: int) -> int:
-    return 8 if block >= 128 and max(request.head_dim, request.value_dim) >= _WIDE else 4
+    return 8 if block >= 128 and power_of_two(max(request.head_dim, request.value_dim)) >= _WIDE else 4
 
 
 def _within(block: int, length: int) -> int:
