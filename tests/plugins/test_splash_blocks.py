@@ -95,7 +95,13 @@ def test_narrow_windows_and_short_sequences_take_small_blocks():
 
 
 def test_where_no_schedule_is_known_blocks_are_of_512():
-    unknown = (_request(None), _request("v4"), _request(dims=(512, 512)))
+    unknown = (
+        _request(None),
+        _request("v4"),
+        _request(dims=(512, 512)),
+        _request(dims=(256, 256), dtype="float32"),
+        _request(dtype="float16"),
+    )
     for spec in (SPLASH, TOKAMAX_SPLASH):
         for request in unknown:
             default = spec.tilings(request)[0]
