@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernelry
@@ -36,6 +36,7 @@ def _request(kind="v5e", length=8192, mask=None, dims=(128, 128), dtype="bfloat1
     )
 
 
+@settings(deadline=None)
 @given(_BANDS, st.integers(-600, 600), st.integers(-600, 600), _BLOCKS, _BLOCKS)
 def test_blocks_that_bands_and_chunks_leave_are_those_of_the_block_map(mask, first, kv_first, block_q, block_kv):
     placed = mask.at(query_offset=first, kv_offset=kv_first)
@@ -44,6 +45,7 @@ def test_blocks_that_bands_and_chunks_leave_are_those_of_the_block_map(mask, fir
     assert found == (seen.sum(), seen.sum(axis=1).max(), seen.sum(axis=0).max())
 
 
+@settings(deadline=None)
 @given(_BANDS, _BANDS, st.integers(-600, 600), _BLOCKS, _BLOCKS)
 def test_no_block_of_a_conjunction_is_left_out(one, other, first, block_q, block_kv):
     mask = one & other.at(query_offset=first) & masks.Predicate(lambda query, kv: (query + kv) % 2 == 0)
