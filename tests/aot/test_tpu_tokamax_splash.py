@@ -39,6 +39,29 @@ def test_every_dtype_and_head_dim_compiles(target, dtype, head_dim, value_dim, s
     assert found.ok, found.reason
 
 
+@pytest.mark.parametrize("kv_len", [4096, 5376])
+@pytest.mark.parametrize("dtype", sorted(TOKAMAX_SPLASH.capabilities.dtypes))
+@pytest.mark.parametrize(("head_dim", "value_dim"), HEAD_DIMS)
+def test_default_blocks_of_long_sequences_fit_the_smallest_vector_memory(
+    dtype, head_dim, value_dim, kv_len, shapes, training, compile_for
+):
+    """5376 has no divisor that is a power of two above 256: its largest block is of 896."""
+    ids = jnp.zeros((1, kv_len), jnp.int32)
+    arguments = shapes(kv_len, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+    mask = masks.SlidingWindow(4000) & masks.Segments(ids)
+    found = compile_for("tpu:v5e", training("tokamax_splash", mask=mask, soft_cap=30.0), arguments)
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(128, "bfloat16"), (256, "bfloat16"), (128, "float32"), (256, "float32")]
+)
+def test_default_blocks_of_dense_masks_fit_the_smallest_vector_memory(head_dim, dtype, shapes, training, compile_for):
+    mask = masks.Dense(jnp.ones((1, 1, 4096, 4096), bool))
+    found = compile_for("tpu:v5e", training("tokamax_splash", mask=mask), shapes(4096, head_dim=head_dim, dtype=dtype))
+    assert found.ok, found.reason
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tiling_of_the_search_space_compiles(target, shapes, training, compile_for):
     request = Request(q_len=2048, head_dim=128, q_heads=4, kv_heads=2, dtype="bfloat16")

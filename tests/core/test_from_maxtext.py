@@ -434,24 +434,34 @@ def test_a_value_that_means_nothing_names_the_option(options, words):
         assert word in str(caught.value)
 
 
-def test_blocks_that_differ_from_the_default_are_tilings_of_splash():
+BLOCKS = ("q", "q_dkv", "q_dq", "kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq")
+
+
+def blocks_of(*names, **changed):
+    """All blocks, as sorted tunables; 512 where nothing else is said."""
+    return tuple(sorted({f"block_{name}": changed.get(name, 512) for name in names or BLOCKS}.items()))
+
+
+def test_a_block_that_differs_from_the_default_makes_all_of_them_tilings_of_splash():
+    """They are chosen together: none is mixed with the kernel's own choice."""
     options = {"sa_block_q": 1024, "sa_block_kv_dkv_compute": 256, "sa_block_kv": 512}
-    assert from_maxtext(options).tilings == (("splash", (("block_kv_dkv_compute", 256), ("block_q", 1024))),)
+    assert from_maxtext(options).tilings == (("splash", blocks_of(q=1024, kv_dkv_compute=256)),)
+    assert from_maxtext({"sa_block_q": 512, "sa_block_kv": 512}).tilings == ()
 
 
 @pytest.mark.parametrize("none", [None, "None"])
 def test_local_layers_take_their_own_blocks_or_inherit(none):
     blocks = {"sa_block_q": 1024, "local_sa_block_q": none, "sa_block_kv": 1024, "local_sa_block_kv": 256}
-    assert from_maxtext({**LOCAL, **blocks}).tilings == (("splash", (("block_kv", 256), ("block_q", 1024))),)
-    assert from_maxtext(blocks).tilings == (("splash", (("block_kv", 1024), ("block_q", 1024))),)
+    assert from_maxtext({**LOCAL, **blocks}).tilings == (("splash", blocks_of(q=1024, kv=256)),)
+    assert from_maxtext(blocks).tilings == (("splash", blocks_of(q=1024, kv=1024)),)
 
 
 def test_blocks_go_to_the_variant_that_reads_them():
     blocks = {"sa_block_q": 1024, "sa_block_kv": 256}
-    both = (("block_kv", 256), ("block_q", 1024))
-    assert from_maxtext({**blocks, "use_tokamax_splash": True}).tilings == (("tokamax_splash", both),)
+    of_tokamax = blocks_of(*(name for name in BLOCKS if not name.endswith("_dq")), q=1024, kv=256)
+    assert from_maxtext({**blocks, "use_tokamax_splash": True}).tilings == (("tokamax_splash", of_tokamax),)
     jax_splash = from_maxtext({**blocks, "use_jax_splash": True}).tilings
-    assert jax_splash == (("blockwise", (("block_q", 1024),)), ("splash", both))
+    assert jax_splash == (("blockwise", (("block_q", 1024),)), ("splash", blocks_of(q=1024, kv=256)))
 
 
 def test_a_ragged_block_is_a_tiling_where_ragged_attention_is_used():
@@ -491,7 +501,7 @@ def test_the_tunables_named_are_those_of_the_installed_splash(variant):
         ({"max_segments_per_seq": -1}, {}),
         (
             {"sa_block_q": 128, "sa_k_layout": "SEQ_MINOR", "sa_use_fused_bwd_kernel": True},
-            {"splash": {"backward_kernels": 1, "block_q": 128, "k_layout": 2}},
+            {"splash": {"backward_kernels": 1, "k_layout": 2, **dict(blocks_of(q=128))}},
         ),
     ],
 )
@@ -618,7 +628,7 @@ def test_a_config_is_a_value():
     options = {**LOCAL, "attention": "flash", "sa_block_q": 1024, "moba": True}
     assert from_maxtext(options) == from_maxtext(options)
     assert hash(from_maxtext(options)) == hash(from_maxtext(options))
-    assert from_maxtext(options).policy.tilings == (("splash", (("block_q", 1024),)),)
+    assert from_maxtext(options).policy.tilings == (("splash", blocks_of(q=1024)),)
 
 
 def test_neither_importing_nor_reading_needs_an_optional_library():

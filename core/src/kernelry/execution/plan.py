@@ -79,9 +79,5 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
         adapters = [{"name": step.adapter.name, **dataclasses.asdict(step.cost)} for step in self.steps]
-        return {
-            "kernel": self.kernel.name,
-            "adapters": adapters,
-            "cost": dataclasses.asdict(self.cost),
-            "tiling": dict(self.tiling.values),
-        }
+        tunables = {"tiling": dict(self.tiling.values), "tiling_source": self.tiling.source}
+        return {"kernel": self.kernel.name, "adapters": adapters, "cost": dataclasses.asdict(self.cost), **tunables}

@@ -69,9 +69,10 @@ class Gradients:
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tiling:
-    """Block sizes and other tunables of a kernel, by name, in the vendor's units."""
+    """Block sizes and other tunables of a kernel, by name, in the vendor's units; `source` says who found them best."""
 
     values: tuple[tuple[str, int], ...] = ()
+    source: str = dataclasses.field(default="", compare=False)  # no kernel may depend on it
 
     @classmethod
     def of(cls, **values: int) -> Tiling:
@@ -93,7 +94,7 @@ class Tiling:
                 raise ConfigError(f"tiling: {kernel} has no tunable {name!r}{nearest(name, mine)}")
             if isinstance(values[name], bool) or not isinstance(values[name], int) or values[name] < 1:
                 raise ConfigError(f"tiling: {name}={values[name]!r} of {kernel} must be a positive integer")
-        return Tiling.of(**{**mine, **values})
+        return Tiling.of(**{**mine, **values}) if values else self
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.values) or "none"

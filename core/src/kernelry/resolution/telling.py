@@ -39,7 +39,9 @@ def answer_of(resolution: Resolution, candidate: Candidate) -> tuple[str, ...]:
         return (*map(str, candidate.refusals), *candidate.notes)
     answer = "could serve, ranked lower"
     if resolution.plan is not None and candidate.name == resolution.kernel:
-        answer = f"chosen with {resolution.plan.tiling}" if resolution.plan.tiling.values else "chosen"
+        tiling = resolution.plan.tiling
+        said = f" ({tiling.source})" if tiling.source else ""
+        answer = f"chosen with {tiling}{said}" if tiling.values else "chosen"
     through = [f"through {step.adapter.name} ({step.cost})" for step in candidate.steps]
     if len(through) > 1:
         through.append(f"adapters together: {sum((step.cost for step in candidate.steps), Cost())}")

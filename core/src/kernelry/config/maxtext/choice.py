@@ -122,7 +122,10 @@ def _paged_rules(source: str) -> tuple[Rule, ...]:
 
 
 def tilings(options: Mapping[str, Any], *, local: bool) -> Tilings:
-    """Returns the block sizes and other tunables that differ from base.yml's, by kernel.
+    """Returns the tunables that differ from base.yml's, by kernel, and all block sizes where one of them differs.
+
+    Block sizes are chosen together: those of base.yml leave the choice to the kernel, whose defaults are predicted for
+    the device, and no size of another choice is mixed in where a config has its own.
 
     Args:
       options: the values.
@@ -131,16 +134,13 @@ def tilings(options: Mapping[str, Any], *, local: bool) -> Tilings:
     Raises:
       ConfigError: one has a value that no kernel takes.
     """
+    tokamax = options["use_tokamax_splash"]
     blocks = {f"block_{name}": _block(options, name, local) for name in BLOCKS}
-    changed = {name: block for name, block in blocks.items() if block != SHIPPED_BLOCK}
-    found: dict[str, dict[str, int]] = {}
-    if changed:
-        if options["use_tokamax_splash"]:
-            found["tokamax_splash"] = {name: block for name, block in changed.items() if name not in _UNREAD_BY_TOKAMAX}
-        else:
-            found["splash"] = changed
-    if options["use_jax_splash"] and "block_q" in changed:
-        found["blockwise"] = {"block_q": changed["block_q"]}
+    read = {name: block for name, block in blocks.items() if not tokamax or name not in _UNREAD_BY_TOKAMAX}
+    differ = any(block != SHIPPED_BLOCK for block in read.values())
+    found: dict[str, dict[str, int]] = {"tokamax_splash" if tokamax else "splash": read} if differ else {}
+    if options["use_jax_splash"] and blocks["block_q"] != SHIPPED_BLOCK:
+        found["blockwise"] = {"block_q": blocks["block_q"]}
     for kernel, tiling in _tunables(options, local).items():
         found[kernel] = found.get(kernel, {}) | tiling
     if options["use_ragged_attention"] and options["ragged_block_size"] != SHIPPED_RAGGED_BLOCK:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from kernelry.plugin import (
     AtomKind,
     Capabilities,
@@ -18,20 +20,17 @@ from kernelry.plugin import (
     Request,
     Statistic,
     Tiling,
-    largest_divisor,
     signature_of,
     standard_tolerances,
     uneven_lengths,
 )
-from kernelry_tpu_splash.blocks import LAYOUTS, SIZES
+from kernelry_tpu_splash.blocks import LAYOUTS, OF_KEYS, OF_QUERIES, named, ranked, search_space
 from kernelry_tpu_splash.computed_masks import COMPUTED, SEGMENTS, mask_refusals
 from kernelry_tpu_splash.lanes import LANES
+from kernelry_tpu_splash.predictions import Blocks, Prediction, cycles_to_move, predictions
 
-_BACKWARD_KERNELS = {"backward_kernels": 2}
-"""2: one over dQ, one over dK and dV. 1: fused; dQ then comes in S / block_kv_dkv parts that are summed."""
-
-_BLOCK_NAMES_Q = ("block_q", "block_q_dkv", "block_q_dq")
-_BLOCK_NAMES_KV = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+_MOST_PARTS = 4
+"""Blocks of keys up to which dQ may come in parts by default: each takes the memory of dQ."""
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -39,13 +38,37 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
 
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
-    return tuple(dict.fromkeys(_tiling(request, block) for block in SIZES))
+    return search_space(ranked("splash", "forward", request), [{**LAYOUTS, **found} for found in _backward(request)])
 
 
-def _tiling(request: Request, block: int) -> Tiling:
-    block_q, block_kv = (largest_divisor(length, block, LANES) for length in (request.q_len, request.kv_len))
-    blocks = {**dict.fromkeys(_BLOCK_NAMES_Q, block_q), **dict.fromkeys(_BLOCK_NAMES_KV, block_kv)}
-    return Tiling.of(**blocks, **LAYOUTS, **_BACKWARD_KERNELS)
+def _backward(request: Request) -> list[dict[str, int]]:
+    """The backward passes, the fastest first.
+
+    `backward_kernels` is 2 where one is over dK and dV and one over dQ, and 1 where they are fused: dQ then comes in
+    S / block_kv_dkv parts, in the queries' dtype, that are written to memory and summed.
+    """
+    keys, queries = ranked("splash", "dkv", request), ranked("splash", "dq", request)
+    of_queries = named(OF_QUERIES, queries[0].blocks)
+    apart = [{**named(OF_KEYS, found.blocks), **of_queries, "backward_kernels": 2} for found in keys]
+    apart += [{**apart[0], **named(OF_QUERIES, found.blocks)} for found in queries[1:]]
+    together = sorted((_with_parts(found, request), found.blocks) for found in predictions("splash", "fused", request))
+    fused = [{**named(OF_KEYS, blocks), **of_queries, "backward_kernels": 1} for _, blocks in together]
+    if fused and _is_faster(together[0], keys[0], queries[0], request):
+        return [*fused, *apart]
+    return [*apart, *fused]
+
+
+def _with_parts(found: Prediction, request: Request) -> float:
+    """Cycles of a fused pass, and of writing and reading the parts of dQ."""
+    parts = request.kv_len // found.blocks[1]
+    size = request.q_len * request.head_dim * jnp.dtype(request.dtype).itemsize
+    return (found.cycles or 0.0) + cycles_to_move(2.0 * parts * size, request)
+
+
+def _is_faster(fused: tuple[float, Blocks], keys: Prediction, queries: Prediction, request: Request) -> bool:
+    if keys.cycles is None or queries.cycles is None or request.kv_len // fused[1][1] > _MOST_PARTS:
+        return False
+    return fused[0] < keys.cycles + queries.cycles
 
 
 SPLASH = KernelSpec(

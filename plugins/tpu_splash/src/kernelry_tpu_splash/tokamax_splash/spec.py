@@ -15,20 +15,17 @@ from kernelry.plugin import (
     RefusalCode,
     Request,
     Tiling,
-    largest_divisor,
     signature_of,
     uneven_lengths,
 )
-from kernelry_tpu_splash.blocks import LAYOUTS, SIZES
+from kernelry_tpu_splash.blocks import LAYOUTS, OF_KEYS, named, ranked, search_space
 from kernelry_tpu_splash.computed_masks import mask_refusals
 from kernelry_tpu_splash.lanes import LANES
+from kernelry_tpu_splash.predictions import Blocks
 from kernelry_tpu_splash.splash.spec import SPLASH
 
-_BLOCK_NAMES_Q = ("block_q", "block_q_dkv")
-_BLOCK_NAMES_KV = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute")
-
-_MOST_PARTS = 16
-"""Blocks of keys up to which each writes a float32 dQ of its own, and all are summed at the end."""
+_MOST_PARTS, _MOST_KEYS = 16, 8192
+"""Blocks of keys, and keys, up to which each block writes a float32 dQ of its own, and all are summed at the end."""
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -53,14 +50,15 @@ def _mask(request: Request) -> Iterator[Refusal]:
 
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
-    return tuple(dict.fromkeys(_tiling(request, block) for block in SIZES))
+    forward = ranked("tokamax_splash", "forward", request, walks=True)
+    backward = ranked("tokamax_splash", "fused", request, walks=request.kv_len > _MOST_KEYS)
+    return search_space(forward, [_backward(request, found.blocks) for found in backward])
 
 
-def _tiling(request: Request, block: int) -> Tiling:
-    block_q, block_kv = (largest_divisor(length, block, LANES) for length in (request.q_len, request.kv_len))
-    blocks = {**dict.fromkeys(_BLOCK_NAMES_Q, block_q), **dict.fromkeys(_BLOCK_NAMES_KV, block_kv)}
-    steps = 1 if request.kv_len // block_kv <= _MOST_PARTS else 3
-    return Tiling.of(**blocks, **LAYOUTS, dq_reduction_steps=steps)
+def _backward(request: Request, blocks: Blocks) -> dict[str, int]:
+    parts = request.kv_len // blocks[1]
+    steps = 1 if parts <= _MOST_PARTS and request.kv_len <= _MOST_KEYS else 3
+    return {**named(OF_KEYS, blocks), **LAYOUTS, "dq_reduction_steps": steps}
 
 
 TOKAMAX_SPLASH = KernelSpec(
