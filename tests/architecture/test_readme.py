@@ -202,7 +202,7 @@ def test_every_extra_is_in_readme():
 
 
 def test_the_config_is_valid_and_decides():
-    [block] = _blocks("toml", PAGES["choosing.md"])
+    block, *_ = _blocks("toml", PAGES["choosing.md"])
     config = load_config(tomllib.loads(block)["attention"])
     resolution = kernelry.explain(kernelry.Request(q_len=2048, target="gpu:a100"), policy=config.policy)
     assert "rule 1" in resolution.rule

@@ -78,7 +78,7 @@ def test_a_model_is_a_table_of_kinds_phases_and_targets(run):
         *("full: layers 1, 3, 5", "causal", "N=4 K=2 H=32", "scale=0.125, soft_cap=50"),
     )
     assert phases == ("train", "prefill", "decode", "") * 2
-    assert cpu == ("dot_product", "dot_product", "dot_product", "") * 2
+    assert cpu == ("dot_product", "blockwise", "dot_product", "") * 2
     assert gpu[2] == "pallas_decode"
 
 

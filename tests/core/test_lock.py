@@ -91,7 +91,8 @@ def test_check_passes_a_lock_written_before_a_field_was_added(config):
 
 def test_check_prints_what_changed_and_fails(config):
     file = _write(config)
-    config.write_text("[[attention.rules]]\nwhen = { mode = 'train' }\nuse = ['blockwise']\n")
+    training = "[[attention.rules]]\nwhen = { mode = 'train' }\nuse = ['blockwise']\n"
+    config.write_text(training + config.read_text())
     done = _run(config, "--check", "--json", "--file", file)
     assert done.exit_code == 1
     [text] = json.loads(done.output)["differences"]

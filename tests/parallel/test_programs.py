@@ -225,8 +225,9 @@ def _temporary(strategy, devices, length):
 
 
 def test_a_ring_halves_its_memory_with_twice_the_devices():
-    held = [_temporary("ring", devices, 8192) for devices in DEVICES]
+    length = 32768  # at which a kernel's tiles are small next to keys and values
+    held = [_temporary("ring", devices, length) for devices in DEVICES]
     for one, half in itertools.pairwise(held):
-        assert 0.4 < half / one < 0.6, held
-    assert held[2] < 40 * 2**20
-    assert held[2] < _temporary("all_gather", 8, 8192)
+        assert 0.4 < half / one < 0.65, held
+    assert held[2] < 100 * 2**20
+    assert held[2] < _temporary("all_gather", 8, length)

@@ -301,7 +301,8 @@ def test_a_request_says_the_blocks_that_its_window_wants():
         (masks.SlidingWindow(255), 512, (128, 512)),
         (masks.SlidingWindow(63), 512, (64, 64)),
         (masks.Causal(), 2048, (1024, 512)),
-        (masks.Causal() & masks.Segments(jnp.zeros((1, 512), jnp.int32)), 512, (512, 512)),
+        (masks.Causal() & masks.Segments(jnp.zeros((1, 512), jnp.int32)), 512, (64, 64)),
+        (masks.Causal() & masks.Segments(jnp.zeros((1, 2048), jnp.int32)), 2048, (512, 512)),
     ],
     ids=str,
 )
