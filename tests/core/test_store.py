@@ -282,6 +282,17 @@ def test_an_empty_variable_means_none_and_tune_says_so(process, value):
         Store.of_process()
 
 
+def test_without_a_home_directory_there_are_no_times_and_tune_says_so(process, monkeypatch):
+    def homeless(name):
+        raise RuntimeError("could not determine the home directory for '~/.cache'")
+
+    monkeypatch.setattr("platformdirs.user_cache_path", homeless)
+    process()
+    assert policy.measurements_of_process() is None
+    with pytest.raises(ConfigError, match=r"no home directory, .*: set KERNELRY_MEASUREMENTS to the path of a file"):
+        Store.of_process()
+
+
 DEFAULT = """
 import sys
 import kernelry

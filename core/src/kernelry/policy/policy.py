@@ -132,7 +132,10 @@ class Switches:
             return self.measurements or None
         from platformdirs import user_cache_path  # looked up once per process
 
-        return str(user_cache_path("kernelry") / _MEASUREMENTS_FILE)
+        try:
+            return str(user_cache_path("kernelry") / _MEASUREMENTS_FILE)
+        except RuntimeError:  # there is no home directory
+            return None
 
     def _checked(self) -> Switches:
         if self.wrong is not None:

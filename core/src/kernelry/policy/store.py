@@ -61,13 +61,14 @@ class Store:
         """The file that `kernelry tune` writes and calls read.
 
         Raises:
-          ConfigError: KERNELRY_MEASUREMENTS is empty.
+          ConfigError: KERNELRY_MEASUREMENTS is empty, or there is no home directory.
         """
-        path = Switches.of_process().measurements_path
+        switches = Switches.of_process()
+        path = switches.measurements_path
         if path is None:
+            why = "there is no home directory" if switches.measurements is None else "KERNELRY_MEASUREMENTS is empty"
             raise ConfigError(
-                "KERNELRY_MEASUREMENTS is empty, so that times are neither read nor stored: unset it, or set it to the "
-                "path of a file."
+                f"{why}, so that times are neither read nor stored: set KERNELRY_MEASUREMENTS to the path of a file."
             )
         return cls(path)
 
@@ -143,7 +144,8 @@ def _before(path: Path, set_aside: bool) -> tuple[Entry, ...]:
         aside = _aside(path)
         os.replace(path, aside)
         warnings.warn(
-            f"{path} is not a file of times that can be read ({error}): it is now {aside.name}, and a new one was begun",
+            f"{path} is not a file of times that can be read ({error}): it is now {aside.name}, and a new one was "
+            "begun",
             stacklevel=4,
         )
         return ()
