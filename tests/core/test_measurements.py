@@ -119,6 +119,21 @@ def test_a_symbolic_size_has_no_bucket_and_takes_no_times():
     assert resolve(timed(("blockwise", 1e-3)), symbolic).kernel == "dot_product"
 
 
+def _even(query, kv):
+    return (query - kv) % 2 == 0
+
+
+def test_a_predicate_is_known_by_its_name_and_without_one_it_has_no_bucket():
+    named = masks.Causal() & masks.Predicate(_even)
+    assert dict(bucket(mask=named).facts)["mask"] == f"causal & predicate({__name__}:_even)"
+    for nameless in (masks.Predicate(lambda q, k: q >= k), masks.Predicate(lambda q, k: q == k)):
+        for mask in (nameless, ~nameless, masks.Chunked(8) | (named & ~nameless)):
+            assert bucket(mask=mask) is None
+    measurements = timed(("blockwise", 1e-3))
+    asked = Request(q_len=512, mask=masks.Predicate(lambda q, k: q >= k))
+    assert resolve(measurements, asked).rule.startswith("shipped")
+
+
 def test_every_field_of_a_request_is_in_the_bucket_or_left_out_on_purpose():
     rounded = {"batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "value_dim", "mode", "dtype", "mask"}
     left_out = {"target", "scale"}  # the device is apart

@@ -181,6 +181,47 @@ def test_a_place_that_cannot_be_written_says_what_to_set(tmp_path):
         Store(tmp_path / "file" / "times.json").add([entry(1)])
 
 
+@pytest.mark.parametrize("name", [".", "/", "fifo", "folder", "device"])
+def test_what_is_not_a_file_is_neither_replaced_nor_renamed(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to(os.devnull)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"cannot write the times to .*: it is not a file; set KERNELRY_MEASUREMENTS"):
+        Store(name).add([entry(1)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert Path(os.devnull).is_char_device()
+
+
+def test_a_link_to_the_file_stays_one(store, tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(store.path)
+    Store(link).add([entry(1)])
+    store.add([entry(2)])
+    assert link.is_symlink()
+    assert set(Store(link).read()) == set(store.read()) == {entry(1), entry(2)}
+    assert list(tmp_path.glob("*.lock")) == [], "both names have one lock"
+
+
+def test_a_file_keeps_its_permissions_and_a_new_one_has_those_of_new_files(store, tmp_path):
+    (tmp_path / "new").touch()
+    store.add([entry(1)])
+    assert store.path.stat().st_mode == (tmp_path / "new").stat().st_mode
+    for mode in (0o664, 0o600):
+        store.path.chmod(mode)
+        store.add([entry(2)])
+        assert store.path.stat().st_mode & 0o777 == mode
+
+
+def test_a_file_that_must_not_be_set_aside_stays_as_it_is(store):
+    store.path.parent.mkdir()
+    store.path.write_text("[attention]")
+    with pytest.raises(ConfigError, match=r"times\.json is not a file of times .* and it stays as it is: name another"):
+        store.add([entry(1)], set_aside=False)
+    assert store.path.read_text() == "[attention]"
+
+
 def test_what_fails_while_it_is_written_leaves_the_old_file(store, monkeypatch):
     store.add([entry(1)])
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -238,6 +279,17 @@ def test_an_empty_variable_means_none_and_tune_says_so(process, value):
         return
     assert policy.measurements_of_process() is None
     with pytest.raises(ConfigError, match="KERNELRY_MEASUREMENTS is empty"):
+        Store.of_process()
+
+
+def test_without_a_home_directory_there_are_no_times_and_tune_says_so(process, monkeypatch):
+    def homeless(name):
+        raise RuntimeError("could not determine the home directory for '~/.cache'")
+
+    monkeypatch.setattr("platformdirs.user_cache_path", homeless)
+    process()
+    assert policy.measurements_of_process() is None
+    with pytest.raises(ConfigError, match=r"no home directory, .*: set KERNELRY_MEASUREMENTS to the path of a file"):
         Store.of_process()
 
 

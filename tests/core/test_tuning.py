@@ -437,6 +437,23 @@ def test_times_are_exported_and_imported(command, tmp_path):
     assert list(store.read()) == list(Store(mine).read()) == faster
 
 
+def test_an_export_over_a_file_that_is_not_of_times_is_refused(command):
+    tune, config, store = command
+    before = config.read_text()
+    status, _, err = tune("tune", config, *SIZES, "--export", config)
+    assert status == 2
+    assert "config.toml is not a file of times that can be read" in " ".join(err.split())
+    assert config.read_text() == before
+    assert store.read() == (), "nothing was tried"
+
+
+def test_a_kernel_that_is_named_twice_is_tried_once(command):
+    tune, config, _ = command
+    twice = ("--kernel", "dot_product", "--kernel", "dot_product")
+    _, out, _ = tune("tune", config, *SIZES, "--mode", "prefill", *twice, "--json")
+    assert len(json.loads(out)["calls"][0]["results"]) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -450,6 +467,8 @@ def test_times_are_exported_and_imported(command, tmp_path):
         (["CONFIG", "--mode", "trian"], "did you mean 'train'?"),
         (["CONFIG", "--kernel", "splash"], "train: no kernel serves it (splash: platform=cpu is not tpu"),
         (["CONFIG", "--kernel", "dotproduct"], "did you mean 'dot_product'?"),
+        (["CONFIG", "--kernel", "dot_product", "--kernel", "blokwise"], "did you mean 'blockwise'?"),
+        (["--export", "."], "cannot write the times to .: it is not a file"),
         (["CONFIG", "--sharding", "batch=d:2", "--batch", "2"], "tune tries calls on one device: pass --sharding ''"),
     ],
 )
@@ -459,6 +478,13 @@ def test_what_cannot_be_tuned_is_an_error_that_says_what_to_do(command, monkeypa
     status, out, err = tune("tune", *(config if each == "CONFIG" else each for each in arguments), *SIZES)
     assert status == 2, out
     assert words in " ".join(err.replace("│", " ").split())
+
+
+def test_a_model_without_calls_of_the_mode_is_an_error(command):
+    tune, _, _ = command
+    status, _, err = tune("tune", "--model", "bert-base", "--mode", "decode", "--q-len", "8")
+    assert status == 2
+    assert "nothing to tune: no layer has a call of mode decode; leave --mode out" in " ".join(err.split())
 
 
 def test_what_the_budget_left_out_is_said(command):

@@ -76,14 +76,17 @@ def tune(
         raise ConfigError("KERNELRY_STRICT is on, so that nothing but the locked kernels can be tried; unset it.")
     tuner = Tuner(store, again=again, ends=math.inf if budget is None else time.perf_counter() + budget)
     modes = {Mode.parse(text) for text in mode or ()} or set(Mode)
+    names = tuple(dict.fromkeys(kernel or ()))
     found: list[Tuned] = []
     left_out = 0
     for where in map(_predicted_for, target) if target else (None,):
         jobs = list(_jobs(model, where or home_target(), modes))
-        refused = [text for job in jobs for text in refusals_of(job, kernel or ())]
-        choices = [choice for job in jobs for choice in choices_of(job, kernel or (), max_tilings)]
-        if refused and not choices:
-            raise ConfigError("; ".join(refused))
+        if not jobs:
+            asked = ", ".join(sorted(mode.value for mode in modes))
+            raise ConfigError(f"nothing to tune: no layer has a call of mode {asked}; leave --mode out.")
+        choices = [choice for job in jobs for choice in choices_of(job, names, max_tilings)]
+        for name in set(names) - {choice.kernel for choice in choices}:
+            raise ConfigError("; ".join(text for job in jobs for text in refusals_of(job, [name])))
         results = _run(tuner, choices, where)
         left_out += len(choices) - len(results)
         found += _tuned(jobs, results, store)
@@ -99,8 +102,10 @@ def _moved(store: Store, imported: Sequence[Path], export: Path | None) -> tuple
     for path in imported:
         if not path.exists():
             raise ConfigError(f"--import {path}: there is no such file.")
+    if export is not None:
+        Store(export).add((), set_aside=False)  # before anything else is written
     entries = store.add(entry for path in imported for entry in Store(path).read())
-    return entries if export is None else Store(export).add(entries)
+    return entries if export is None else Store(export).add(entries, set_aside=False)
 
 
 def _told_of(store: Store, entries: Sequence[Entry]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, final
 
 from kernelry.kernel.spec import Tiling
 from kernelry.masks.form import OPEN_RUN, OPERANDS, Atom, AtomKind, MaskForm, PositionForm, PositionKind
+from kernelry.masks.functions import FunctionRef
 from kernelry.request.request import NEUTRAL, Request
 from kernelry.request.target import Target
 
@@ -46,8 +47,8 @@ class Bucket:
 
     @classmethod
     def of(cls, request: Request) -> Bucket | None:
-        """Returns the bucket of a request; None where a size is symbolic, because its time is not known."""
-        if request.symbolic_sizes:
+        """Returns the bucket of a request; None where a size is symbolic or a predicate cannot be told from others."""
+        if request.symbolic_sizes or _has_nameless(request.mask):
             return None
         gradients = ",".join(sorted(operand.value for operand in request.gradients))
         facts: dict[str, Any] = {
@@ -87,6 +88,12 @@ def _mask(form: MaskForm) -> str:
     return " & ".join(sorted(map(_atom, form.atoms))) or "full"
 
 
+def _has_nameless(form: MaskForm) -> bool:
+    """Whether a predicate has no importable name: all lambdas have one title, and each sees other keys."""
+    params = [param for atom in form.atoms for param in atom.params]
+    return any(isinstance(each, FunctionRef) or (isinstance(each, MaskForm) and _has_nameless(each)) for each in params)
+
+
 def _atom(atom: Atom) -> str:
     where = [f"{side}={_positions(form)}" for side, form in (("query", atom.query), ("kv", atom.kv))]
     placed = [text for text in where if not text.endswith("=default")]
@@ -105,7 +112,7 @@ def _what(atom: Atom) -> str:
         return f"{params[0]}" + (" with arrays" if OPERANDS in params else "")
     if kind is AtomKind.CAUSAL:
         return str(kind.value)
-    told = [str(_power(param)) if isinstance(param, int) else str(getattr(param, "title", param)) for param in params]
+    told = [str(_power(param) if isinstance(param, int) else param) for param in params]
     return f"{kind.value}({', '.join(told)})" if told else kind.value
 
 

@@ -128,11 +128,13 @@ class Switches:
     @property
     def measurements_path(self) -> str | None:
         """The file of measured times, by default in the user's cache directory; None for none."""
-        if self.measurements is not None:
-            return self.measurements or None
         from platformdirs import user_cache_path  # looked up once per process
 
-        return str(user_cache_path("kernelry") / _MEASUREMENTS_FILE)
+        try:
+            default = user_cache_path("kernelry") / _MEASUREMENTS_FILE if self.measurements is None else ""
+            return self.measurements or str(default) or None
+        except RuntimeError:  # there is no home directory
+            return None
 
     def _checked(self) -> Switches:
         if self.wrong is not None:

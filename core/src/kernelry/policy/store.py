@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import glob
 import json
 import logging
 import os
 import platform
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -60,13 +61,14 @@ class Store:
         """The file that `kernelry tune` writes and calls read.
 
         Raises:
-          ConfigError: KERNELRY_MEASUREMENTS is empty.
+          ConfigError: KERNELRY_MEASUREMENTS is empty, or there is no home directory.
         """
-        path = Switches.of_process().measurements_path
+        switches = Switches.of_process()
+        path = switches.measurements_path
         if path is None:
+            why = "there is no home directory" if switches.measurements is None else "KERNELRY_MEASUREMENTS is empty"
             raise ConfigError(
-                "KERNELRY_MEASUREMENTS is empty, so that times are neither read nor stored: unset it, or set it to the "
-                "path of a file."
+                f"{why}, so that times are neither read nor stored: set KERNELRY_MEASUREMENTS to the path of a file."
             )
         return cls(path)
 
@@ -94,66 +96,84 @@ class Store:
             return None
         return Measurements(entries, versions_here()) if entries else None
 
-    def add(self, entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    def add(self, entries: Iterable[Entry], *, set_aside: bool = True) -> tuple[Entry, ...]:
         """Stores entries, and returns all that are then stored; of equal keys the one of the highest rank stays.
+
+        Args:
+          entries: the times.
+          set_aside: whether a file that is damaged, or not one of times, is renamed; else it is an error.
 
         Raises:
           ConfigError: the file cannot be written.
         """
         from filelock import FileLock, Timeout  # not needed to read
 
-        lock = FileLock(self.path.with_name(f"{self.path.name}.lock"), timeout=_PATIENCE)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with lock:
-                everything = merged(self._before(), entries)
-                self._replace(json.dumps({"format": FORMAT, "entries": [entry.to_json() for entry in everything]}))
+            path = Path(os.path.realpath(self.path))  # a link stays one
+            if path.exists() and not path.is_file():  # a device must not be renamed
+                raise OSError("it is not a file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f"{path.name}.lock"), timeout=_PATIENCE):
+                everything = merged(_before(path, set_aside), entries)
+                _replace(path, json.dumps({"format": FORMAT, "entries": [entry.to_json() for entry in everything]}))
         except Timeout as error:
             raise ConfigError(
-                f"cannot write {self.path}: another process has held {lock.lock_file} for {_PATIENCE:.0f} s; end it."
+                f"cannot write {self.path}: another process has held {error.lock_file} for {_PATIENCE:.0f} s; end it."
+            ) from error
+        except _DamagedError as error:
+            raise ConfigError(
+                f"{self.path} is not a file of times that can be read ({error}), and it stays as it is: name another."
             ) from error
         except OSError as error:
             raise ConfigError(
-                f"cannot write the times to {self.path}: {error.strerror or error}; set KERNELRY_MEASUREMENTS to the "
-                "path of a file that can be written."
+                f"cannot write the times to {self.path}: {error.strerror or error}; set KERNELRY_MEASUREMENTS, or "
+                "--export, to the path of a file that can be written."
             ) from error
         return everything
 
-    def _before(self) -> tuple[Entry, ...]:
-        """What is stored so far; a file that is not one of ours is renamed, under the lock."""
-        try:
-            return _entries(self.path)
-        except FileNotFoundError:
-            return ()
-        except _DamagedError as error:
-            aside = self._aside()
-            os.replace(self.path, aside)
-            warnings.warn(
-                f"{self.path} is not a file of times that can be read ({error}): it is now {aside.name}, and a new one "
-                "was begun",
-                stacklevel=4,
-            )
-            return ()
 
-    def _aside(self) -> Path:
-        names = (self.path.with_name(f"{self.path.name}.damaged-{number}") for number in range(1, 10_000))
-        return next(name for name in names if not name.exists())
-
-    def _replace(self, text: str) -> None:
-        for left in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of writers that were killed
-            with contextlib.suppress(OSError):
-                left.unlink()
-        number, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent)
-        try:
-            with open(number, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+def _before(path: Path, set_aside: bool) -> tuple[Entry, ...]:
+    """What is stored so far; a file that is not one of ours is renamed, under the lock, if it may be."""
+    try:
+        return _entries(path)
+    except FileNotFoundError:
+        return ()
+    except _DamagedError as error:
+        if not set_aside:
             raise
+        aside = _aside(path)
+        os.replace(path, aside)
+        warnings.warn(
+            f"{path} is not a file of times that can be read ({error}): it is now {aside.name}, and a new one was "
+            "begun",
+            stacklevel=4,
+        )
+        return ()
+
+
+def _aside(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in range(1, 10_000))
+    return next(name for name in names if not name.exists())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole, with the permissions of the old one, else those that new files have."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of writers that were killed
+        with contextlib.suppress(OSError):
+            left.unlink()
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(new, "x", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, new)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
 
 
 def _entries(path: Path) -> tuple[Entry, ...]:
