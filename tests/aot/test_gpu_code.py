@@ -22,14 +22,14 @@ FLOAT32_SPILLS = {
     ("flash_128_128", "pallas_flash_backward_q"): 32,
     ("flash_128_128", "pallas_flash_backward_kv"): 32,
     ("flash_192_128", "pallas_flash_backward_q"): 64,
-    ("flash_192_128", "pallas_flash_backward_kv"): 256,
+    ("flash_192_128", "pallas_flash_backward_kv"): 320,
     ("flash_256_256", "pallas_flash_forward"): 64,
     ("flash_256_256", "pallas_flash_backward_q"): 160,
     ("flash_256_256", "pallas_flash_backward_kv"): 448,
-    ("decode_192_128", "pallas_decode"): 64,
     ("decode_256_256", "pallas_decode"): 64,
 }
-"""Bytes that a thread stores or loads at most, of the float32 kernels that spill."""
+"""Bytes that a thread stores or loads at most, of the float32 kernels that spill: what ptxas 13.5 says of the GPU that
+spills most, rounded up to a multiple of 32."""
 
 
 def compiled(kind, dtype, *programs, flags=""):
@@ -94,17 +94,18 @@ def test_spills_of_float32_are_few_and_listed(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "kernel", "most"),
+    ("kind", "most"),
     [
-        ("h100", "pallas_flash_forward", 400),
-        ("h100", "pallas_flash_backward_kv", 320),
-        ("a100", "pallas_flash_backward_kv", 500),
+        ("h100", {"pallas_flash_forward": 400, "pallas_flash_backward_kv": 320}),
+        ("a100", {"pallas_flash_backward_kv": 500}),
     ],
 )
-def test_a_full_block_takes_few_instructions(kind, kernel, most):
+def test_a_full_block_takes_few_instructions(kind, most):
     """The first innermost loop is that over full blocks, the second evaluates the mask."""
-    ptx, _ = compiled(kind, "bfloat16", "flash:128")[("flash_128_128", kernel)]
-    full, partial = gpu_code.read_loops(gpu_code.disassembled(ptx))
-    assert full.instructions <= most
-    assert full.instructions < partial.instructions
-    assert full.spills == partial.spills == 0
+    found = compiled(kind, "bfloat16", "flash:128")
+    for kernel, instructions in most.items():
+        ptx, _ = found["flash_128_128", kernel]
+        full, partial = gpu_code.read_loops(gpu_code.disassembled(ptx))
+        assert full.instructions <= instructions, (kernel, full)
+        assert full.instructions < partial.instructions
+        assert full.spills == partial.spills == 0

@@ -19,7 +19,7 @@ from kernelry_gpu_pallas.tile_masks import dense_masks
 _HOPPER, _BLACKWELL = 90, 100
 
 _WARP_GROUP_ROWS = 64
-"""Of both tiles, from which on a warp group multiplies them, out of shared memory: one stage more is held there."""
+"""Of a tile [kv, q], from which on a warp group multiplies it, out of shared memory: one stage more is held there."""
 
 _BIAS_BYTES = 4
 
@@ -62,7 +62,7 @@ def _need(request: Request, tiling: Mapping[str, int], end: str) -> Need:
     again = 1 if end and generation >= _BLACKWELL else 0  # a second copy, transposed
     if end != "_dkv":
         return Need(least, rest + (stages + again) * move)
-    keeps_a_stage = is_split or min(block_q, block_kv) >= _WARP_GROUP_ROWS
+    keeps_a_stage = is_split or block_kv >= _WARP_GROUP_ROWS
     copies = (max(2, stages) if keeps_a_stage else max(2, stages - 1)) + again
     return Need(least, rest + 2 * block_q * block_kv * itemsize + copies * move)
 
