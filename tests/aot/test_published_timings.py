@@ -83,7 +83,7 @@ def test_a_program_that_is_mostly_copies_is_predicted_too_short(entry):
 SEARCHED = (256, 512, 1024)
 """Keys that are computed at a time, of a block of 1024; tokamax searches other blocks, layouts and schedulers too."""
 
-_RANKED = {("v5p", 128), ("v5p", 256), ("v6e", 128)}
+_RANKED = {("v5p", 128), ("v5p", 256), ("v6e", 128), ("tpu7x", 128)}
 WINNERS = [
     entry
     for entry in PUBLISHED
@@ -96,6 +96,16 @@ def test_the_published_winner_is_within_six_per_cent_of_the_fastest_prediction(e
     others = [{**entry, "tiling": {**entry["tiling"], "block_kv_compute": keys}} for keys in SEARCHED]
     found = {other["tiling"]["block_kv_compute"]: sum(predicted(other)) for other in others}
     assert found[entry["tiling"]["block_kv_compute"]] <= 1.06 * min(found.values()), found
+
+
+LARGE = [entry for entry in PUBLISHED if entry["tiling"].get("block_q") == 2048]
+
+
+@pytest.mark.parametrize("entry", LARGE, ids=_named)
+def test_a_published_winner_of_large_blocks_is_within_six_per_cent_of_blocks_of_half_the_size(entry):
+    half = {**entry, "tiling": {**entry["tiling"], "block_q": 1024, "block_kv": 1024}}
+    found = {other["tiling"]["block_q"]: sum(predicted(other)) for other in (entry, half)}
+    assert found[2048] <= 1.06 * found[1024], found
 
 
 @pytest.mark.parametrize("entry", PUBLISHED, ids=_named)
