@@ -241,7 +241,7 @@ class Evidence:
     """
 
     best: tuple[Entry, ...]
-    tilings: Mapping[str, Mapping[Tiling, tuple[bool, float]]]
+    tilings: Mapping[str, Mapping[Tiling, tuple[float, ...]]]
     unused: Mapping[str, str]
     request: str
 
@@ -329,10 +329,9 @@ class Measurements:
         usable = [entry for entry, why in told.items() if why is None]
         unused = {entry.kernel: why for entry, why in told.items() if why is not None}
         asked = str(request)
-        ranked = [entry for kind in Kind for entry in _fastest(_comparable(usable, kind, asked))]
         best: dict[str, Entry] = {}
-        tilings: dict[str, dict[Tiling, tuple[bool, float]]] = {}
-        for entry in ranked:
+        tilings: dict[str, dict[Tiling, tuple[float, ...]]] = {}
+        for entry in [each for kind in Kind for each in _fastest(_comparable(usable, kind, asked))]:
             best.setdefault(entry.kernel, entry)
             value = entry.kind is Kind.PREDICTED, entry.seconds or 0.0
             tilings.setdefault(entry.kernel, {}).setdefault(Tiling(entry.tiling), value)

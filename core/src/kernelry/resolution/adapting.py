@@ -63,22 +63,19 @@ def consider(
     steps, refusals = compose(request, spec.capabilities, refuse, policy.forbidden_adapters)
     tiling = Tiling()
     if not refusals:
-        times = timed.tilings.get(spec.name, {}) if timed else {}
-        tiling, refusals = _tile(spec, steps[-1].after if steps else request, overrides, times)
+        took = timed.tilings.get(spec.name, {}) if timed else {}
+        tiling, refusals = _tile(spec, steps[-1].after if steps else request, overrides, took)
     notes = (f"vendor: {environment.knowledge.value}",) if environment.left_open and not refusals else ()
     notes = (*notes, *timed.notes(spec.name)) if timed else notes
     return Candidate(spec.name, installed.distribution, refusals, () if refusals else steps, notes), tiling
 
 
 def _tile(
-    spec: KernelSpec,
-    request: Request,
-    overrides: tuple[tuple[str, int], ...],
-    times: Mapping[Tiling, tuple[bool, float]],
+    spec: KernelSpec, request: Request, overrides: tuple[tuple[str, int], ...], took: Mapping[Tiling, tuple[float, ...]]
 ) -> tuple[Tiling, tuple[Refusal, ...]]:
     try:
         tilings = spec.tilings(request)
-        chosen = min((tiling for tiling in tilings if tiling in times), key=times.__getitem__, default=tilings[0])
+        chosen = min((tiling for tiling in tilings if tiling in took), key=took.__getitem__, default=tilings[0])
         return chosen.replace(dict(overrides), spec.name), ()
     except ConfigError as error:
         return Tiling(), (Refusal(RefusalCode.TILING, str(error)),)
