@@ -1,9 +1,18 @@
 """Predictions from libtpu's schedules against timings that others published. Nothing is timed here.
 
 tokamax ships, for each shape, the fastest tiling of its search and the milliseconds that the whole operation took on a
-device: with the copies that put heads before the sequence. They are compiled as tokamax has them, and counted by the
-bytes that each reads and writes, at the published bandwidth. (XLA's own estimates of them give 0.97 to 1.04 of the
-published time on v5p, 0.73 to 0.95 on tpu7x, and 1.12 to 1.28 on v6e.)
+device: with the copies that put heads before the sequence. They are compiled as the installed tokamax has them, and
+counted by the bytes that each reads and writes, at the published bandwidth. With tokamax 0.0.12, jax 0.10.2 and libtpu
+0.0.42.1, kernel and copies together are 0.82 to 1.02 of the published time on v5p, 0.73 to 0.94 on v6e, and 0.71 to
+0.76 on tpu7x, but for the four calls there that are mostly copies.
+
+Only winners are published, so that their rank among other tilings is all that can be tested. Of the keys that are
+computed at a time in blocks of 1024 (256, 512 or 1024), the winner's are those predicted to be the fastest in four
+causal shapes of 4096 tokens. A winner on v6e with blocks of 2048 is not: with blocks of 1024 the same is predicted to
+be 1.4 per cent faster, and 2 are allowed.
+
+The timings are of two releases, tokamax 0.0.12 and 0.0.17. That they are what was published is tested where the release
+is installed, and skipped elsewhere.
 """
 
 import functools
@@ -83,7 +92,7 @@ def test_a_program_that_is_mostly_copies_is_predicted_too_short(entry):
 SEARCHED = (256, 512, 1024)
 """Keys that are computed at a time, of a block of 1024; tokamax searches other blocks, layouts and schedulers too."""
 
-_RANKED = {("v5p", 128), ("v5p", 256), ("v6e", 128)}
+_RANKED = {("v5p", 128), ("v5p", 256), ("v6e", 128), ("tpu7x", 128)}
 WINNERS = [
     entry
     for entry in PUBLISHED
@@ -92,10 +101,20 @@ WINNERS = [
 
 
 @pytest.mark.parametrize("entry", WINNERS, ids=_named)
-def test_the_published_winner_is_within_six_per_cent_of_the_fastest_prediction(entry):
+def test_the_published_winner_is_predicted_to_be_the_fastest(entry):
     others = [{**entry, "tiling": {**entry["tiling"], "block_kv_compute": keys}} for keys in SEARCHED]
     found = {other["tiling"]["block_kv_compute"]: sum(predicted(other)) for other in others}
-    assert found[entry["tiling"]["block_kv_compute"]] <= 1.06 * min(found.values()), found
+    assert min(found, key=found.get) == entry["tiling"]["block_kv_compute"], found
+
+
+LARGE = [entry for entry in PUBLISHED if entry["tiling"].get("block_q") == 2048]
+
+
+@pytest.mark.parametrize("entry", LARGE, ids=_named)
+def test_a_winner_of_large_blocks_is_predicted_to_be_within_two_per_cent_of_blocks_of_half_the_size(entry):
+    half = {**entry, "tiling": {**entry["tiling"], "block_q": 1024, "block_kv": 1024}}
+    found = {other["tiling"]["block_q"]: sum(predicted(other)) for other in (entry, half)}
+    assert found[2048] <= 1.02 * found[1024], found
 
 
 @pytest.mark.parametrize("entry", PUBLISHED, ids=_named)

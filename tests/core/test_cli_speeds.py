@@ -109,14 +109,33 @@ def test_the_table_of_a_gpu_as_it_is_printed():
     assert text.startswith(GPU_TABLE), text
 
 
-@pytest.mark.parametrize("width", [60, 140])
-def test_the_table_fits_the_width(width):
-    reports = {"tpu:v5e": _reports("tpu:v5e", [(FORWARD, BACKWARD), (), (UNREAD,)])}
+@pytest.mark.parametrize("width", [40, 60, 80, 140])
+def test_no_figure_is_cut_whatever_the_width(width):
+    reports = {
+        "tpu:v5e": _reports("tpu:v5e", [(FORWARD, BACKWARD), (), (UNREAD,)]),
+        "gpu:h100": _reports("gpu:h100", [(FLASH,), None, ()]),
+    }
     text = _printed(reports, width)
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= width
-    assert all(figure in text.replace("\n", "") for figure in ("80/128", "0.127", "schedul", "not measured"))
-    assert ("splash_mha_dkv_no_residuals  1892+112" in text) == (width == 140)
+    assert max(map(len, text.splitlines())) <= width
+    words = {word.rstrip(",") for word in text.split()}
+    assert words >= {"1167+75", "80/128", "88%", "1150", "44.8", "0.0843", "0.211", "schedule", "1892+112", "MXU"}
+    assert words >= {"255", "420/288", "mma.sync=128", "wgmma=16"}
+    assert ("splash_mha_dkv_no_residuals" in words) == (width == 140)
+    assert ("splash_mha_dkv_no_residuals:" in words) == (width < 80)
+
+
+NARROW = """\
+tpu:v5e, static, not measured
+ train: ms 0.211
+  splash_mha_fwd_residuals: cycles 1167+75, visited 80/128,
+  MXU 88%, spills 1150, MiB 44.8, ms 0.0843, bound by
+  schedule
+"""
+
+
+def test_a_narrow_terminal_gets_a_paragraph_for_each_row():
+    text = _printed({"tpu:v5e": _reports("tpu:v5e", [(FORWARD, BACKWARD), (), (UNREAD,)])}, 60)
+    assert text.startswith(NARROW), text
 
 
 def test_assumptions_are_said_once():

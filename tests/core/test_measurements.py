@@ -1,6 +1,7 @@
 """Times of kernels: which requests one is about, which of two is kept, and what they decide."""
 
 import dataclasses
+import itertools
 import json
 
 import hypothesis.strategies as st
@@ -265,6 +266,16 @@ def test_a_kernel_that_is_named_gets_its_fastest_tiling_and_a_users_tiling_takes
         assert str(resolve(times).plan.tiling) == "block_kv=64, block_q=32"
     own = dataclasses.replace(SHIPPED, tilings=(("blockwise", (("block_kv", 128),)),))
     assert str(resolve(times, policy=own).plan.tiling) == "block_kv=128, block_q=64"
+
+
+def test_of_tilings_that_take_as_long_the_kernels_first_is_chosen():
+    first, second, third = BLOCKWISE.tilings(REQUEST)[:3]
+    for seconds in itertools.permutations((1e-3, 1e-3, 2e-3)):
+        times = dict(zip((first, second, third), seconds, strict=True))
+        entries = [Entry.of(REQUEST, "blockwise", time, tiling=each.values) for each, time in times.items()]
+        wanted = next(tiling for tiling, time in times.items() if time == 1e-3)
+        assert resolve(Measurements(tuple(entries))).plan.tiling == wanted
+        assert resolve(Measurements(tuple(reversed(entries)))).plan.tiling == wanted
 
 
 def test_a_tiling_that_the_kernel_does_not_offer_for_the_request_is_not_used():

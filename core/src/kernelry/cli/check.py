@@ -17,7 +17,7 @@ from rich.table import Table
 from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
 from kernelry.aot.dumps import dumps_for
 from kernelry.cli import options
-from kernelry.cli.output import Json, Text, show
+from kernelry.cli.output import Json, Rows, Text, show
 from kernelry.cli.speeds import speed_parts, three_digits
 from kernelry.models.model import LayerKind
 from kernelry.phases.model_shape import ModelShape
@@ -113,22 +113,26 @@ def _bound(assumed: dict[str, set[str]]) -> str:
     return ", but ".join(["at least", "; ".join(without)] if without else ["at least"])
 
 
-def _table(name: str, reports: tuple[LayerReport, ...]) -> Table:
+def _table(name: str, reports: tuple[LayerReport, ...]) -> Rows:
     table = Table(title=name, title_justify="left")
-    for column in ("phase", "kernel", "compiles"):
+    for column in ("phase", "kernel"):
         table.add_column(column, overflow="fold")
-    for column in ("seconds", "MiB", "FLOPs/byte", "roofline ms"):
-        table.add_column(column, justify="right")
-    for report in reports:
-        compilation, work = report.compilation, report.work
-        memory = {} if compilation is None else compilation.memory
-        table.add_row(
-            report.name,
-            " and ".join(report.resolution.kernels) or "–",
-            str(report.outcome),
-            "–" if compilation is None else f"{compilation.seconds:.1f}",
-            f"{sum(memory.values()) / _MIB:.1f}" if memory else "–",
-            f"{work.intensity:.0f}",
-            "–" if work.seconds is None else three_digits(work.seconds * 1e3),
-        )
-    return table
+    table.add_column("compiles")
+    for column in ("seconds", "MiB", "FLOPs/byte"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("roofline ms", justify="right")
+    return Rows(table, [_row(report) for report in reports])
+
+
+def _row(report: LayerReport) -> tuple[str, ...]:
+    compilation, work = report.compilation, report.work
+    memory = {} if compilation is None else compilation.memory
+    return (
+        report.name,
+        " and ".join(report.resolution.kernels) or "–",
+        str(report.outcome),
+        "–" if compilation is None else f"{compilation.seconds:.1f}",
+        f"{sum(memory.values()) / _MIB:.1f}" if memory else "–",
+        f"{work.intensity:.0f}",
+        "–" if work.seconds is None else three_digits(work.seconds * 1e3),
+    )

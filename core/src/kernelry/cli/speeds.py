@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
-from rich.padding import Padding
 from rich.table import Table
 
 from kernelry.aot import LayerReport
 from kernelry.aot.gpu_code import GpuCode
 from kernelry.aot.kernel_speeds import total_seconds
 from kernelry.aot.speed import ASSUMPTIONS, KernelSpeed
-from kernelry.cli.output import Text
+from kernelry.cli.output import Rows, Text
 
 _MIB = 2**20
 _KIB = 2**10
@@ -60,31 +59,28 @@ def _compiled(reports: Sequence[LayerReport]) -> list[LayerReport]:
     return [report for report in reports if report.compilation is not None and report.compilation.compiled is not None]
 
 
-def _table(name: str, reports: Sequence[LayerReport]) -> Table:
+def _table(name: str, reports: Sequence[LayerReport]) -> Rows:
     is_tpu = reports[0].resolution.request.target.platform == "tpu"
     columns = _TPU_COLUMNS if is_tpu else _GPU_COLUMNS
     table = Table(title=f"{name}, static, not measured", title_justify="left", pad_edge=False, box=None, padding=(0, 1))
     table.add_column("phase: kernel", overflow="fold", min_width=14)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("bound by", "products") else "right", overflow="fold")
+        is_text = column in ("bound by", "products")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text and " " not in column)
+    rows: list[tuple[str, ...]] = []
     for report in _compiled(reports):
         speeds = report.speeds
-        table.add_row(Text(f"{report.name}:"), *(_total(column, speeds) for column in columns))
-        for speed in speeds:
-            table.add_row(_indented(speed.name), *map(Text, _of_tpu(speed) if is_tpu else _of_gpu(speed.code)))
+        rows.append((f"{report.name}:", *(_total(column, speeds) for column in columns)))
+        rows += [(f" {speed.name}", *(_of_tpu(speed) if is_tpu else _of_gpu(speed.code))) for speed in speeds]
         if not speeds:
-            table.add_row(_indented(" and ".join(report.resolution.kernels)), *(Text("–") for _ in columns))
-    return table
+            rows.append((f" {' and '.join(report.resolution.kernels)}", *("–" for _ in columns)))
+    return Rows(table, rows)
 
 
-def _indented(name: str) -> RenderableType:
-    return Padding(Text(name), (0, 0, 0, 1))
-
-
-def _total(column: str, speeds: Sequence[KernelSpeed]) -> Text:
+def _total(column: str, speeds: Sequence[KernelSpeed]) -> str:
     """Of a call with more than one kernel, the time of all."""
     seconds = total_seconds(speeds)
-    return Text(three_digits(seconds * 1e3) if column == "ms" and len(speeds) > 1 and seconds is not None else "")
+    return three_digits(seconds * 1e3) if column == "ms" and len(speeds) > 1 and seconds is not None else ""
 
 
 def _of_tpu(speed: KernelSpeed) -> tuple[str, ...]:

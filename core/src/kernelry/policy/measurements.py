@@ -242,13 +242,13 @@ class Evidence:
 
     Args:
       best: the fastest entry of each kernel that was timed: first those measured, then those predicted, fastest first.
-      tilings: for each kernel the tilings that were timed, best first.
+      tilings: for each kernel the tilings that were timed; the least value is the best.
       unused: for kernels that have entries of other versions, why those are not used.
       request: the request, as text.
     """
 
     best: tuple[Entry, ...]
-    tilings: Mapping[str, tuple[Tiling, ...]]
+    tilings: Mapping[str, Mapping[Tiling, tuple[float, ...]]]
     unused: Mapping[str, str]
     request: str
 
@@ -336,12 +336,12 @@ class Measurements:
         usable = [entry for entry, why in told.items() if why is None]
         unused = {entry.kernel: why for entry, why in told.items() if why is not None}
         asked = str(request)
-        ranked = [entry for kind in Kind for entry in _fastest(_comparable(usable, kind, asked))]
         best: dict[str, Entry] = {}
-        tilings: dict[str, tuple[Tiling, ...]] = {}
-        for entry in ranked:
+        tilings: dict[str, dict[Tiling, tuple[float, ...]]] = {}
+        for entry in [each for kind in Kind for each in _fastest(_comparable(usable, kind, asked))]:
             best.setdefault(entry.kernel, entry)
-            tilings[entry.kernel] = (*tilings.get(entry.kernel, ()), Tiling(entry.tiling))
+            value = entry.kind is Kind.PREDICTED, entry.seconds or 0.0
+            tilings.setdefault(entry.kernel, {}).setdefault(Tiling(entry.tiling), value)
         return Evidence(tuple(best.values()), tilings, unused, asked)
 
     def why_not(self, entry: Entry, distribution: str) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, final
 
 from kernelry.errors import ConfigError
@@ -63,19 +63,19 @@ def consider(
     steps, refusals = compose(request, spec.capabilities, refuse, policy.forbidden_adapters)
     tiling = Tiling()
     if not refusals:
-        fastest = timed.tilings.get(spec.name, ()) if timed else ()
-        tiling, refusals = _tile(spec, steps[-1].after if steps else request, overrides, fastest)
+        took = timed.tilings.get(spec.name, {}) if timed else {}
+        tiling, refusals = _tile(spec, steps[-1].after if steps else request, overrides, took)
     notes = (f"vendor: {environment.knowledge.value}",) if environment.left_open and not refusals else ()
     notes = (*notes, *timed.notes(spec.name)) if timed else notes
     return Candidate(spec.name, installed.distribution, refusals, () if refusals else steps, notes), tiling
 
 
 def _tile(
-    spec: KernelSpec, request: Request, overrides: tuple[tuple[str, int], ...], fastest: tuple[Tiling, ...]
+    spec: KernelSpec, request: Request, overrides: tuple[tuple[str, int], ...], took: Mapping[Tiling, tuple[float, ...]]
 ) -> tuple[Tiling, tuple[Refusal, ...]]:
     try:
         tilings = spec.tilings(request)
-        chosen = next((tiling for tiling in fastest if tiling in tilings), tilings[0])
+        chosen = min((tiling for tiling in tilings if tiling in took), key=took.__getitem__, default=tilings[0])
         return chosen.replace(dict(overrides), spec.name), ()
     except ConfigError as error:
         return Tiling(), (Refusal(RefusalCode.TILING, str(error)),)
