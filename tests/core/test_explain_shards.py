@@ -55,12 +55,13 @@ def line(start, told):
 
 def test_what_is_told_of_a_mesh():
     told = lines(MILLION, q_len=8192, kv_len=8192, batch=8, sharding="batch=d:4 heads=t:2 sequence=c:8 ring dual")
+    own = "block_kv={0}, block_kv_dkv={0}, block_kv_dq={0}, block_q={0}, block_q_dkv={0}, block_q_dq={0}".format
     assert told[1:6] == [
         "  on 64 devices: batch over d:4, heads over t:2, sequence over c:8, by ring, dual_chunk",
         "  each device has B=8/4=2 T=8192/8=1024 S=8192/8=1024 N=32/2=16 K=8/2=4",
         "  64 pairs of shards: 0 full, 64 partial, 0 skipped, 8 of 8 steps",
-        "    8 of mask=causal → splash",
-        "    28 of mask=causal at query=static → splash through empty_rows_from_lse",
+        f"    8 of mask=causal → splash with {own(512)}",
+        f"    28 of mask=causal at query=static → splash through empty_rows_from_lse with {own(1024)}",
     ]
     assert line("  forward", told) == "  forward: sends 33.6 MB, holds 8.39 MB more"
     assert "    33.6 MB: 16 permutes of K and V" in told

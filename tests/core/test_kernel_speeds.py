@@ -24,13 +24,14 @@ TILING = {
     "block_kv_dkv": 512,
     "block_q_dq": 512,
     "block_kv_dq": 512,
+    "backward_kernels": 2,
 }
 NAMES = ("splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals", "splash_mha_dq_no_residuals")
 
 
 def _compiled(target, kernel, written, phase=0):
     call = calls(AttentionConfig(), SHAPE, Target.parse(target))[phase]
-    with kernelry.use(kernel, target=target):
+    with kernelry.use(kernel, target=target, tiling={"backward_kernels": 2} if kernel == "splash" else None):
         traced = jax.jit(program_of(call)).trace(*arguments_of(call))
     return call, Compilation(call.request.target, 0.0, {}, object(), traced=traced, written=written)
 

@@ -127,7 +127,7 @@ def _traced(call, kernel, tiling):
 
 
 TILING = {"block_q": 256, "block_kv": 512, "block_kv_compute": 256, "block_q_dkv": 512, "block_kv_dkv": 256}
-TILING |= {"block_kv_dkv_compute": 256, "block_q_dq": 128, "block_kv_dq": 512}
+TILING |= {"block_kv_dkv_compute": 256, "block_q_dq": 128, "block_kv_dq": 512, "backward_kernels": 2}
 
 
 @pytest.mark.parametrize(
