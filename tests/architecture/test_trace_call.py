@@ -14,9 +14,9 @@ SCRIPT = Path(__file__).with_name("trace_call.py")
 # look with `--pairs` at which files were added.
 BOUNDS = {
     "auto": {"modules": 25, "lines": 6_620, "crossings": 116, "functions": 192, "function_lines": 1_745},
-    "dot_product": {"modules": 24, "lines": 6_370, "crossings": 107, "functions": 180, "function_lines": 1_670},
+    "dot_product": {"modules": 24, "lines": 6_375, "crossings": 107, "functions": 180, "function_lines": 1_670},
 }
-CLOSURE = {"closure_modules": 57, "closure_lines": 9_720, "bare_modules": 3}
+CLOSURE = {"closure_modules": 57, "closure_lines": 9_740, "bare_modules": 3}
 
 
 def trace(kernel):

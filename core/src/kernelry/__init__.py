@@ -85,13 +85,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"kernelry.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'kernelry' has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(f"kernelry.{_HOME[name]}"), name)
-    return found
+if not TYPE_CHECKING:  # or every name would be right
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"kernelry.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module 'kernelry' has no attribute {name!r}")
+        found = globals()[name] = getattr(importlib.import_module(f"kernelry.{_HOME[name]}"), name)
+        return found
 
 
 def __dir__() -> list[str]:

@@ -58,20 +58,19 @@ class Candidates(Sequence[Candidate]):
     Equal to a tuple of the same candidates. A call needs the winner alone; logs, observers and explanations look.
     """
 
-    __slots__ = ("_known", "_others")
+    __slots__ = ("_asked",)
 
     def __init__(self, known: tuple[Candidate, ...], others: Callable[[], tuple[Candidate, ...]]) -> None:
-        self._known = known
-        self._others: Callable[[], tuple[Candidate, ...]] | None = others
+        self._asked: tuple[tuple[Candidate, ...], Callable[[], tuple[Candidate, ...]] | None] = known, others
 
     def _all(self) -> tuple[Candidate, ...]:
-        others = self._others
+        known, others = self._asked  # one attribute, as several threads may look
         if others is not None:
-            self._known, self._others = (*self._known, *others()), None
-        return self._known
+            known, _ = self._asked = (*known, *others()), None
+        return known
 
     def __iter__(self) -> Iterator[Candidate]:
-        known = self._known
+        known, _ = self._asked
         yield from known
         yield from self._all()[len(known) :]
 
