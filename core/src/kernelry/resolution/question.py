@@ -127,10 +127,10 @@ class Question:
             _check_names((name,), pool)
             return Order((name,), why, tuple(sorted(pool.keys() - {name})), frozenset({name}), timed, is_forced=True)
         measured = timed.measured if timed else ()
-        ranked, why = self._ranked(pool, timed)
+        ranked, why_so = self._ranked(pool, timed)
         rule = first_match(self.policy.rules, self.request)
         if rule is None:
-            return Order(ranked, why, approved=frozenset(measured), timed=timed, ranked_by=timed)
+            return Order(ranked, why_so, approved=frozenset(measured), timed=timed, ranked_by=timed)
         _check_names(rule.names, pool)
         rest = tuple(name for name in ranked if name not in rule.names)
         approved = frozenset({*rule.names, *measured})
