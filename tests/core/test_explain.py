@@ -10,6 +10,7 @@ import pytest
 import kernelry
 from kernelry import masks
 from kernelry.config import load_config
+from kernelry.policy.measurements import Entry, Measurements
 from kernelry.policy.policy import Policy
 from kernelry.request.request import Request
 from kernelry.resolution.nearest_change import nearest_changes
@@ -151,3 +152,28 @@ def test_the_documentation_names_every_key():
     found = {*_keys(served), *_keys({**refused, "plan": {}}), *_keys(cut)} - {"shards.backward"}
     documented = set(re.findall(r"^\| `([a-z_.]+)`(?: \||,)", DOCS, re.MULTILINE))
     assert found == documented
+
+
+def times(*kernels, **more):
+    """Measurements of `REFUSED` for kernels, 1 ms for the first, 2 ms for the next."""
+    return Measurements(tuple(Entry.of(REFUSED, name, 1e-3 * at, **more) for at, name in enumerate(kernels, 1)))
+
+
+REFUSED = Request(q_len=512, q_heads=4)
+"""A request that splash, which needs a TPU, refuses."""
+
+
+def test_times_decide_only_where_the_winner_has_one():
+    without = kernelry.explain(REFUSED)
+    found = kernelry.explain(REFUSED, measurements=times("splash"))
+    assert (found.kernel, found.rule) == (without.kernel, without.rule)
+    assert found.decided_by in Policy.shipped().defaults
+    assert "measured" not in next(line for line in str(found).splitlines() if "decided by" in line)
+    both = kernelry.explain(REFUSED, measurements=times("splash", "blockwise"))
+    assert (both.kernel, both.rule) == ("blockwise", "measured on cpu: splash 1 ms, blockwise 2 ms")
+
+
+def test_where_no_kernel_serves_times_decided_nothing():
+    splash = tuple(kernel.spec for kernel in kernelry.kernels() if kernel.name == "splash")
+    found = kernelry.explain(REFUSED, kernels=splash, measurements=times("splash"))
+    assert (found.kernel, found.rule) == (None, kernelry.explain(REFUSED, kernels=splash).rule)

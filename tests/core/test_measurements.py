@@ -101,6 +101,14 @@ def test_what_changes_the_work_changes_the_bucket(facts):
     assert bucket(**facts) != bucket(**({"mode": "decode"} if facts.get("mode") == "decode" else {}))
 
 
+def test_which_dimensions_of_a_bias_are_broadcast_is_told_apart():
+    shapes = list(itertools.product((1, 2), (1, 4), (1, 512), (1, 512)))
+    found = {bucket(batch=2, q_heads=4, bias=shape) for shape in shapes}
+    assert len(found) == len(shapes)
+    assert dict(bucket(bias=(1, 1, 1, 512)).facts)["bias"] == "111S"
+    assert bucket(bias=(1, 1, 1, 512)) == bucket(q_len=500, bias=(1, 1, 1, 500))
+
+
 def test_a_static_offset_of_zero_is_the_default():
     assert bucket(mask=masks.Causal().at(query_offset=0)) == bucket(mask=masks.Causal())
 
@@ -346,11 +354,12 @@ def test_a_prediction_leaves_out_adapters_so_that_their_work_still_counts():
     padding = tuple(kernel.spec for kernel in kernelry.kernels() if kernel.name in ("pallas_mha", "dot_product"))
     entry = Entry.of(PADDED, "pallas_mha", 1e-6)
     predicted = dataclasses.replace(entry, kind=Kind.PREDICTED)
-    chosen = [
-        kernelry.explain(PADDED, kernels=padding, measurements=Measurements((each,)), policy=SHIPPED).kernel
+    first, second = (
+        kernelry.explain(PADDED, kernels=padding, measurements=Measurements((each,)), policy=SHIPPED)
         for each in (entry, predicted)
-    ]
-    assert chosen == ["pallas_mha", "dot_product"]
+    )
+    assert (first.kernel, first.rule) == ("pallas_mha", "measured on gpu:h100: pallas_mha 0.001 ms")
+    assert (second.kernel, second.decided_by in SHIPPED.defaults) == ("dot_product", True)
 
 
 def test_a_refusal_of_the_named_kernel_stays_a_refusal():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import importlib_metadata
 import pytest
 
 import kernelry
@@ -329,3 +331,69 @@ def test_versions_name_what_times_depend_on():
     assert of_cpu == {name: here[name] for name in ("jax", "jaxlib", "kernelry", "processor")} | {"some-kernels": "1.2"}
     assert "processor" not in dict(versions_of("tpu:v5e", "some-kernels 1.2"))
     assert here["processor"].endswith(" cores")
+
+
+def install(folder, name, version, *requires):
+    """Puts the metadata of a distribution into a folder, in place of those of another version."""
+    for before in folder.glob(f"{name.replace('-', '_')}-*.dist-info"):
+        shutil.rmtree(before)
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    lines = [
+        "Metadata-Version: 2.4",
+        f"Name: {name}",
+        f"Version: {version}",
+        *map("Requires-Dist: {}".format, requires),
+    ]
+    (info / "METADATA").write_text("\n".join(lines) + "\n\n")
+    os.utime(folder, ns=(time.time_ns(), time.time_ns()))
+    importlib_metadata.MetadataPathFinder.invalidate_caches()
+
+
+@pytest.fixture
+def vendor(tmp_path, monkeypatch):
+    """Installs some-kernels, which need a vendor by an extra, and returns a function that installs that vendor."""
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "some-linter", "5")
+    install(tmp_path, "some-kernels", "1.2", *SOME_REQUIRE)
+    yield lambda version: install(tmp_path, "some-vendor", version)
+    importlib_metadata.MetadataPathFinder.invalidate_caches()
+
+
+SOME_REQUIRE = (
+    "jax<0.13,>=0.10",
+    "Some.Vendor[core_cu13,jax]!=2.12.*,>=2.11; python_version >= '3' and extra == 'vendor'",
+    "missing-vendor; extra == 'other'",
+    "some-linter>=1; extra == 'dev'",
+    "some-kernels[vendor]; extra == 'all'",
+)
+
+
+def test_versions_name_what_the_kernels_distribution_requires(vendor):
+    assert "some-vendor" not in dict(versions_of("tpu:v5e", "some-kernels 1.2"))
+    vendor("2.14")
+    here = dict(versions_here())
+    wanted = {name: here[name] for name in ("jax", "jaxlib", "kernelry", "libtpu") if name in here}
+    assert dict(versions_of("tpu:v5e", "some-kernels 1.2")) == wanted | {"some-kernels": "1.2", "some-vendor": "2.14"}
+
+
+def test_times_of_another_version_of_the_vendor_are_not_used(vendor, store):
+    vendor("2.14")
+    timed = Entry.of(REQUEST, "some", 1e-3, versions=versions_of("cpu", "some-kernels 1.2"))
+    store.add([timed])
+    assert store.usable().why_not(timed, "some-kernels 1.2") is None
+    vendor("2.15")
+    why = "measured with some-vendor 2.14, this is 2.15: not used; run kernelry tune"
+    assert store.usable().why_not(timed, "some-kernels 1.2") == why
+    for kernel in kernelry.kernels():  # each plugin's metadata can be read
+        assert kernel.distribution.split(" ")[0] in dict(versions_of("cpu", kernel.distribution))
+
+
+def test_names_that_no_distribution_can_have_and_damaged_ones_are_taken_as_they_are(vendor, store, tmp_path):
+    vendor("2.14")
+    (tmp_path / "some_vendor-2.14.dist-info" / "METADATA").unlink()
+    assert "some-vendor" not in dict(versions_of("cpu", "some-kernels 1.2"))
+    names = ("", "../x y", "some-kernels", "some-vendor")
+    timed = Entry.of(REQUEST, "some", 1e-3, versions=tuple((name, "1.2") for name in names))
+    store.add([timed])
+    assert store.usable().why_not(timed, "some-kernels 1.2") is None

@@ -199,7 +199,8 @@ class Tuned:
 
 
 def _tuned(jobs: Sequence[Job], results: Sequence[Result], store: Store) -> Iterator[Tuned]:
-    measurements = Measurements(store.read(), versions_here())
+    entries = store.read()
+    measurements = Measurements(entries, versions_here(entries))
     for job in jobs:
         mine = tuple(result for result in results if result.choice.job is job)
         yield Tuned(job, mine, job.resolved(), job.resolved(measurements))

@@ -62,6 +62,7 @@ class Bucket:
             "D": request.value_dim,
             "mask": _mask(request.mask),
             "gradients": gradients,
+            "bias": _broadcast(request.bias),
             **{name: getattr(request, name) for name in _AS_THEY_ARE},
             **{name: getattr(request, name) not in (None, False, 0.0) for name in _WHETHER},
         }
@@ -72,9 +73,9 @@ class Bucket:
         return " ".join(f"{name}={value}" for name, value in self.facts)
 
 
-_WHETHER = ("bias", "soft_cap", "bias_after_cap", "sinks", "dropout_rate")
+_WHETHER = ("soft_cap", "bias_after_cap", "sinks", "dropout_rate")
 """What costs time by being there."""
-_AS_THEY_ARE = tuple(name for name in NEUTRAL if name not in (*_WHETHER, "mask"))
+_AS_THEY_ARE = tuple(name for name in NEUTRAL if name not in (*_WHETHER, "mask", "bias"))
 _UNSAID = {**NEUTRAL, **dict.fromkeys(_WHETHER, False), "mask": "full"}
 """The values that are left out."""
 
@@ -82,6 +83,13 @@ _UNSAID = {**NEUTRAL, **dict.fromkeys(_WHETHER, False), "mask": "full"}
 def _power(size: int) -> int:
     """The power of two that is nearest to a size on a logarithmic scale; 0 stays 0."""
     return 2 ** round(math.log2(size)) if size > 0 else 0
+
+
+def _broadcast(bias: tuple[int, ...] | None) -> str | None:
+    """Which of a bias's dimensions are broadcast, so that fewer bytes are read: `111S`, `BNTS`; None without bias."""
+    return (
+        None if bias is None else "".join("1" if size == 1 else axis for axis, size in zip("BNTS", bias, strict=True))
+    )
 
 
 def _mask(form: MaskForm) -> str:
@@ -149,7 +157,8 @@ class Entry:
         where there is none, as `failure` says.
       kind: measured or predicted.
       versions: (distribution, version) pairs that the time depends on, sorted: of jax, of kernelry, of the kernel's
-        distribution, and of the compiler; of a CPU also the processor. Without any it does not depend on versions.
+        distribution and what that requires, and of the compiler; of a CPU also the processor. Without any it does not
+        depend on versions.
       time: when that was, in UTC, e.g. `2026-11-30T09:39:01.250Z`.
       failure: why there is no time: the compiler's message, or that there is no model.
     """

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,8 @@ _PATIENCE = 60.0
 
 _COMPILERS = ("libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "jax-rocm60-pjrt", "jax-rocm7-pjrt")
 """The distributions whose compilers make the programs of accelerators."""
+_REQUIREMENT = re.compile(r"\w[\w.-]*")
+_FOR_DEVELOPERS = re.compile(r"""extra\s*==\s*["'](dev\w*|tests?|testing|lint|docs?|build|ci|benchmarks?)["']""")
 
 
 class _DamagedError(Exception):
@@ -94,7 +97,7 @@ class Store:
         except ConfigError as error:
             _logger.warning("no measured times are used: %s", error)
             return None
-        return Measurements(entries, versions_here()) if entries else None
+        return Measurements(entries, versions_here(entries)) if entries else None
 
     def add(self, entries: Iterable[Entry], *, set_aside: bool = True) -> tuple[Entry, ...]:
         """Stores entries, and returns all that are then stored; of equal keys the one of the highest rank stays.
@@ -197,19 +200,21 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def versions_here() -> Pairs:
-    """The versions in this process that a time may depend on, besides that of a kernel's distribution."""
-    from importlib_metadata import PackageNotFoundError, version  # not needed to import kernelry
+def versions_here(entries: Iterable[Entry] = ()) -> Pairs:
+    """The versions in this process that times may depend on, besides that of a kernel's distribution.
 
+    Args:
+      entries: times, of which the versions that they name are looked up too.
+    """
     found = {"jax": jax.__version__, "kernelry": __version__, "processor": _processor()}
-    for name in ("jaxlib", *_COMPILERS):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return tuple(sorted(found.items()))
+    named = {name for entry in entries for name, _ in entry.versions}
+    return tuple(sorted({**_installed({"jaxlib", *_COMPILERS, *named} - found.keys()), **found}.items()))
 
 
 def versions_of(device: str, distribution: str) -> Pairs:
-    """Those of them that a time on a device depends on, with the version of the kernel's distribution.
+    """The versions that a time on a device depends on: of jax, the compiler, the kernel's distribution and its vendors.
+
+    Its vendors are what the distribution requires, also for its extras. What is not installed is left out.
 
     Args:
       device: `platform[:kind]`.
@@ -219,9 +224,31 @@ def versions_of(device: str, distribution: str) -> Pairs:
     name, _, version = distribution.rpartition(" ")
     of_platform = {"cpu": ("processor",), "tpu": ("libtpu",), "gpu": _COMPILERS[1:]}
     wanted = ("jax", "jaxlib", "kernelry", *of_platform.get(device.partition(":")[0], ()))
-    return tuple(
-        sorted({**{each: here[each] for each in wanted if each in here}, **({name: version} if name else {})}.items())
-    )
+    found = {**_installed(_required(name)), **{each: here[each] for each in wanted if each in here}}
+    return tuple(sorted({**found, **({name: version} if name else {})}.items()))
+
+
+def _required(distribution: str) -> frozenset[str]:
+    """The normalised names of the distributions that one requires; those that only its developers use are left out."""
+    import importlib_metadata  # not needed to import kernelry
+
+    try:
+        requirements = importlib_metadata.requires(distribution) or ()
+    except Exception:  # no distribution brings the kernel, or its metadata is damaged
+        return frozenset()
+    names = (_REQUIREMENT.match(each) for each in requirements if not _FOR_DEVELOPERS.search(each))
+    return frozenset(re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name)
+
+
+def _installed(names: Iterable[str]) -> dict[str, str]:
+    """The versions of those of some distributions that are installed."""
+    import importlib_metadata
+
+    found = {}
+    for name in names:
+        with contextlib.suppress(Exception):  # not installed, half uninstalled, or a name that none can have
+            found[name] = importlib_metadata.version(name)
+    return found
 
 
 def _processor() -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kernelry.policy.measurements import Evidence, Measurements
     from kernelry.registry.contents import InstalledKernel
 
+_Pool = Mapping[str, "InstalledKernel"]
 _logger = logging.getLogger("kernelry")
 
 
@@ -114,7 +115,7 @@ class Question:
         given = {spec.name: installed.not_installed(spec, "use") for spec in self.scope.kernels}
         return {**pool, **given}
 
-    def order(self, pool: Mapping[str, InstalledKernel]) -> Order:
+    def order(self, pool: _Pool) -> Order:
         """Returns the kernels to try: the one forced, those of a user's rule, or all.
 
         Raises:
@@ -129,18 +130,15 @@ class Question:
         ranked, why_so = self._ranked(pool, timed)
         rule = first_match(self.policy.rules, self.request)
         if rule is None:
-            return Order(ranked, why_so, approved=frozenset(measured), timed=timed)
+            return Order(ranked, why_so, approved=frozenset(measured), timed=timed, ranked_by=timed)
         _check_names(rule.names, pool)
         rest = tuple(name for name in ranked if name not in rule.names)
         approved = frozenset({*rule.names, *measured})
-        if rule.is_exhaustive:
-            return Order(rule.names, rule, rest, approved, timed)
-        return Order((*rule.names, *rest), rule, (), approved, timed)
+        tried, excluded = ((), rest) if rule.is_exhaustive else (rest, ())
+        return Order((*rule.names, *tried), rule, excluded, approved, timed)
 
-    def _ranked(
-        self, pool: Mapping[str, InstalledKernel], timed: Evidence | None
-    ) -> tuple[tuple[str, ...], Rule | str]:
-        """Orders all kernels: by measured time, predicted time, votes, the shipped policy, and then by name."""
+    def _ranked(self, pool: _Pool, timed: Evidence | None) -> tuple[tuple[str, ...], Rule | str]:
+        """Orders all kernels: by time, votes, the shipped policy, then name; and what decides where none has a time."""
         votes = _votes(self.request, tuple(sorted(pool)))
         default = first_match(self.policy.defaults, self.request)
         preferred, fastest = default.names if default else (), timed.names if timed else ()
@@ -148,8 +146,7 @@ class Question:
         def rank(name: str) -> tuple[int, int, int, str]:
             return _position(name, fastest), -votes.get(name, 0), _position(name, preferred), name
 
-        decided_by = str(timed) if fastest else "votes of plugins" if votes else default
-        return tuple(sorted(pool, key=rank)), decided_by or "by name"
+        return tuple(sorted(pool, key=rank)), "votes of plugins" if votes else default or "by name"
 
     def tiling_for(self, name: str, decided_by: Rule | str) -> tuple[tuple[str, int], ...]:
         """The tunables set for a kernel: the policy's for that kernel, then the rule's, then the scope's.
@@ -168,11 +165,12 @@ class Order:
 
     Args:
       names: theirs.
-      decided_by: the rule; where none decided, what did.
+      decided_by: the rule; where none decides, what does for kernels without a time.
       excluded: the other kernels, which must not be tried.
       approved: the kernels that were asked for or measured, so that the work of their adapters does not demote them.
       timed: the times of kernels; None where there are none.
       is_forced: whether one kernel was asked for by name.
+      ranked_by: the times, where they come first.
     """
 
     names: tuple[str, ...]
@@ -181,6 +179,11 @@ class Order:
     approved: frozenset[str] = frozenset()
     timed: Evidence | None = None
     is_forced: bool = False
+    ranked_by: Evidence | None = None
+
+    def why(self, name: str | None) -> Rule | str:
+        """What decides for a kernel: times, where it has one."""
+        return str(self.ranked_by) if self.ranked_by and name in self.ranked_by.names else self.decided_by
 
 
 def choose(question: Question) -> Resolution:
@@ -194,16 +197,14 @@ def choose(question: Question) -> Resolution:
         if plan is not None and (name in order.approved or not question.policy.demotes(plan.extra_work)):
             others = functools.partial(_others, order.names[place:], question, order, pool, environment)
             found = Candidates((*candidates, candidate), others)
-            return Resolution(question.request, plan, found, order.decided_by, order.excluded, order.is_forced)
+            return Resolution(question.request, plan, found, order.why(name), order.excluded, order.is_forced)
         if plan is not None:
             note = f"its adapters add {plan.extra_work:.1f} times the work: ranked below kernels that need less"
             candidate = dataclasses.replace(candidate, notes=(*candidate.notes, note))
             fallback = fallback or plan
         candidates.append(candidate)
-    return Resolution(question.request, fallback, tuple(candidates), order.decided_by, order.excluded, order.is_forced)
-
-
-_Pool = Mapping[str, "InstalledKernel"]
+    why = order.why(fallback.kernel.name if fallback else None)
+    return Resolution(question.request, fallback, tuple(candidates), why, order.excluded, order.is_forced)
 
 
 def _asked(
@@ -212,7 +213,7 @@ def _asked(
     """A kernel's answer, and its plan where it serves."""
     if name not in pool:
         return _absent(name, pool), None
-    tunables = question.tiling_for(name, order.decided_by)
+    tunables = question.tiling_for(name, order.why(name))
     candidate, tiling = consider(pool[name], question.request, question.policy, environment, tunables, order.timed)
     serves = not candidate.refusals
     return candidate, Plan(pool[name].spec, candidate.steps, question.request, tiling) if serves else None
@@ -226,14 +227,13 @@ def _others(
     return tuple(_asked(name, question, order, pool, looking)[0] for name in names)
 
 
-def _absent(name: str, pool: Mapping[str, InstalledKernel]) -> Candidate:
+def _absent(name: str, pool: _Pool) -> Candidate:
     remedy = installed.how_to_get(name)
-    hint = nearest(name, pool) if remedy is None else ""
-    detail = f"no installed plugin brings a kernel of that name{hint}"
+    detail = f"no installed plugin brings a kernel of that name{'' if remedy else nearest(name, pool)}"
     return Candidate(name, "not installed", (Refusal(RefusalCode.NOT_INSTALLED, detail, remedy),))
 
 
-def _check_names(names: Sequence[str], pool: Mapping[str, InstalledKernel]) -> None:
+def _check_names(names: Sequence[str], pool: _Pool) -> None:
     for name in names:
         if name not in pool:
             installed.registry().check_name(name)
