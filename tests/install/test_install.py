@@ -184,7 +184,7 @@ def test_all_plugins_leave_attention_working(complete):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shown_runs(complete, command):
-    [config] = (block for language, block in PAGES["choosing.md"] if language == "toml")
+    config = next(block for language, block in PAGES["choosing.md"] if language == "toml")
     (complete.sources / "config.toml").write_text(config)
     times = str(complete.sources / "times") if command.startswith("kernelry tune") else ""  # others print the defaults
     done = complete.run(*shlex.split(command), times=times)
