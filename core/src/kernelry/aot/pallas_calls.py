@@ -155,7 +155,7 @@ def _size(array: Any) -> int:
 
 
 def _block(described: Any, dimensions: int) -> tuple[Block, list[tuple[int, int]]]:
-    """A block, and for dimensions of the grid how many steps its index, or a table that it reads, leaves room for."""
+    """A block, and for dimensions of the grid the most steps that its index, or a table that it reads, allows."""
     array = described.array_aval
     shape = tuple(_length(size) for size in described.block_shape)
     indices, bounds = _dependencies(described.index_map_jaxpr.jaxpr, dimensions)

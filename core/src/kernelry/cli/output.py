@@ -44,10 +44,10 @@ def _shown(text: str) -> str:
 
 @final
 class Rows:
-    """A table where a terminal has room for it; elsewhere a paragraph for each row, with each column's name and value.
+    """A table where it fits the terminal; elsewhere a paragraph for each row, with each column's name and value.
 
-    There is room where no line is cut: of columns with `no_wrap` the whole text, of others their longest word, but of
-    those that fold no more than min_width characters, or 9.
+    It fits where no line is cut: of columns with `no_wrap` the whole text, of others their longest word, but of those
+    that fold no more than min_width characters, or 9.
 
     Args:
       table: with a title and without rows.

@@ -102,13 +102,13 @@ def _operands_of(predicate: Predicate, query: Side, kv: Side) -> tuple[Any, ...]
     whole: tuple[Any, ...] = predicate.operands
     if not isinstance(query.slots, np.ndarray):  # traced positions index no NumPy array
         whole = jax.tree.map(jax.numpy.asarray, whole)
+    wanted = kv.slots.shape[-1], query.slots.shape[-2]
     try:
-        found = jax.eval_shape(predicate.fn, query.positions, kv.positions, *whole)
-        part = (query.slots.shape[-2], kv.slots.shape[-1])
-        if all(have in (1, want) for have, want in zip(np.shape(found)[-2:][::-1], part[::-1], strict=False)):
-            return whole
+        found = np.shape(jax.eval_shape(predicate.fn, query.positions, kv.positions, *whole))[::-1]
     except (TypeError, ValueError):  # what array libraries raise where shapes do not broadcast
-        pass
+        found = None
+    if found is not None and all(have in (1, want) for have, want in zip(found, wanted, strict=False)):
+        return whole
     cut: tuple[Any, ...] = jax.tree.map(lambda leaf: kv.cut(query.cut(leaf)) if np.ndim(leaf) == 4 else leaf, whole)
     return cut
 
