@@ -1,0 +1,3 @@
+"""FlashAttention for NVIDIA GPUs."""
+
+__version__ = "0.1.0"

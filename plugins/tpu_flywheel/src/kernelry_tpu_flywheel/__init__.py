@@ -1,0 +1,3 @@
+"""Flywheel attention for TPUs."""
+
+__version__ = "0.1.0"
