@@ -35,7 +35,7 @@ from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import current_target
 from kernelry.resolution.resolver import resolve
-from kernelry.storage import PagedArray, QuantizedArray
+from kernelry.storage import PagedArray, QuantizedArray, ValueInKey
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -49,7 +49,7 @@ _FULL = Full()
 def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"] | QuantizedArray | PagedArray,
-    value: Float[Array, "B S K D"] | QuantizedArray | PagedArray,
+    value: Float[Array, "B S K D"] | QuantizedArray | PagedArray | ValueInKey,
     *,
     mask: Mask | Bool[Array, ...] | None = _FULL,
     scale: float | None = None,
@@ -75,8 +75,9 @@ def attention(
 
     Args:
       query: [B, T, N, H], floating.
-      key: [B, S, K, H] of query's dtype, where K divides N; or a `kernelry.cache.QuantizedArray`.
-      value: [B, S, K, D] of query's dtype, or quantised like key.
+      key: [B, S, K, H] of query's dtype, where K divides N; or a `kernelry.cache.QuantizedArray` or `PagedArray`.
+      value: [B, S, K, D] of query's dtype, or held like key; or a `kernelry.cache.ValueInKey(D)`, where the values are
+        the first D columns of the keys, or are in its interleaved pages.
       mask: which keys each query sees; see `kernelry.masks`. None means all of them; booleans [T, S], or of rank 4 and
         broadcastable to B N T S, are True where a key is seen.
       scale: a number; None means H ** -0.5.
@@ -167,6 +168,7 @@ def attention_with_options(
         request, facts = _natively_or_by_core(request, scope, kernel, arrays)
     arrays = dataclasses.replace(arrays, dropout_rng=unwrapped(dropout_rng) if options.dropout_rate else None)
     given = frozenset(operand for operand in Operand if getattr(arrays, operand.value) is not None)
+    given = given - {Operand.VALUE} if isinstance(arrays.value, ValueInKey) else given
     _check_given(request, arrays, given)
     resolution = resolve(request, kernel=kernel)
     assert resolution.plan is not None

@@ -50,7 +50,7 @@ from kernelry.request.arguments import cast_finite
 from kernelry.request.context_parallel import ContextParallel, load_balanced_order
 from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import Target
-from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedArray
+from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedArray, ValueInKey
 
 __all__ = [
     "CONTRACT",
@@ -97,6 +97,7 @@ __all__ = [
     "Target",
     "Tiling",
     "Tolerance",
+    "ValueInKey",
     "Vendor",
     "array_refusals",
     "cast_finite",

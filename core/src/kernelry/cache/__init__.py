@@ -9,7 +9,7 @@ from kernelry.cache.paged_view import PagedView
 from kernelry.cache.prefix import SharedPrefix
 from kernelry.cache.rolling import RollingCache
 from kernelry.cache.two_part import TwoPartCache
-from kernelry.storage import PagedArray, Quantization, QuantizedArray
+from kernelry.storage import PagedArray, Quantization, QuantizedArray, ValueInKey
 
 __all__ = [
     "KVCache",
@@ -21,4 +21,5 @@ __all__ = [
     "RollingCache",
     "SharedPrefix",
     "TwoPartCache",
+    "ValueInKey",
 ]

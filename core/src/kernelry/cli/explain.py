@@ -22,7 +22,8 @@ from kernelry.phases.calls import cached, mask_of, options_in, sharding_in
 from kernelry.phases.model_shape import LARGEST_SIZE, CacheKind, CacheShape, ModelShape
 from kernelry.registry import installed
 from kernelry.request.checks import spelled
-from kernelry.request.request import Mode, Request, dtype_name
+from kernelry.request.names import dtype_name
+from kernelry.request.request import Mode, Request
 from kernelry.request.target import Target, home_target
 from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.resolver import explain as explain_request

@@ -15,7 +15,7 @@ from kernelry.policy.policy import Policy, Tilings
 from kernelry.policy.rules import Condition, Rule, check_tiling
 from kernelry.request.arguments import CallOptions
 from kernelry.request.checks import DTYPES, is_finite
-from kernelry.request.request import precision_name
+from kernelry.request.names import precision_name
 
 if TYPE_CHECKING:
     from kernelry.request.sharding import Sharding

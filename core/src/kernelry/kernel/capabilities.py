@@ -16,6 +16,7 @@ from kernelry.masks.form import Atom, AtomKind, PositionKind
 from kernelry.masks.predicate import holds_traced
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import NEUTRAL, Mode, Operand, Request
+from kernelry.storage import SEPARATE
 
 
 @final
@@ -139,6 +140,9 @@ class Capabilities:
       clean_hidden_slots: whether NaN or inf in a slot that no row may see stays out of results.
       kv_quantizations: the quantised keys and values it reads as they are, e.g. `int8:head_dim`.
       pages: whether it reads keys and values through a table of pages.
+      kv_layouts: how keys and values may be stored relative to each other, so that it reads them as they are:
+        `separate`, `value_in_key`, where `inputs.value` is a ValueInKey, or `interleaved`, where it is one, too, and
+        the key a PagedArray with `interleaved=True`.
       context_parallel: the strategies by which it attends across devices itself, e.g. `ring`.
       manual_axes: how it runs inside a `shard_map`.
       partitioned_by_xla: whether XLA partitions it over the automatic axes of a mesh; other kernels compute the whole
@@ -172,6 +176,7 @@ class Capabilities:
     clean_hidden_slots: bool = False
     kv_quantizations: frozenset[str] = frozenset()
     pages: bool = False
+    kv_layouts: frozenset[str] = frozenset({SEPARATE})
     context_parallel: frozenset[str] = frozenset()
     manual_axes: ManualAxes = ManualAxes.UNCHECKED
     partitioned_by_xla: bool = False
@@ -299,6 +304,8 @@ def _storage(can: Capabilities, request: Request) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.KV_QUANTIZATION, detail)
     if request.page_size is not None and not can.pages:
         yield Refusal(RefusalCode.PAGES, f"keys and values are in pages of page_size={request.page_size}")
+    if request.kv_layout not in can.kv_layouts:
+        yield Refusal(RefusalCode.KV_LAYOUT, f"kv_layout={request.kv_layout} is not {_either(can.kv_layouts)}")
 
 
 def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:
@@ -367,7 +374,7 @@ CHECKS: tuple[FieldCheck, ...] = (
     _feature(Feature.PRECISION, RefusalCode.PRECISION),
     FieldCheck(("gradients",), _gradients),
     FieldCheck(("partial", "statistics"), _partial),
-    FieldCheck(("kv_quantization", "page_size"), _storage),
+    FieldCheck(("kv_quantization", "page_size", "kv_layout"), _storage),
     FieldCheck(("context_parallel",), _context_parallel),
     FieldCheck(("sharding", "partitioned"), _sharding),
     _feature(Feature.MAX_LOGITS, RefusalCode.MAX_LOGITS),

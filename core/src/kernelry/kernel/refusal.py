@@ -43,6 +43,7 @@ class RefusalCode(enum.Enum):
     MAX_LOGITS = "max_logits"
     KV_QUANTIZATION = "kv_quantization"
     PAGES = "pages"
+    KV_LAYOUT = "kv_layout"
     CONTEXT_PARALLEL = "context_parallel"
     SHARDING = "sharding"
     VENDOR_MISSING = "vendor_missing"

@@ -39,7 +39,7 @@ class Inputs:
 
     Args:
       query: [B, T, N, H]. key: [B, S, K, H]. value: [B, S, K, D]; where the request says so, QuantizedArrays, or
-        PagedArrays that share one table.
+        PagedArrays that share one table. With a `request.kv_layout` other than `separate` the value is a ValueInKey.
       mask: the conjunction, aligned with `request.mask.atoms`.
       bias: broadcastable to B N T S, rank 4. sinks: [N]. dropout_rng: a PRNG key.
     """
@@ -58,7 +58,10 @@ class Inputs:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Gradients:
-    """What `Kernel.backward` returns: the cotangents of the operands, in their dtypes."""
+    """What `Kernel.backward` returns: the cotangents of the operands, in their dtypes.
+
+    Where the values are stored in the keys, `key` is the cotangent of both, and `value` is not read.
+    """
 
     query: jax.Array
     key: jax.Array

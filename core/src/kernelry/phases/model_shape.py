@@ -11,7 +11,7 @@ from kernelry.errors import ArgumentError, nearest
 from kernelry.masks.base import Extent, Mask, is_mask
 from kernelry.masks.fit import check_fits
 from kernelry.request.checks import is_dtype, shown, spelled
-from kernelry.request.request import named_dtype
+from kernelry.request.names import named_dtype
 from kernelry.request.sharding import Sharding
 from kernelry.storage import Quantization
 

@@ -20,12 +20,16 @@ from kernelry._values import size_of, unwrapped
 from kernelry.errors import ArgumentError, ShapeError
 from kernelry.masks.form import MaskForm
 from kernelry.request.checks import is_finite, spelled
-from kernelry.request.request import Mode, Operand, Request, dtype_name, precision_name
+from kernelry.request.names import dtype_name, precision_name
+from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import Target
-from kernelry.storage import PagedArray, QuantizedArray
+from kernelry.storage import PagedArray, QuantizedArray, ValueInKey, kv_layout_of, value_dim_of
 
 Keys: TypeAlias = "jax.Array | QuantizedArray | PagedArray"
 """What key and value may be."""
+
+Values: TypeAlias = "Keys | ValueInKey"
+"""What value may be."""
 
 _LAYOUTS = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, D]"}
 
@@ -52,6 +56,8 @@ def _instead(name: str, value: Any) -> str:
     """What to write in place of a value that is not an array."""
     if isinstance(value, list | tuple):
         return f"; write jnp.asarray({name})"
+    if isinstance(value, ValueInKey):
+        return "; it says that values are stored with the keys: pass it as value, and the keys as key"
     if isinstance(value, jax.ShapeDtypeStruct):
         return "; shapes without values go through jax.eval_shape(kernelry.attention, …), facts into a kernelry.Request"
     if hasattr(value, "attend"):
@@ -84,6 +90,15 @@ def as_keys(name: str, keys: Any) -> Keys:
     if keys.ndim != 4:
         raise ShapeError(f"{name} must be {_LAYOUTS[name]}, rank 4, got {keys!r}.")
     return keys
+
+
+def as_values(values: Any) -> Values:
+    """Returns values as they are held, by themselves or with the keys.
+
+    Raises:
+      ShapeError: as for `as_keys`.
+    """
+    return values if isinstance(values, ValueInKey) else as_keys("value", values)
 
 
 def known_length(name: str, array: Any) -> int:
@@ -138,19 +153,42 @@ def _narrowed(path: tuple[Any, ...], array: Any) -> Any:
     return jnp.clip(array, ends.min, ends.max).astype(narrow)
 
 
-def checked_qkv(query: Any, key: Any, value: Any) -> tuple[jax.Array, Keys, Keys]:
+def checked_qkv(query: Any, key: Any, value: Any) -> tuple[jax.Array, Keys, Values]:
     """Returns query, key and value, unwrapped.
 
     Raises:
       ShapeError: one of them is none of its kind, or they do not go together.
     """
-    q, k, v = as_array("query", query, 4), as_keys("key", key), as_keys("value", value)
-    _check_together(q, k, v)
+    q, k, v = as_array("query", query, 4), as_keys("key", key), as_values(value)
+    if isinstance(v, ValueInKey) or (isinstance(k, PagedArray) and k.interleaved):
+        _check_stored_together(k, v)
+        _check_together(q, k, k)
+    else:
+        _check_alike(k, v)
+        _check_together(q, k, v)
     return q, k, v
 
 
+def _check_stored_together(key: Keys, value: Values) -> None:
+    head_dim = key.shape[3]
+    interleaved = isinstance(key, PagedArray) and key.interleaved
+    if not isinstance(value, ValueInKey):
+        raise ShapeError(
+            f"key is {key!r}, which holds the values, too: pass ValueInKey({head_dim}) as value, got "
+            f"{_described(value)}."
+        )
+    if interleaved and value.width != head_dim:
+        raise ShapeError(
+            f"key is {key!r}, whose values have its head dim: pass ValueInKey({head_dim}) as value, got {value!r}."
+        )
+    if type(head_dim) is int and value.width > head_dim:
+        raise ShapeError(
+            f"value is {value!r}, the first columns of key, which has only head dim H={head_dim}: got key "
+            f"{_described(key)}."
+        )
+
+
 def _check_together(query: jax.Array, key: Keys, value: Keys) -> None:
-    _check_alike(key, value)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if any(type(size) is not int for size in array.shape[2:]):
             raise ShapeError(f"{name} may have a symbolic batch and length, not heads and head dim, got {array.shape}.")
@@ -186,6 +224,8 @@ def _transposed(query: jax.Array, key: Keys) -> str:
 
 
 def _check_alike(key: Keys, value: Keys) -> None:
+    if isinstance(value, PagedArray) and value.interleaved:
+        raise ShapeError(f"value is {value!r}, which holds keys, too: pass it as key, and ValueInKey(H) as value.")
     if page_size_of(key) != page_size_of(value) or quantization_of(key) != quantization_of(value):
         raise ShapeError(
             f"key and value must be held alike, got {_described(key)} and {_described(value)}: quantise both in "
@@ -269,7 +309,7 @@ class CallOptions:
         self,
         query: jax.Array | jax.ShapeDtypeStruct,
         key: Keys,
-        value: Keys,
+        value: Values,
         *,
         mask: MaskForm,
         target: Target,
@@ -290,7 +330,7 @@ class CallOptions:
           ArgumentError: they do not make a valid request.
         """
         batch, q_len, q_heads, head_dim = query.shape
-        _, kv_len, kv_heads, value_dim = value.shape
+        _, kv_len, kv_heads, _ = key.shape
         batch, q_len, kv_len = (size if type(size) is int else size_of(size) for size in (batch, q_len, kv_len))
         return Request(
             target=target,
@@ -300,7 +340,7 @@ class CallOptions:
             q_heads=q_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            value_dim=value_dim,
+            value_dim=value_dim_of(value),
             dtype=dtype_name(query.dtype),
             mask=mask,
             bias=bias,
@@ -308,6 +348,7 @@ class CallOptions:
             interpret=interpret,
             kv_quantization=quantization_of(key),
             page_size=page_size_of(key),
+            kv_layout=kv_layout_of(key, value),
             context_parallel=context_parallel,
             sharding=sharding,
             partitioned=partitioned,

@@ -10,7 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from kernelry._values import SymbolicSize
-from kernelry.errors import ArgumentError
+from kernelry.errors import ArgumentError, nearest
+from kernelry.storage import INTERLEAVED, KV_LAYOUTS, SEPARATE, VALUE_IN_KEY
 
 SYMBOLIC = ("batch", "q_len", "kv_len")
 """The sizes that may be symbolic."""
@@ -135,13 +136,38 @@ def _check_bias(request: Any) -> None:
 
 def check_storage(request: Any, differentiated: Set[Any]) -> None:
     """Raises ArgumentError where pages do not make up S, or stored keys and values should have a gradient."""
+    _check_layout(request, frozenset(operand.value for operand in differentiated))
     size = request.page_size
     if size is not None and (type(size) is not int or size < 1 or _leaves_a_rest(request.kv_len, size)):
         raise ArgumentError(f"page_size must be a positive integer that divides kv_len={request.kv_len}, got {size!r}.")
-    if differentiated and not request.has_plain_kv:
+    if differentiated and not request.has_plain_keys:
         names = ", ".join(sorted(operand.value for operand in differentiated))
         how = "quantised" if request.kv_quantization else "in pages"
         raise ArgumentError(f"gradients names {names}, but keys and values are {how} and have none; pass plain arrays.")
+
+
+def _check_layout(request: Any, differentiated: Set[str]) -> None:
+    layout, head_dim, value_dim = request.kv_layout, request.head_dim, request.value_dim
+    if layout == SEPARATE:
+        return
+    if layout not in KV_LAYOUTS:
+        raise ArgumentError(f"unknown kv_layout {layout!r}{nearest(str(layout), KV_LAYOUTS)}")
+    if layout == VALUE_IN_KEY and not 0 < value_dim <= head_dim:
+        raise ArgumentError(
+            f"kv_layout={layout}: values are the first columns of the keys, so value_dim={value_dim} must be 1 … "
+            f"head_dim={head_dim}."
+        )
+    if layout == INTERLEAVED and (request.page_size is None or request.kv_quantization or value_dim != head_dim):
+        raise ArgumentError(
+            f"kv_layout={layout} is one of pages that are not quantised, with value_dim = head_dim; got page_size="
+            f"{request.page_size}, kv_quantization={request.kv_quantization}, head_dim={head_dim}, "
+            f"value_dim={value_dim}."
+        )
+    if "value" in differentiated:
+        raise ArgumentError(
+            f"gradients names value, and with kv_layout={layout} the values are a part of the keys: name key, whose "
+            "gradient has both shares."
+        )
 
 
 def _leaves_a_rest(length: int, size: int) -> bool:

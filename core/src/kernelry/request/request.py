@@ -8,9 +8,6 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, final
 
-import jax
-import numpy as np
-
 from kernelry._values import SymbolicSize
 from kernelry.errors import ArgumentError, ConfigError, nearest
 from kernelry.masks.base import Extent
@@ -19,8 +16,9 @@ from kernelry.masks.form import MaskForm
 from kernelry.masks.predicate import note_arrays
 from kernelry.request.checks import SYMBOLIC, check_kinds, check_sizes, check_storage
 from kernelry.request.context_parallel import ContextParallel
+from kernelry.request.names import named_dtype
 from kernelry.request.target import Target
-from kernelry.storage import Quantization
+from kernelry.storage import SEPARATE, Quantization
 
 
 @final
@@ -128,6 +126,8 @@ class Request:
       interpret: whether accelerator kernels may run on CPU in interpret mode.
       kv_quantization: how keys and values are quantised, e.g. `int8:head_dim`; None where they are not.
       page_size: the slots of a page, where keys and values are in pages; None where they are not.
+      kv_layout: how keys and values are stored relative to each other: `separate`, each by itself; `value_in_key`, the
+        values are the first D columns of the keys; `interleaved`, in pages in which a key head and its value alternate.
       context_parallel: how a kernel attends across devices itself to sequences sharded over a mesh axis, e.g.
         `ring:context:4`; None where it need not.
       statistics: whether the kernel's statistics are needed, though no gradient goes through them: the call is one of
@@ -163,6 +163,7 @@ class Request:
     interpret: bool = False
     kv_quantization: str | None = None
     page_size: int | None = None
+    kv_layout: str = SEPARATE
     context_parallel: str | None = None
     statistics: bool = False
     sharding: str | None = None
@@ -270,14 +271,19 @@ class Request:
 
     @property
     def has_plain_kv(self) -> bool:
-        """Whether keys and values are arrays [B, S, K, H], neither quantised nor in pages."""
+        """Whether keys and values are an array each, [B, S, K, H] and [B, S, K, D], neither quantised nor in pages."""
+        return self.has_plain_keys and self.kv_layout == SEPARATE
+
+    @property
+    def has_plain_keys(self) -> bool:
+        """Whether keys are an array [B, S, K, H], neither quantised nor in pages."""
         return self.kv_quantization is None and self.page_size is None
 
     @property
     def _default_gradients(self) -> frozenset[Operand]:
         if self.mode is not Mode.TRAIN:
             return frozenset()
-        always = _QKV if self.has_plain_kv else _QKV - _STORED
+        always = _QKV if self.has_plain_kv else _QKV - {Operand.VALUE} if self.has_plain_keys else _QKV - _STORED
         if self.bias is None and not self.sinks:
             return always
         present = {Operand.BIAS: self.bias is not None, Operand.SINKS: self.sinks}
@@ -353,6 +359,7 @@ NEUTRAL: Mapping[str, Any] = {
     "interpret": False,
     "kv_quantization": None,
     "page_size": None,
+    "kv_layout": SEPARATE,
     "context_parallel": None,
     "statistics": False,
     "sharding": None,
@@ -369,32 +376,3 @@ def _plain(size: int) -> int | str:
 
 def _sized(size: Any) -> Any:
     return SymbolicSize.parse(size) if isinstance(size, str) else size
-
-
-def named_dtype(dtype: Any) -> Any:
-    """The name of a dtype that is given as NumPy or JAX have it, e.g. `jnp.bfloat16`; anything else as it is."""
-    if not isinstance(dtype, type | np.dtype) or getattr(dtype, "__module__", "") == "builtins":
-        return dtype  # Python's float and int say no width
-    try:
-        return dtype_name(dtype)
-    except TypeError:
-        return dtype
-
-
-def dtype_name(dtype: Any) -> str:
-    """Returns a dtype's canonical name, e.g. `bfloat16`."""
-    return str(np.dtype(dtype).name)
-
-
-def precision_name(precision: str | jax.lax.Precision | None) -> str | None:
-    """Returns the name of a precision, e.g. `highest`; None for JAX's default.
-
-    Raises:
-      ArgumentError: it is none.
-    """
-    try:
-        known = jax.lax.Precision(precision)
-    except (ValueError, TypeError):
-        names = [member.name.lower() for member in jax.lax.Precision]
-        raise ArgumentError(f"unknown precision {precision!r}{nearest(str(precision), names)}") from None
-    return None if known is jax.lax.Precision.DEFAULT else known.name.lower()

@@ -20,6 +20,7 @@ from kernelry.masks.base import Mask
 from kernelry.masks.form import Atom
 from kernelry.masks.side import Side
 from kernelry.request.request import Request
+from kernelry.storage import VALUE_IN_KEY
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool
@@ -116,6 +117,11 @@ CURED_ON_KEYS = frozenset(
 def itemsize(dtype: str) -> int:
     """The bytes of one element."""
     return int(np.dtype(jnp.dtype(dtype)).itemsize)
+
+
+def stored_width(request: Request) -> int:
+    """The numbers that are stored for a key and its value: H + D, or H where the values are columns of the keys."""
+    return request.head_dim + (0 if request.kv_layout == VALUE_IN_KEY else request.value_dim)
 
 
 def visible_of(masks: Iterable[Mask], request: Request) -> Bool[Array, "#B #N #T #S"]:

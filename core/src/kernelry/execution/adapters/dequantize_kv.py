@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, final
 
-from kernelry.execution.adapters.base import CURED_ON_KEYS, Adapter, Cost, itemsize
+from kernelry.execution.adapters.base import CURED_ON_KEYS, Adapter, Cost, itemsize, stored_width
 from kernelry.kernel.capabilities import Capabilities
 from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import Inputs
 from kernelry.request.request import Request
+from kernelry.storage import VALUE_IN_KEY
 
 
 @final
@@ -26,9 +27,9 @@ class DequantizeKV(Adapter):
         return request.rewritten(kv_quantization=None)
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:
-        key, value = (array.dequantize(after.dtype) for array in (inputs.key, inputs.value))
-        return dataclasses.replace(inputs, key=key, value=value)
+        value = inputs.value if before.kv_layout == VALUE_IN_KEY else inputs.value.dequantize(after.dtype)
+        return dataclasses.replace(inputs, key=inputs.key.dequantize(after.dtype), value=value)
 
     def cost(self, before: Request, after: Request) -> Cost:
-        elements = before.batch * before.kv_len * before.kv_heads * (before.head_dim + before.value_dim)
+        elements = before.batch * before.kv_len * before.kv_heads * stored_width(before)
         return Cost(extra_bytes=elements * itemsize(after.dtype), extra_flops=elements)

@@ -12,11 +12,13 @@ from kernelry.execution.adapters.lse_gradient_column import LseGradientColumn
 from kernelry.execution.adapters.pad_head_dim import PadHeadDim
 from kernelry.execution.adapters.pad_sequence import PadSequence
 from kernelry.execution.adapters.repeat_kv_heads import RepeatKVHeads
+from kernelry.execution.adapters.separate_kv import SeparateKV
 from kernelry.execution.adapters.sinks_from_lse import SinksFromLse
 
 ADAPTERS: tuple[Adapter, ...] = (
     GatherPages(),
     DequantizeKV(),
+    SeparateKV(),
     RepeatKVHeads(),
     PadHeadDim(),
     PadSequence(),
