@@ -1382,7 +1382,7 @@ class ReadsTheValueBeforeTheKey(Honest):
         return both[:, :, 1::2], both[:, :, 0::2]
 
 
-@lie("value_in_key", backward=True)
+@lie("value_in_key, lse", backward=True)
 class ForgetsTheShareOfTheValues(HonestBackward):
     def both_shares(self, d_key, d_value):
         return d_key

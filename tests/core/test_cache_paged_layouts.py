@@ -141,7 +141,8 @@ def test_shared_pages_and_a_prefix_equal_the_oracle(name):
     else:
         prefix, held = SharedPrefix(key, value), (key, value)
     out = jax.jit(lambda cache, query, prefix: cache.attend(query, prefix=prefix))(cache, query, prefix)
-    assert_rows(out, cache, query, [0, 1, 3], prefix=held)
+    rows = [0, 1, 3]
+    assert_rows(out[np.array(rows)], cache, query, rows, prefix=held)
 
 
 def step_of(cache, inputs):
@@ -178,7 +179,7 @@ def test_donated_pages_are_written_in_place(name):
     assert_rows(out, after, query)
 
 
-@pytest.mark.parametrize("name", list(HELD))
+@pytest.mark.parametrize("name", ["value_in_key", "interleaved"])
 def test_no_operation_on_the_program_of_a_write_is_as_large_as_the_pages(name):
     """Written in place: the program copies no pages, whichever operations make the new tokens."""
     cache = cache_of(name, pages=512)

@@ -15,6 +15,7 @@ from kernelry import masks
 from kernelry.cache import PagedArray, QuantizedArray, ValueInKey
 from kernelry.errors import ArgumentError, KernelRefusedError, ShapeError
 from kernelry.plugin import Capabilities, RefusalCode, Request
+from kernelry.storage import QUANTIZATIONS
 from kernelry.testing import interpret, reference_attention, reference_gradients
 
 T, S, PAGE, D = 3, 12, 4, 8
@@ -185,12 +186,18 @@ def test_every_kernel_that_runs_here_serves_every_layout(layout):
 # What is said
 
 
-def explained(**facts):
-    return kernelry.explain(Request(q_len=T, kv_len=S, mode="decode", **facts), kernel="blockwise")
+DENSE = next(kernel.spec for kernel in kernelry.kernels() if kernel.name == "dot_product")
+NARROW = dataclasses.replace(
+    DENSE,
+    name="narrow",
+    capabilities=dataclasses.replace(DENSE.capabilities, kv_quantizations=QUANTIZATIONS, pages=True),
+)
+"""It reads quantised keys and pages, of keys and values apart."""
 
 
-def adapters_of(resolution):
-    return [step.adapter.name for step in resolution.plan.steps]
+def explained(policy=None, **facts):
+    request = Request(q_len=T, kv_len=S, mode="decode", **facts)
+    return kernelry.explain(request, kernel="narrow", kernels=(NARROW,), policy=policy)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +211,7 @@ def adapters_of(resolution):
 )
 def test_the_adapters_are_shown_with_their_cost(facts, adapters):
     resolution = explained(**facts)
-    assert adapters_of(resolution) == adapters
+    assert [step.adapter.name for step in resolution.plan.steps] == adapters
     size = 1 if "kv_quantization" in facts else 4
     gathered = (64 if facts["kv_layout"] == "value_in_key" else 128) if "page_size" in facts else 0
     sliced = facts.get("value_dim", 64) if "separate_kv" in adapters else 0
@@ -215,9 +222,7 @@ def test_the_adapters_are_shown_with_their_cost(facts, adapters):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_kernel_that_does_not_declare_a_layout_refuses_it_where_adapters_are_forbidden(layout):
     facts = {"kv_layout": layout, "page_size": 4}
-    resolution = kernelry.explain(
-        Request(q_len=T, kv_len=S, mode="decode", **facts), kernel="blockwise", policy=NO_ADAPTERS
-    )
+    resolution = explained(NO_ADAPTERS, **facts)
     [refusal] = resolution.candidates[0].refusals
     assert (refusal.code, refusal.detail) == (RefusalCode.KV_LAYOUT, f"kv_layout={layout} is not separate")
     assert "gather_pages would help, which the policy forbids" in str(refusal)

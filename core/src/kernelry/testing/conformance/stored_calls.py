@@ -21,7 +21,7 @@ _ROWS = (1, 3)
 
 _QUANTISED = "quantised keys"
 _PAGES = "pages"
-_LAYOUTS = "layouts"
+_LAYOUTS = {VALUE_IN_KEY: "values in keys", INTERLEAVED: "interleaved pages"}
 
 
 def stored_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
@@ -36,30 +36,29 @@ def stored_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
 
 def _in_layout(subject: Subject, base: AttentionCall, layout: str, ways: list[str]) -> Iterator[Named]:
     """Values that are stored with the keys: as arrays, in pages, quantised, few queries, hidden slots, one head."""
-    own = {"kv_layout": layout}
-    together = but(base, **own, value_dim=base.head_dim)
+    claim = _LAYOUTS[layout]
+    together = but(masked(subject, base), kv_layout=layout, value_dim=base.head_dim)
     if layout == VALUE_IN_KEY and subject.can.split_head_dim:
         dims = subject.can.head_dims or Dims()
         wide = but(together, head_dim=dims.padded(2 * base.head_dim) or base.head_dim, scale=None)
-        together = subject.first((wide, together)) or together
+        together = wide if subject.first((wide, *_with_pages(wide))) else together
     one_head = but(together, kv_heads=1, q_heads=base.q_heads if subject.can.grouped_heads else 1)
-    cases: list[tuple[str, tuple[AttentionCall, ...]]] = [("", (masked(subject, together),)), (", K = 1", (one_head,))]
-    cases += [(f", {name}", calls) for name, calls in _rows(subject, together)]
+    cases: list[tuple[str, tuple[AttentionCall, ...]]] = [("", (together,)), (", K = 1", (one_head,))]
+    cases += [(f", {name}", calls) for name, calls in _rows(subject, but(together, mask=base.mask))]
     if subject.can.clean_hidden_slots:
         cases.append((", NaN in hidden slots", _hiding(subject, together, 3)))
+    cases += [(f", {name.partition(': ')[2]}", calls) for _, name, calls in _results(subject, together, claim)]
     for name, calls in cases:
         if layout != INTERLEAVED:
-            yield _LAYOUTS, f"{layout}{name}", calls
+            yield claim, f"{layout}{name}", calls
         if subject.can.pages:
-            yield _LAYOUTS, f"{layout}, in pages{name}", _all_with_pages(calls)
-    for way in ways if layout != INTERLEAVED else ():
+            yield claim, f"{layout}, in pages{name}", _all_with_pages(calls)
+    for way in ways[:1] if layout != INTERLEAVED else ():
         for name, calls in cases[:3]:
             narrow = tuple(but(call, kv_quantization=way) for call in calls)
-            yield _LAYOUTS, f"{layout}, {way}{name}", narrow
+            yield claim, f"{layout}, {way}{name}", narrow
             if subject.can.pages:
-                yield _LAYOUTS, f"{layout}, {way}, in pages{name}", _all_with_pages(narrow)
-    for _, name, calls in _results(subject, masked(subject, together), layout):
-        yield _LAYOUTS, name, calls if layout != INTERLEAVED else _all_with_pages(calls)
+                yield claim, f"{layout}, {way}, in pages{name}", _all_with_pages(narrow)
 
 
 def _quantised(subject: Subject, base: AttentionCall, ways: list[str]) -> Iterator[Named]:
