@@ -159,7 +159,7 @@ class RollingCache(KVCache):
     def append(
         self,
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K D"],
+        value: Float[Array, "B T K D"] | None,
         *,
         lengths: Array | None = None,
     ) -> Self:

@@ -56,10 +56,10 @@ def partial_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
         yield Case(
             f"a Partial holds {statistic.value}", "statistics", functools.partial(_returns, bench, forward, statistic)
         )
-    yield Case(
-        "two parts merge into the whole", "merge laws", functools.partial(_merges, bench, call, (base.mask, base.mask))
-    )
-    if subject.quick and subject.is_slow:
+    if base.page_size is None:  # pages are not cut in two like arrays
+        both = base.mask, base.mask
+        yield Case("two parts merge into the whole", "merge laws", functools.partial(_merges, bench, call, both))
+    if base.page_size is not None or (subject.quick and subject.is_slow):
         return
     placed = (Causal(), Causal().at(kv_offset=base.kv_len))
     if all(subject.serves(but(call, mask=mask)) for mask in placed):

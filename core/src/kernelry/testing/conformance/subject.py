@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import final
 
 from kernelry.errors import KernelryError
@@ -13,6 +13,7 @@ from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import KernelSpec
 from kernelry.request.request import Mode, Operand
 from kernelry.resolution.resolver import explain
+from kernelry.storage import KV_LAYOUTS, VALUE_IN_KEY
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.host import KernelHost
@@ -36,8 +37,8 @@ class Subject:
       spec: the kernel.
       bench: runs it.
       quick: whether the list of cases is thinned.
-      base: the smallest call that it serves, with grouped heads, gradients and a scale where it declares them;
-        None where it serves none.
+      base: the smallest call that it serves, with grouped heads, gradients and a scale where it declares them; in
+        pages, or with values stored with the keys, where it serves no other; None where it serves none.
     """
 
     spec: KernelSpec
@@ -95,7 +96,18 @@ class Subject:
         return next((call for call in calls if self.serves(call)), None)
 
 
-def _base_calls(can: Capabilities) -> Iterable[AttentionCall]:
+def _base_calls(can: Capabilities) -> Iterator[AttentionCall]:
+    plain = tuple(_plain_calls(can))
+    yield from plain
+    for layout in (layout for layout in KV_LAYOUTS if layout in can.kv_layouts):
+        for call in plain if layout == VALUE_IN_KEY else ():
+            yield dataclasses.replace(call, kv_layout=layout)
+        for call in plain if can.pages else ():
+            for size in dict.fromkeys(max(1, call.kv_len // count) for count in (4, 2, 1)):
+                yield dataclasses.replace(call, kv_layout=layout, page_size=size)
+
+
+def _plain_calls(can: Capabilities) -> Iterator[AttentionCall]:
     dims = can.head_dims or Dims()
     dim = dims.padded(_SMALL_DIM) or dims.maximum or _SMALL_DIM
     modes = [mode for mode in _MODES if mode in can.modes] or [Mode.TRAIN]
