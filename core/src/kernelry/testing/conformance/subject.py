@@ -88,8 +88,12 @@ class Subject:
 
     def serves_adapted(self, call: AttentionCall) -> bool:
         """Whether the kernel serves a call through adapters, or without."""
+        try:
+            request = call.request(self.host)
+        except KernelryError:  # e.g. pages do not make up its length
+            return False
         with self.host.entered(self.spec, adapters=True):
-            return explain(call.request(self.host), kernel=self.spec.name).plan is not None
+            return explain(request, kernel=self.spec.name).plan is not None
 
     def first(self, calls: Iterable[AttentionCall]) -> AttentionCall | None:
         """The first call that is served."""
