@@ -135,6 +135,7 @@ def _bands(request: Request) -> Iterator[Refusal]:
             if bound is not None and bound < 0:  # a negative bound is none to FlashAttention
                 yield Refusal(RefusalCode.MASK_ATOM, f"{band} has {name}={bound} < 0")
         yield from _alignment(band, request)
+        yield from _reach(band, request)
 
 
 def _alignment(band: Atom, request: Request) -> Iterator[Refusal]:
@@ -147,6 +148,20 @@ def _alignment(band: Atom, request: Request) -> Iterator[Refusal]:
             f"{band} aligns the first query with key {query - kv}; FlashAttention aligns the last with the last, which "
             f"is kv_len - q_len = {corner}",
         )
+
+
+def _reach(band: Atom, request: Request) -> Iterator[Refusal]:
+    """FlashAttention-2 cuts how far a window looks ahead to S, which hides keys where T > S + 1.
+
+    Source: flash_attn_jax, csrc/flash_attn: mha_fwd_impl drops a right bound of S or more, and set_params_fprop gives a
+    window that has a left bound alone the right bound S.
+    """
+    left, right = bounds_of(request)
+    if request.q_len <= request.kv_len + 1 or (left is None and right is None):
+        return
+    if right is None or right >= request.kv_len:
+        detail = f"{band} looks ahead by more than kv_len={request.kv_len} < q_len={request.q_len}"
+        yield Refusal(RefusalCode.MASK_ATOM, f"{detail}, where FlashAttention-2 stops")
 
 
 def _indexed(request: Request) -> Iterator[Refusal]:

@@ -37,6 +37,9 @@ _FIRST, _END = (0, 3, 6), (0, 4)
 _FIRST_JAX = (0, 11, 2)
 """dew-flash-attn's requirement."""
 
+_WIDE = 192
+"""Elements; the most of a head whose backward FlashAttention-2 has on compute capabilities other than 8.0."""
+
 _SEGMENTS = (32, 8, 16, 64, 128, 256)
 """Of a packed row; the logsumexp of FlashAttention-2 grows with them, and so do the thread blocks of its forward."""
 
@@ -45,6 +48,7 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
     return (
         *_generation(request, environment),
         *_vendor(environment),
+        *_wide_heads(request),
         *settings.refusals(request),
         *_multiprocessors(request, environment),
     )
@@ -65,6 +69,15 @@ def _generation(request: Request, environment: Environment) -> Iterator[Refusal]
         reason = environment.probe(why_not_on_this_device)
         if reason is not None:
             yield Refusal(RefusalCode.GENERATION, f"{reason}; {served}")
+
+
+def _wide_heads(request: Request) -> Iterator[Refusal]:
+    """FlashAttention-2's backward checks this when it runs."""
+    target = request.target
+    if request.head_dim > _WIDE and request.gradients and target.generation not in (80, HOPPER):
+        detail = f"head_dim={request.head_dim} > {_WIDE} on {target} with gradients"
+        remedy = "ask for none (gradients=()) or use gpu:a100 or gpu:h100"
+        yield Refusal(RefusalCode.HEAD_DIM, detail, remedy)
 
 
 def _vendor(environment: Environment) -> Iterator[Refusal]:
