@@ -136,21 +136,15 @@ def _attended(target, mask, arrays, **options):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "ids", [np.repeat([1, 2, 1], 16), np.arange(48), np.repeat([2**32 - 1, 0], 24).astype(np.uint32)], ids=str
-)
-def test_ids_that_packed_sequences_cannot_express_give_nan_and_no_other_row_does(target, ids, arrays):
-    """An id in two runs; more runs than `max_segments`, 32. Ids without a sign are all of them segments."""
-    given = arrays()
-    rows = np.stack([np.zeros_like(ids), ids])
-    out, gradients = None, None
+@pytest.mark.parametrize("ids", [np.repeat([1, 2, 1], 16), np.arange(48)], ids=["an id in two runs", "48 runs"])
+def test_ids_that_packed_sequences_cannot_express_give_nan_in_their_row_alone(target, ids, arrays):
+    given, rows = arrays(), np.stack([np.zeros_like(ids), ids])
     with substitute(target):
         attend = functools.partial(kernelry.attention, mask=masks.Segments(rows), kernel="dew_flash")
         out, gradients = _pulled(attend, given[3], *given[:3])
-    expressible = ids.dtype == np.uint32
     for array in (out, *gradients):
         assert np.isfinite(array[0]).all()
-        assert np.isfinite(array[1]).all() if expressible else np.isnan(array[1]).all()
+        assert np.isnan(array[1]).all()
 
 
 def test_more_runs_are_a_tunable(arrays):
@@ -293,7 +287,7 @@ def test_sinks_are_those_of_the_vendor(mask, target, arrays):
         query, key, value, d_out = (jnp.where(live, array, 0) for array in (query, key, value, d_out))
     with substitute(target):
         found = _pulled(ours, d_out, query, key, value, SINKS)
-        with _vendor._answering(kernelry.Target.parse(target)):
+        with jax.numpy_rank_promotion("allow"), _vendor._answering(kernelry.Target.parse(target)):
             wanted = _pulled(theirs, d_out, query, key, value, SINKS)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3), found, wanted)
 

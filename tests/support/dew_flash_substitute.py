@@ -140,7 +140,7 @@ def _laid_out(lse, starts, longest, hopper):
     """[N, tokens] as FlashAttention-3 has it, or [sequences, N, longest], with NaN behind the end of a sequence."""
     if hopper:
         return lse
-    place = starts[0][:-1, None] + jnp.arange(longest[0])
+    place = starts[0][:-1, None] + jnp.arange(longest[0])[None]
     inside = place < starts[0][1:, None]
     found = jnp.where(inside, lse[:, jnp.where(inside, place, 0)], jnp.nan)
     return found.swapaxes(0, 1)
@@ -156,7 +156,8 @@ def _backward(d_out, query, key, value, out, lse, starts, longest, scale, causal
     weights = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0)
     out, d_out = (array.reshape(query.shape).astype(jnp.float32) for array in (out, d_out))
     delta = jnp.einsum("tnd,tnd->nt", out, d_out)
-    d_logits = weights * (jnp.einsum("tnd,snd->nts", d_out, value) - delta[..., None])
+    # A NaN of one sequence reaches no other: the kernels compute each by itself.
+    d_logits = jnp.where(visible, weights * (jnp.einsum("tnd,snd->nts", d_out, value) - delta[..., None]), 0)
     d_query = jnp.einsum("nts,snd->tnd", d_logits, key) * scale
     d_key = jnp.einsum("nts,tnd->snd", d_logits, query.astype(jnp.float32)) * scale
     d_value = jnp.einsum("nts,tnd->snd", weights, d_out)

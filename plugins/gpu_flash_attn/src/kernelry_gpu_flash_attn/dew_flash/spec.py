@@ -147,6 +147,11 @@ def _signature(request: Request) -> tuple[str, ...]:
     return name, "kernelry.dew_flash"
 
 
+def _reservations(request: Request) -> tuple[Refusal, ...]:
+    detail = "experimental: its numbers on a GPU are unproven here, and it calls private functions of dew-flash-attn"
+    return (Refusal(RefusalCode.EXPERIMENTAL, detail, "name it, or set KERNELRY_EXPERIMENTAL=1"),)
+
+
 DEW_FLASH = KernelSpec(
     name="dew_flash",
     capabilities=Capabilities(
@@ -175,6 +180,7 @@ DEW_FLASH = KernelSpec(
     ),
     load="kernelry_gpu_flash_attn.dew_flash.kernel:DewFlashKernel",
     refusals=_refusals,
+    reservations=_reservations,
     tilings=_tilings,
     signature=_signature,
     summary="FlashAttention-2 and -3 through dew-flash-attn; causal, windows, packed segments, lengths; 16-bit dtypes",
