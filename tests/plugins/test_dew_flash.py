@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dew_flash_substitute import TARGETS, same, substitute
+from dew_flash_substitute import INSTALLED, TARGETS, same, substitute
 from pairs import covering
 
 import kernelry
@@ -80,8 +80,9 @@ def _wanted(arrays, extras=None, **options):
     return out, (found.query, found.key, found.value, shares)
 
 
+MORE = pytest.mark.sweep
 SMOKE = covering(
-    mask=FORMS,
+    mask=[FORMS[1], FORMS[3], FORMS[5], FORMS[9]],
     target=list(TARGETS),
     sinks=[False, True],
     dtype=["float16", "bfloat16"],
@@ -100,18 +101,25 @@ def test_every_two_features_agree_with_the_oracle(case, arrays):
     assert "repeat_kv_heads" not in adapters
 
 
+@MORE
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("mask", FORMS, ids=str)
+def test_every_mask_on_both_kernels(mask, target, arrays):
+    check(arrays(), target, mask=mask)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("q_len", "kv_len", "mask"),
     [
-        (24, 40, masks.Causal().at(query_offset=16)),
+        pytest.param(24, 40, masks.Causal().at(query_offset=16), marks=MORE),
         (40, 24, masks.Causal().at(kv_offset=16)),  # the first 16 queries see nothing
         (24, 40, masks.SlidingWindow(6, 3).at(query_offset=16)),
-        (40, 24, masks.SlidingWindow(6, 3).at(query_offset=-16)),
-        (24, 40, masks.SlidingWindow(6, 1000).at(query_offset=16)),
-        (40, 24, masks.Full()),
-        (40, 24, masks.Lengths(LENGTHS)),
-        (1, 40, masks.Causal().at(query_offset=39)),
+        pytest.param(40, 24, masks.SlidingWindow(6, 3).at(query_offset=-16), marks=MORE),
+        pytest.param(24, 40, masks.SlidingWindow(6, 1000).at(query_offset=16), marks=MORE),
+        pytest.param(40, 24, masks.Full(), marks=MORE),
+        pytest.param(40, 24, masks.Lengths(LENGTHS), marks=MORE),
+        pytest.param(1, 40, masks.Causal().at(query_offset=39), marks=MORE),
     ],
     ids=str,
 )
@@ -119,14 +127,21 @@ def test_the_last_query_is_aligned_with_the_last_key(q_len, kv_len, mask, target
     check(arrays(q_len, kv_len), target, mask=mask)
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 24), (32, 16), (13, 13)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 24), pytest.param(32, 16, marks=MORE), (13, 13)])
 def test_other_head_dims_are_padded(head_dim, value_dim, arrays):
     assert check(arrays(head_dim=head_dim, value_dim=value_dim), mask=masks.Causal()) == ["pad_head_dim"]
 
 
+def _steps(mask, arrays):
+    """The adapters of a call that is traced only."""
+    with substitute(), kernelry.record() as resolutions:
+        jax.eval_shape(lambda *qkv: kernelry.attention(*qkv, mask=mask, kernel="dew_flash"), *arrays[:3])
+    return [step.adapter.name for step in resolutions[0].plan.steps]
+
+
 @pytest.mark.parametrize("mask", [masks.Full(), masks.Causal(), masks.SlidingWindow(5, 2)], ids=str)
 def test_no_adapter_where_each_query_sees_a_key(mask, arrays):
-    assert check(arrays(), mask=mask) == []
+    assert _steps(mask, arrays()) == []
 
 
 def _attended(target, mask, arrays, **options):
@@ -135,8 +150,11 @@ def _attended(target, mask, arrays, **options):
         return attend(*arrays[:3])
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("ids", [np.repeat([1, 2, 1], 16), np.arange(48)], ids=["an id in two runs", "48 runs"])
+@pytest.mark.parametrize(
+    ("ids", "target"),
+    [(np.repeat([1, 2, 1], 16), TARGETS[0]), (np.arange(48), TARGETS[1])],
+    ids=["an id in two runs", "48 runs"],
+)
 def test_ids_that_packed_sequences_cannot_express_give_nan_in_their_row_alone(target, ids, arrays):
     given, rows = arrays(), np.stack([np.zeros_like(ids), ids])
     with substitute(target):
@@ -154,8 +172,17 @@ def test_more_runs_are_a_tunable(arrays):
         same(out(*given[:3]), np.repeat(given[2], 2, axis=2))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("mask", [masks.Causal(), FORMS[5], FORMS[9]], ids=str)
+@pytest.mark.parametrize(
+    ("mask", "target"),
+    [
+        (FORMS[5], TARGETS[0]),
+        (FORMS[5], TARGETS[1]),
+        (FORMS[9], TARGETS[0]),
+        pytest.param(FORMS[9], TARGETS[1], marks=MORE),
+        pytest.param(FORMS[1], TARGETS[0], marks=MORE),
+    ],
+    ids=str,
+)
 def test_partial_holds_a_natural_float32_lse(mask, target, arrays):
     given = arrays()
     found = _attended(target, mask, given, mode="prefill", return_partial=True)
@@ -164,7 +191,7 @@ def test_partial_holds_a_natural_float32_lse(mask, target, arrays):
     np.testing.assert_allclose(found.lse, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [TARGETS[0], pytest.param(TARGETS[1], marks=MORE)])
 def test_merged_parts_have_the_gradients_of_the_whole(target, arrays):
     query, key, value, d_out = arrays()
 
@@ -185,8 +212,8 @@ def test_merged_parts_have_the_gradients_of_the_whole(target, arrays):
         same(found, right)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("mask", [masks.Causal(), FORMS[7], FORMS[8]], ids=str)
+@pytest.mark.parametrize("target", [TARGETS[0], pytest.param(TARGETS[1], marks=MORE)])
+@pytest.mark.parametrize("mask", [masks.Causal(), FORMS[7], pytest.param(FORMS[8], marks=MORE)], ids=str)
 def test_infinite_lse_contributes_no_gradient(mask, target, arrays):
     query, key, value, d_out = arrays()
     sizes = {"batch": 2, "q_len": 48, "q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float16"}
@@ -203,7 +230,7 @@ def _three(gradients):
     return gradients.query, gradients.key, gradients.value
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [TARGETS[0], pytest.param(TARGETS[1], marks=MORE)])
 def test_nan_in_hidden_slots_never_leaks(target, arrays):
     query, key, value, d_out = arrays()
     hidden = (IDS < 0)[..., None, None]
@@ -217,8 +244,16 @@ def test_nan_in_hidden_slots_never_leaks(target, arrays):
     jax.tree.map(np.testing.assert_array_equal, found, clean)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("masked", ["by no ids", "by mapped ids", "by ids for all"])
+@pytest.mark.parametrize(
+    ("masked", "target"),
+    [
+        pytest.param("by no ids", TARGETS[0], marks=MORE),
+        ("by no ids", TARGETS[1]),
+        ("by mapped ids", TARGETS[0]),
+        pytest.param("by mapped ids", TARGETS[1], marks=MORE),
+        pytest.param("by ids for all", TARGETS[0], marks=MORE),
+    ],
+)
 def test_vmap_of_gradients_twice(masked, target, arrays):
     """The axes join the batch; the second array of ids is mapped by the inner axis alone."""
     stacked = tuple(jnp.stack([jnp.stack([array, array[::-1]])] * 2) for array in arrays())
@@ -258,11 +293,13 @@ def test_a_batch_beyond_a_grid_is_refused_where_vmap_makes_it(make_arrays):
         jax.eval_shape(jax.vmap(attend), jnp.broadcast_to(query, (8193, *query.shape)))
 
 
+@pytest.mark.skipif(not INSTALLED, reason="dew-flash-attn is not installed")
 @pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(5, 2), FORMS[5]], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_sinks_are_those_of_the_vendor(mask, target, arrays):
     """Core's adapter and the vendor's own code say the same of sinks, gradients included."""
-    dew_flash_attn = pytest.importorskip("dew_flash_attn")
+    import dew_flash_attn
+
     from kernelry_gpu_flash_attn.dew_flash import _vendor
 
     query, key, value, d_out = arrays()

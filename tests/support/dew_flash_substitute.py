@@ -166,10 +166,11 @@ def _backward(d_out, query, key, value, out, lse, starts, longest, scale, causal
     if by_head:
         shapes = (shapes[0], *((*shape[:-2], query.shape[-2], shape[-1]) for shape in shapes[1:]))
     else:
-        d_key, d_value = (share.reshape(share.shape[0], -1, groups, share.shape[-1]).sum(2) for share in (d_key, d_value))
+        d_key, d_value = (
+            share.reshape(share.shape[0], -1, groups, share.shape[-1]).sum(2) for share in (d_key, d_value)
+        )
     return tuple(
-        share.reshape(shape).astype(query.dtype)
-        for share, shape in zip((d_query, d_key, d_value), shapes, strict=True)
+        share.reshape(shape).astype(query.dtype) for share, shape in zip((d_query, d_key, d_value), shapes, strict=True)
     )
 
 

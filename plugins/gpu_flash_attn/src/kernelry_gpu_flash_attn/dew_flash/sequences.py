@@ -59,7 +59,9 @@ class Sequences:
     @classmethod
     def of(cls, rows: Rows, settings: Settings) -> Sequences:
         """Packs the rows of a batch."""
-        return _of_segments(*rows, settings.runs) if settings.packing is Packing.SEGMENTS else _of_lengths(rows, settings)
+        return (
+            _of_segments(*rows, settings.runs) if settings.packing is Packing.SEGMENTS else _of_lengths(rows, settings)
+        )
 
     @property
     def runs(self) -> int:
