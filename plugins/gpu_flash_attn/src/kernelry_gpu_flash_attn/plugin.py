@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernelry.plugin import KernelSpec, hookimpl
+from kernelry_gpu_flash_attn.dew_flash.spec import DEW_FLASH
 
 contract = (1, 1)
 
@@ -10,4 +11,4 @@ contract = (1, 1)
 @hookimpl
 def kernelry_kernels() -> list[KernelSpec]:
     """The kernels of this plugin."""
-    return []
+    return [DEW_FLASH]
