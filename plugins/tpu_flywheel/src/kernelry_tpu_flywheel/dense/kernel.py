@@ -41,7 +41,7 @@ class FlywheelKernel(Kernel):
             most = most_runs(segments.query_ids, tiling["max_segments"])
             call = dataclasses.replace(call, most=most)
             found = batched(call.packed)(*arrays, as_rows(segments.query_ids, inputs.query.shape[0]))
-        return Partial(*found, dtype=request.dtype)
+        return Partial(found[0], lse=found[1] if statistics else None, dtype=request.dtype)
 
     def backward(
         self,
