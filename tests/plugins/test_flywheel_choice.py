@@ -99,10 +99,11 @@ def _runs(ids, most):
 
 
 def test_ids_that_are_known_are_counted_and_checked():
-    assert most_runs(np.asarray([[1, 1, 0], [-1, 2, -1]]), 128) == 3
-    assert most_runs(jnp.asarray([1, 0, 1]), 5) == 5
-    with pytest.raises(KernelRefusedError, match="id 1 of row 1 .* more than one run; sort the tokens"):
-        most_runs(np.asarray([[0, 0, 0], [1, 0, 1]]), 128)
+    assert most_runs(np.asarray([[1, 1, 0], [-1, 2, -1]]), 128, movable=False) == 3
+    assert most_runs(np.asarray([[1, 0, 1, 0], [0, 0, 0, -2]]), 128, movable=True) == 2
+    assert most_runs(jnp.asarray([1, 0, 1]), 5, movable=True) == 5
+    with pytest.raises(KernelRefusedError, match=r"id 1 of row 1 .* more than one run; sort the tokens"):
+        most_runs(np.asarray([[0, 0, 0], [1, 0, 1]]), 128, movable=False)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,10 @@ def test_what_is_served_is_not_refused(options):
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("0.2.9", "flywheel-tpu 0.2.9 is not one of 0.3 … 0.4, the latter excluded; pip install 'kernelry-tpu-flywheel"),
+        (
+            "0.2.9",
+            "flywheel-tpu 0.2.9 is not one of 0.3 … 0.4, the latter excluded; pip install",
+        ),
         ("0.4.0", "flywheel-tpu 0.4.0 is not one of"),
         ("0.3.1", ""),
     ],
@@ -185,7 +189,7 @@ def test_a_missing_vendor_is_told_what_brings_it(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("flywheel_tpu") is not None, reason="flywheel-tpu is installed")
 def test_without_the_vendor_a_call_is_refused_and_not_broken():
     arrays = [jnp.zeros((1, 128, 2, 64), jnp.bfloat16)] * 3
-    with kernelry.testing.interpret(), pytest.raises(KernelRefusedError, match="flywheel-tpu (is not|needs Python)"):
+    with kernelry.testing.interpret(), pytest.raises(KernelRefusedError, match=r"flywheel-tpu (is not|needs Python)"):
         kernelry.attention(*arrays, kernel="flywheel", mode="prefill")
 
 
@@ -208,8 +212,11 @@ def test_every_tiling_of_the_search_space_is_one_the_kernel_takes():
     [
         ({"block_q": 192}, "block_q=192 of flywheel is not a multiple of 128 that divides q_len, padded to 256"),
         ({"block_kv": 384}, "block_kv=384 of flywheel is not a multiple of 128 that divides kv_len"),
-        ({"block_kv_compute": 96}, "block_kv_compute=96 of flywheel is not a multiple of 128 that divides block_kv=256"),
-        ({"block_q_compute": 256}, "block_q_compute=256 of flywheel .* into two or more parts"),
+        (
+            {"block_kv_compute": 96},
+            "block_kv_compute=96 of flywheel is not a multiple of 128 that divides block_kv=256",
+        ),
+        ({"block_q_compute": 256}, r"block_q_compute=256 of flywheel .* into two or more parts"),
     ],
 )
 def test_blocks_that_do_not_fit_are_errors(values, message):
@@ -220,7 +227,7 @@ def test_blocks_that_do_not_fit_are_errors(values, message):
 
 def test_blocks_of_the_backward_pass_that_do_not_fit_are_errors():
     request = _request(mask=masks.Causal())
-    with pytest.raises(ConfigError, match="block_q_compute_backward=96 of flywheel .* divides block_q_backward=256"):
+    with pytest.raises(ConfigError, match=r"block_q_compute_backward=96 of flywheel .* divides block_q_backward=256"):
         backward_blocks(request, FLYWHEEL.tilings(request)[0].replace({"block_q_compute_backward": 96}, "flywheel"))
 
 

@@ -23,7 +23,7 @@ from kernelry.plugin import (
     Tolerance,
     signature_of,
 )
-from kernelry_tpu_flywheel.dense.blocks import tilings
+from kernelry_tpu_flywheel.dense.blocks import SEGMENTS, tilings
 from kernelry_tpu_flywheel.dense.geometry import Geometry
 from kernelry_tpu_flywheel.installed import not_installed
 
@@ -62,8 +62,9 @@ def _merged(request: Request) -> Iterator[Refusal]:
 
 def _packed(request: Request) -> Iterator[Refusal]:
     if Geometry.of(request).packed:
-        detail = f"mask={request.mask} has segments, and rows with an id in two places come out as NaN"
-        yield Refusal(RefusalCode.MASK_ATOM, detail, f"{_NAME} where the tokens are sorted by segment")
+        under = ", or with an id in two places," if not Geometry.of(request).is_movable else ""
+        detail = f"mask={request.mask} has segments, and a row of more than {SEGMENTS}{under} comes out as NaN"
+        yield Refusal(RefusalCode.MASK_ATOM, detail, f"{_NAME}, with the tiling max_segments where there are more")
 
 
 FLYWHEEL = KernelSpec(
