@@ -1,4 +1,4 @@
-"""The plugin's vote: `flywheel` first where the TPU compiler's own schedule says that it is faster. Nothing was measured.
+"""The vote: `flywheel` first where the TPU compiler's own schedule says that it is faster. Nothing was measured.
 
 `predictions.json` holds microseconds of one head by chip, pass, mask, length and head dims.
 """

@@ -104,7 +104,8 @@ def _forward(request: Request, geometry: Geometry, lengths: tuple[int, int]) -> 
     most = _most(request, geometry)
     for size_q, size_kv in ((2048, 2048), (1024, 1024), (2048, 1024), (1024, 2048), (512, 512)):
         block_q = _block(lengths[0], _FORWARD, min(size_q, most))
-        block_kv = _block(lengths[1], _FORWARD, min(size_kv, most, block_q if banded else most))
+        near = 1 << (block_q - 1).bit_length() if banded else most
+        block_kv = _block(lengths[1], _FORWARD, min(size_kv, most, near))
         narrow = banded and (request.head_dim <= LANES or _reach(geometry) < block_q + block_kv - 1)
         keys = _first(_KEYS_AT_ONCE_OF_WINDOWS if narrow else _KEYS_AT_ONCE, block_kv)
         rows = _first(_ROWS_AT_ONCE, block_q)
