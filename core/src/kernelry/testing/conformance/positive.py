@@ -141,8 +141,8 @@ def _features(subject: Subject, base: AttentionCall) -> Iterator[Named]:
             yield "bias", f"bias of shape {shape}", (but(causal, bias=shape),)
         yield "bias", "slots biased by −inf", (but(base, bias=base.pairs, biased_out=-np.inf),)
     if Feature.SOFT_CAP in can:
-        yield "soft cap", "soft cap", forms(causal, soft_cap=1.2)
-        yield "soft cap", "a soft cap of 30", forms(causal, soft_cap=30.0, magnitude=MAGNITUDE)
+        yield "soft cap", "soft cap", (but(causal, soft_cap=1.2),)
+        yield "soft cap", "a soft cap of 30", (but(causal, soft_cap=30.0, magnitude=MAGNITUDE),)
     if Feature.BIAS_AFTER_CAP in can:
         late = after_cap(base)
         yield "bias after cap", "a bias after the soft cap", (but(causal, **late),)
