@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax.experimental import pallas as pl
 
 import kernelry
 from kernelry import ModelShape
@@ -66,6 +67,29 @@ def test_what_is_missing_is_said_of_each_kernel(schedules):
     assert (forward.seconds, forward.schedule, forward.missing) == (None, None, "a loop")
     assert backward.missing == f"libtpu wrote no schedule of {NAMES[1]}"
     assert backward.grid.steps == 16
+
+
+def _loops_by_itself(refs_in, ref_out):
+    ref_out[...] = refs_in[...]
+
+
+def test_a_kernel_that_loops_over_blocks_itself_has_no_time(monkeypatch):
+    def program(array):
+        shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        return pl.pallas_call(_loops_by_itself, out_shape=shape, name="looping")(array)
+
+    array = jax.ShapeDtypeStruct((8, 128), "float32")
+    call = calls(AttentionConfig(), SHAPE, Target.parse("tpu:v5e"))[0]
+    for looped, seconds in ((True, None), (False, pytest.approx(1110 / 1.5e9))):
+        schedule = Schedule((Region(1000, 0, 0),), 100, 0, looped=looped)
+        monkeypatch.setattr(kernel_speeds, "read_schedule", lambda *_, found=schedule: found)
+        written = Written({"looping": (("", None),)})
+        traced = jax.jit(program).trace(array)
+        [speed] = speeds_of(
+            call, {}, Compilation(call.request.target, 0.0, {}, object(), traced=traced, written=written)
+        )
+        assert (speed.schedule, speed.seconds) == (schedule, seconds)
+        assert ("how often is not written down" in speed.missing) == looped
 
 
 def test_a_device_without_a_clock_has_schedules_and_no_time(schedules):

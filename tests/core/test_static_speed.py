@@ -145,6 +145,13 @@ def test_a_kernel_of_one_step_has_no_loop():
     assert ([body.cycles for body in found.bodies], found.overhead) == ([12], 3 + SKIP)
 
 
+def test_a_step_that_is_a_turn_of_a_loop_is_known_as_one():
+    text = Text()
+    text.bundle(OLD.format(unit=0))
+    assert not read_schedule(str(text)).looped
+    assert read_schedule(Text().grid(matmuls(4))).looped
+
+
 def test_without_a_part_that_a_step_may_skip_the_whole_step_is_the_body():
     text = Text()
     text.bundle(mark="LB", comment="/* Start region 7 */")

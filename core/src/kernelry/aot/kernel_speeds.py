@@ -61,6 +61,9 @@ def _speed(call: PhaseCall, tiling: Mapping[str, int], kernel: PallasCall, writt
         schedule = read_schedule(*texts[min(place, len(texts) - 1)])
     except ScheduleError as error:
         return KernelSpeed(kernel.name, compiler, grid, None, None, moved, None, "", str(error))
+    if schedule.looped and not kernel.grid:
+        missing = f"{kernel.name} has no grid: it loops over blocks itself, and how often is not written down"
+        return KernelSpeed(kernel.name, compiler, grid, schedule, None, moved, None, "", missing)
     kind = call.request.target.kind
     speed = tpu_speed(kernel.name, schedule, grid, moved, kind, compiler)
     unknown = "" if speed.seconds is not None else f"no time is predicted for {kind}, whose clock is not known"

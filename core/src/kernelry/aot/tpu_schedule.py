@@ -60,12 +60,14 @@ class Schedule:
         accumulator before the first block and dividing by the sum after the last.
       bounds: of the grid of one core, 0 for a size that only the running program knows; empty where the kernel does
         not copy blocks. Two cores that share a device each have half of a dimension that is declared parallel.
+      looped: whether a step is a turn of a loop, and not the whole program.
     """
 
     bodies: tuple[Region, ...]
     overhead: int
     row: int
     bounds: tuple[int, ...] = ()
+    looped: bool = False
 
     @property
     def body(self) -> Region:
@@ -113,7 +115,8 @@ def read_schedule(bundles: str, utilization: str | None = None) -> Schedule:
     row = sum(span.cycles for span in once)
     slots = None if utilization is None else _Slots.of(utilization, program.length)
     parts = tuple(program.region(span, slots) for span in bodies)
-    return Schedule(parts, step.cycles - cycles - row, row, _bounds(bundles))
+    looped = step.cycles < program.length
+    return Schedule(parts, step.cycles - cycles - row, row, _bounds(bundles), looped)
 
 
 _BOUNDS = re.compile(r"^iteration_bounds: \(([\d, ]+)\)", re.MULTILINE)
