@@ -1,7 +1,7 @@
 """Schedules of flywheel's passes, one compilation each, and what they say of a head. Nothing is timed or run on a TPU.
 
 A kernel of flywheel has no grid: it loops over heads, blocks of queries and blocks of keys itself. A turn of that loop
-has a body for blocks that are visible as a whole and, behind it, one for those that the mask cuts, of which it runs one.
+has a body for blocks that are visible as a whole and, behind it, one for those that the mask cuts; it runs one of them.
 
 libtpu writes its schedules where it is told before it is loaded, so `compiled` starts a process of its own, which is
 this file.
