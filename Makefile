@@ -135,14 +135,16 @@ test-maxtext:
 	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py \
 		tests/core/test_models_maxtext.py $(ARGS)
 
-# The real compilers of TPUs and GPUs, without a device: about 2.5 GB in an environment of their own.
+# The real compilers of TPUs and GPUs, without a device: about 2.5 GB in an environment of their own. With
+# PYTHON=python3.12 AOT_VENV=.venv-aot-312 they are those of the newest jax, and flywheel is compiled, too.
 AOT_VENV ?= .venv-aot
 AOT_TESTS = $(AOT_VENV)/bin/python -m pytest -n 2 -p no:randomly -m aot
 
 aot-environment:
 	$(PYTHON) -m venv $(AOT_VENV)
 	$(AOT_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all,aot-tpu,aot-gpu]" -e ./plugins/dot_product \
-		-e "./plugins/tpu_splash[tokamax]" -e "./plugins/gpu_pallas[tokamax]" -e ./plugins/cudnn_te "nvidia-cuda-nvdisasm>=13.0" $(TEST_NEEDS)
+		-e "./plugins/tpu_splash[tokamax]" -e "./plugins/gpu_pallas[tokamax]" -e ./plugins/cudnn_te \
+		-e "./plugins/tpu_flywheel[flywheel]" -e ./plugins/gpu_flash_attn "nvidia-cuda-nvdisasm>=13.0" $(TEST_NEEDS)
 
 test-aot: aot-environment
 	$(AOT_TESTS) tests/aot $(ARGS)

@@ -1,7 +1,10 @@
 """Kernels of a program matched with what compilers wrote of them; the writings are recorded, nothing is compiled."""
 
+import dataclasses
+
 import jax
 import pytest
+from jax.experimental import pallas as pl
 
 import kernelry
 from kernelry import ModelShape
@@ -66,6 +69,47 @@ def test_what_is_missing_is_said_of_each_kernel(schedules):
     assert (forward.seconds, forward.schedule, forward.missing) == (None, None, "a loop")
     assert backward.missing == f"libtpu wrote no schedule of {NAMES[1]}"
     assert backward.grid.steps == 16
+
+
+def _loops_by_itself(refs_in, ref_out):
+    ref_out[...] = refs_in[...]
+
+
+@pytest.fixture
+def looping(monkeypatch):
+    """The speed of a kernel without a grid, with a schedule and a tiling."""
+
+    def program(array):
+        shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        return pl.pallas_call(_loops_by_itself, out_shape=shape, name="looping_bwd")(array)
+
+    def speed(schedule, tiling):
+        call = calls(AttentionConfig(), SHAPE, Target.parse("tpu:v5e"))[0]
+        monkeypatch.setattr(kernel_speeds, "read_schedule", lambda *_: schedule)
+        traced = jax.jit(program).trace(jax.ShapeDtypeStruct((8, 128), "float32"))
+        written = Written({"looping_bwd": (("", None),)})
+        compilation = Compilation(call.request.target, 0.0, {}, object(), traced=traced, written=written)
+        [found] = speeds_of(call, tiling, compilation)
+        return found
+
+    return speed
+
+
+def test_a_kernel_that_loops_over_unknown_blocks_has_no_time(looping):
+    schedule = Schedule((Region(1000, 0, 0),), 100, 0, looped=True)
+    found = looping(schedule, {})
+    assert (found.schedule, found.seconds) == (schedule, None)
+    assert found.missing == "looping_bwd has no grid: it loops over blocks itself, and how often is not written down"
+    assert looping(dataclasses.replace(schedule, looped=False), {}).seconds == pytest.approx(1110 / 1.5e9)
+
+
+def test_a_kernel_that_loops_over_the_blocks_of_its_tiling_visits_those_that_are_not_empty(looping):
+    schedule = Schedule((Region(1000, 0, 0), Region(700, 0, 0)), 100, 0, looped=True)
+    tiling = {"block_q": 1024, "block_kv": 1024, "block_q_bwd": 256, "block_kv_bwd": 256}
+    found = looping(schedule, tiling)
+    assert (found.grid.steps, found.grid.visited, found.grid.cut) == (4 * 10,) * 3
+    assert found.seconds == pytest.approx(4 * 10 * (1000 + 110) / 1.5e9)
+    assert found.missing == ""
 
 
 def test_a_device_without_a_clock_has_schedules_and_no_time(schedules):

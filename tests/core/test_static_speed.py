@@ -145,6 +145,13 @@ def test_a_kernel_of_one_step_has_no_loop():
     assert ([body.cycles for body in found.bodies], found.overhead) == ([12], 3 + SKIP)
 
 
+def test_a_step_that_is_a_turn_of_a_loop_is_known_as_one():
+    text = Text()
+    text.bundle(OLD.format(unit=0))
+    assert not read_schedule(str(text)).looped
+    assert read_schedule(Text().grid(matmuls(4))).looped
+
+
 def test_without_a_part_that_a_step_may_skip_the_whole_step_is_the_body():
     text = Text()
     text.bundle(mark="LB", comment="/* Start region 7 */")
@@ -167,6 +174,21 @@ def test_a_part_around_the_body_is_not_the_body():
     text.branch(7)
     text.lines[-1] += " /* End region 7 */"
     assert [body.cycles for body in read_schedule(str(text)).bodies] == [12]
+
+
+def test_a_part_inside_a_body_that_has_products_of_its_own_is_skipped():
+    text = Text()
+    text.bundle(mark="LB", comment="/* Start region 7 */")
+    text.branch(50)
+    text.bundle(OLD.format(unit=0), comment="/* Start region 49 */")
+    text.part(*matmuls(3), [SPILL])
+    text.bundle(OLD.format(unit=0), comment="/* End region 49 */")
+    text.bundle(mark="PF", comment="/* Start/End empty region 50 */")
+    text.bundle(comment="/* End region 7 :: Start region 8 */")
+    text.branch(7)
+    text.lines[-1] += " /* End region 8 */"
+    [body] = read_schedule(str(text)).bodies
+    assert body == Region(1 + 1 + SLOTS + 1 + 1, 2 * 16, 0)
 
 
 def test_the_bounds_of_the_grid_are_those_of_one_core():

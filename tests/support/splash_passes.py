@@ -99,6 +99,16 @@ class Pass:
         return tpu_speed(self.part, schedule, grid, moved, self.kind, compiler()).seconds
 
 
+def default_passes(kernel, part, kind, dims, blocks=None):
+    """What a forward or a backward pass in bfloat16 consists of, by default or with blocks of one size."""
+    values = dict(SPECS[kernel].tilings(Pass(kernel, "forward", kind, "bfloat16", dims, ()).request)[0].values)
+    if blocks is not None:
+        values = {name: blocks if name.startswith("block") else value for name, value in values.items()}
+    fused = values.get("backward_kernels") == 1 or "block_q_dq" not in values
+    together = ("forward",) if part == "forward" else ("fused",) if fused else ("dkv", "dq")
+    return [Pass(kernel, one, kind, "bfloat16", dims, tuple(values[name] for name in NAMES[one])) for one in together]
+
+
 def block_bytes(step):
     """That a visible step fetches."""
     moving = step.blocks[0 if step.part in ("dkv", "fused") else 1]

@@ -61,6 +61,9 @@ def _speed(call: PhaseCall, tiling: Mapping[str, int], kernel: PallasCall, writt
         schedule = read_schedule(*texts[min(place, len(texts) - 1)])
     except ScheduleError as error:
         return KernelSpeed(kernel.name, compiler, grid, None, None, moved, None, "", str(error))
+    if schedule.looped and not kernel.grid and _blocks_of(kernel, tiling) is None:
+        missing = f"{kernel.name} has no grid: it loops over blocks itself, and how often is not written down"
+        return KernelSpeed(kernel.name, compiler, grid, schedule, None, moved, None, "", missing)
     kind = call.request.target.kind
     speed = tpu_speed(kernel.name, schedule, grid, moved, kind, compiler)
     unknown = "" if speed.seconds is not None else f"no time is predicted for {kind}, whose clock is not known"
@@ -89,7 +92,9 @@ def grid_of(kernel: PallasCall, call: PhaseCall, tiling: Mapping[str, int]) -> t
 
     The mask says which blocks hold anything, where two dimensions of the grid go over blocks of queries and keys, or
     one over those that are not empty. Kernels of the backward pass have tunables with an ending, `block_q_dkv`, that
-    their names repeat. Where no such blocks are found every step counts as visited.
+    their names repeat. Where no such blocks are found every step counts as visited. A kernel without a grid is taken to
+    loop over its heads and the blocks that are not empty itself, and to run its longest body for each: which of several
+    is for blocks that the mask cuts is not known.
 
     Args:
       kernel: of the program.
@@ -104,6 +109,10 @@ def grid_of(kernel: PallasCall, call: PhaseCall, tiling: Mapping[str, int]) -> t
     kinds = call.mask.block_map(call.request.q_len, call.request.kv_len, *blocks)
     some, cut = (float(np.mean(kinds == kind)) for kind in (BlockKind.EMPTY, BlockKind.PARTIAL))
     visited = 1.0 - some
+    if not kernel.grid:
+        heads = call.request.batch * call.request.q_heads * kernel.runs
+        turns = heads * int((kinds != BlockKind.EMPTY).sum())
+        return Grid(turns, turns, heads * len(kinds), cut=turns), 1.0
     if _is_compact(kernel, blocks):  # its steps are the visited ones
         return Grid(steps, steps, rows, cut=round(steps * cut / visited) if visited else 0, shape=shape), 1.0
     found = round(steps * visited)
@@ -116,7 +125,7 @@ def _blocks_of(kernel: PallasCall, tiling: Mapping[str, int]) -> tuple[int, int]
     words = kernel.name.split("_")
     for ending in (*(found for found in endings if found and found.strip("_") in words), ""):
         blocks = tiling.get(f"block_q{ending}"), tiling.get(f"block_kv{ending}")
-        if None not in blocks and all(kernel.along(size) for size in blocks if size is not None):
+        if None not in blocks and (not kernel.grid or all(kernel.along(size) for size in blocks if size is not None)):
             return blocks  # type: ignore[return-value]
     return None
 

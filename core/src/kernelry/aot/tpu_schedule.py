@@ -53,19 +53,20 @@ class Schedule:
     """The schedule of one kernel, of one core.
 
     Args:
-      bodies: the innermost regions with a product, in the order of the program: what the steps run whose block is
-        visible.
+      bodies: the regions with a product, in the order of the program: what the steps run whose block is visible.
       overhead: cycles of every step of the grid, also of one that runs no body.
       row: cycles of what runs once for each row of the grid: other regions that a step may skip, e.g. clearing the
         accumulator before the first block and dividing by the sum after the last.
       bounds: of the grid of one core, 0 for a size that only the running program knows; empty where the kernel does
         not copy blocks. Two cores that share a device each have half of a dimension that is declared parallel.
+      looped: whether a step is a turn of a loop, and not the whole program.
     """
 
     bodies: tuple[Region, ...]
     overhead: int
     row: int
     bounds: tuple[int, ...] = ()
+    looped: bool = False
 
     @property
     def body(self) -> Region:
@@ -81,7 +82,8 @@ class Schedule:
 def read_schedule(bundles: str, utilization: str | None = None) -> Schedule:
     """Reads the schedule of one kernel.
 
-    A kernel whose grid has one step has no loop: all of it is the step.
+    A kernel whose grid has one step has no loop: all of it is the step. What a body with a product may skip inside
+    itself is taken to be skipped, e.g. computing a block again after an overflow.
 
     Args:
       bundles: the content of a `*-final_bundles.txt`.
@@ -94,14 +96,15 @@ def read_schedule(bundles: str, utilization: str | None = None) -> Schedule:
     program = _Program.of(bundles)
     step = program.step()
     skipped = [span for span in program.skipped() if step.encloses(span)]
-    bodies = _innermost(span for span in skipped if program.products_in(span)) or [
+    inside = program.parts_with_products(skipped)
+    bodies = _outermost(span for span, parts in inside.items() if program.products_in(span, parts)) or [
         *_innermost(span for span in (*program.regions.values(), step) if program.products_in(span))
     ]
     if not bodies:
         raise ScheduleError("No region of these bundles has a vmatmul: a kernel without products cannot be predicted.")
-    looped = [place for place in program.loops if place != step.start and any(span.holds(place) for span in bodies)]
-    if looped:
-        raise ScheduleError(f"The region with a product has a loop at {looped[0]:#x}, and its turns are not known.")
+    loops = [place for place in program.loops if place != step.start and any(span.holds(place) for span in bodies)]
+    if loops:
+        raise ScheduleError(f"The region with a product has a loop at {loops[0]:#x}, and its turns are not known.")
     once = _outermost(
         span
         for span in skipped
@@ -109,11 +112,11 @@ def read_schedule(bundles: str, utilization: str | None = None) -> Schedule:
         and not program.transfers_in(span)
         and not any(body.encloses(span) for body in bodies)
     )
-    cycles = sum(span.cycles for span in bodies)
     row = sum(span.cycles for span in once)
+    overhead = step.cycles - sum(span.cycles for span in bodies) - row
     slots = None if utilization is None else _Slots.of(utilization, program.length)
-    parts = tuple(program.region(span, slots) for span in bodies)
-    return Schedule(parts, step.cycles - cycles - row, row, _bounds(bundles))
+    found = tuple(program.region(span, slots, inside.get(span, ())) for span in bodies)
+    return Schedule(found, overhead, row, _bounds(bundles), looped=step.cycles < program.length)
 
 
 _BOUNDS = re.compile(r"^iteration_bounds: \(([\d, ]+)\)", re.MULTILINE)
@@ -246,20 +249,34 @@ class _Program:
                 inside = [span for span in self.regions.values() if span.start > place and span.end == target.start - 1]
                 yield min(inside, default=_Span(place + 1, target.start - 1))
 
-    def products_in(self, span: _Span) -> bool:
-        return any(span.holds(place) for place, _, _ in self.products)
+    def products_in(self, span: _Span, parts: Sequence[_Span] = ()) -> bool:
+        """Whether a span has a product outside of some parts of it."""
+        places = (place for place, _, _ in self.products if span.holds(place))
+        return any(not any(part.holds(place) for part in parts) for place in places)
+
+    def parts_with_products(self, spans: Iterable[_Span]) -> Mapping[_Span, Sequence[_Span]]:
+        """Of each span that has a product, the largest of the others within it that have one."""
+        found = sorted({span for span in spans if self.products_in(span)})
+        return {span: _outermost(other for other in found if other != span and span.encloses(other)) for span in found}
 
     def transfers_in(self, span: _Span) -> bool:
         return any(span.holds(place) for place in self.transfers)
 
-    def region(self, span: _Span, slots: _Slots | None) -> Region:
+    def region(self, span: _Span, slots: _Slots | None, parts: Sequence[_Span]) -> Region:
+        """A span, without parts of it that a step skips."""
+
+        def counts(place: int) -> bool:
+            return span.holds(place) and not any(part.holds(place) for part in parts)
+
         occupied = collections.Counter[str]()
         for place, unit, cycles in self.products:
-            if span.holds(place):
+            if counts(place):
                 occupied[unit] += cycles
-        spills = sum(span.holds(place) for place in self.spills)
+        spills = sum(map(counts, self.spills))
         busiest = ("", 0.0) if slots is None else slots.busiest(span)
-        return Region(span.cycles, max(occupied.values(), default=0), spills, busiest)
+        return Region(
+            span.cycles - sum(part.cycles for part in parts), max(occupied.values(), default=0), spills, busiest
+        )
 
 
 @final
