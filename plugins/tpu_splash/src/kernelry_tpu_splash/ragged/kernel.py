@@ -28,6 +28,7 @@ class RaggedKernel(Kernel):
             blocks = Blocks.of(request, tiling)
             settings = KernelSettings(
                 blocks,
+                request.value_dim,
                 request.scale,
                 request.soft_cap,
                 request.mask.may_hide_slots(request.q_len, request.kv_len) or bool(request.kv_len % blocks.slots),
@@ -69,11 +70,12 @@ def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
         whole = whole & jnp.repeat(table >= 0, key.page_size, axis=1)
     whole_first, whole_end = _first_run(whole.reshape(request.batch, -1, blocks.slots).all(axis=2))
     if request.kv_quantization is not None:
-        key_scale, value_scale = (_lengthened(_scale(keys), padded) for keys in (key, value))
+        key_scale = _lengthened(_scale(key), padded)
+        value_scale = None if blocks.value_in_key else _lengthened(_scale(value), padded)
     return Operands(
         _grouped(inputs.query, request),
         blocks.key.turn(_plain(key)),
-        blocks.value.turn(_plain(value)),
+        None if blocks.value_in_key else blocks.value.turn(_plain(value)),
         key_scale,
         value_scale,
         by_group.astype(jnp.int32),

@@ -86,7 +86,7 @@ RAGGED = KernelSpec(
         interpret=True,
         modes=frozenset({Mode.DECODE}),
         dtypes=frozenset({"float32", "bfloat16"}),
-        head_dims=Dims(maximum=512),
+        head_dims=Dims(maximum=640),
         split_head_dim=True,
         grouped_heads=True,
         unequal_lengths=True,
