@@ -41,7 +41,7 @@ def attend_joined(
     given, specs = _given(operands, settings.blocks)
     sizes = tuple((rows * kv_heads, width) for width in (settings.value_dim, LANES, LANES))
     out, top, total = pl.pallas_call(
-        functools.partial(step, attend=_attend, settings=settings, is_paged=operands.table is not None),
+        functools.partial(step, attend=_attend, settings=settings, pages_of_row=operands.pages_of_row),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, 1, jnp.maximum(operands.count.max(), 1)),
@@ -68,8 +68,8 @@ def _given(operands: Operands, blocks: Blocks) -> tuple[list[jax.Array], list[pl
         for page in range(blocks.pages):
             given.append(array.reshape(array.shape[0], -1, width))
             slots = blocks.slots // blocks.pages
-            in_pages = functools.partial(_place_of_page, page, blocks.pages)
-            place = _place_of_row if operands.table is None else in_pages
+            in_pages = functools.partial(_place_of_page, page, blocks.pages, operands.pages_of_row)
+            place = _place_of_row if operands.pages is None else in_pages
             specs.append(pl.BlockSpec((1, slots * kv_heads, width), place))
     for scale in (operands.key_scale, operands.value_scale):
         if scale is not None:
@@ -104,10 +104,8 @@ def _place_of_row(b: Any, h: Any, i: Any, first: Any, count: Any, *scalars: Any)
     return (b, block_at(b, i, first, count), 0)
 
 
-def _place_of_page(
-    page: int, pages: int, b: Any, h: Any, i: Any, first: Any, count: Any, _: Any, __: Any, table: Any
-) -> tuple[Any, ...]:
-    return (jnp.maximum(table[b, block_at(b, i, first, count) * pages + page], 0), 0, 0)
+def _place_of_page(page: int, pages: int, pages_of_row: int, b: Any, h: Any, i: Any, *scalars: Any) -> tuple[Any, ...]:
+    return (jnp.maximum(scalars[-1][b * pages_of_row + i * pages + page], 0), 0, 0)
 
 
 def _attend(

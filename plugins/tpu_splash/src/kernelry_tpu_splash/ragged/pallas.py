@@ -30,14 +30,15 @@ class Operands:
 
     Args:
       query: [B, K, R, H], the R = T · G rows that read one key/value head.
-      key, value: turned into their Order; with a table, of pages instead of rows. Without a value, it is the first
+      key, value: turned into their Order; with pages, of pages instead of rows. Without a value, it is the first
         elements of the key.
       key_scale, value_scale: float32 [B, K or 1, S], of quantised ones.
       visible: int32 [B or 1, K or 1, R or 1, S], 0 where a row does not see a slot.
       first, count: int32 [B], the first block that is seen, and how many there are to the last.
       whole_first, whole_end: int32 [B], the first block of which some row of every head sees every slot, and the next
         one of which that is not so; a page that does not exist is not seen.
-      table: int32 [B, pages], negative where there is none.
+      pages: int32 [B · pages of a row], those that the steps of a row read, one block after another; negative where
+        there is none.
     """
 
     query: Float[Array, "B K R H"]
@@ -50,12 +51,17 @@ class Operands:
     count: Int32[Array, " B"]
     whole_first: Int32[Array, " B"]
     whole_end: Int32[Array, " B"]
-    table: Int32[Array, "B M"] | None
+    pages: Int32[Array, " B*M"] | None
+
+    @property
+    def pages_of_row(self) -> int:
+        """M; 0 without pages."""
+        return 0 if self.pages is None else self.pages.shape[0] // self.query.shape[0]
 
     def scalars(self) -> list[jax.Array]:
         """What lies in scalar memory, in the order in which a step takes it."""
         found = [self.first, self.count, self.whole_first, self.whole_end]
-        return found if self.table is None else [*found, self.table]
+        return found if self.pages is None else [*found, self.pages]
 
 
 @final
@@ -95,12 +101,12 @@ def attend(
 ) -> tuple[Float[Array, "B K R D"], Float[Array, "B K R"], Float[Array, "B K R"]]:
     """Returns the unnormalised output, the largest logits and the sums, in float32; −inf and 0 of nothing."""
     batch, kv_heads, rows, _ = operands.query.shape
-    heads, is_paged = settings.blocks.heads, operands.table is not None
+    heads, pages_of_row = settings.blocks.heads, operands.pages_of_row
     scalars = operands.scalars()
     given, specs = _given(operands, settings.blocks)
     sizes = ((rows, settings.value_dim), (rows, LANES), (rows, LANES))
     out, top, total = pl.pallas_call(
-        functools.partial(step, attend=_attend, settings=settings, is_paged=is_paged),
+        functools.partial(step, attend=_attend, settings=settings, pages_of_row=pages_of_row),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, kv_heads // heads, jnp.maximum(operands.count.max(), 1)),
@@ -128,7 +134,7 @@ def _given(operands: Operands, blocks: Blocks) -> tuple[list[jax.Array], list[pl
         width = array.shape[2 if order.has_slots_last else 3]
         for page in range(blocks.pages):
             given.append(array)
-            index = functools.partial(_index, order, page, blocks.pages if operands.table is not None else None)
+            index = functools.partial(_index, order, page, blocks.pages, operands.pages_of_row)
             specs.append(pl.BlockSpec(order.block(slots, heads, width), index))
     for scale in (operands.key_scale, operands.value_scale):
         if scale is not None:
@@ -150,12 +156,20 @@ def block_at(b: Any, i: Any, first: Any, count: Any) -> Any:
 
 
 def _index(
-    order: Order, page: int, pages: int | None, b: Any, h: Any, i: Any, first: Any, count: Any, *others: Any
+    order: Order,
+    page: int,
+    pages: int,
+    pages_of_row: int,
+    b: Any,
+    h: Any,
+    i: Any,
+    first: Any,
+    count: Any,
+    *others: Any,
 ) -> tuple[Any, ...]:
-    block = block_at(b, i, first, count)
-    if pages is None:
-        return order.place(b, block, h)
-    return order.place(jnp.maximum(others[-1][b, block * pages + page], 0), 0, h)
+    if not pages_of_row:
+        return order.place(b, block_at(b, i, first, count), h)
+    return order.place(jnp.maximum(others[-1][b * pages_of_row + i * pages + page], 0), 0, h)
 
 
 def over_slots(shared: tuple[int, ...]) -> Any:
@@ -170,15 +184,15 @@ def over_slots(shared: tuple[int, ...]) -> Any:
     return index
 
 
-def step(*refs: Any, attend: Any, settings: KernelSettings, is_paged: bool) -> None:
+def step(*refs: Any, attend: Any, settings: KernelSettings, pages_of_row: int) -> None:
     """One block of one row: `refs` are the scalars, the inputs, the outputs and what is carried along.
 
     Args:
       attend: adds a block to what is carried, as `_attend` does.
-      is_paged: whether the last scalars are a table.
+      pages_of_row: of what is read in the steps of a row, whose numbers are the last scalars; 0 without pages.
     """
     first, count, whole_first, whole_end, *others = refs
-    table = others.pop(0) if is_paged else None
+    read = others.pop(0) if pages_of_row else None
     *inputs, out, top, total, sums, maxima, totals = others
     row, at = pl.program_id(0), pl.program_id(2)
     block = first[row] + at
@@ -191,7 +205,7 @@ def step(*refs: Any, attend: Any, settings: KernelSettings, is_paged: bool) -> N
         totals[...] = jnp.zeros_like(totals)
 
     inside = at < count[row]
-    may_be_part = settings.hides or is_paged
+    may_be_part = settings.hides or read is not None
     is_whole = (block >= whole_first[row]) & (block < whole_end[row]) if may_be_part else True
 
     @pl.when(inside & is_whole)
@@ -202,7 +216,8 @@ def step(*refs: Any, attend: Any, settings: KernelSettings, is_paged: bool) -> N
 
         @pl.when(inside & ~is_whole)
         def _attend_part() -> None:
-            add(absent_slots(table, row, block, settings.blocks), is_whole=False)
+            at_page = row * pages_of_row + at * settings.blocks.pages
+            add(None if read is None else _absent(read, at_page, settings.blocks), is_whole=False)
 
     @pl.when(at == pl.num_programs(2) - 1)
     def _end() -> None:
@@ -298,15 +313,13 @@ def cleaned(value: jax.Array, seen: jax.Array, order: Order) -> jax.Array:
     return jnp.where(by_any > 0, value, jnp.zeros_like(value))
 
 
-def absent_slots(table: Any, row: Any, block: Any, blocks: Blocks) -> jax.Array | None:
-    """[1, S], or [1, S · K] of joined heads: whether a slot is in a page that does not exist; None without a table."""
-    if table is None:
-        return None
+def _absent(read: Any, at_page: Any, blocks: Blocks) -> jax.Array:
+    """[1, S], or [1, S · K] of joined heads: whether a slot is in a page that does not exist."""
     length = blocks.slots * (blocks.heads if blocks.joined else 1)
     size = length // blocks.pages
     slot = jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
     absent = jnp.zeros((1, length), jnp.bool_)
     for page in range(blocks.pages):
         inside = (slot >= page * size) & (slot < (page + 1) * size)
-        absent = absent | (inside & (table[row, block * blocks.pages + page] < 0))
+        absent = absent | (inside & (read[at_page + page] < 0))
     return absent
