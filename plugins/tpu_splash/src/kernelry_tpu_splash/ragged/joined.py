@@ -24,11 +24,11 @@ from kernelry_tpu_splash.ragged.layout import Blocks, Order
 from kernelry_tpu_splash.ragged.pallas import (
     KernelSettings,
     Operands,
-    absent_slots,
     block_at,
     cleaned,
     over_slots,
     product,
+    step,
 )
 
 
@@ -37,12 +37,11 @@ def attend_joined(
 ) -> tuple[Float[Array, "B K R D"], Float[Array, "B K R"], Float[Array, "B K R"]]:
     """Returns the unnormalised output, the largest logits and the sums, in float32; −inf and 0 of nothing."""
     batch, kv_heads, rows, _ = operands.query.shape
-    scalars = [operands.first, operands.count, operands.whole_first, operands.whole_end]
-    scalars += [operands.table] if operands.table is not None else []
+    scalars = operands.scalars()
     given, specs = _given(operands, settings.blocks)
-    sizes = tuple((rows * kv_heads, width) for width in (operands.value.shape[-1], LANES, LANES))
+    sizes = tuple((rows * kv_heads, width) for width in (settings.value_dim, LANES, LANES))
     out, top, total = pl.pallas_call(
-        functools.partial(_step, settings=settings, has_table=operands.table is not None),
+        functools.partial(step, attend=_attend, settings=settings, pages_of_row=operands.pages_of_row),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, 1, jnp.maximum(operands.count.max(), 1)),
@@ -63,12 +62,14 @@ def _given(operands: Operands, blocks: Blocks) -> tuple[list[jax.Array], list[pl
     _, kv_heads, rows, head_dim = operands.query.shape
     given, specs = [_rows_first(operands.query)], [_whole_row(rows * kv_heads, head_dim)]
     for array in (operands.key, operands.value):
+        if array is None:
+            continue
         width = array.shape[-1]
         for page in range(blocks.pages):
             given.append(array.reshape(array.shape[0], -1, width))
             slots = blocks.slots // blocks.pages
-            in_pages = functools.partial(_place_of_page, page, blocks.pages)
-            place = _place_of_row if operands.table is None else in_pages
+            in_pages = functools.partial(_place_of_page, page, blocks.pages, operands.pages_of_row)
+            place = _place_of_row if operands.pages is None else in_pages
             specs.append(pl.BlockSpec((1, slots * kv_heads, width), place))
     for scale in (operands.key_scale, operands.value_scale):
         if scale is not None:
@@ -103,46 +104,8 @@ def _place_of_row(b: Any, h: Any, i: Any, first: Any, count: Any, *scalars: Any)
     return (b, block_at(b, i, first, count), 0)
 
 
-def _place_of_page(
-    page: int, pages: int, b: Any, h: Any, i: Any, first: Any, count: Any, _: Any, __: Any, table: Any
-) -> tuple[Any, ...]:
-    return (jnp.maximum(table[b, block_at(b, i, first, count) * pages + page], 0), 0, 0)
-
-
-def _step(*refs: Any, settings: KernelSettings, has_table: bool) -> None:
-    """One block of one row: `refs` are the scalars, the inputs, the outputs and what is carried along."""
-    first, count, whole_first, whole_end, *others = refs
-    table = others.pop(0) if has_table else None
-    *inputs, out, top, total, sums, maxima, totals = others
-    row, step = pl.program_id(0), pl.program_id(2)
-    block = first[row] + step
-    attend = functools.partial(_attend, inputs, (sums, maxima, totals), settings)
-
-    @pl.when(step == 0)
-    def _begin() -> None:
-        sums[...] = jnp.zeros_like(sums)
-        maxima[...] = jnp.full_like(maxima, -jnp.inf)
-        totals[...] = jnp.zeros_like(totals)
-
-    inside = step < count[row]
-    may_be_part = settings.hides or table is not None
-    is_whole = (block >= whole_first[row]) & (block < whole_end[row]) if may_be_part else True
-
-    @pl.when(inside & is_whole)
-    def _attend_whole() -> None:
-        attend(None, is_whole=True)
-
-    if may_be_part:
-
-        @pl.when(inside & ~is_whole)
-        def _attend_part() -> None:
-            attend(absent_slots(table, row, block, settings.blocks), is_whole=False)
-
-    @pl.when(step == pl.num_programs(2) - 1)
-    def _end() -> None:
-        out[0] = sums[...]
-        top[0] = maxima[...]
-        total[0] = totals[...]
+def _place_of_page(page: int, pages: int, pages_of_row: int, b: Any, h: Any, i: Any, *scalars: Any) -> tuple[Any, ...]:
+    return (jnp.maximum(scalars[-1][b * pages_of_row + i * pages + page], 0), 0, 0)
 
 
 def _attend(
@@ -155,12 +118,11 @@ def _attend(
 ) -> None:
     """Adds a block to what is carried; of a whole one some row sees every slot, and nothing has to be cleaned."""
     sums, maxima, totals = carried
-    query, *others, visible = inputs
-    pages = settings.blocks.pages
-    keys, values, scales = others[:pages], others[pages : 2 * pages], others[2 * pages :]
+    query, keys, values, scales, visible = settings.split(inputs)
     heads = settings.blocks.heads
     factors = [_factor(scale[0], heads) for scale in scales]
-    logits = product(query[0], _joined(keys, query.dtype), by_columns=False) * settings.scale
+    key = _joined(keys, query.dtype)
+    logits = product(query[0], key, by_columns=False) * settings.scale
     if factors:
         logits = logits * factors[0]
     if settings.soft_cap is not None:
@@ -180,11 +142,11 @@ def _attend(
     shrink = jnp.exp(before - shift)
     totals[...] = jnp.broadcast_to(shrink * totals[:, :1] + weights.sum(axis=1, keepdims=True), totals.shape)
     maxima[...] = jnp.broadcast_to(now, maxima.shape)
-    value = _joined(values, query.dtype)
+    value = _joined(values, query.dtype) if values else settings.value_in(key)
     if seen is not None and not is_whole:
         value = cleaned(value, seen > 0, Order.AS_IT_IS)
     if factors:
-        weights = weights * (factors[1] if seen is None else jnp.where(own, factors[1], 0))
+        weights = weights * (factors[-1] if seen is None else jnp.where(own, factors[-1], 0))
     sums[...] = shrink * sums[...] + product(weights.astype(value.dtype), value, by_columns=True)
 
 

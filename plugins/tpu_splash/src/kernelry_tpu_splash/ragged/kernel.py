@@ -13,7 +13,7 @@ from kernelry.plugin import Inputs, Kernel, PagedArray, Partial, QuantizedArray,
 from kernelry_tpu_splash.operands import visible
 from kernelry_tpu_splash.ragged.joined import attend_joined
 from kernelry_tpu_splash.ragged.layout import Blocks
-from kernelry_tpu_splash.ragged.pallas import KernelSettings, Operands, attend
+from kernelry_tpu_splash.ragged.pallas import KernelSettings, Operands, attend, block_at
 
 _SCOPE = "kernelry.ragged"
 
@@ -28,6 +28,7 @@ class RaggedKernel(Kernel):
             blocks = Blocks.of(request, tiling)
             settings = KernelSettings(
                 blocks,
+                request.value_dim,
                 request.scale,
                 request.soft_cap,
                 request.mask.may_hide_slots(request.q_len, request.kv_len) or bool(request.kv_len % blocks.slots),
@@ -58,6 +59,7 @@ def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
     any_row = jnp.broadcast_to(seen.any(axis=(1, 2)), (request.batch, padded))
     first, end = _bounds(any_row)
     first_block = first // blocks.slots
+    count = jnp.where(end > first, (end + blocks.slots - 1) // blocks.slots - first_block, 0)
     by_group = _by_group(seen, request)
     whole = jnp.broadcast_to(by_group.any(axis=2).all(axis=1), (request.batch, padded))
     table = None
@@ -69,20 +71,33 @@ def _operands(inputs: Inputs, request: Request, blocks: Blocks) -> Operands:
         whole = whole & jnp.repeat(table >= 0, key.page_size, axis=1)
     whole_first, whole_end = _first_run(whole.reshape(request.batch, -1, blocks.slots).all(axis=2))
     if request.kv_quantization is not None:
-        key_scale, value_scale = (_lengthened(_scale(keys), padded) for keys in (key, value))
+        key_scale = _lengthened(_scale(key), padded)
+        value_scale = None if blocks.value_in_key else _lengthened(_scale(value), padded)
     return Operands(
         _grouped(inputs.query, request),
         blocks.key.turn(_plain(key)),
-        blocks.value.turn(_plain(value)),
+        None if blocks.value_in_key else blocks.value.turn(_plain(value)),
         key_scale,
         value_scale,
         by_group.astype(jnp.int32),
         first_block,
-        jnp.where(end > first, (end + blocks.slots - 1) // blocks.slots - first_block, 0),
+        count,
         whole_first,
         whole_end,
-        table,
+        None if table is None else _read(table, first_block, count, blocks.pages),
     )
+
+
+def _read(
+    table: Int32[Array, "B M"], first: Int32[Array, " B"], count: Int32[Array, " B"], pages: int
+) -> Int32[Array, " B*M"]:
+    """The pages in the order in which a row's steps read them: of its first block on, and of its last one again.
+
+    A kernel that looked them up itself would spend more scalar instructions on a page than on starting its copy.
+    """
+    by_block = table.reshape(table.shape[0], -1, pages)
+    row, step = jnp.arange(table.shape[0])[:, None], jnp.arange(by_block.shape[1])[None]
+    return by_block[row, block_at(row, step, first, count)].reshape(-1)
 
 
 def _bounds(seen: Bool[Array, "B S"]) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:

@@ -29,8 +29,9 @@ MOST_JOINED_ROWS = {"bfloat16": 128, "float32": 64}
 512 slots of 8 heads of 128 bfloat16 takes 2802 (v5e) and 2160 cycles (v6e) with so many, against the 3841 and 2238 in
 which memory delivers it; twice as many rows take 5150 and 3979."""
 
-_MOST_BYTES = 2 * 2**20
-"""Of a block of keys and one of values, of which vector memory holds two each besides what is computed from them."""
+_MOST_BYTES = 2.25 * 2**20
+"""Of a block of keys and one of values, of which vector memory holds two each besides what is computed from them: 2048
+slots of 576 elements of 2 bytes."""
 
 
 @final
@@ -86,6 +87,7 @@ class Blocks:
       heads: key/value heads of a block.
       pages: of which a block consists; 1 where keys and values are not in pages.
       key, value: how they lie.
+      value_in_key: whether a key begins with its value, so that values are no array of their own.
       joined: whether keys of all heads are read as rows of one matrix; `heads` is then all of them.
     """
 
@@ -94,6 +96,7 @@ class Blocks:
     pages: int
     key: Order
     value: Order
+    value_in_key: bool
     joined: bool
 
     @classmethod
@@ -110,12 +113,14 @@ class Blocks:
             raise ConfigError(f"tiling: block_kv={slots} of ragged is not a multiple of {unit}{pages}")
         slots = min(slots, _padded(request))
         joined = _may_join(request, slots)
+        orders = [Order.of(request.kv_heads, width, itemsize) for width in widths(request)]
         return cls(
             slots,
             request.kv_heads if joined else _heads_apart(request.kv_heads, itemsize),
             1 if request.page_size is None else slots // request.page_size,
-            Order.of(request.kv_heads, request.head_dim, itemsize),
-            Order.of(request.kv_heads, request.value_dim, itemsize),
+            orders[0],
+            orders[-1],
+            is_value_in_key(request),
             joined,
         )
 
@@ -128,7 +133,7 @@ def block_sizes(request: Request, wanted: tuple[int, ...]) -> tuple[int, ...]:
       wanted: slots.
     """
     unit, itemsize = unit_of(request), _bytes_of_element(request)
-    slot = 2 * _heads_of_block(request) * (request.head_dim + request.value_dim) * itemsize
+    slot = 2 * _heads_of_block(request) * sum(widths(request)) * itemsize
     slot += _converted_bytes(request)
     most = _padded(request) if request.page_size is None else min(_padded(request), MOST_PAGES * request.page_size)
     sizes = (max(unit, min(most, slots) // unit * unit) for slots in wanted)
@@ -141,24 +146,33 @@ def vector_bytes(request: Request) -> int:
     heads = _heads_of_block(request)
     rows = round_up(request.q_len * request.groups, SUBLANES)
     carried = heads * rows * (request.value_dim + 2 * LANES) * _FLOAT32_BYTES
-    held = 2 * heads * (request.head_dim + request.value_dim) * itemsize + _converted_bytes(request)
+    held = 2 * heads * sum(widths(request)) * itemsize + _converted_bytes(request)
     return unit * held + 2 * carried
 
 
+def is_value_in_key(request: Request) -> bool:
+    """Whether keys begin with their values."""
+    return request.kv_layout == "value_in_key"
+
+
+def widths(request: Request) -> tuple[int, ...]:
+    """The last dimensions of the arrays that are read: of keys, and of values where they are an array of their own."""
+    return (request.head_dim,) if is_value_in_key(request) else (request.head_dim, request.value_dim)
+
+
 def table_bytes(request: Request) -> int:
-    """What the table of pages takes in scalar memory; 0 without pages."""
+    """What the numbers of pages take in scalar memory; 0 without pages."""
     if request.page_size is None:
         return 0
-    rows = round_up(request.batch, SUBLANES)
-    return rows * -(-request.kv_len // request.page_size // LANES) * LANES * _INT32_BYTES
+    return round_up(request.batch * _padded(request) // request.page_size, SUBLANES * LANES) * _INT32_BYTES
 
 
 def _converted_bytes(request: Request) -> int:
     """Of a slot whose whole numbers become floats before its heads are taken apart."""
     if request.kv_quantization is None:
         return 0
-    itemsize, widths = _bytes_of_element(request), (request.head_dim, request.value_dim)
-    turned = sum(width for width in widths if Order.of(request.kv_heads, width, itemsize) is Order.AS_IT_IS)
+    itemsize = _bytes_of_element(request)
+    turned = sum(width for width in widths(request) if Order.of(request.kv_heads, width, itemsize) is Order.AS_IT_IS)
     return _heads_of_block(request) * turned * int(jnp.dtype(request.dtype).itemsize)
 
 
@@ -179,20 +193,20 @@ def unit_of(request: Request) -> int:
 
 def _may_join(request: Request, slots: int) -> bool:
     """Whether blocks of so many slots are read as [S · K, H]: they lie so, fit, and the rows are few."""
-    heads, widths, itemsize = request.kv_heads, (request.head_dim, request.value_dim), _bytes_of_element(request)
+    heads, itemsize = request.kv_heads, _bytes_of_element(request)
     converted = 0 if request.kv_quantization is None else int(jnp.dtype(request.dtype).itemsize)
     rows_held = request.kv_len if request.page_size is None else request.page_size
     # Of fewer heads than sublanes, a tile holds several slots, and each further tile of lanes is elsewhere.
     lies_so = all(
         Order.of(heads, width, itemsize) is Order.AS_IT_IS and (heads % SUBLANES == 0 or width == LANES)
-        for width in widths
+        for width in widths(request)
     )
     return (
         lies_so
         and heads & (heads - 1) == 0
         and rows_held * heads % SUBLANES == 0
         and request.q_len * request.q_heads <= MOST_JOINED_ROWS[request.dtype]
-        and slots * heads * sum(widths) * (itemsize + converted) <= 2 * _MOST_BYTES
+        and slots * heads * sum(widths(request)) * (itemsize + converted) <= 2 * _MOST_BYTES
     )
 
 

@@ -24,7 +24,15 @@ from kernelry.plugin import (
     too_many_rows,
 )
 from kernelry_tpu_splash.lanes import LANES
-from kernelry_tpu_splash.ragged.layout import MOST_PAGES, block_sizes, table_bytes, unit_of, vector_bytes
+from kernelry_tpu_splash.ragged.layout import (
+    MOST_PAGES,
+    block_sizes,
+    is_value_in_key,
+    table_bytes,
+    unit_of,
+    vector_bytes,
+    widths,
+)
 
 _BLOCKS = (512, 256, 128, 1024)
 """Slots; blocks of the search space. Not measured: a TPU reads 2 MiB in the time of several steps of the grid."""
@@ -47,8 +55,8 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
 def _pages(request: Request) -> Iterator[Refusal]:
     if request.page_size is None:
         return
-    widths = (("head_dim", request.head_dim), ("value_dim", request.value_dim))
-    narrow = next((f"{name}={width}" for name, width in widths if width % LANES), None)
+    named = zip(("head_dim", "value_dim"), widths(request), strict=False)
+    narrow = next((f"{name}={width}" for name, width in named if width % LANES), None)
     if request.page_size % LANES and narrow is not None:
         # XLA lays such pages out with another dimension last, and would copy all of them.
         detail = f"page_size={request.page_size} and {narrow} are no multiples of {LANES}"
@@ -76,7 +84,20 @@ def _memory(request: Request) -> Iterator[Refusal]:
 
 
 def _tilings(request: Request) -> tuple[Tiling, ...]:
-    return tuple(Tiling.of(block_kv=size) for size in block_sizes(request, _BLOCKS))
+    return tuple(Tiling.of(block_kv=size) for size in block_sizes(request, _wanted(request)))
+
+
+def _wanted(request: Request) -> tuple[int, ...]:
+    """Slots, the best first: of keys that hold their values, as many as hide what each step costs besides them."""
+    if not is_value_in_key(request):
+        return _BLOCKS
+    rows = request.q_len * request.groups
+    enough = 512 if rows <= 32 else 1024 if rows <= 64 else 2048
+    if request.kv_quantization is not None:
+        enough = 2048
+    # A row reads half a block more than it has slots, in the mean.
+    best = max(512, min(enough, request.kv_len // 4 // 512 * 512))
+    return tuple(dict.fromkeys((best, *_BLOCKS, 2048)))
 
 
 RAGGED = KernelSpec(
@@ -86,7 +107,7 @@ RAGGED = KernelSpec(
         interpret=True,
         modes=frozenset({Mode.DECODE}),
         dtypes=frozenset({"float32", "bfloat16"}),
-        head_dims=Dims(maximum=512),
+        head_dims=Dims(maximum=640),
         split_head_dim=True,
         grouped_heads=True,
         unequal_lengths=True,
@@ -99,6 +120,7 @@ RAGGED = KernelSpec(
         clean_hidden_slots=True,
         kv_quantizations=frozenset({"int8:head_dim", "int8:heads_and_head_dim"}),
         pages=True,
+        kv_layouts=frozenset({"separate", "value_in_key"}),
         manual_axes=ManualAxes.UNCHECKED,
         partitioned_by_xla=False,
         tolerances=standard_tolerances("float32", "bfloat16", rounded="probabilities and output"),
