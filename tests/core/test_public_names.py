@@ -66,6 +66,7 @@ CACHE = {
     "RollingCache",
     "SharedPrefix",
     "TwoPartCache",
+    "ValueInKey",
 }
 PARALLEL = {
     "ContextParallel",
@@ -121,6 +122,7 @@ PLUGIN = {
     "Target",
     "Tiling",
     "Tolerance",
+    "ValueInKey",
     "Vendor",
     "array_refusals",
     "cast_finite",

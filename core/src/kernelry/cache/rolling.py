@@ -159,7 +159,7 @@ class RollingCache(KVCache):
     def append(
         self,
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K D"] | None,
+        value: Float[Array, "B T K D"],
         *,
         lengths: Array | None = None,
     ) -> Self:

@@ -188,7 +188,7 @@ class TwoPartCache(KVCache):
     def append(
         self,
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K D"] | None,
+        value: Float[Array, "B T K D"],
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Self:
