@@ -59,8 +59,8 @@ TOKAMAX_SPLASH_MIN_TRAIN_KV_LEN = Threshold(
     "tokamax_splash_min_train_kv_len",
     8192,
     "key tokens, in training on TPUs whose schedules are known",
-    f"{_LIBTPU}: forward and backward, tokamax_splash takes 0.81 to 0.88 of splash's cycles from there on, and 1.00 to "
-    "1.05 below",
+    f"{_LIBTPU}: forward and backward, tokamax_splash takes 0.81 to 0.88 of splash's cycles with 8192 key tokens and "
+    "more, and 1.00 to 1.05 with fewer",
 )
 SHIPPED_THRESHOLDS = (
     FLASH_MIN_Q_LEN,
