@@ -1,7 +1,7 @@
 """Everything a plugin author imports.
 
 A plugin is a module named by an entry point in group `kernelry.plugins`. It states the contract it was written for,
-`contract = (1, 1)`, and implements the hooks of `kernelry.registry.hooks` with `@hookimpl`.
+`contract = (1, 1)`, and implements the hooks of `kernelry.registry.hooks` with `@hookimpl`; a `Ranking` is a vote.
 
 - A kernel is a `KernelSpec` with `Capabilities`, and a body that is a `Kernel`: `Inputs` in, a `Partial` out.
 - What most specs repeat: `uneven_lengths`, `too_many_rows`, `array_refusals` and `Vendor.refusals` refuse a request,
