@@ -80,7 +80,7 @@ train:                                                           0.211
  splash_mha_dkv_no_resi  1892+112   80/128  100%    1276  40.3   0.127  MXU
  duals
 prefill:
- splash                         –        –     –       –     –       –  –
+ tokamax_splash                 –        –     –       –     –       –  –
 decode:
  looped                         –      4/4     –       –  2.02       –  –
   –: its turns are not known

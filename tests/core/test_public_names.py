@@ -114,6 +114,7 @@ PLUGIN = {
     "PositionKind",
     "Quantization",
     "QuantizedArray",
+    "Ranking",
     "Refusal",
     "RefusalCode",
     "Request",

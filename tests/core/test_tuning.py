@@ -20,6 +20,7 @@ from kernelry.cli import tune as verb
 from kernelry.config import load_config
 from kernelry.errors import ConfigError
 from kernelry.phases.calls import calls
+from kernelry.plugin import Refusal, RefusalCode
 from kernelry.policy import policy
 from kernelry.policy.measurements import Kind, Measurements
 from kernelry.policy.policy import Switches
@@ -78,6 +79,14 @@ def test_kernels_can_be_named_and_tilings_be_few():
 def test_a_config_that_allows_one_kernel_has_no_other_tried():
     only = load_config({"rules": [{"use": ["blockwise"]}]})
     assert {choice.kernel for choice in choices_of(jobs(only)["prefill"])} == {"blockwise"}
+
+
+def test_a_kernel_with_reservations_is_tried_only_where_it_is_named():
+    first = (Refusal(RefusalCode.EXPERIMENTAL, "first release"),)
+    blockwise = next(kernel.spec for kernel in kernelry.kernels() if kernel.name == "blockwise")
+    with kernelry.use(kernels=[dataclasses.replace(blockwise, name="new", reservations=lambda _: first)]):
+        assert {choice.kernel for choice in choices_of(PREFILL)} == {"dot_product", "blockwise"}
+        assert {choice.kernel for choice in choices_of(PREFILL, ["new"])} == {"new"}
 
 
 def test_what_is_tried_does_not_depend_on_what_was_tried_before(store):
