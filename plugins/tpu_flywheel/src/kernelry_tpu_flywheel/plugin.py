@@ -1,9 +1,12 @@
-"""What this plugin registers: `flywheel`, for TPUs."""
+"""What this plugin registers: `flywheel`, for TPUs, and its vote."""
 
 from __future__ import annotations
 
-from kernelry.plugin import KernelSpec, hookimpl
+from collections.abc import Sequence
+
+from kernelry.plugin import KernelSpec, Ranking, Request, hookimpl
 from kernelry_tpu_flywheel.dense.spec import FLYWHEEL
+from kernelry_tpu_flywheel.ranking import ranked
 
 contract = (1, 1)
 
@@ -12,3 +15,9 @@ contract = (1, 1)
 def kernelry_kernels() -> list[KernelSpec]:
     """The kernels of this plugin."""
     return [FLYWHEEL]
+
+
+@hookimpl
+def kernelry_rank(request: Request, candidates: Sequence[str]) -> Ranking | None:
+    """Prefers flywheel where the TPU compiler's schedule does."""
+    return ranked(request, candidates)
