@@ -33,7 +33,8 @@ def keys_like(shape, dtype):
 
 def decoded(query, key, value, lengths, table):
     """One step; `value` is None where the keys begin with it."""
-    key = key if table is None else PagedArray(key, table)
+    if table is not None:
+        key, value = PagedArray(key, table), value if value is None else PagedArray(value, table)
     placed = masks.Causal().at(query_offset=lengths - query.shape[1]) & masks.Lengths(lengths)
     options = {"mask": placed, "mode": "decode", "kernel": "ragged", "return_max_logits": True}
     return kernelry.attention(query, key, ValueInKey(512) if value is None else value, **options)
@@ -52,7 +53,7 @@ def written(found):
     """The largest number of elements that an instruction besides the kernel writes to memory."""
     lines = (line.strip() for line in found.compiled.as_text().splitlines())
     named = (
-        re.match(r"(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* (?:copy|transpose|fusion|pad|slice|concat)", line)
+        re.match(r"(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* (?:copy|transpose|fusion|pad|slice|concatenate)\(", line)
         for line in lines
     )
     return max(_product(match[1].split(",")) for match in named if match)
