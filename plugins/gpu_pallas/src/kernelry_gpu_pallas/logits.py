@@ -77,7 +77,12 @@ class Logits:
           one, other: tiles of queries and keys [one, H] and [other, H], or of keys and queries.
           bias: [one or 1, other or 1]. key_scale: [other], of quantised keys.
         """
-        found = self.product(one, other, turn_other=True)
+        return self.of_products(self.product(one, other, turn_other=True), bias, key_scale)
+
+    def of_products(
+        self, found: jax.Array, bias: jax.Array | None, key_scale: jax.Array | None
+    ) -> tuple[Float[Array, "one other"], Float[Array, "one other"] | None]:
+        """The same, of the products of one · otherᵀ."""
         if key_scale is not None:
             found = found * key_scale[None, :]
         if self.plain:

@@ -43,9 +43,15 @@ class Slots:
         return None if self.length % self.block == 0 else self.numbers < self.length
 
 
-def load(ref: Any, slots: Slots | None = None, width: int | None = None, *, other: float = 0) -> Any:
-    """Reads a tile, with `other` where the array has nothing: slots beyond its end, or columns beyond its width."""
-    inside = None if slots is None else slots.inside
+def load(
+    ref: Any, slots: Slots | None = None, width: int | None = None, *, seen: jax.Array | None = None, other: float = 0
+) -> Any:
+    """Reads a tile, with `other` where the array has nothing: slots beyond its end, or columns beyond its width.
+
+    Args:
+      seen: booleans [block], False beyond the end too, of the slots to read; None: all that exist.
+    """
+    inside = seen if seen is not None or slots is None else slots.inside
     if width is not None and width < ref.shape[-1]:
         columns = (jnp.arange(ref.shape[-1], dtype=jnp.int32) < width)[None, :]
         inside = columns if inside is None else inside[:, None] & columns

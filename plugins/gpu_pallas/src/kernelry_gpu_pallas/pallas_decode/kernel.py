@@ -24,7 +24,7 @@ class PallasDecodeKernel(Kernel):
     def forward(self, inputs: Inputs, request: Request, tiling: Tiling, *, statistics: bool) -> Partial:
         with jax.named_scope(_SCOPE):
             check(request, tiling)
-            rows = Rows.of(request)
+            rows = Rows.of(request)  # together, whatever tiles they were in
             total, top, weight = _merged(attend(inputs, request, tiling))
             by_head = rows.apart(top).swapaxes(1, 2)
             max_logits = by_head.max(axis=2) if request.max_logits else None

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from kernelry.plugin import PagedArray, QuantizedArray, Request
 from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
+from kernelry_gpu_pallas.pallas_decode.columns import Columns, end_of
 from kernelry_gpu_pallas.slots import Slots, load
 from kernelry_gpu_pallas.tile_masks import Along, Read, TileMask
 
@@ -26,16 +27,21 @@ class Rows:
 
     Args:
       q_len, groups: T and G. q_heads: N.
+      padded: rows of a tile, a power of two.
+      first: of a tile; 0 of the only one.
     """
 
     q_len: int
     groups: int
     q_heads: int
+    padded: int
+    first: Any = 0
 
     @classmethod
-    def of(cls, request: Request) -> Rows:
-        """Those of a request."""
-        return cls(request.q_len, request.groups, request.q_heads)
+    def of(cls, request: Request, block: int | None = None) -> Rows:
+        """Those of a request, in tiles of so many; None: in one."""
+        padded = block or max(SMALLEST_BLOCK, power_of_two(request.q_len * request.groups))
+        return cls(request.q_len, request.groups, request.q_heads, padded)
 
     @property
     def count(self) -> int:
@@ -43,9 +49,13 @@ class Rows:
         return self.q_len * self.groups
 
     @property
-    def padded(self) -> int:
-        """Rows of a tile: a power of two."""
-        return max(SMALLEST_BLOCK, power_of_two(self.count))
+    def tiles(self) -> int:
+        """How many tiles hold them."""
+        return -(-self.count // self.padded)
+
+    def tile(self, number: Any) -> Rows:
+        """Those of one tile."""
+        return self if self.tiles == 1 else dataclasses.replace(self, first=number * self.padded)
 
     @property
     def queries(self) -> Int32[Array, " rows"]:
@@ -59,7 +69,8 @@ class Rows:
 
     @property
     def _numbers(self) -> jax.Array:
-        return jnp.arange(self.padded, dtype=jnp.int32)
+        numbers = jnp.arange(self.padded, dtype=jnp.int32)
+        return numbers if self.tiles == 1 else self.first + numbers
 
     def stacked(self, query: Float[Array, "B T N H"]) -> Float[Array, "B K R H"]:
         """The rows of each key/value head together."""
@@ -77,11 +88,20 @@ class Rows:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Keys or values of a block: what is held [block_kv, H], its scale [block_kv], and which slots have no page."""
+    """Keys or values of a block.
 
-    held: jax.Array
+    Args:
+      columns: what is held [block_kv, H], in one array or in several that follow one another.
+      scale: [block_kv]. absent: which slots have no page.
+    """
+
+    columns: tuple[jax.Array, ...]
     scale: jax.Array | None
     absent: jax.Array | None
+
+    def of_dtype(self, dtype: Any) -> tuple[jax.Array, ...]:
+        """What is held, as numbers of a product; not multiplied by the scale."""
+        return tuple(columns.astype(dtype) for columns in self.columns)
 
 
 @final
@@ -93,29 +113,31 @@ class Cache:
       values: [B, S, K, H], or pages [P, page_size, K, H]. scale: [B, S, K or 1], or of pages.
       table: int32 [B, M], −1 where there is no page.
       page_size: slots of a page; None where they are in rows.
+      columns: those that are read apart.
     """
 
     values: jax.Array
     scale: jax.Array | None
     table: jax.Array | None
     page_size: int | None
+    columns: tuple[Columns, ...]
 
     @classmethod
-    def of(cls, held: Any) -> Cache:
-        """Takes keys or values apart."""
-        table, page_size = None, None
+    def of(cls, held: Any, columns: tuple[Columns, ...] = ()) -> Cache:
+        """Takes keys or values apart; without `columns` they are read in one piece."""
+        table, page_size, columns = None, None, columns or (Columns(0, held.shape[3]),)
         if isinstance(held, PagedArray):
             table, page_size, held = _inside(held), held.page_size, held.pages
         if isinstance(held, QuantizedArray):
-            return cls(held.values, held.scale.reshape(held.scale.shape[:-1]), table, page_size)
-        return cls(held, None, table, page_size)
+            return cls(held.values, held.scale.reshape(held.scale.shape[:-1]), table, page_size, columns)
+        return cls(held, None, table, page_size, columns)
 
     @property
     def operands(self) -> Iterator[tuple[jax.Array, pl.BlockSpec]]:
         """Arrays and what of each a program of the grid (split, head, row) sees."""
-        rows, slots, _, width = self.values.shape
+        rows, slots, _, _ = self.values.shape
         block = (None if self.table is None else rows, slots, None)
-        yield self.values, pl.BlockSpec((*block, power_of_two(width)), self._place(4, by_head=True))
+        yield self.values, pl.BlockSpec((*block, end_of(self.columns)), self._place(4, by_head=True))
         if self.scale is not None:
             yield self.scale, pl.BlockSpec(block, self._place(3, by_head=self.scale.shape[2] > 1))
         if self.table is not None:
@@ -129,25 +151,32 @@ class Cache:
 
         return place
 
-    def read(self, refs: Iterator[Any], slots: Slots) -> Tile:
-        """Reads a block."""
+    def read(self, refs: Iterator[Any], slots: Slots, seen: jax.Array | None = None) -> Tile:
+        """Reads a block; of slots that are not seen, [block_kv] and False beyond the end, 0 without fetching them."""
         values = next(refs)
         scale = None if self.scale is None else next(refs)
-        width = self.values.shape[3]
         if self.table is None:
-            held = load(values.at[slots.window, :], slots, width)
-            return Tile(held, None if scale is None else _floats(load(scale.at[slots.window], slots)), None)
+            found = tuple(
+                load(values.at[slots.window, pl.ds(each.start, each.padded)], slots, each.width, seen=seen)
+                for each in self.columns
+            )
+            return Tile(found, None if scale is None else _floats(load(scale.at[slots.window], slots, seen=seen)), None)
         table = next(refs)
         size = np.int32(self.page_size or 1)
-        exists = slots.numbers < slots.length
-        page = plgpu.load(table.at[jax.lax.div(slots.numbers, size)], mask=exists, other=-1)
-        there = exists & (page >= 0)
+        wanted = slots.numbers < slots.length if seen is None else seen
+        page = plgpu.load(table.at[jax.lax.div(slots.numbers, size)], mask=wanted, other=-1)
+        there = wanted & (page >= 0)
         page, place = jnp.maximum(page, 0), jax.lax.rem(slots.numbers, size)
-        columns = jnp.arange(values.shape[-1], dtype=jnp.int32)
-        mask = there[:, None] & (columns < width)[None, :]
-        held = plgpu.load(values.at[page[:, None], place[:, None], columns[None, :]], mask=mask, other=0)
+        found = tuple(self._of_pages(values, page, place, there, each) for each in self.columns)
         factor = None if scale is None else _floats(plgpu.load(scale.at[page, place], mask=there, other=0))
-        return Tile(held, factor, exists & ~there)
+        return Tile(found, factor, wanted & ~there)
+
+    def _of_pages(self, values: Any, page: jax.Array, place: jax.Array, there: jax.Array, columns: Columns) -> Any:
+        numbers = jnp.arange(columns.padded, dtype=jnp.int32)
+        mask = there[:, None] & (numbers < columns.width)[None, :]
+        if columns.start:
+            numbers = columns.start + numbers
+        return plgpu.load(values.at[page[:, None], place[:, None], numbers[None, :]], mask=mask, other=0)
 
 
 def _floats(scale: jax.Array) -> jax.Array:

@@ -4,6 +4,9 @@ The formulas follow what the Triton compiler of jax 0.10 asks for. Queries and p
 and go, once per stage of the pipeline of loads but the last; a pipeline through a table of pages is one stage shorter.
 From Hopper on, 64 rows or more go through the multipliers of a warp group, which read keys and values out of shared
 memory: they are held once more, where they are quantised also as they are multiplied.
+
+Keys that hold the values are held once. Where they are quantised, they are held as they are multiplied, too, and on
+Blackwell the pipeline of a warp group's products is two blocks deeper.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ import jax.numpy as jnp
 
 from kernelry.plugin import Quantization, Request, Tiling
 from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
+from kernelry_gpu_pallas.pallas_decode.columns import columns_of_keys, has_value_in_key
 from kernelry_gpu_pallas.shared_memory import Need
 from kernelry_gpu_pallas.tile_masks import dense_masks
 
 _HOPPER = 90
+_BLACKWELL = 100
 
 _WARP_GROUP_ROWS = 64
 
@@ -42,30 +47,37 @@ class _Sizes:
 
     def __init__(self, request: Request, tiling: Tiling) -> None:
         self.block, self.stages = tiling["block_kv"], tiling["num_stages"]
-        self.rows = max(SMALLEST_BLOCK, power_of_two(request.q_len * request.groups))
-        self.widths = power_of_two(request.head_dim), power_of_two(request.value_dim)
+        self.in_key = has_value_in_key(request)
+        self.generation = request.target.generation or 0
+        all_rows = max(SMALLEST_BLOCK, power_of_two(request.q_len * request.groups))
+        self.rows = tiling["block_rows"] if self.in_key else all_rows
+        of_keys, self.of_values = [each.padded for each in columns_of_keys(request)], power_of_two(request.value_dim)
+        self.of_queries, self.widest = sum(of_keys), max(*of_keys, self.of_values)
+        self.of_slot = self.of_queries + (0 if self.in_key else self.of_values)
         self.itemsize = jnp.dtype(request.dtype).itemsize
         how = request.kv_quantization
         self.held_itemsize = self.itemsize if how is None else jnp.dtype(Quantization.parse(how).dtype).itemsize
         self.parts = 2 if request.dtype == "float32" else 1  # multiplied in three parts, held apart
         self.in_pages = request.page_size is not None
-        self.in_warp_groups = self.rows >= _WARP_GROUP_ROWS and (request.target.generation or 0) >= _HOPPER
+        self.in_warp_groups = self.rows >= _WARP_GROUP_ROWS and self.generation >= _HOPPER
         self.pairs = self.rows * self.block * dense_masks(request.mask)
 
     @property
     def need(self) -> Need:
         """At least and at most; `most` is larger where a warp group may, or may not, multiply."""
-        queries = self.rows * self.widths[0] * self.itemsize
-        moved = self.block * sum(self.widths) * self.held_itemsize
+        queries = self.rows * self.of_queries * self.itemsize
+        moved = self.block * self.of_slot * self.held_itemsize
+        multiplied = self.block * self.of_slot * self.itemsize
         # What is certain of float32 is little: Blackwell keeps the queries elsewhere.
         least = (queries if self.parts == 1 else 0) + max(0, self.stages - 1 - self.in_pages) * moved
         stay = self.parts * (queries + self.rows * self.block * self.itemsize)
-        sizes = [stay + self._of_warps(moved), self.rows * self.widths[1] * 4]
-        if self.in_warp_groups:
-            multiplied = self.block * sum(self.widths) * self.itemsize
+        sizes = [stay + self._of_warps(moved), self.rows * self.of_values * 4]
+        if self.in_warp_groups or (self.in_key and self.held_itemsize < self.itemsize):
             sizes.append(stay + multiplied + max(1, self.stages - 1) * moved)
+        if self.in_key and self.in_warp_groups and self.generation >= _BLACKWELL:
+            sizes.append(stay + 2 * multiplied + max(1, self.stages) * moved)
         few = _FEW_BYTES + _SLOT_BYTES * self.block + max(_PAIR_COPIES, self.stages) * self.pairs
         return Need(least, max(sizes) + few)
 
     def _of_warps(self, moved: int) -> int:
-        return self.block * max(self.widths) * self.itemsize if self.stages == 1 else (self.stages - 1) * moved
+        return self.block * self.widest * self.itemsize if self.stages == 1 else (self.stages - 1) * moved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kernelry.plugin import (
     Capabilities,
     Dims,
@@ -12,21 +14,48 @@ from kernelry.plugin import (
     Mode,
     PositionKind,
     Refusal,
+    RefusalCode,
     Request,
     Statistic,
     signature_of,
     standard_tolerances,
     too_many_rows,
 )
+from kernelry_gpu_pallas.pallas_decode.columns import has_value_in_key
 from kernelry_gpu_pallas.pallas_decode.tilings import refusals, search_space
 from kernelry_gpu_pallas.tile_masks import ATOMS, mask_refusals
 
 _MOST_ROWS = 64
 """T · G, the rows that read one key/value head; their sums stay in registers."""
 
+_MOST_ROWS_IN_TILES = 1024
+"""The same where rows are split among programs: 8 queries of 128 heads. Each tile of rows reads the keys once more."""
+
+_WIDEST = 256
+"""Columns of keys and values in arrays of their own."""
+
+_WIDEST_IN_KEY = 512
+"""Columns of values in the keys."""
+
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
-    return (*mask_refusals(request.mask), *(tuple(too_many_rows(request, _MOST_ROWS)) or refusals(request)))
+    in_key = has_value_in_key(request)
+    rows = too_many_rows(request, _MOST_ROWS_IN_TILES if in_key else _MOST_ROWS)
+    limits = tuple(_too_wide(request)) or tuple(rows) or tuple(refusals(request))
+    return (*mask_refusals(request.mask), *limits)
+
+
+def _too_wide(request: Request) -> Iterator[Refusal]:
+    if has_value_in_key(request):
+        if request.value_dim > _WIDEST_IN_KEY:
+            detail = f"value_dim={request.value_dim} > {_WIDEST_IN_KEY}, the widest values in keys"
+            yield Refusal(RefusalCode.HEAD_DIM, detail)
+        return
+    for name in ("head_dim", "value_dim"):
+        width = getattr(request, name)
+        if width > _WIDEST and (name == "head_dim" or width != request.head_dim):
+            detail = f"{name}={width} > {_WIDEST}, unless the values are the first columns of the keys"
+            yield Refusal(RefusalCode.HEAD_DIM, detail, "where they are, pass value=ValueInKey(value_dim)")
 
 
 PALLAS_DECODE = KernelSpec(
@@ -37,7 +66,7 @@ PALLAS_DECODE = KernelSpec(
         minimum_generation=(("gpu", 80),),
         modes=frozenset({Mode.DECODE}),
         dtypes=frozenset({"float16", "bfloat16", "float32"}),
-        head_dims=Dims(minimum=16, maximum=256),
+        head_dims=Dims(minimum=16, maximum=576),
         split_head_dim=True,
         grouped_heads=True,
         unequal_lengths=True,
@@ -50,6 +79,7 @@ PALLAS_DECODE = KernelSpec(
         clean_hidden_slots=True,
         kv_quantizations=frozenset({"int8:head_dim", "int8:heads_and_head_dim"}),
         pages=True,
+        kv_layouts=frozenset({"separate", "value_in_key"}),
         manual_axes=ManualAxes.UNCHECKED,
         partitioned_by_xla=False,
         tolerances=standard_tolerances("float32", "bfloat16", "float16", rounded="probabilities and output"),
@@ -58,5 +88,5 @@ PALLAS_DECODE = KernelSpec(
     refusals=_refusals,
     tilings=search_space,
     signature=signature_of("kernelry.pallas_decode", "__gpu$xla.gpu.triton"),
-    summary="decode in Pallas for NVIDIA GPUs, keys split among programs: arrays and pages, int8 as it is, any mask",
+    summary="decode in Pallas for NVIDIA GPUs, keys split among programs: arrays and pages, int8 as it is, any mask, MLA",
 )
