@@ -1,8 +1,8 @@
 """Compiles `pallas_flash`, value and gradients, and `pallas_decode` with their default tilings, for one GPU and dtype.
 
 Run by tests in a process of its own, because XLA_FLAGS are read once: `gpu_program.py gpu:h100 bfloat16 128/128 …`.
-Prints the name of each program that does not compile, and why. After `flash:`, `decode:` or, for values in the keys and as
-many query heads as the dims' third number says, `mla:` or `mla_pages:`, it compiles that kernel.
+Prints the name of each program that does not compile, and why. `flash:` and `decode:` are followed by the head dims, `mla:`
+and `mla_pages:`, with values in the keys, also by the number of query heads.
 """
 
 import functools
