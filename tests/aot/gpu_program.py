@@ -1,8 +1,8 @@
 """Compiles `pallas_flash`, value and gradients, and `pallas_decode` with their default tilings, for one GPU and dtype.
 
 Run by tests in a process of its own, because XLA_FLAGS are read once: `gpu_program.py gpu:h100 bfloat16 128/128 …`.
-Prints the name of each program that does not compile, and why. `flash:` and `decode:` are followed by the head dims, `mla:`
-and `mla_pages:`, with values in the keys, also by the number of query heads.
+Prints the name of each program that does not compile, and why. `flash:` and `decode:` are followed by head dims,
+`mla:` and `mla_pages:`, with values in the keys, also by the number of query heads.
 """
 
 import functools
