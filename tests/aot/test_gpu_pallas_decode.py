@@ -10,7 +10,7 @@ import pytest
 
 import kernelry
 from kernelry import masks
-from kernelry.plugin import PagedArray, QuantizedArray, Request
+from kernelry.plugin import PagedArray, QuantizedArray, Request, ValueInKey
 from kernelry_gpu_pallas.pallas_decode import kernel as body
 from kernelry_gpu_pallas.pallas_decode.spec import PALLAS_DECODE
 
@@ -135,3 +135,41 @@ def test_memory_beside_the_cache_does_not_grow_with_it(compile_for):
     short, long = (compile_for("gpu:h100", decoded(), (query, k, k, lengths)) for k in (key, longer))
     assert long.memory["temporaries"] <= 2 * short.memory["temporaries"]
     assert np.prod(longer.shape) * 4 == long.memory["arguments"] - query.size * 2 - ROWS * 4
+
+
+def of_latents(heads=128, dtype="bfloat16", page_size=None):
+    """Absorbed multi-head latent attention: a function and its arguments."""
+
+    def step(query, key, lengths, *table):
+        key = PagedArray(key, *table) if table else key
+        options = {"mask": masks.Lengths(lengths), "mode": "decode", "kernel": "pallas_decode"}
+        return kernelry.attention(query, key, ValueInKey(512), **options)
+
+    query = jax.ShapeDtypeStruct((ROWS, 1, heads, 576), "bfloat16" if dtype == "int8" else dtype)
+    lengths, table = jax.ShapeDtypeStruct((ROWS,), jnp.int32), ()
+    shape = (ROWS, SLOTS, 1, 576)
+    if page_size is not None:
+        table = (jax.ShapeDtypeStruct((ROWS, SLOTS // page_size), jnp.int32),)
+        shape = (ROWS * SLOTS // page_size, page_size, 1, 576)
+    return step, (query, held(shape, dtype), lengths, *table)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "page_size"), [("bfloat16", None), ("bfloat16", 48), ("int8", 64), ("float32", None)]
+)
+def test_values_in_keys_compile_and_nothing_of_their_size_is_made(target, dtype, page_size, compile_for):
+    found = compile_for(target, *of_latents(16, dtype, page_size))
+    assert found.ok, found.reason
+    assert found.memory["temporaries"] < ROWS * SLOTS * 576 // 2
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_tiling_of_values_in_keys_compiles(target, dtype, compile_for):
+    sizes = {"batch": ROWS, "q_len": 1, "kv_len": SLOTS, "q_heads": 128, "kv_heads": 1, "head_dim": 576}
+    facts = {"mode": "decode", "dtype": dtype, "value_dim": 512, "kv_layout": "value_in_key"}
+    for tiling in PALLAS_DECODE.tilings(Request(target=target, **facts, **sizes)):
+        with kernelry.use(tiling=dict(tiling.values)):
+            found = compile_for(target, *of_latents(128, dtype))
+        assert found.ok, (tiling, found.reason)

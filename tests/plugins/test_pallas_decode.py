@@ -238,7 +238,7 @@ def test_a_paged_cache_is_read_where_it_stands():
 def test_the_blocks_visited_follow_what_each_row_sees(name, blocks, monkeypatch):
     """Counted while the kernel runs: 150 slots are 10 blocks of 16, 41 visible slots end in 3 or 4 of them."""
     counted = []
-    plain = splits.Logits.__call__
+    plain = splits.Logits.of_products
 
     def counting(self, *operands):
         jax.debug.callback(lambda: counted.append(1))
@@ -250,7 +250,7 @@ def test_the_blocks_visited_follow_what_each_row_sees(name, blocks, monkeypatch)
             mask = mask & masks.SlidingWindow(40).at(query_offset=jnp.maximum(length - 1, 0))
         return through_decode(query, key, value, mask=mask)
 
-    monkeypatch.setattr(splits.Logits, "__call__", counting)
+    monkeypatch.setattr(splits.Logits, "of_products", counting)
     run, operands = jax.jit(run), [array[:1] for array in arrays(heads=1, kv_heads=1)]
     for length, wanted in zip(LENGTHS, blocks, strict=True):
         counted.clear()

@@ -88,5 +88,5 @@ PALLAS_DECODE = KernelSpec(
     refusals=_refusals,
     tilings=search_space,
     signature=signature_of("kernelry.pallas_decode", "__gpu$xla.gpu.triton"),
-    summary="decode in Pallas for NVIDIA GPUs, keys split among programs: arrays and pages, int8 as it is, any mask, MLA",
+    summary="decode in Pallas for NVIDIA GPUs, keys split among programs: arrays and pages, int8, any mask, MLA",
 )

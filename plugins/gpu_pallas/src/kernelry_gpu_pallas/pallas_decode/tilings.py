@@ -17,11 +17,11 @@ _BLOCKS = (64, 128, 32, SMALLEST_BLOCK)
 _WIDE_BLOCKS = (32, 64, 128, SMALLEST_BLOCK)
 """Slots; the same for wide keys and values of float32, of which larger blocks spill about 1000 bytes of a thread."""
 
-_BLOCKS_WITH_VALUES = {"float32": (SMALLEST_BLOCK, 32), "few rows": (64, 32, SMALLEST_BLOCK)}
-"""Slots; the same for keys that hold the values, of which the others take `_BLOCKS_OF_TILES`. What is first spills no
-register in bfloat16 and float16."""
-
-_BLOCKS_OF_TILES = (32, SMALLEST_BLOCK, 64)
+_SMALL_BLOCKS_WITH_VALUES = (SMALLEST_BLOCK, 32, 64)
+_BLOCKS_WITH_VALUES = (32, SMALLEST_BLOCK, 64)
+_LARGE_BLOCKS_WITH_VALUES = (64, 32, SMALLEST_BLOCK)
+"""Slots; the same for keys that hold the values: the more registers the rest of a program takes, the smaller. With
+what is first, no register is spilled in bfloat16 and float16 under lengths."""
 
 _WIDE = 256
 """Columns of keys and values together, each rounded up to a power of two."""
@@ -74,8 +74,10 @@ def _rows(request: Request) -> tuple[int | None, ...]:
 
 def _blocks(request: Request, rows: int | None) -> tuple[int, ...]:
     if rows is not None:
-        kind = "float32" if request.dtype == "float32" else "few rows" if rows == SMALLEST_BLOCK else ""
-        return _BLOCKS_WITH_VALUES.get(kind, _BLOCKS_OF_TILES)
+        in_pages = request.page_size is not None and (request.target.generation or 0) < _BLACKWELL
+        if request.dtype == "float32" or (rows == _MOST_ROWS_OF_TILE and in_pages):
+            return _SMALL_BLOCKS_WITH_VALUES
+        return _LARGE_BLOCKS_WITH_VALUES if rows == SMALLEST_BLOCK else _BLOCKS_WITH_VALUES
     columns = power_of_two(request.head_dim) + power_of_two(request.value_dim)
     return _WIDE_BLOCKS if request.dtype == "float32" and columns > _WIDE else _BLOCKS
 
