@@ -1,0 +1,1 @@
+"""FlashAttention-4 for NVIDIA GPUs, as fa4-jax calls it."""
