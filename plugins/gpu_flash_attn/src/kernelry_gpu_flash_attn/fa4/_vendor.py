@@ -6,7 +6,8 @@ Written against fa4-jax 0.1.0 (0.1 … 0.2), cutejax 0.1.5 and nvidia-cutlass-ds
 - `register_backend`, and `kernels._device_arch`, which asks JAX's first device: the kernels are compiled while a
   program is lowered, for whatever `_device_arch` says then. A backend for each compute capability says what the request
   said, so that a program for another GPU can be compiled, without one too;
-- two caches of kernels that are not told apart by compute capability.
+- two caches of kernels that are not told apart by compute capability;
+- the scheduler's question after the device's multiprocessors, which full attention on Blackwell asks.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ REFERENCE = "reference"
 
 _ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a"}
 """By compute capability, what the CUTLASS DSL calls the instruction set that the vendor's kernels need."""
+
+_MULTIPROCESSORS = 148
+"""Of a B200 (NVIDIA, "NVIDIA Blackwell Architecture Technical Overview"), where no device can be asked."""
 
 
 @final
@@ -144,19 +148,31 @@ _ONE_AT_A_TIME = threading.RLock()
 @contextlib.contextmanager
 def _built_for(generation: int) -> Iterator[Any]:
     """Inside, the vendor and its compiler see a device of that compute capability."""
+    import cutlass.utils
     from cutlass.base_dsl.dsl import BaseDSL
     from fa4_jax import kernels
+    from fa4_jax.cute import tile_scheduler
 
-    environment = BaseDSL._get_dsl().envar
+    replaced = [
+        (kernels, "_device_arch", lambda: generation),
+        (kernels, "_get_bwd_pre", functools.partial(_prepares, generation)),
+        (kernels, "_get_bwd_post", functools.partial(_finishes, generation)),
+        (BaseDSL._get_dsl().envar, "_arch", _ARCHITECTURES[generation]),
+    ]
+    if jax.default_backend() != "gpu":
+        replaced += [(owner, "HardwareInfo", _AbsentDevice) for owner in (cutlass.utils, tile_scheduler)]
     with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
-        for owner, name, value in (
-            (kernels, "_device_arch", lambda: generation),
-            (kernels, "_get_bwd_pre", functools.partial(_prepares, generation)),
-            (kernels, "_get_bwd_post", functools.partial(_finishes, generation)),
-            (environment, "_arch", _ARCHITECTURES[generation]),
-        ):
+        for owner, name, value in replaced:
             stack.enter_context(_replaced(owner, name, value))
         yield kernels.CuteBackend()
+
+
+@final
+class _AbsentDevice:
+    """What the vendor's scheduler asks of a device, where the program is for another machine's."""
+
+    def get_device_multiprocessor_count(self) -> int:
+        return _MULTIPROCESSORS
 
 
 @contextlib.contextmanager
