@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, final
 
@@ -114,6 +116,15 @@ def _options(settings: Settings, arrays: tuple[jax.Array, ...]) -> dict[str, Any
     }
 
 
+def why_no_compiler() -> str | None:
+    """Says why the vendor's kernels cannot be imported; its compiler is built for one CUDA major and one Python."""
+    try:
+        importlib.import_module("fa4_jax.kernels")
+    except Exception as error:  # cutejax has an error of its own, in a module that then cannot be imported either
+        return f"fa4_jax.kernels cannot be imported: {error}"
+    return None
+
+
 @functools.cache
 def backend_for(generation: int) -> str:
     """Registers the vendor's kernels for a compute capability, times ten, and returns the name of that backend."""
@@ -161,7 +172,9 @@ def _built_for(generation: int) -> Iterator[Any]:
     ]
     if jax.default_backend() != "gpu":
         replaced += [(owner, "HardwareInfo", _AbsentDevice) for owner in (cutlass.utils, tile_scheduler)]
-    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        # fa4-jax 0.1.0 calls what nvidia-cutlass-dsl 4.8 has moved.
+        warnings.simplefilter("ignore", DeprecationWarning)
         for owner, name, value in replaced:
             stack.enter_context(_replaced(owner, name, value))
         yield kernels.CuteBackend()

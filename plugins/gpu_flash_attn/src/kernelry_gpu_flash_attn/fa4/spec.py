@@ -38,9 +38,18 @@ _PYTHON = (3, 12)
 _VERSIONS = (0, 1)
 _INSTALL = "pip install 'kernelry-gpu-flash-attn[fa4-cu13]' (or [fa4-cu12])"
 
+_UNPROVEN = (
+    "first release of fa4-jax: its kernels are compiled for GPUs, but kernelry has not run them on one, so that their "
+    "numbers, and gradients by the logsumexp of sinks and merges, are unproven"
+)
+
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
     return (*_generation(request), *_vendor(environment))
+
+
+def _reservations(request: Request) -> tuple[Refusal, ...]:
+    return (Refusal(RefusalCode.EXPERIMENTAL, _UNPROVEN),)
 
 
 def _generation(request: Request) -> Iterator[Refusal]:
@@ -72,6 +81,15 @@ def _vendor(environment: Environment) -> Iterator[Refusal]:
         known = ".".join(map(str, _VERSIONS))
         detail = f"fa4-jax {vendor.version} is not {known}, whose private functions this kernel calls"
         yield Refusal(RefusalCode.VENDOR_VERSION, detail, f"pip install 'fa4-jax=={known}.*'")
+    elif not vendor.missing and (reason := environment.probe(why_no_compiler)):
+        yield Refusal(RefusalCode.VENDOR_MISSING, reason, _INSTALL)
+
+
+def why_no_compiler() -> str | None:
+    """Says why the vendor's compiler cannot be imported on this machine."""
+    from kernelry_gpu_flash_attn.fa4 import _vendor
+
+    return _vendor.why_no_compiler()
 
 
 FA4 = KernelSpec(
@@ -103,6 +121,7 @@ FA4 = KernelSpec(
     ),
     load="kernelry_gpu_flash_attn.fa4.kernel:Fa4Kernel",
     refusals=_refusals,
+    reservations=_reservations,
     signature=signature_of("kernelry.fa4", "cutejax.fa4_"),
     summary="FlashAttention-4 by fa4-jax, for Ampere, Hopper and Blackwell; every mask but users' predicates",
 )
