@@ -20,7 +20,7 @@ TEST_NEEDS_ALONE := "safetensors>=0.5" "tokenizers>=0.21"
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
-.PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment \
+.PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment test-flash flash-environment \
 	test-models models-environment model-defaults conformance lint format benchmark benchmark-decode \
 	benchmark-peers benchmark-choosing wheelhouse clean
 
@@ -152,6 +152,21 @@ test-aot-tpu: aot-environment
 
 test-aot-gpu: aot-environment
 	$(AOT_TESTS) tests/aot/test_gpu_*.py $(ARGS)
+
+# FlashAttention for GPUs: its Python and its compilers, without a GPU, in an environment of its own (1.5 GB). Needs Python 3.12.
+FLASH_PYTHON ?= python3.12
+FLASH_VENV ?= .venv-flash
+FLASH_NEEDS := "fa4-jax>=0.1,<0.2"
+
+flash-environment:
+	$(FLASH_PYTHON) -m venv $(FLASH_VENV)
+	$(FLASH_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all,aot-gpu]" -e ./plugins/dot_product \
+		-e ./plugins/gpu_flash_attn $(FLASH_NEEDS) $(TEST_NEEDS)
+
+test-flash: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-flash: flash-environment
+	$(FLASH_VENV)/bin/python -m pytest -n 2 --dist loadfile -p no:randomly -m "not install" \
+		tests/plugins/test_fa4*.py tests/aot/test_gpu_flash_attn.py $(ARGS)
 
 # Other libraries, pinned, to compare with: models of transformers, and the porting pages. 2 GB in an environment of its own.
 MODELS_VENV ?= .venv-models

@@ -14,14 +14,14 @@ import pytest
 import kernelry
 from kernelry import aot, masks
 
-pytestmark = pytest.mark.aot
-
 pytest.importorskip("fa4_jax")
 pytest.importorskip("cutlass")
 
 import fa4_jax
 
 from kernelry_gpu_flash_attn.fa4 import _vendor
+
+pytestmark = pytest.mark.aot
 
 LENGTH = 512
 GENERATIONS = {"gpu:a100": 80, "gpu:h100": 90, "gpu:b200": 100}

@@ -9,6 +9,7 @@ import pytest
 import kernelry
 from kernelry import masks
 from kernelry.errors import NoKernelError, PluginError
+from kernelry.kernel.proof import missing
 from kernelry.plugin import KernelSpec
 
 pytestmark = pytest.mark.versions
@@ -99,6 +100,29 @@ def test_a_part_of_a_name_is_not_the_name(name):
     changed = dataclasses.replace(resolution, plan=dataclasses.replace(resolution.plan, kernel=spec))
     with pytest.raises(PluginError, match="does not contain"):
         changed.verify(program)
+
+
+def _hashed_call(query):
+    with jax.named_scope("mine"):
+        return jax.ffi.ffi_call("mine.forward.0123abcd", jax.ShapeDtypeStruct(query.shape, query.dtype))(query)
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ("mine.forward.*", True),
+        ("mine.forward.0123abcd*", True),
+        ("mine.forward.0123abcd", True),
+        ("mine.forward.", False),
+        ("mine.backward.*", False),
+        ("ine.forward.*", False),
+        ("mine.forward.01*cd", False),
+        ("*", False),
+    ],
+)
+def test_the_target_of_a_custom_call_may_be_told_by_how_it_begins(part, found):
+    program = jax.jit(_hashed_call).trace(ARRAY).lower()
+    assert missing((part, "mine"), program) == (() if found else (part, "mine"))
 
 
 def test_an_empty_signature_proves_nothing():

@@ -114,8 +114,8 @@ def signature_of(scope: str, custom_call: str | None = None) -> Callable[[Reques
 
     Args:
       scope: what its `jax.named_scope` is called, e.g. `kernelry.splash`.
-      custom_call: the target that its program calls, e.g. `tpu_custom_call`, which interpret mode does not; None where
-        its work is XLA's.
+      custom_call: the target that its program calls, e.g. `tpu_custom_call`, which interpret mode does not; how that
+        begins, and `*`, where it ends in a hash of the code; None where its work is XLA's.
     """
     return functools.partial(_signature, scope, custom_call)
 

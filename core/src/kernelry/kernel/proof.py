@@ -26,9 +26,10 @@ _WRAPPED = re.compile(r"(?:(\w+)\()?([^()]*)\)*$")
 def missing(signature: tuple[str, ...], program: Any) -> tuple[str, ...]:
     """Returns the parts of a signature that a program lacks.
 
-    A part is the exact target of a custom call, or a scope: a whole component in the name of an operation. Where
-    no custom call of the signature is there, the operation must be one that does an attention's work. Names are what
-    a body says of itself: one that does another's work in its own scope, and hides the other's, is not found out.
+    A part is the exact target of a custom call, how such a target begins where the part ends in `*`, or a scope: a
+    whole component in the name of an operation. Where no custom call of the signature is there, the operation must be
+    one that does an attention's work. Names are what a body says of itself: one that does another's work in its own
+    scope, and hides the other's, is not found out.
 
     Args:
       signature: what the kernel says its program contains.
@@ -36,9 +37,15 @@ def missing(signature: tuple[str, ...], program: Any) -> tuple[str, ...]:
     """
     text = _text(program)
     targets = _targets(text)
-    called = [part for part in signature if part in targets]
+    called = [part for part in signature if _is_called(part, targets)]
     scopes = {scope for name in _NAMES.findall(text) for scope in _scopes(name, anything=bool(called))}
-    return tuple(part for part in signature if part not in targets and part not in scopes)
+    return tuple(part for part in signature if part not in called and part not in scopes)
+
+
+def _is_called(part: str, targets: frozenset[str]) -> bool:
+    if part.endswith("*") and part != "*":
+        return any(target.startswith(part[:-1]) for target in targets)
+    return part in targets
 
 
 def check_program(kernel: KernelSpec, request: Request, program: Any) -> None:

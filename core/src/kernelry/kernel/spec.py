@@ -274,8 +274,8 @@ class KernelSpec:
         KERNELRY_KERNEL names it or KERNELRY_EXPERIMENTAL is set, e.g. a first release (RefusalCode.EXPERIMENTAL); a
         function of the request inside the adapters alone. Explanations tell them, also of the kernel that is chosen.
       tilings: the search space for a request, the default first.
-      signature: texts that a lowered program must contain if this kernel really ran; see
-        `kernelry.plugin.signature_of`.
+      signature: texts that a lowered program must contain if this kernel really ran: scopes, and targets of custom
+        calls, or how a target begins and `*`; see `kernelry.plugin.signature_of`.
       summary: one line for listings.
       known_failures: (name of a conformance case, reason) pairs: what the author knows to be wrong. A case listed
         here that passes fails the kit, so that the list is kept honest.

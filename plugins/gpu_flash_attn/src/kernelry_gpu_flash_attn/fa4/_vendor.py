@@ -34,7 +34,7 @@ _ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_
 """By compute capability, what the CUTLASS DSL calls the instruction set that the vendor's kernels need."""
 
 _MULTIPROCESSORS = 148
-"""Of a B200 (NVIDIA, "NVIDIA Blackwell Architecture Technical Overview"), where no device can be asked."""
+"""Of a B200, where no such device can be asked; kernelry.aot compiles for as many."""
 
 
 @final
@@ -102,8 +102,8 @@ def differentiate(
     config = attention._make_config(
         operands[0], False, settings.window, settings.scale, mask, settings.backend, varlen=False
     )
-    found = attention.fa4_vjp_p.bind(*operands, out, lse, d_out, *leaves, cfg=config, has_d_lse=False)
-    return tuple(found)  # type: ignore[return-value]
+    query, key, value = attention.fa4_vjp_p.bind(*operands, out, lse, d_out, *leaves, cfg=config, has_d_lse=False)
+    return query, key, value
 
 
 def _options(settings: Settings, arrays: tuple[jax.Array, ...]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _built_for(generation: int) -> Iterator[Any]:
         (kernels, "_get_bwd_post", functools.partial(_finishes, generation)),
         (BaseDSL._get_dsl().envar, "_arch", _ARCHITECTURES[generation]),
     ]
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or kernels._device_arch() != generation:
         replaced += [(owner, "HardwareInfo", _AbsentDevice) for owner in (cutlass.utils, tile_scheduler)]
     with _ONE_AT_A_TIME, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         # fa4-jax 0.1.0 calls what nvidia-cutlass-dsl 4.8 has moved.

@@ -203,7 +203,8 @@ class _Tables:
             keep = jnp.repeat(keep, heads // keep.shape[1], axis=1)
         blocks = self._key_positions(conjunct) // mask.block_size
         numbers = self._of_keys(jnp.where((blocks >= 0) & (blocks < count), blocks, count))
-        axes = Axes(*(size > 1 for size in keep.shape[:3]), through=numbers.number)
+        row, head, query = (size > 1 for size in keep.shape[:3])
+        axes = Axes(row, head, query, through=numbers.number)
         kept = jnp.pad(keep.astype(jnp.int8), ((0, 0), (0, 0), (0, 0), (0, 1)))
         return Compare(operator.ne, self.add(kept, axes), Number(0))
 

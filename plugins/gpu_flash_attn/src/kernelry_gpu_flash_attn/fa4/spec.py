@@ -122,6 +122,6 @@ FA4 = KernelSpec(
     load="kernelry_gpu_flash_attn.fa4.kernel:Fa4Kernel",
     refusals=_refusals,
     reservations=_reservations,
-    signature=signature_of("kernelry.fa4", "cutejax.fa4_"),
+    signature=signature_of("kernelry.fa4", "cutejax.fa4_*"),
     summary="FlashAttention-4 by fa4-jax, for Ampere, Hopper and Blackwell; every mask but users' predicates",
 )
