@@ -166,6 +166,7 @@ def _built_for(generation: int) -> Iterator[Any]:
 
     replaced = [
         (kernels, "_device_arch", lambda: generation),
+        (kernels, "_cute_mask_mod", functools.partial(_masks, generation, kernels._cute_mask_mod)),
         (kernels, "_get_bwd_pre", functools.partial(_prepares, generation)),
         (kernels, "_get_bwd_post", functools.partial(_finishes, generation)),
         (BaseDSL._get_dsl().envar, "_arch", _ARCHITECTURES[generation]),
@@ -196,6 +197,11 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+@functools.cache
+def _masks(generation: int, make: Any, mask: Any) -> Any:
+    return make.__wrapped__(mask)
 
 
 @functools.cache
