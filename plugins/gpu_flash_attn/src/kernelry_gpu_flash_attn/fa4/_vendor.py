@@ -166,6 +166,7 @@ def _built_for(generation: int) -> Iterator[Any]:
 
     replaced = [
         (kernels, "_device_arch", lambda: generation),
+        (kernels, "_cute_mask_mod", functools.partial(_masks, generation, kernels._cute_mask_mod)),
         (kernels, "_get_bwd_pre", functools.partial(_prepares, generation)),
         (kernels, "_get_bwd_post", functools.partial(_finishes, generation)),
         (BaseDSL._get_dsl().envar, "_arch", _ARCHITECTURES[generation]),
@@ -173,8 +174,9 @@ def _built_for(generation: int) -> Iterator[Any]:
     if jax.default_backend() != "gpu" or kernels._device_arch() != generation:
         replaced += [(owner, "HardwareInfo", _AbsentDevice) for owner in (cutlass.utils, tile_scheduler)]
     with _ONE_AT_A_TIME, warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        # fa4-jax 0.1.0 calls what nvidia-cutlass-dsl 4.8 has moved.
-        warnings.simplefilter("ignore", DeprecationWarning)
+        # fa4-jax 0.1.0 calls what nvidia-cutlass-dsl 4.8 has moved; where warnings are errors, compiling some masks for
+        # compute capability 10.0 fails without naming one.
+        warnings.simplefilter("ignore")
         for owner, name, value in replaced:
             stack.enter_context(_replaced(owner, name, value))
         yield kernels.CuteBackend()
@@ -196,6 +198,11 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+@functools.cache
+def _masks(generation: int, make: Any, mask: Any) -> Any:
+    return make.__wrapped__(mask)
 
 
 @functools.cache

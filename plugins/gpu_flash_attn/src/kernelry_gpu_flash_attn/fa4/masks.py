@@ -25,8 +25,8 @@ Window: TypeAlias = tuple[int | None, int | None]
 """The vendor's (left, right)."""
 
 _BEYOND = 256
-"""Entries behind the last slot of a side: the vendor's kernels also ask about slots of a tile beyond it, at most two
-tiles of 128 queries, and bring not all of them back into range."""
+"""Entries behind the last slot of a side: the last tiles go on behind it, at most by two of 128 slots, and the vendor's
+kernels do not bring every such slot back into range."""
 
 _FAR = 2**30
 """Positions; a bound of as many hides nothing, and sums with positions are still int32."""
