@@ -147,6 +147,8 @@ def test_targets_print_as_they_are_read(target):
         ("NVIDIA H200", "h200", 90),
         ("NVIDIA B200", "b200", 100),
         ("NVIDIA L40S", "l40s", 89),
+        ("NVIDIA GeForce RTX 5090", "rtx5090", 120),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtxpro6000", 120),
         ("Tesla V100-SXM2-16GB", "v100", 70),
         ("Tesla T4", "t4", 75),
         ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090", None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kernelry.plugin import KernelSpec, Ranking, Request, hookimpl
+from kernelry_gpu_flash_attn.dew_flash.spec import DEW_FLASH
 from kernelry_gpu_flash_attn.fa4.spec import FA4
 
 contract = (1, 1)
@@ -22,7 +23,7 @@ _PUBLISHED = (
 @hookimpl
 def kernelry_kernels() -> list[KernelSpec]:
     """The kernels of this plugin."""
-    return [FA4]
+    return [DEW_FLASH, FA4]
 
 
 @hookimpl

@@ -1,0 +1,1 @@
+"""FlashAttention-2 and -3 through dew-flash-attn."""
