@@ -158,7 +158,7 @@ test-aot-gpu: aot-environment
 # FlashAttention for GPUs: its Python and its compilers, without a GPU, in an environment of its own (1.5 GB). Needs Python 3.12.
 FLASH_PYTHON ?= python3.12
 FLASH_VENV ?= .venv-flash
-FLASH_NEEDS := "fa4-jax>=0.1,<0.2"
+FLASH_NEEDS := "fa4-jax>=0.1,<0.2" "dew-flash-attn-cu13>=0.3.6,<0.4"
 
 flash-environment:
 	$(FLASH_PYTHON) -m venv $(FLASH_VENV)
@@ -168,7 +168,8 @@ flash-environment:
 test-flash: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test-flash: flash-environment
 	$(FLASH_VENV)/bin/python -m pytest -n 2 --dist loadfile -p no:randomly -m "not install" \
-		tests/plugins/test_fa4*.py tests/aot/test_gpu_flash_attn.py $(ARGS)
+		tests/plugins/test_fa4*.py tests/plugins/test_dew_flash*.py tests/aot/test_gpu_flash_attn.py \
+		tests/aot/test_gpu_dew_flash.py $(ARGS)
 
 # Other libraries, pinned, to compare with: models of transformers, and the porting pages. 2 GB in an environment of its own.
 MODELS_VENV ?= .venv-models

@@ -75,8 +75,8 @@ def test_devices_sizes_and_dtypes_beyond_the_limits(options, reason):
     [
         (
             {"mask": masks.Causal().at(query_offset=5)},
-            "causal at query=5 aligns the first query with key 5; FlashAttention aligns the last with the last, which is "
-            "kv_len - q_len = 0",
+            "causal at query=5 aligns the first query with key 5; FlashAttention aligns the last with the last, which "
+            "is kv_len - q_len = 0",
         ),
         (
             {"mask": masks.Causal().at(query_offset=0), "q_len": 64, "kv_len": 128},

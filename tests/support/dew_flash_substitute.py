@@ -47,9 +47,7 @@ def on_cpu():
 
         with mock.patch.dict("kernelry_gpu_flash_attn.dew_flash.devices.MULTIPROCESSORS", {None: 108}):
             assert dew_flash_attn is not None
-            yield dataclasses.replace(
-                DEW_FLASH, capabilities=capabilities, signature=lambda _: ("kernelry.dew_flash",), known_failures=()
-            )
+            yield dataclasses.replace(DEW_FLASH, capabilities=capabilities, signature=lambda _: ("kernelry.dew_flash",))
 
 
 @contextlib.contextmanager

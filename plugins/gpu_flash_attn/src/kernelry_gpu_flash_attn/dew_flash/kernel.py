@@ -97,15 +97,22 @@ def _backward(
     out: jax.Array,
     lse: jax.Array,
     d_out: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The gradients, 0 in rows that see nothing and in slots that no row sees, whatever the vendor leaves there."""
     if settings.packing is Packing.WHOLE:
         found = _vendor.backward(d_out, query, key, value, out, lse, None, settings)
         return _live(found, *(live[None] for live in seen_by_band(request)))
     sequences = _packed(rows, settings)
-    arrays = [_tokens(array) for array in (d_out, query, key, value, out)]
-    by_sequence = sequences.lse_by_sequence(lse, hopper=_vendor.is_hopper(settings.target))
-    found = _vendor.backward(*arrays, by_sequence, sequences.starts, settings)
+    found = _vendor.backward(
+        _tokens(d_out),
+        _tokens(query),
+        _tokens(key),
+        _tokens(value),
+        _tokens(out),
+        sequences.lse_by_sequence(lse, hopper=_vendor.is_hopper(settings.target)),
+        sequences.starts,
+        settings,
+    )
     whole = [share.reshape(array.shape) for share, array in zip(found, (query, key, value), strict=True)]
     whole = [_unless_in_order(sequences, share) for share in whole]
     return _live(whole, sequences.live_rows, sequences.live_slots)
@@ -126,7 +133,7 @@ def _tokens(array: Float[Array, "B L heads H"]) -> Float[Array, "B_L heads H"]:
     return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
 
 
-def _live(gradients: Sequence[jax.Array], rows: _Live, slots: _Live) -> Any:
+def _live(gradients: Sequence[jax.Array], rows: _Live, slots: _Live) -> tuple[jax.Array, ...]:
     return tuple(
         gradient if isinstance(live, np.ndarray) and live.all() else jnp.where(live[:, :, None, None], gradient, 0)
         for gradient, live in zip(gradients, (rows, slots, slots), strict=True)

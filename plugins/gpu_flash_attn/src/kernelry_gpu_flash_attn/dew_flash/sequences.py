@@ -59,16 +59,18 @@ class Sequences:
     @classmethod
     def of(cls, rows: Rows, settings: Settings) -> Sequences:
         """Packs the rows of a batch."""
-        return (
-            _of_segments(*rows, settings.runs) if settings.packing is Packing.SEGMENTS else _of_lengths(rows, settings)
-        )
+        if settings.packing is Packing.LENGTHS:
+            query_lengths, kv_lengths = rows
+            return _of_lengths(query_lengths, kv_lengths, settings)
+        (ids,) = rows
+        return _of_segments(ids, settings.runs)
 
     @property
     def runs(self) -> int:
         """How many sequences each row is."""
         return (self.starts[0].shape[0] - 1) // self.run.shape[0]
 
-    def lse_by_row(self, lse: Float[Array, "..."]) -> Float[Array, "B N T"]:
+    def lse_by_row(self, lse: jax.Array) -> Float[Array, "B N T"]:
         """Brings the vendor's logsumexp of packed sequences into kernelry's layout."""
         batch, q_len = self.run.shape
         if lse.ndim == 2:
@@ -77,7 +79,7 @@ class Sequences:
         place = jnp.arange(batch * q_len, dtype=jnp.int32).reshape(batch, q_len) - self.starts[0][sequence]
         return jnp.moveaxis(lse[sequence, :, place], 2, 1)
 
-    def lse_by_sequence(self, lse: Float[Array, "B N T"], *, hopper: bool) -> Float[Array, "..."]:
+    def lse_by_sequence(self, lse: Float[Array, "B N T"], *, hopper: bool) -> jax.Array:
         """Brings a logsumexp into the vendor's layout for packed sequences; behind the end of one it is +inf."""
         batch, heads, q_len = lse.shape
         if hopper:
@@ -92,7 +94,7 @@ class Sequences:
 
 def _of_segments(ids: Int[Array, "B T"], most: int) -> Sequences:
     """Each run of equal ids is a sequence, and so is each run of negative ones, of which nothing is kept."""
-    batch, length = ids.shape
+    length = ids.shape[1]
     live = ids >= 0
     ids = jnp.where(live, ids, jnp.asarray(0, ids.dtype))
     changes = (ids[:, 1:] != ids[:, :-1]) | (live[:, 1:] != live[:, :-1])
@@ -111,12 +113,11 @@ def _distinct(ids: Int[Array, "B T"], live: Bool[Array, "B T"]) -> Int[Array, " 
     return (first & ~hidden).sum(axis=1)
 
 
-def _of_lengths(rows: Rows, settings: Settings) -> Sequences:
+def _of_lengths(query_lengths: Int[Array, " B"], kv_lengths: Int[Array, " B"], settings: Settings) -> Sequences:
     """All queries with the keys before the length; the keys behind it are a sequence without queries.
 
     A row without keys keeps all of them, so that no sequence has queries and no keys; none of its queries is live.
     """
-    query_lengths, kv_lengths = rows
     q_len, kv_len = settings.longest
     batch = query_lengths.shape[0]
     has_keys = (kv_lengths > 0)[:, None]

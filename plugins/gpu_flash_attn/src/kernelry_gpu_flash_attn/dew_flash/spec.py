@@ -147,6 +147,18 @@ def _signature(request: Request) -> tuple[str, ...]:
     return name, "kernelry.dew_flash"
 
 
+_NOT_IN_RUNS = "ids of this case are in several runs, and packed sequences cannot express that: the row is NaN"
+_CASES_NOT_IN_RUNS = (
+    "segments",
+    "segments of large ids",
+    "band & segments",
+    "through adapters: empty rows: segments",
+    "through adapters: empty rows: causal segments",
+    "through adapters: hidden slots: segments",
+    "through adapters: hidden slots: causal segments",
+)
+
+
 def _reservations(request: Request) -> tuple[Refusal, ...]:
     detail = "experimental: its numbers on a GPU are unproven here, and it calls private functions of dew-flash-attn"
     return (Refusal(RefusalCode.EXPERIMENTAL, detail, "name it, or set KERNELRY_EXPERIMENTAL=1"),)
@@ -175,7 +187,7 @@ DEW_FLASH = KernelSpec(
         tolerances=standard_tolerances(
             "bfloat16",
             "float16",
-            rounded="not measured: inputs, probabilities, output and, before they are summed, gradients of shared heads",
+            rounded="not measured: inputs, probabilities, output and gradients of heads before their sum",
         ),
     ),
     load="kernelry_gpu_flash_attn.dew_flash.kernel:DewFlashKernel",
@@ -184,4 +196,5 @@ DEW_FLASH = KernelSpec(
     tilings=_tilings,
     signature=_signature,
     summary="FlashAttention-2 and -3 through dew-flash-attn; causal, windows, packed segments, lengths; 16-bit dtypes",
+    known_failures=tuple((case, _NOT_IN_RUNS) for case in _CASES_NOT_IN_RUNS),
 )
