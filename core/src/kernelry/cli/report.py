@@ -123,6 +123,7 @@ def _switches(switches: Switches) -> dict[str, Any]:
     """The environment variables by name; None for those that are not set."""
     return {
         "KERNELRY_KERNEL": switches.kernel,
+        "KERNELRY_EXPERIMENTAL": True if switches.experimental else None,
         "KERNELRY_PLUGINS": switches.plugins,
         "KERNELRY_STRICT": True if switches.strict else None,
         "KERNELRY_LOCK": switches.lock if switches.strict else None,

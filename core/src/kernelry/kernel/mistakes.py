@@ -82,7 +82,7 @@ def mistakes(spec: KernelSpec) -> tuple[Mistake, ...]:
 def _malformed(spec: KernelSpec) -> Iterator[Mistake]:
     if not isinstance(spec.name, str) or spec.name in ("", AUTO):
         yield Mistake(f"name must be a text other than {AUTO!r}, got {spec.name!r}", "give the kernel another name")
-    for name in ("refusals", "tilings", "signature"):
+    for name in ("refusals", "reservations", "tilings", "signature"):
         value = getattr(spec, name)
         if not callable(value):
             yield Mistake(f"{name} must be a function, got {short(value)}", f"pass a function as {name}=")

@@ -1,4 +1,4 @@
-"""A coded reason why a kernel cannot serve a request."""
+"""A coded reason why a kernel cannot serve a request, or is not chosen for it unless it is named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, final
 
 @final
 class RefusalCode(enum.Enum):
-    """Why a kernel says no. Adapters are found by these codes."""
+    """Why a kernel says no. Adapters are found by these codes; none cures EXPERIMENTAL, which is a reservation."""
 
     __hash__ = object.__hash__  # by identity, as members compare
 
@@ -46,6 +46,7 @@ class RefusalCode(enum.Enum):
     KV_LAYOUT = "kv_layout"
     CONTEXT_PARALLEL = "context_parallel"
     SHARDING = "sharding"
+    EXPERIMENTAL = "experimental"
     VENDOR_MISSING = "vendor_missing"
     VENDOR_VERSION = "vendor_version"
     VENDOR_DECLINES = "vendor_declines"
@@ -58,7 +59,7 @@ class RefusalCode(enum.Enum):
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a kernel cannot serve a request.
+    """Why a kernel cannot serve a request, or, as a reservation, why `auto` does not choose it.
 
     Args:
       code: the kind of reason.

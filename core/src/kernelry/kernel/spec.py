@@ -251,6 +251,11 @@ def no_refusals(request: Request, environment: Environment) -> tuple[Refusal, ..
     return ()
 
 
+def no_reservations(request: Request) -> tuple[Refusal, ...]:
+    """The reservations of a kernel that may be chosen for everything it serves."""
+    return ()
+
+
 def one_tiling(request: Request) -> tuple[Tiling, ...]:
     """The tilings of a kernel without tunables."""
     return (Tiling(),)
@@ -268,6 +273,9 @@ class KernelSpec:
         kernel is first chosen. A function that returns the body serves notebooks and tests.
       refusals: what data cannot say: divisibility, vendor probes; a function of its arguments alone, for a kernel
         behind the winner is asked later, or never.
+      reservations: why the kernel is not chosen for a request that it can serve, unless a call, a scope, a rule or
+        KERNELRY_KERNEL names it or KERNELRY_EXPERIMENTAL is set, e.g. a first release (RefusalCode.EXPERIMENTAL); a
+        function of the request inside the adapters alone. Explanations tell them, also of the kernel that is chosen.
       tilings: the search space for a request, the default first.
       signature: texts that a lowered program must contain if this kernel really ran; see
         `kernelry.plugin.signature_of`.
@@ -280,6 +288,7 @@ class KernelSpec:
     capabilities: Capabilities
     load: str | Callable[[], Kernel]
     refusals: Callable[[Request, Environment], tuple[Refusal, ...]] = no_refusals
+    reservations: Callable[[Request], tuple[Refusal, ...]] = no_reservations
     tilings: Callable[[Request], tuple[Tiling, ...]] = one_tiling
     signature: Callable[[Request], tuple[str, ...]]
     summary: str = ""

@@ -71,7 +71,9 @@ SHIPPED_THRESHOLDS = (
 
 
 _PREFIX = "KERNELRY_"
-KNOWN_SWITCHES = tuple(f"{_PREFIX}{name}" for name in ("KERNEL", "LOCK", "MEASUREMENTS", "PLUGINS", "STRICT"))
+KNOWN_SWITCHES = tuple(
+    f"{_PREFIX}{name}" for name in ("EXPERIMENTAL", "KERNEL", "LOCK", "MEASUREMENTS", "PLUGINS", "STRICT")
+)
 _YES_NO = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 LOCK_FILE = "kernelry.lock.json"
 _MEASUREMENTS_FILE = "measurements-1.json"
@@ -90,8 +92,9 @@ class Switches:
       strict: KERNELRY_STRICT, whether resolutions must be those of the lock file.
       lock: KERNELRY_LOCK, the path of the lock file; looked at only when strict.
       unknown: the variables named `KERNELRY_*` that mean nothing.
-      wrong: of KERNELRY_STRICT, where it is neither yes nor no: what to write.
+      wrong: of the variables that must be yes or no and are neither: (name, what was found and what to write).
       measurements: KERNELRY_MEASUREMENTS, the file of measured times; empty for none, None when unset.
+      experimental: KERNELRY_EXPERIMENTAL, whether kernels may be chosen in spite of their reservations.
     """
 
     kernel: str | None = None
@@ -99,15 +102,16 @@ class Switches:
     strict: bool = False
     lock: str = LOCK_FILE
     unknown: tuple[str, ...] = ()
-    wrong: str | None = None
+    wrong: tuple[tuple[str, str], ...] = ()
     measurements: str | None = None
+    experimental: bool = False
 
     @classmethod
     def parse(cls, environ: Mapping[str, str]) -> Switches:
         """Reads the variables; an unknown `KERNELRY_*` warns with the nearest known one.
 
         Raises:
-          ConfigError: KERNELRY_STRICT is neither yes nor no.
+          ConfigError: KERNELRY_STRICT or KERNELRY_EXPERIMENTAL is neither yes nor no.
         """
         return cls._read(environ)._checked()
 
@@ -116,7 +120,7 @@ class Switches:
         """Returns the switches of this process, read once.
 
         Raises:
-          ConfigError: KERNELRY_STRICT is neither yes nor no.
+          ConfigError: KERNELRY_STRICT or KERNELRY_EXPERIMENTAL is neither yes nor no.
         """
         return _of_process()._checked()
 
@@ -137,8 +141,8 @@ class Switches:
             return None
 
     def _checked(self) -> Switches:
-        if self.wrong is not None:
-            raise ConfigError(f"{self.wrong}.")
+        if self.wrong:
+            raise ConfigError(f"{'; '.join(detail for _, detail in self.wrong)}.")
         return self
 
     @classmethod
@@ -151,13 +155,16 @@ class Switches:
         listed = environ.get("KERNELRY_PLUGINS")
         names = None if listed is None else tuple(name.strip() for name in listed.split(",") if name.strip())
         lock = environ.get("KERNELRY_LOCK", "").strip() or LOCK_FILE
-        text = environ.get("KERNELRY_STRICT", "").strip()
-        strict = _YES_NO.get(text.lower(), False)
-        wrong = None
-        if text and text.lower() not in _YES_NO:
-            wrong = f"KERNELRY_STRICT={text!r} is neither yes nor no; write one of {', '.join(_YES_NO)}"
+        said = {name: environ.get(name, "").strip() for name in ("KERNELRY_STRICT", "KERNELRY_EXPERIMENTAL")}
+        strict, experimental = (_YES_NO.get(text.lower(), False) for text in said.values())
+        wrong = tuple(
+            (name, f"{name}={text!r} is neither yes nor no; write one of {', '.join(_YES_NO)}")
+            for name, text in said.items()
+            if text and text.lower() not in _YES_NO
+        )
+        kernel_or_none = None if kernel in ("", "auto") else kernel
         measurements = environ.get("KERNELRY_MEASUREMENTS")
-        return cls(None if kernel in ("", "auto") else kernel, names, strict, lock, unknown, wrong, measurements)
+        return cls(kernel_or_none, names, strict, lock, unknown, wrong, measurements, experimental)
 
 
 @functools.lru_cache(maxsize=1)
@@ -189,6 +196,7 @@ class Policy:
       kernel: what KERNELRY_KERNEL says; absolute.
       forbidden_adapters: names of adapters that must not be used.
       tilings: overrides of the tunables of kernels, by kernel name; a rule's own win over them.
+      experimental: what KERNELRY_EXPERIMENTAL says: whether reservations leave no kernel out.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -197,6 +205,7 @@ class Policy:
     kernel: str | None = None
     forbidden_adapters: frozenset[str] = frozenset()
     tilings: Tilings = ()
+    experimental: bool = False
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -204,8 +213,8 @@ class Policy:
             check_tiling(tiling, f"tilings: {kernel}")
         if self.forbidden_adapters:
             _check_adapters(self.forbidden_adapters)
-        parts = (self.rules, self.defaults, self.thresholds, self.kernel, self.forbidden_adapters, self.tilings)
-        object.__setattr__(self, "_hash", hash(parts))
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self) if field.init)
+        object.__setattr__(self, "_hash", hash(tuple(parts)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -261,12 +270,14 @@ class Policy:
             kernel=switches.kernel,
             forbidden_adapters=frozenset(forbidden_adapters),
             tilings=tilings,
+            experimental=switches.experimental,
         )
 
     @staticmethod
     def of_process() -> Policy:
         """Returns the shipped preferences under the environment variables of this process, always the same object."""
-        return _shipped_under(Switches.of_process().kernel)
+        switches = Switches.of_process()
+        return _shipped_under(switches.kernel, switches.experimental)
 
 
 def _check_adapters(names: frozenset[str]) -> None:
@@ -278,8 +289,8 @@ def _check_adapters(names: frozenset[str]) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _shipped_under(kernel: str | None) -> Policy:
-    return Policy.shipped(switches=Switches(kernel))
+def _shipped_under(kernel: str | None, experimental: bool) -> Policy:
+    return Policy.shipped(switches=Switches(kernel, experimental=experimental))
 
 
 def _override(values: Mapping[str, int]) -> dict[str, Threshold]:

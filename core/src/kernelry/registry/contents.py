@@ -187,9 +187,9 @@ def switch_faults(found: Registry, switches: Switches) -> tuple[Fault, ...]:
 
 
 def _variables(switches: Switches) -> Iterator[Fault]:
-    if switches.wrong is not None:
-        detail, _, fix = switches.wrong.partition("; ")
-        yield Fault(FaultKind.SWITCH, "KERNELRY_STRICT", _ENVIRONMENT, detail, f"{fix}, or unset KERNELRY_STRICT")
+    for name, wrong in switches.wrong:
+        detail, _, fix = wrong.partition("; ")
+        yield Fault(FaultKind.SWITCH, name, _ENVIRONMENT, detail, f"{fix}, or unset {name}")
     for name in switches.unknown:
         detail = f"there is no such variable, so it is ignored{nearest(name, KNOWN_SWITCHES)}"
         yield Fault(FaultKind.SWITCH, name, _ENVIRONMENT, detail, f"rename or unset {name}")

@@ -29,9 +29,10 @@ class Candidate:
     Args:
       name: the kernel's.
       distribution: where it comes from, `name version`.
-      refusals: why it cannot serve; empty where it can.
+      refusals: why it does not serve; empty where it would. Reservations are among them unless they were lifted.
       steps: the adapters it would need.
       notes: what was assumed or not looked at.
+      reservations: why it is not chosen unless it is named, where it can serve.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Candidate:
     refusals: tuple[Refusal, ...]
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
+    reservations: tuple[Refusal, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
@@ -48,6 +50,7 @@ class Candidate:
             "refusals": [refusal.to_json() for refusal in self.refusals],
             "adapters": [step.adapter.name for step in self.steps],
             "notes": list(self.notes),
+            "reservations": [reservation.to_json() for reservation in self.reservations],
         }
 
 
@@ -149,7 +152,7 @@ class Resolution:
 
     @property
     def refused(self) -> tuple[Candidate, ...]:
-        """The candidates that cannot serve the request."""
+        """The candidates that cannot serve the request, or do not unless they are named."""
         return tuple(candidate for candidate in self.candidates if candidate.refusals)
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 from kernelry.errors import ArgumentError, nearest
 from kernelry.execution.plan import Plan
 from kernelry.kernel.refusal import Refusal, RefusalCode
-from kernelry.kernel.spec import AUTO, Environment, KernelSpec, Knowledge, check_kernel_name
+from kernelry.kernel.spec import AUTO, Environment, KernelSpec, Knowledge, check_kernel_name, no_reservations
 from kernelry.policy.policy import Policy, check_policy, measurements_of_process
 from kernelry.policy.rules import Rule, first_match
 from kernelry.policy.scope import Scope, current_scope
@@ -23,6 +23,7 @@ from kernelry.resolution.adapting import consider
 from kernelry.resolution.explanation import Candidate, Candidates, Resolution
 
 if TYPE_CHECKING:
+    from kernelry.kernel.spec import Tiling
     from kernelry.policy.measurements import Evidence, Measurements
     from kernelry.registry.contents import InstalledKernel
 
@@ -126,16 +127,14 @@ class Question:
             name, why = self.forced
             _check_names((name,), pool)
             return Order((name,), why, tuple(sorted(pool.keys() - {name})), frozenset({name}), timed, is_forced=True)
-        measured = timed.measured if timed else ()
         ranked, why_so = self._ranked(pool, timed)
         rule = first_match(self.policy.rules, self.request)
         if rule is None:
-            return Order(ranked, why_so, approved=frozenset(measured), timed=timed, ranked_by=timed)
+            return Order(ranked, why_so, timed=timed, ranked_by=timed)
         _check_names(rule.names, pool)
         rest = tuple(name for name in ranked if name not in rule.names)
-        approved = frozenset({*rule.names, *measured})
         tried, excluded = ((), rest) if rule.is_exhaustive else (rest, ())
-        return Order((*rule.names, *tried), rule, excluded, approved, timed)
+        return Order((*rule.names, *tried), rule, excluded, frozenset(rule.names), timed)
 
     def _ranked(self, pool: _Pool, timed: Evidence | None) -> tuple[tuple[str, ...], Rule | str]:
         """Orders all kernels: by time, votes, the shipped policy, then name; and what decides where none has a time."""
@@ -167,7 +166,7 @@ class Order:
       names: theirs.
       decided_by: the rule; where none decides, what does for kernels without a time.
       excluded: the other kernels, which must not be tried.
-      approved: the kernels that were asked for or measured, so that the work of their adapters does not demote them.
+      named: the kernels that were asked for by name, which lifts their reservations.
       timed: the times of kernels; None where there are none.
       is_forced: whether one kernel was asked for by name.
       ranked_by: the times, where they come first.
@@ -176,10 +175,14 @@ class Order:
     names: tuple[str, ...]
     decided_by: Rule | str
     excluded: tuple[str, ...] = ()
-    approved: frozenset[str] = frozenset()
+    named: frozenset[str] = frozenset()
     timed: Evidence | None = None
     is_forced: bool = False
     ranked_by: Evidence | None = None
+
+    def approves(self, name: str) -> bool:
+        """Whether a kernel was named or measured, so that the work of its adapters does not demote it."""
+        return name in self.named or (self.timed is not None and name in self.timed.measured)
 
     def why(self, name: str | None) -> Rule | str:
         """What decides for a kernel: times, where it has one."""
@@ -194,7 +197,7 @@ def choose(question: Question) -> Resolution:
     order = question.order(pool)
     for place, name in enumerate(order.names, 1):
         candidate, plan = _asked(name, question, order, pool, environment)
-        if plan is not None and (name in order.approved or not question.policy.demotes(plan.extra_work)):
+        if plan is not None and (order.approves(name) or not question.policy.demotes(plan.extra_work)):
             others = functools.partial(_others, order.names[place:], question, order, pool, environment)
             found = Candidates((*candidates, candidate), others)
             return Resolution(question.request, plan, found, order.why(name), order.excluded, order.is_forced)
@@ -214,9 +217,20 @@ def _asked(
     if name not in pool:
         return _absent(name, pool), None
     tunables = question.tiling_for(name, order.why(name))
-    candidate, tiling = consider(pool[name], question.request, question.policy, environment, tunables, order.timed)
+    spec, request, policy = pool[name].spec, question.request, question.policy
+
+    def ask(where: Environment) -> tuple[Candidate, Tiling]:
+        return consider(pool[name], request, policy, where, tunables, order.timed)
+
+    if spec.reservations is no_reservations:
+        candidate, tiling = ask(environment)
+    else:
+        from kernelry.resolution.reserved import with_reservations  # few kernels have some
+
+        lifted = policy.experimental or name in order.named
+        candidate, tiling = with_reservations(spec, request, environment, ask, lifted=lifted)
     serves = not candidate.refusals
-    return candidate, Plan(pool[name].spec, candidate.steps, question.request, tiling) if serves else None
+    return candidate, Plan(spec, candidate.steps, request, tiling) if serves else None
 
 
 def _others(

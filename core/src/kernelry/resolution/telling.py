@@ -36,7 +36,8 @@ def shards_json(resolution: Resolution) -> dict[str, Any] | None:
 def answer_of(resolution: Resolution, candidate: Candidate) -> tuple[str, ...]:
     """What a candidate answers, line by line: its refusals, or how it serves the request."""
     if candidate.refusals:
-        return (*map(str, candidate.refusals), *candidate.notes)
+        passed_over = "passed over: " if candidate.reservations else ""
+        return (*(f"{passed_over}{refusal}" for refusal in candidate.refusals), *candidate.notes)
     answer = "could serve, ranked lower"
     if resolution.plan is not None and candidate.name == resolution.kernel:
         tiling = resolution.plan.tiling
@@ -45,7 +46,8 @@ def answer_of(resolution: Resolution, candidate: Candidate) -> tuple[str, ...]:
     through = [f"through {step.adapter.name} ({step.cost})" for step in candidate.steps]
     if len(through) > 1:
         through.append(f"adapters together: {sum((step.cost for step in candidate.steps), Cost())}")
-    return (answer, *through, *candidate.notes)
+    reservations = (f"reservation: {reservation}" for reservation in candidate.reservations)
+    return (answer, *through, *reservations, *candidate.notes)
 
 
 def remarks_on(resolution: Resolution) -> tuple[str, ...]:
