@@ -1,0 +1,1 @@
+"""flywheel's attention over arrays, for training and prefill."""

@@ -1,0 +1,86 @@
+"""What `flywheel` declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernelry.plugin import (
+    AtomKind,
+    Capabilities,
+    Dims,
+    Environment,
+    Feature,
+    Gradient,
+    KernelSpec,
+    ManualAxes,
+    Mode,
+    Operand,
+    PositionKind,
+    Refusal,
+    RefusalCode,
+    Request,
+    Statistic,
+    Tolerance,
+    signature_of,
+)
+from kernelry_tpu_flywheel.dense.blocks import tilings
+from kernelry_tpu_flywheel.dense.geometry import Geometry
+from kernelry_tpu_flywheel.installed import not_installed
+
+
+def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
+    geometry = Geometry.of(request)
+    return (*not_installed(environment), *geometry.refusals(request), *_gradient(request, geometry))
+
+
+def _gradient(request: Request, geometry: Geometry) -> Iterator[Refusal]:
+    """The vendor differentiates full and causal attention alone."""
+    if not request.gradients:
+        return
+    remedy = "mode='prefill', or gradients=() where none is needed"
+    if geometry.packed:
+        yield Refusal(RefusalCode.GRADIENT, f"mask={request.mask} has segments, and no gradient", remedy)
+    elif geometry.is_window:
+        yield Refusal(RefusalCode.GRADIENT, f"mask={request.mask} is a window, and has no gradient", remedy)
+    if request.soft_cap is not None:
+        yield Refusal(RefusalCode.GRADIENT, f"soft_cap={request.soft_cap} has no gradient", remedy)
+
+
+FLYWHEEL = KernelSpec(
+    name="flywheel",
+    capabilities=Capabilities(
+        platforms=frozenset({"tpu"}),
+        interpret=True,
+        modes=frozenset({Mode.TRAIN, Mode.PREFILL}),
+        dtypes=frozenset({"bfloat16"}),
+        head_dims=Dims(minimum=8, maximum=256, multiple_of=8),
+        split_head_dim=True,
+        grouped_heads=True,
+        unequal_lengths=True,
+        atoms=frozenset({AtomKind.CAUSAL, AtomKind.WINDOW, AtomKind.SEGMENTS}),
+        positions=frozenset({PositionKind.OFFSET}),
+        features=frozenset({Feature.SCALE, Feature.SOFT_CAP}),
+        statistics=frozenset({Statistic.LSE}),
+        normalizations=frozenset({"softmax"}),
+        gradient=Gradient.BACKWARD,
+        backward_only=True,
+        gradients=frozenset({Operand.QUERY, Operand.KEY, Operand.VALUE}),
+        empty_rows=True,
+        manual_axes=ManualAxes.UNCHECKED,
+        partitioned_by_xla=False,
+        tolerances=(
+            Tolerance(
+                "bfloat16",
+                2e-2,
+                4e-2,
+                "scaled queries, in base 2, are rounded to 8 bits of mantissa, and so logits are off by up to 2^-9 of "
+                "their size; output and gradients are rounded, too",
+            ),
+        ),
+    ),
+    load="kernelry_tpu_flywheel.dense.kernel:FlywheelKernel",
+    refusals=_refusals,
+    tilings=tilings,
+    signature=signature_of("kernelry.flywheel", "tpu_custom_call"),
+    summary="flywheel's attention for TPUs, bfloat16; full and causal with gradients; windows, segments, caps without",
+)
