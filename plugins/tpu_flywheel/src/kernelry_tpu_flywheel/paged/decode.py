@@ -13,8 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from kernelry.plugin import Request, Tiling
+from kernelry_tpu_flywheel.lanes import LANES
 from kernelry_tpu_flywheel.paged import _vendor
-from kernelry_tpu_flywheel.paged.layout import LANES, STAGES, vector_limit
+from kernelry_tpu_flywheel.paged.layout import STAGES, vector_limit
 
 _LOG2_E = math.log2(math.e)
 _SEMAPHORES = 6

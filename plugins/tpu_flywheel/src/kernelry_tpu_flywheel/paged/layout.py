@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from kernelry.plugin import Request, Target, Tiling, round_up
-
-LANES = 128
-"""Numbers in a vector register's row; pages hold a multiple of as many slots."""
+from kernelry_tpu_flywheel.lanes import LANES
 
 STAGES = 2
 """Blocks in vector memory: one is read while the next is copied."""
@@ -20,6 +18,12 @@ _MOST_VECTOR_BYTES = 100 * _MIB
 
 _SMALLER_CORES = {"tpu7x": 64 * _MIB}
 """Chips whose cores have less."""
+
+MOST_TABLE_BYTES = 896 * 2**10
+"""Of the 1 MiB of scalar memory that v5e has."""
+
+MOST_KEYS = 2**31 - 1
+"""The vendor's kernel for chunks numbers blocks and heads by 32 bits."""
 
 _MOST_STAGED_BYTES = 16 * _MIB
 """Of the blocks of a decode step. The vendor stages 8 Mi numbers, as many bytes."""
@@ -102,10 +106,34 @@ def staged_bytes(request: Request, slots: int) -> int:
     return STAGES * slots * heads * 2 * round_up(request.head_dim, LANES) * 2
 
 
+def vector_bytes(request: Request, tiling: Tiling) -> int:
+    """The bytes of vector memory that a call takes."""
+    return _bytes_of_decode(request, tiling) if request.q_len == 1 else _bytes_of_chunk(request, tiling)
+
+
+def _bytes_of_chunk(request: Request, tiling: Tiling) -> int:
+    """Blocks of queries, results, keys and values; sums of rows; what one multiplication leaves: five numbers a pair."""
+    width, slots = round_up(request.head_dim, LANES), tiling["block_kv"]
+    rows = request.groups * tiling["block_q"]
+    blocks = 2 * STAGES * rows * width * 2 + (STAGES * 2 + 2) * slots * width * 2
+    sums = rows * (3 * LANES + 2 * width) * 4 + STAGES * tiling["block_q"] * LANES * 4
+    return blocks + sums + request.groups * tiling["block_q_compute"] * tiling["block_kv_compute"] * 21
+
+
+def _bytes_of_decode(request: Request, tiling: Tiling) -> int:
+    """Blocks of keys and values; statistics of all rows; queries, results and sums of one."""
+    slots = tiling["block_kv"]
+    rows = (request.batch + 2) * request.q_heads * LANES * 4
+    return staged_bytes(request, slots) + rows + 5 * request.q_heads * round_up(request.head_dim, LANES) * 2
+
+
 def tilings_of(request: Request) -> tuple[Tiling, ...]:
     """The search space, the default first."""
-    found = _of_decode(request) if request.q_len == 1 else _of_chunk(request)
-    return tuple(dict.fromkeys(found))
+    if request.page_size is None or request.page_size % LANES:
+        return (Tiling(),)
+    found = tuple(dict.fromkeys(_of_decode(request) if request.q_len == 1 else _of_chunk(request)))
+    limit = vector_limit(request.target)
+    return tuple(tiling for tiling in found if vector_bytes(request, tiling) <= limit) or found
 
 
 def _of_decode(request: Request) -> list[Tiling]:
