@@ -11,4 +11,12 @@ from flywheel_tpu.pallas.copy_utils import bank_safe_word_stride
 from flywheel_tpu.pallas.flash_fwd_kvcache import kvcache_kernel
 from flywheel_tpu.pallas.fwd_pipeline import overflow_guard_threshold
 
-__all__ = ["bank_safe_word_stride", "flash_attn_varlen_func", "kvcache_kernel", "overflow_guard_threshold"]
+from kernelry_tpu_flywheel.dense._vendor import answering_for
+
+__all__ = [
+    "answering_for",
+    "bank_safe_word_stride",
+    "flash_attn_varlen_func",
+    "kvcache_kernel",
+    "overflow_guard_threshold",
+]

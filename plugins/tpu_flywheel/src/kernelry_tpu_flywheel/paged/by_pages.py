@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from kernelry.plugin import Axis, Inputs, Request, Side
@@ -20,29 +21,29 @@ def attend(inputs: Inputs, request: Request) -> tuple[BFloat16[Array, "B T N H"]
 
     def step(number: Int32[Array, ""], carried: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         out, top, total = carried
-        slots = number * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        nth = jnp.arange(page_size, dtype=jnp.int32)
+        slots = number * page_size + nth
         seen = visible(inputs, request, Side.of_slots(Axis.KV, slots))[:, :, None]  # [B, 1, 1, T, page_size]
-        entry = jax.lax.dynamic_index_in_dim(table, number, axis=1, keepdims=False)
+        entry = lax.dynamic_index_in_dim(table, number, axis=1, keepdims=False)
         place = jnp.where(entry < 0, pages.shape[0], entry)
-        page = pages.at[place].get(mode="fill", fill_value=float("nan"))  # [B, page_size, 2K, H]
+        # By slots: of whole pages XLA first copies the pool into another order, where that suits the products.
+        page = pages.at[place[:, None], nth[None]].get(mode="fill", fill_value=float("nan"))  # [B, page_size, 2K, H]
         reached = seen.any(axis=(1, 2, 3))[:, :, None, None]
         key, value = (jnp.where(reached, page[:, :, side::2], 0) for side in (0, 1))
         logits = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32) * request.scale
         if request.soft_cap is not None:
             logits = request.soft_cap * jnp.tanh(logits / request.soft_cap)
         logits = jnp.where(seen, logits, -jnp.inf)
-        # max() may drop NaN; a sum does not.
         higher = jnp.maximum(top, logits.max(axis=-1))
         base = jnp.where(higher == -jnp.inf, 0, higher)
         weights = jnp.where(seen, jnp.exp(logits - base[..., None]), 0)
         # What one query sees and another does not may be NaN, and 0 · NaN is NaN.
-        finite = jnp.where(jnp.isfinite(value), value, 0)
-        added = jnp.einsum("bkgts,bskh->bkgth", weights, finite, preferred_element_type=jnp.float32)
-        spoiled = jnp.einsum(
-            "bkgts,bskh->bkgth", jnp.broadcast_to(seen, weights.shape).astype(jnp.float32),
-            (~jnp.isfinite(value)).astype(jnp.float32),
-        )  # fmt: skip
-        added = jnp.where(spoiled > 0, jnp.nan, added)
+        finite = jnp.isfinite(value)
+        added = jnp.einsum(
+            "bkgts,bskh->bkgth", weights, jnp.where(finite, value, 0), preferred_element_type=jnp.float32
+        )
+        spoiled = jnp.einsum("bts,bskh->bkth", seen[:, 0, 0].astype(jnp.float32), (~finite).astype(jnp.float32))
+        added = jnp.where(spoiled[:, :, None] > 0, jnp.nan, added)
         shrunk = jnp.exp(top - base)
         return out * shrunk[..., None] + added, higher, total * shrunk + weights.sum(axis=-1)
 
@@ -51,7 +52,7 @@ def attend(inputs: Inputs, request: Request) -> tuple[BFloat16[Array, "B T N H"]
         jnp.full(shape, -jnp.inf, jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
-    out, top, total = jax.lax.fori_loop(0, table.shape[1], step, begin)
+    out, top, total = lax.fori_loop(0, table.shape[1], step, begin)
     divided = out / jnp.where(total == 0, 1, total)[..., None]
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
     by_query = divided.transpose(0, 3, 1, 2, 4).reshape(*inputs.query.shape)

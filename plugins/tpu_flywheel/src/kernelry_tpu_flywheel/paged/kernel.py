@@ -13,6 +13,7 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 
 from kernelry.errors import ConfigError
 from kernelry.plugin import Inputs, Kernel, Partial, Request, Tiling
+from kernelry_tpu_flywheel.lanes import LANES
 from kernelry_tpu_flywheel.paged import _vendor, by_pages, decode
 from kernelry_tpu_flywheel.paged.layout import has_query_lengths, is_causal, left_of, page_size_of
 from kernelry_tpu_flywheel.paged.rows import Rows
@@ -71,24 +72,25 @@ def _chunk(inputs: Inputs, rows: Rows, request: Request, tiling: Tiling) -> _Res
         lengths, table = _by_turns(lengths, jnp.zeros_like(lengths)), jnp.repeat(table, 2, axis=0)
     left = left_of(request)
     sizes = (tiling[name] for name in ("block_q", "block_kv", "block_q_compute", "block_kv_compute"))
-    out, lse = _vendor.flash_attn_varlen_func(
-        inputs.query.transpose(2, 0, 1, 3).reshape(heads, batch * q_len, width),
-        inputs.key.pages,
-        None,
-        starts,
-        None,
-        q_len,
-        table.shape[1] * page_size_of(request),
-        softmax_scale=request.scale,
-        causal=is_causal(request),
-        window_size=(-1 if left is None else left, -1),
-        softcap=request.soft_cap or 0.0,
-        return_softmax_lse=True,
-        interpret=request.is_interpreted,
-        block_sizes=tuple(sizes),
-        block_table=table,
-        seqused_k=lengths,
-    )
+    with _vendor.answering_for(request.target):
+        out, lse = _vendor.flash_attn_varlen_func(
+            inputs.query.transpose(2, 0, 1, 3).reshape(heads, batch * q_len, width),
+            inputs.key.pages,
+            None,
+            starts,
+            None,
+            q_len,
+            table.shape[1] * page_size_of(request),
+            softmax_scale=request.scale,
+            causal=is_causal(request),
+            window_size=(-1 if left is None else left, -1),
+            softcap=request.soft_cap or 0.0,
+            return_softmax_lse=True,
+            interpret=request.is_interpreted,
+            block_sizes=tuple(sizes),
+            block_table=table,
+            seqused_k=lengths,
+        )
     by_row = out.reshape(heads, batch, q_len, width).transpose(1, 2, 0, 3)
     return by_row, lse.reshape(heads, batch, q_len).swapaxes(0, 1)
 
@@ -98,14 +100,19 @@ def _by_turns(first: Int32[Array, " B"], second: Int32[Array, " B"]) -> Int32[Ar
 
 
 def _check(request: Request, tiling: Tiling) -> None:
-    """Raises ConfigError where a block of a tiling is not of whole pages, or of whole steps."""
+    """Raises ConfigError where a block is not of whole pages, or not of whole multiplications."""
     page_size = page_size_of(request)
     if tiling["block_kv"] % page_size:
         raise ConfigError(
             f"tiling: block_kv={tiling['block_kv']} of flywheel_paged is not a multiple of page_size={page_size}"
         )
-    if tiling["block_kv"] % tiling["block_kv_compute"] or tiling["block_kv_compute"] % 128:
+    if tiling["block_kv"] % tiling["block_kv_compute"] or tiling["block_kv_compute"] % LANES:
         raise ConfigError(
-            f"tiling: block_kv_compute={tiling['block_kv_compute']} of flywheel_paged must be a multiple of 128 that "
-            f"divides block_kv={tiling['block_kv']}"
+            f"tiling: block_kv_compute={tiling['block_kv_compute']} of flywheel_paged must be a multiple of {LANES} "
+            f"that divides block_kv={tiling['block_kv']}"
+        )
+    if request.q_len > 1 and (tiling["block_q"] % LANES or tiling["block_q"] % (2 * tiling["block_q_compute"])):
+        raise ConfigError(
+            f"tiling: block_q={tiling['block_q']} of flywheel_paged must be a multiple of {LANES} and of twice "
+            f"block_q_compute={tiling['block_q_compute']}"
         )

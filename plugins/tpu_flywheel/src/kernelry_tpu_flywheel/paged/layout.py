@@ -112,7 +112,7 @@ def vector_bytes(request: Request, tiling: Tiling) -> int:
 
 
 def _bytes_of_chunk(request: Request, tiling: Tiling) -> int:
-    """Blocks of queries, results, keys and values; sums of rows; what one multiplication leaves: five numbers a pair."""
+    """Blocks of queries, results, keys and values; sums of rows; five numbers a pair of one multiplication."""
     width, slots = round_up(request.head_dim, LANES), tiling["block_kv"]
     rows = request.groups * tiling["block_q"]
     blocks = 2 * STAGES * rows * width * 2 + (STAGES * 2 + 2) * slots * width * 2

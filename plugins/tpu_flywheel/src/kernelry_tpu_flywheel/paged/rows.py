@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Bool, Int32
 
-from kernelry.plugin import Inputs, PagedArray, Request, Side, Tiling, pytree, round_up
+from kernelry.plugin import Inputs, Request, Side, Tiling, pytree, round_up
 from kernelry_tpu_flywheel.paged.layout import (
     TILE,
     has_query_lengths,
@@ -49,11 +49,11 @@ class Rows:
         """Reads the mask and the table, and looks at the slots that are copied although no query sees them."""
         keys, page_size = inputs.key, page_size_of(request)
         seen = visible(inputs, request, Side.kv(request.kv_len))[:, 0]
-        slots = jnp.arange(request.kv_len, dtype=jnp.int32)
+        slots = jnp.arange(request.kv_len, dtype=jnp.int32)[None, None]
         end = jnp.where(seen, slots + 1, 0).max(axis=2)
         first = jnp.minimum(jnp.where(seen, slots, request.kv_len).min(axis=2), end)
         nothing = end == 0
-        nth = jnp.arange(request.q_len, dtype=jnp.int32)
+        nth = jnp.arange(request.q_len, dtype=jnp.int32)[None]
         queries = jnp.full(request.batch, request.q_len, jnp.int32)
         if has_query_lengths(request):
             queries = jnp.where(nothing, 0, nth + 1).max(axis=1)
@@ -64,7 +64,7 @@ class Rows:
         alike = (end == meant_end) & (nothing | (first == meant_first))
         alike &= seen.sum(axis=2) == end - first
         exists = (keys.table >= 0) & (keys.table < keys.pages.shape[0])
-        page = jnp.arange(keys.table.shape[1], dtype=jnp.int32) * page_size
+        page = jnp.arange(keys.table.shape[1], dtype=jnp.int32)[None, None] * page_size
         reached = (page < end[:, :, None]) & (page + page_size > first[:, :, None])
         absent = (reached & ~exists[:, None]).any(axis=2)
         first_page = first_slot // page_size
@@ -114,7 +114,7 @@ def _from_page(
     """The table from the first page that a row sees, as long as whole blocks are."""
     unit = tiling["block_kv"] // page_size_of(request)
     if left_of(request) is not None:
-        places = first_page[:, None] + jnp.arange(pages_seen(request), dtype=jnp.int32)
+        places = first_page[:, None] + jnp.arange(pages_seen(request), dtype=jnp.int32)[None]
         table = jnp.take_along_axis(table, jnp.minimum(places, table.shape[1] - 1), axis=1)
     more = round_up(table.shape[1], unit) - table.shape[1]
     return jnp.pad(table, ((0, 0), (0, more))) if more else table
@@ -127,18 +127,20 @@ def _copied_is_finite(
     ends: Int32[Array, " B"],
     request: Request,
 ) -> Bool[Array, ""]:
-    """Whether values that the kernels copy, and multiply by 0, are finite: the slots of the last tile of each row, and
-    those of its first page before a window.
+    """Whether values that the kernels copy, and multiply by 0, are finite.
+
+    They are in the last tile of each row, and in its first page before a window.
     """
     page_size = page_size_of(request)
-    nth = jnp.arange(TILE, dtype=jnp.int32)
+    nth = jnp.arange(TILE, dtype=jnp.int32)[None]
     last = jnp.maximum(ends - 1, 0) // TILE * TILE
     slots = last[:, None] + nth
     tile = pages[_page_at(table, last // page_size)[:, None], slots % page_size]
     fine = (jnp.isfinite(tile[:, :, 1::2]).all(axis=(2, 3)) | (slots < ends[:, None])).all(axis=1)
     if left_of(request) is not None:
-        page = pages[_page_at(table, first_slot // page_size)]
-        before = jnp.arange(page_size, dtype=jnp.int32) < (first_slot % page_size)[:, None]
+        nth = jnp.arange(page_size, dtype=jnp.int32)[None]
+        page = pages[_page_at(table, first_slot // page_size)[:, None], nth]
+        before = nth < (first_slot % page_size)[:, None]
         fine &= (jnp.isfinite(page[:, :, 1::2]).all(axis=(2, 3)) | ~before).all(axis=1)
     return (fine | (ends == 0)).all()
 

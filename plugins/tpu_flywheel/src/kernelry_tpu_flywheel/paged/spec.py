@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernelry.plugin import (
-    Atom,
     AtomKind,
     Capabilities,
     Dims,
@@ -36,9 +35,7 @@ from kernelry_tpu_flywheel.paged.layout import (
 )
 
 _INTERLEAVED = "interleaved"
-_REMEDY = "PagedCache.create(layout='interleaved')"
-
-_DECODE_WIDTHS = (64, 128, 256)
+_REMEDY = "keep them so from the start, as PagedCache.create(layout='interleaved') does"
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -47,15 +44,15 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
 
 def _why_not(request: Request) -> Iterator[Refusal]:
     if request.kv_layout != _INTERLEAVED:
-        # Core refuses it as well, without saying which cache has them.
-        yield Refusal(RefusalCode.KV_LAYOUT, f"kv_layout={request.kv_layout} is not {_INTERLEAVED}", _REMEDY)
+        # Core says so, too; this says what to do.
+        detail = f"it reads one pool in which a key head and its value alternate, and kv_layout={request.kv_layout}"
+        yield Refusal(RefusalCode.KV_LAYOUT, detail, _REMEDY)
         return
     yield from _mask(request)
-    width = request.head_dim
-    if request.q_len == 1 and width not in _DECODE_WIDTHS:
-        yield Refusal(RefusalCode.HEAD_DIM, f"head_dim={width} is not 64, 128 or 256, with q_len=1")
-    if request.q_len > 1 and width % LANES:
-        yield Refusal(RefusalCode.HEAD_DIM, f"head_dim={width} is not a multiple of {LANES}, with q_len={request.q_len}")
+    if request.kv_heads > 2 and request.kv_heads % 4:
+        # XLA puts the slots before the heads then, and a kernel that needs another order has the pool copied.
+        detail = f"kv_heads={request.kv_heads} is not 1, 2 or a multiple of 4, and a TPU orders such pages otherwise"
+        yield Refusal(RefusalCode.HEAD_GROUPS, detail, "kernel='ragged' reads such pages, separate ones")
     assert request.page_size is not None
     if request.page_size % LANES:
         detail = f"page_size={request.page_size} is not a multiple of {LANES}"
@@ -114,7 +111,7 @@ FLYWHEEL_PAGED = KernelSpec(
         interpret=True,
         modes=frozenset({Mode.DECODE, Mode.PREFILL}),
         dtypes=frozenset({"bfloat16"}),
-        head_dims=Dims(minimum=64, maximum=256, multiple_of=64),
+        head_dims=Dims(minimum=LANES, maximum=2 * LANES, multiple_of=LANES),
         grouped_heads=True,
         unequal_lengths=True,
         atoms=frozenset({AtomKind.LENGTHS, AtomKind.CAUSAL, AtomKind.WINDOW}),
