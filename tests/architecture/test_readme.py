@@ -90,6 +90,11 @@ for found in answer:
 assert len({*np.ravel(answer).tolist()} - {0}) > 3, answer
 assert out.shape == (2, 1, 8, 64), out.shape
 assert token.tolist() == [0, 0] and bool(cache.overflowed) and cache.lengths.tolist() == [16, 16]
+
+every = np.concatenate([latent, new], axis=1)
+expected = reference_attention(absorbed, every, every[..., :LATENT], scale=(128 + ROTARY) ** -0.5, mask=masks.Full())
+np.testing.assert_allclose(seen, expected.out, atol=2e-5)
+assert mla.lengths.tolist() == [21, 21]
 """,
 }
 """What holds after the blocks of a page; a page without an entry only has to run."""

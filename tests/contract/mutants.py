@@ -1356,3 +1356,33 @@ class TruncatesNegativePositions(OtherMasks):
             return jnp.sign(side.positions) * (jnp.abs(side.positions) // mask.size)
 
         return And((Instead(lambda query, kv: chunk(kv) == chunk(query)), Band(None, 0)))
+
+
+@lie("value_in_key")
+class ReadsTheValueFromTheLastColumns(Honest):
+    def columns(self, key, width):
+        return key[..., key.shape[3] - width :]
+
+
+@lie("value_in_key")
+class ReadsTheValueOneColumnOn(Honest):
+    def columns(self, key, width):
+        return jnp.roll(key, -1, axis=3)[..., :width]
+
+
+@lie("interleaved")
+class TakesInterleavedPagesForHalves(Honest):
+    def alternating(self, both):
+        return jnp.split(both, 2, axis=2)
+
+
+@lie("interleaved")
+class ReadsTheValueBeforeTheKey(Honest):
+    def alternating(self, both):
+        return both[:, :, 1::2], both[:, :, 0::2]
+
+
+@lie("value_in_key, lse", backward=True)
+class ForgetsTheShareOfTheValues(HonestBackward):
+    def both_shares(self, d_key, d_value):
+        return d_key

@@ -23,8 +23,9 @@ from kernelry.plugin import (
     Side,
     Statistic,
     Tolerance,
+    ValueInKey,
 )
-from kernelry.storage import QUANTIZATIONS
+from kernelry.storage import KV_LAYOUTS, QUANTIZATIONS
 
 _TOLERANCES = (
     Tolerance("float32", 2e-6, 2e-5, "float32 products and sums"),
@@ -70,8 +71,19 @@ class Honest(Kernel):
         )
 
     def read(self, inputs):
-        key, value = (self.gathered(array) for array in (inputs.key, inputs.value))
-        return dataclasses.replace(inputs, key=self.scaled(key), value=self.scaled(value))
+        key = self.scaled(self.gathered(inputs.key))
+        if isinstance(inputs.value, ValueInKey):
+            alternate = isinstance(inputs.key, PagedArray) and inputs.key.interleaved
+            key, value = self.alternating(key) if alternate else (key, self.columns(key, inputs.value.width))
+        else:
+            value = self.scaled(self.gathered(inputs.value))
+        return dataclasses.replace(inputs, key=key, value=value)
+
+    def alternating(self, both):
+        return both[:, :, 0::2], both[:, :, 1::2]
+
+    def columns(self, key, width):
+        return key[..., :width]
 
     def gathered(self, array):
         if not isinstance(array, PagedArray):
@@ -187,18 +199,21 @@ class HonestBackward(Honest):
 
     def backward(self, inputs, request, tiling, out, lse, d_out, d_lse):
         with jax.named_scope(f"contract.{self.name}"):
-            inputs = self.read(inputs)
+            held, inputs = inputs.value, self.read(inputs)
             visible = jnp.broadcast_to(self.visible(inputs, request), self.pairs(request))
             query, key, value = self.cleaned(inputs, visible, request)
             key, value = self.expanded(key, request), self.expanded(value, request)
             weights = jnp.where(visible, jnp.exp(self.logits(query, key, request) - lse[..., None]), 0)
             d_weights = jnp.einsum("BTND,BSND->BNTS", d_out.astype(jnp.float32), value)
             d_logits = weights * (d_weights - self.delta(out, d_out, d_lse)[..., None]) * request.scale
-            return Gradients(
-                jnp.einsum("BNTS,BSNH->BTNH", d_logits, key),
-                self.d_key(self.summed(jnp.einsum("BNTS,BTNH->BSNH", d_logits, query), request)),
-                self.summed(jnp.einsum("BNTS,BTND->BSND", weights, d_out.astype(jnp.float32)), request),
-            )
+            d_key = self.d_key(self.summed(jnp.einsum("BNTS,BTNH->BSNH", d_logits, query), request))
+            d_value = self.summed(jnp.einsum("BNTS,BTND->BSND", weights, d_out.astype(jnp.float32)), request)
+            if isinstance(held, ValueInKey):
+                d_key = self.both_shares(d_key, d_value)
+            return Gradients(jnp.einsum("BNTS,BSNH->BTNH", d_logits, key), d_key, d_value)
+
+    def both_shares(self, d_key, d_value):
+        return d_key.at[..., : d_value.shape[3]].add(d_value)
 
     def delta(self, out, d_out, d_lse):
         delta = jnp.einsum("BTND,BTND->BNT", out.astype(jnp.float32), d_out.astype(jnp.float32))
@@ -233,6 +248,7 @@ ALL = Capabilities(
     clean_hidden_slots=True,
     kv_quantizations=QUANTIZATIONS,
     pages=True,
+    kv_layouts=frozenset(KV_LAYOUTS),
     tolerances=_TOLERANCES,
 )
 

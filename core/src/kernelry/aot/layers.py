@@ -207,7 +207,7 @@ def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> t
     def of_keys(keys: Any) -> Any:
         if isinstance(keys, PagedArray):  # pages may be anywhere, so only heads are cut
             pages = jax.tree.map(functools.partial(placed, "PLNH"), keys.pages)
-            return PagedArray(pages, placed("PL", keys.table))  # type: ignore[arg-type]
+            return PagedArray(pages, placed("PL", keys.table), keys.interleaved)  # type: ignore[arg-type]
         return jax.tree.map(functools.partial(placed, "BSNH"), keys)
 
     query, key, value, sinks, bias, leaves = arguments
@@ -224,7 +224,7 @@ def program_of(call: PhaseCall) -> Callable[..., Any]:
     options = CallOptions(**{field.name: getattr(request, field.name) for field in dataclasses.fields(CallOptions)})
 
     def attend(query: Any, key: Any, value: Any, sinks: Any, bias: Any, leaves: Any) -> Any:
-        if isinstance(key, PagedArray):
+        if isinstance(key, PagedArray) and isinstance(value, PagedArray):
             value = PagedArray(value.pages, key.table)  # as arguments they would be two tables
         return attention_with_options(
             query,

@@ -74,14 +74,15 @@ class KVCache(Protocol):
     def append(
         self,
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K D"],
+        value: Float[Array, "B T K D"] | None,
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Self:
         """Writes the next tokens of every row.
 
         Args:
-          key, value: T tokens per row, stored in the cache's dtype.
+          key, value: T tokens per row, stored in the cache's dtype; the value is None for a PagedCache whose values
+            are in its keys.
           lengths: [B], how many of the T are tokens, counted from the first; None means all. Under jit, numbers
             outside [0, T] are clipped.
 
@@ -119,7 +120,7 @@ class KVCache(Protocol):
         self,
         query: Float[Array, "B T N H"],
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K D"],
+        value: Float[Array, "B T K D"] | None,
         **options: Unpack[AttendOptions],
     ) -> tuple[Any, Self]:
         """One step: appends the tokens and attends from them.

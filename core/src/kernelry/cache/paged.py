@@ -24,10 +24,10 @@ from kernelry.cache.paged_table import (
 )
 from kernelry.cache.paged_view import PagedView
 from kernelry.cache.parts import CachePart
-from kernelry.cache.slots import check_sizes, empty, is_known
+from kernelry.cache.slots import check_layout, check_sizes, empty, is_known
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.masks import Mask
-from kernelry.storage import Quantization
+from kernelry.storage import INTERLEAVED, SEPARATE, PagedArray, Quantization, ValueInKey
 from kernelry.storage.quantized import Stored
 
 
@@ -52,13 +52,20 @@ class PagedCache(KVCache):
     `write` and `attend`; a cache of one layer has `append` and `decode`, which do both. After an overflow under jit,
     `allocate` and `write` do nothing: the cache stays as it was before the step that failed.
 
+    With `layout="value_in_key"` the values are the first D columns of the keys, as in absorbed multi-head latent
+    attention, and tokens are written as `append(key, None)`. With `layout="interleaved"` pages hold each key head and
+    its value one after the other, which some kernels read in one piece. Either way there are no other values.
+
     Args:
-      keys, values: one entry per layer, [P, page_size, K, H] and [P, page_size, K, D], arrays or QuantizedArrays.
+      keys, values: one entry per layer, [P, page_size, K, H] and [P, page_size, K, D], arrays or QuantizedArrays; in
+        another layout than `separate` there are no values, and interleaved keys are arrays [P, page_size, 2·K, H].
       table: int32 [R, M]; −1 where there is no page.
       lengths: int32 [R], the number of tokens in each row.
       references: int32 [P], how many entries of the table point to each page; 0 means free.
       overflowed: a boolean, whether tokens did not fit.
       max_length: the largest number of tokens in a row.
+      layout: how keys and values are stored relative to each other.
+      value_width: D, where values are stored with the keys; else None.
     """
 
     __repr__ = short_repr
@@ -71,6 +78,8 @@ class PagedCache(KVCache):
     references: Int[Array, " P"]
     overflowed: Bool[Array, ""] = dataclasses.field()
     max_length: int
+    layout: str = SEPARATE
+    value_width: int | None = None
 
     @classmethod
     def create(
@@ -86,6 +95,7 @@ class PagedCache(KVCache):
         layers: int = 1,
         dtype: Any = jnp.bfloat16,
         storage: str | Quantization | None = None,
+        layout: str = SEPARATE,
     ) -> Self:
         """Makes an empty cache.
 
@@ -95,9 +105,11 @@ class PagedCache(KVCache):
           kv_heads, head_dim, value_dim: K, H and D; `value_dim=None` means H.
           dtype: the dtype of the pages if they are not quantised.
           storage: how they are quantised, e.g. `int8`; None means not at all.
+          layout: `separate`; `value_in_key`, with D ≤ H; or `interleaved`, with D = H and without `storage`.
 
         Raises:
-          ArgumentError: a size is not a positive integer, or the storage is unknown.
+          ArgumentError: a size is not a positive integer, the storage or the layout is unknown, or they do not go
+            together.
         """
         width = head_dim if value_dim is None else value_dim
         check_sizes(
@@ -111,21 +123,31 @@ class PagedCache(KVCache):
             value_dim=width,
             layers=layers,
         )
-        heads = (pages, page_size, kv_heads)
+        check_layout("PagedCache", layout, head_dim, width, storage)
+        slots, rows_of_heads = (pages, page_size), 2 * kv_heads if layout == INTERLEAVED else kv_heads
+        apart = layers if layout == SEPARATE else 0
         return cls(
-            keys=tuple(empty((*heads, head_dim), dtype, storage) for _ in range(layers)),
-            values=tuple(empty((*heads, width), dtype, storage) for _ in range(layers)),
+            keys=tuple(empty((*slots, rows_of_heads, head_dim), dtype, storage) for _ in range(layers)),
+            values=tuple(empty((*slots, kv_heads, width), dtype, storage) for _ in range(apart)),
             table=jnp.full((rows, math.ceil(max_length / page_size)), -1, jnp.int32),
             lengths=jnp.zeros(rows, jnp.int32),
             references=jnp.zeros(pages, jnp.int32),
             overflowed=jnp.zeros((), bool),
             max_length=int(max_length),
+            layout=layout,
+            value_width=None if layout == SEPARATE else int(width),
         )
 
     @property
     def page_size(self) -> int:
         """The slots of a page."""
         return self.keys[0].shape[1]
+
+    def of_layer(self, layer: int, table: Int[Array, "B M"]) -> tuple[PagedArray, PagedArray | ValueInKey]:
+        """The keys and values of one layer in the pages of a table, as `kernelry.attention` takes them."""
+        if self.value_width is None:
+            return PagedArray(self.keys[layer], table), PagedArray(self.values[layer], table)
+        return PagedArray(self.keys[layer], table, self.layout == INTERLEAVED), ValueInKey(self.value_width)
 
     @property
     def free_pages(self) -> Int[Array, ""]:
@@ -164,7 +186,7 @@ class PagedCache(KVCache):
         self,
         layer: int,
         key: Float[Array, "R T K H"],
-        value: Float[Array, "R T K D"],
+        value: Float[Array, "R T K D"] | None,
         *,
         lengths: Int[Array, " R"] | None = None,
     ) -> Self:
@@ -175,7 +197,7 @@ class PagedCache(KVCache):
     def append(
         self,
         key: Float[Array, "R T K H"],
-        value: Float[Array, "R T K D"],
+        value: Float[Array, "R T K D"] | None,
         *,
         lengths: Int[Array, " R"] | None = None,
     ) -> Self:
@@ -185,7 +207,7 @@ class PagedCache(KVCache):
     def prefill(
         self,
         key: Float[Array, "R T K H"],
-        value: Float[Array, "R T K D"],
+        value: Float[Array, "R T K D"] | None,
         *,
         lengths: Int[Array, " R"] | None = None,
     ) -> Self:

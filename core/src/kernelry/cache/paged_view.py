@@ -15,10 +15,10 @@ from kernelry.cache.base import AttendOptions, KVCache
 from kernelry.cache.paged_table import rows_of
 from kernelry.cache.parts import CachePart
 from kernelry.cache.prefix import SharedPrefix
-from kernelry.cache.slots import check_tokens, is_known, token_counts, write
+from kernelry.cache.slots import check_keys_alone, check_tokens, interleaved, is_known, token_counts, write
 from kernelry.errors import ArgumentError
 from kernelry.masks import Mask
-from kernelry.storage import PagedArray
+from kernelry.storage import INTERLEAVED, VALUE_IN_KEY, ValueInKey
 from kernelry.storage.quantized import Stored
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class PagedView(KVCache):
     def append(
         self,
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K D"],
+        value: Float[Array, "B T K D"] | None,
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Self:
@@ -84,14 +84,14 @@ class PagedView(KVCache):
     def write(
         self,
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K D"],
+        value: Float[Array, "B T K D"] | None,
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Self:
         """Writes the last tokens of each row, which `allocate` has made room for.
 
         Args:
-          key, value: T tokens per row.
+          key, value: T tokens per row; the value is None where the cache has `layout="value_in_key"`.
           lengths: [B], how many of the T are tokens, counted from the first; None means all.
 
         Raises:
@@ -118,14 +118,16 @@ class PagedView(KVCache):
             written = write(layers[self.layer], new, pages, places % size, kept)
             return (*layers[: self.layer], written, *layers[self.layer + 1 :])
 
-        keys, values = put(self.cache.keys, key), put(self.cache.values, value)
+        if self.cache.layout == INTERLEAVED:
+            key = interleaved(key, value)
+        keys = put(self.cache.keys, key)
+        values = put(self.cache.values, value) if self.cache.values else ()
         return dataclasses.replace(
             self, cache=dataclasses.replace(self.cache, keys=keys, values=values, overflowed=overflowed)
         )
 
     def parts(self, base: Mask, q_len: int) -> tuple[CachePart, ...]:
-        table = self.table  # one array, shared by key and value
-        key, value = (PagedArray(stored[self.layer], table) for stored in (self.cache.keys, self.cache.values))
+        key, value = self.cache.of_layer(self.layer, self.table)
         return (CachePart(key=key, value=value, lengths=self.lengths),)
 
     def attend(self, query: Float[Array, "B T N H"], **options: Unpack[AttendOptions]) -> Any:
@@ -146,9 +148,12 @@ class PagedView(KVCache):
     def _beginning(self) -> SharedPrefix:
         """The shared pages of the first row that is not empty."""
         first = jnp.argmax(self.lengths > 0)
-        table = self.table[first][None, : self.shared_pages]
-        key, value = (PagedArray(stored[self.layer], table) for stored in (self.cache.keys, self.cache.values))
-        return SharedPrefix(*jax.tree.map(lambda array: array[0], (key.gather(), value.gather())))
+        key, value = self.cache.of_layer(self.layer, self.table[first][None, : self.shared_pages])
+        if not isinstance(value, ValueInKey):
+            pair: tuple[Any, Any] = key.gather(), value.gather()
+        else:
+            pair = key.gather_pair() if key.interleaved else (key.gather(), value)
+        return SharedPrefix(*jax.tree.map(lambda array: array[0], pair))
 
     def _rest(self, counts: Int[Array, " B"]) -> PagedCache:
         """The tokens of each row after the shared pages, as a separate cache that is only read."""
@@ -166,8 +171,8 @@ class PagedView(KVCache):
             )
         return dataclasses.replace(
             self.cache,
-            keys=(self.cache.keys[self.layer],),
-            values=(self.cache.values[self.layer],),
+            keys=self.cache.keys[self.layer :][:1],
+            values=self.cache.values[self.layer :][:1],
             table=table[:, shared:],
             lengths=jnp.maximum(lengths - tokens, 0),
             overflowed=self.overflowed | wrong.any(),
@@ -178,6 +183,12 @@ class PagedView(KVCache):
 
     def counts(self, key: Any, value: Any, lengths: Any) -> Int[Array, " B"]:
         """Checks tokens for the rows, and returns their number in each."""
-        batch = self.lengths.shape[0]
-        check_tokens(key, value, (self.cache.keys[self.layer], self.cache.values[self.layer]), batch)
+        batch, cache = self.lengths.shape[0], self.cache
+        heads, head_dim = cache.keys[self.layer].shape[-2:]
+        if cache.layout == VALUE_IN_KEY:
+            check_keys_alone(key, value, (heads, head_dim), batch)
+        elif cache.layout == INTERLEAVED:
+            check_tokens(key, value, ((heads // 2, head_dim),) * 2, batch)
+        else:
+            check_tokens(key, value, ((heads, head_dim), cache.values[self.layer].shape[-2:]), batch)
         return token_counts(lengths, batch, key.shape[1])

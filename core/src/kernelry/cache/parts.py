@@ -17,7 +17,7 @@ from kernelry.kernel.spec import AUTO
 from kernelry.masks import Causal, Full, Lengths, Mask
 from kernelry.masks.composition import At, children, walk
 from kernelry.policy.scope import current_scope
-from kernelry.request.arguments import CallOptions, Keys
+from kernelry.request.arguments import CallOptions, Keys, Values
 from kernelry.request.request import Operand, operands_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class CachePart:
     """Disjoint keys of a cache, and where they are.
 
     Args:
-      key, value: [B, S, K, H] and [B, S, K, D], however they are stored.
+      key, value: [B, S, K, H] and [B, S, K, D], however they are stored, together or apart.
       lengths: [B], the slots of each row that hold tokens; None where all do.
       offset: the position of slot 0 of each row, a number or [B].
       positions: [B, S], the position of each slot, in place of `offset`.
@@ -38,7 +38,7 @@ class CachePart:
     """
 
     key: Keys
-    value: Keys
+    value: Values
     lengths: jax.Array | None = None
     offset: int | jax.Array = 0
     positions: jax.Array | None = None
@@ -65,7 +65,7 @@ class MaskedPart:
     """Disjoint keys with their values, what the queries see of them, and the bias on their logits."""
 
     key: Keys
-    value: Keys
+    value: Values
     mask: Mask
     bias: jax.Array | None = None
 

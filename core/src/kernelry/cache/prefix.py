@@ -16,6 +16,7 @@ from kernelry.masks import Mask
 from kernelry.masks.composition import At, walk
 from kernelry.policy.scope import current_scope, use
 from kernelry.request.arguments import CallOptions
+from kernelry.storage import ValueInKey
 from kernelry.storage.quantized import Stored
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class SharedPrefix:
     has all of them, for the queries of its own rows; one that cuts slots alone cuts them, too, and P must divide.
 
     Args:
-      key, value: [P, K, H] and [P, K, D], arrays or QuantizedArrays.
+      key, value: [P, K, H] and [P, K, D], arrays or QuantizedArrays; the value may be a ValueInKey.
 
     Raises:
       ShapeError: a rank is not 3, or the lengths differ.
@@ -42,16 +43,16 @@ class SharedPrefix:
     __repr__ = short_repr
 
     key: Stored
-    value: Stored
+    value: Stored | ValueInKey
 
     def __post_init__(self) -> None:
-        for name, array in (("key", self.key), ("value", self.value)):
+        key, value = self.key, self.key if isinstance(self.value, ValueInKey) else self.value
+        for name, array in (("key", key), ("value", value)):
             if not hasattr(array, "ndim"):
                 raise ShapeError(f"SharedPrefix: {name} must be an array [P, K, …], got {type(array).__name__}.")
-        if self.key.ndim != 3 or self.value.ndim != 3 or self.key.shape[0] != self.value.shape[0]:
+        if key.ndim != 3 or value.ndim != 3 or key.shape[0] != value.shape[0]:
             raise ShapeError(
-                f"SharedPrefix: key and value must be [P, K, H] and [P, K, D], got {self.key.shape} and "
-                f"{self.value.shape}."
+                f"SharedPrefix: key and value must be [P, K, H] and [P, K, D], got {key.shape} and {value.shape}."
             )
 
     @property

@@ -220,7 +220,7 @@ class RollingCache(KVCache):
 
     def _counts(self, key: Any, value: Any, lengths: Any) -> jax.Array:
         """Checks tokens, and returns their number in each row."""
-        check_tokens(key, value, (self.key, self.value), self.lengths.shape[0])
+        check_tokens(key, value, (self.key.shape[-2:], self.value.shape[-2:]), self.lengths.shape[0])
         return counts_like(self.lengths, lengths, known_length("key", key))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kernelry.errors import ArgumentError, ShapeError
+from kernelry.errors import ArgumentError, ShapeError, nearest
 from kernelry.policy.scope import current_scope
-from kernelry.storage import Quantization, QuantizedArray
+from kernelry.storage import INTERLEAVED, KV_LAYOUTS, VALUE_IN_KEY, Quantization, QuantizedArray
 from kernelry.storage.quantized import Stored
 
 
@@ -188,6 +188,35 @@ def check_sizes(name: str, **sizes: Any) -> None:
             raise ArgumentError(f"{name}: {what} must be an integer ≥ 1, got {size!r}.")
 
 
+def check_layout(name: str, layout: Any, head_dim: int, value_dim: int, storage: Any) -> None:
+    """Checks how a new cache is to store keys and values relative to each other.
+
+    Raises:
+      ArgumentError: the layout is unknown, or does not go with the sizes or the storage.
+    """
+    if layout not in KV_LAYOUTS:
+        raise ArgumentError(f"{name}: unknown layout {layout!r}{nearest(str(layout), KV_LAYOUTS)}")
+    if layout == VALUE_IN_KEY and value_dim > head_dim:
+        raise ArgumentError(
+            f"{name}: with layout={layout!r} values are the first columns of the keys, so value_dim={value_dim} must "
+            f"not be larger than head_dim={head_dim}."
+        )
+    if layout == INTERLEAVED and value_dim != head_dim:
+        raise ArgumentError(
+            f"{name}: layout={layout!r} needs value_dim = head_dim={head_dim}, got {value_dim}; use 'separate'."
+        )
+    if layout == INTERLEAVED and storage is not None:
+        raise ArgumentError(
+            f"{name}: with layout={layout!r} pages are not quantised, got storage={str(storage)!r}; use 'separate'."
+        )
+
+
+def interleaved(key: jax.Array, value: jax.Array) -> jax.Array:
+    """Keys and values [B, T, K, H] as interleaved pages hold them, [B, T, 2·K, H]."""
+    pairs = jnp.stack([key, value], axis=3)
+    return pairs.reshape(*key.shape[:2], -1, key.shape[3])
+
+
 def bytes_of(tree: Any) -> int:
     """The bytes of all arrays in a tree, with small integers packed."""
     return sum(-(-leaf.size * _bits(leaf.dtype) // 8) for leaf in jax.tree.leaves(tree))
@@ -199,23 +228,39 @@ def _bits(dtype: np.dtype) -> int:
     return int(jnp.iinfo(dtype).bits)  # type: ignore[no-untyped-call]
 
 
-def check_tokens(key: Any, value: Any, like: tuple[Stored, Stored], batch: int) -> None:
-    """Checks tokens to be written against a cache of [B, S, K, H] and [B, S, K, D].
+def check_tokens(key: Any, value: Any, wanted: tuple[Sequence[int], Sequence[int]], batch: int) -> None:
+    """Checks tokens to be written into a cache; `wanted` are (K, H) and (K, D).
 
     Raises:
       ShapeError: they do not fit.
     """
-    for name, array, own in (("key", key, like[0]), ("value", value, like[1])):
-        if not isinstance(array, jax.Array | np.ndarray) or not jnp.issubdtype(array.dtype, jnp.floating):
-            found = getattr(array, "dtype", type(array).__name__)
-            raise ShapeError(f"{name} must be a floating array [B, T, …], got {found}.")
-        wanted = tuple(own.shape[-2:])
-        if array.ndim != 4 or array.shape[0] != batch or tuple(array.shape[2:]) != wanted:
-            raise ShapeError(
-                f"{name} must be [B, T, {wanted[0]}, {wanted[1]}] with B={batch}, got shape {array.shape}."
-            )
+    for name, array, own in (("key", key, wanted[0]), ("value", value, wanted[1])):
+        _check_token_array(name, array, own, batch)
     if key.shape[1] != value.shape[1]:
         raise ShapeError(f"key has T={key.shape[1]} tokens and value {value.shape[1]}.")
+
+
+def check_keys_alone(key: Any, value: Any, wanted: Sequence[int], batch: int) -> None:
+    """Checks tokens to be written into a cache whose values are in the keys; `wanted` is (K, H).
+
+    Raises:
+      ShapeError: they do not fit, or there is a value.
+    """
+    _check_token_array("key", key, wanted, batch)
+    if value is not None:
+        found = getattr(value, "shape", type(value).__name__)
+        raise ShapeError(
+            f"value must be None: the cache has layout={VALUE_IN_KEY!r}, so values are the first columns of the keys, "
+            f"got {found}."
+        )
+
+
+def _check_token_array(name: str, array: Any, wanted: Sequence[int], batch: int) -> None:
+    if not isinstance(array, jax.Array | np.ndarray) or not jnp.issubdtype(array.dtype, jnp.floating):
+        found = getattr(array, "dtype", type(array).__name__)
+        raise ShapeError(f"{name} must be a floating array [B, T, …], got {found}.")
+    if array.ndim != 4 or array.shape[0] != batch or tuple(array.shape[2:]) != tuple(wanted):
+        raise ShapeError(f"{name} must be [B, T, {wanted[0]}, {wanted[1]}] with B={batch}, got shape {array.shape}.")
 
 
 def is_known(array: jax.Array | np.ndarray) -> bool:

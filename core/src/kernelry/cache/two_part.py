@@ -220,7 +220,7 @@ class TwoPartCache(KVCache):
     def _counts(self, key: Any, value: Any, lengths: Any, part: str) -> jax.Array:
         """Checks tokens for one part, and returns their number in each row."""
         batch = self.prefill_lengths.shape[0]
-        check_tokens(key, value, (self.prefill_key, self.prefill_value), batch)
+        check_tokens(key, value, (self.prefill_key.shape[-2:], self.prefill_value.shape[-2:]), batch)
         tokens, slots = known_length("key", key), self._slots(part)
         if lengths is None and tokens > slots:  # known under jit, too
             raise CacheFullError(

@@ -27,6 +27,7 @@ from kernelry.request.request import Mode, Request
 from kernelry.request.target import Target, home_target
 from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.resolver import explain as explain_request
+from kernelry.storage import SEPARATE
 
 
 def _usable_cap(soft_cap: float | None) -> float | None:
@@ -70,6 +71,13 @@ class RequestOptions:
     page_size: Annotated[
         int | None, typer.Option(min=1, max=LARGEST_SIZE, help="slots of a page, for paged keys and values.")
     ] = None
+    kv_layout: Annotated[
+        str,
+        typer.Option(
+            help="how keys and values are stored: separate, value_in_key (values are the first columns of the keys) or "
+            "interleaved (in pages)."
+        ),
+    ] = SEPARATE
     context_parallel: Annotated[
         str | None, typer.Option(help="what a kernel does across devices itself, e.g. ring:context:4.")
     ] = None
@@ -114,7 +122,7 @@ class RequestOptions:
             batch=self.batch,
             **self.heads_for(config),  # type: ignore[arg-type]
             dtype=_dtype(self.dtype),
-            cache=CacheShape(paged, self.page_size, self.kv_quantization),
+            cache=CacheShape(paged, self.page_size, self.kv_quantization, self.kv_layout),
             mask="config" if self.mask is None else self.mask,
             sharding=self.sharding,
             encoder_len=self.encoder_len,
@@ -210,6 +218,7 @@ def _answered(asked: RequestOptions, target: Target, read: AttentionConfig | Non
         partial=asked.partial,
         kv_quantization=asked.kv_quantization,
         page_size=asked.page_size,
+        kv_layout=asked.kv_layout,
         context_parallel=asked.context_parallel,
         sharding=cut,
         **{**said, **given},

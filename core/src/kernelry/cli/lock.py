@@ -19,7 +19,7 @@ from kernelry.phases.model_shape import ModelShape
 from kernelry.phases.resolving import resolve_phases
 from kernelry.policy.lock import Entry, Lock, Origin, changed_fields
 from kernelry.policy.policy import LOCK_FILE
-from kernelry.request.request import Request
+from kernelry.request.request import NEUTRAL, Request
 from kernelry.request.target import Target, current_target
 from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.resolver import explain
@@ -116,7 +116,8 @@ def _tell(file: Path, layers: Mapping[str, options.Layer], locked: Lock, written
 
 def _shown(request: Request) -> str:
     sizes = f"B={request.batch} T={request.q_len} S={request.kv_len}"
-    stored = [f"{name}={value}" for name in ("kv_quantization", "page_size") if (value := getattr(request, name))]
+    fields = ("kv_quantization", "page_size", "kv_layout")
+    stored = [f"{name}={value}" for name in fields if (value := getattr(request, name)) != NEUTRAL[name]]
     return " ".join([request.mode.value, str(request.target), sizes, f"mask={request.mask}", *stored])
 
 

@@ -305,8 +305,9 @@ class ModelOptions:
         list[str] | None,
         typer.Option(
             "--cache",
-            help="contiguous (default), two-part, rolling or paged:PAGE_SIZE, with :int8 or another storage where keys "
-            "are quantised; may be repeated.",
+            help="contiguous (default), two-part, rolling or paged:PAGE_SIZE, with :value_in_key or :interleaved where "
+            "values are stored with the keys, and with :int8 or another storage where they are quantised; may be "
+            "repeated.",
         ),
     ] = None
     mask: Annotated[

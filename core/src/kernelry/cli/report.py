@@ -26,6 +26,7 @@ from kernelry.request.request import NEUTRAL
 from kernelry.request.target import home_target
 from kernelry.resolution.explanation import Resolution
 from kernelry.resolution.telling import answer_of, remarks_on, told_of_shards
+from kernelry.storage import SEPARATE
 
 _SETS = ("platforms", "modes", "dtypes", "atoms", "features", "statistics")
 """What a listing says of every kernel, by the names of Capabilities."""
@@ -46,6 +47,7 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
         **{name: sorted(getattr(word, "value", word) for word in getattr(can, name)) for name in _SETS},
         "kv_quantizations": sorted(can.kv_quantizations),
         "pages": can.pages,
+        "kv_layouts": sorted(can.kv_layouts),
         "context_parallel": sorted(can.context_parallel),
         "manual_axes": can.manual_axes.value,
         "partitioned_by_xla": can.partitioned_by_xla,
@@ -79,7 +81,8 @@ def _serves(row: dict[str, Any]) -> RenderableType:
     facts.add_column()
     for name in _SETS:
         facts.add_row("masks" if name == "atoms" else name, _words(row[name]))
-    stored = [*row["kv_quantizations"], *(["pages"] if row["pages"] else [])]
+    layouts = [layout for layout in row["kv_layouts"] if row["kv_layouts"] != [SEPARATE]]
+    stored = [*row["kv_quantizations"], *(["pages"] if row["pages"] else []), *layouts]
     if stored:
         facts.add_row("keys stored as", _words(stored))
     if row["context_parallel"]:

@@ -20,7 +20,7 @@ from kernelry.request.checks import DTYPES, SYMBOLIC, is_dtype, spelled
 from kernelry.request.context_parallel import STRATEGIES
 from kernelry.request.request import Mode, Operand
 from kernelry.request.target import PLATFORMS, platform_meant
-from kernelry.storage import QUANTIZATIONS
+from kernelry.storage import KV_LAYOUTS, QUANTIZATIONS
 
 _SETS: dict[str, type | tuple[type, ...]] = {
     "platforms": str,
@@ -34,6 +34,7 @@ _SETS: dict[str, type | tuple[type, ...]] = {
     "normalizations": str,
     "gradients": Operand,
     "kv_quantizations": str,
+    "kv_layouts": str,
     "context_parallel": str,
 }
 """What the sets of Capabilities hold; a set of anything else holds nothing that a request could have."""
@@ -46,6 +47,7 @@ _NEEDED = {
     "dtypes": "frozenset({'bfloat16', 'float32'})",
     "head_dims": "Dims()",
     "normalizations": "frozenset({'softmax'})",
+    "kv_layouts": "frozenset({'separate'})",
 }
 """What every request asks for, with an example of what to declare."""
 
@@ -244,6 +246,7 @@ def _unknown_words(can: Capabilities) -> Iterator[Mistake]:
             yield _unknown("dtypes", dtype, spelled(dtype).removeprefix("; ") or _one_of(dtype, DTYPES))
     for name, values, known in (
         ("kv_quantizations", can.kv_quantizations, QUANTIZATIONS),
+        ("kv_layouts", can.kv_layouts, KV_LAYOUTS),
         ("context_parallel", can.context_parallel, STRATEGIES),
         ("symbolic_sizes", can.symbolic_sizes, SYMBOLIC),
     ):

@@ -314,7 +314,11 @@ def _tokens_for_heads(array: jax.Array, axes: Axes) -> jax.Array:
 
 
 def _of_heads(keys: Any, chosen: Callable[[jax.Array], jax.Array]) -> Any:
-    """Keys with other heads; a page table and a scale of all heads are as they were."""
+    """Keys with other heads; a page table, a scale of all heads and a value that is in the keys are as they were."""
+    if isinstance(keys, PagedArray) and keys.interleaved:
+        pages = jnp.asarray(keys.pages)
+        pairs = chosen(pages.reshape(*pages.shape[:2], -1, 2, pages.shape[3]))
+        return dataclasses.replace(keys, pages=pairs.reshape(*pages.shape[:2], -1, pages.shape[3]))
     return jax.tree.map(lambda array: chosen(array) if array.shape[2:3] == keys.shape[2:3] else array, keys)
 
 

@@ -25,6 +25,7 @@ from kernelry.request.arguments import CallOptions
 from kernelry.request.request import Mode, Request
 from kernelry.request.sharding import Sharding
 from kernelry.request.target import Target
+from kernelry.storage import VALUE_IN_KEY, ValueInKey
 
 if TYPE_CHECKING:
     from kernelry.cache import KVCache
@@ -64,7 +65,7 @@ def calls(layer: AttentionConfig | LayerKind, shape: ModelShape, target: Target)
     kv_len = (shape.encoder_len or shape.q_len) if is_cross(layer) else shape.q_len
     extent = dataclasses.replace(shape.prompt, kv_len=kv_len)
     prompt = _with_blocks(config, _prompt_mask(config, shape.mask, extent), extent)
-    key, value = _plain(shape, kv_len, None)
+    key, value = _plain(shape, kv_len, CacheShape())
     make = functools.partial(_call, config, shape, target)
     train = make("train", Mode.TRAIN, prompt, key, value)
     itself = make("prefill", Mode.PREFILL, prompt, key, value)
@@ -127,8 +128,7 @@ def _contiguous_step(
     config: AttentionConfig, shape: ModelShape, slots: int, make: Callable[..., PhaseCall]
 ) -> PhaseCall:
     mask = mask_of(config, Mode.DECODE, dataclasses.replace(shape.prompt, q_len=1, kv_len=slots))
-    storage = CacheShape.parse(shape.cache).storage
-    return make("decode", Mode.DECODE, mask, *_plain(shape, slots, storage))
+    return make("decode", Mode.DECODE, mask, *_plain(shape, slots, CacheShape.parse(shape.cache)))
 
 
 def _anywhere() -> jax.Array:
@@ -136,16 +136,21 @@ def _anywhere() -> jax.Array:
     return jnp.zeros((), jnp.int32)
 
 
-def _plain(shape: ModelShape, length: int, storage: str | None) -> tuple[Any, Any]:
+def _plain(shape: ModelShape, length: int, held: CacheShape) -> tuple[Any, Any]:
     """The shapes of keys and values in one array each, [B, S, K, H] and [B, S, K, D]."""
     # Imported here, like the caches below, because training needs none.
     from kernelry.cache.slots import empty
 
     _, kv_heads, head_dim, value_dim = shape.heads
     dims = (shape.batch, length, kv_heads)
-    found: tuple[Any, Any] = jax.eval_shape(
-        lambda: tuple(empty((*dims, width), shape.dtype, storage) for width in (head_dim, value_dim))
-    )
+
+    def stored() -> tuple[Any, Any]:
+        key = empty((*dims, head_dim), shape.dtype, held.storage)
+        if held.layout == VALUE_IN_KEY:
+            return key, ValueInKey(value_dim)
+        return key, empty((*dims, value_dim), shape.dtype, held.storage)
+
+    found: tuple[Any, Any] = jax.eval_shape(stored)
     return found
 
 
@@ -204,7 +209,12 @@ def _cache(config: AttentionConfig, shape: ModelShape) -> KVCache:
     assert asked.page_size is not None
     pages = shape.batch * -(-shape.max_len // asked.page_size)
     return PagedCache.create(
-        rows=shape.batch, pages=pages, page_size=asked.page_size, max_length=shape.max_len, **sizes
+        rows=shape.batch,
+        pages=pages,
+        page_size=asked.page_size,
+        max_length=shape.max_len,
+        layout=asked.layout,
+        **sizes,
     )
 
 
@@ -254,7 +264,7 @@ def _call(
         value,
         mask=mask.form,
         target=target,
-        bias=(1, q_heads, q_len, value.shape[1]) if config.bias else None,
+        bias=(1, q_heads, q_len, key.shape[1]) if config.bias else None,
         sinks=config.sinks and not partial,  # sinks join once, after the merge of the parts
         interpret=current_scope().interpret,
         sharding=sharding_in(mode, config if shape.sharding is None else Sharding.parse(shape.sharding)),

@@ -13,7 +13,7 @@ from kernelry.masks.fit import check_fits
 from kernelry.request.checks import is_dtype, shown, spelled
 from kernelry.request.names import named_dtype
 from kernelry.request.sharding import Sharding
-from kernelry.storage import Quantization
+from kernelry.storage import INTERLEAVED, KV_LAYOUTS, SEPARATE, Quantization
 
 LARGEST_SIZE = 2**31 - 1
 """Of a dimension, so that positions fit int32."""
@@ -36,19 +36,24 @@ class CacheKind(enum.Enum):
 class CacheShape:
     """How the keys that a decode step reads are stored, written `two-part`, `rolling:int8` or `paged:16:int8`.
 
+    With a layout it is written `paged:16:interleaved` or `contiguous:value_in_key:int8`.
+
     Args:
       kind: `contiguous` is one array [B, S, K, H] passed to `kernelry.attention` with `Lengths`; the others are
         `kernelry.cache.TwoPartCache`, `RollingCache` and `PagedCache`.
       page_size: the slots of a page of a paged cache; None for the others.
       storage: how keys and values are quantised, e.g. `int8`; None means not at all.
+      layout: how they are stored relative to each other: `separate`; `value_in_key`, of contiguous and paged keys; or
+        `interleaved`, of pages that are not quantised.
 
     Raises:
-      ArgumentError: page_size does not go with the kind, or the storage is unknown.
+      ArgumentError: page_size or the layout does not go with the kind, or the storage or the layout is unknown.
     """
 
     kind: CacheKind = CacheKind.CONTIGUOUS
     page_size: int | None = None
     storage: str | None = None
+    layout: str = SEPARATE
 
     def __post_init__(self) -> None:
         paged = self.kind is CacheKind.PAGED
@@ -59,10 +64,16 @@ class CacheShape:
             raise ArgumentError(f"cache: page_size={size} goes with 'paged' only, got {self.kind.value!r}.")
         if self.storage is not None:
             object.__setattr__(self, "storage", str(Quantization.parse(self.storage)))
+        if self.layout not in KV_LAYOUTS:
+            raise ArgumentError(f"cache: unknown layout {self.layout!r}{nearest(str(self.layout), KV_LAYOUTS)}")
+        if self.layout == INTERLEAVED and (not paged or self.storage is not None):
+            raise ArgumentError(f"cache: layout={self.layout!r} is one of pages that are not quantised, got {self}.")
+        if self.layout != SEPARATE and self.kind not in (CacheKind.CONTIGUOUS, CacheKind.PAGED):
+            raise ArgumentError(f"cache: layout={self.layout!r} goes with 'contiguous' and 'paged' only, got {self}.")
 
     @classmethod
     def parse(cls, text: str | CacheShape) -> CacheShape:
-        """Reads `kind[:storage]` or `paged:page_size[:storage]`.
+        """Reads `kind[:layout][:storage]` or `paged:page_size[:layout][:storage]`.
 
         Raises:
           ArgumentError: it is neither, or the storage is unknown.
@@ -79,10 +90,13 @@ class CacheShape:
             size = int(number) if number.isdecimal() and len(number) <= len(str(LARGEST_SIZE)) else None
             if size is None:
                 raise ArgumentError(f"cache {text!r}: a paged cache needs its page size, e.g. 'paged:16'.")
-        return cls(kind, size, rest or None)
+        first, _, others = rest.partition(":")
+        layout, storage = (first, others) if first in KV_LAYOUTS else (SEPARATE, rest)
+        return cls(kind, size, storage or None, layout)
 
     def __str__(self) -> str:
-        parts = (self.kind.value, self.page_size, self.storage)
+        layout = None if self.layout == SEPARATE else self.layout
+        parts = (self.kind.value, self.page_size, layout, self.storage)
         return ":".join(str(part) for part in parts if part is not None)
 
 

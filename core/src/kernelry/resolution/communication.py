@@ -11,12 +11,12 @@ from typing import final
 
 import numpy as np
 
-from kernelry.execution.adapters.base import itemsize
+from kernelry.execution.adapters.base import itemsize, stored_width
 from kernelry.request.request import Mode, Operand, Request
 from kernelry.resolution.balance import LEAST_BLOCKS, MOST_BLOCKS, blocks_by_pair
 from kernelry.resolution.published import DEVICE_RATES, Link, links_between
 from kernelry.resolution.shards import Shards, grid_of, ring_offsets
-from kernelry.storage import Quantization
+from kernelry.storage import SEPARATE, Quantization
 
 PEAK_SHARE = 0.5
 """Of the published FLOP/s: what attention kernels reach on long sequences, by and large."""
@@ -140,11 +140,12 @@ def communication_of(request: Request, shards: Shards) -> Communication:
 
 def key_bytes(request: Request) -> float:
     """Bytes of the key and the value of one token, as they are stored."""
-    numbers = request.kv_heads * (request.head_dim + request.value_dim)
+    numbers = request.kv_heads * stored_width(request)
     if request.kv_quantization is None:
         return float(itemsize(request.dtype) * numbers)
     quantization = Quantization.parse(request.kv_quantization)
-    scales = 2 * (request.kv_heads if quantization.axis == "head_dim" else 1)
+    arrays = 2 if request.kv_layout == SEPARATE else 1
+    scales = arrays * (request.kv_heads if quantization.axis == "head_dim" else 1)
     values = numbers * (0.5 if quantization.dtype == "int4" else 1.0)
     return float(values + scales * itemsize("bfloat16"))
 
@@ -190,8 +191,9 @@ class _Counted:
 
     @property
     def _key_arrays(self) -> int:
-        """K and V, and their scales where they are quantised."""
-        return 2 if self.request.kv_quantization is None else 4
+        """K and V, or one array of both, and their scales where they are quantised."""
+        arrays = 2 if self.request.kv_layout == SEPARATE else 1
+        return arrays if self.request.kv_quantization is None else 2 * arrays
 
     @property
     def _gradient_arrays(self) -> int:

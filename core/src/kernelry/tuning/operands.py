@@ -35,7 +35,7 @@ def _filled(shapes: Any, random: np.random.Generator) -> Any:
     if isinstance(shapes, PagedArray):
         rows, pages = shapes.table.shape
         table = np.arange(rows * pages, dtype=np.int32).reshape(rows, pages) % jax.tree.leaves(shapes.pages)[0].shape[0]
-        return PagedArray(_filled(shapes.pages, random), jnp.asarray(table))
+        return PagedArray(_filled(shapes.pages, random), jnp.asarray(table), shapes.interleaved)
 
     def array(leaf: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.integer):  # quantised

@@ -113,6 +113,7 @@ BLOCKWISE = KernelSpec(
         forward_over_reverse=True,
         kv_quantizations=QUANTIZATIONS,
         pages=True,
+        kv_layouts=frozenset({"separate", "value_in_key"}),
         partitioned_by_xla=False,
     ),
     load="kernelry_dot_product.blockwise:BlockwiseKernel",

@@ -12,6 +12,7 @@ import numpy as np
 from kernelry.masks import Full, Mask
 from kernelry.request.arguments import CallOptions
 from kernelry.request.request import Mode, Operand, Request
+from kernelry.storage import INTERLEAVED, SEPARATE, VALUE_IN_KEY, ValueInKey
 from kernelry.testing.conformance import stored
 from kernelry.testing.conformance.host import KernelHost
 
@@ -30,6 +31,7 @@ class AttentionCall:
       poison: whether slots that no row may see have NaN and inf, and queries that see nothing have NaN.
       kv_quantization: how keys and values are quantised.
       page_size: of paged keys and values.
+      kv_layout: how keys and values are stored relative to each other; values in the keys are not drawn.
       magnitude: a factor of the queries, so of the logits; and of sinks.
       level: added to queries and subtracted from keys, so that every logit is near −level² · scale · H.
       value_mean: added to the values.
@@ -62,6 +64,7 @@ class AttentionCall:
     poison: bool = False
     kv_quantization: str | None = None
     page_size: int | None = None
+    kv_layout: str = SEPARATE
     magnitude: float = 1.0
     level: float = 0.0
     value_mean: float = 0.0
@@ -78,6 +81,7 @@ class AttentionCall:
         """The operands with a gradient that this call passes."""
         absent = {Operand.BIAS} if self.bias is None else set()
         absent |= set() if self.sinks else {Operand.SINKS}
+        absent |= set() if self.kv_layout == SEPARATE else {Operand.VALUE}
         absent |= set() if self.kv_quantization is None and self.page_size is None else {Operand.KEY, Operand.VALUE}
         return self.gradients - absent if self.mode is Mode.TRAIN else frozenset()
 
@@ -97,14 +101,19 @@ class AttentionCall:
     def arrays(self, seed: int = 0) -> dict[str, Any]:
         """Draws the arrays that the kernel is given, by argument name; paged keys and values come with their table."""
         drawn = self._drawn(seed)
+        if self.kv_layout == VALUE_IN_KEY:
+            drawn["value"] = ValueInKey(self.value_dim)
         if self.poison or self.page_size is not None:
             drawn = self._stored(drawn, stored.MaskedOut.of(self))
         given: dict[str, Any] = jax.tree.map(jnp.asarray, drawn)
         return given
 
     def numbers(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """The same arrays for the oracle: dequantised, not in pages, without NaN, float64."""
-        return {name: stored.numbers(array) for name, array in self._drawn(seed).items()}
+        """The same arrays for the oracle: dequantised, not in pages, keys and values apart, without NaN, float64."""
+        drawn = self._drawn(seed)
+        if self.kv_layout == VALUE_IN_KEY:
+            drawn["value"] = stored.numbers(drawn["key"])[..., : self.value_dim]
+        return {name: stored.numbers(array) for name, array in drawn.items()}
 
     def _drawn(self, seed: int) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
@@ -142,7 +151,8 @@ class AttentionCall:
             drawn |= {"query": query} | kv
         if self.page_size is None:
             return drawn
-        return drawn | stored.in_pages(drawn["key"], drawn["value"], self.page_size, masked_out.slots)
+        paged = stored.together_in_pages if self.kv_layout == INTERLEAVED else stored.in_pages
+        return drawn | paged(drawn["key"], drawn["value"], self.page_size, masked_out.slots)
 
     def cotangents(self, seed: int = 0) -> dict[str, jax.Array]:
         """Draws d_out, and d_lse where the call returns a Partial."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from kernelry.kernel.capabilities import Capabilities, Tolerance
 from kernelry.kernel.common import standard_tolerances
+from kernelry.storage import VALUE_IN_KEY
 from kernelry.testing.conformance.bench import Answer
 from kernelry.testing.conformance.calls import QKV, AttentionCall
 from kernelry.testing.reference import reference_attention, reference_gradients
@@ -62,6 +63,8 @@ def oracle(call: AttentionCall, *, seed: int = 0) -> Answer:
     cotangents = call.cotangents(seed)
     gradients = reference_gradients(*qkv, d_out=cotangents["out"], d_lse=cotangents.get("lse"), **known)
     wanted = {operand.value: getattr(gradients, operand.value) for operand in call.wanted}
+    if call.kv_layout == VALUE_IN_KEY and "key" in wanted:
+        wanted["key"] = wanted["key"] + np.pad(gradients.value, [(0, 0)] * 3 + [(0, call.head_dim - call.value_dim)])
     return Answer(found.out, found.lse, found.max_logits, wanted)
 
 

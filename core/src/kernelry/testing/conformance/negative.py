@@ -14,7 +14,7 @@ from kernelry.kernel.refusal import RefusalCode
 from kernelry.masks import AtomKind, Causal, PositionKind
 from kernelry.request.checks import DTYPES
 from kernelry.request.request import Mode, Operand
-from kernelry.storage import QUANTIZATIONS
+from kernelry.storage import INTERLEAVED, QUANTIZATIONS, SEPARATE, VALUE_IN_KEY
 from kernelry.testing.conformance import samples
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import AttentionCall
@@ -151,5 +151,9 @@ def _edges(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
 def _storage(can: Capabilities, base: AttentionCall) -> Iterator[Undeclared]:
     for way in sorted(QUANTIZATIONS - can.kv_quantizations):
         yield f"quantised keys: {way}", but(base, kv_quantization=way), RefusalCode.KV_QUANTIZATION
+    paged = but(base, page_size=max(1, base.kv_len // 4))
     if not can.pages:
-        yield "keys in pages", but(base, page_size=max(1, base.kv_len // 4)), RefusalCode.PAGES
+        yield "keys in pages", paged, RefusalCode.PAGES
+    layouts = {SEPARATE: base, VALUE_IN_KEY: base, INTERLEAVED: paged}
+    for layout in sorted(layouts.keys() - can.kv_layouts):
+        yield f"kv_layout {layout}", but(layouts[layout], kv_layout=layout), RefusalCode.KV_LAYOUT

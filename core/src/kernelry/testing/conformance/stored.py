@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.storage import PagedArray, Quantization, QuantizedArray
+from kernelry.storage import PagedArray, Quantization, QuantizedArray, ValueInKey
 from kernelry.testing.reference import reference_mask
 
 TABLE = "table"
 """The name of the table among the arrays of a call with paged keys and values."""
 
-_Stored: TypeAlias = "np.ndarray | QuantizedArray"
+_Stored: TypeAlias = "np.ndarray | QuantizedArray | ValueInKey"
 
 _LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 _SCALE_DTYPES = {"head_dim": "bfloat16", "heads_and_head_dim": "float32"}
@@ -70,6 +70,8 @@ def numbers(stored: _Stored) -> np.ndarray:
 
 def poisoned(stored: _Stored, hidden: np.ndarray) -> _Stored:
     """Puts NaN and inf into hidden slots, but not into a scale that a visible head needs."""
+    if isinstance(stored, ValueInKey):
+        return stored
     if not isinstance(stored, QuantizedArray):
         return np.asarray(_where_hidden(hidden, stored))
     shared = stored.scale.shape[-2] != stored.values.shape[-2]
@@ -107,6 +109,14 @@ def in_pages(key: _Stored, value: _Stored, page_size: int, hidden: np.ndarray) -
     return {**pages, TABLE: np.where(unseen & alternate, -1, table).astype(np.int32)}
 
 
+def together_in_pages(key: np.ndarray, value: np.ndarray, page_size: int, hidden: np.ndarray) -> dict[str, Any]:
+    """The same in interleaved pages: row 2k of a slot is the key of head k, row 2k + 1 its value."""
+    alternating = np.empty((*key.shape[:2], 2 * key.shape[2], key.shape[3]), key.dtype)
+    alternating[:, :, 0::2], alternating[:, :, 1::2] = key, value
+    found = in_pages(alternating, ValueInKey(key.shape[3]), page_size, hidden)
+    return {"key": PagedArray(found["key"], found.pop(TABLE), interleaved=True), "value": found["value"]}
+
+
 def _cut(whole: np.ndarray, table: np.ndarray, page_size: int) -> np.ndarray:
     nothing = np.asarray(_nan_or_largest(whole.dtype)).astype(whole.dtype)
     pages = np.full((table.size + 2, page_size, *whole.shape[2:]), nothing)
@@ -119,4 +129,5 @@ def as_given(arrays: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     if TABLE not in arrays:
         return query, key, value
-    return query, PagedArray(key, arrays[TABLE]), PagedArray(value, arrays[TABLE])
+    paged = value if isinstance(value, ValueInKey) else PagedArray(value, arrays[TABLE])
+    return query, PagedArray(key, arrays[TABLE]), paged

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from kernelry.kernel.capabilities import Feature
+from kernelry.kernel.capabilities import Dims, Feature
 from kernelry.masks import AtomKind, Dense, Lengths, Mask, PositionKind, SlidingWindow
 from kernelry.request.request import Mode
+from kernelry.storage import INTERLEAVED, SEPARATE, VALUE_IN_KEY
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.positive import Named, but, forms, masked
 from kernelry.testing.conformance.subject import Subject
@@ -20,6 +21,7 @@ _ROWS = (1, 3)
 
 _QUANTISED = "quantised keys"
 _PAGES = "pages"
+_LAYOUTS = {VALUE_IN_KEY: "values in keys", INTERLEAVED: "interleaved pages"}
 
 
 def stored_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
@@ -28,6 +30,35 @@ def stored_calls(subject: Subject, base: AttentionCall) -> Iterator[Named]:
     yield from _quantised(subject, base, ways)
     if subject.can.pages:
         yield from _in_pages(subject, base, ways)
+    for layout in sorted(subject.can.kv_layouts - {SEPARATE}):
+        yield from _in_layout(subject, base, layout, ways)
+
+
+def _in_layout(subject: Subject, base: AttentionCall, layout: str, ways: list[str]) -> Iterator[Named]:
+    """Values that are stored with the keys: as arrays, in pages, quantised, few queries, hidden slots, one head."""
+    claim = _LAYOUTS[layout]
+    together = but(masked(subject, base), kv_layout=layout, value_dim=base.head_dim)
+    if layout == VALUE_IN_KEY and subject.can.split_head_dim:
+        dims = subject.can.head_dims or Dims()
+        wide = but(together, head_dim=dims.padded(2 * base.head_dim) or base.head_dim, scale=None)
+        together = wide if subject.first((wide, *_with_pages(wide))) else together
+    one_head = but(together, kv_heads=1, q_heads=base.q_heads if subject.can.grouped_heads else 1)
+    cases: list[tuple[str, tuple[AttentionCall, ...]]] = [("", (together,)), (", K = 1", (one_head,))]
+    cases += [(f", {name}", calls) for name, calls in _rows(subject, but(together, mask=base.mask))]
+    if subject.can.clean_hidden_slots:
+        cases.append((", NaN in hidden slots", _hiding(subject, together, 3)))
+    cases += [(f", {name.partition(': ')[2]}", calls) for _, name, calls in _results(subject, together, claim)]
+    for name, calls in cases:
+        if layout != INTERLEAVED:
+            yield claim, f"{layout}{name}", calls
+        if subject.can.pages:
+            yield claim, f"{layout}, in pages{name}", _all_with_pages(calls)
+    for way in ways[:1] if layout != INTERLEAVED else ():
+        for name, calls in cases[:3]:
+            narrow = tuple(but(call, kv_quantization=way) for call in calls)
+            yield claim, f"{layout}, {way}{name}", narrow
+            if subject.can.pages:
+                yield claim, f"{layout}, {way}, in pages{name}", _all_with_pages(narrow)
 
 
 def _quantised(subject: Subject, base: AttentionCall, ways: list[str]) -> Iterator[Named]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling, with_sinks
+from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling, ValueInKey, with_sinks
 from kernelry_dot_product.blockwise.backward import backward
 from kernelry_dot_product.blockwise.forward import forward
 from kernelry_dot_product.blockwise.grid import Grid
@@ -46,7 +46,11 @@ class BlockwiseKernel(Kernel):
             # A sum of products: XLA on CPU takes several times as long for an einsum of vectors.
             delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1).swapaxes(1, 2)
             delta = delta if d_lse is None else delta - d_lse
-            return backward(inputs, request, _grid(inputs, request, tiling), lse, delta, d_out)
+            found = backward(inputs, request, _grid(inputs, request, tiling), lse, delta, d_out)
+            if isinstance(inputs.value, ValueInKey):  # the keys have both shares
+                key = found.key.at[..., : request.value_dim].add(found.value)
+                return dataclasses.replace(found, key=key)
+            return found
 
 
 def _grid(inputs: Inputs, request: Request, tiling: Tiling) -> Grid:

@@ -1,8 +1,9 @@
-"""Where the blocks of keys and values come from: arrays, quantised arrays, pages."""
+"""Where the blocks of keys and values come from: arrays, quantised arrays, pages; values from the keys, too."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, final
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernelry.plugin import Inputs, Mode, PagedArray, QuantizedArray, Request
+from kernelry.plugin import Inputs, Mode, PagedArray, QuantizedArray, Request, ValueInKey
 from kernelry_dot_product.blockwise.grid import Grid
 
 _MOST_READS = 4
@@ -49,7 +50,11 @@ def plain(inputs: Inputs, request: Request) -> Inputs:
         array: jax.Array = gathered.dequantize(request.dtype) if isinstance(gathered, QuantizedArray) else gathered
         return array
 
-    return inputs if request.has_plain_kv else dataclasses.replace(inputs, key=of(inputs.key), value=of(inputs.value))
+    if request.has_plain_kv:
+        return inputs
+    key = of(inputs.key)
+    value = key[..., : inputs.value.width] if isinstance(inputs.value, ValueInKey) else of(inputs.value)
+    return dataclasses.replace(inputs, key=key, value=value)
 
 
 @final
@@ -94,7 +99,7 @@ class _InPlace(Reader):
             found = _heads(lax.dynamic_slice_in_dim(found, start, size, axis=1), step, grid)
             return jnp.roll(found, -shift, axis=1) if grid.kv_padding else found
 
-        return _block(jax.tree.map(part, self.key), self.request), _block(jax.tree.map(part, self.value), self.request)
+        return _pair(self.key, self.value, part, self.request)
 
 
 @final
@@ -123,8 +128,8 @@ class _InPages(Reader):
             found = found.reshape(grid.step_batch, grid.block_kv, *found.shape[3:])
             return _heads(found, step, grid)
 
-        key, value = (jax.tree.map(part, keys.pages) for keys in (self.key, self.value))
-        return _block(key, self.request), _block(value, self.request)
+        values = self.value if isinstance(self.value, ValueInKey) else self.value.pages
+        return _pair(self.key.pages, values, part, self.request)
 
 
 def _absent(array: jax.Array) -> float:
@@ -145,6 +150,16 @@ def _heads(block: jax.Array, step: Any, grid: Grid) -> jax.Array:
     if block.shape[2] in (1, grid.step_heads):
         return block
     return lax.dynamic_slice_in_dim(block, grid.head_start(step), grid.step_heads, axis=2)
+
+
+def _pair(
+    keys: Any, values: Any, part: Callable[[jax.Array], jax.Array], request: Request
+) -> tuple[Float[Array, "b k S H"], Float[Array, "b k S D"]]:
+    """A block of keys and one of values, which may be the keys' first columns: then it is read once."""
+    key = _block(jax.tree.map(part, keys), request)
+    if isinstance(values, ValueInKey):
+        return key, key[..., : values.width]
+    return key, _block(jax.tree.map(part, values), request)
 
 
 def _block(stored: Any, request: Request) -> Float[Array, "b k S H"]:
