@@ -28,10 +28,10 @@ MOST_KEYS = 2**31 - 1
 _MOST_STAGED_BYTES = 16 * _MIB
 """Of the blocks of a decode step. The vendor stages 8 Mi numbers, as many bytes."""
 
-_DECODE_SLOTS = (1024, 512, 256, 2048)
+_DECODE_SLOTS = (1024, 512, 256, 128, 2048)
 """Slots of a block of a decode step, the vendor's default first. The order after it is not measured."""
 
-_CHUNK_SLOTS = (1024, 512, 256, 2048)
+_CHUNK_SLOTS = (1024, 512, 256, 128, 2048)
 """Slots of a block of a chunk, by the vendor's times on v6e: a block of 2048 queries goes best with 1024 slots."""
 
 _WINDOW_SLOTS = 512
@@ -149,7 +149,9 @@ def _of_chunk(request: Request) -> list[Tiling]:
     longest = _WINDOW_SLOTS if left_of(request) is not None else 2048
     queries = min(max(LANES, 1 << (request.q_len - 1).bit_length()), longest)
     found = []
-    for slots in (_whole_pages(request, min(slots, longest)) for slots in _CHUNK_SLOTS):
+    sizes = [_whole_pages(request, min(slots, longest)) for slots in _CHUNK_SLOTS]
+    fitting = [slots for slots in sizes if request.groups * LANES * slots <= _MOST_AREA]
+    for slots in fitting or [min(sizes)]:
         block_q = queries
         while block_q > LANES and request.groups * block_q * slots > _MOST_AREA:
             block_q //= 2

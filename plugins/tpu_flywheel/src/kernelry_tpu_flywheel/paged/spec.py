@@ -35,7 +35,6 @@ from kernelry_tpu_flywheel.paged.layout import (
 )
 
 _INTERLEAVED = "interleaved"
-_REMEDY = "keep them so from the start, as PagedCache.create(layout='interleaved') does"
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -44,10 +43,7 @@ def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]
 
 def _why_not(request: Request) -> Iterator[Refusal]:
     if request.kv_layout != _INTERLEAVED:
-        # Core says so, too; this says what to do.
-        detail = f"it reads one pool in which a key head and its value alternate, and kv_layout={request.kv_layout}"
-        yield Refusal(RefusalCode.KV_LAYOUT, detail, _REMEDY)
-        return
+        return  # core refuses it
     yield from _mask(request)
     if request.kv_heads > 2 and request.kv_heads % 4:
         # XLA puts the slots before the heads then, and a kernel that needs another order has the pool copied.
