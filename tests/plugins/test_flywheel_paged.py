@@ -16,11 +16,15 @@ from kernelry.cache import PagedCache
 from kernelry.errors import ConfigError
 from kernelry.plugin import Environment, Inputs, PagedArray, Tiling, ValueInKey
 from kernelry.request.request import Request
+from kernelry_tpu_flywheel.paged.preference import prefers
 from kernelry_tpu_flywheel.paged.spec import FLYWHEEL_PAGED
+
+pytestmark = pytest.mark.versions
 
 PAGE, POOL = 128, 16
 V6E = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu"))
 LENGTHS = np.array([300, 0, 129, 384], np.int32)
+CHUNK = 5
 
 
 @pytest.fixture
@@ -164,11 +168,9 @@ def test_nan_in_the_page_in_which_a_window_begins_does_not_leak(vendor):
     agrees(held, last_tokens(LENGTHS, 1, left=99), soft_cap=5.0, by_vendor=False)
 
 
+@pytest.mark.sweep
 def test_wide_heads_of_one_key_head_at_another_scale(vendor):
     agrees(Held(1, 4, 1, 256), lengths(), scale=0.1)
-
-
-CHUNK = 5
 
 
 def test_chunks_of_different_length_agree_with_dense(vendor):
@@ -185,6 +187,7 @@ def test_queries_that_are_not_the_last_tokens_are_right_without_the_vendor(vendo
     agrees(held, mask, by_vendor=False)
 
 
+@pytest.mark.sweep
 def test_a_chunk_under_a_window(vendor):
     held = Held(CHUNK, 4, 2, 128)
     held.table[3, 0] = -1
@@ -222,6 +225,7 @@ def test_a_cache_decodes_in_place_as_one_of_separate_pages_does(vendor):
     np.testing.assert_allclose(found, outputs("separate", "dot_product"), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.sweep
 def test_a_batch_of_calls_is_one_after_another(vendor):
     held = decode_rows()
     with testing.interpret():
@@ -321,6 +325,12 @@ def test_separate_pages_are_told_of_the_layout_of_a_cache():
     found = kernelry.explain(request_of(kv_layout="separate"), kernel="flywheel_paged", kernels=(FLYWHEEL_PAGED,))
     [candidate] = found.candidates
     assert any("PagedCache.create(layout='interleaved')" in (refusal.remedy or "") for refusal in candidate.refusals)
+
+
+def test_auto_takes_it_for_interleaved_pages_alone():
+    assert "interleaved" in prefers(request_of())
+    assert prefers(request_of(kv_layout="separate")) is None
+    assert prefers(request_of(target="cpu")) is None
 
 
 def test_without_the_vendor_it_says_how_to_install_it():

@@ -13,7 +13,7 @@ from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import KernelSpec
 from kernelry.request.request import Mode, Operand
 from kernelry.resolution.resolver import explain
-from kernelry.storage import INTERLEAVED, SEPARATE, VALUE_IN_KEY
+from kernelry.storage import INTERLEAVED
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.host import KernelHost
@@ -117,20 +117,17 @@ def _base_calls(can: Capabilities) -> Iterable[AttentionCall]:
         gradients=gradients_of(can),
         normalization=normalization,
     )
-    apart = SEPARATE in can.kv_layouts
-    for mode in modes if apart else reversed(modes):  # values are stored with the keys for the sake of decoding
+    for mode in modes:
         for length in _LENGTHS if mode is not Mode.DECODE else (*_LENGTHS, 1):
             for dtype in dtypes:
-                for q_len in (length, 1) if apart else (1, length):
-                    yield _as_read(make(mode=mode, q_len=q_len, kv_len=length, dtype=dtype), can)
+                yield _as_read(make(mode=mode, q_len=length, kv_len=length, dtype=dtype), can)
+                yield _as_read(make(mode=mode, q_len=1, kv_len=length, dtype=dtype), can)
 
 
 def _as_read(call: AttentionCall, can: Capabilities) -> AttentionCall:
-    """The call in a layout that the kernel reads, in one page where that is one of pages."""
-    if SEPARATE in can.kv_layouts or not can.kv_layouts:
+    """The call in a layout that the kernel reads: of a kernel that reads interleaved pages alone, in one page a row."""
+    if can.kv_layouts != {INTERLEAVED}:
         return call
-    if VALUE_IN_KEY in can.kv_layouts:
-        return dataclasses.replace(call, kv_layout=VALUE_IN_KEY)
     return dataclasses.replace(call, kv_layout=INTERLEAVED, page_size=call.kv_len)
 
 

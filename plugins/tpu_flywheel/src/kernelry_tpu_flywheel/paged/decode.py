@@ -89,8 +89,8 @@ def attend(
             ),
         ),
         out_shape=(
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((rows, heads, LANES), jnp.float32),
+            jax.ShapeDtypeStruct(query.shape, query.dtype),  # type: ignore[no-untyped-call]
+            jax.ShapeDtypeStruct((rows, heads, LANES), jnp.float32),  # type: ignore[no-untyped-call]
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,9 @@ class FlywheelPagedKernel(Kernel):
         _check(request, tiling)
         with jax.named_scope(_SCOPE):
             # A batch of calls runs one after another: the kernels have no rule for vmap, and its pools are apart.
-            out, lse = sequential_vmap(functools.partial(_attend, request=request, tiling=tiling))(inputs)
+            attend = functools.partial(_attend, request=request, tiling=tiling)
+            one_by_one: Any = sequential_vmap(attend)  # type: ignore[no-untyped-call]
+            out, lse = one_by_one(inputs)
         return Partial(out, lse=lse if statistics else None, dtype=request.dtype)
 
 
