@@ -13,10 +13,10 @@ SCRIPT = Path(__file__).with_name("trace_call.py")
 # The most that `trace_call.py --kernel NAME` may find. Lower a number when the code gets better; before raising one,
 # look with `--pairs` at which files were added.
 BOUNDS = {
-    "auto": {"modules": 25, "lines": 6_655, "crossings": 116, "functions": 194, "function_lines": 1_755},
-    "dot_product": {"modules": 24, "lines": 6_410, "crossings": 107, "functions": 182, "function_lines": 1_685},
+    "auto": {"modules": 27, "lines": 6_765, "crossings": 120, "functions": 197, "function_lines": 1_795},
+    "dot_product": {"modules": 26, "lines": 6_520, "crossings": 111, "functions": 185, "function_lines": 1_725},
 }
-CLOSURE = {"closure_modules": 57, "closure_lines": 9_780, "bare_modules": 3}
+CLOSURE = {"closure_modules": 59, "closure_lines": 9_945, "bare_modules": 3}
 
 
 def trace(kernel):

@@ -88,6 +88,7 @@ DEMANDS = {
     ),
     "statistics": ({"statistics": True}, {"statistics": {Statistic.LSE}}, RefusalCode.STATISTICS),
     "page_size": ({"page_size": 4}, {"pages": True}, RefusalCode.PAGES),
+    "kv_layout": ({"kv_layout": "value_in_key"}, {"kv_layouts": {"value_in_key"}}, RefusalCode.KV_LAYOUT),
     "head_dim": ({"head_dim": 48}, {"head_dims": Dims(multiple_of=16)}, RefusalCode.HEAD_DIM),
 }
 FIELDS = {field.name for field in dataclasses.fields(Request) if field.init}

@@ -53,14 +53,29 @@ def test_list_as_json(run):
 
 def test_list_shows_how_a_kernel_reads_keys_and_runs_on_several_devices():
     shown = {"summary": "", "gradient": "none", "kv_quantizations": ["int8:head_dim"], "pages": True}
+    shown |= {"kv_layouts": ["interleaved", "separate"]}
     shown |= {"context_parallel": ["ring"], "manual_axes": "checked", "partitioned_by_xla": True}
     lists = dict.fromkeys(("platforms", "modes", "dtypes", "atoms", "features", "statistics"), ())
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report._serves({**lists, **shown}))
     text = " ".join(console.export_text().split())
-    assert "keys stored as int8:head_dim pages" in text
+    assert "keys stored as int8:head_dim pages interleaved separate" in text
     assert "across devices by ring" in text
     assert "Auto axes partitioned by XLA manual axes checked" in text
+
+
+MLA = ("--kv-heads", "1", "--head-dim", "576", "--value-dim", "512", "--kv-layout", "value_in_key")
+
+
+def test_values_stored_with_the_keys_are_asked_for(run):
+    step = ("explain", "--target", "cpu", "--mode", "decode", "--q-len", "1", "--kv-len", "4096", *MLA)
+    status, out, _ = run(*step, "--page-size", "16", "--kv-quantization", "int8", "--kernel", "dot_product")
+    assert status == 0
+    assert "kv_layout=value_in_key" in out
+    assert "through separate_kv" in out
+    assert json.loads(run(*step, "--json")[1])["request"]["kv_layout"] == "value_in_key"
+    status, _, err = run(*step[:-1], "interleaved")
+    assert (status, "is one of pages that are not quantised" in " ".join(err.split())) == (2, True)
 
 
 def test_doctor_reports_versions_and_no_faults(run):

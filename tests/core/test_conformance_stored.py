@@ -12,8 +12,8 @@ from pairs import sweep_but
 
 from kernelry import masks
 from kernelry.plugin import Refusal, RefusalCode
-from kernelry.storage import QUANTIZATIONS, PagedArray, QuantizedArray
-from kernelry.testing.conformance import Outcome, cases_of, run_case
+from kernelry.storage import QUANTIZATIONS, PagedArray, QuantizedArray, ValueInKey
+from kernelry.testing.conformance import Outcome, cases_of, run, run_case
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.stored import TABLE, as_given, quantized
 
@@ -103,3 +103,29 @@ def test_the_arrays_of_a_plain_call_are_as_before():
     rng = np.random.default_rng(0)
     np.testing.assert_array_equal(arrays["query"], rng.standard_normal((2, 16, 4, 8)).astype(np.float32))
     assert all(isinstance(array, jax.Array) for array in arrays.values())
+
+
+@pytest.mark.parametrize("layout", sweep_but(["separate", "interleaved", "value_in_key"], "interleaved"))
+def test_a_kernel_that_reads_one_kind_of_pages_alone_is_tested_on_those(layout):
+    def refusals(request, environment):
+        return () if request.page_size else (Refusal(RefusalCode.PAGES, "keys and values are not in pages"),)
+
+    can = dataclasses.replace(ALL, kv_layouts=frozenset({layout}))
+    report = run(dataclasses.replace(HONEST, capabilities=can, refusals=refusals), quick=True)
+    assert report.ok, [(case.name, case.detail) for case in report.failures]
+    outcomes = [case.outcome for case in report.cases]
+    assert outcomes.count(Outcome.PASSED) > 50
+    others = {"separate", "interleaved", "value_in_key"} - {layout}
+    refused = {case.name for case in report.cases if case.outcome is Outcome.REFUSED}
+    assert {f"refuses kv_layout {other}" for other in others} <= refused
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "value_in_key"])
+def test_values_with_the_keys_are_what_the_oracle_sees(layout):
+    call = dataclasses.replace(CALL, kv_layout=layout, poison=True)
+    _, key, value = as_given(call.arrays())
+    assert (value, key.interleaved) == (ValueInKey(8), layout == "interleaved")
+    found = key.gather_pair() if key.interleaved else (key.gather(), key.gather())
+    for name, array in zip(("key", "value"), found, strict=True):
+        np.testing.assert_array_equal(np.asarray(array)[~HIDDEN], call.numbers()[name][~HIDDEN])
+        assert not np.isfinite(np.asarray(array)[HIDDEN]).any()

@@ -194,6 +194,7 @@ HELD = (
     "rolling:int8",
     "paged:4",
     "paged:4:int8",
+    "paged:4:interleaved",
 )
 
 
@@ -212,12 +213,13 @@ def _shapes(q_len):
 
 def _cache_of(held, window):
     kind, _, storage = held.replace("paged:4", "paged").partition(":")
+    layout, storage = ("interleaved", None) if storage == "interleaved" else ("separate", storage)
     facts = {"kv_heads": 2, "head_dim": 32, "dtype": jnp.float32, "storage": storage or None}
     if kind == "two-part":
         return TwoPartCache.create(batch=2, prefill=6, decode=4, **facts)
     if kind == "rolling":
         return RollingCache.create(batch=2, window=window, **facts)
-    return PagedCache.create(rows=2, pages=9, page_size=4, max_length=10, **facts)
+    return PagedCache.create(rows=2, pages=9, page_size=4, max_length=10, layout=layout, **facts)
 
 
 def _prompt(mask, options, query, key, value):
@@ -292,9 +294,20 @@ def test_a_mask_is_added_to_that_of_the_config():
     assert "segments" not in str(decode.mask)
 
 
-@pytest.mark.parametrize("text", [*HELD, "paged:16:int8:heads_and_head_dim"])
+IN_KEYS = ("contiguous:value_in_key", "contiguous:value_in_key:int8", "paged:4:value_in_key:int8")
+
+
+@pytest.mark.parametrize("text", [*HELD, *IN_KEYS, "paged:16:int8:heads_and_head_dim"])
 def test_caches_are_written_as_they_are_read(text):
     assert CacheShape.parse(str(CacheShape.parse(text))) == CacheShape.parse(text)
+
+
+@pytest.mark.parametrize("text", IN_KEYS)
+def test_a_decode_step_reads_the_values_from_the_keys(text):
+    train, *_, decode = _requests(AttentionConfig(), cache=text, kv_heads=1, value_dim=24)
+    assert (train.kv_layout, decode.kv_layout, decode.value_dim) == ("separate", "value_in_key", 24)
+    assert decode.kv_quantization == ("int8:head_dim" if "int8" in text else None)
+    assert decode.page_size == (4 if "paged" in text else None)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +322,8 @@ def test_caches_are_written_as_they_are_read(text):
             "leaves no slot for these; raise max_len",
         ),
         ({"cache": "rolling:int9"}, "unknown dtype 'int9'; did you mean 'int8'?"),
+        ({"cache": "rolling:value_in_key"}, "goes with 'contiguous' and 'paged' only, got rolling:value_in_key"),
+        ({"cache": "contiguous:interleaved"}, "is one of pages that are not quantised"),
         ({"cache": "paged:4", "two_part": True}, "two_part=True and cache='paged:4' are two caches"),
         ({"mask": "segmnts"}, "did you mean 'segments'?"),
         ({"mask": np.ones(3)}, "mask must be a kernelry mask or an expression such as 'segments', got ndarray"),

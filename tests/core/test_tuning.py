@@ -96,6 +96,8 @@ CONFIGS = [
     ({}, dataclasses.replace(SHAPE, cache="paged:4")),
     ({}, dataclasses.replace(SHAPE, cache="paged:4:int8")),
     ({}, dataclasses.replace(SHAPE, cache="contiguous:int4")),
+    ({}, dataclasses.replace(SHAPE, cache="contiguous:value_in_key")),
+    ({}, dataclasses.replace(SHAPE, cache="paged:4:interleaved")),
     ({"type": "local_sliding", "window": 8}, dataclasses.replace(SHAPE, cache="rolling")),
     ({}, dataclasses.replace(SHAPE, mask="segments & spans")),
     ({"sinks": True, "soft_cap": 20.0}, SHAPE),

@@ -64,6 +64,7 @@ _CHOICES = {
     "interpret": (False, True),
     "kv_quantization": (None, "int8", "int4:heads_and_head_dim", "float8_e4m3fn", "int8:nothing"),
     "page_size": (None, *_SIZES[:8], 128),
+    "kv_layout": ("separate", "value_in_key", "interleaved", "beside"),
     "context_parallel": (None, "ring:context:4", "all_gather:cp:2", "spiral:cp:2"),
 }
 _USUAL = {"q_len": 128, "head_dim": 64}

@@ -74,15 +74,15 @@ class KVCache(Protocol):
     def append(
         self,
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K D"] | None,
+        value: Float[Array, "B T K D"],
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Self:
         """Writes the next tokens of every row.
 
         Args:
-          key, value: T tokens per row, stored in the cache's dtype; the value is None for a PagedCache whose values
-            are in its keys.
+          key, value: T tokens per row, stored in the cache's dtype; a PagedCache whose values are in its keys takes no
+            value, but None.
           lengths: [B], how many of the T are tokens, counted from the first; None means all. Under jit, numbers
             outside [0, T] are clipped.
 
@@ -132,7 +132,7 @@ class KVCache(Protocol):
         Returns:
           What `attend` returns, and the cache after it.
         """
-        after = self.append(key, value, lengths=options.get("lengths"))
+        after = self.append(key, value, lengths=options.get("lengths"))  # type: ignore[arg-type]  # which checks it
         return after.attend(query, **options), after
 
     @checking_output

@@ -118,10 +118,10 @@ class PagedView(KVCache):
             written = write(layers[self.layer], new, pages, places % size, kept)
             return (*layers[: self.layer], written, *layers[self.layer + 1 :])
 
-        if self.cache.layout == INTERLEAVED:
+        if value is not None and self.cache.layout == INTERLEAVED:
             key = interleaved(key, value)
         keys = put(self.cache.keys, key)
-        values = put(self.cache.values, value) if self.cache.values else ()
+        values = put(self.cache.values, value) if value is not None and self.cache.values else ()
         return dataclasses.replace(
             self, cache=dataclasses.replace(self.cache, keys=keys, values=values, overflowed=overflowed)
         )

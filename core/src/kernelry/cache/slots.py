@@ -194,7 +194,7 @@ def check_layout(name: str, layout: Any, head_dim: int, value_dim: int, storage:
     Raises:
       ArgumentError: the layout is unknown, or does not go with the sizes or the storage.
     """
-    if layout not in KV_LAYOUTS:
+    if not isinstance(layout, str) or layout not in KV_LAYOUTS:
         raise ArgumentError(f"{name}: unknown layout {layout!r}{nearest(str(layout), KV_LAYOUTS)}")
     if layout == VALUE_IN_KEY and value_dim > head_dim:
         raise ArgumentError(

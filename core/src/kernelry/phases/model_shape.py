@@ -64,7 +64,7 @@ class CacheShape:
             raise ArgumentError(f"cache: page_size={size} goes with 'paged' only, got {self.kind.value!r}.")
         if self.storage is not None:
             object.__setattr__(self, "storage", str(Quantization.parse(self.storage)))
-        if self.layout not in KV_LAYOUTS:
+        if not isinstance(self.layout, str) or self.layout not in KV_LAYOUTS:
             raise ArgumentError(f"cache: unknown layout {self.layout!r}{nearest(str(self.layout), KV_LAYOUTS)}")
         if self.layout == INTERLEAVED and (not paged or self.storage is not None):
             raise ArgumentError(f"cache: layout={self.layout!r} is one of pages that are not quantised, got {self}.")

@@ -148,10 +148,10 @@ def check_storage(request: Any, differentiated: Set[Any]) -> None:
 
 def _check_layout(request: Any, differentiated: Set[str]) -> None:
     layout, head_dim, value_dim = request.kv_layout, request.head_dim, request.value_dim
+    if not isinstance(layout, str) or layout not in KV_LAYOUTS:
+        raise ArgumentError(f"unknown kv_layout {shown(layout)}{nearest(str(layout), KV_LAYOUTS)}")
     if layout == SEPARATE:
         return
-    if layout not in KV_LAYOUTS:
-        raise ArgumentError(f"unknown kv_layout {layout!r}{nearest(str(layout), KV_LAYOUTS)}")
     if layout == VALUE_IN_KEY and not 0 < value_dim <= head_dim:
         raise ArgumentError(
             f"kv_layout={layout}: values are the first columns of the keys, so value_dim={value_dim} must be 1 … "

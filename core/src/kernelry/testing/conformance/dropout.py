@@ -13,6 +13,7 @@ import numpy as np
 from kernelry.execution.normalization import to_lse
 from kernelry.kernel.capabilities import Feature
 from kernelry.request.request import Operand
+from kernelry.storage import SEPARATE
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.compare import close, oracle, tolerance_for
@@ -74,7 +75,9 @@ def _compiled(bench: Bench, call: AttentionCall) -> Callable[..., Any]:
 def _kept(run: Callable[..., Any], call: AttentionCall) -> np.ndarray:
     """Draws [B, T, N] sixteen times: with uniform probabilities and values of 1, kept / ((1 − rate) · S)."""
     arrays = call.arrays()
-    arrays = arrays | {"query": jnp.zeros_like(arrays["query"]), "value": jnp.ones_like(arrays["value"])}
+    values = "value" if call.kv_layout == SEPARATE else "key"  # where the values are
+    ones = jax.tree.map(lambda leaf: jnp.ones_like(leaf) if leaf.dtype == call.dtype else leaf, arrays[values])
+    arrays = arrays | {"query": jnp.zeros_like(arrays["query"]), values: ones}
     return np.stack(
         [np.asarray(run(arrays, call.mask, jax.random.key(seed)), np.float64)[..., 0] for seed in range(16)]
     )

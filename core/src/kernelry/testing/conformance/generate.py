@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from kernelry.kernel.spec import KernelSpec
-from kernelry.storage import SEPARATE
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.compare import SANE, oracle, tolerance_for, verify
 from kernelry.testing.conformance.dropout import dropout_cases
@@ -49,9 +48,7 @@ def cases_of(spec: KernelSpec, quick: bool = False) -> tuple[Case, ...]:
     cases += dropout_cases(subject, base)
     cases += transform_cases(subject, masked(subject, base))
     cases += _adapted_cases(subject, base)
-    # Not all that is refused can be asked in the kernel's own layout.
-    plain = dataclasses.replace(base, kv_layout=SEPARATE, page_size=None)
-    return (*cases, *negative_cases(subject, plain))
+    return (*cases, *negative_cases(subject, base))
 
 
 def _declaration_cases(subject: Subject) -> Iterator[Case]:

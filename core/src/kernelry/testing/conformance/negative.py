@@ -27,7 +27,8 @@ Undeclared: TypeAlias = tuple[str, AttentionCall, RefusalCode]
 
 
 def undeclared_calls(subject: Subject, base: AttentionCall) -> Iterator[Undeclared]:
-    """Calls for everything that the kernel does not declare."""
+    """Calls for everything that the kernel does not declare, of keys and values that are an array each."""
+    base = but(base, page_size=None, kv_layout=SEPARATE)
     for part in (_kinds, _dims, _masks, _features, _results, _edges, _storage):
         yield from part(subject.can, base)
 

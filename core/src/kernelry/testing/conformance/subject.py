@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import final
 
 from kernelry.errors import KernelryError
@@ -13,7 +13,7 @@ from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import KernelSpec
 from kernelry.request.request import Mode, Operand
 from kernelry.resolution.resolver import explain
-from kernelry.storage import INTERLEAVED
+from kernelry.storage import KV_LAYOUTS, VALUE_IN_KEY
 from kernelry.testing.conformance.bench import Bench
 from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.host import KernelHost
@@ -37,8 +37,8 @@ class Subject:
       spec: the kernel.
       bench: runs it.
       quick: whether the list of cases is thinned.
-      base: the smallest call that it serves, with grouped heads, gradients and a scale where it declares them;
-        None where it serves none.
+      base: the smallest call that it serves, with grouped heads, gradients and a scale where it declares them; in
+        pages, or with values stored with the keys, where it serves no other; None where it serves none.
     """
 
     spec: KernelSpec
@@ -90,7 +90,7 @@ class Subject:
         """Whether the kernel serves a call through adapters, or without."""
         try:
             request = call.request(self.host)
-        except KernelryError:  # there is no such call in the layout of the base
+        except KernelryError:  # e.g. pages do not make up its length
             return False
         with self.host.entered(self.spec, adapters=True):
             return explain(request, kernel=self.spec.name).plan is not None
@@ -100,7 +100,18 @@ class Subject:
         return next((call for call in calls if self.serves(call)), None)
 
 
-def _base_calls(can: Capabilities) -> Iterable[AttentionCall]:
+def _base_calls(can: Capabilities) -> Iterator[AttentionCall]:
+    plain = tuple(_plain_calls(can))
+    yield from plain
+    for layout in (layout for layout in KV_LAYOUTS if layout in can.kv_layouts):
+        for call in plain if layout == VALUE_IN_KEY else ():
+            yield dataclasses.replace(call, kv_layout=layout)
+        for call in plain if can.pages else ():
+            for size in dict.fromkeys(max(1, call.kv_len // count) for count in (4, 2, 1)):
+                yield dataclasses.replace(call, kv_layout=layout, page_size=size)
+
+
+def _plain_calls(can: Capabilities) -> Iterator[AttentionCall]:
     dims = can.head_dims or Dims()
     dim = dims.padded(_SMALL_DIM) or dims.maximum or _SMALL_DIM
     modes = [mode for mode in _MODES if mode in can.modes] or [Mode.TRAIN]
@@ -120,15 +131,8 @@ def _base_calls(can: Capabilities) -> Iterable[AttentionCall]:
     for mode in modes:
         for length in _LENGTHS if mode is not Mode.DECODE else (*_LENGTHS, 1):
             for dtype in dtypes:
-                yield _as_read(make(mode=mode, q_len=length, kv_len=length, dtype=dtype), can)
-                yield _as_read(make(mode=mode, q_len=1, kv_len=length, dtype=dtype), can)
-
-
-def _as_read(call: AttentionCall, can: Capabilities) -> AttentionCall:
-    """The call in a layout that the kernel reads: of a kernel that reads interleaved pages alone, in one page a row."""
-    if can.kv_layouts != {INTERLEAVED}:
-        return call
-    return dataclasses.replace(call, kv_layout=INTERLEAVED, page_size=call.kv_len)
+                yield make(mode=mode, q_len=length, kv_len=length, dtype=dtype)
+                yield make(mode=mode, q_len=1, kv_len=length, dtype=dtype)
 
 
 def gradients_of(can: Capabilities) -> frozenset[Operand]:

@@ -139,6 +139,8 @@ def _exported(bench: Bench, call: AttentionCall) -> None:
 
 
 def _sharded(bench: Bench, call: AttentionCall) -> None:
+    if call.page_size is not None:
+        raise Skip("the pages of a row may be anywhere in the pool, so rows are not shared out")
     devices = jax.devices()
     if len(devices) < call.batch:
         raise Skip(f"needs {call.batch} devices, here {'is' if len(devices) == 1 else 'are'} {len(devices)}")
