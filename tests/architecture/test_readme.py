@@ -60,6 +60,12 @@ with kernelry.use("mine", kernels=[MINE]):
 assert [resolution.kernel for resolution in resolutions] == ["mine"], resolutions
 expected = reference_attention(*[np.asarray(asked)] * 3, mask=kernelry.masks.Causal()).out
 np.testing.assert_allclose(served, expected, atol=1e-5)
+with kernelry.use(kernels=[CAREFUL]):
+    facts = dict(mode="prefill", dtype="float32", head_dim=8, target="cpu")
+    answers = [str(kernelry.explain(kernelry.Request(q_len=size, **facts))) for size in (65536, 131072)]
+assert "careful: could serve, ranked lower" in answers[0], answers[0]
+assert "careful: passed over: kv_len=131072 > 65536 was never tried; it serves with kernel=" in answers[1], answers[1]
+assert kernelry_rank(kernelry.Request(q_len=4096, target="gpu:h100"), ()).kernels == ("careful", "mine")
 """,
     "mesh.md": """
 import numpy as np

@@ -13,10 +13,10 @@ SCRIPT = Path(__file__).with_name("trace_call.py")
 # The most that `trace_call.py --kernel NAME` may find. Lower a number when the code gets better; before raising one,
 # look with `--pairs` at which files were added.
 BOUNDS = {
-    "auto": {"modules": 27, "lines": 6_765, "crossings": 120, "functions": 197, "function_lines": 1_795},
-    "dot_product": {"modules": 26, "lines": 6_520, "crossings": 111, "functions": 185, "function_lines": 1_725},
+    "auto": {"modules": 28, "lines": 6_925, "crossings": 121, "functions": 199, "function_lines": 1_820},
+    "dot_product": {"modules": 27, "lines": 6_675, "crossings": 112, "functions": 187, "function_lines": 1_745},
 }
-CLOSURE = {"closure_modules": 59, "closure_lines": 9_945, "bare_modules": 3}
+CLOSURE = {"closure_modules": 60, "closure_lines": 10_110, "bare_modules": 3}
 
 
 def trace(kernel):

@@ -10,7 +10,7 @@ import pytest
 import turns
 from choosing import GOAL, Case, Recording
 
-from kernelry.policy.policy import SHIPPED_THRESHOLDS
+from kernelry.policy.shipped import SHIPPED_THRESHOLDS
 
 _RECORDING = Path(__file__).parents[2] / "benchmarks" / "results" / "choosing-cpu.json"
 _WORST_ELSEWHERE = 1.3

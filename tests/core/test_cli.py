@@ -1,5 +1,6 @@
 """The command: readable tables, JSON, exit statuses, one-line errors."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -15,6 +16,7 @@ from kernelry import ModelShape, Request, Target, cli
 from kernelry.cli import report, speeds
 from kernelry.config import load_config
 from kernelry.phases.calls import calls
+from kernelry.plugin import Refusal, RefusalCode
 from kernelry.policy.lock import Lock
 from kernelry.policy.policy import Policy, Switches
 from kernelry.registry import contents, discovery, installed
@@ -54,7 +56,12 @@ def test_list_as_json(run):
 def test_list_shows_how_a_kernel_reads_keys_and_runs_on_several_devices():
     shown = {"summary": "", "gradient": "none", "kv_quantizations": ["int8:head_dim"], "pages": True}
     shown |= {"kv_layouts": ["interleaved", "separate"]}
-    shown |= {"context_parallel": ["ring"], "manual_axes": "checked", "partitioned_by_xla": True}
+    shown |= {
+        "context_parallel": ["ring"],
+        "manual_axes": "checked",
+        "partitioned_by_xla": True,
+        "reservations": ["new"],
+    }
     lists = dict.fromkeys(("platforms", "modes", "dtypes", "atoms", "features", "statistics"), ())
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report._serves({**lists, **shown}))
@@ -62,6 +69,30 @@ def test_list_shows_how_a_kernel_reads_keys_and_runs_on_several_devices():
     assert "keys stored as int8:head_dim pages interleaved separate" in text
     assert "across devices by ring" in text
     assert "Auto axes partitioned by XLA manual axes checked" in text
+    assert "only if named new" in text
+
+
+FIRST = (Refusal(RefusalCode.EXPERIMENTAL, "first release"),)
+
+
+@pytest.mark.parametrize(
+    ("reservations", "told"),
+    [
+        (lambda _: FIRST, ["first release"]),
+        (lambda request: FIRST * request.partial, ["for some requests, of which kernelry explain tells"]),
+        (
+            lambda _: 1 / 0,
+            ["its reservations raised ZeroDivisionError('division by zero'); report it to the kernel's authors"],
+        ),
+    ],
+)
+def test_list_says_which_kernels_are_chosen_only_if_they_are_named(run, monkeypatch, reservations, told):
+    kernel = installed.registry().kernels["dot_product"]
+    changed = dataclasses.replace(kernel, spec=dataclasses.replace(kernel.spec, reservations=reservations))
+    found = dataclasses.replace(installed.registry(), kernels={"dot_product": changed})
+    monkeypatch.setattr(installed, "registry", lambda: found)
+    [row] = json.loads(run("list", "--json")[1])["kernels"]
+    assert row["reservations"] == told
 
 
 MLA = ("--kv-heads", "1", "--head-dim", "576", "--value-dim", "512", "--kv-layout", "value_in_key")

@@ -15,7 +15,9 @@ from kernelry.config import AttentionConfig
 from kernelry.models import LayerKind, Model, OtherLayers, from_huggingface
 from kernelry.models.named import model_from, named_configs
 from kernelry.phases.resolving import resolve_phases
+from kernelry.plugin import Refusal, RefusalCode
 from kernelry.policy.lock import Lock
+from kernelry.registry import installed
 
 pytestmark = pytest.mark.versions
 
@@ -94,12 +96,28 @@ def test_the_table_has_the_kernels_of_resolve_phases(run):
 
 
 def test_reasons_are_told_once_for_all_rows_that_they_decide(run):
-    out = run("explain", "--model", "config.json", "--target", "gpu:h100", "--q-len", 4096)[1]
+    out = run("explain", "--model", "config.json", "--target", "gpu:h100", "--q-len", 4096, width=500)[1]
     lines = [line.strip() for line in out.splitlines()]
     reasons = lines[lines.index("gpu:h100:") + 1 :]
-    assert [line.partition(":")[0] for line in reasons] == ["train, prefill", "decode", "train, prefill"]
-    assert reasons[1].startswith("decode: decided by shipped policy: when platform=gpu mode=decode use pallas_decode")
-    assert reasons[2] == "train, prefill: not cudnn_jax: soft_cap=50.0 is not supported"
+    first = [line.partition(":")[0] for line in reasons]
+    assert first[:5] == ["train", "prefill", "decode", "train, prefill", "prefill"]
+    assert reasons[2].startswith("decode: decided by shipped policy: when platform=gpu mode=decode use pallas_decode")
+    assert reasons[3] == "train, prefill: not cudnn_jax: soft_cap=50.0 is not supported"
+
+
+def test_reservations_of_kernels_that_are_chosen_are_told(run, monkeypatch):
+    kernel = installed.registry().kernels["dot_product"]
+    first = (Refusal(RefusalCode.EXPERIMENTAL, "first release"),)
+    spec = dataclasses.replace(kernel.spec, name="new", reservations=lambda request: first * (request.q_len == 1))
+    new = dataclasses.replace(kernel, spec=spec)
+    found = dataclasses.replace(installed.registry(), kernels={"new": new})
+    monkeypatch.setattr(installed, "registry", lambda: found)
+    asked = ("--model", "config.json", "--target", "cpu", "--q-len", 71)  # asked nowhere else
+    out = run("explain", *asked, "--kernel", "new")[1]
+    assert "  decode: new has a reservation: first release\n" in out
+    status, out, _ = run("explain", *asked)
+    assert status == 2
+    assert "  decode: not new: first release\n" in out
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
@@ -109,7 +127,9 @@ def test_the_table_fits_the_terminal(run, width):
     assert max(map(len, out.splitlines())) <= width
     assert len({len(line) for line in out.splitlines() if line.startswith(("│", "┏", "└"))}) == 1
     joined = "".join(row[-1] for row in cells_of(out))
-    assert joined.count("+sinks_from_lse") + joined.count("+ sinks_from_lse") == 6
+    assert (
+        joined.count("+sinks_from_lse") + joined.count("+ sinks_from_lse") == 4
+    )  # but for prefill, which tokamax_splash serves with sinks
 
 
 def test_a_kind_a_target_and_a_mode_are_explained_in_full(run):

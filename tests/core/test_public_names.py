@@ -113,6 +113,7 @@ PLUGIN = {
     "PositionKind",
     "Quantization",
     "QuantizedArray",
+    "Ranking",
     "Refusal",
     "RefusalCode",
     "Request",

@@ -66,7 +66,7 @@ def test_auto_passes_over_a_kernel_with_reservations_and_says_how_to_get_it():
     assert (passed.name, passed.reservations) == ("a_new", (EXPERIMENTAL,))
     assert passed.refusals[0].code is RefusalCode.EXPERIMENTAL
     said = (
-        'a_new: passed over: first release; it serves if you name it: kernel="a_new", a rule that lists it, or '
+        'a_new: passed over: first release; it serves with kernel="a_new", a rule that lists it, or '
         "KERNELRY_EXPERIMENTAL=1"
     )
     assert said in str(found)

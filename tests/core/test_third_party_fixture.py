@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import importlib_metadata
 import jax
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import kernelry
 from kernelry import masks, pictures, testing
 from kernelry.masks import BlockKind
 from kernelry.masks.parse import parse_form, parse_mask
+from kernelry.policy.policy import Policy, Switches
+from kernelry.registry import discovery, installed
 from kernelry_dot_product.blockwise.grid import Grid
 from kernelry_dot_product.blockwise.visits import kinds_of, visits_of_queries
 
@@ -64,6 +67,36 @@ def test_example_kernel_carries_its_signature(plugin):
     with kernelry.use("example_reference", kernels=[plugin.REFERENCE]), kernelry.record() as resolutions:
         program = jax.jit(kernelry.attention).lower(*_qkv())
     resolutions[0].verify(program)
+
+
+@pytest.fixture
+def installed_with_ours(plugin, monkeypatch):
+    """The plugin in place of what is installed, with the kernels of kernelry-dot-product."""
+    ours = [p for p in importlib_metadata.entry_points(group=discovery.GROUP) if p.name == "dot_product"]
+    point = importlib_metadata.EntryPoint("example", "kernelry_example.plugin", discovery.GROUP)
+    found = discovery.build([*ours, point])
+    assert found.faults == ()
+    monkeypatch.setattr(installed, "registry", lambda: found)
+
+
+@pytest.mark.usefixtures("installed_with_ours")
+def test_example_preview_is_passed_over_unless_experimental_kernels_are_allowed(fresh_request):
+    usual = kernelry.explain(fresh_request, policy=Policy.shipped(switches=Switches()))
+    assert usual.kernel == "dot_product"
+    assert usual.rule.startswith("shipped policy: ")
+    assert "example_preview: passed over: first release, tested on one machine; it serves with" in str(usual)
+    allowed = kernelry.explain(fresh_request, policy=Policy.shipped(switches=Switches(experimental=True)))
+    assert (allowed.kernel, allowed.rule) == ("example_preview", "votes of plugins: example (its author's guess)")
+    assert "reservation: first release, tested on one machine" in str(allowed)
+
+
+@pytest.mark.usefixtures("installed_with_ours")
+def test_example_preview_serves_who_names_it():
+    with kernelry.record() as resolutions:
+        out = kernelry.attention(*_qkv(), mask=masks.Causal(), kernel="example_preview")
+    assert resolutions[0].winner.reservations
+    expected = kernelry.attention(*_qkv(), mask=masks.Causal(), kernel="dot_product")
+    np.testing.assert_allclose(out, expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("argument", [{"scale": 0.5}, {"soft_cap": 3.0}, {"mask": masks.SlidingWindow(1)}], ids=str)

@@ -65,6 +65,35 @@ def test_a_kernel_gives_the_golden_answer_or_names_what_it_refuses(kernel, case,
             np.testing.assert_allclose(gradient, case.arrays[f"d{name}"], rtol=0, atol=5e-5, err_msg=name)
 
 
+_IN_BFLOAT16 = {
+    "train_chunk24_packed": "mask atom chunked",
+    "train_bidirectional_crosses_segments": "mask atom spans",
+    "train_indexer": "mask atom dense",
+    "train_moba_c8_k3_packed": "mask atom block_selection",
+    "train_block_diffusion24_packed": "mask atom block_causal",
+    "chunked_prefill_chunk16_unaligned": "mask atom segments_separate",
+    "chunked_prefill_moba": "mask atom segments_separate",
+}
+"""What flywheel, which has no float32, does not serve."""
+
+
+@pytest.mark.versions
+@pytest.mark.cases.with_args(_is_for_training_kernels)
+def test_a_kernel_of_bfloat16_gives_the_golden_output_or_names_what_it_refuses(case, attend):
+    pytest.importorskip("flywheel_tpu")
+    rounded = {name: jnp.asarray(case.arrays[name], jnp.bfloat16) for name in ("q", "k", "v") if name in case.arrays}
+    arrays = {**case.arrays, **rounded}
+    options = {"sinks": arrays.get("sinks"), "kernel": "flywheel", "gradients": ()}
+    with testing.interpret():
+        if case.name in _IN_BFLOAT16:
+            with pytest.raises(KernelRefusedError, match=_IN_BFLOAT16[case.name]):
+                attend(case, arrays, "", **options)
+            return
+        out = attend(case, arrays, "", **options)
+    seen = np.asarray(case.arrays["mask"]).astype(bool).any(axis=-1)
+    np.testing.assert_allclose(np.asarray(out, np.float32)[seen], case.arrays["out"][seen], rtol=0, atol=5e-2)
+
+
 def _is_decode(entry):
     return entry["params"]["model_mode"] == "autoregressive"
 

@@ -45,7 +45,7 @@ from kernelry.masks.padding import Padding
 from kernelry.masks.predicate import is_lasting
 from kernelry.masks.run_time import BlockGrid, Decided, decided_at_run_time
 from kernelry.policy.policy import Policy
-from kernelry.registry.hooks import CONTRACT, hookimpl
+from kernelry.registry.hooks import CONTRACT, Ranking, hookimpl
 from kernelry.request.arguments import cast_finite
 from kernelry.request.context_parallel import ContextParallel, load_balanced_order
 from kernelry.request.request import Mode, Operand, Request
@@ -89,6 +89,7 @@ __all__ = [
     "PositionKind",
     "Quantization",
     "QuantizedArray",
+    "Ranking",
     "Refusal",
     "RefusalCode",
     "Request",

@@ -171,6 +171,9 @@ class ModelTable:
         refused = ((reason, row) for row, resolution in found for reason in _better(resolution))
         for reason, rows in _grouped(refused).items():
             yield f"{_named(rows, self.rows)}not {reason}"
+        reserved = ((reason, row) for row, resolution in found for reason in _reservations(resolution))
+        for reason, rows in _grouped(reserved).items():
+            yield f"{_named(rows, self.rows)}{reason}"
 
 
 def _sizes(shape: ModelShape) -> str:
@@ -218,6 +221,12 @@ def _better(resolution: Resolution) -> Iterator[str]:
             return
         if candidate.refusals and all(refusal.code is not RefusalCode.PLATFORM for refusal in candidate.refusals):
             yield f"{candidate.name}: {candidate.refusals[0].detail}"
+
+
+def _reservations(resolution: Resolution) -> Iterator[str]:
+    """Why the winner would not have been chosen if it had not been named."""
+    for reservation in resolution.winner.reservations if resolution.winner else ():
+        yield f"{resolution.kernel} has a reservation: {reservation}"
 
 
 def _grouped(pairs: Iterable[tuple[str, Row]]) -> dict[str, list[Row]]:

@@ -17,14 +17,16 @@ from rich.table import Table
 from kernelry._version import __version__
 from kernelry.cli.output import Text
 from kernelry.errors import ConfigError
+from kernelry.kernel.spec import KernelSpec, no_reservations
 from kernelry.policy.policy import Switches
 from kernelry.policy.store import Store
 from kernelry.registry import installed
 from kernelry.registry.contents import Fault, InstalledKernel, Registry, switch_faults
 from kernelry.registry.hooks import CONTRACT
-from kernelry.request.request import NEUTRAL
-from kernelry.request.target import home_target
+from kernelry.request.request import NEUTRAL, Mode, Request
+from kernelry.request.target import Target, home_target
 from kernelry.resolution.explanation import Resolution
+from kernelry.resolution.reserved import reservations_of
 from kernelry.resolution.telling import answer_of, remarks_on, told_of_shards
 from kernelry.storage import SEPARATE
 
@@ -52,7 +54,20 @@ def _kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
         "manual_axes": can.manual_axes.value,
         "partitioned_by_xla": can.partitioned_by_xla,
         "gradient": can.gradient.value,
+        "reservations": list(_reservations(kernel.spec)),
     }
+
+
+def _reservations(spec: KernelSpec) -> Iterator[str]:
+    """Why `auto` does not choose a kernel for a plain request, each reason once; that it may not for another one."""
+    if spec.reservations is no_reservations:
+        return
+    can = spec.capabilities
+    target = Target(min(can.platforms, default=home_target().platform))
+    plain = Request(target=target, q_len=1024, dtype=min(can.dtypes, default="float32"))
+    asked = (dataclasses.replace(plain, mode=mode) for mode in Mode if mode in can.modes)
+    found = dict.fromkeys(str(reservation) for request in asked for reservation in reservations_of(spec, request))
+    yield from found or ("for some requests, of which kernelry explain tells",)
 
 
 def kernels_parts(registry: Registry) -> Iterator[RenderableType]:
@@ -91,6 +106,8 @@ def _serves(row: dict[str, Any]) -> RenderableType:
         facts.add_row("Auto axes", "partitioned by XLA")
     facts.add_row("manual axes", row["manual_axes"])
     facts.add_row("gradient", row["gradient"])
+    if row["reservations"]:
+        facts.add_row("only if named", Text("; ".join(row["reservations"])))
     return Group(Text(row["summary"]), facts)
 
 

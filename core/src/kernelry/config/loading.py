@@ -40,8 +40,8 @@ from kernelry.config.lines import Keys, TableLines, toml_lines, yaml_lines
 from kernelry.config.maxtext import Caller, merged, read_options
 from kernelry.errors import ConfigError, nearest, sentence
 from kernelry.execution.adapters.order import ADAPTERS
-from kernelry.policy.policy import SHIPPED_THRESHOLDS
 from kernelry.policy.rules import RANGES, AnyRange, Condition, Rule
+from kernelry.policy.shipped import SHIPPED_THRESHOLDS
 from kernelry.request.request import Mode
 
 if TYPE_CHECKING:

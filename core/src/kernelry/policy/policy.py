@@ -13,61 +13,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 from kernelry.errors import ConfigError, nearest
-from kernelry.kernel.spec import AUTO
-from kernelry.policy.rules import Condition, Range, Rule, check_tiling
-from kernelry.request.request import Mode
+from kernelry.policy.rules import Rule, check_tiling
+from kernelry.policy.shipped import ADAPTERS_MAX_EXTRA_WORK, SHIPPED_RULES, Threshold, shipped_rules, thresholds_with
 
 if TYPE_CHECKING:
     from kernelry.policy.measurements import Measurements
 
 Tilings = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 """(kernel name, ((tunable, value), …)) pairs."""
-
-
-@final
-@dataclasses.dataclass(frozen=True, slots=True)
-class Threshold:
-    """A number that decides between kernels, with its unit and where it comes from."""
-
-    name: str
-    value: int
-    unit: str
-    source: str
-
-
-FLASH_MIN_Q_LEN = Threshold(
-    "flash_min_q_len", 128, "query tokens", "MaxText 0.2.5: dot_product below 128 query tokens, flash from there on"
-)
-_CHOOSING = "benchmarks/choosing.py on two CPU cores"
-CPU_BLOCKWISE = tuple(
-    (mode, atoms, Threshold(f"cpu_blockwise_min_{'_'.join((mode.value, *atoms))}_kv_len", least, "key tokens", source))
-    for mode, atoms, least, source in (
-        (Mode.DECODE, (), 2048, "benchmarks/decode.py on two CPU cores"),
-        (Mode.PREFILL, (), 64, _CHOOSING),
-        (Mode.TRAIN, ("segments",), 128, _CHOOSING),
-        (Mode.TRAIN, ("full",), 1024, _CHOOSING),
-        (Mode.TRAIN, (), 256, _CHOOSING),
-    )
-)
-"""(mode, atoms of the mask, least S), the first that applies: training's backward pass has crossings of its own."""
-BLOCKWISE_MIN_KV_LEN = Threshold(
-    "blockwise_min_kv_len",
-    8192,
-    "key tokens, on accelerators where no kernel of their own serves",
-    "dense float32 logits of 8 heads take 2 GiB from there on",
-)
-ADAPTERS_MAX_EXTRA_WORK = Threshold(
-    "adapters_max_extra_work",
-    300,
-    "percent of the call's own multiplications",
-    "tokamax's shipped H100 timings: Triton is 4.7 times as fast as XLA's dense attention (head dim 128, S = 16384)",
-)
-SHIPPED_THRESHOLDS = (
-    FLASH_MIN_Q_LEN,
-    *(t for _, _, t in CPU_BLOCKWISE),
-    BLOCKWISE_MIN_KV_LEN,
-    ADAPTERS_MAX_EXTRA_WORK,
-)
 
 
 _PREFIX = "KERNELRY_"
@@ -261,11 +214,11 @@ class Policy:
         Raises:
           ConfigError: a threshold is unknown, or a number is not one that it may be.
         """
-        chosen = _override(dict(thresholds or {}))
+        chosen = thresholds_with(thresholds or {})
         switches = Switches.of_process() if switches is None else switches
         return cls(
             rules=tuple(rules),
-            defaults=_shipped_rules(chosen) if thresholds else _SHIPPED_RULES,
+            defaults=shipped_rules(chosen) if thresholds else SHIPPED_RULES,
             thresholds=tuple(chosen.values()),
             kernel=switches.kernel,
             forbidden_adapters=frozenset(forbidden_adapters),
@@ -291,53 +244,6 @@ def _check_adapters(names: frozenset[str]) -> None:
 @functools.lru_cache(maxsize=8)
 def _shipped_under(kernel: str | None, experimental: bool) -> Policy:
     return Policy.shipped(switches=Switches(kernel, experimental=experimental))
-
-
-def _override(values: Mapping[str, int]) -> dict[str, Threshold]:
-    chosen = {threshold.name: threshold for threshold in SHIPPED_THRESHOLDS}
-    for name, value in values.items():
-        if name not in chosen:
-            raise ConfigError(f"unknown threshold {name!r}{nearest(name, chosen)}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"threshold {name} must be an integer, 0 or more {chosen[name].unit}, got {value!r}.")
-        chosen[name] = dataclasses.replace(chosen[name], value=value, source="the user's config")
-    return chosen
-
-
-_GPU = ("cudnn_jax", "pallas_flash", "pallas_mha", "tokamax_mosaic", "cudnn_te")
-"""For training and prefill on GPUs: the vendor's library, then what serves most, neither of them measured here."""
-
-
-def _shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
-    def least(threshold: Threshold) -> Range:
-        return Range(minimum=thresholds[threshold.name].value)
-
-    short = Range(maximum=thresholds[FLASH_MIN_Q_LEN.name].value - 1)
-    long = least(BLOCKWISE_MIN_KV_LEN)
-    return (
-        *(
-            _shipped(Condition(platform=("cpu",), mode=(mode,), mask=atoms, kv_len=lengths), *use)
-            for mode, atoms, t in CPU_BLOCKWISE
-            for lengths, use in ((least(t), ("blockwise", "dot_product")), (None, ("dot_product",)))
-            if lengths or atoms
-        ),
-        _shipped(Condition(platform=("tpu",), mode=(Mode.DECODE,)), "ragged", "dot_product"),
-        _shipped(Condition(platform=("gpu",), mode=(Mode.DECODE,)), "pallas_decode", "dot_product"),
-        _shipped(Condition(mode=(Mode.DECODE,)), "dot_product"),
-        _shipped(Condition(q_len=short), "dot_product"),
-        _shipped(Condition(platform=("tpu",), kv_len=long), "splash", "tokamax_splash", "blockwise", "dot_product"),
-        _shipped(Condition(platform=("tpu",)), "splash", "tokamax_splash", "dot_product"),
-        _shipped(Condition(platform=("gpu",), kv_len=long), *_GPU, "blockwise", "dot_product"),
-        _shipped(Condition(platform=("gpu",)), *_GPU, "dot_product"),
-        _shipped(Condition(), "dot_product"),
-    )
-
-
-def _shipped(when: Condition, *use: str) -> Rule:
-    return Rule(when, (*use, AUTO), source="shipped policy")
-
-
-_SHIPPED_RULES = _shipped_rules(_override({}))
 
 
 def check_policy(policy: Any) -> None:

@@ -179,12 +179,14 @@ class Rule:
       use: kernel names, best first; exhaustive unless the last one is `auto`.
       tiling: overrides of the kernels' tunables.
       source: where the rule comes from, e.g. a file, for explanations.
+      reason: why in this order: measured, predicted or published, and by whom.
     """
 
     when: Condition
     use: tuple[str, ...]
     tiling: tuple[tuple[str, int], ...] = ()
     source: str = "a Policy"
+    reason: str = ""
 
     def __post_init__(self) -> None:
         if not self.use:
@@ -204,7 +206,8 @@ class Rule:
         return self.use[-1] != AUTO
 
     def __str__(self) -> str:
-        return f"{self.source}: when {self.when} use {', '.join(self.use)}"
+        rule = f"{self.source}: when {self.when} use {', '.join(self.use)}"
+        return f"{rule}; {self.reason}" if self.reason else rule
 
 
 def check_tiling(tiling: Iterable[tuple[str, int]], source: str) -> None:

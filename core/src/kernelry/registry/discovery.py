@@ -23,7 +23,7 @@ from kernelry.masks.base import Mask
 from kernelry.policy.policy import Switches
 from kernelry.registry import hooks
 from kernelry.registry.contents import Fault, FaultKind, InstalledKernel, Plugin, Registry, claim_of
-from kernelry.registry.hooks import CONTRACT, PROJECT
+from kernelry.registry.hooks import CONTRACT, PROJECT, Ranking
 
 GROUP = "kernelry.plugins"
 _UNKNOWN = "unknown distribution"
@@ -317,12 +317,17 @@ def _call(function: Callable[..., Any], argnames: tuple[str, ...], **arguments: 
     return function(*(arguments[name] for name in argnames))
 
 
-def _vote(ask: Callable[..., Any], **arguments: Any) -> Sequence[str] | None:
-    """Asks a ranker; raises PluginError where it answers with something else than names or None."""
+def _vote(ask: Callable[..., Any], **arguments: Any) -> Ranking | None:
+    """Asks a ranker; raises PluginError where it answers with something else than names, a Ranking or None."""
     vote = ask(**arguments)
-    if vote is not None and not (isinstance(vote, list | tuple) and all(isinstance(name, str) for name in vote)):
-        raise PluginError(f"kernelry_rank must return a list of kernel names or None, got {vote!r}")
-    return vote
+    if vote is None:
+        return None
+    names, source = (vote.kernels, vote.source) if isinstance(vote, Ranking) else (vote, "")
+    are_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if not are_names or not isinstance(source, str):
+        expected = "a list of kernel names, a Ranking of names with its source as text, or None"
+        raise PluginError(f"kernelry_rank must return {expected}, got {vote!r}")
+    return Ranking(tuple(names), source)
 
 
 def _is_mask_class(value: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import pluggy
 
@@ -22,6 +23,20 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranking:
+    """A vote with its source: what the hook `kernelry_rank` may return instead of a list.
+
+    Args:
+      kernels: names of candidates, best first.
+      source: how it is known, e.g. `predicted by libtpu 0.0.50.1`; explanations tell it where the vote decides.
+    """
+
+    kernels: tuple[str, ...]
+    source: str
+
+
 @hookspec
 def kernelry_kernels() -> Sequence[KernelSpec]:  # type: ignore[empty-body]
     """Returns the kernels of this plugin. Must import no vendor library."""
@@ -38,11 +53,11 @@ def kernelry_normalizations() -> Mapping[str, Normalization]:  # type: ignore[em
 
 
 @hookspec
-def kernelry_rank(request: Request, candidates: Sequence[str]) -> Sequence[str] | None:
-    """Returns some of the candidates' names, best first, or None to abstain.
+def kernelry_rank(request: Request, candidates: Sequence[str]) -> Sequence[str] | Ranking | None:
+    """Returns some of the candidates' names, best first, a Ranking that says how it knows, or None to abstain.
 
     Votes rank below config rules and measurements. All plugins' votes count the same: a kernel
-    earns the number of candidates it was placed before.
+    earns the number of candidates it was placed before. A vote lifts no reservation.
     """
 
 

@@ -127,25 +127,29 @@ class Question:
             name, why = self.forced
             _check_names((name,), pool)
             return Order((name,), why, tuple(sorted(pool.keys() - {name})), frozenset({name}), timed, is_forced=True)
-        ranked, why_so = self._ranked(pool, timed)
+        ranked, default, votes = self._ranked(pool, timed)
         rule = first_match(self.policy.rules, self.request)
         if rule is None:
-            return Order(ranked, why_so, timed=timed, ranked_by=timed)
+            return Order(ranked, default, timed=timed, ranked_by=timed, votes=votes)
         _check_names(rule.names, pool)
         rest = tuple(name for name in ranked if name not in rule.names)
         tried, excluded = ((), rest) if rule.is_exhaustive else (rest, ())
         return Order((*rule.names, *tried), rule, excluded, frozenset(rule.names), timed)
 
-    def _ranked(self, pool: _Pool, timed: Evidence | None) -> tuple[tuple[str, ...], Rule | str]:
-        """Orders all kernels: by time, votes, the shipped policy, then name; and what decides where none has a time."""
+    def _ranked(self, pool: _Pool, timed: Evidence | None) -> tuple[tuple[str, ...], Rule | str, Votes]:
+        """Orders all kernels: by time, votes, the shipped policy, then name.
+
+        Returns:
+          Their names, what decides for kernels without a time and without votes, and the votes.
+        """
         votes = _votes(self.request, tuple(sorted(pool)))
         default = first_match(self.policy.defaults, self.request)
         preferred, fastest = default.names if default else (), timed.names if timed else ()
 
         def rank(name: str) -> tuple[int, int, int, str]:
-            return _position(name, fastest), -votes.get(name, 0), _position(name, preferred), name
+            return _position(name, fastest), -votes.points.get(name, 0), _position(name, preferred), name
 
-        return tuple(sorted(pool, key=rank)), "votes of plugins" if votes else default or "by name"
+        return tuple(sorted(pool, key=rank)), default or "by name", votes
 
     def tiling_for(self, name: str, decided_by: Rule | str) -> tuple[tuple[str, int], ...]:
         """The tunables set for a kernel: the policy's for that kernel, then the rule's, then the scope's.
@@ -159,17 +163,35 @@ class Question:
 
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
+class Votes:
+    """What plugins say of a request.
+
+    Args:
+      points: of each kernel that was named, summed over the plugins.
+      voters: the plugins that named some, with their sources.
+    """
+
+    points: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    voters: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"votes of plugins: {', '.join(self.voters)}"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
 class Order:
     """The kernels to try, best first.
 
     Args:
       names: theirs.
-      decided_by: the rule; where none decides, what does for kernels without a time.
+      decided_by: the rule; where none decides, what does for kernels without a time and without votes.
       excluded: the other kernels, which must not be tried.
       named: the kernels that were asked for by name, which lifts their reservations.
       timed: the times of kernels; None where there are none.
       is_forced: whether one kernel was asked for by name.
       ranked_by: the times, where they come first.
+      votes: those of plugins, where they come before the shipped policy.
     """
 
     names: tuple[str, ...]
@@ -179,14 +201,17 @@ class Order:
     timed: Evidence | None = None
     is_forced: bool = False
     ranked_by: Evidence | None = None
+    votes: Votes | None = None
 
     def approves(self, name: str) -> bool:
         """Whether a kernel was named or measured, so that the work of its adapters does not demote it."""
         return name in self.named or (self.timed is not None and name in self.timed.measured)
 
     def why(self, name: str | None) -> Rule | str:
-        """What decides for a kernel: times, where it has one."""
-        return str(self.ranked_by) if self.ranked_by and name in self.ranked_by.names else self.decided_by
+        """What decides for a kernel: times, where it has one, else votes, where it has some."""
+        if self.ranked_by and name in self.ranked_by.names:
+            return str(self.ranked_by)
+        return str(self.votes) if self.votes and name in self.votes.points else self.decided_by
 
 
 def choose(question: Question) -> Resolution:
@@ -257,17 +282,21 @@ def _position(name: str, names: Sequence[str]) -> int:
     return names.index(name) if name in names else len(names)
 
 
-def _votes(request: Request, candidates: tuple[str, ...]) -> dict[str, int]:
+def _votes(request: Request, candidates: tuple[str, ...]) -> Votes:
     points: dict[str, int] = {}
+    voters: list[str] = []
     for plugin, ask in sorted(installed.registry().rankers.items()):
         try:
             vote = ask(request=request, candidates=candidates)
         except Exception as error:
             warnings.warn(f"kernelry plugin {plugin}: kernelry_rank raised {error!r}; its vote is lost", stacklevel=2)
             continue
-        for place, name in enumerate(dict.fromkeys(vote or ())):
+        named = () if vote is None else tuple(dict.fromkeys(vote.kernels))
+        for place, name in enumerate(named):
             points[name] = points.get(name, 0) + len(candidates) - place
-    return points
+        if named:
+            voters.append(f"{plugin} ({vote.source})" if vote.source else plugin)
+    return Votes(points, tuple(voters))
 
 
 def _home_platform() -> str | None:

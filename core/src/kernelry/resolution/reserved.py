@@ -33,7 +33,7 @@ def with_reservations(
     candidate, tiling = ask(environment if lifted else environment.without_probing())
     if candidate.refusals:
         return (candidate, tiling) if lifted else ask(environment)  # which may know more
-    found = _reservations(spec, candidate.steps[-1].after if candidate.steps else request)
+    found = reservations_of(spec, candidate.steps[-1].after if candidate.steps else request)
     if lifted:
         return dataclasses.replace(candidate, reservations=found), tiling
     if not found:
@@ -42,8 +42,8 @@ def with_reservations(
     return dataclasses.replace(candidate, refusals=refusals, steps=(), reservations=found), Tiling()
 
 
-def _reservations(spec: KernelSpec, request: Request) -> tuple[Refusal, ...]:
-    """Why the kernel is not chosen unless it is named; that it cannot say is a reason too."""
+def reservations_of(spec: KernelSpec, request: Request) -> tuple[Refusal, ...]:
+    """Returns why a kernel is not chosen for a request unless it is named; that it cannot say is a reason too."""
     try:
         found = tuple(spec.reservations(request))
         if all(isinstance(reservation, Refusal) for reservation in found):
@@ -55,6 +55,6 @@ def _reservations(spec: KernelSpec, request: Request) -> tuple[Refusal, ...]:
 
 
 def _with_remedy(reservation: Refusal, kernel: str) -> Refusal:
-    lifting = f'it serves if you name it: kernel="{kernel}", a rule that lists it, or KERNELRY_EXPERIMENTAL=1'
+    lifting = f'it serves with kernel="{kernel}", a rule that lists it, or KERNELRY_EXPERIMENTAL=1'
     remedy = f"{reservation.remedy}; {lifting}" if reservation.remedy else lifting
     return dataclasses.replace(reservation, remedy=remedy)

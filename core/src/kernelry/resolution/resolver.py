@@ -153,14 +153,14 @@ def _answer(question: Question) -> Resolution:
     return choose_sharded(question)
 
 
-_ELSEWHERE = frozenset({RefusalCode.PLATFORM, RefusalCode.NOT_INSTALLED})
+_ELSEWHERE = frozenset({RefusalCode.PLATFORM, RefusalCode.NOT_INSTALLED, RefusalCode.VENDOR_MISSING})
 
 
 def _log(resolution: Resolution, policy: Policy) -> None:
     """Logs the decision, adapters that more than double memory, and preferred kernels that were refused.
 
-    Of the shipped preferences only kernels made for this platform count: a CPU has no use for a line about each GPU
-    kernel. A user's rule means what it says.
+    Of the shipped preferences only kernels for this platform whose vendor is installed count: a CPU has no use for a
+    line about each GPU kernel. A user's rule means what it says.
     """
     if _logger.isEnabledFor(logging.INFO):
         _logger.info("%s", resolution.headline)

@@ -8,8 +8,9 @@ from typing import Any
 from kernelry.config.maxtext.options import BLOCKS, SHIPPED_BLOCK, SHIPPED_RAGGED_BLOCK, is_none
 from kernelry.errors import ConfigError, nearest
 from kernelry.kernel.spec import AUTO
-from kernelry.policy.policy import FLASH_MIN_Q_LEN, Tilings
+from kernelry.policy.policy import Tilings
 from kernelry.policy.rules import Condition, Range, Rule
+from kernelry.policy.shipped import FLASH_MIN_Q_LEN
 from kernelry.request.request import Mode
 
 _NAMED = {

@@ -92,13 +92,17 @@ def _call_cases(subject: Subject, base: AttentionCall) -> list[Case]:
         kept = {*firsts.values(), *masks, *others[: max(0, _MOST_WHEN_SLOW - len(firsts))]}
         forward = masks - set(sorted(masks)[::_DIFFERENTIATED])
         named = [_forward(entry) if index in forward else entry for index, entry in enumerate(named) if index in kept]
-    return [Case(name, claim, functools.partial(_right, subject, calls)) for claim, name, calls in named]
+    return [Case(name, claim, functools.partial(_right, subject, claim, calls)) for claim, name, calls in named]
 
 
 def _forward(entry: Named) -> Named:
     """The same calls without gradients, as far as the kernel serves them so."""
     claim, name, calls = entry
-    return claim, name, (*(dataclasses.replace(call, gradients=frozenset()) for call in calls), *calls)
+    return claim, name, (*_without_gradients(calls), *calls)
+
+
+def _without_gradients(calls: tuple[AttentionCall, ...]) -> tuple[AttentionCall, ...]:
+    return tuple(dataclasses.replace(call, gradients=frozenset()) for call in calls)
 
 
 def _at_most(named: list[Named], most: int) -> list[Named]:
@@ -111,11 +115,13 @@ def _at_most(named: list[Named], most: int) -> list[Named]:
     return kept
 
 
-def _right(subject: Subject, calls: tuple[AttentionCall, ...]) -> Verdict:
-    """Compares the first call that is served with the oracle; through adapters where the kernel alone serves none."""
-    call = subject.first(calls)
-    adapters = call is None
-    call = call or next((call for call in calls if subject.serves_adapted(call)), None)
+def _right(subject: Subject, claim: str, calls: tuple[AttentionCall, ...]) -> Verdict:
+    """Compares the first call that is served with the oracle; through adapters where the kernel alone serves none.
+
+    Where none is served with its gradients, and they are not what is claimed, the forward pass is compared.
+    """
+    forms = (calls,) if claim == "gradients" else (calls, _without_gradients(calls))
+    call, adapters = next((found for form in forms if (found := _served(subject, form))), (None, False))
     if call is None:
         reasons = "; ".join(map(str, subject.refusals(calls[0])))
         raise Skip(f"declared, but every call that would show it is refused: {reasons}")
@@ -125,6 +131,15 @@ def _right(subject: Subject, calls: tuple[AttentionCall, ...]) -> Verdict:
     answer = subject.bench.answer(call, adapters=adapters)
     verify(answer, oracle(call), call, tolerance_for(subject.can, call))
     return Outcome.PASSED, "through adapters" if adapters else ""
+
+
+def _served(subject: Subject, calls: tuple[AttentionCall, ...]) -> tuple[AttentionCall, bool] | None:
+    """The first call that is served, and whether only through adapters."""
+    call = subject.first(calls)
+    if call is not None:
+        return call, False
+    call = next((call for call in calls if subject.serves_adapted(call)), None)
+    return None if call is None else (call, True)
 
 
 def _adapted_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
@@ -138,4 +153,4 @@ def _adapted_cases(subject: Subject, base: AttentionCall) -> Iterator[Case]:
         if not subject.serves_adapted(call):
             continue
         found += 1
-        yield Case(f"through adapters: {name}", "adapters", functools.partial(_right, subject, (call,)))
+        yield Case(f"through adapters: {name}", "adapters", functools.partial(_right, subject, "adapters", (call,)))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import final
 
 from kernelry.execution.adapters.order import ADAPTERS
-from kernelry.kernel.refusal import Refusal
+from kernelry.kernel.refusal import Refusal, RefusalCode
 from kernelry.kernel.spec import Environment, KernelSpec, Knowledge
 from kernelry.policy.policy import Policy
 from kernelry.policy.scope import interpret, use
@@ -20,6 +20,8 @@ _BARE = Policy(forbidden_adapters=frozenset(adapter.name for adapter in ADAPTERS
 """Without adapters: the kit tests what the kernel itself claims."""
 
 _ANY = Policy()
+
+_OF_VENDORS = (RefusalCode.VENDOR_MISSING, RefusalCode.VENDOR_VERSION)
 
 
 @final
@@ -41,11 +43,14 @@ class KernelHost:
     def of(cls, spec: KernelSpec) -> KernelHost:
         """Finds out how a kernel can be tested on this machine."""
         here, can = current_target(), spec.capabilities
-        if here.platform in can.platforms:
-            return cls(here)
-        if here.platform == "cpu" and can.interpret:
-            return cls(here, interpreted=True)
+        interpreted = here.platform == "cpu" and can.interpret
         platforms = sorted(can.platforms)
+        if here.platform in platforms or interpreted:
+            absent = _absent(spec, here)
+            if absent is None:
+                return cls(here, interpreted=interpreted and here.platform not in platforms)
+            target = oldest(platforms[0], dict(can.minimum_generation).get(platforms[0])) if platforms else here
+            return cls(target, why_not=absent)
         if not platforms:
             return cls(here, why_not="it declares no platform and no interpret mode")
         needs = " or ".join(platforms)
@@ -73,6 +78,13 @@ class KernelHost:
         """Why the kernel itself refuses a request, without adapters."""
         declared = spec.capabilities.refusals(request)
         return declared or tuple(spec.refusals(request, self.environment))
+
+
+def _absent(spec: KernelSpec, here: Target) -> str | None:
+    """What the kernel says of a library that is not here, or is another release than it needs; None where all is."""
+    request = Request(target=here, q_len=128, dtype=min(spec.capabilities.dtypes, default="float32"), interpret=True)
+    found = (refusal for refusal in spec.refusals(request, Environment()) if refusal.code in _OF_VENDORS)
+    return next(map(str, found), None)
 
 
 @contextlib.contextmanager

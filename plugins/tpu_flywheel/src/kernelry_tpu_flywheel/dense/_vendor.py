@@ -1,9 +1,8 @@
 """Everything this kernel takes from flywheel-tpu, in one place.
 
 Written against flywheel-tpu 0.3.0. Its public functions take no blocks and align the last query with the last key
-alone, and one of them cannot be differentiated where it returns the logsumexp; so kernels are made by
-`make_flash_attn_mha` and `flash_attn_bwd`, which those functions call. Neither name is underscored, and neither is in the
-vendor's documentation.
+alone, and cannot be differentiated where they return the logsumexp; so kernels are made by `make_flash_attn_mha` and
+`flash_attn_bwd`, which those functions call. Neither name is underscored, and neither is in the vendor's documentation.
 
 How much memory a core has, and how XLA tiles arrays, the vendor asks the device of this process, and a CPU answers with
 numbers of its own. Its two functions that ask are replaced, once, by ones that answer for the target of the call while

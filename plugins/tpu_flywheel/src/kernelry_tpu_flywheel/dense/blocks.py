@@ -100,18 +100,24 @@ def _lengths(request: Request, geometry: Geometry) -> tuple[int, int]:
 
 
 def _forward(request: Request, geometry: Geometry, lengths: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    for most_q, most_kv in ((2048, 2048), (1024, 1024), (2048, 1024), (1024, 2048), (512, 512)):
-        if geometry.packed:
-            windowed = _MOST_OF_PACKED_WINDOWS if geometry.is_window else 2048
-            longest = max(LANES, 1 << (request.q_len - 1).bit_length())
-            most_q, most_kv = min(most_q, longest, windowed), min(most_kv, longest, windowed)
-        block_q = _block(lengths[0], _FORWARD, most_q)
-        banded = geometry.is_window and not geometry.packed
-        block_kv = _block(lengths[1], _FORWARD, min(most_kv, block_q) if banded else most_kv)
+    banded = geometry.is_window and not geometry.packed
+    most = _most(request, geometry)
+    for size_q, size_kv in ((2048, 2048), (1024, 1024), (2048, 1024), (1024, 2048), (512, 512)):
+        block_q = _block(lengths[0], _FORWARD, min(size_q, most))
+        near = 1 << (block_q - 1).bit_length() if banded else most
+        block_kv = _block(lengths[1], _FORWARD, min(size_kv, most, near))
         narrow = banded and (request.head_dim <= LANES or _reach(geometry) < block_q + block_kv - 1)
         keys = _first(_KEYS_AT_ONCE_OF_WINDOWS if narrow else _KEYS_AT_ONCE, block_kv)
         rows = _first(_ROWS_AT_ONCE, block_q)
         yield block_q, block_kv, rows if rows < block_q else rows // 2, keys
+
+
+def _most(request: Request, geometry: Geometry) -> int:
+    """What a block may have: of packed rows little more than the longest segment, and less under a window."""
+    if not geometry.packed:
+        return _FORWARD[0]
+    longest = max(LANES, 1 << (request.q_len - 1).bit_length())
+    return min(longest, _MOST_OF_PACKED_WINDOWS if geometry.is_window else _FORWARD[0])
 
 
 def _reach(geometry: Geometry) -> int:

@@ -58,6 +58,11 @@ class Geometry:
         return self.low is not None
 
     @property
+    def is_movable(self) -> bool:
+        """Whether tokens of a segment may be put side by side: their order counts at most, not their distance."""
+        return self.low is None and self.high in (None, 0)
+
+    @property
     def offset(self) -> int:
         """Which key the first query is aligned with."""
         if self.high is not None:

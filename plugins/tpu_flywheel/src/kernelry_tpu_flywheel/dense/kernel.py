@@ -17,7 +17,7 @@ from kernelry.plugin import Gradients, Inputs, Kernel, Partial, Request, Tiling,
 from kernelry_tpu_flywheel.dense import _vendor
 from kernelry_tpu_flywheel.dense.blocks import backward_blocks, forward_blocks
 from kernelry_tpu_flywheel.dense.geometry import Geometry
-from kernelry_tpu_flywheel.dense.packed import Sequences, as_rows, most_runs
+from kernelry_tpu_flywheel.dense.packed import Sequences, as_rows, most_runs, with_segments_together
 from kernelry_tpu_flywheel.dense.vmapped import batched
 
 _SCOPE = "kernelry.flywheel"
@@ -38,10 +38,11 @@ class FlywheelKernel(Kernel):
         if segments is None:
             found = batched(call.dense)(*arrays)
         else:
-            most = most_runs(segments.query_ids, tiling["max_segments"])
+            movable = Geometry.of(request).is_movable
+            most = most_runs(segments.query_ids, tiling["max_segments"], movable=movable)
             call = dataclasses.replace(call, most=most)
             found = batched(call.packed)(*arrays, as_rows(segments.query_ids, inputs.query.shape[0]))
-        return Partial(*found, dtype=request.dtype)
+        return Partial(found[0], lse=found[1] if statistics else None, dtype=request.dtype)
 
     def backward(
         self,
@@ -84,34 +85,44 @@ class _Call:
                 offset=geometry.offset,
                 window=geometry.window,
             )
-            parted = [_parted(array, batch)[:, :, : geometry.q_len] for array in found]
+            out, *lse = (_parted(array, batch)[:, :, : geometry.q_len] for array in found)
             empty = geometry.empty_rows
-            return _finished(parted, empty[None, None] if empty.any() else None)
+            if empty.any():
+                out = jnp.where(empty[:, None], 0, out)
+                lse = [jnp.where(empty, -jnp.inf, one) for one in lse]
+            return out.swapaxes(1, 2), *lse
 
     def packed(self, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
         """The same where ids [B, T] say which tokens belong together."""
-        geometry = Geometry.of(self.request)
-        batch, length = ids.shape
+        arrays = query, key, value, ids
+        with jax.named_scope(_SCOPE):
+            if Geometry.of(self.request).is_movable:
+                out, *lse = with_segments_together(self._in_runs, self.most, *arrays)
+            else:
+                out, *lse = self._in_runs(*arrays)
+            return out, *(found.swapaxes(1, 2) for found in lse)
+
+    def _in_runs(self, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
+        """The output [B, T, N, D], and the logsumexp [B, T, N] where it is asked for."""
+        geometry, (batch, length) = Geometry.of(self.request), ids.shape
         block_q, block_kv, _, _ = forward_blocks(self.request, self.tiling)
         sequences = Sequences.of(ids, self.most)
-        with jax.named_scope(_SCOPE):
-            found = self._attend(
-                _joined(query, block_q),
-                _joined(key, block_kv),
-                _joined(value, block_kv),
-                sequences.starts,
-                offset=0,
-                window=(None if geometry.low is None else -geometry.low, geometry.high),
-            )
-            parted = [
-                array[:, : batch * length].reshape(array.shape[0], batch, length, *array.shape[2:]).swapaxes(0, 1)
-                for array in found
-            ]
-            # What the ids hold is known to the running program alone: where no packed row may hold them, nothing that
-            # is returned looks right.
-            wrong = ~sequences.in_order[:, None, None]
-            out, *lse = _finished(parted, ~sequences.live[:, None])
-            return jnp.where(wrong[..., None], jnp.nan, out), *(jnp.where(wrong, jnp.nan, found) for found in lse)
+        found = self._attend(
+            _joined(query, block_q),
+            _joined(key, block_kv),
+            _joined(value, block_kv),
+            sequences.starts,
+            offset=0,
+            window=(None if geometry.low is None else -geometry.low, geometry.high),
+        )
+        rows = (array[:, : batch * length].swapaxes(0, 1) for array in found)
+        out, *lse = (array.reshape(batch, length, *array.shape[1:]) for array in rows)
+        out = jnp.where(sequences.live[..., None, None], out, 0)
+        lse = [jnp.where(sequences.live[..., None], one, -jnp.inf) for one in lse]
+        # What the ids hold is known to the running program alone: where no packed row may hold them, nothing that is
+        # returned looks right.
+        wrong = ~sequences.in_order[:, None, None]
+        return jnp.where(wrong[..., None], jnp.nan, out), *(jnp.where(wrong, jnp.nan, one) for one in lse)
 
     def gradients(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """Those of query, key and value, of which and of out, lse and d_out the arrays are."""
@@ -168,20 +179,6 @@ def _joined(array: jax.Array, block: int) -> jax.Array:
     """[B, L, N, H] as [N, B · L, H], with zeros put behind until a block divides it."""
     heads = array.reshape(-1, *array.shape[2:]).swapaxes(0, 1)
     return jnp.pad(heads, ((0, 0), (0, round_up(heads.shape[1], block) - heads.shape[1]), (0, 0)))
-
-
-def _finished(found: list[jax.Array], empty: Any) -> tuple[jax.Array, ...]:
-    """[B, N, T, D] and [B, N, T] as a Partial has them, 0 and −inf in rows without keys.
-
-    Args:
-      found: the output, and perhaps the logsumexp.
-      empty: such rows, broadcast to [B, N, T]; None where there are none.
-    """
-    out, *lse = found
-    if empty is not None:
-        out = jnp.where(empty[..., None], 0, out)
-        lse = [jnp.where(empty, -jnp.inf, lse[0])] if lse else []
-    return out.swapaxes(1, 2), *lse
 
 
 def _whole(gradient: jax.Array, like: jax.Array) -> jax.Array:

@@ -23,9 +23,11 @@ from kernelry.plugin import (
     Tolerance,
     signature_of,
 )
-from kernelry_tpu_flywheel.dense.blocks import tilings
+from kernelry_tpu_flywheel.dense.blocks import SEGMENTS, tilings
 from kernelry_tpu_flywheel.dense.geometry import Geometry
 from kernelry_tpu_flywheel.installed import not_installed
+
+_NAME = "name it with kernel='flywheel'"
 
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -44,6 +46,25 @@ def _gradient(request: Request, geometry: Geometry) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.GRADIENT, f"mask={request.mask} is a window, and has no gradient", remedy)
     if request.soft_cap is not None:
         yield Refusal(RefusalCode.GRADIENT, f"soft_cap={request.soft_cap} has no gradient", remedy)
+
+
+def _reservations(request: Request) -> tuple[Refusal, ...]:
+    return (*_merged(request), *_packed(request))
+
+
+def _merged(request: Request) -> Iterator[Refusal]:
+    """Parts are weighted by their logsumexp, whose error is that of the logits."""
+    asked = next((name for name in ("partial", "statistics") if getattr(request, name)), None)
+    if asked is not None:
+        detail = f"{asked}=True: logits are rounded to bfloat16, and a logsumexp near 100 is off by tenths"
+        yield Refusal(RefusalCode.STATISTICS, detail, _NAME)
+
+
+def _packed(request: Request) -> Iterator[Refusal]:
+    if Geometry.of(request).packed:
+        under = ", or with an id in two places," if not Geometry.of(request).is_movable else ""
+        detail = f"mask={request.mask} has segments, and a row of more than {SEGMENTS}{under} comes out as NaN"
+        yield Refusal(RefusalCode.MASK_ATOM, detail, f"{_NAME}, with the tiling max_segments where there are more")
 
 
 FLYWHEEL = KernelSpec(
@@ -80,6 +101,7 @@ FLYWHEEL = KernelSpec(
     ),
     load="kernelry_tpu_flywheel.dense.kernel:FlywheelKernel",
     refusals=_refusals,
+    reservations=_reservations,
     tilings=tilings,
     signature=signature_of("kernelry.flywheel", "tpu_custom_call"),
     summary="flywheel's attention for TPUs, bfloat16; full and causal with gradients; windows, segments, caps without",

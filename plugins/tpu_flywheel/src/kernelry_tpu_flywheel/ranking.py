@@ -1,0 +1,67 @@
+"""The vote: `flywheel` first where the TPU compiler's own schedule says that it is faster. Nothing was measured.
+
+`predictions.json` holds microseconds of one head by chip, pass, mask, length and head dims.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from kernelry.plugin import Ranking, Request
+from kernelry_tpu_flywheel.dense.geometry import Geometry
+
+_NAME = "flywheel"
+
+
+def ranked(request: Request, candidates: Sequence[str]) -> Ranking | None:
+    """Votes for flywheel, or abstains where no schedule of such a call is known."""
+    if _NAME not in candidates or request.target.platform != "tpu":
+        return None
+    passes = ("forward", "backward") if request.gradients else ("forward",)
+    rows = [_row(request, part) for part in passes]
+    if not all(row is not None and _is_fastest(row, candidates) for row in rows):
+        return None
+    return Ranking((_NAME,), f"predicted by {_table()['compiler']}, not measured")
+
+
+def _is_fastest(row: Mapping[str, Any], candidates: Sequence[str]) -> bool:
+    times: Mapping[str, float] = row["kernels"]
+    others = [time for name, time in times.items() if name in candidates and name != _NAME]
+    return bool(others) and times[_NAME] < min(others)
+
+
+def _row(request: Request, part: str) -> Mapping[str, Any] | None:
+    """What is known of a pass: of the longest calls that are no longer, and of the next larger head dims."""
+    known = [row for row in _table()["rows"] if row["pass"] == part and _is_like(row, request)]
+    return min(known, key=lambda row: (row["head_dim"], row["value_dim"], -row["length"]), default=None)
+
+
+def _is_like(row: Mapping[str, Any], request: Request) -> bool:
+    if (row["target"], row["dtype"]) != (request.target.kind, request.dtype) or request.soft_cap is not None:
+        return False
+    if request.head_dim > row["head_dim"] or request.value_dim > row["value_dim"]:
+        return False
+    return min(request.q_len, request.kv_len) >= row["length"] and row["mask"] in _kinds(request, row["window"])
+
+
+def _kinds(request: Request, reach: int | None) -> Iterator[str]:
+    """What the mask is called in the table; a window looks back at least so far."""
+    geometry = Geometry.of(request)
+    left, right = geometry.window
+    if geometry.packed:
+        return
+    if left is None:
+        yield "full" if right is None else "causal"
+    elif right is not None and reach is not None and left + 1 >= reach:
+        yield "window"
+
+
+@functools.cache
+def _table() -> Mapping[str, Any]:
+    text = resources.files("kernelry_tpu_flywheel").joinpath("predictions.json").read_text(encoding="utf-8")
+    table: Mapping[str, Any] = json.loads(text)
+    return table
