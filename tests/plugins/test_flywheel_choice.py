@@ -19,7 +19,7 @@ from kernelry.request.request import Request
 from kernelry_tpu_flywheel.dense.blocks import backward_blocks, forward_blocks
 from kernelry_tpu_flywheel.dense.geometry import Geometry
 from kernelry_tpu_flywheel.dense.packed import Sequences, as_rows, most_runs
-from kernelry_tpu_flywheel.plugin import FLYWHEEL
+from kernelry_tpu_flywheel.plugin import FLYWHEEL, kernelry_rank
 
 HERE = Environment(versions=(("flywheel-tpu", "0.3.0"),))
 PACKED = np.repeat([3, -1, 0, 5], 64)

@@ -16,7 +16,7 @@ from kernelry.cache import PagedCache
 from kernelry.errors import ConfigError
 from kernelry.plugin import Environment, Inputs, PagedArray, Tiling, ValueInKey
 from kernelry.request.request import Request
-from kernelry_tpu_flywheel.paged.preference import prefers
+from kernelry_tpu_flywheel.paged.preference import ranked_paged
 from kernelry_tpu_flywheel.paged.spec import FLYWHEEL_PAGED
 
 pytestmark = pytest.mark.versions
@@ -327,10 +327,15 @@ def test_separate_pages_are_told_of_the_layout_of_a_cache():
     assert any("PagedCache.create(layout='interleaved')" in (refusal.remedy or "") for refusal in candidate.refusals)
 
 
-def test_auto_takes_it_for_interleaved_pages_alone():
-    assert "interleaved" in prefers(request_of())
-    assert prefers(request_of(kv_layout="separate")) is None
-    assert prefers(request_of(target="cpu")) is None
+def test_auto_takes_it_for_interleaved_pages_and_says_why():
+    here = Environment(versions=(("flywheel-tpu", "0.3.0"),))
+    found = kernelry.explain(request_of(), environment=here)
+    assert found.kernel == "flywheel_paged"
+    assert "reads interleaved pages where they are" in found.rule
+    separate = request_of(kv_layout="separate")
+    assert ranked_paged(separate, ["ragged", "flywheel_paged"]) is None
+    assert kernelry.explain(separate, environment=here).kernel == "ragged"
+    assert ranked_paged(request_of(), ["ragged"]) is None
 
 
 def test_without_the_vendor_it_says_how_to_install_it():

@@ -1,16 +1,20 @@
-"""Why `flywheel_paged` goes first where it does."""
+"""The vote for `flywheel_paged`."""
 
 from __future__ import annotations
 
-from kernelry.plugin import Request
+from collections.abc import Sequence
+
+from kernelry.plugin import Ranking, Request
+
+_NAME = "flywheel_paged"
 
 
-def prefers(request: Request) -> str | None:
-    """The reason to prefer it; None where there is none.
+def ranked_paged(request: Request, candidates: Sequence[str]) -> Ranking | None:
+    """Votes for it where pages are interleaved.
 
     Next to kernels that read separate pages as they are, nothing says that it is faster on a device. But of interleaved
     pages these need a copy, of every page of every row, for each call.
     """
-    if request.kv_layout != "interleaved" or request.target.platform != "tpu":
+    if _NAME not in candidates or request.kv_layout != "interleaved" or request.target.platform != "tpu":
         return None
-    return "it reads interleaved pages where they are, which the other kernels copy"
+    return Ranking((_NAME,), "it reads interleaved pages where they are, which other kernels copy")
