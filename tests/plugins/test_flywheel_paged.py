@@ -309,6 +309,7 @@ def test_the_program_makes_no_other_pool(vendor, lower, q_len, left):
         ({"sinks": True}, "sinks=True"),
         ({"max_logits": True}, "max_logits=True"),
         ({"batch": 4096, "kv_len": 2**15}, "a table of 4096 KiB of pages > the 896 KiB"),
+        ({"batch": 64, "q_len": 4096, "mask": masks.Lengths([9])}, "logits of a page take 1024 MiB > 256"),
         ({"batch": 8192, "q_heads": 32, "kv_heads": 8}, "MiB of vector memory > 100"),
     ],
 )

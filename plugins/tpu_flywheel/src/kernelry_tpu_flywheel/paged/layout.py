@@ -22,6 +22,9 @@ _SMALLER_CORES = {"tpu7x": 64 * _MIB}
 MOST_TABLE_BYTES = 896 * 2**10
 """Of the 1 MiB of scalar memory that v5e has."""
 
+MOST_LOGITS_BYTES = 256 * _MIB
+"""What a program sets aside for the rows that the vendor cannot express."""
+
 MOST_KEYS = 2**31 - 1
 """The vendor's kernel for chunks numbers blocks and heads by 32 bits."""
 
@@ -92,6 +95,11 @@ def sequences_of(request: Request) -> int:
 def table_bytes(request: Request) -> int:
     """The bytes that the table takes in scalar memory."""
     return sequences_of(request) * pages_seen(request) * 4
+
+
+def logits_bytes(request: Request) -> int:
+    """The bytes of the logits of a page, where a call is computed page by page."""
+    return request.batch * request.q_heads * request.q_len * page_size_of(request) * 4
 
 
 def staging_keys(request: Request) -> int:

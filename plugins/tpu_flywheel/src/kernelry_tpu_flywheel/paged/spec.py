@@ -26,7 +26,9 @@ from kernelry_tpu_flywheel.installed import not_installed
 from kernelry_tpu_flywheel.lanes import LANES
 from kernelry_tpu_flywheel.paged.layout import (
     MOST_KEYS,
+    MOST_LOGITS_BYTES,
     MOST_TABLE_BYTES,
+    logits_bytes,
     staging_keys,
     table_bytes,
     tilings_of,
@@ -84,6 +86,10 @@ def _memory(request: Request) -> Iterator[Refusal]:
     if needed > limit:
         detail = f"blocks and results take {needed >> 20} MiB of vector memory > {limit >> 20}"
         yield Refusal(RefusalCode.TILING, detail, "use smaller pages, or attend to fewer rows, or queries, at once")
+    logits = logits_bytes(request)
+    if logits > MOST_LOGITS_BYTES:
+        detail = f"q_len={request.q_len}: the logits of a page take {logits >> 20} MiB > {MOST_LOGITS_BYTES >> 20}"
+        yield Refusal(RefusalCode.SEQUENCE_LENGTH, detail, "attend to shorter chunks, or fewer rows at once")
     keys = staging_keys(request)
     if request.q_len > 1 and keys > MOST_KEYS:
         detail = f"{keys} blocks and heads of all rows > {MOST_KEYS}, which the kernel can number"
