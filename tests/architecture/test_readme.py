@@ -30,6 +30,12 @@ CHECKS = {
     "attention.md": """
 assert packed.form.atoms and out.shape == (2, 1, 8, 64), out.shape
 assert biased.shape == query.shape, biased.shape
+import numpy as np
+from kernelry.testing import reference_attention
+
+expected = reference_attention(absorbed, latent, latent[..., :512], mask=masks.Full()).out
+np.testing.assert_allclose(absorbed_out, expected, atol=2e-5)
+np.testing.assert_allclose(paged_out, expected, atol=2e-5)
 """,
     "masks.md": "assert balanced.form.atoms and decode_step.form.atoms",
     "maxtext.md": "assert out.shape == (2, 1024, 8, 64), out.shape",

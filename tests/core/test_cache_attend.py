@@ -414,7 +414,8 @@ def test_caches_are_shown_by_shapes_and_counts():
     held = "2 x QuantizedArray(int8:head_dim, shape=[9, 4, 2, 8], scale=bfloat16)"
     assert repr(of_every_kind()[0]) == (
         f"PagedCache(keys={held}, values={held}, table=[[-1, -1, -1, -1, -1, -1, -1, -1], [-1, -1, -1, -1, -1, -1, -1, "
-        "-1]], lengths=[0, 0], references=[0, 0, 0, 0, 0, 0, 0, 0, 0], overflowed=False, max_length=32)"
+        "-1]], lengths=[0, 0], references=[0, 0, 0, 0, 0, 0, 0, 0, 0], overflowed=False, max_length=32, "
+        "layout='separate', value_width=None)"
     )
     assert repr(of_every_kind()[-1]) == (
         "Partial(out=float32[2, 6, 4, 8], lse=float32[2, 4, 6], max=None, sum=None, max_logits=None, dtype='float32', "

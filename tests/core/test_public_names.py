@@ -66,6 +66,7 @@ CACHE = {
     "RollingCache",
     "SharedPrefix",
     "TwoPartCache",
+    "ValueInKey",
 }
 PARALLEL = {
     "ContextParallel",
@@ -122,6 +123,7 @@ PLUGIN = {
     "Target",
     "Tiling",
     "Tolerance",
+    "ValueInKey",
     "Vendor",
     "array_refusals",
     "cast_finite",

@@ -28,7 +28,7 @@ Undeclared: TypeAlias = tuple[str, AttentionCall, RefusalCode]
 
 def undeclared_calls(subject: Subject, base: AttentionCall) -> Iterator[Undeclared]:
     """Calls for everything that the kernel does not declare, of keys and values that are an array each."""
-    base = but(base, page_size=None, kv_layout=SEPARATE)
+    base = base if base.page_size is None and base.kv_layout == SEPARATE else subject.plainest
     for part in (_kinds, _dims, _masks, _features, _results, _edges, _storage):
         yield from part(subject.can, base)
 

@@ -84,7 +84,4 @@ PAGED = KernelSpec(
     tilings=_tilings,
     signature=signature_of("kernelry.paged", "tpu_custom_call"),
     summary="JAX's paged and ragged paged attention for TPUs; one query a row; transposes all pages first",
-    known_failures=(
-        ("serves a plain call", "keys and values must be in pages, and in the kit's plain calls they are not"),
-    ),
 )
