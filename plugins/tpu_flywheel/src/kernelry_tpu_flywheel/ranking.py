@@ -11,15 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from kernelry.plugin import Ranking, Request
+from kernelry.plugin import Environment, Ranking, Request
 from kernelry_tpu_flywheel.dense.geometry import Geometry
+from kernelry_tpu_flywheel.installed import not_installed
 
 _NAME = "flywheel"
 
 
 def ranked(request: Request, candidates: Sequence[str]) -> Ranking | None:
-    """Votes for flywheel, or abstains where no schedule of such a call is known."""
-    if _NAME not in candidates or request.target.platform != "tpu":
+    """Votes for flywheel, or abstains where no schedule of such a call is known.
+
+    It abstains, too, where flywheel-tpu is not installed, though the call is for a machine elsewhere that may have it:
+    the program could not be made here.
+    """
+    if _NAME not in candidates or request.target.platform != "tpu" or any(not_installed(Environment())):
         return None
     passes = ("forward", "backward") if request.gradients else ("forward",)
     rows = [_row(request, part) for part in passes]

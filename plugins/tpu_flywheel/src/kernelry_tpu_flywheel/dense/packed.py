@@ -74,7 +74,7 @@ def most_runs(ids: object, stated: int, *, movable: bool) -> int:
     if movable:
         return max(len(np.unique(row)) for row in rows)
     raise KernelRefusedError(
-        f"flywheel: id {again[place]} of row {place} of the mask's segments stands in more than one run; sort the "
+        f"flywheel: id {again[place]} of row {place} of the mask's segments is in more than one run; sort the "
         "tokens by segment, or let another kernel serve the call."
     )
 

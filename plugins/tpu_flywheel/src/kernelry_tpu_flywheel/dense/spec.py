@@ -27,8 +27,6 @@ from kernelry_tpu_flywheel.dense.blocks import SEGMENTS, tilings
 from kernelry_tpu_flywheel.dense.geometry import Geometry
 from kernelry_tpu_flywheel.installed import not_installed
 
-_NAME = "name it with kernel='flywheel'"
-
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
     geometry = Geometry.of(request)
@@ -57,14 +55,14 @@ def _merged(request: Request) -> Iterator[Refusal]:
     asked = next((name for name in ("partial", "statistics") if getattr(request, name)), None)
     if asked is not None:
         detail = f"{asked}=True: logits are rounded to bfloat16, and a logsumexp near 100 is off by tenths"
-        yield Refusal(RefusalCode.STATISTICS, detail, _NAME)
+        yield Refusal(RefusalCode.STATISTICS, detail)
 
 
 def _packed(request: Request) -> Iterator[Refusal]:
     if Geometry.of(request).packed:
         under = ", or with an id in two places," if not Geometry.of(request).is_movable else ""
         detail = f"mask={request.mask} has segments, and a row of more than {SEGMENTS}{under} comes out as NaN"
-        yield Refusal(RefusalCode.MASK_ATOM, detail, f"{_NAME}, with the tiling max_segments where there are more")
+        yield Refusal(RefusalCode.MASK_ATOM, detail, "raise the tunable max_segments where there are more")
 
 
 FLYWHEEL = KernelSpec(
