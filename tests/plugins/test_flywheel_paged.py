@@ -328,14 +328,13 @@ def test_separate_pages_are_told_of_the_layout_of_a_cache():
     assert any("PagedCache.create(layout='interleaved')" in (refusal.remedy or "") for refusal in candidate.refusals)
 
 
-def test_auto_takes_it_for_interleaved_pages_and_says_why():
-    here = Environment(versions=(("flywheel-tpu", "0.3.0"),))
-    found = kernelry.explain(request_of(), environment=here)
+def test_auto_takes_it_for_interleaved_pages_and_says_why(vendor):
+    found = kernelry.explain(request_of())
     assert found.kernel == "flywheel_paged"
     assert "reads interleaved pages where they are" in found.rule
     separate = request_of(kv_layout="separate")
     assert ranked_paged(separate, ["ragged", "flywheel_paged"]) is None
-    assert kernelry.explain(separate, environment=here).kernel == "ragged"
+    assert kernelry.explain(separate).kernel == "ragged"
     assert ranked_paged(request_of(), ["ragged"]) is None
 
 
