@@ -305,7 +305,10 @@ def _storage(can: Capabilities, request: Request) -> Iterator[Refusal]:
     if request.page_size is not None and not can.pages:
         yield Refusal(RefusalCode.PAGES, f"keys and values are in pages of page_size={request.page_size}")
     if request.kv_layout not in can.kv_layouts:
-        yield Refusal(RefusalCode.KV_LAYOUT, f"kv_layout={request.kv_layout} is not {_either(can.kv_layouts)}")
+        detail = f"kv_layout={request.kv_layout} is not {_either(can.kv_layouts)}"
+        kept = next((name for name in sorted(can.kv_layouts) if can.pages and name != request.kv_layout), None)
+        remedy = f"keep them in PagedCache.create(layout={kept!r})" if kept else None
+        yield Refusal(RefusalCode.KV_LAYOUT, detail, remedy)
 
 
 def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:

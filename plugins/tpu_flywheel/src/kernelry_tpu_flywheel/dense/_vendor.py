@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernelry.plugin import Target
 
-__all__ = ["backward", "forward"]
+__all__ = ["answering_for", "backward", "forward"]
 
 _CHIPS = {
     "v4": pltpu.ChipVersion.TPU_V4,
@@ -40,7 +40,7 @@ _chip: contextvars.ContextVar[Any] = contextvars.ContextVar("flywheel_chip", def
 
 
 @contextlib.contextmanager
-def _answering_for(target: Target) -> Iterator[None]:
+def answering_for(target: Target) -> Iterator[None]:
     """Has the vendor's questions about the chip answered for a target, in this thread; in interpret mode as ever."""
     known = _CHIPS.get(target.kind or "") if target.platform == "tpu" else None
     token = _chip.set(None if known is None else pltpu.get_tpu_info_for_chip(known, 1))
@@ -113,7 +113,7 @@ def forward(
         varlen_max_seqlen_kv=None if starts is None else key.shape[1],
         q_scale=scale * LOG2E if soft_cap is None else scale / soft_cap,
     )
-    with _answering_for(target):
+    with answering_for(target):
         found: Any = attend(query, key, value, *(() if starts is None else (starts, starts)))
     return tuple(found) if statistics else (found,)
 
@@ -138,7 +138,7 @@ def backward(
     """
     block_q, block_kv, rows, keys = blocks
     query, key, value, out, lse, d_out = arrays
-    with _answering_for(target):
+    with answering_for(target):
         found: tuple[jax.Array, jax.Array, jax.Array] = flash_bwd.flash_attn_bwd(
             query,
             key,

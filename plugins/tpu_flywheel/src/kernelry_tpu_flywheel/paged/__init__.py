@@ -1,0 +1,1 @@
+"""Flywheel's attention over pages."""
