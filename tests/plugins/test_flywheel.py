@@ -37,10 +37,10 @@ SMALL = {
     "block_kv": 128,
     "block_q_compute": 64,
     "block_kv_compute": 128,
-    "block_q_backward": 128,
-    "block_kv_backward": 128,
-    "block_q_compute_backward": 128,
-    "block_kv_compute_backward": 128,
+    "block_q_bwd": 128,
+    "block_kv_bwd": 128,
+    "block_q_compute_bwd": 128,
+    "block_kv_compute_bwd": 128,
 }
 """Without it, one block would hold the whole test."""
 SINKS = jnp.asarray([-1.0, 2.0])
@@ -437,5 +437,5 @@ def test_the_first_tiling_is_the_vendors_choice():
                 assert values["block_kv"] == wanted.block_kv, (request, wanted)
                 assert values["block_q_compute"] == wanted.block_q_compute, (request, wanted)
                 assert values["block_kv_compute"] == wanted.block_kv_compute, (request, wanted)
-                assert values["block_q_backward"] == default_bwd_block(q_len)
-                assert values["block_kv_backward"] == default_bwd_block(kv_len)
+                assert values["block_q_bwd"] == default_bwd_block(q_len)
+                assert values["block_kv_bwd"] == default_bwd_block(kv_len)

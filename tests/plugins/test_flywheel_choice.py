@@ -228,8 +228,8 @@ def test_blocks_that_do_not_fit_are_errors(values, message):
 
 def test_blocks_of_the_backward_pass_that_do_not_fit_are_errors():
     request = _request(mask=masks.Causal())
-    with pytest.raises(ConfigError, match=r"block_q_compute_backward=96 of flywheel .* divides block_q_backward=256"):
-        backward_blocks(request, FLYWHEEL.tilings(request)[0].replace({"block_q_compute_backward": 96}, "flywheel"))
+    with pytest.raises(ConfigError, match=r"block_q_compute_bwd=96 of flywheel .* divides block_q_bwd=256"):
+        backward_blocks(request, FLYWHEEL.tilings(request)[0].replace({"block_q_compute_bwd": 96}, "flywheel"))
 
 
 def test_parts_and_segments_are_served_only_where_the_kernel_is_named():

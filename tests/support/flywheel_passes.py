@@ -28,7 +28,7 @@ from kernelry_tpu_flywheel.plugin import FLYWHEEL
 
 HEADS, LENGTH = 8, 8192
 MASK = masks.Causal()
-_BLOCKS = {"forward": ("block_q", "block_kv"), "backward": ("block_q_backward", "block_kv_backward")}
+_BLOCKS = {"forward": ("block_q", "block_kv"), "backward": ("block_q_bwd", "block_kv_bwd")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def tilings(request: Request) -> tuple[Tiling, ...]:
 
 
 _OF_FORWARD = ("block_q", "block_kv", "block_q_compute", "block_kv_compute")
-_OF_BACKWARD = ("block_q_backward", "block_kv_backward", "block_q_compute_backward", "block_kv_compute_backward")
+_OF_BACKWARD = ("block_q_bwd", "block_kv_bwd", "block_q_compute_bwd", "block_kv_compute_bwd")
 
 
 def forward_blocks(request: Request, tiling: Tiling) -> tuple[int, int, int, int]:
@@ -67,8 +67,8 @@ def backward_blocks(request: Request, tiling: Tiling) -> tuple[int, int, int, in
     _check(_OF_BACKWARD, found, _lengths(request, Geometry.of(request)))
     if block_q % rows or rows % LANES:
         raise ConfigError(
-            f"tiling: block_q_compute_backward={rows} of flywheel is not a multiple of {LANES} that divides "
-            f"block_q_backward={block_q}"
+            f"tiling: block_q_compute_bwd={rows} of flywheel is not a multiple of {LANES} that divides "
+            f"block_q_bwd={block_q}"
         )
     return block_q, block_kv, rows, keys
 
