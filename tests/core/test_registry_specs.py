@@ -147,7 +147,10 @@ UNKNOWN_WORDS = {
         "kv_quantizations: 'int8' is unknown",
         "write one of float8_e4m3fn:head_dim, ",
     ),
-    "declares(kv_layouts=frozenset({'value_in_keys'}))": ("kv_layouts: 'value_in_keys' is", "write 'value_in_key'"),
+    "declares(kv_layouts=frozenset({'value_in_keys'}))": (
+        "kv_layouts: 'value_in_keys' is unknown",
+        "write 'value_in_key'",
+    ),
     "declares(symbolic_sizes=frozenset({'q_length'}))": ("symbolic_sizes: 'q_length' is unknown", "write 'q_len'"),
     "declares(context_parallel=frozenset({'rings'}))": ("context_parallel: 'rings' is unknown", "write 'ring'"),
 }
