@@ -102,5 +102,6 @@ FLYWHEEL = KernelSpec(
     reservations=_reservations,
     tilings=tilings,
     signature=signature_of("kernelry.flywheel", "tpu_custom_call"),
+    known_failures=(("band & segments", "under a window, rows with an id in several runs come out as NaN"),),
     summary="flywheel's attention for TPUs, bfloat16; full and causal with gradients; windows, segments, caps without",
 )
