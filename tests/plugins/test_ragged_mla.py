@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cache_cases import in_shuffled_pages
+from pairs import sweep_but
 from policies import NO_ADAPTERS
 
 import kernelry
@@ -71,8 +72,10 @@ def held_as(held, key):
     return (key if held == "array" else quantized(key, how=held)), None
 
 
-@pytest.mark.parametrize("q_len", [1, 4])
-@pytest.mark.parametrize("held", ["array", "pages", "int8", "int8:heads_and_head_dim"])
+HELD = [(held, q_len) for held in ("array", "pages", "int8", "int8:heads_and_head_dim") for q_len in (1, 4)]
+
+
+@pytest.mark.parametrize(("held", "q_len"), sweep_but(HELD, ("array", 1), ("pages", 4), ("int8", 4)))
 def test_values_are_read_from_the_keys(held, q_len):
     query, key = operands(q_len)
     stored, table = held_as(held, key)
@@ -108,7 +111,11 @@ def test_in_bfloat16_it_is_within_the_declared_tolerance():
 
 @pytest.mark.parametrize(
     ("head_dim", "width", "kv_heads", "joined"),
-    [(128, 64, 1, False), (256, 128, 8, True), (256, 128, 4, False), (80, 50, 2, False)],
+    sweep_but(
+        [(128, 64, 1, False), (256, 128, 8, True), (256, 128, 4, False), (80, 50, 2, False)],
+        (256, 128, 8, True),
+        (80, 50, 2, False),
+    ),
 )
 def test_any_heads_and_dims(head_dim, width, kv_heads, joined):
     """In each order in which a TPU keeps an array, and with all heads in one product."""
