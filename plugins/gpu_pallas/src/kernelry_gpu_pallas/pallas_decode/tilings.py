@@ -74,7 +74,8 @@ def _rows(request: Request) -> tuple[int | None, ...]:
 
 def _blocks(request: Request, rows: int | None) -> tuple[int, ...]:
     if rows is not None:
-        in_pages = request.page_size is not None and (request.target.generation or 0) < _BLACKWELL
+        spares = (request.target.generation or 0) >= _BLACKWELL and request.kv_quantization is None
+        in_pages = request.page_size is not None and not spares  # whose addresses take registers
         if request.dtype == "float32" or (rows == _MOST_ROWS_OF_TILE and in_pages):
             return _SMALL_BLOCKS_WITH_VALUES
         return _LARGE_BLOCKS_WITH_VALUES if rows == SMALLEST_BLOCK else _BLOCKS_WITH_VALUES
