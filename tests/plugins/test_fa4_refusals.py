@@ -14,7 +14,7 @@ from kernelry.kernel.spec import Environment, Knowledge, _answer
 from kernelry.plugin import Operand, RefusalCode
 from kernelry.request.request import Request
 from kernelry_gpu_flash_attn.fa4 import spec
-from kernelry_gpu_flash_attn.plugin import FA4
+from kernelry_gpu_flash_attn.plugin import FA4, kernelry_rank
 
 HERE = Environment(versions=(("fa4-jax", "0.1.0"),))
 
@@ -160,6 +160,24 @@ def test_every_request_has_the_reservation():
 def test_gradients_are_those_of_query_key_and_value():
     assert FA4.capabilities.gradients == {Operand.QUERY, Operand.KEY, Operand.VALUE}
     assert "no gradient of bias" in str(explained(gradients=frozenset(Operand), bias=(1, 1, 128, 128)))
+
+
+@pytest.mark.parametrize(
+    ("options", "candidates", "votes"),
+    [
+        ({"target": "gpu:b200"}, ("cudnn_jax", "dot_product", "fa4"), True),
+        ({"target": "gpu:b200"}, ("dot_product", "fa4"), False),
+        ({"target": "gpu:b200"}, ("cudnn_jax",), False),
+        ({"target": "gpu:b200", "dtype": "float16"}, ("cudnn_jax", "fa4"), False),
+        ({"target": "gpu:h100"}, ("cudnn_jax", "fa4"), False),
+    ],
+)
+def test_it_votes_where_numbers_are_published(options, candidates, votes):
+    found = kernelry_rank(request=ask(**options), candidates=candidates)
+    assert (found is not None) is votes
+    if votes:
+        assert found.kernels == ("fa4",)
+        assert "published" in found.source
 
 
 IMPORTS = """
