@@ -13,8 +13,8 @@ SCRIPT = Path(__file__).with_name("trace_call.py")
 # The most that `trace_call.py --kernel NAME` may find. Lower a number when the code gets better; before raising one,
 # look with `--pairs` at which files were added.
 BOUNDS = {
-    "auto": {"modules": 28, "lines": 6_930, "crossings": 121, "functions": 199, "function_lines": 1_820},
-    "dot_product": {"modules": 27, "lines": 6_680, "crossings": 112, "functions": 187, "function_lines": 1_745},
+    "auto": {"modules": 29, "lines": 7_275, "crossings": 128, "functions": 202, "function_lines": 1_845},
+    "dot_product": {"modules": 27, "lines": 6_685, "crossings": 112, "functions": 187, "function_lines": 1_745},
 }
 CLOSURE = {"closure_modules": 60, "closure_lines": 10_110, "bare_modules": 3}
 

@@ -63,7 +63,7 @@ def _reservations(spec: KernelSpec) -> Iterator[str]:
     if spec.reservations is no_reservations:
         return
     can = spec.capabilities
-    target = Target(min(can.platforms, default=home_target().platform))
+    target = Target(min(can.platforms, default="cpu"))
     plain = Request(target=target, q_len=1024, dtype=min(can.dtypes, default="float32"))
     asked = (dataclasses.replace(plain, mode=mode) for mode in Mode if mode in can.modes)
     found = dict.fromkeys(str(reservation) for request in asked for reservation in reservations_of(spec, request))
