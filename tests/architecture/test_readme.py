@@ -231,6 +231,22 @@ def test_every_kernel_of_ours_is_in_the_tables():
     assert {name for name in ours if f"`{name}`" in README} == ours
 
 
+def test_the_table_of_kernels_has_the_versions_of_every_vendor():
+    rows = [line for line in PAGES["kernels.md"].splitlines() if line.startswith("| `")]
+    for file in sorted(ROOT.glob("plugins/*/pyproject.toml")):
+        project = tomllib.loads(file.read_text())["project"]
+        for extra, needs in project.get("optional-dependencies", {}).items():
+            [row] = [line for line in rows if extra in line.split("|")[2] and project["name"] in line][:1] or [""]
+            for need in needs:
+                name, versions, python = re.fullmatch(
+                    r"([\w-]+?)(?:-cu1[23])?(?:\[.*\])?([^;]*)(?:; *(.*))?", need
+                ).groups()
+                assert name in row, (extra, need)
+                for bound in versions.split(","):
+                    assert bound.lstrip("<>=!").removesuffix(".*") in row, (extra, need)
+                assert not python or f"Python {re.search(r'[0-9.]+', python)[0]}" in row, (extra, need)
+
+
 def test_every_page_is_linked_from_readme():
     assert [name for name in PAGES if name != "README.md" and f"](docs/{name})" not in README] == []
 
