@@ -240,7 +240,9 @@ def _attend(
     query, keys, values, scales, visible = settings.split(inputs)
     held_keys = _held(keys, blocks.key, query.dtype)
     held_values = _held(values, blocks.value, query.dtype) if values else held_keys
-    all_seen = is_whole and visible.shape[1:3] == (1, 1)
+    # Where XLA interprets it on CPU, the select keeps the scale and the maximum's subtraction from being one operation,
+    # which rounds once: a logit of 1e9 would not be its own maximum. A TPU has no such operation.
+    all_seen = is_whole and visible.shape[1:3] == (1, 1) and not settings.interpret
     for head in range(blocks.heads):
         seen = None if all_seen else visible[0, min(head, visible.shape[1] - 1)] != 0
         factors = [scale[0, min(head, scale.shape[1] - 1)][None] for scale in scales]
