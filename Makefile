@@ -167,7 +167,7 @@ flash-environment:
 
 test-flash: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test-flash: flash-environment
-	$(FLASH_VENV)/bin/python -m pytest -n 2 --dist loadfile -p no:randomly -m "not install" \
+	$(FLASH_VENV)/bin/python -m pytest -n 2 --dist loadfile -p no:randomly -m "not install and not sweep" \
 		tests/plugins/test_fa4*.py tests/plugins/test_dew_flash*.py tests/aot/test_gpu_flash_attn.py \
 		tests/aot/test_gpu_dew_flash.py $(ARGS)
 

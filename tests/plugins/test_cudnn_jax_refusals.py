@@ -53,6 +53,11 @@ def _adapters(**options):
             {"head_dim": 136, "target": "gpu"},
             "head_dim=136 > 128 on gpu; larger ones need compute capability 9.0; name",
         ),
+        ({"head_dim": 136, "target": "gpu:rtx5090", "gradients": frozenset()}, "head_dim=136 > 128 on gpu:rtx5090;"),
+        (
+            {"head_dim": 192, "value_dim": 128, "target": "gpu:rtxpro6000"},
+            "value_dim=128 differs from head_dim=192 on gpu:rtxpro6000; that needs compute capability 9.0",
+        ),
         ({"head_dim": 136, "target": "gpu:b200"}, "head_dim=136 > 128 on gpu:b200, with gradients; ask for none"),
         ({"target": "gpu:t4"}, "gpu:t4 is generation 75 < 80"),
         (

@@ -75,6 +75,7 @@ def test_masks_with_arrays_want_hidden_slots_cleaned(mask):
         ({"head_dim": 77}, "head_dim=77 is not a multiple of 8"),
         ({"head_dim": 264}, "head_dim=264 > 256"),
         ({"head_dim": 256, "target": "gpu:a100"}, "head_dim=256 > 128 on gpu:a100"),
+        ({"head_dim": 192, "value_dim": 128, "target": "gpu:rtx5090"}, "head_dim=192 > 128 on gpu:rtx5090"),
         ({"head_dim": 192, "target": "gpu:b200"}, "head_dim=192 > 128 on gpu:b200, with gradients"),
         ({"target": "gpu:t4"}, "gpu:t4 is generation 75 < 80"),
         ({"mode": "decode"}, "mode=decode is not prefill or train"),

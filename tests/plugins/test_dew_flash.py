@@ -4,6 +4,7 @@ The substitute leaves NaN, or what the two FlashAttentions make of it, wherever 
 """
 
 import functools
+import threading
 
 import dew_flash_substitute
 import jax
@@ -327,6 +328,33 @@ def test_sinks_are_those_of_the_vendor(mask, target, arrays):
         with jax.numpy_rank_promotion("allow"), _vendor._answering(kernelry.Target.parse(target)):
             wanted = _pulled(theirs, d_out, query, key, value, SINKS)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3), found, wanted)
+
+
+def test_a_thread_for_the_own_gpu_waits_for_one_for_another(monkeypatch):
+    with substitute():
+        import dew_flash_attn
+
+        from kernelry_gpu_flash_attn.dew_flash import _vendor
+    here, there = kernelry.Target.parse("gpu:a100"), kernelry.Target.parse("gpu:h100")
+    monkeypatch.setattr(_vendor, "_is_here", lambda target: target == here)
+    monkeypatch.setattr(dew_flash_attn, "_hopper", own := lambda: "own", raising=False)
+    inside, seen = threading.Event(), []
+
+    def second():
+        inside.wait()
+        with _vendor._answering(here):
+            seen.append(dew_flash_attn._hopper)
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    with _vendor._answering(there):
+        inside.set()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        assert dew_flash_attn._hopper() is True
+        assert _vendor.is_hopper(there)
+    waiting.join()
+    assert seen == [own]
 
 
 @pytest.mark.sweep

@@ -5,6 +5,7 @@ backend `GIVEN`, that gradients are asked for with the output and logsumexp of t
 """
 
 import itertools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -273,6 +274,28 @@ def test_head_dims_that_are_claimed_are_those_the_vendor_has_kernels_for(generat
             for causal, local in ((False, False), (True, False), (False, True))
         )
         assert served == possible, (head_dim, value_dim)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_threads_that_compile_for_two_generations_wait_for_each_other():
+    kernels = pytest.importorskip("fa4_jax.kernels")
+    own, inside, seen = kernels._cute_mask_mod, threading.Event(), []
+
+    def second():
+        inside.wait()
+        with _vendor._built_for(80):
+            seen.append((kernels._device_arch(), kernels._cute_mask_mod.args))
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    with _vendor._built_for(90):
+        inside.set()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        assert (kernels._device_arch(), kernels._cute_mask_mod.args) == (90, (90, own))
+    waiting.join()
+    assert seen == [(80, (80, own))]
+    assert kernels._cute_mask_mod is own
 
 
 def test_the_vendors_compiler_can_be_imported():

@@ -188,6 +188,7 @@ REQUEST = Request(
         ({"q_len": 4}, 64, 3),
         ({"kv_quantization": "int8"}, 32, 5),
         ({"kv_quantization": "int8", "target": "gpu:b200"}, 64, 9),
+        ({"kv_quantization": "int8", "target": "gpu:rtxpro6000"}, 32, 5),
         ({"dtype": "float32"}, 16, 3),
         ({"batch": 1, "kv_len": 1024}, 64, 4),
     ],
@@ -203,7 +204,9 @@ def parsed(change):
 
 def test_every_tiling_of_the_search_space_fits_shared_memory_or_the_request_is_refused():
     axes = {
-        "target": [kernelry.Target.parse(f"gpu{name}") for name in (":a100", ":a10g", ":h100", ":b200", "")],
+        "target": [
+            kernelry.Target.parse(f"gpu{name}") for name in (":a100", ":a10g", ":h100", ":b200", ":rtx5090", "")
+        ],
         "dtype": ["bfloat16", "float32"],
         "q_heads": [16, 32, 128],
         "q_len": [1, 8],

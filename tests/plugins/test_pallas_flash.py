@@ -443,6 +443,19 @@ def test_every_tiling_of_the_search_space_fits_shared_memory_or_there_is_none(pa
     assert {facts: problems for facts, problems in wrong.items() if problems} == {}
 
 
+def test_rtx_blackwell_multiplies_as_ampere_does():
+    """Without a warp group's products and without tensor memory; shared memory as of compute capability 8.6."""
+    for dims in (64, 128, 256):
+        one, other = (
+            dataclasses.replace(REQUEST, target=kernelry.Target.parse(f"gpu:{kind}"), head_dim=dims, value_dim=dims)
+            for kind in ("rtx5090", "a10g")
+        )
+        assert PALLAS_FLASH.tilings(one) == PALLAS_FLASH.tilings(other)
+        assert shared_memory.needs(one, dict(PALLAS_FLASH.tilings(one)[0].values)) == shared_memory.needs(
+            other, dict(PALLAS_FLASH.tilings(other)[0].values)
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "stages"),
     [

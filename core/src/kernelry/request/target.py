@@ -28,7 +28,7 @@ _KINDS: dict[str, tuple[str, int, str]] = {
     "h100": ("gpu", 90, r"\bh100\b"),
     "h200": ("gpu", 90, r"\bg?h200\b"),
     "b200": ("gpu", 100, r"\bg?b200\b"),
-    "rtx5090": ("gpu", 120, r"\brtx ?5090\b"),
+    "rtx5090": ("gpu", 120, r"\brtx ?5090\b(?!.*laptop)"),  # of another chip
     "rtxpro6000": ("gpu", 120, r"\brtx ?pro ?6000\b"),
     "v4": ("tpu", 4, r"tpu v4$"),
     "v5e": ("tpu", 5, r"tpu v5 ?(lite|e)"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from kernelry.plugin import Refusal, RefusalCode, Request
 
-HOPPER, BLACKWELL = 90, 100
+_HOPPER, _BLACKWELL, _RTX_BLACKWELL = 90, 100, 120
 """Compute capability times ten."""
 
 LATENT = (192, 128)
@@ -18,6 +18,15 @@ LATENT = (192, 128)
 
 _SMALL = 128
 """Elements; the most before Hopper, and of a backward pass from Blackwell on."""
+
+
+def has_wide_kernels(request: Request) -> bool:
+    """Whether the target's cuDNN has kernels for more than 128 elements, and for `LATENT`.
+
+    Of compute capability 12.0 the support matrix says nothing.
+    """
+    generation = request.target.generation
+    return generation is not None and _HOPPER <= generation < _RTX_BLACKWELL
 
 
 def too_wide(request: Request, head_dim: int) -> Iterator[Refusal]:
@@ -29,7 +38,7 @@ def too_wide(request: Request, head_dim: int) -> Iterator[Refusal]:
     if target.generation is None:
         remedy = "larger ones need compute capability 9.0; name the device, e.g. gpu:h100"
         yield Refusal(RefusalCode.HEAD_DIM, detail, remedy)
-    elif target.generation < HOPPER:
-        yield Refusal(RefusalCode.HEAD_DIM, detail, "larger ones need compute capability 9.0")
-    elif target.generation >= BLACKWELL and request.gradients:
+    elif not has_wide_kernels(request):
+        yield Refusal(RefusalCode.HEAD_DIM, detail, "larger ones need compute capability 9.0 or 10.0")
+    elif target.generation >= _BLACKWELL and request.gradients:
         yield Refusal(RefusalCode.HEAD_DIM, f"{detail}, with gradients", "ask for none (gradients=()) or use gpu:h100")

@@ -11,7 +11,7 @@ _BYTES = {80: 166912, 90: 232448, 100: 232448}
 """What a block of threads may have, by compute capability times ten. Source: NVIDIA's CUDA programming guide."""
 
 _LEAST_BYTES = 101376
-"""Of compute capabilities 8.6 and 8.9, and of a device that is not known."""
+"""Of compute capabilities 8.6, 8.9 and 12.0, and of a device that is not known."""
 
 
 @final

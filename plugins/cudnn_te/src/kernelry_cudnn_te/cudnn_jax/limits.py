@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from kernelry.plugin import AtomKind, Environment, Operand, Refusal, RefusalCode, Request
 from kernelry_cudnn_te.cudnn_jax import probes
-from kernelry_cudnn_te.head_dims import HOPPER, LATENT, too_wide
+from kernelry_cudnn_te.head_dims import LATENT, has_wide_kernels, too_wide
 
 
 def refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
@@ -35,11 +35,11 @@ def _two_head_dims(request: Request, environment: Environment) -> Iterator[Refus
     dims = request.head_dim, request.value_dim
     widest = max(dims)
     detail = f"value_dim={request.value_dim} differs from head_dim={request.head_dim}"
-    generation, pad_to = request.target.generation, (("head_dim", widest), ("value_dim", widest))
+    pad_to = (("head_dim", widest), ("value_dim", widest))
     if dims != LATENT:
         reason = f"and (head_dim, value_dim) = {LATENT} is the only such pair"
         yield Refusal(RefusalCode.SPLIT_HEAD_DIM, f"{detail}, {reason}", f"pad both to {widest}", pad_to)
-    elif generation is None or generation < HOPPER:
+    elif not has_wide_kernels(request):
         remedy = "that needs compute capability 9.0; name the device, e.g. gpu:h100"
         yield Refusal(RefusalCode.SPLIT_HEAD_DIM, f"{detail} on {request.target}", remedy, pad_to)
     else:

@@ -25,7 +25,7 @@ from kernelry.plugin import (
 )
 from kernelry_cudnn_te.cudnn_te.availability import Asked, why_not_here
 from kernelry_cudnn_te.cudnn_te.settings import ATOMS, FIRST_WITH_ALL, SEGMENTS, is_packed, refusals
-from kernelry_cudnn_te.head_dims import HOPPER, LATENT, too_wide
+from kernelry_cudnn_te.head_dims import LATENT, has_wide_kernels, too_wide
 
 _DISTRIBUTION = "transformer_engine"
 _INSTALL = "pip install 'kernelry-cudnn-te[te]'"
@@ -71,8 +71,7 @@ def _text(release: tuple[int, int]) -> str:
 
 
 def _head_dim(request: Request) -> Iterator[Refusal]:
-    generation = request.target.generation
-    if (request.head_dim, request.value_dim) != LATENT or generation is None or generation < HOPPER:
+    if (request.head_dim, request.value_dim) != LATENT or not has_wide_kernels(request):
         yield from too_wide(request, max(request.head_dim, request.value_dim))
 
 

@@ -69,7 +69,8 @@ def backward(
 
 def is_hopper(target: Target) -> bool:
     """Whether FlashAttention-3 serves a target: the vendor answers for a GPU of this process whose kind has no name."""
-    return bool(_dew._hopper()) if _is_here(target) else target.generation == HOPPER
+    with _answering(target):
+        return bool(_dew._hopper())
 
 
 def _told(settings: Settings) -> tuple[Any, ...]:
@@ -83,16 +84,16 @@ def _answering(target: Target) -> Iterator[None]:
     A GPU of this process that is of the target's kind is asked itself: it may have fewer multiprocessors than others
     of its name, as a part of one has.
     """
-    if _is_here(target):
-        yield
-        return
 
     def multiprocessors() -> int:
         if target.kind not in MULTIPROCESSORS:
             raise ConfigError(f"dew_flash: how many multiprocessors {target} has is not known; name e.g. gpu:a100.")
         return MULTIPROCESSORS[target.kind]
 
-    with _lock:
+    with _lock:  # of a target that is here, too: another thread may have replaced what the vendor answers
+        if _is_here(target):
+            yield
+            return
         hopper = target.generation == HOPPER
         own = _dew._hopper, _dew._multiprocessors
         _dew._hopper, _dew._multiprocessors = (lambda: hopper), multiprocessors

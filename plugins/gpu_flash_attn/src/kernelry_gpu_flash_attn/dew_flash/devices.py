@@ -7,7 +7,6 @@ HOPPER = 90
 
 MULTIPROCESSORS = {
     "a100": 108,
-    "l4": 58,
     "l40s": 142,
     "rtx5090": 170,
     "rtxpro6000": 188,
@@ -15,7 +14,9 @@ MULTIPROCESSORS = {
 """Streaming multiprocessors. FlashAttention-2 splits few queries' keys among them, into buffers that the program holds,
 so that a program for a part of a GPU must be made on that GPU.
 
-Source: NVIDIA's white papers and data sheets of these GPUs (of the last three CUDA cores / 128)."""
+Sources: of a100 and rtxpro6000 the device descriptions in XLA's repository, xla/backends/gpu/target_config/specs; of
+rtx5090 NVIDIA's white paper on the architecture RTX Blackwell; of l40s its data sheet, 18176 CUDA cores, and the 128 of
+a multiprocessor in the white paper on Ada. Of an l4 the numbers that are published differ."""
 
 
 def is_served(generation: int) -> bool:

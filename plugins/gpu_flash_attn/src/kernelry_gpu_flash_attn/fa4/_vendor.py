@@ -164,16 +164,17 @@ def _built_for(generation: int) -> Iterator[Any]:
     from fa4_jax import kernels
     from fa4_jax.cute import tile_scheduler
 
-    replaced = [
-        (kernels, "_device_arch", lambda: generation),
-        (kernels, "_cute_mask_mod", functools.partial(_masks, generation, kernels._cute_mask_mod)),
-        (kernels, "_get_bwd_pre", functools.partial(_prepares, generation)),
-        (kernels, "_get_bwd_post", functools.partial(_finishes, generation)),
-        (BaseDSL._get_dsl().envar, "_arch", _ARCHITECTURES[generation]),
-    ]
-    if jax.default_backend() != "gpu" or kernels._device_arch() != generation:
-        replaced += [(owner, "HardwareInfo", _AbsentDevice) for owner in (cutlass.utils, tile_scheduler)]
     with _ONE_AT_A_TIME, warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        # Read under the lock: another thread may have replaced the same names.
+        replaced = [
+            (kernels, "_device_arch", lambda: generation),
+            (kernels, "_cute_mask_mod", functools.partial(_masks, generation, kernels._cute_mask_mod)),
+            (kernels, "_get_bwd_pre", functools.partial(_prepares, generation)),
+            (kernels, "_get_bwd_post", functools.partial(_finishes, generation)),
+            (BaseDSL._get_dsl().envar, "_arch", _ARCHITECTURES[generation]),
+        ]
+        if jax.default_backend() != "gpu" or kernels._device_arch() != generation:
+            replaced += [(owner, "HardwareInfo", _AbsentDevice) for owner in (cutlass.utils, tile_scheduler)]
         # fa4-jax 0.1.0 calls what nvidia-cutlass-dsl 4.8 has moved; where warnings are errors, compiling some masks for
         # compute capability 10.0 fails without naming one.
         warnings.simplefilter("ignore")

@@ -28,7 +28,7 @@ from kernelry_gpu_flash_attn.fa4.masks import ATOMS
 NAME = "fa4"
 
 GENERATIONS = (80, 86, 89, 90, 100)
-"""Compute capability times ten: what the vendor has kernels for, among the devices that kernelry knows."""
+"""Compute capability times ten. The vendor has kernels for 12.0, too, which have not been tried."""
 
 _BLACKWELL = 100
 _WIDEST_ON_BLACKWELL = 128

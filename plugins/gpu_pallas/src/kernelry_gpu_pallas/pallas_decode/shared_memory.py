@@ -17,12 +17,10 @@ import jax.numpy as jnp
 
 from kernelry.plugin import Quantization, Request, Tiling
 from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
+from kernelry_gpu_pallas.generations import BLACKWELL, HOPPER, multiplies_as
 from kernelry_gpu_pallas.pallas_decode.columns import columns_of_keys, has_value_in_key
 from kernelry_gpu_pallas.shared_memory import Need
 from kernelry_gpu_pallas.tile_masks import dense_masks
-
-_HOPPER = 90
-_BLACKWELL = 100
 
 _WARP_GROUP_ROWS = 64
 
@@ -48,7 +46,7 @@ class _Sizes:
     def __init__(self, request: Request, tiling: Tiling) -> None:
         self.block, self.stages = tiling["block_kv"], tiling["num_stages"]
         self.in_key = has_value_in_key(request)
-        self.generation = request.target.generation or 0
+        self.generation = multiplies_as(request)
         all_rows = max(SMALLEST_BLOCK, power_of_two(request.q_len * request.groups))
         self.rows = tiling["block_rows"] if self.in_key else all_rows
         of_keys, self.of_values = [each.padded for each in columns_of_keys(request)], power_of_two(request.value_dim)
@@ -59,7 +57,7 @@ class _Sizes:
         self.held_itemsize = self.itemsize if how is None else jnp.dtype(Quantization.parse(how).dtype).itemsize
         self.parts = 2 if request.dtype == "float32" else 1  # multiplied in three parts, held apart
         self.in_pages = request.page_size is not None
-        self.in_warp_groups = self.rows >= _WARP_GROUP_ROWS and self.generation >= _HOPPER
+        self.in_warp_groups = self.rows >= _WARP_GROUP_ROWS and self.generation >= HOPPER
         self.pairs = self.rows * self.block * dense_masks(request.mask)
 
     @property
@@ -74,7 +72,7 @@ class _Sizes:
         sizes = [stay + self._of_warps(moved), self.rows * self.of_values * 4]
         if self.in_warp_groups or (self.in_key and self.held_itemsize < self.itemsize):
             sizes.append(stay + multiplied + max(1, self.stages - 1) * moved)
-        if self.in_key and self.in_warp_groups and self.generation >= _BLACKWELL:
+        if self.in_key and self.in_warp_groups and self.generation >= BLACKWELL:
             sizes.append(stay + 2 * multiplied + max(1, self.stages) * moved)
         few = _FEW_BYTES + _SLOT_BYTES * self.block + max(_PAIR_COPIES, self.stages) * self.pairs
         return Need(least, max(sizes) + few)

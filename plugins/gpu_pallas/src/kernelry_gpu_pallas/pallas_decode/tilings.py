@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from kernelry.errors import ConfigError
 from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
 from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two, problems
+from kernelry_gpu_pallas.generations import BLACKWELL, multiplies_as
 from kernelry_gpu_pallas.pallas_decode.columns import has_value_in_key
 from kernelry_gpu_pallas.pallas_decode.shared_memory import need
 from kernelry_gpu_pallas.shared_memory import available
@@ -44,8 +45,6 @@ bytes as 227 slots of 576 columns in bfloat16."""
 _MOST_ROWS_OF_TILE = 64
 """Rows of a tile of queries: of 64, eight warps keep sums of 512 columns in registers; of 128, no device can."""
 
-_BLACKWELL = 100
-
 
 def search_space(request: Request) -> tuple[Tiling, ...]:
     """Tilings that fit the shared memory of the request's device, each block with most stages; at least one."""
@@ -66,7 +65,7 @@ def _rows(request: Request) -> tuple[int | None, ...]:
     most = _MOST_ROWS_OF_TILE
     if request.dtype == "float32":
         most = SMALLEST_BLOCK  # more spill thousands of bytes of a thread
-    elif request.kv_quantization is not None and (request.target.generation or 0) < _BLACKWELL:
+    elif request.kv_quantization is not None and multiplies_as(request) < BLACKWELL:
         most = 32  # the conversion takes the registers of the other rows
     rows = min(most, max(SMALLEST_BLOCK, power_of_two(request.q_len * request.groups)))
     return tuple(each for each in (64, 32, SMALLEST_BLOCK) if each <= rows)
@@ -74,7 +73,7 @@ def _rows(request: Request) -> tuple[int | None, ...]:
 
 def _blocks(request: Request, rows: int | None) -> tuple[int, ...]:
     if rows is not None:
-        spares = (request.target.generation or 0) >= _BLACKWELL and request.kv_quantization is None
+        spares = multiplies_as(request) >= BLACKWELL and request.kv_quantization is None
         in_pages = request.page_size is not None and not spares  # whose addresses take registers
         if request.dtype == "float32" or (rows == _MOST_ROWS_OF_TILE and in_pages):
             return _SMALL_BLOCKS_WITH_VALUES

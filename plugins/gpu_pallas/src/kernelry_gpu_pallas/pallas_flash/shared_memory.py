@@ -13,10 +13,9 @@ import jax.numpy as jnp
 
 from kernelry.plugin import Request
 from kernelry_gpu_pallas.blocks import power_of_two
+from kernelry_gpu_pallas.generations import BLACKWELL, HOPPER, multiplies_as
 from kernelry_gpu_pallas.shared_memory import Need
 from kernelry_gpu_pallas.tile_masks import dense_masks
-
-_HOPPER, _BLACKWELL = 90, 100
 
 _WARP_GROUP_ROWS = 64
 """Of a tile [kv, q], from which on a warp group multiplies it, out of shared memory: one stage more is held there."""
@@ -52,14 +51,14 @@ def _need(request: Request, tiling: Mapping[str, int], end: str) -> Need:
     is_split = request.dtype == "float32"
     held = (2 if is_split else 1) * stay  # float32 is multiplied in three parts, held apart
     probabilities = (2 if is_split else 1) * block_q * block_kv * itemsize
-    generation = request.target.generation or 0
+    generation = multiplies_as(request)
     # What is certain of float32 is little: Blackwell keeps what stays elsewhere.
     least = (0 if is_split else stay) + (move if end == "_dkv" else (stages - 1) * move)
     pairs = block_q * block_kv * _bytes_of_a_pair(request, max(1, stages - 1))
     rest = held + pairs + _FEW_BYTES + _SLOT_BYTES * (block_q + block_kv)
-    if generation < _HOPPER:
+    if generation < HOPPER:
         return Need(least, rest + probabilities + max(1, stages - 1) * move)
-    again = 1 if end and generation >= _BLACKWELL else 0  # a second copy, transposed
+    again = 1 if end and generation >= BLACKWELL else 0  # a second copy, transposed
     if end != "_dkv":
         return Need(least, rest + (stages + again) * move)
     keeps_a_stage = is_split or block_kv >= _WARP_GROUP_ROWS

@@ -9,6 +9,7 @@ from typing import final
 from kernelry.errors import ConfigError
 from kernelry.plugin import Refusal, RefusalCode, Request, Tiling
 from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two, problems
+from kernelry_gpu_pallas.generations import AMPERE, BLACKWELL, HOPPER, multiplies_as
 from kernelry_gpu_pallas.pallas_flash.shared_memory import needs
 from kernelry_gpu_pallas.shared_memory import available
 
@@ -38,23 +39,20 @@ class _Tiles:
     backward: tuple[int, int, int, int]
 
 
-_AMPERE, _HOPPER, _BLACKWELL = 80, 90, 100
-"""Compute capability times ten."""
-
 _HALF: dict[int, dict[int, _Tiles]] = {
-    _AMPERE: {
+    AMPERE: {
         128: _Tiles((128, 64, 8, 3), (64, 64, 4, 3)),
         256: _Tiles((128, 64, 8, 3), (64, 64, 8, 3)),
         384: _Tiles((128, 64, 8, 2), (64, 64, 8, 2)),
         512: _Tiles((64, 64, 8, 2), (32, 64, 8, 2)),
     },
-    _HOPPER: {
+    HOPPER: {
         128: _Tiles((128, 64, 4, 3), (64, 64, 4, 3)),
         256: _Tiles((128, 64, 8, 3), (128, 32, 8, 3)),
         384: _Tiles((128, 64, 8, 3), (64, 32, 8, 2)),
         512: _Tiles((128, 64, 8, 2), (64, 32, 8, 3)),
     },
-    _BLACKWELL: {
+    BLACKWELL: {
         128: _Tiles((128, 64, 8, 3), (128, 32, 4, 3)),
         256: _Tiles((128, 64, 8, 3), (64, 64, 8, 3)),
         384: _Tiles((128, 64, 8, 3), (64, 32, 8, 1)),
@@ -105,7 +103,7 @@ def _every(request: Request, blocks: tuple[tuple[int, int], ...]) -> Iterator[tu
 def _default(request: Request) -> _Tiles:
     """The tiles of a device's generation; of one that is not known those of the least, which any serves."""
     columns = power_of_two(request.head_dim) + power_of_two(request.value_dim)
-    generation = max((known for known in _HALF if known <= (request.target.generation or 0)), default=_AMPERE)
+    generation = max((known for known in _HALF if known <= multiplies_as(request)), default=AMPERE)
     table = _FLOAT32 if request.dtype == "float32" else _HALF[generation]
     return table[min(most for most in table if columns <= most)]
 
@@ -186,8 +184,8 @@ def check(request: Request, tiling: Tiling) -> None:
 
 
 def _tensor_memory(request: Request, values: Mapping[str, int]) -> Iterator[str]:
-    generation, rows = request.target.generation, values["block_kv_dkv"]
-    if request.is_interpreted or request.dtype == "float32" or generation is None or generation < _BLACKWELL:
+    rows = values["block_kv_dkv"]
+    if request.is_interpreted or request.dtype == "float32" or multiplies_as(request) < BLACKWELL:
         return
     columns = power_of_two(request.head_dim) + power_of_two(request.value_dim)
     if request.gradients and rows >= _TENSOR_ROWS and columns > _TENSOR_COLUMNS:
