@@ -3,9 +3,9 @@
     .venv-aot-312/bin/python tests/aot/flywheel_schedules.py flywheel-schedules.jsonl
 
 Causal attention over 8,192 tokens in bfloat16, each kernel with its default blocks for the chip, all by one compiler.
-A window is not in the table: which of flywheel's bodies its blocks run is not written down. What has been compiled is
-kept in the file that is named, a line each, so that the command goes on where it was stopped; it prints a table and
-takes half an hour.
+Rows of windows are kept as they are: which of flywheel's bodies their blocks run is not written down, and was read from
+the same compiler's bundles by hand. What has been compiled is kept in the file that is named, a line each, so that the
+command goes on where it was stopped; it prints a table and takes half an hour.
 """
 
 import argparse
