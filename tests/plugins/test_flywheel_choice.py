@@ -293,6 +293,7 @@ def test_long_calls_of_which_a_schedule_is_known_get_a_vote(target):
     window = masks.SlidingWindow(1024)
     assert _voted(target=target) == ("flywheel",)
     assert _voted(target=target, mode="train", q_len=16384) == ("flywheel",)
+    assert _voted(target=target, q_len=12200, kv_len=12288, mask=masks.Causal().at(query_offset=88)) == ("flywheel",)
     assert _voted(target=target, q_len=16384, mask=window) == ("flywheel",)
 
 
@@ -302,6 +303,9 @@ def test_long_calls_of_which_a_schedule_is_known_get_a_vote(target):
         {"target": "tpu:v5p"},
         {"target": "cpu"},
         {"q_len": 4096},
+        {"q_len": 8320},  # whose blocks are of 128
+        {"q_len": 8200},
+        {"q_len": 8192, "kv_len": 9216, "mask": masks.Causal().at(query_offset=1024)},
         {"q_len": 16384, "mask": masks.SlidingWindow(512)},
         {"mask": masks.SlidingWindow(1024)},
         {"mask": masks.Causal() & masks.Segments(np.zeros(8192, int))},
