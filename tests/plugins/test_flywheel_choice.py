@@ -184,7 +184,7 @@ OLD_PYTHON = (
     ],
     ids=["looked_for", "of_another_machine", "of_a_loser"],
 )
-@pytest.mark.parametrize("spec", [FLYWHEEL, FLYWHEEL_PAGED], ids=str)
+@pytest.mark.parametrize("spec", [FLYWHEEL, FLYWHEEL_PAGED], ids=["flywheel", "flywheel_paged"])
 def test_an_older_python_is_told_which_it_needs(spec, environment, monkeypatch):
     """Of another machine, too, nothing is assumed: this Python could not make the program."""
     monkeypatch.setattr(sys, "version_info", (3, 11, 4))
