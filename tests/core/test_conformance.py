@@ -240,6 +240,21 @@ def test_absent_or_generous_tolerance_fails(tolerances):
     assert result(spec, "a sane tolerance for float32").outcome is Outcome.FAILED
 
 
+@pytest.mark.parametrize("code", [RefusalCode.VENDOR_MISSING, RefusalCode.VENDOR_VERSION])
+def test_a_missing_library_is_no_refusal_of_a_claim(code):
+    """Whatever an Environment assumes of another machine, a Python may be too old for the library."""
+
+    def missing(request, environment):
+        return (Refusal(code, "the library needs a later Python"),)
+
+    report = run(dataclasses.replace(SMALL, refusals=missing), quick=True)
+    assert not report.runs_here
+    assert report.ok, report.failures
+    [case] = (case for case in report.cases if case.name == "full attention")
+    assert case.outcome is Outcome.SKIPPED
+    assert "later Python" in case.detail
+
+
 def test_known_failures_are_forgiven(wrong):
     known = {case.name: "rounds too early" for case in wrong.failures}
     report = run(WRONG, quick=True, known_failures=known)

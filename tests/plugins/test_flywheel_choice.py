@@ -20,7 +20,7 @@ from kernelry_tpu_flywheel import ranking
 from kernelry_tpu_flywheel.dense.blocks import backward_blocks, forward_blocks
 from kernelry_tpu_flywheel.dense.geometry import Geometry
 from kernelry_tpu_flywheel.dense.packed import Sequences, as_rows, most_runs
-from kernelry_tpu_flywheel.plugin import FLYWHEEL, kernelry_rank
+from kernelry_tpu_flywheel.plugin import FLYWHEEL, FLYWHEEL_PAGED, kernelry_rank
 
 HERE = Environment(versions=(("flywheel-tpu", "0.3.0"),))
 PACKED = np.repeat([3, -1, 0, 5], 64)
@@ -169,13 +169,45 @@ def test_releases_that_are_not_known_are_refused(version, message):
     assert bool(message) == bool(said)
 
 
-@pytest.mark.versions
-@pytest.mark.parametrize(("version", "wanted"), [((3, 11), "flywheel-tpu needs Python 3.12, and this is Python 3.11")])
-def test_an_older_python_is_told_which_it_needs(version, wanted, monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (*version, 4))
-    (refusal,) = FLYWHEEL.refusals(_request(), Environment(versions=(("flywheel-tpu", None),)))
+OLD_PYTHON = (
+    "flywheel-tpu needs Python 3.12, and this is Python 3.11; with Python 3.12 or later, "
+    "pip install 'kernelry-tpu-flywheel[flywheel]'"
+)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        Environment(versions=(("flywheel-tpu", None),)),
+        Environment(Knowledge.ASSUMED),
+        Environment(Knowledge.NOT_PROBED),
+    ],
+    ids=["looked_for", "of_another_machine", "of_a_loser"],
+)
+@pytest.mark.parametrize("spec", [FLYWHEEL, FLYWHEEL_PAGED], ids=["flywheel", "flywheel_paged"])
+def test_an_older_python_is_told_which_it_needs(spec, environment, monkeypatch):
+    """Of another machine, too, nothing is assumed: this Python could not make the program."""
+    monkeypatch.setattr(sys, "version_info", (3, 11, 4))
+    (refusal,) = spec.refusals(_request(), environment)
     assert refusal.code is RefusalCode.VENDOR_MISSING
-    assert str(refusal) == f"{wanted}; with Python 3.12 or later, pip install 'kernelry-tpu-flywheel[flywheel]'"
+    assert str(refusal) == OLD_PYTHON
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="this Python may have flywheel-tpu")
+@pytest.mark.parametrize("kernel", ["flywheel", "flywheel_paged"])
+def test_a_program_for_a_tpu_elsewhere_is_refused_on_an_older_python(kernel):
+    pages = {"kv_layout": "interleaved", "page_size": 128, "q_len": 1, "kv_len": 256, "mode": "decode"}
+    request = _request(head_dim=128, **(pages if kernel == "flywheel_paged" else {}))
+    found = kernelry.explain(request, kernel=kernel)
+    assert found.kernel is None
+    assert OLD_PYTHON in str(found)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="this Python may have flywheel-tpu")
+def test_a_call_for_a_tpu_elsewhere_is_refused_on_an_older_python_and_not_broken():
+    arrays = [jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)] * 3
+    with kernelry.use(target="tpu:v6e"), pytest.raises(KernelRefusedError, match=r"flywheel-tpu needs Python 3\.12"):
+        jax.eval_shape(lambda *a: kernelry.attention(*a, kernel="flywheel", mode="prefill"), *arrays)
 
 
 def test_a_missing_vendor_is_told_what_brings_it(monkeypatch):
@@ -261,6 +293,7 @@ def test_long_calls_of_which_a_schedule_is_known_get_a_vote(target):
     window = masks.SlidingWindow(1024)
     assert _voted(target=target) == ("flywheel",)
     assert _voted(target=target, mode="train", q_len=16384) == ("flywheel",)
+    assert _voted(target=target, q_len=12200, kv_len=12288, mask=masks.Causal().at(query_offset=88)) == ("flywheel",)
     assert _voted(target=target, q_len=16384, mask=window) == ("flywheel",)
 
 
@@ -270,6 +303,9 @@ def test_long_calls_of_which_a_schedule_is_known_get_a_vote(target):
         {"target": "tpu:v5p"},
         {"target": "cpu"},
         {"q_len": 4096},
+        {"q_len": 8320},  # whose blocks are of 128
+        {"q_len": 8200},
+        {"q_len": 8192, "kv_len": 9216, "mask": masks.Causal().at(query_offset=1024)},
         {"q_len": 16384, "mask": masks.SlidingWindow(512)},
         {"mask": masks.SlidingWindow(1024)},
         {"mask": masks.Causal() & masks.Segments(np.zeros(8192, int))},

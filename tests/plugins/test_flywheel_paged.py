@@ -25,6 +25,7 @@ PAGE, POOL = 128, 16
 V6E = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu"))
 LENGTHS = np.array([300, 0, 129, 384], np.int32)
 CHUNK = 5
+HERE = Environment(versions=(("flywheel-tpu", "0.3.0"),))
 
 
 @pytest.fixture
@@ -316,7 +317,7 @@ def test_the_program_makes_no_other_pool(vendor, lower, q_len, left):
 def test_refusals_have_values(facts, words):
     for policy in (NO_ADAPTERS, None):
         [candidate] = kernelry.explain(
-            request_of(**facts), kernel="flywheel_paged", kernels=(FLYWHEEL_PAGED,), policy=policy
+            request_of(**facts), kernel="flywheel_paged", kernels=(FLYWHEEL_PAGED,), policy=policy, environment=HERE
         ).candidates
         told = " ".join(refusal.detail for refusal in candidate.refusals)
         assert (policy is None and not candidate.refusals) or words in told

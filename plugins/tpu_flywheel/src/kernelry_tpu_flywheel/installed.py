@@ -16,9 +16,13 @@ _PYTHON = (3, 12)
 
 
 def not_installed(environment: Environment) -> Iterator[Refusal]:
-    """Refuses every request where flywheel-tpu is missing, or is a release that is not known."""
+    """Refuses every request where flywheel-tpu is missing, or is a release that is not known.
+
+    An older Python cannot have it, so there nothing is assumed of the machine of another target: the program could not
+    be made.
+    """
     vendor = environment.vendor("flywheel-tpu")
-    if vendor.missing and sys.version_info < _PYTHON:
+    if vendor.version is None and sys.version_info < _PYTHON:
         running = ".".join(map(str, sys.version_info[:2]))
         detail = f"flywheel-tpu needs Python {_text(_PYTHON)}, and this is Python {running}"
         yield Refusal(RefusalCode.VENDOR_MISSING, detail, f"with Python {_text(_PYTHON)} or later, {INSTALL}")

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any
 
 from kernelry.plugin import Environment, Ranking, Request
+from kernelry_tpu_flywheel.dense.blocks import is_cut_as
 from kernelry_tpu_flywheel.dense.geometry import Geometry
 from kernelry_tpu_flywheel.installed import not_installed
 
@@ -52,7 +53,10 @@ def _is_like(row: Mapping[str, Any], request: Request) -> bool:
         return False
     if request.head_dim > row["head_dim"] or request.value_dim > row["value_dim"]:
         return False
-    return min(request.q_len, request.kv_len) >= row["length"] and row["mask"] in _kinds(request, row["window"])
+    if min(request.q_len, request.kv_len) < row["length"] or row["mask"] not in _kinds(request, row["window"]):
+        return False
+    # Of other lengths blocks may be small: 128 of 8320, which fewer divide.
+    return is_cut_as(request, row["length"])
 
 
 def _kinds(request: Request, reach: int | None) -> Iterator[str]:

@@ -75,9 +75,10 @@ class KernelHost:
             yield
 
     def refusals(self, spec: KernelSpec, request: Request) -> tuple[Refusal, ...]:
-        """Why the kernel itself refuses a request, without adapters."""
+        """Why the kernel itself refuses a request, without adapters; libraries count only where it runs."""
         declared = spec.capabilities.refusals(request)
-        return declared or tuple(spec.refusals(request, self.environment))
+        found = declared or spec.refusals(request, self.environment)
+        return tuple(each for each in found if self.why_not is None or each.code not in _OF_VENDORS)
 
 
 def _absent(spec: KernelSpec, here: Target) -> str | None:

@@ -41,6 +41,14 @@ _OF_FORWARD = ("block_q", "block_kv", "block_q_compute", "block_kv_compute")
 _OF_BACKWARD = ("block_q_bwd", "block_kv_bwd", "block_q_compute_bwd", "block_kv_compute_bwd")
 
 
+def is_cut_as(request: Request, length: int) -> bool:
+    """Whether the first of the search space is that of so many queries and keys, in both passes."""
+    geometry = Geometry.of(request)
+    mine, theirs = _lengths(request, geometry), (length, length)
+    alike = next(_forward(request, geometry, mine)) == next(_forward(request, geometry, theirs))
+    return alike and next(_backward(mine)) == next(_backward(theirs))
+
+
 def forward_blocks(request: Request, tiling: Tiling) -> tuple[int, int, int, int]:
     """Queries and keys of a block of the forward pass, and how many of each are multiplied at once.
 

@@ -93,7 +93,7 @@ FLYWHEEL = KernelSpec(
                 2e-2,
                 4e-2,
                 "scaled queries, in base 2, are rounded to 8 bits of mantissa, and so logits are off by up to 2^-9 of "
-                "their size; output and gradients are rounded, too",
+                "the sum of |q k|; output and gradients are rounded, too",
             ),
         ),
     ),

@@ -133,7 +133,7 @@ FLYWHEEL_PAGED = KernelSpec(
                 2e-2,
                 4e-2,
                 "scaled queries, in base 2, are rounded to 8 bits of mantissa, and so logits are off by up to 2^-9 of "
-                "their size; probabilities, the running sum of a decode step and the output are rounded, too",
+                "the sum of |q k|; probabilities, the running sum of a decode step and the output are rounded, too",
             ),
         ),
     ),
