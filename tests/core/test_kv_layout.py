@@ -17,6 +17,7 @@ from kernelry.errors import ArgumentError, KernelRefusedError, ShapeError
 from kernelry.plugin import Capabilities, RefusalCode, Request
 from kernelry.storage import QUANTIZATIONS
 from kernelry.testing import interpret, reference_attention, reference_gradients
+from kernelry_dot_product.plugin import DOT_PRODUCT
 
 T, S, PAGE, D = 3, 12, 4, 8
 MLA = Heads(4, 1, 12, D)
@@ -228,6 +229,37 @@ def test_a_kernel_that_does_not_declare_a_layout_refuses_it_where_adapters_are_f
     assert "gather_pages would help, which the policy forbids" in str(refusal)
     declared = Capabilities(kv_layouts=frozenset({layout}), pages=True)
     assert "kv_layout" not in {refusal.code.value for refusal in declared.refusals(Request(q_len=T, kv_len=S, **facts))}
+
+
+PAGES_TOGETHER = dataclasses.replace(
+    DOT_PRODUCT.capabilities, kv_layouts=frozenset({"interleaved"}), pages=True, dtypes=frozenset({"bfloat16"})
+)
+KEEP = "kv_layout={} is not interleaved; keep them in PagedCache.create(layout='interleaved')"
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"kv_layout": "interleaved", "page_size": 4, "dtype": "float32"}, []),
+        ({"page_size": 4}, [KEEP.format("separate")]),
+        ({}, [KEEP.format("separate")]),
+        ({"kv_layout": "value_in_key", "page_size": 4}, [KEEP.format("value_in_key")]),
+        ({"kv_layout": "value_in_key", "value_dim": 32}, ["kv_layout=value_in_key is not interleaved"]),
+        ({"kv_quantization": "int8"}, ["kv_layout=separate is not interleaved"]),
+        ({"value_dim": 32}, ["kv_layout=separate is not interleaved"]),
+    ],
+)
+def test_a_kernel_of_interleaved_pages_alone_says_of_the_layout_asked_what_can_be_done(facts, said):
+    """It is not asked for arrays that adapters would make and it does not read."""
+    kernel = dataclasses.replace(DOT_PRODUCT, name="together", capabilities=PAGES_TOGETHER)
+    request = Request(**{"q_len": T, "kv_len": S, "mode": "decode", "dtype": "bfloat16", "mask": RAGGED} | facts)
+    found = kernelry.explain(request, kernels=[kernel], kernel="together").candidates[0].refusals
+    assert [str(refusal) for refusal in found if refusal.code is RefusalCode.KV_LAYOUT] == said
+
+
+def test_no_cache_is_advised_where_a_gradient_is_needed():
+    [refusal] = (r for r in PAGES_TOGETHER.refusals(Request(q_len=T)) if r.code is RefusalCode.KV_LAYOUT)
+    assert refusal.remedy is None
 
 
 @pytest.mark.parametrize(

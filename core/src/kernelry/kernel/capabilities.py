@@ -16,7 +16,7 @@ from kernelry.masks.form import Atom, AtomKind, PositionKind
 from kernelry.masks.predicate import holds_traced
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import NEUTRAL, Mode, Operand, Request
-from kernelry.storage import SEPARATE
+from kernelry.storage import INTERLEAVED, SEPARATE
 
 
 @final
@@ -306,9 +306,18 @@ def _storage(can: Capabilities, request: Request) -> Iterator[Refusal]:
         yield Refusal(RefusalCode.PAGES, f"keys and values are in pages of page_size={request.page_size}")
     if request.kv_layout not in can.kv_layouts:
         detail = f"kv_layout={request.kv_layout} is not {_either(can.kv_layouts)}"
-        kept = next((name for name in sorted(can.kv_layouts) if can.pages and name != request.kv_layout), None)
+        kept = next((layout for layout in _other_layouts(request) if can.pages and layout in can.kv_layouts), None)
         remedy = f"keep them in PagedCache.create(layout={kept!r})" if kept else None
         yield Refusal(RefusalCode.KV_LAYOUT, detail, remedy)
+
+
+def _other_layouts(request: Request) -> Iterator[str]:
+    """The layouts in which a PagedCache could keep the same keys and values; pages have no gradient."""
+    if request.gradients:
+        return
+    yield SEPARATE
+    if request.head_dim == request.value_dim and request.kv_quantization is None:
+        yield INTERLEAVED
 
 
 def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:
