@@ -74,7 +74,7 @@ FIRST = (Refusal(RefusalCode.EXPERIMENTAL, "first release"),)
     ("reservations", "told"),
     [
         (lambda _: FIRST, ["first release"]),
-        (lambda request: FIRST * request.partial, ["for some requests, of which kernelry explain tells"]),
+        (lambda request: FIRST * request.partial, ["for some requests; kernelry explain says why"]),
         (
             lambda _: 1 / 0,
             ["its reservations raised ZeroDivisionError('division by zero'); report it to the kernel's authors"],

@@ -141,7 +141,7 @@ def raising(request, environment):
     raise RuntimeError("of a probe")
 
 
-@pytest.mark.parametrize("refusals", [raising, lambda request, environment: ["no refusal"]])
+@pytest.mark.parametrize("refusals", [raising, lambda *_: ["no refusal"]])
 def test_refusals_that_fail_are_reported_by_the_cases(refusals):
     report = run(dataclasses.replace(SMALL, refusals=refusals), quick=True)
     assert report.runs_here
