@@ -1,4 +1,4 @@
-"""Values that are stored in the keys, and interleaved pages: what the same arrays apart give, beside the oracle."""
+"""Values that are stored in the keys, and interleaved pages: the results of the same arrays apart, and the oracle's."""
 
 import dataclasses
 import functools
@@ -287,7 +287,7 @@ def test_by_default_the_keys_are_differentiated_and_the_values_with_them():
     [
         ({"kv_layout": "value_in_keys"}, "unknown kv_layout 'value_in_keys'; did you mean 'value_in_key'"),
         ({"kv_layout": "value_in_key", "value_dim": 65}, "value_dim=65 must be 1 … head_dim=64"),
-        ({"kv_layout": "interleaved"}, "one of pages that are not quantised"),
+        ({"kv_layout": "interleaved"}, "interleaved needs page_size, no kv_quantization, and value_dim = head_dim"),
         ({"kv_layout": "interleaved", "page_size": 4, "kv_quantization": "int8"}, "kv_quantization=int8:head_dim"),
         ({"kv_layout": "interleaved", "page_size": 4, "value_dim": 32}, "value_dim=32"),
         ({"kv_layout": "value_in_key", "gradients": ["value"]}, "name key, whose gradient has both shares"),
