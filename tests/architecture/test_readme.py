@@ -74,6 +74,11 @@ with kernelry.use(kernels=[CAREFUL]):
 assert "careful: could serve, ranked lower" in answers[0], answers[0]
 assert "careful: passed over: kv_len=131072 > 65536 was never tried; it serves with kernel=" in answers[1], answers[1]
 assert kernelry_rank(kernelry.Request(q_len=4096, target="gpu:h100"), ()).kernels == ("careful", "mine")
+facts |= dict(kv_layout="value_in_key", q_len=8)
+with kernelry.use(kernels=[LATENT, MINE]):
+    latent, mine = (kernelry.explain(kernelry.Request(**facts), kernel=name).plan for name in ("latent", "mine"))
+assert ([*latent.steps], [step.adapter.name for step in mine.steps]) == ([], ["separate_kv"])
+assert COMPILED.signature(kernelry.Request(q_len=8)) == ("my_kernels.forward_*", "my_package.compiled")
 """,
     "mesh.md": """
 import numpy as np

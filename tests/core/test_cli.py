@@ -74,7 +74,7 @@ FIRST = (Refusal(RefusalCode.EXPERIMENTAL, "first release"),)
     ("reservations", "told"),
     [
         (lambda _: FIRST, ["first release"]),
-        (lambda request: FIRST * request.partial, ["for some requests, of which kernelry explain tells"]),
+        (lambda request: FIRST * request.partial, ["for some requests; kernelry explain says why"]),
         (
             lambda _: 1 / 0,
             ["its reservations raised ZeroDivisionError('division by zero'); report it to the kernel's authors"],
@@ -101,7 +101,7 @@ def test_values_stored_with_the_keys_are_asked_for(run):
     assert "through separate_kv" in out
     assert json.loads(run(*step, "--json")[1])["request"]["kv_layout"] == "value_in_key"
     status, _, err = run(*step[:-1], "interleaved")
-    assert (status, "is one of pages that are not quantised" in " ".join(err.split())) == (2, True)
+    assert (status, "kv_layout=interleaved needs page_size" in " ".join(err.split())) == (2, True)
 
 
 def test_doctor_reports_versions_and_no_faults(run):

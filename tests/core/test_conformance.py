@@ -137,6 +137,18 @@ def test_report_without_a_served_case_is_not_ok():
     assert Report("small", refusals, runs_here=False).ok
 
 
+def raising(request, environment):
+    raise RuntimeError("of a probe")
+
+
+@pytest.mark.parametrize("refusals", [raising, lambda *_: ["no refusal"]])
+def test_refusals_that_fail_are_reported_by_the_cases(refusals):
+    report = run(dataclasses.replace(SMALL, refusals=refusals), quick=True)
+    assert report.runs_here
+    assert not report.ok
+    assert report.served == 0
+
+
 def tiled(size, load=Small, refusals=no_refusals):
     """A kernel whose tiles have a size and a name of their own."""
     tilings = lambda _: (Tiling.of(keys_at_once=size, stages=3),)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Values that are stored in the keys, and interleaved pages: what the same arrays apart give, beside the oracle."""
+"""Values that are stored in the keys, and interleaved pages: the results of the same arrays apart, and the oracle's."""
 
 import dataclasses
 import functools
@@ -17,6 +17,7 @@ from kernelry.errors import ArgumentError, KernelRefusedError, ShapeError
 from kernelry.plugin import Capabilities, RefusalCode, Request
 from kernelry.storage import QUANTIZATIONS
 from kernelry.testing import interpret, reference_attention, reference_gradients
+from kernelry_dot_product.plugin import DOT_PRODUCT
 
 T, S, PAGE, D = 3, 12, 4, 8
 MLA = Heads(4, 1, 12, D)
@@ -230,6 +231,37 @@ def test_a_kernel_that_does_not_declare_a_layout_refuses_it_where_adapters_are_f
     assert "kv_layout" not in {refusal.code.value for refusal in declared.refusals(Request(q_len=T, kv_len=S, **facts))}
 
 
+PAGES_TOGETHER = dataclasses.replace(
+    DOT_PRODUCT.capabilities, kv_layouts=frozenset({"interleaved"}), pages=True, dtypes=frozenset({"bfloat16"})
+)
+KEEP = "kv_layout={} is not interleaved; keep them in PagedCache.create(layout='interleaved')"
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"kv_layout": "interleaved", "page_size": 4, "dtype": "float32"}, []),
+        ({"page_size": 4}, [KEEP.format("separate")]),
+        ({}, [KEEP.format("separate")]),
+        ({"kv_layout": "value_in_key", "page_size": 4}, [KEEP.format("value_in_key")]),
+        ({"kv_layout": "value_in_key", "value_dim": 32}, ["kv_layout=value_in_key is not interleaved"]),
+        ({"kv_quantization": "int8"}, ["kv_layout=separate is not interleaved"]),
+        ({"value_dim": 32}, ["kv_layout=separate is not interleaved"]),
+    ],
+)
+def test_a_kernel_of_interleaved_pages_alone_says_of_the_layout_asked_what_can_be_done(facts, said):
+    """It is not asked for arrays that adapters would make and it does not read."""
+    kernel = dataclasses.replace(DOT_PRODUCT, name="together", capabilities=PAGES_TOGETHER)
+    request = Request(**{"q_len": T, "kv_len": S, "mode": "decode", "dtype": "bfloat16", "mask": RAGGED} | facts)
+    found = kernelry.explain(request, kernels=[kernel], kernel="together").candidates[0].refusals
+    assert [str(refusal) for refusal in found if refusal.code is RefusalCode.KV_LAYOUT] == said
+
+
+def test_no_cache_is_advised_where_a_gradient_is_needed():
+    [refusal] = (r for r in PAGES_TOGETHER.refusals(Request(q_len=T)) if r.code is RefusalCode.KV_LAYOUT)
+    assert refusal.remedy is None
+
+
 @pytest.mark.parametrize(
     "facts",
     [
@@ -255,7 +287,7 @@ def test_by_default_the_keys_are_differentiated_and_the_values_with_them():
     [
         ({"kv_layout": "value_in_keys"}, "unknown kv_layout 'value_in_keys'; did you mean 'value_in_key'"),
         ({"kv_layout": "value_in_key", "value_dim": 65}, "value_dim=65 must be 1 … head_dim=64"),
-        ({"kv_layout": "interleaved"}, "one of pages that are not quantised"),
+        ({"kv_layout": "interleaved"}, "interleaved needs page_size, no kv_quantization, and value_dim = head_dim"),
         ({"kv_layout": "interleaved", "page_size": 4, "kv_quantization": "int8"}, "kv_quantization=int8:head_dim"),
         ({"kv_layout": "interleaved", "page_size": 4, "value_dim": 32}, "value_dim=32"),
         ({"kv_layout": "value_in_key", "gradients": ["value"]}, "name key, whose gradient has both shares"),

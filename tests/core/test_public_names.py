@@ -79,8 +79,11 @@ PARALLEL = {
 }
 PLUGIN = {
     "CONTRACT",
+    "INTERLEAVED",
     "QUANTIZATIONS",
     "REMAT_NAME",
+    "SEPARATE",
+    "VALUE_IN_KEY",
     "Atom",
     "AtomKind",
     "Axis",

@@ -207,6 +207,20 @@ def test_the_vendor_of_a_kernel_that_is_passed_over_is_not_probed():
     assert probe.asked == 1
 
 
+def test_adapters_that_only_a_probed_vendor_asks_for_are_within_the_question():
+    def refusals(request, environment):
+        narrow = environment.knowledge is Knowledge.PROBED and environment.probe(lambda: True) and request.q_len % 128
+        return (Refusal(RefusalCode.SEQUENCE_LENGTH, "q_len", pad_to=(("q_len", 128),)),) if narrow else ()
+
+    def padded(request):
+        return always(request) if request.q_len == 128 else ()
+
+    here = Environment(Knowledge.PROBED)
+    kernel = spec("a_new", padded, refusals=refusals)
+    assert resolve(kernels=(kernel, OLD), environment=here).kernel == "old"
+    assert resolve(kernels=(kernel, OLD), environment=Environment(Knowledge.ASSUMED)).kernel == "a_new"
+
+
 REQUESTS = st.builds(
     Request,
     q_len=st.integers(1, 300),

@@ -10,6 +10,8 @@ A plugin is a module named by an entry point in group `kernelry.plugins`. It sta
 - What bodies share: `log_sum` and `with_sinks` for statistics, `named` and `REMAT_NAME` for `jax.checkpoint`,
   `cast_finite`, `static_block_map` and `decided_at_run_time` for the blocks that a mask leaves, `pytree` for their own
   containers.
+- Keys and values are arrays, `QuantizedArray`s or `PagedArray`s, values also a `ValueInKey`; `QUANTIZATIONS` are the
+  quantisations, `SEPARATE`, `VALUE_IN_KEY` and `INTERLEAVED` what `Request.kv_layout` may be.
 - A mask is a `Mask`; it sees slots as a `Side` and says its `MaskForm`. A `Normalization` merges and finishes Partials.
 """
 
@@ -50,12 +52,24 @@ from kernelry.request.arguments import cast_finite
 from kernelry.request.context_parallel import ContextParallel, load_balanced_order
 from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import Target
-from kernelry.storage import QUANTIZATIONS, PagedArray, Quantization, QuantizedArray, ValueInKey
+from kernelry.storage import (
+    INTERLEAVED,
+    QUANTIZATIONS,
+    SEPARATE,
+    VALUE_IN_KEY,
+    PagedArray,
+    Quantization,
+    QuantizedArray,
+    ValueInKey,
+)
 
 __all__ = [
     "CONTRACT",
+    "INTERLEAVED",
     "QUANTIZATIONS",
     "REMAT_NAME",
+    "SEPARATE",
+    "VALUE_IN_KEY",
     "Atom",
     "AtomKind",
     "Axis",

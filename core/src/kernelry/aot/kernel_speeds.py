@@ -120,7 +120,7 @@ def grid_of(kernel: PallasCall, call: PhaseCall, tiling: Mapping[str, int]) -> t
 
 
 def _blocks_of(kernel: PallasCall, tiling: Mapping[str, int]) -> tuple[int, int] | None:
-    """The blocks of queries and keys that a kernel's grid goes over."""
+    """The blocks of queries and keys that a kernel's grid goes over, or a kernel without a grid itself."""
     endings = sorted((name.removeprefix("block_q") for name in tiling if name.startswith("block_q")), reverse=True)
     words = kernel.name.split("_")
     for ending in (*(found for found in endings if found and found.strip("_") in words), ""):

@@ -67,7 +67,7 @@ def _reservations(spec: KernelSpec) -> Iterator[str]:
     plain = Request(target=target, q_len=1024, dtype=min(can.dtypes, default="float32"))
     asked = (dataclasses.replace(plain, mode=mode) for mode in Mode if mode in can.modes)
     found = dict.fromkeys(str(reservation) for request in asked for reservation in reservations_of(spec, request))
-    yield from found or ("for some requests, of which kernelry explain tells",)
+    yield from found or ("for some requests; kernelry explain says why",)
 
 
 def kernels_parts(registry: Registry) -> Iterator[RenderableType]:

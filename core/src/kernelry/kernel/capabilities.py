@@ -16,7 +16,7 @@ from kernelry.masks.form import Atom, AtomKind, PositionKind
 from kernelry.masks.predicate import holds_traced
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import NEUTRAL, Mode, Operand, Request
-from kernelry.storage import SEPARATE
+from kernelry.storage import INTERLEAVED, SEPARATE
 
 
 @final
@@ -140,9 +140,8 @@ class Capabilities:
       clean_hidden_slots: whether NaN or inf in a slot that no row may see stays out of results.
       kv_quantizations: the quantised keys and values it reads as they are, e.g. `int8:head_dim`.
       pages: whether it reads keys and values through a table of pages.
-      kv_layouts: how keys and values may be stored relative to each other, so that it reads them as they are:
-        `separate`, `value_in_key`, where `inputs.value` is a ValueInKey, or `interleaved`, where it is one, too, and
-        the key a PagedArray with `interleaved=True`.
+      kv_layouts: how keys and values may be stored relative to each other: `separate`; `value_in_key`, where
+        `inputs.value` is a ValueInKey; `interleaved`, where it is one too, and the key is interleaved pages.
       context_parallel: the strategies by which it attends across devices itself, e.g. `ring`.
       manual_axes: how it runs inside a `shard_map`.
       partitioned_by_xla: whether XLA partitions it over the automatic axes of a mesh; other kernels compute the whole
@@ -305,10 +304,10 @@ def _storage(can: Capabilities, request: Request) -> Iterator[Refusal]:
     if request.page_size is not None and not can.pages:
         yield Refusal(RefusalCode.PAGES, f"keys and values are in pages of page_size={request.page_size}")
     if request.kv_layout not in can.kv_layouts:
-        detail = f"kv_layout={request.kv_layout} is not {_either(can.kv_layouts)}"
-        kept = next((name for name in sorted(can.kv_layouts) if can.pages and name != request.kv_layout), None)
-        remedy = f"keep them in PagedCache.create(layout={kept!r})" if kept else None
-        yield Refusal(RefusalCode.KV_LAYOUT, detail, remedy)
+        alike = request.head_dim == request.value_dim and request.kv_quantization is None  # as interleaved pages need
+        others = [layout for layout in (SEPARATE, INTERLEAVED)[: 1 + alike] if layout in can.kv_layouts and can.pages]
+        remedy = f"keep them in PagedCache.create(layout={others[0]!r})" if others and not request.gradients else None
+        yield Refusal(RefusalCode.KV_LAYOUT, f"kv_layout={request.kv_layout} is not {_either(can.kv_layouts)}", remedy)
 
 
 def _context_parallel(can: Capabilities, request: Request) -> Iterator[Refusal]:

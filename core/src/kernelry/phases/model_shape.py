@@ -67,7 +67,10 @@ class CacheShape:
         if not isinstance(self.layout, str) or self.layout not in KV_LAYOUTS:
             raise ArgumentError(f"cache: unknown layout {self.layout!r}{nearest(str(self.layout), KV_LAYOUTS)}")
         if self.layout == INTERLEAVED and (not paged or self.storage is not None):
-            raise ArgumentError(f"cache: layout={self.layout!r} is one of pages that are not quantised, got {self}.")
+            raise ArgumentError(
+                f"cache: layout={self.layout!r} is one of pages that are not quantised, e.g. 'paged:16:interleaved', "
+                f"got '{self}'."
+            )
         if self.layout != SEPARATE and self.kind not in (CacheKind.CONTIGUOUS, CacheKind.PAGED):
             raise ArgumentError(f"cache: layout={self.layout!r} goes with 'contiguous' and 'paged' only, got {self}.")
 

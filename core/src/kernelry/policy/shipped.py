@@ -123,7 +123,8 @@ def shipped_rules(thresholds: Mapping[str, Threshold]) -> tuple[Rule, ...]:
         _shipped(
             Condition(platform=("tpu",), mode=(Mode.DECODE,)),
             ("ragged", "dot_product"),
-            f"{_LIBTPU}: on {', '.join(_PREDICTED)} ragged takes fewer cycles than its copies of keys and values do",
+            f"{_LIBTPU}: on {', '.join(_PREDICTED)} ragged takes fewer cycles than its copies of separate keys and "
+            "values",
         ),
         _shipped(
             Condition(platform=("gpu",), mode=(Mode.DECODE,)),

@@ -159,7 +159,7 @@ def _check_layout(request: Any, differentiated: Set[str]) -> None:
         )
     if layout == INTERLEAVED and (request.page_size is None or request.kv_quantization or value_dim != head_dim):
         raise ArgumentError(
-            f"kv_layout={layout} is one of pages that are not quantised, with value_dim = head_dim; got page_size="
+            f"kv_layout={layout} needs page_size, no kv_quantization, and value_dim = head_dim; got page_size="
             f"{request.page_size}, kv_quantization={request.kv_quantization}, head_dim={head_dim}, "
             f"value_dim={value_dim}."
         )

@@ -30,16 +30,26 @@ def with_reservations(
       ask: returns the answer of the kernel apart from its reservations.
       lifted: whether it serves in spite of them.
     """
-    candidate, tiling = ask(environment if lifted else environment.without_probing())
-    if candidate.refusals:
-        return (candidate, tiling) if lifted else ask(environment)  # which may know more
-    found = reservations_of(spec, candidate.steps[-1].after if candidate.steps else request)
+    answer = ask(environment if lifted else environment.without_probing())
+    found = _about(spec, request, answer)
+    if not (lifted or found):
+        answer = ask(environment)  # it may be chosen, and its vendor may want other adapters
+        found = _about(spec, request, answer)
+    if not found:
+        return answer
+    candidate, tiling = answer
     if lifted:
         return dataclasses.replace(candidate, reservations=found), tiling
-    if not found:
-        return ask(environment)
     refusals = tuple(_with_remedy(reservation, spec.name) for reservation in found)
     return dataclasses.replace(candidate, refusals=refusals, steps=(), reservations=found), Tiling()
+
+
+def _about(spec: KernelSpec, request: Request, answer: _Answer) -> tuple[Refusal, ...]:
+    """The reservations about the request inside the adapters; none where the kernel cannot serve."""
+    candidate, _ = answer
+    if candidate.refusals:
+        return ()
+    return reservations_of(spec, candidate.steps[-1].after if candidate.steps else request)
 
 
 def reservations_of(spec: KernelSpec, request: Request) -> tuple[Refusal, ...]:

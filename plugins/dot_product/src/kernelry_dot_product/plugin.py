@@ -6,6 +6,8 @@ import dataclasses
 
 from kernelry.plugin import (
     QUANTIZATIONS,
+    SEPARATE,
+    VALUE_IN_KEY,
     AtomKind,
     Capabilities,
     Dims,
@@ -113,7 +115,7 @@ BLOCKWISE = KernelSpec(
         forward_over_reverse=True,
         kv_quantizations=QUANTIZATIONS,
         pages=True,
-        kv_layouts=frozenset({"separate", "value_in_key"}),
+        kv_layouts=frozenset({SEPARATE, VALUE_IN_KEY}),
         partitioned_by_xla=False,
     ),
     load="kernelry_dot_product.blockwise:BlockwiseKernel",

@@ -26,9 +26,10 @@ class GatherPages(Adapter):
     }
 
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
-        if request.page_size is None:
+        is_interleaved = request.kv_layout == INTERLEAVED
+        if request.page_size is None or (is_interleaved and SEPARATE not in capabilities.kv_layouts):
             return None
-        layout = SEPARATE if request.kv_layout == INTERLEAVED else request.kv_layout
+        layout = SEPARATE if is_interleaved else request.kv_layout
         return request.rewritten(page_size=None, kv_layout=layout)
 
     def prepare(self, inputs: Inputs, before: Request, after: Request) -> Inputs:

@@ -24,7 +24,8 @@ class SeparateKV(Adapter):
     cures: ClassVar[frozenset[RefusalCode]] = CURED_ON_KEYS | {RefusalCode.KV_LAYOUT}
 
     def rewrite(self, request: Request, capabilities: Capabilities, refusals: tuple[Refusal, ...]) -> Request | None:
-        if request.kv_layout != VALUE_IN_KEY or request.page_size is not None:
+        is_array = request.kv_layout == VALUE_IN_KEY and request.page_size is None
+        if not is_array or SEPARATE not in capabilities.kv_layouts:
             return None
         both = frozenset({Operand.VALUE}) if Operand.KEY in request.gradients else frozenset()
         return request.rewritten(kv_layout=SEPARATE, gradients=request.gradients | both)

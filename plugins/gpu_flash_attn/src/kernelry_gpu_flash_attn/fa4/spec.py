@@ -39,7 +39,7 @@ _VERSIONS = (0, 1)
 _INSTALL = "pip install 'kernelry-gpu-flash-attn[fa4-cu13]' (or [fa4-cu12])"
 
 _UNPROVEN = (
-    "first release of fa4-jax: its kernels are compiled for GPUs, but kernelry has not run them on one, so that their "
+    "first release of fa4-jax: its kernels are compiled for GPUs, but kernelry has not run them on one, so their "
     "numbers, and gradients by the logsumexp of sinks and merges, are unproven"
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import final
 
-from kernelry.plugin import Request
+from kernelry.plugin import VALUE_IN_KEY, Request
 from kernelry_gpu_pallas.blocks import SMALLEST_BLOCK, power_of_two
 
 
@@ -33,7 +33,7 @@ class Columns:
 
 def has_value_in_key(request: Request) -> bool:
     """Whether the values are the first columns of the keys."""
-    return request.kv_layout == "value_in_key"
+    return request.kv_layout == VALUE_IN_KEY
 
 
 def columns_of_keys(request: Request) -> tuple[Columns, ...]:

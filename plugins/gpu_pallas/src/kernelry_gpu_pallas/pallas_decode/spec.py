@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernelry.plugin import (
+    SEPARATE,
+    VALUE_IN_KEY,
     Capabilities,
     Dims,
     Environment,
@@ -79,7 +81,7 @@ PALLAS_DECODE = KernelSpec(
         clean_hidden_slots=True,
         kv_quantizations=frozenset({"int8:head_dim", "int8:heads_and_head_dim"}),
         pages=True,
-        kv_layouts=frozenset({"separate", "value_in_key"}),
+        kv_layouts=frozenset({SEPARATE, VALUE_IN_KEY}),
         manual_axes=ManualAxes.UNCHECKED,
         partitioned_by_xla=False,
         tolerances=standard_tolerances("float32", "bfloat16", "float16", rounded="probabilities and output"),

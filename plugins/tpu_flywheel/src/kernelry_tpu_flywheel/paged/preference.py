@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kernelry.plugin import Environment, Ranking, Request
+from kernelry.plugin import INTERLEAVED, Environment, Ranking, Request
 from kernelry_tpu_flywheel.installed import not_installed
 
 _NAME = "flywheel_paged"
@@ -17,7 +17,7 @@ def ranked_paged(request: Request, candidates: Sequence[str]) -> Ranking | None:
     pages these need a copy, of every page of every row, for each call. It abstains where flywheel-tpu is not installed,
     as `ranked` does.
     """
-    wanted = _NAME in candidates and request.kv_layout == "interleaved" and request.target.platform == "tpu"
+    wanted = _NAME in candidates and request.kv_layout == INTERLEAVED and request.target.platform == "tpu"
     if not wanted or any(not_installed(Environment())):
         return None
     return Ranking((_NAME,), "it reads interleaved pages where they are, which other kernels copy")

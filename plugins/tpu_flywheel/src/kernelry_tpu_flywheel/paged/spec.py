@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernelry.plugin import (
+    INTERLEAVED,
     AtomKind,
     Capabilities,
     Dims,
@@ -36,15 +37,13 @@ from kernelry_tpu_flywheel.paged.layout import (
     vector_limit,
 )
 
-_INTERLEAVED = "interleaved"
-
 
 def _refusals(request: Request, environment: Environment) -> tuple[Refusal, ...]:
     return (*not_installed(environment), *_why_not(request))
 
 
 def _why_not(request: Request) -> Iterator[Refusal]:
-    if request.kv_layout != _INTERLEAVED:
+    if request.kv_layout != INTERLEAVED:
         return  # core refuses it
     yield from _mask(request)
     if request.kv_heads > 2 and request.kv_heads % 4:
@@ -103,7 +102,7 @@ def _reservations(request: Request) -> tuple[Refusal, ...]:
         "its logits come from scaled queries that are rounded to 8 bits of mantissa, so its lse is off by up to 2^-9 "
         "of the largest logit, and so are the weights of a merge with another kernel's parts"
     )
-    return (Refusal(RefusalCode.STATISTICS, detail, 'kernel="flywheel_paged" asks for it all the same'),)
+    return (Refusal(RefusalCode.STATISTICS, detail),)
 
 
 FLYWHEEL_PAGED = KernelSpec(
@@ -124,7 +123,7 @@ FLYWHEEL_PAGED = KernelSpec(
         empty_rows=True,
         clean_hidden_slots=True,
         pages=True,
-        kv_layouts=frozenset({_INTERLEAVED}),
+        kv_layouts=frozenset({INTERLEAVED}),
         manual_axes=ManualAxes.UNCHECKED,
         partitioned_by_xla=False,
         tolerances=(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernelry.errors import ConfigError
-from kernelry.plugin import Request, Tiling, round_up
+from kernelry.plugin import VALUE_IN_KEY, Request, Tiling, round_up
 from kernelry_tpu_splash.lanes import LANES, SUBLANES
 
 _FLOAT32_BYTES = _INT32_BYTES = 4
@@ -152,7 +152,7 @@ def vector_bytes(request: Request) -> int:
 
 def is_value_in_key(request: Request) -> bool:
     """Whether keys begin with their values."""
-    return request.kv_layout == "value_in_key"
+    return request.kv_layout == VALUE_IN_KEY
 
 
 def widths(request: Request) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 
 from kernelry.plugin import (
+    SEPARATE,
+    VALUE_IN_KEY,
     AtomKind,
     Capabilities,
     Dims,
@@ -126,7 +128,7 @@ RAGGED = KernelSpec(
         clean_hidden_slots=True,
         kv_quantizations=frozenset({"int8:head_dim", "int8:heads_and_head_dim"}),
         pages=True,
-        kv_layouts=frozenset({"separate", "value_in_key"}),
+        kv_layouts=frozenset({SEPARATE, VALUE_IN_KEY}),
         manual_axes=ManualAxes.UNCHECKED,
         partitioned_by_xla=False,
         tolerances=standard_tolerances("float32", "bfloat16", rounded="probabilities and output"),
