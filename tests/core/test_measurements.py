@@ -150,8 +150,9 @@ def test_every_field_of_a_request_is_in_the_bucket_or_left_out_on_purpose():
     unusual = {
         "bias": (1, 1, 8, 8), "soft_cap": 5.0, "bias_after_cap": True, "sinks": True, "dropout_rate": 0.5,
         "normalization": "softmax1", "logits_dtype": "float64", "precision": "highest", "partial": True,
-        "max_logits": True, "interpret": True, "kv_quantization": "int8:head_dim", "page_size": 4, "kv_layout": "value_in_key",
+        "max_logits": True, "interpret": True, "kv_quantization": "int8:head_dim", "page_size": 4,
         "context_parallel": "ring:c:2", "statistics": True, "sharding": "batch=d:2", "partitioned": True,
+        "kv_layout": "value_in_key",
     }  # fmt: skip
     assert told == set(unusual)
     plain = Request(q_len=8, mode="prefill")
