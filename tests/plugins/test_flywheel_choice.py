@@ -297,6 +297,16 @@ def test_long_calls_of_which_a_schedule_is_known_get_a_vote(target):
     assert _voted(target=target, q_len=16384, mask=window) == ("flywheel",)
 
 
+@pytest.mark.usefixtures("installed")
+def test_passes_are_added_up():
+    """On v5e and TPU7x tokamax's backward pass is predicted faster; on TPU7x the forward pass makes up for it."""
+    candidates = ["splash", "tokamax_splash", "flywheel"]
+    for target, vote in (("tpu:v5e", None), ("tpu:v6e", ("flywheel",)), ("tpu:tpu7x", ("flywheel",))):
+        request = _request(target=target, mode="train", q_len=8192, head_dim=128, mask=masks.Causal())
+        found = kernelry_rank(request, candidates)
+        assert (found and found.kernels) == vote
+
+
 @pytest.mark.parametrize(
     "options",
     [
