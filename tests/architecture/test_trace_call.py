@@ -13,10 +13,10 @@ SCRIPT = Path(__file__).with_name("trace_call.py")
 # The most that `trace_call.py --kernel NAME` may find. Lower a number when the code gets better; before raising one,
 # look with `--pairs` at which files were added.
 BOUNDS = {
-    "auto": {"modules": 29, "lines": 7_275, "crossings": 128, "functions": 202, "function_lines": 1_845},
-    "dot_product": {"modules": 27, "lines": 6_685, "crossings": 112, "functions": 187, "function_lines": 1_745},
+    "auto": {"modules": 29, "lines": 7_310, "crossings": 130, "functions": 204, "function_lines": 1_860},
+    "dot_product": {"modules": 27, "lines": 6_720, "crossings": 114, "functions": 189, "function_lines": 1_760},
 }
-CLOSURE = {"closure_modules": 60, "closure_lines": 10_110, "bare_modules": 3}
+CLOSURE = {"closure_modules": 60, "closure_lines": 10_145, "bare_modules": 3}
 
 
 def trace(kernel):

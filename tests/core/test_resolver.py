@@ -1,5 +1,7 @@
 """Choosing: authority, rules, votes, measurements, refusals, and what each answer says."""
 
+import dataclasses
+import functools
 import json
 import logging
 import os
@@ -251,6 +253,27 @@ def test_foreign_targets_are_assumed_not_probed():
         Request(q_len=8, target="gpu:h100"), kernels=(spec("g", can, refusals=refusals),), policy=policy()
     )
     assert resolution.candidates[0].notes == ("vendor: assumed",)
+
+
+def test_a_call_for_another_platform_takes_no_kernel_whose_library_is_missing_here():
+    """Its program is made on this machine, whatever the other one has; who names the kernel gets it, or an error."""
+
+    def refusals(request, environment):
+        return tuple(environment.vendor("no-such-distribution").refusals("pip install no-such-distribution"))
+
+    can = dataclasses.replace(PLAIN, platforms=frozenset({"gpu"}))
+    kernels = (spec("a_needs", can, refusals=refusals), spec("b_plain", can))
+    these = policy(Rule(Condition(), ("a_needs", "b_plain"), source="test"))
+    assert kernelry.resolve(Request(q_len=8, target="gpu:h100"), kernels=kernels, policy=these).kernel == "a_needs"
+    array = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.float32)
+    with kernelry.record() as resolutions, kernelry.use(kernels=kernels, target="gpu:h100", policy=these):
+        jax.eval_shape(kernelry.attention, array, array, array)
+        jax.eval_shape(functools.partial(kernelry.attention, kernel="a_needs"), array, array, array)
+    chosen, named = resolutions
+    assert (chosen.kernel, named.kernel) == ("b_plain", "a_needs")
+    passed_over = next(candidate for candidate in chosen.candidates if candidate.name == "a_needs")
+    [refusal] = passed_over.refusals
+    assert str(refusal) == "no-such-distribution is not installed; pip install no-such-distribution"
 
 
 def test_stated_versions_win_over_looking():

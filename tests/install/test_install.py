@@ -109,7 +109,7 @@ SHOWN = [
 COMMANDS = list(
     dict.fromkeys(re.sub(r"conformance (--all|\w+).*", "conformance dot_product --quick", line) for line in SHOWN)
 )
-OURS = ["cudnn_te", "dot_product", "gpu_pallas", "tpu_splash"]
+OURS = ["cudnn_te", "dot_product", "gpu_flash_attn", "gpu_pallas", "tpu_flywheel", "tpu_splash"]
 
 
 # Four states of one environment, each made once, in this order.

@@ -34,7 +34,7 @@ from kernelry.request.arguments import CallOptions, as_array, checked_qkv
 from kernelry.request.context_parallel import ContextParallel
 from kernelry.request.request import Mode, Operand, Request
 from kernelry.request.target import current_target
-from kernelry.resolution.resolver import resolve
+from kernelry.resolution.resolver import resolve_call
 from kernelry.storage import PagedArray, QuantizedArray, ValueInKey
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def attention_with_options(
     given = frozenset(operand for operand in Operand if getattr(arrays, operand.value) is not None)
     given = given - {Operand.VALUE} if isinstance(arrays.value, ValueInKey) else given
     _check_given(request, arrays, given)
-    resolution = resolve(request, kernel=kernel)
+    resolution = resolve_call(request, kernel)
     assert resolution.plan is not None
     if not given <= request.gradients:
         arrays = without_gradient(arrays, given - request.gradients)

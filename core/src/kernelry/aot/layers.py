@@ -31,7 +31,7 @@ from kernelry.request.request import Mode, Request
 from kernelry.request.sharding import Sharding
 from kernelry.request.target import Target
 from kernelry.resolution.explanation import Resolution
-from kernelry.resolution.resolver import explain
+from kernelry.resolution.resolver import explain_call
 from kernelry.storage import PagedArray
 
 
@@ -161,7 +161,7 @@ def _distinguished(shape: ModelShape, shapes: Sequence[ModelShape]) -> str:
 
 def _report(config: AttentionConfig, call: PhaseCall, dumps: Dumps | None) -> LayerReport:
     work = Work.of(call.request, call.mask, config.moba)
-    resolution = explain(call.request, policy=config.policy)
+    resolution = explain_call(call.request, config.policy)
     if resolution.plan is None:
         return LayerReport(call.name, resolution, None, work)
     try:

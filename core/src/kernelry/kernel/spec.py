@@ -149,11 +149,13 @@ class Environment:
 
     On this machine, questions are answered by looking; for the Target of another one the answers are assumed in the
     kernel's favour, and for a candidate that is not about to win nothing is asked. `versions` are facts stated
-    beforehand, e.g. by a test or of a recorded machine; they override what is found here.
+    beforehand, e.g. by a test or of a recorded machine; they override what is found here. With `made_here` a program
+    for the Target of another machine is made on this one, where a library must be installed for it.
     """
 
     knowledge: Knowledge = Knowledge.PROBED
     versions: tuple[tuple[str, str | None], ...] = ()
+    made_here: bool = False
     _unanswered: list[str] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
 
     def vendor(self, distribution: str) -> Vendor:
@@ -162,6 +164,8 @@ class Environment:
         if distribution in stated:
             return Vendor(distribution, stated[distribution], Knowledge.PROBED)
         if self.knowledge is not Knowledge.PROBED:
+            if self.made_here and _installed_version(distribution) is None:
+                return Vendor(distribution, None, Knowledge.PROBED)
             self._unanswered.append(distribution)
             return Vendor(distribution, None, self.knowledge)
         return Vendor(distribution, _installed_version(distribution), Knowledge.PROBED)

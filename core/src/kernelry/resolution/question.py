@@ -93,6 +93,14 @@ class Question:
         return Environment(Knowledge.PROBED if here else Knowledge.ASSUMED)
 
     @property
+    def of_call(self) -> Question:
+        """The same of a call, whose program is made here: what is chosen for another platform must be installed."""
+        known = self.known_environment
+        if known.knowledge is not Knowledge.ASSUMED or self.forced is not None:
+            return self
+        return dataclasses.replace(self, environment=dataclasses.replace(known, made_here=True))
+
+    @property
     def forced(self) -> tuple[str, str] | None:
         """The kernel that must run and who says so; None where a choice is left."""
         if self.kernel != AUTO:

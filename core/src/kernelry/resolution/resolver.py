@@ -56,7 +56,24 @@ def resolve(
       PluginError: the kernel named is claimed by two plugins.
       ConfigError: strict mode is on, and this is not what the lock file says.
     """
-    question = Question.of(request, kernel, kernels, policy, measurements, environment)
+    return _decided(Question.of(request, kernel, kernels, policy, measurements, environment))
+
+
+def resolve_call(request: Request, kernel: str) -> Resolution:
+    """Resolves a call. Its program is made on this machine, also for another platform.
+
+    Unless a kernel is named, none is chosen whose library is not installed here, though it may be there.
+
+    Args:
+      request, kernel: as for `resolve`.
+
+    Raises:
+      NoKernelError, KernelRefusedError, PluginError, ConfigError: as `resolve`.
+    """
+    return _decided(Question.of(request, kernel, None, None, None, None).of_call)
+
+
+def _decided(question: Question) -> Resolution:
     resolution = _announced(question)
     if resolution.plan is None:
         from kernelry.resolution.telling import refusal_error  # an error alone needs text
@@ -91,6 +108,11 @@ def explain(
     """
     question = Question.of(request, kernel, kernels, policy, measurements, environment)
     return _explained(question) if changes else _resolved(question)
+
+
+def explain_call(request: Request, policy: Policy) -> Resolution:
+    """Answers as `explain` what `resolve_call` decides under a policy."""
+    return _explained(Question.of(request, AUTO, None, policy, None, None).of_call)
 
 
 def _lock_of_process() -> Lock | None:
