@@ -32,8 +32,8 @@ ASSUMPTIONS = (
     "clocks are not published; they are those that give the published FLOP/s",
     "copies of blocks overlap with computation: nothing waits, and memory delivers its published bandwidth",
     "matrix units never make a schedule wait, except where their occupancy is longer than the schedule",
-    "a visible block that the mask does not cut runs the shortest body of the kernel, a cut one the longest, as every one of a "
-    "kernel without a grid",
+    "a visible block that the mask does not cut runs the shortest body of the kernel, a cut one the longest, as all "
+    "of a kernel without a grid do",
     "copies that change a layout before or after the kernel are not counted",
 )
 """What the prediction for TPUs takes for granted."""
