@@ -88,7 +88,7 @@ class PagedView(KVCache):
         *,
         lengths: Int[Array, " B"] | None = None,
     ) -> Self:
-        """Writes the last tokens of each row, which `allocate` has made room for.
+        """Writes the last tokens of each row, whose slots `allocate` has taken.
 
         Args:
           key, value: T tokens per row; the value is None where the cache has `layout="value_in_key"`.
