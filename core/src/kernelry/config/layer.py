@@ -159,7 +159,7 @@ class AttentionConfig:
         self._check_numbers()
 
     def _check_sizes(self) -> None:
-        for name, owner in _SIZES.items():
+        for name, owner in SIZES.items():
             size = getattr(self, name)
             if size is None and self.type is owner:
                 raise ConfigError(f"type {owner.value!r} needs {name}, a positive integer.")
@@ -216,7 +216,7 @@ class AttentionConfig:
 HEADS = ("q_heads", "kv_heads", "head_dim", "value_dim")
 """The options that are sizes of the arrays of a call."""
 
-_SIZES = {
+SIZES = {
     "window": AttentionType.LOCAL_SLIDING,
     "chunk_size": AttentionType.CHUNK,
     "block_size": AttentionType.BLOCK_DIFFUSION,
@@ -280,6 +280,8 @@ def _both_sides(window: Any) -> tuple[int, int]:
 
 
 def _precision(value: Any) -> str | None:
+    if isinstance(value, int):  # JAX takes the numbers of its enumeration, too
+        raise ConfigError(f"precision must be a name, e.g. 'highest', got {value!r}.")
     try:
         return precision_name(value)
     except ArgumentError as error:
