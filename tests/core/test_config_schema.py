@@ -264,7 +264,8 @@ def test_the_page_says_of_every_key_what_editors_say():
     ]
     assert rows == told
     named = {key: line for line in page.splitlines() for key in re.findall(r"^\| `(\w+)`", line)}
-    for table, keys in (("AttentionTable", ("type", "precision")), ("WhenTable", ("platform", "mode", "dtype", "mask"))):
+    closed = {"AttentionTable": ("type", "precision"), "WhenTable": ("platform", "mode", "dtype", "mask")}
+    for table, keys in closed.items():
         for key in keys:
             for _, names in _enumerations(TABLES[table]["properties"][key]):
                 assert [name for name in names if f"`{name}`" not in named[key]] == [], key
