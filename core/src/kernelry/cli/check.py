@@ -10,14 +10,14 @@ from typing import Annotated
 
 import jax
 import typer
-from rich.console import Console, RenderableType
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import RenderableType
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
 from kernelry.aot.dumps import dumps_for
-from kernelry.cli import options
-from kernelry.cli.output import Json, Rows, Text, show
+from kernelry.cli import completion, options
+from kernelry.cli.output import Json, Paragraph, Rows, progress, show
 from kernelry.cli.speeds import speed_parts, three_digits
 from kernelry.models.model import LayerKind
 from kernelry.phases.model_shape import ModelShape
@@ -31,7 +31,10 @@ _MIB = 2**20
 def check(
     model: options.ModelOptions,
     *,
-    target: Annotated[list[str], typer.Option(help="e.g. tpu:v5e:2x2 or gpu:h100; may be repeated.")],
+    target: Annotated[
+        list[str],
+        typer.Option(help="e.g. tpu:v5e:2x2 or gpu:h100; may be repeated.", autocompletion=completion.targets),
+    ],
     as_json: Json = False,
 ) -> None:
     """Whether train, prefill and decode compile for a TPU or GPU, with its real compiler and without it.
@@ -50,15 +53,14 @@ def check(
         for layer, shapes in layers:
             for each in shapes:
                 options.check_names(resolve_phases(layer, each, target=name, changes=False).all)
-    console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     reports: dict[str, tuple[LayerReport, ...]] = {}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("compiling", total=None)
+    with progress(*columns) as bar:
+        task = bar.add_task("compiling", total=None)
         for name in target:
 
             def tell(phase: str, target: str = name) -> None:
-                progress.update(task, description=f"{target}: {phase}")
+                bar.update(task, description=f"{target}: {phase}")
 
             reports[name] = tuple(report for layer, shapes in layers for report in _reports(layer, shapes, name, tell))
     outcomes = {report.outcome for found in reports.values() for report in found}
@@ -95,11 +97,12 @@ def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableTy
                 assumed.setdefault(report.name, set()).update(report.work.assumed)
             if not report.ok:
                 verdicts.setdefault(report.verdict, []).append(report.name)
-        yield from (Text(f"  {', '.join(phases)}: {verdict}") for verdict, phases in verdicts.items())
-    yield from map(Text, options.advice_of(report.resolution for found in reports.values() for report in found))
-    yield Text(
+        yield from (Paragraph(f"{', '.join(phases)}: {verdict}", 2) for verdict, phases in verdicts.items())
+    yield from map(Paragraph, options.advice_of(report.resolution for found in reports.values() for report in found))
+    yield Paragraph(
         f"MiB: arguments, outputs and temporaries of one device. FLOPs, bytes and roofline: {_bound(assumed)}; a "
-        "decode step reads a full cache. Compiled, not run: this proves no numbers."
+        "decode step reads a full cache. Compiled, not run: this proves no numbers.",
+        hang=0,
     )
     yield from speed_parts(reports)
 

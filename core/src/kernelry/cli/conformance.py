@@ -12,17 +12,17 @@ from typing import Annotated, Any
 
 import jax
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
-from kernelry.cli.output import Json, Text, print_json
+from kernelry.cli import completion
+from kernelry.cli.output import Json, Paragraph, Rows, console, print_json, progress
 from kernelry.errors import ConfigError
 from kernelry.kernel.spec import KernelSpec
 from kernelry.registry import installed
 from kernelry.testing.conformance import Outcome, Report, installed_spec, run, run_in_processes
 
-_console = Console(highlight=False, soft_wrap=False)
 _MOST_WORKERS = 8
 _COLUMNS = {
     "passed": Outcome.PASSED,
@@ -33,7 +33,9 @@ _COLUMNS = {
 
 
 def check(
-    kernels: Annotated[list[str] | None, typer.Argument(help="names of installed kernels.")] = None,
+    kernels: Annotated[
+        list[str] | None, typer.Argument(help="names of installed kernels.", autocompletion=completion.kernel_names)
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="all installed kernels.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="a thinned subset that still has every claim.")] = False,
     known_failures: Annotated[
@@ -61,7 +63,7 @@ def check(
         print_json({"ok": ok, "kernels": [report.to_json() for report in reports], "too_few": short})
     else:
         for part in _parts(reports, short, seconds):
-            _console.print(part)
+            console.print(part, crop=False)
     raise typer.Exit(0 if ok else 1)
 
 
@@ -78,22 +80,21 @@ def _workers(specs: list[KernelSpec]) -> int:
 
 def _run(specs: list[KernelSpec], quick: bool, known: Mapping[str, Mapping[str, str]], workers: int) -> list[Report]:
     """Runs all, with a progress bar on a terminal's stderr."""
-    console = Console(stderr=True)
     reports = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress(*Progress.get_default_columns()) as bar:
         if workers > 1:
-            task = progress.add_task(f"{len(specs)} kernels in {workers} processes", total=None)
+            task = bar.add_task(f"{len(specs)} kernels in {workers} processes", total=None)
             names = [spec.name for spec in specs]
-            count = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
+            count = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
             return run_in_processes(names, workers=workers, quick=quick, known_failures=known, progress=count)
         for spec in specs:
-            task = progress.add_task(spec.name, total=None)
+            task = bar.add_task(spec.name, total=None)
 
             def tell(index: int, total: int, name: str, task: Any = task, kernel: str = spec.name) -> None:
-                progress.update(task, completed=index, total=total, description=f"{kernel}: {name}")
+                bar.update(task, completed=index, total=total, description=f"{kernel}: {name}")
 
             reports.append(run(spec, quick=quick, known_failures=known.get(spec.name, {}), progress=tell))
-            progress.remove_task(task)
+            bar.remove_task(task)
     return reports
 
 
@@ -128,25 +129,25 @@ def _parts(reports: list[Report], short: list[str], seconds: float) -> Iterator[
     for report in reports:
         yield _table(report)
         for case in report.failures:
-            yield Text(f"  {case.outcome.value}: {case.name} ({case.claim})", style="bold")
-            yield Text(f"    {case.detail}")
+            yield Paragraph(f"{case.outcome.value}: {case.name} ({case.claim})", 2, style="bold")
+            yield Paragraph(case.detail, 4)
         yield from _reasons(report)
     yield _summary(reports, seconds)
     for message in short:
-        yield Text(message, style="bold")
+        yield Paragraph(message, style="bold")
 
 
-def _table(report: Report) -> Table:
+def _table(report: Report) -> Rows:
     table = Table(title=f"{report.kernel}: {_verdict(report)}", title_justify="left")
     table.add_column("claim")
-    for name in (*_COLUMNS, "failed"):
-        table.add_column(name, justify="right")
-    table.add_column("seconds", justify="right")
+    for name in (*_COLUMNS, "failed", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for claim, cases in report.by_claim().items():
         counts = [sum(case.outcome is outcome for case in cases) for outcome in _COLUMNS.values()]
         bad, seconds = sum(case.outcome.is_bad for case in cases), sum(case.seconds for case in cases)
-        table.add_row(claim, *(str(count or "·") for count in (*counts, bad)), f"{seconds:.1f}")
-    return table
+        rows.append((claim, *(str(count or "·") for count in (*counts, bad)), f"{seconds:.1f}"))
+    return Rows(table, rows)
 
 
 def _verdict(report: Report) -> str:
@@ -165,12 +166,12 @@ def _reasons(report: Report) -> Iterator[RenderableType]:
             reasons.setdefault(case.detail, []).append(case.name)
     for reason, names in reasons.items():
         listed = names[0] if len(names) == 1 else f"{len(names)} cases"
-        yield Text(f"  skipped {listed}: {reason}")
+        yield Paragraph(f"skipped {listed}: {reason}", 2)
 
 
-def _summary(reports: list[Report], seconds: float) -> Text:
+def _summary(reports: list[Report], seconds: float) -> Paragraph:
     total = sum(len(report.cases) for report in reports)
     served, refused = sum(report.served for report in reports), sum(report.refused for report in reports)
     skipped, failed = sum(report.skipped for report in reports), sum(report.failed for report in reports)
     text = f"{total} cases in {seconds:.0f} s: {served} served, {refused} refused, {skipped} skipped, {failed} failed"
-    return Text(text, style="bold")
+    return Paragraph(text, style="bold")

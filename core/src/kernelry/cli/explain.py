@@ -11,7 +11,8 @@ from typing import Annotated, Any, final
 import typer
 from rich.console import RenderableType
 
-from kernelry.cli import models, options, report
+from kernelry.cli import completion, models, options
+from kernelry.cli.answer import Asked, resolution_parts
 from kernelry.cli.output import Json, show
 from kernelry.config.layer import AttentionConfig
 from kernelry.kernel.spec import AUTO
@@ -41,7 +42,10 @@ def _usable_cap(soft_cap: float | None) -> float | None:
 class RequestOptions:
     """The options that say what is requested; those that the config or the model says are None where not given."""
 
-    mode: Annotated[str | None, typer.Option(help="train, prefill or decode; default train; of a model all.")] = None
+    mode: Annotated[
+        str | None,
+        typer.Option(help="train, prefill or decode; default train; of a model all.", autocompletion=completion.modes),
+    ] = None
     q_len: Annotated[int, typer.Option(min=0, max=LARGEST_SIZE, help="T, query tokens.")] = 1024
     kv_len: Annotated[
         int | None,
@@ -52,7 +56,7 @@ class RequestOptions:
     kv_heads: options.KvHeads = None
     head_dim: options.HeadDim = None
     value_dim: options.ValueDim = None
-    dtype: Annotated[str, typer.Option(help="of query, key and value.")] = "bfloat16"
+    dtype: Annotated[str, typer.Option(help="of query, key and value.", autocompletion=completion.dtypes)] = "bfloat16"
     mask: Annotated[
         str | None,
         typer.Option(
@@ -135,9 +139,15 @@ def explain(
     *,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="platform[:kind[:topology]], e.g. gpu:h100; default: this machine; may be repeated."),
+        typer.Option(
+            help="platform[:kind[:topology]], e.g. gpu:h100; default: this machine; may be repeated.",
+            autocompletion=completion.targets,
+        ),
     ] = None,
-    kernel: Annotated[str, typer.Option(help="a kernel's name, absolutely, or auto.")] = AUTO,
+    kernel: Annotated[
+        str,
+        typer.Option(help="a kernel's name, absolutely, or auto.", autocompletion=completion.kernels_or_auto),
+    ] = AUTO,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -149,6 +159,9 @@ def explain(
     ignore: options.Ignored = None,
     model: options.ModelName = None,
     layer_kind: options.LayerKinds = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show the answers of all kernels in full; of a model, those about every call.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Which kernel a request gets and why, on hardware that need not be present. Status 2: none.
@@ -162,7 +175,9 @@ def explain(
         mode = None if asked.mode is None else Mode.parse(asked.mode)
         whole = files.read_model()
         kinds = files.kinds_of(whole)
-        found = models.ModelTable.of(whole, kinds, asked.shape_for, targets, mode=mode, kernel=kernel)
+        found = models.ModelTable.of(
+            whole, kinds, asked.shape_for, targets, mode=mode, kernel=kernel, everything=everything
+        )
         show(as_json, found.to_json(), found.parts())
         raise typer.Exit(0 if found.is_served else 2)
     options.check_encoder(asked.encoder_len, model)
@@ -171,22 +186,21 @@ def explain(
     read = files.files.read() if files.files else None
     answers = {str(where): _answered(asked, where, read, files.source(), kernel) for where in targets}
     data = {name: _json(*answer) for name, answer in answers.items()}
-    show(as_json, data if len(data) > 1 else next(iter(data.values())), _parts(list(answers.values())))
+    show(as_json, data if len(data) > 1 else next(iter(data.values())), _parts(list(answers.values()), everything))
     raise typer.Exit(0 if all(resolution.plan for resolution, _ in answers.values()) else 2)
 
 
-Answer = tuple[Resolution, report.Asked | None]
+Answer = tuple[Resolution, Asked | None]
 
 
-def _json(resolution: Resolution, asked: report.Asked | None) -> dict[str, Any]:
+def _json(resolution: Resolution, asked: Asked | None) -> dict[str, Any]:
     return {**resolution.to_json(), **({} if asked is None else {"config": asked.to_json()})}
 
 
-def _parts(answers: list[Answer]) -> Iterator[RenderableType]:
+def _parts(answers: list[Answer], everything: bool) -> Iterator[RenderableType]:
     for number, answer in enumerate(answers):
-        if number:
-            yield ""
-        yield from report.resolution_parts(*answer)
+        yield from ["", ""] if number else []
+        yield from resolution_parts(*answer, everything=everything)
 
 
 def _answered(asked: RequestOptions, target: Target, read: AttentionConfig | None, source: str, kernel: str) -> Answer:
@@ -227,7 +241,7 @@ def _answered(asked: RequestOptions, target: Target, read: AttentionConfig | Non
     if read is None:
         return resolution, None
     uses_own = asked.mask is not None and "config" in names_in(asked.mask)
-    return resolution, report.Asked.of(source, said, {**given, "mask": said["mask"]} if uses_own else given)
+    return resolution, Asked.of(source, said, {**given, "mask": said["mask"]} if uses_own else given)
 
 
 def _said_by(read: AttentionConfig, asked: RequestOptions, extent: Extent) -> tuple[Mask, dict[str, Any]]:

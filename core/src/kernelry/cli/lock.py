@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from kernelry.cli import options
+from kernelry.cli import completion, options
 from kernelry.cli.output import Json, print_json
 from kernelry.errors import ConfigError, KernelryError, followed
 from kernelry.models.model import LayerKind, config_of
@@ -38,7 +38,11 @@ def lock(
     *,
     context: typer.Context,
     target: Annotated[
-        list[str] | None, typer.Option(help="platform[:kind[:topology]]; default: this machine; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="platform[:kind[:topology]]; default: this machine; may be repeated.",
+            autocompletion=completion.targets,
+        ),
     ] = None,
     file: Annotated[Path, typer.Option("--file", "-o", help="the lock file.")] = Path(LOCK_FILE),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; status 1 when a resolution changed.")] = False,

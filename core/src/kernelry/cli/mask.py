@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from kernelry.cli.output import Json, print_json
+from kernelry.cli.output import Json, console, print_json
 from kernelry.errors import ArgumentError
 from kernelry.masks.base import Mask
 from kernelry.masks.parse import parse_mask
@@ -48,10 +47,8 @@ def draw(
 
 
 def _columns() -> int:
-    """Tokens that fit into a line of the terminal, with two characters each."""
-    if not sys.stdout.isatty():
-        return grid.COLUMNS
-    return max(min((shutil.get_terminal_size().columns - _MARGIN) // 2, grid.COLUMNS), 1)
+    """Tokens that fit into a line, with two characters each."""
+    return max(min((console.width - _MARGIN) // 2, grid.COLUMNS), 1)
 
 
 def _save(mask: Mask, png: Path, **sizes: int | None) -> None:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final
 
 import typer
-from rich.console import RenderableType
-from rich.padding import Padding
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 
-from kernelry.cli import report
-from kernelry.cli.output import Text, console
+from kernelry.cli.answer import Asked, resolution_parts
+from kernelry.cli.output import Paragraph, Text
 from kernelry.config.layer import AttentionConfig
 from kernelry.kernel.refusal import RefusalCode
 from kernelry.models.model import LayerKind, Model, ranges
@@ -21,9 +20,6 @@ from kernelry.phases.resolving import compared, remarks_on, resolved_calls
 from kernelry.request.request import Mode
 from kernelry.request.target import Target
 from kernelry.resolution.explanation import Resolution
-
-_OTHER_COLUMNS = 34
-"""Characters that the columns of layers and phases need at least."""
 
 
 @final
@@ -54,7 +50,8 @@ class ModelTable:
       targets: the columns.
       rows: the calls of all kinds, one after another.
       disagreements: what does not fit together in a kind on a target, one sentence each.
-      is_detailed: whether each row's explanation is shown in full, in place of the table.
+      is_detailed: whether each row's explanation is shown, in place of the table.
+      everything: whether these have the answers of all kernels in full.
     """
 
     model: Model
@@ -64,6 +61,7 @@ class ModelTable:
     rows: tuple[Row, ...]
     disagreements: tuple[str, ...]
     is_detailed: bool
+    everything: bool
 
     @classmethod
     def of(
@@ -75,6 +73,7 @@ class ModelTable:
         *,
         mode: Mode | None,
         kernel: str,
+        everything: bool = False,
     ) -> ModelTable:
         """Resolves the calls of kinds of a model's layers.
 
@@ -85,12 +84,13 @@ class ModelTable:
           targets: where.
           mode: the only mode whose calls are shown, or None.
           kernel: a kernel's name, absolutely, or `auto`.
+          everything: whether every call is explained, with the answers of all kernels in full.
 
         Raises:
           ArgumentError, ConfigError: the sizes or the target are invalid.
         """
         shapes = tuple(shape_for(kind.config).of(kind.config) for kind in kinds)
-        detailed = len(kinds) == len(targets) == 1 and mode is not None
+        detailed = everything or (len(kinds) == len(targets) == 1 and mode is not None)
         rows: dict[tuple[str, str], Row] = {}
         disagreements: list[str] = []
         for kind, shape in zip(kinds, shapes, strict=True):
@@ -107,7 +107,7 @@ class ModelTable:
             why = "; ".join(_joined((kind.name, text) for kind in kinds for text in remarks_on(kind)))
             raise typer.BadParameter(f"--mode {mode.value if mode else ''}: there is no such phase: {why}")
         names = tuple(map(str, targets))
-        return cls(model, kinds, shapes, names, tuple(rows.values()), tuple(disagreements), detailed)
+        return cls(model, kinds, shapes, names, tuple(rows.values()), tuple(disagreements), detailed, everything)
 
     @property
     def is_served(self) -> bool:
@@ -127,41 +127,26 @@ class ModelTable:
         return {"model": self.model.to_json(), "rows": rows, "disagreements": list(self.disagreements)}
 
     def parts(self) -> Iterator[RenderableType]:
-        """Returns the table and its reasons, or the one explanation in full, for people."""
-        yield Text(self.model.headline)
-        yield Text(_sizes(self.shapes[0]))
+        """Returns the table and its reasons, or the explanation of each row, for people."""
+        yield Paragraph(self.model.headline)
+        yield Paragraph(_sizes(self.shapes[0]))
         if self.is_detailed:
             for row in self.rows:
-                yield Text(f"{row.call} of {row.kind}")
+                title = f"{row.call} of {row.kind}"
                 for resolution in row.resolutions.values():
-                    yield from report.resolution_parts(resolution, _asked(row.kind, resolution))
+                    yield ""
+                    yield Paragraph(title, head=len(row.call))
+                    yield from resolution_parts(resolution, _asked(row.kind, resolution), everything=self.everything)
+            yield ""
         else:
-            yield self._table()
+            yield _Table(self)
             for target in self.targets:
                 yield Text(f"{target}:")
-                yield from (Padding(Text(line), (0, 0, 0, 2), expand=False) for line in self._reasons(target))
-        yield from map(Text, (str(other) for other in self.model.others))
-        yield from map(Text, (*_joined((kind.name, text) for kind in self.kinds for text in remarks_on(kind)),))
-        yield from map(Text, self.model.remarks)
-        yield from (Text(f"disagreement: {text}") for text in self.disagreements)
-
-    def _table(self) -> Table:
-        table = Table()
-        for column in ("layers", "phase"):
-            table.add_column(column, overflow="fold")
-        share = (console.width - _OTHER_COLUMNS) // len(self.targets) - 3
-        for target in self.targets:
-            lines = (line for row in self.rows for line in _cell(row.resolutions.get(target)).splitlines())
-            table.add_column(target, overflow="fold", min_width=min(max(map(len, lines)), max(share, 1)))
-        for kind, shape in zip(self.kinds, self.shapes, strict=True):
-            rows = [row for row in self.rows if row.kind == kind]
-            facts = _facts(kind, shape)
-            for number, row in enumerate(rows):
-                last = number == len(rows) - 1
-                own = facts[number:] if last else facts[number : number + 1]
-                cells = (_cell(row.resolutions.get(target)) for target in self.targets)
-                table.add_row(Text("\n".join(own)), row.call, *map(Text, cells), end_section=last)
-        return table
+                yield from (Paragraph(line, 2) for line in self._reasons(target))
+        yield from map(Paragraph, (str(other) for other in self.model.others))
+        yield from map(Paragraph, (*_joined((kind.name, text) for kind in self.kinds for text in remarks_on(kind)),))
+        yield from map(Paragraph, self.model.remarks)
+        yield from (Paragraph(f"disagreement: {text}") for text in self.disagreements)
 
     def _reasons(self, target: str) -> Iterator[str]:
         """What decided, and the better kernels that were refused, once for all rows where it is so."""
@@ -174,6 +159,64 @@ class ModelTable:
         reserved = ((reason, row) for row, resolution in found for reason in _reservations(resolution))
         for reason, rows in _grouped(reserved).items():
             yield f"{_named(rows, self.rows)}{reason}"
+
+
+@final
+class _Table:
+    """The kernels of every call on every target: a table where it fits the terminal, elsewhere lines."""
+
+    def __init__(self, found: ModelTable) -> None:
+        self._found = found
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._table(options.max_width)
+        yield from self._lines() if table is None else [table]
+
+    def _table(self, width: int) -> Table | None:
+        """The table, in which the facts of layers alone may be broken, between words; None where it does not fit."""
+        found = self._found
+        kinds = [
+            (_rows_of(found, kind), _facts(kind, shape)) for kind, shape in zip(found.kinds, found.shapes, strict=True)
+        ]
+        calls = max(len(word) for row in found.rows for word in ("phase", *row.call.split()))
+        cells = [
+            _widest([target, *(_cell(row.resolutions.get(target)) for row in found.rows)]) for target in found.targets
+        ]
+        facts = max(len(word) for _, lines in kinds for line in lines for word in ("layers", *line.split()))
+        if sum(each + 3 for each in (facts, calls, *cells)) + 1 > width:
+            return None
+        table = Table()
+        table.add_column("layers", min_width=facts)
+        table.add_column("phase", min_width=calls)
+        for target, least in zip(found.targets, cells, strict=True):
+            table.add_column(target, min_width=least)
+        for rows, lines in kinds:
+            for number, row in enumerate(rows):
+                last = number == len(rows) - 1
+                own = lines[number:] if last else lines[number : number + 1]
+                answers = (Text(_cell(row.resolutions.get(target))) for target in found.targets)
+                table.add_row(Text("\n".join(own)), row.call, *answers, end_section=last)
+        return table
+
+    def _lines(self) -> Iterator[RenderableType]:
+        for kind, shape in zip(self._found.kinds, self._found.shapes, strict=True):
+            first, *facts = _facts(kind, shape)
+            yield ""
+            yield Paragraph(first, head=len(kind.name))
+            yield from (Paragraph(fact, 2) for fact in facts)
+            for row in _rows_of(self._found, kind):
+                yield Text(f"  {row.call}")
+                for target, resolution in row.resolutions.items():
+                    yield Paragraph(f"{target}: {' '.join(_cell(resolution).splitlines())}", 4)
+        yield ""
+
+
+def _rows_of(found: ModelTable, kind: LayerKind) -> list[Row]:
+    return [row for row in found.rows if row.kind == kind]
+
+
+def _widest(texts: Iterable[str]) -> int:
+    return max(len(line) for text in texts for line in text.splitlines() or [""])
 
 
 def _sizes(shape: ModelShape) -> str:
@@ -255,8 +298,8 @@ def _joined(remarks: Iterable[tuple[str, str]]) -> Iterator[str]:
     return (f"{' and '.join(names)}: {text}" for text, names in found.items())
 
 
-def _asked(kind: LayerKind, resolution: Resolution) -> report.Asked:
+def _asked(kind: LayerKind, resolution: Resolution) -> Asked:
     """What of a request the kind says."""
     fields = ("mask", "soft_cap", "sinks", "bias", "logits_dtype", "precision", "max_logits", "dropout_rate")
     said = {name: getattr(resolution.request, name) for name in fields}
-    return report.Asked.of(kind.config.source, {**said, "scale": kind.config.scale}, {})
+    return Asked.of(kind.config.source, {**said, "scale": kind.config.scale}, {})

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, final
 
 import typer
 
+from kernelry.cli import completion
 from kernelry.config.layer import HEADS, AttentionConfig
 from kernelry.config.loading import load_config, read_maxtext
 from kernelry.config.maxtext import Caller
@@ -41,6 +42,7 @@ ModelName = Annotated[
     typer.Option(
         "--model",
         metavar="FILE|NAME",
+        autocompletion=completion.models,
         help="a model's config.json, or a folder that has one, or a name such as llama-3-8b: every kind of its layers, "
         "with its mask, scale, heads and so on. A config, or MaxText's files, then only choose the kernels. Or a "
         "model's file of MaxText, read over the files that --maxtext names.",
@@ -299,7 +301,9 @@ class ModelOptions:
     kv_heads: KvHeads = None
     head_dim: HeadDim = None
     value_dim: ValueDim = None
-    dtype: Annotated[str, typer.Option("--dtype", help="of query, key and value.")] = "bfloat16"
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="of query, key and value.", autocompletion=completion.dtypes)
+    ] = "bfloat16"
     two_part: Annotated[bool, typer.Option("--two-part", help="the same as --cache two-part.")] = False
     cache: Annotated[
         list[str] | None,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import codecs
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, final
 
 import rich.text
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.padding import Padding
+from rich.progress import Progress, ProgressColumn
 from rich.table import Column, Table
 
 console = Console(highlight=False, soft_wrap=False)
@@ -43,21 +44,52 @@ def _shown(text: str) -> str:
 
 
 @final
+class Paragraph:
+    """Text in lines as wide as the terminal, broken between words alone: a word that is longer runs over.
+
+    Args:
+      text: what it says.
+      indent: spaces before its lines.
+      hang: spaces before all but the first, in addition.
+      style: of all of it.
+      head: how many characters at its start are bold.
+    """
+
+    def __init__(self, text: str, indent: int = 0, hang: int = 2, style: str = "", head: int = 0) -> None:
+        self._text, self._first, self._rest = _shown(text), " " * indent, " " * (indent + hang)
+        self._style, self._head = style, indent + head if head else 0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = textwrap.wrap(
+            self._text,
+            max(options.max_width, len(self._rest) + 1),
+            initial_indent=self._first,
+            subsequent_indent=self._rest,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for number, line in enumerate(lines):
+            text = rich.text.Text(line, self._style, no_wrap=True, overflow="ignore")
+            if number == 0:
+                text.stylize("bold", 0, self._head)
+            yield text
+
+
+@final
 class Rows:
     """A table where it fits the terminal; elsewhere a paragraph for each row, with each column's name and value.
 
-    It fits where no line is cut: of columns with `no_wrap` the whole text, of others their longest word, but of those
-    that fold no more than min_width characters, or 9.
+    It fits where no word is cut; of columns with `no_wrap`, where no text is.
 
     Args:
-      table: with a title and without rows.
+      table: without rows.
       rows: the text of each cell; a space before the first is indentation.
     """
 
     def __init__(self, table: Table, rows: Sequence[Sequence[str]]) -> None:
         self._table, self._rows = table, rows
-        for first, *others in rows:
-            table.add_row(_indented(first, 0), *map(Text, others))
+        for cells in rows:
+            table.add_row(*map(Text, cells))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = self._table.columns
@@ -66,15 +98,17 @@ class Rows:
         if sum(between + _least(*each) for each in zip(columns, texts, strict=True)) < options.max_width:
             yield self._table
             return
-        yield Text(str(self._table.title))
+        if self._table.title:
+            yield Paragraph(str(self._table.title))
         for first, *values in self._rows:
             pairs = zip(columns[1:], values, strict=True)
-            told = ", ".join(f"{column.header} {value}" for column, value in pairs if value)
-            yield _indented(f"{first.removesuffix(':')}: {told}".rstrip(), 1)
+            told = ", ".join(f"{column.header} {value}".lstrip() for column, value in pairs if value not in _NOTHING)
+            name = first.strip().removesuffix(":")
+            yield Paragraph(f"{name}: {told}" if name else told, indent=1 + len(first) - len(first.lstrip()))
 
 
-def _indented(text: str, more: int) -> Padding:
-    return Padding(Text(text.lstrip()), (0, 0, 0, more + len(text) - len(text.lstrip())), expand=False)
+_NOTHING = ("", "·")
+"""Cells that a paragraph leaves out."""
 
 
 def _least(column: Column, texts: Sequence[str]) -> int:
@@ -82,8 +116,7 @@ def _least(column: Column, texts: Sequence[str]) -> int:
     texts = [str(column.header), *texts]
     if column.no_wrap:
         return max(map(len, texts))
-    longest = max(len(word) for text in texts for word in text.split() or [""])
-    return min(longest, column.min_width or 9) if column.overflow == "fold" else longest
+    return max((len(word) for text in texts for word in text.split()), default=1)
 
 
 def print_json(data: Any) -> None:
@@ -97,7 +130,15 @@ def show(as_json: bool, data: Any, parts: Iterable[RenderableType]) -> None:
         print_json(data)
         return
     for part in parts:
-        console.print(part)
+        console.print(part, crop=False)
+
+
+def progress(*columns: str | ProgressColumn) -> Progress:
+    """Returns a progress bar on standard error that is gone at the end; it shows nothing where there is no terminal."""
+    bars = Console(stderr=True)
+    # FORCE_COLOR makes rich take a file for a terminal.
+    is_shown = sys.stderr.isatty() and bars.is_terminal and not bars.is_dumb_terminal
+    return Progress(*columns, console=bars, transient=True, disable=not is_shown)
 
 
 def survive_narrow_encodings() -> None:

@@ -12,7 +12,7 @@ from kernelry.aot import LayerReport
 from kernelry.aot.gpu_code import GpuCode
 from kernelry.aot.kernel_speeds import total_seconds
 from kernelry.aot.speed import ASSUMPTIONS, KernelSpeed
-from kernelry.cli.output import Rows, Text
+from kernelry.cli.output import Paragraph, Rows
 
 _MIB = 2**20
 _KIB = 2**10
@@ -45,14 +45,14 @@ def speed_parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[Rendera
     yield from tables.values()
     shown = [report for name in tables for report in _compiled(reports[name])]
     missing: dict[str, None] = {speed.missing: None for report in shown for speed in report.speeds if speed.missing}
-    yield from (Text(f"  –: {why}") for why in missing)
+    yield from (Paragraph(f"–: {why}", 2) for why in missing)
     if not shown:
         return
     compilers = sorted({speed.compiler for report in shown for speed in report.speeds})
     by = f", by {' and '.join(compilers)}" if compilers else ""
-    yield Text(f"Static, not measured{by}. –: of what XLA compiles itself nothing is said.")
+    yield Paragraph(f"Static, not measured{by}. –: of what XLA compiles itself nothing is said.", hang=0)
     platforms = {report.resolution.request.target.platform for report in shown}
-    yield from (Text(legend) for platform, legend in _LEGENDS.items() if platform in platforms)
+    yield from (Paragraph(legend, hang=0) for platform, legend in _LEGENDS.items() if platform in platforms)
 
 
 def _compiled(reports: Sequence[LayerReport]) -> list[LayerReport]:

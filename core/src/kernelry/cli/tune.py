@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, final
 
 import typer
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kernelry.cli import options
+from kernelry.cli import completion, options
 from kernelry.cli.check import run_nothing
-from kernelry.cli.output import Json, Text, show
+from kernelry.cli.output import Json, Paragraph, Rows, progress, show
 from kernelry.errors import ConfigError
 from kernelry.models.model import LayerKind, config_of
 from kernelry.phases.calls import calls
@@ -37,13 +37,21 @@ def tune(
     *,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="a TPU for which times are predicted, e.g. tpu:v5e; default: this device, by timing."),
+        typer.Option(
+            help="a TPU for which times are predicted, e.g. tpu:v5e; default: this device, by timing.",
+            autocompletion=completion.targets,
+        ),
     ] = None,
     mode: Annotated[
-        list[str] | None, typer.Option(help="train, prefill or decode; default all; may be repeated.")
+        list[str] | None,
+        typer.Option(help="train, prefill or decode; default all; may be repeated.", autocompletion=completion.modes),
     ] = None,
     kernel: Annotated[
-        list[str] | None, typer.Option(help="a kernel to try; default: all that serve the call; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="a kernel to try; default: all that serve the call; may be repeated.",
+            autocompletion=completion.kernel_names,
+        ),
     ] = None,
     max_tilings: Annotated[
         int | None, typer.Option(min=1, help="how many tilings of each kernel are tried; default all.")
@@ -70,7 +78,7 @@ def tune(
     store = Store.of_process()
     moved = _moved(store, imported or [], export) if imported or export else None
     if moved is not None and not (model.files.files or model.files.model):
-        show(as_json, {"store": str(store.path), "entries": len(moved)}, [Text(_told_of(store, moved))])
+        show(as_json, {"store": str(store.path), "entries": len(moved)}, [Paragraph(_told_of(store, moved))])
         return
     if Switches.of_process().strict:
         raise ConfigError("KERNELRY_STRICT is on, so that nothing but the locked kernels can be tried; unset it.")
@@ -144,19 +152,18 @@ def _jobs(model: options.ModelOptions, where: Target, modes: set[Mode]) -> Itera
 
 def _run(tuner: Tuner, choices: Sequence[Choice], target: Target | None) -> list[Result]:
     """Tries the choices, under a progress bar where standard error is a terminal."""
-    console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("looking", total=len(choices))
+    with progress(*columns) as bar:
+        task = bar.add_task("looking", total=len(choices))
 
         def tell(choice: Choice) -> None:
-            progress.update(task, description=f"{choice.job.name}: {choice.kernel}")
+            bar.update(task, description=f"{choice.job.name}: {choice.kernel}")
 
         told = dataclasses.replace(tuner, tell=tell)
         results = []
         for result in told.measure(choices) if target is None else told.predict(choices, target):
             results.append(result)
-            progress.advance(task)
+            bar.advance(task)
     return results
 
 
@@ -208,27 +215,28 @@ def _tuned(jobs: Sequence[Job], results: Sequence[Result], store: Store) -> Iter
 
 def _parts(found: Sequence[Tuned], left_out: int, store: Store) -> Iterator[RenderableType]:
     for each in found:
-        yield Text(f"{each.job.name}: {each.job.call.request}")
+        yield Paragraph(f"{each.job.name}: {each.job.call.request}")
         yield _table(each)
-        yield Text(f"  without times {_plan(each.before)}; now {_plan(each.now)} ({each.now.rule})")
+        yield Paragraph(f"without times {_plan(each.before)}; now {_plan(each.now)} ({each.now.rule})", 2)
     if left_out:
-        yield Text(f"{left_out} were not tried within the budget; run again to go on.")
-    yield Text(f"Stored in {store.path}.")
+        yield Paragraph(f"{left_out} were not tried within the budget; run again to go on.")
+    yield Paragraph(f"Stored in {store.path}.")
 
 
-def _table(each: Tuned) -> Table:
+def _table(each: Tuned) -> Rows:
     table = Table()
     for column in ("", "kernel", "tiling"):
-        table.add_column(column, overflow="fold")
-    table.add_column("ms", justify="right")
-    table.add_column("", overflow="fold")
+        table.add_column(column)
+    table.add_column("ms", justify="right", no_wrap=True)
+    table.add_column("")
+    rows = []
     for result in each.results:
         entry = result.entry
-        mark = Text("→" if result is each.fastest else "")
         kind = entry.kind.value + ("" if result.is_new else ", stored before")
         time = in_ms(entry.seconds).removesuffix(" ms")
-        table.add_row(mark, entry.kernel, Text(str(result.choice.tiling)), time, Text(entry.failure or kind))
-    return table
+        mark = "→" if result is each.fastest else ""
+        rows.append((mark, entry.kernel, str(result.choice.tiling), time, entry.failure or kind))
+    return Rows(table, rows)
 
 
 def _plan(resolution: Resolution) -> str:

@@ -50,15 +50,20 @@ def answer_of(resolution: Resolution, candidate: Candidate) -> tuple[str, ...]:
     return (answer, *through, *reservations, *candidate.notes)
 
 
+def left_out_of(resolution: Resolution) -> str | None:
+    """The kernels that were not considered, and why; None where all were."""
+    if not resolution.excluded:
+        return None
+    why = "another was asked for" if resolution.forced else "by this rule"
+    hint = 'kernel="auto" chooses among them' if resolution.forced else "name one, or end the rule in 'auto'"
+    names = ", ".join(resolution.excluded)
+    return f"not considered, {why}: {names}{'' if resolution.plan else f'; {hint}'}"
+
+
 def remarks_on(resolution: Resolution) -> tuple[str, ...]:
     """What follows the candidates: kernels that were not considered, changes, and advice."""
-    remarks = [f"would be {change}" for change in resolution.changes]
-    if resolution.excluded:
-        why = "another was asked for" if resolution.forced else "by this rule"
-        hint = 'kernel="auto" chooses among them' if resolution.forced else "name one, or end the rule in 'auto'"
-        names = ", ".join(resolution.excluded)
-        remarks.insert(0, f"not considered, {why}: {names}{'' if resolution.plan else f'; {hint}'}")
-    return (*remarks, *([] if resolution.advice is None else [resolution.advice]))
+    remarks = (left_out_of(resolution), *(f"would be {change}" for change in resolution.changes), resolution.advice)
+    return tuple(remark for remark in remarks if remark is not None)
 
 
 def refusal_error(resolution: Resolution) -> NoKernelError:

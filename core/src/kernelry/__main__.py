@@ -1,0 +1,7 @@
+"""`python -m kernelry` is the command."""
+
+import sys
+
+from kernelry.cli import main
+
+sys.exit(main("python -m kernelry"))
