@@ -251,7 +251,7 @@ benchmark-choosing: $(VENV)/.installed
 WHEELHOUSE_PYTHONS ?= 3.11 3.12
 WHEELHOUSE_PLOT ?= matplotlib
 WHEELHOUSE_PEERS ?=
-WHEELHOUSE_NEEDS := pluggy importlib-metadata jaxtyping typer rich pydantic pyyaml platformdirs filelock pytest pytest-xdist hypothesis
+WHEELHOUSE_NEEDS := pluggy importlib-metadata packaging jaxtyping typer rich pydantic pyyaml platformdirs filelock pytest pytest-xdist hypothesis
 WHEELHOUSE_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 
 wheelhouse: $(VENV)/.installed

@@ -56,7 +56,7 @@ def tpus_of(target: Target) -> tuple[Any, ...]:
 def _described_tpus(name: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise NoCompilerError("compiling for TPUs needs libtpu, their compiler; pip install 'kernelry[aot-tpu]'.")
-    if not _has_tpus():
+    if not has_tpus():
         for variable, value in _SETTINGS.items():
             os.environ.setdefault(variable, value)
     from jax.experimental import topologies
@@ -68,7 +68,7 @@ def _described_tpus(name: str) -> tuple[Any, ...]:
     return tuple(described.devices)
 
 
-def _has_tpus() -> bool:
+def has_tpus() -> bool:
     """Whether Linux lists TPUs, whose files are /dev/accel0 or /dev/vfio/0, and so on."""
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 

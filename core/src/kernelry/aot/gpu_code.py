@@ -269,7 +269,7 @@ def assemble(ptx: Ptx, kind: str, shared_memory: int = 0) -> GpuCode:
         blocks_per_sm(report.registers, ptx.threads, shared, GPUS[kind]),
         ptx.products,
         report.serialized,
-        _assembler_version(assembler()),
+        f"ptxas {tool_version(assembler()) or ''}".rstrip(),
     )
 
 
@@ -320,7 +320,7 @@ def disassembled(ptx: Ptx) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         _run_assembler(ptx, cubin)
-        command: list[str | Path] = [_tool("nvdisasm", "nvidia-cuda-nvdisasm"), "-c", cubin]
+        command: list[str | Path] = [tool("nvdisasm", "nvidia-cuda-nvdisasm"), "-c", cubin]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -330,10 +330,19 @@ def assembler() -> Path:
     Raises:
       NoCompilerError: there is none.
     """
-    return _tool("ptxas", "kernelry[aot-gpu]")
+    return tool("ptxas", "kernelry[aot-gpu]")
 
 
-def _tool(name: str, distribution: str) -> Path:
+def tool(name: str, distribution: str) -> Path:
+    """Returns a program of CUDA's toolkit: that of NVIDIA's packages, where jax looks first, else that in PATH.
+
+    Args:
+      name: e.g. `ptxas`.
+      distribution: which brings it, for the error.
+
+    Raises:
+      NoCompilerError: there is none.
+    """
     for package in _PACKAGES:
         try:
             spec = importlib.util.find_spec(package)
@@ -351,10 +360,11 @@ def _tool(name: str, distribution: str) -> Path:
 
 
 @functools.lru_cache(maxsize=4)
-def _assembler_version(path: Path) -> str:
+def tool_version(path: Path) -> str | None:
+    """Returns what a program of CUDA's toolkit says of its version, e.g. `13.5.37`; None where it says nothing."""
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     version = re.search(r"\bV([\d.]+)", done.stdout)
-    return f"ptxas {version[1]}" if version else "ptxas"
+    return version[1] if version else None
 
 
 def _run_assembler(ptx: Ptx, cubin: Path) -> str:

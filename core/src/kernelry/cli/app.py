@@ -23,7 +23,7 @@ from kernelry.registry.contents import backend_fault
 
 VERBS = {
     "list": ("kernels:show_list", "The installed kernels, and what they declare."),
-    "doctor": ("doctor:doctor", "Versions, plugins and switches, and what is wrong with them."),
+    "doctor": ("doctor:doctor", "What this machine has, what extras would add, and what is wrong."),
     "explain": ("explain:explain", "Which kernel a request or a model gets, and why."),
     "mask": ("mask:draw", "Draws a mask."),
     "lock": ("lock:lock", "Writes down which kernels a config or a model gets, or compares."),
