@@ -17,8 +17,6 @@ from kernelry.cache import KVCache, PagedCache, RollingCache, SharedPrefix, TwoP
 from kernelry.errors import ArgumentError, KernelRefusedError, ShapeError
 from kernelry.testing import reference_gradients
 
-pytestmark = pytest.mark.versions
-
 WINDOWED = masks.SlidingWindow(WINDOW - 1)
 CACHES = [(two_part, masks.Causal()), (rolling, WINDOWED)]
 

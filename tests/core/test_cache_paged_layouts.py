@@ -12,8 +12,6 @@ from kernelry.cache import PagedCache, QuantizedArray, RollingCache, SharedPrefi
 from kernelry.errors import ArgumentError, CacheFullError, ShapeError
 from kernelry.testing import reference_attention
 
-pytestmark = pytest.mark.versions
-
 R, N, K, H, D, SIZE, PAGES = 4, 4, 2, 8, 6, 4, 16
 CAUSAL = masks.Causal()
 RAGGED = np.array([9, 4, 0, 14])

@@ -50,8 +50,6 @@ from kernelry.testing.conformance.calls import AttentionCall
 from kernelry.testing.conformance.longer import longer_calls
 from kernelry.testing.conformance.subject import Subject
 
-pytestmark = pytest.mark.versions
-
 CAPABILITIES = Capabilities(
     platforms=frozenset({"cpu", "gpu", "tpu"}),
     modes=frozenset({Mode.PREFILL}),
@@ -111,6 +109,7 @@ def wrong():
     return run(WRONG, quick=True)
 
 
+@pytest.mark.versions
 def test_honest_kernel_passes(honest):
     assert honest.ok, honest.failures
     assert honest.served > 8
@@ -423,6 +422,7 @@ def test_command_holds_served_counts(command, tmp_path):
     assert command("small", "--at-least", path)[0] == 2
 
 
+@pytest.mark.versions
 def test_several_processes_report_what_one_does():
     counts = []
     names = ("paged", "cudnn_jax")
@@ -476,6 +476,7 @@ def pytest_says(tmp_path_factory):
     return {name: (int(status), text) for name, (text, status) in zip(CALLS, found, strict=True)}
 
 
+@pytest.mark.versions
 def test_pytest_plugin_makes_a_test_of_each_case(pytest_says):
     status, text = pytest_says["each case"]
     assert status == 0, text
@@ -483,18 +484,21 @@ def test_pytest_plugin_makes_a_test_of_each_case(pytest_says):
     assert "needs gpu" in text
 
 
+@pytest.mark.versions
 def test_pytest_plugin_names_kernels_for_a_misspelt_one(pytest_says):
     status, text = pytest_says["misspelt"]
     assert status != 0
     assert "did you mean 'dot_product'" in text
 
 
+@pytest.mark.versions
 def test_pytest_without_a_kernel_says_how_to_name_one(pytest_says):
     status, text = pytest_says["no kernel"]
     assert status == 0
     assert "--kernelry-kernel NAME" in text
 
 
+@pytest.mark.versions
 def test_pytest_plugin_imports_no_jax():
     code = "import sys, kernelry_pytest; assert not {'jax', 'numpy', 'kernelry'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -509,6 +513,7 @@ class Nominal(Small):
         return Partial(jnp.where(rows < request.batch, partial.out, 0), dtype=request.dtype)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("body", "outcome"), [(Small, Outcome.PASSED), (Nominal, Outcome.FAILED)])
 def test_a_kernel_that_declares_symbolic_batches_is_exported_for_one(body, outcome):
     capabilities = dataclasses.replace(CAPABILITIES, symbolic_sizes=frozenset({"batch"}))

@@ -26,9 +26,9 @@ LIMIT = 480  # seconds; a run takes 20 on two free cores
 
 def losses(tmp_path, *options, name="losses"):
     output = tmp_path / f"{name}.json"
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")} | {
-        "KERNELRY_MEASUREMENTS": ""
-    }
+    environ = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # most of the time is compiling
+    environ |= {key: value for key, value in os.environ.items() if not key.startswith("KERNELRY_")}
+    environ |= {"KERNELRY_MEASUREMENTS": ""}
     command = [sys.executable, str(TRAIN), "--output", str(output), "--time-limit", str(LIMIT), *options]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=LIMIT + 60)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -35,6 +35,16 @@ class Venv:
         done = self.run("pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:])
         assert done.returncode == 0, done.stderr
 
+    def install(self, *what):
+        """As pip does, in a tenth of the time where there is uv; the states that follow a first install by pip."""
+        uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        if uv is None:
+            self.pip("install", *what)
+            return
+        command = [uv, "pip", "install", "--quiet", "--python", self.bin / "python", *what]
+        done = subprocess.run(command, env=CLEAN, cwd=self.sources, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
     def python(self, code):
         """Runs code in which any warning is an error, and returns what it prints as JSON."""
         done = self.run("python", "-W", "error", "-c", code)
@@ -124,13 +134,13 @@ def bare(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def complete(bare):
-    bare.pip("install", *(f"./plugins/{folder.name}" for folder in sorted((ROOT / "plugins").iterdir())))
+    bare.install(*(f"./plugins/{folder.name}" for folder in sorted((ROOT / "plugins").iterdir())))
     return bare
 
 
 @pytest.fixture(scope="module")
 def extended(complete):
-    complete.pip("install", "./core[flax,quant]", "./third_party")
+    complete.install("./core[flax,quant]", "./third_party")
     return complete
 
 

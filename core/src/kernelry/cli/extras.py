@@ -80,7 +80,7 @@ def _extras_of(distribution: str, registry: Registry) -> Iterator[Extra]:
     except (importlib_metadata.PackageNotFoundError, ValueError):  # half uninstalled, or a name that none can have
         return
     names = found.metadata.get_all("Provides-Extra") or ()
-    needs = {name: tuple(_needs(found, name)) for name in names}
+    needs = {name: tuple(_needs(found.requires, name)) for name in names}
     kernels = _kernels(distribution, [need for own in needs.values() for need in own], registry)
     for name, own in sorted(needs.items()):
         here = [need for need in own if _applies(need, name)]
@@ -93,9 +93,9 @@ def _extras_of(distribution: str, registry: Registry) -> Iterator[Extra]:
         yield Extra(distribution, name, state, adds, missing, kernels.get(name, ()))
 
 
-def _needs(found: importlib_metadata.Distribution, extra: str) -> Iterator[Requirement]:
-    """The requirements of an extra, whatever the Python and the platform."""
-    for text in found.requires or ():
+def _needs(requires: Iterable[str] | None, extra: str) -> Iterator[Requirement]:
+    """Of all requirements those of an extra, whatever the Python and the platform."""
+    for text in requires or ():
         with contextlib.suppress(InvalidRequirement):
             need = Requirement(text)
             if canonicalize_name(extra) in map(canonicalize_name, _EXTRA.findall(str(need.marker or ""))):
@@ -135,7 +135,7 @@ def _missing(need: Requirement, seen: set[tuple[str, str]]) -> Iterator[str]:
         key = (canonicalize_name(need.name), canonicalize_name(extra))
         if key not in seen:
             seen.add(key)
-            for inner in _needs(found, extra):
+            for inner in _needs(found.requires, extra):
                 if _applies(inner, extra):
                     yield from _missing(inner, seen)
 
