@@ -77,12 +77,14 @@ test: export XLA_FLAGS ?= $(QUICK)
 test: $(VENV)/.installed
 	$(PYTEST) $(ARGS)
 
-# Of these, what depends on Python's or JAX's version: make test-versions PYTHON=python3.12 VENV=.venv-312
+# Of these, what depends on Python's or JAX's version, in up to six cases of a test: make test-versions PYTHON=python3.12 VENV=.venv-312
 test-versions: export XLA_FLAGS ?= $(QUICK)
 test-versions: $(VENV)/.installed
-	$(PYTEST) -m "versions and not sweep" $(ARGS)
+	$(PYTEST) -m "versions and not sweep and not repeats" $(ARGS)
 
-# The whole matrices of which `make test` runs samples, and the deliberately wrong kernels.
+# The whole matrices of which `make test` runs samples, and the deliberately wrong kernels. QUICKLY=1 compiles as `make test` does.
+QUICKLY ?=
+test-sweep: export XLA_FLAGS ?= $(if $(QUICKLY),$(QUICK))
 test-sweep: $(VENV)/.installed
 	$(PYTEST) -m sweep $(ARGS)
 
@@ -95,7 +97,7 @@ TE_VERSIONS ?= 2.11.0 2.12.0 2.13.0 2.14.0 2.20.2
 	$(call install,$(VENV)) --no-deps --upgrade --target .te/$* transformer_engine==$*
 	touch $@
 
-test-te: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-te: export XLA_FLAGS ?= $(QUICK)
 test-te: $(VENV)/.installed $(TE_VERSIONS:%=.te/%/.installed)
 	for version in $(TE_VERSIONS); do \
 	  TRANSFORMER_ENGINE=.te/$$version $(BIN)/python -m pytest -n 2 -p no:randomly tests/plugins/cudnn_te $(ARGS) || exit 1; \

@@ -4,6 +4,7 @@ What was compiled once is kept in .jax_cache: most of a test's time goes into co
 file's tests go to one worker, for they compile the same programs; files that share programs share a group.
 """
 
+import collections
 import gc
 import os
 from pathlib import Path
@@ -19,8 +20,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # what tests of meshes simulate; the others use the first
 # The interpreter of TPUs calls back into Python, and waits for ever where that waits for what was dispatched before.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")  # one folder each: a file may be read while it is written
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache" / _WORKER))
+# Of all workers: a seventh of what one compiles, another has. A file that is read while it is written is no valid
+# archive: then JAX warns and compiles.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -46,6 +48,25 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if Path(__file__).parent / "plugins" in item.path.parents:
             item.add_marker("versions")
+    for repeated in _repeats(items):
+        repeated.add_marker("repeats")
+
+
+_CASES = 6
+"""Of a test with more, so many run on the second Python: what depends on a version shows in some, or in all."""
+
+
+def _repeats(items):
+    """Yields the cases that the second Python leaves out: the others are spread evenly. Flywheel's run on no other."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("versions") and not item.path.stem.startswith("test_flywheel"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for found in cases.values():
+        found.sort(key=lambda item: item.nodeid)
+        if len(found) > _CASES:
+            kept = {round(place * (len(found) - 1) / (_CASES - 1)) for place in range(_CASES)}
+            yield from (item for place, item in enumerate(found) if place not in kept)
 
 
 def pytest_collection_finish():

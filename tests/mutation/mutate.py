@@ -80,8 +80,8 @@ class Copy:
             target = folder / source.relative_to(tree)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
-        for compiled in (tree / ".jax_cache").glob("*"):  # what the suite compiled need not be compiled again
-            shutil.copytree(compiled, folder / ".jax_cache" / "alone", dirs_exist_ok=True)
+        if (tree / ".jax_cache").exists():  # what the suite compiled need not be compiled again
+            shutil.copytree(tree / ".jax_cache", folder / ".jax_cache")
 
     @contextlib.contextmanager
     def changed(self, mutation: Mutation) -> Iterator[None]:
