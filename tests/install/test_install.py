@@ -52,7 +52,7 @@ class Venv:
         return json.loads(done.stdout)
 
     def run(self, command, *arguments, times=""):
-        compiled = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # what is tested here is not how programs compile
+        compiled = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # installing is tested here, not compiling
         environ = {**compiled, **CLEAN, "JAX_PLATFORMS": "cpu", "KERNELRY_MEASUREMENTS": times}
         command = [self.bin / command, *arguments]
         return subprocess.run(command, env=environ, cwd=self.sources, capture_output=True, text=True, check=False)
