@@ -19,8 +19,8 @@ def requirements() -> Iterator[tuple[str, Requirement]]:
     """Each requirement of kernelry's own distributions that are installed, on something that is not one of them.
 
     Yields:
-        the distribution that requires it, with the extra in brackets, and the requirement. What is for another Python is
-        left out.
+        the distribution that requires it, with the extra in brackets, and the requirement. What is for another Python
+        is left out.
     """
     for distribution in sorted(importlib.metadata.distributions(), key=lambda found: found.name):
         if distribution.name != "kernelry" and not distribution.name.startswith("kernelry-"):

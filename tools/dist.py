@@ -1,8 +1,8 @@
 """Builds the wheel and the source archive of every released distribution, and checks them: `make dist`.
 
-The core and the plugins are released; the workspace at the top of the repository is not, it only installs them. All are
-built from a clean export of the last commit, so what is not committed cannot get in, and twice: once as users of the source
-archive do, the wheel from the archive, and once each from the tree. The same bytes must come out.
+The core and the plugins are released; the workspace at the top of the repository only installs them. All are built from
+a clean export of the last commit, so that what is not committed cannot get in, and twice: once with the wheel from the
+source archive, as users of the archive do, and once with both from the tree. The same bytes must come out.
 
 Needs git, and `build`, `hatchling`, `twine` and `check-wheel-contents` in the environment that runs it.
 """

@@ -1,9 +1,10 @@
 """One attention call with gradients in an environment of installed files, compared with the float64 reference.
 
-Run by test_dist.py, with that environment's Python; prints where kernelry was imported from, and its version.
+Run by test_dist.py, with that environment's Python; writes where kernelry was imported from, and its version.
 """
 
 import json
+import sys
 from importlib.metadata import distributions
 
 import jax
@@ -28,4 +29,5 @@ for found, name in zip(gradients, ("query", "key", "value"), strict=True):
     np.testing.assert_allclose(found, getattr(expected, name), atol=2e-5, err_msg=name)
 
 ours = {found.name: found.version for found in distributions() if found.name.startswith("kernelry")}
-print(json.dumps({"file": kernelry.__file__, "kernel": resolutions[0].kernel, "versions": ours, "jax": jax.__version__}))
+said = {"file": kernelry.__file__, "kernel": resolutions[0].kernel, "versions": ours, "jax": jax.__version__}
+sys.stdout.write(json.dumps(said) + "\n")

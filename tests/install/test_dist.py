@@ -19,7 +19,9 @@ import kernelry
 pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {path.parent.name: path.parent for path in (ROOT / "core/pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml"))}
+FOLDERS = {
+    path.parent.name: path.parent for path in (ROOT / "core/pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml"))
+}
 PYTHONS = ("3.11", "3.12", "3.13")
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("KERNELRY_", "PYTHON", "VIRTUAL_ENV"))}
 
@@ -48,7 +50,8 @@ def test_a_wheel_has_its_licence_and_its_types(folder):
 @pytest.mark.parametrize("folder", FOLDERS.values(), ids=FOLDERS)
 def test_a_source_archive_can_be_built_alone(folder):
     archive = built(folder, "{}-*.tar.gz")
-    names = tarfile.open(archive).getnames()
+    with tarfile.open(archive) as opened:
+        names = opened.getnames()
     top = archive.name.removesuffix(".tar.gz")
     assert {f"{top}/{name}" for name in ("LICENSE", "README.md", "PKG-INFO", "pyproject.toml")} <= set(names)
     assert not [name for name in names if "__pycache__" in name or "/tests/" in name]
@@ -63,7 +66,8 @@ def test_metadata_is_complete(folder):
     assert metadata["Version"] == kernelry.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert metadata["Author"] and metadata["Summary"] and metadata["Keywords"] and metadata.get_payload()
+    assert all(metadata[field] for field in ("Author", "Summary", "Keywords", "Description-Content-Type"))
+    assert "pip install" in metadata.get_payload() or metadata["Name"] == "kernelry"  # the README
     classifiers = metadata.get_all("Classifier")
     assert {f"Programming Language :: Python :: {version}" for version in PYTHONS} <= set(classifiers)
 
@@ -143,7 +147,9 @@ def test_attention_has_the_references_outputs_and_gradients(environment):
 
 
 def test_a_kernel_for_a_tpu_is_explained(environment):
-    said = environment.run("kernelry", "explain", "--target", "tpu:v6e", "--q-len", "4096", "--mask", "causal", "--json")
+    said = environment.run(
+        "kernelry", "explain", "--target", "tpu:v6e", "--q-len", "4096", "--mask", "causal", "--json"
+    )
     assert json.loads(said)["plan"]["kernel"] == "splash"
 
 
