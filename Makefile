@@ -37,7 +37,7 @@ MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.t
 
 .PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment test-flash flash-environment \
 	test-models models-environment model-defaults conformance lint format benchmark benchmark-decode \
-	benchmark-peers benchmark-choosing wheelhouse clean
+	benchmark-peers benchmark-choosing wheelhouse dist test-dist test-oldest dependencies clean
 
 $(VENV)/.installed: $(MANIFESTS)
 	$(call create,$(VENV),$(PYTHON))
@@ -137,6 +137,39 @@ mutation: coverage
 # Builds fresh environments: the user's two installs, and a third party's plugin added and removed.
 test-install: $(VENV)/.installed
 	$(BIN)/python -m pytest -p no:randomly -m install tests/install $(ARGS)
+
+# What is released: wheels and source archives in dist/, from the last commit. uv makes the environments of the tests below in seconds.
+DIST_NEEDS := "build>=1.2" "hatchling==1.33.0" "twine>=6.1" "check-wheel-contents>=0.6.3" "uv>=0.9"
+
+$(VENV)/.dist-installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(DIST_NEEDS)
+	touch $@
+
+dist: $(VENV)/.dist-installed
+	$(BIN)/python tools/dist.py
+
+# The files of dist/ alone, in fresh environments of Python 3.11, 3.12 and 3.13.
+test-dist: dist
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -p no:randomly -m dist tests/install/test_dist.py $(ARGS)
+
+# What our distributions require, and what is installed in $(VENV): the newest versions, in a new one.
+dependencies: $(VENV)/.installed
+	$(BIN)/python tools/dependencies.py
+
+# The lowest versions of all that we require, on the lowest Python. Old libraries use what newer ones call deprecated, so
+# these warnings are not errors here. OLDEST_TESTS are files and folders.
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TESTS ?= tests/core tests/parallel tests/plugins
+
+$(OLDEST_VENV)/.installed: $(MANIFESTS) $(VENV)/.dist-installed
+	$(BIN)/uv venv --quiet --clear --python 3.11 $(OLDEST_VENV)
+	$(BIN)/uv pip install --quiet --python $(OLDEST_VENV)/bin/python --resolution lowest-direct $(DISTRIBUTIONS) $(TEST_NEEDS)
+	touch $@
+
+test-oldest: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python tools/dependencies.py --lowest
+	$(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup -W ignore::DeprecationWarning $(OLDEST_TESTS) $(ARGS)
 
 # The parity tests next to the real MaxText, whose models are built abstractly to ask how their layers attend. It needs
 # Python 3.12 and about 1 GB in an environment of its own.
@@ -265,4 +298,4 @@ wheelhouse: $(VENV)/.installed
 	done
 
 clean:
-	rm -rf wheelhouse .venv .venv-* .te .jax_cache runs
+	rm -rf wheelhouse dist .venv .venv-* .te .jax_cache runs

@@ -1,3 +1,1 @@
 """cuDNN attention for NVIDIA GPUs."""
-
-__version__ = "0.1.0"

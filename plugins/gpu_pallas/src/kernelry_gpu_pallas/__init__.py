@@ -1,3 +1,1 @@
-"""JAX's Pallas Triton attention for NVIDIA GPUs."""
-
-__version__ = "0.1.0"
+"""Pallas attention kernels for NVIDIA GPUs."""

@@ -1,3 +1,1 @@
 """Flywheel attention for TPUs."""
-
-__version__ = "0.1.0"

@@ -1,3 +1,1 @@
-"""JAX's splash attention for TPUs."""
-
-__version__ = "0.1.0"
+"""Attention kernels for TPUs: splash attention, ragged decode and paged attention."""
