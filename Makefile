@@ -142,7 +142,7 @@ test-install: $(VENV)/.installed
 DIST_NEEDS := "build>=1.2" "hatchling==1.33.0" "twine>=6.1" "check-wheel-contents>=0.6.3" "uv>=0.9"
 
 $(VENV)/.dist-installed: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check $(DIST_NEEDS)
+	$(call install,$(VENV)) $(DIST_NEEDS)
 	touch $@
 
 dist: $(VENV)/.dist-installed
