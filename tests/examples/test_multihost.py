@@ -20,6 +20,7 @@ from lm.mesh import MeshSettings  # noqa: E402
 from kernelry.errors import ConfigError  # noqa: E402
 from kernelry.parallel import load_balanced_order  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("flax")  # groups of many tests begin first, and this one takes long
 TRAIN = EXAMPLES / "multihost_train.py"
 LIMIT = 480  # seconds; a run takes 20 on two free cores
 
