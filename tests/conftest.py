@@ -42,11 +42,15 @@ if os.environ.get("CI"):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keeps the tests of a file on one worker, unless they name a group; marks those of plugins `versions`."""
+    """Keeps the tests of a file on one worker, unless they name a group; marks those of plugins `versions`.
+
+    A file of plugins that marks some itself has the others left out: what they ask is no matter of a version.
+    """
+    chosen = {item.path for item in items if item.get_closest_marker("versions")}
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-        if Path(__file__).parent / "plugins" in item.path.parents:
+        if Path(__file__).parent / "plugins" in item.path.parents and item.path not in chosen:
             item.add_marker("versions")
     for repeated in _repeats(items):
         repeated.add_marker("repeats")

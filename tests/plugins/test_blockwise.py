@@ -177,6 +177,7 @@ def _gradient(length):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2))), arrays
 
 
+@pytest.mark.versions
 def test_the_program_does_not_grow_with_the_length():
     sizes = []
     for length in (4096, 16384):
@@ -185,6 +186,7 @@ def test_the_program_does_not_grow_with_the_length():
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.versions
 def test_temporary_memory_grows_with_the_length_not_its_square():
     short, long = (
         function.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
@@ -211,6 +213,7 @@ def test_runs_inside_shard_map():
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("kernel", "options"),
     [
@@ -362,6 +365,7 @@ STORED = {
 FEW_STORED = covering(**STORED | {"q_len": [1, 20]})
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("q_len", "how", "page_size"),
     [
@@ -396,6 +400,7 @@ def _one_table(key, value):
     return (key, PagedArray(value.pages, key.table)) if isinstance(key, PagedArray) else (key, value)
 
 
+@pytest.mark.versions
 def test_a_decode_step_needs_no_more_memory_for_a_larger_cache():
     def temporary(capacity):
         shapes = [jax.ShapeDtypeStruct((2, size, 4, 64), jnp.float32) for size in (1, capacity, capacity)]
@@ -429,6 +434,7 @@ def _drawn(*shapes):
     return (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
 
 
+@pytest.mark.versions
 def test_dropout_keeps_the_same_probabilities_forward_and_backward():
     length, rate, key = 12, 0.3, jax.random.key(7, impl="rbg")
     query, key_, value, d_out = _drawn(*[(2, length, heads, 8) for heads in (4, 2, 2, 4)])
@@ -457,6 +463,7 @@ def test_dropout_keeps_the_same_probabilities_forward_and_backward():
         np.testing.assert_allclose(found, getattr(right, name), rtol=2e-5, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.versions
 def test_a_constant_bias_is_read_head_by_head(monkeypatch):
     monkeypatch.setattr("kernelry_dot_product.blockwise.grid._TILE_BYTES", 1)  # each step has one key head of one row
     query, key, value, d_out, bias = _drawn(*[(2, 9, heads, 8) for heads in (6, 3, 3, 6)], (2, 6, 9, 9))
@@ -475,6 +482,7 @@ def test_a_constant_bias_is_read_head_by_head(monkeypatch):
     np.testing.assert_allclose(gradient, right.query, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.versions
 def test_what_is_kept_for_the_backward_pass_has_the_dtype_of_the_query():
     arrays = [array.astype(jnp.bfloat16) for array in _drawn(*[(2, 9, 4, 8)] * 3)]
     request = Request(batch=2, q_len=9, q_heads=4, head_dim=8, dtype="bfloat16", mask=masks.Causal())
@@ -489,6 +497,7 @@ def test_a_block_of_pages_holds_one_at_least():
     assert [Grid.of(request, 1, 1, block).block_kv for block in (8, 16, 40, 64)] == [16, 16, 32, 64]
 
 
+@pytest.mark.versions
 def test_a_call_of_one_tile_has_no_loop():
     query, key, value = _drawn(*[(2, 9, 4, 8)] * 3)
 
