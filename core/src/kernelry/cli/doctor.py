@@ -100,7 +100,7 @@ def doctor_parts(registry: Registry, switches: Switches) -> Iterator[RenderableT
     for column in ("plugin", "distribution", "module", "kernels"):
         plugins.add_column(column, overflow="fold")
     for plugin in registry.plugins:
-        kernels = _words(plugin.kernels) if plugin.enabled else Text("not in KERNELRY_PLUGINS")
+        kernels = Text(" ".join(plugin.kernels)) if plugin.enabled else Text("not in KERNELRY_PLUGINS")
         plugins.add_row(plugin.name, plugin.distribution, plugin.module, kernels)
     yield plugins
     advice = advice_on(registry)
