@@ -122,14 +122,34 @@ def test_reservations_of_kernels_that_are_chosen_are_told(run, monkeypatch):
 
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_the_table_fits_the_terminal(run, width):
-    three = (*TARGETS, "--target", "tpu:v6e")
-    out = run("explain", "--model", "gpt-oss-120b", *three, width=width)[1]
+    out = run("explain", "--model", "gpt-oss-120b", *TARGETS, "--target", "tpu:v6e", width=width)[1]
     assert max(map(len, out.splitlines())) <= width
-    assert len({len(line) for line in out.splitlines() if line.startswith(("│", "┏", "└"))}) == 1
-    joined = "".join(row[-1] for row in cells_of(out))
-    assert (
-        joined.count("+sinks_from_lse") + joined.count("+ sinks_from_lse") == 4
-    )  # but for prefill, which tokamax_splash serves with sinks
+    assert len({len(line) for line in out.splitlines() if line.startswith(("│", "┏", "└"))}) == (width >= 80)
+    # All but prefill, which tokamax_splash serves with sinks.
+    assert width >= 80 or out.count(" + sinks_from_lse\n") == 2 * (2 + 3)
+
+
+def test_a_narrow_terminal_gets_lines_in_place_of_the_table(run):
+    out = run("explain", "--model", "gpt-oss-120b", "--target", "tpu:v6e", *TARGETS, "--q-len", 8192, width=50)[1]
+    assert NARROW in out, out
+
+
+NARROW = """
+sliding: layers 0, 2, …, 34
+  window(127, 0)
+  N=64 K=8 H=64
+  sinks
+  train
+    tpu:v6e: splash + sinks_from_lse
+    cpu: blockwise
+"""
+
+
+def test_all_explains_every_call_in_full(run):
+    out = run("explain", "--model", "config.json", *TARGETS, "--mode", "decode", "--q-len", 64, "--all")[1]
+    assert out.count("decode of sliding: layers 0, 2, 4: ") == out.count("decode of full: layers 1, 3, 5: ") == 2
+    assert out.count("Other kernels:\n") == 4
+    assert "  blockwise [kernelry-dot-product " in out
 
 
 def test_a_kind_a_target_and_a_mode_are_explained_in_full(run):
@@ -341,7 +361,7 @@ def test_lock_writes_every_kind_of_a_model(run, folder):
 def test_lock_check_finds_what_a_model_no_longer_asks_for(run, folder):
     run(*LOCK, "--model", ".")
     (folder / "config.json").write_text(json.dumps({**GEMMA, "sliding_window": 16}))
-    status, out, _ = run("lock", "--check", "--model", "config.json")
+    status, out, _ = run("lock", "--check", "--model", "config.json", width=1000)
     assert status == 1
     assert out.count("config.json: sliding no longer asks for this, but for mask=") == 3
     assert "config.json: full" not in out

@@ -73,16 +73,16 @@ def _printed(reports, width):
 
 TPU_TABLE = """\
 tpu:v5e, static, not measured
-phase: kernel              cycles  visited   MXU  spills   MiB      ms  bound by
-train:                                                           0.211
- splash_mha_fwd_residua   1167+75   80/128   88%    1150  44.8  0.0843  schedule
- ls
- splash_mha_dkv_no_resi  1892+112   80/128  100%    1276  40.3   0.127  MXU
- duals
+phase: kernel            cycles  visited   MXU  spills   MiB      ms  bound by
+train:                                                         0.211
+ splash_mha_fwd_        1167+75   80/128   88%    1150  44.8  0.0843  schedule
+ residuals
+ splash_mha_dkv_no_    1892+112   80/128  100%    1276  40.3   0.127  MXU
+ residuals
 prefill:
- tokamax_splash                 –        –     –       –     –       –  –
+ tokamax_splash               –        –     –       –     –       –  –
 decode:
- looped                         –      4/4     –       –  2.02       –  –
+ looped                       –      4/4     –       –  2.02       –  –
   –: its turns are not known
 Static, not measured, by libtpu 0.0.42.1. –: of what XLA compiles itself nothing
 is said.
@@ -128,8 +128,8 @@ NARROW = """\
 tpu:v5e, static, not measured
  train: ms 0.211
   splash_mha_fwd_residuals: cycles 1167+75, visited 80/128,
-  MXU 88%, spills 1150, MiB 44.8, ms 0.0843, bound by
-  schedule
+    MXU 88%, spills 1150, MiB 44.8, ms 0.0843, bound by
+    schedule
 """
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import kernelry
 from kernelry import Request, masks
 from kernelry.cli import lock as verb
+from kernelry.cli.output import console
 from kernelry.config import load_config
 from kernelry.errors import ArgumentError, ConfigError
 from kernelry.policy.lock import Lock
@@ -25,6 +26,12 @@ app = typer.Typer()
 app.command()(verb.lock)
 OPTIONS = ["--target", "cpu", "--q-len", "64", "--max-len", "96", "--heads", "2", "--head-dim", "32"]
 REQUEST = Request(q_len=64)
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Keeps the lines of these tests whole; tests/core/test_cli_output.py is about narrow terminals."""
+    monkeypatch.setattr(console, "_width", 2000)
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ def _table(name: str, reports: tuple[LayerReport, ...]) -> Rows:
     table = Table(title=name, title_justify="left")
     for column in ("phase", "kernel"):
         table.add_column(column, overflow="fold")
-    table.add_column("compiles")
+    table.add_column("compiles", no_wrap=True)
     for column in ("seconds", "MiB", "FLOPs/byte"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("roofline ms", justify="right")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kernelry.cli import completion, options
-from kernelry.cli.output import Json, print_json
+from kernelry.cli.output import Json, print_json, tell
 from kernelry.errors import ConfigError, KernelryError, followed
 from kernelry.models.model import LayerKind, config_of
 from kernelry.phases.calls import calls
@@ -77,10 +76,9 @@ def lock(
         told = {"unserved": unserved, "disagreements": list(disagreements), "advice": options.advice_of(found)}
         print_json({"file": str(file), **written.to_json(), **told})
     else:
-        _tell(file, layers, locked, written)
-        for text in disagreements:
-            sys.stdout.write(f"disagreement: {text}\n")
-        sys.stdout.writelines(f"{text}\n" for text in options.advice_of(found))
+        _tell_written(file, layers, locked, written)
+        tell(f"disagreement: {text}" for text in disagreements)
+        tell(options.advice_of(found))
     raise typer.Exit(1 if unserved else 0)
 
 
@@ -108,14 +106,14 @@ def _kind(layer: options.Layer) -> str:
     return f"{layer.name}: " if isinstance(layer, LayerKind) else ""
 
 
-def _tell(file: Path, layers: Mapping[str, options.Layer], locked: Lock, written: Lock) -> None:
+def _tell_written(file: Path, layers: Mapping[str, options.Layer], locked: Lock, written: Lock) -> None:
     for entry in locked.entries:
         left_out = "" if entry.kernel else f"; not written to {file}"
         kinds = "".join(dict.fromkeys(_kind(layers[origin.config]) for origin in entry.origins))
-        sys.stdout.write(f"{kinds}{_shown(entry.request)}: {entry.choice}{left_out}\n")
+        tell([f"{kinds}{_shown(entry.request)}: {entry.choice}{left_out}"])
     kept = len(written.entries) - sum(entry.kernel is not None for entry in locked.entries)
     if kept:
-        sys.stdout.write(f"{kept} other resolutions of {file} were kept.\n")
+        tell([f"{kept} other resolutions of {file} were kept."])
 
 
 def _shown(request: Request) -> str:
@@ -166,11 +164,11 @@ def _check(
         unchecked = {"not_checked": others, "not_checked_recorded": recorded}
         print_json({**facts, "advice": list(dict.fromkeys(advice)), **unchecked})
     else:
-        sys.stdout.write("".join(f"{text}\n" for text in told) or f"{len(mine)} resolutions are unchanged.\n")
+        tell(told or [f"{len(mine)} resolutions are unchanged."])
         if others:
-            sys.stdout.write(f"not checked: what {', '.join(others)} asked for; pass it with --check.\n")
+            tell([f"not checked: what {', '.join(others)} asked for; pass it with --check."])
         if recorded:
-            sys.stdout.write(f"not checked: what a program recorded, without a config ({recorded}).\n")
+            tell([f"not checked: what a program recorded, without a config ({recorded})."])
     raise typer.Exit(1 if differences else 0)
 
 

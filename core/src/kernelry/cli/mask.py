@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from kernelry.cli.output import Json, console, print_json
+from kernelry.cli.output import Json, console, print_json, tell
 from kernelry.errors import ArgumentError
 from kernelry.masks.base import Mask
 from kernelry.masks.parse import parse_mask
@@ -41,7 +41,9 @@ def draw(
         print_json(data if png is None else {**data, "png": str(png)})
     elif png is None:
         drawn = grid.text(mask, q_len, kv_len, block_q=block_q, block_kv=block_kv, columns=_columns())
-        sys.stdout.write(drawn + "\n")
+        title, _, rows = drawn.partition("\n\n")
+        tell(title.splitlines())
+        sys.stdout.write(f"\n{rows}\n")
     else:
         sys.stdout.write(f"{png}\n")
 

@@ -178,18 +178,17 @@ class _Table:
         kinds = [
             (_rows_of(found, kind), _facts(kind, shape)) for kind, shape in zip(found.kinds, found.shapes, strict=True)
         ]
-        calls = max(len(word) for row in found.rows for word in ("phase", *row.call.split()))
-        cells = [
-            _widest([target, *(_cell(row.resolutions.get(target)) for row in found.rows)]) for target in found.targets
-        ]
-        facts = max(len(word) for _, lines in kinds for line in lines for word in ("layers", *line.split()))
-        if sum(each + 3 for each in (facts, calls, *cells)) + 1 > width:
+        calls = _widest(("phase", *(row.call for row in found.rows)))
+        cells = [_widest((each, *(_cell(row.resolutions.get(each)) for row in found.rows))) for each in found.targets]
+        facts = _widest(("layers", *(word for _, lines in kinds for line in lines for word in line.split())))
+        room = width - 1 - sum(each + 3 for each in (facts, calls, *cells))
+        if room < 0:
             return None
         table = Table()
-        table.add_column("layers", min_width=facts)
-        table.add_column("phase", min_width=calls)
-        for target, least in zip(found.targets, cells, strict=True):
-            table.add_column(target, min_width=least)
+        table.add_column("layers", width=min(facts + room, _widest(line for _, lines in kinds for line in lines)))
+        table.add_column("phase", width=calls)
+        for target, each in zip(found.targets, cells, strict=True):
+            table.add_column(target, width=each)
         for rows, lines in kinds:
             for number, row in enumerate(rows):
                 last = number == len(rows) - 1

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, final
 
 import rich.text
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import Progress, ProgressColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=False)
 
@@ -79,7 +80,8 @@ class Paragraph:
 class Rows:
     """A table where it fits the terminal; elsewhere a paragraph for each row, with each column's name and value.
 
-    It fits where no word is cut; of columns with `no_wrap`, where no text is.
+    It fits where words are whole: of columns with `no_wrap` the texts, and of those that fold words are divided after
+    underscores.
 
     Args:
       table: without rows.
@@ -88,35 +90,72 @@ class Rows:
 
     def __init__(self, table: Table, rows: Sequence[Sequence[str]]) -> None:
         self._table, self._rows = table, rows
-        for cells in rows:
-            table.add_row(*map(Text, cells))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._fitted(options.max_width)
+        yield from [table] if table is not None else self._paragraphs()
+
+    def _fitted(self, width: int) -> Table | None:
+        """The table with its rows, and columns that are as wide as they have to be; None where it does not fit."""
         columns = self._table.columns
-        texts = zip(*self._rows, strict=True) if self._rows else [()] * len(columns)
-        between = 3 if self._table.box else 2
-        if sum(between + _least(*each) for each in zip(columns, texts, strict=True)) < options.max_width:
-            yield self._table
-            return
+        texts = [[str(column.header), *(row[i] for row in self._rows)] for i, column in enumerate(columns)]
+        longest = [max(map(len, own)) for own in texts]
+        words = [_longest(_WORD, own) for own in texts]
+        widths = [
+            whole if column.no_wrap else word for column, whole, word in zip(columns, longest, words, strict=True)
+        ]
+        least = [
+            _longest(_PIECE, own) if column.overflow == "fold" else width
+            for column, own, width in zip(columns, texts, widths, strict=True)
+        ]
+        room = width - sum(3 if self._table.box else 2 for _ in columns) - bool(self._table.box)
+        while sum(widths) > room:
+            widest = max(range(len(columns)), key=lambda i: (widths[i] > least[i], widths[i]))
+            if widths[widest] == least[widest]:
+                return None
+            widths[widest] -= 1
+        for _ in range(room - sum(widths)):
+            cut = max(range(len(columns)), key=lambda i: longest[i] - widths[i])
+            widths[cut] += longest[cut] > widths[cut]
+        for column, each in zip(columns, widths, strict=True):
+            column.width = each
+        for row in self._rows:
+            self._table.add_row(*(Text(_divided(cell, each)) for cell, each in zip(row, widths, strict=True)))
+        return self._table
+
+    def _paragraphs(self) -> Iterator[RenderableType]:
         if self._table.title:
             yield Paragraph(str(self._table.title))
         for first, *values in self._rows:
-            pairs = zip(columns[1:], values, strict=True)
+            pairs = zip(self._table.columns[1:], values, strict=True)
             told = ", ".join(f"{column.header} {value}".lstrip() for column, value in pairs if value not in _NOTHING)
             name = first.strip().removesuffix(":")
-            yield Paragraph(f"{name}: {told}" if name else told, indent=1 + len(first) - len(first.lstrip()))
+            text = f"{name}: {told}" if name and told else name or told
+            yield Paragraph(text, indent=1 + len(first) - len(first.lstrip()))
 
 
-_NOTHING = ("", "·")
+_NOTHING = ("", "·", "–")
 """Cells that a paragraph leaves out."""
+_WORD, _PIECE = re.compile(r"\S+"), re.compile(r"[^\s_]*_+|[^\s_]+")
 
 
-def _least(column: Column, texts: Sequence[str]) -> int:
-    """The characters that a column needs."""
-    texts = [str(column.header), *texts]
-    if column.no_wrap:
-        return max(map(len, texts))
-    return max((len(word) for text in texts for word in text.split()), default=1)
+def _longest(part: re.Pattern[str], texts: Sequence[str]) -> int:
+    """The characters of the longest part of texts, with their indentation."""
+    return max((len(text) - len(text.lstrip()) + len(word) for text in texts for word in part.findall(text)), default=1)
+
+
+def _divided(text: str, width: int) -> str:
+    """A text whose words are no longer than a width, where they can be divided after underscores."""
+    indentation = text[: len(text) - len(text.lstrip())]
+    if all(len(indentation + word) <= width for word in text.split()):
+        return text
+    lines = [indentation]
+    for piece in re.findall(r"\s*(?:[^\s_]*_+|[^\s_]+)", text.lstrip()):
+        if len(lines[-1] + piece) > width and lines[-1].strip():
+            lines.append(indentation + piece.lstrip())
+        else:
+            lines[-1] += piece
+    return "\n".join(lines)
 
 
 def print_json(data: Any) -> None:
@@ -131,6 +170,12 @@ def show(as_json: bool, data: Any, parts: Iterable[RenderableType]) -> None:
         return
     for part in parts:
         console.print(part, crop=False)
+
+
+def tell(texts: Iterable[str]) -> None:
+    """Writes paragraphs for people."""
+    for text in texts:
+        console.print(Paragraph(text), crop=False)
 
 
 def progress(*columns: str | ProgressColumn) -> Progress:
