@@ -6,8 +6,8 @@ chooses, over the least median of all. Forward is a prefill call; forward+backwa
 Σ out · weights with respect to query, key and value, in train mode; decode is a step over a cache. What is compared is
 the shipped policy: neither variables nor measurements of the user's count.
 
-A kernel that takes more than twice the time of another in the first turns is not timed further. There is one file for
-each kind of device, `choosing-<kind>.json`; benchmarks/policy.py builds the shipped policy from those in
+A kernel that takes more than twice the time of another in its first two turns is not timed further. There is one file
+for each kind of device, `choosing-<kind>.json`; benchmarks/policy.py builds the shipped policy from those in
 benchmarks/results, and compares it with `choosing-<kind>-held-out.json`, second recordings that it does not fit.
 """
 
@@ -40,6 +40,7 @@ PASSES = {"forward": "prefill", "forward+backward": "train", "decode": "decode"}
 """What is timed, and the mode of the call."""
 
 HOPELESS = 2.0
+"""How many times as long as another a kernel may take in the better of its first two turns, to be timed further."""
 GOAL = 1.05
 """The largest regret that counts as none."""
 _RECORDED = ("target", "device", "date", "cpu", "cores", "versions")
@@ -237,9 +238,9 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
             print(f"{case!s:<62} {kernel} is left out: {str(error).strip().splitlines()[:1]}", flush=True)
             continue
         programs.append(program)
-    take_turns(programs, 1)
-    quickest = min(each.median for each in programs)
-    take_turns([each for each in programs if each.median <= HOPELESS * quickest], repeats - 1)
+    take_turns(programs, first := min(2, repeats))
+    quickest = min(min(each.times) for each in programs)
+    take_turns([each for each in programs if min(each.times) <= HOPELESS * quickest], repeats - first)
     return {each.name: {"ms": rounded(quartiles(each.times)), "turns": len(each.times)} for each in programs}
 
 

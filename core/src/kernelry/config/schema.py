@@ -31,6 +31,7 @@ class WhenTable(_Table):
     q_len: Any = None
     kv_len: Any = None
     batch: Any = None
+    groups: Any = None
     head_dim: Any = None
     dtype: Names = ()
     mask: Names = ()
