@@ -4,9 +4,9 @@ A row is a length in key tokens and the time of each kernel there; times of one 
 The regret of an order in a row is the time of its first kernel that has one, over the least time of the row.
 
 Ties: kernels within three per cent of the quickest of them come in the order of preference, which needs the fewest
-further packages. Lengths tie whose geometric mean of regrets is within half a per cent of the least, and then whose worst
-regret is within three per cent of the least; the greatest of them is taken, so that the plain order serves as long as it
-can.
+further packages. Lengths tie whose geometric mean of regrets is within half a per cent of the least, and then whose
+worst regret is within three per cent of the least; the greatest of them is taken, so that the plain order serves as
+long as it can.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Times of GPU kernels that tokamax publishes in its wheel, kept as benchmarks/results/published-gpu.json.
 
 Run: python benchmarks/published.py with tokamax 0.0.17 installed (Python 3.12); the file is then written again.
-tokamax ships, for each call of its tuning, the tilings it tried with the milliseconds of each. Kept is the median of the
-fastest tiling, of the calls without a bias. They are forward passes; some kernels have no time of some calls.
+tokamax ships, for each call of its tuning, the tilings it tried with the milliseconds of each. Kept is the median of
+the fastest tiling, of the calls without a bias. They are forward passes; some kernels have no time of some calls.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ OPERATIONS = {
     "cudnn": "jax_nn_dot_product_attention",
     "mosaic": "pallas_mosaic_gpu_flash_attention",
     "triton": "pallas_triton_flash_attention",
+    "xla": "dot_product_attention",
 }
 KERNELS = {"cudnn_jax": "cudnn", "tokamax_mosaic": "mosaic", "pallas_flash": "triton"}
 """Ours, and the published one that each is compared by. tokamax's Triton kernel is not pallas_flash, but its kind."""
@@ -79,6 +80,14 @@ def ratio(rows: list[dict[str, Any]], kernel: str, other: str) -> float:
     """A published kernel's time over another's: the geometric mean over the calls that both have."""
     both = [row["ms"] for row in rows if {kernel, other} <= row["ms"].keys()]
     return mean(ms[kernel] / ms[other] for ms in both)
+
+
+def dense_over_triton(length: int, dim: int) -> float:
+    """On an H100, in the bfloat16 call of one sequence without a mask: XLA's dense attention over the Triton kernel."""
+    size = f"bf16[1,{length},{2048 // dim},{dim}]"
+    call = f"q={size} k={size} v={size} normalize_output=true return_residuals=false"
+    times = next(row["ms"] for row in read()["h100"] if row["call"] == call)
+    return float(times["xla"] / times["triton"])
 
 
 def order(rows: list[dict[str, Any]], preferred: Order) -> Order:

@@ -3,8 +3,8 @@
 `shipped.json` next to this file holds them; `make policy` builds it from recordings. Every row names its source: what
 was measured and where, what a device's compiler predicts, or what others published. Where there is none, it says so.
 
-A rule's `when` has the fields of `Condition`. A range is bounds that all hold, e.g. `>=128` or `>=this, >=that`; a bound
-may be the name of a threshold. `use` goes on with `auto`. A rule that `follows` a threshold has the reason of its
+A rule's `when` has the fields of `Condition`. A range is bounds that all hold, e.g. `>=128` or `>=this, >=that`; a
+bound may be the name of a threshold. `use` goes on with `auto`. A rule that `follows` a threshold has the reason of its
 number.
 """
 
@@ -95,7 +95,8 @@ def condition(when: Mapping[str, Any], thresholds: Mapping[str, Threshold]) -> C
 
 
 def _range(text: str, thresholds: Mapping[str, Threshold]) -> Range:
-    minima, maxima = [], []
+    minima: list[int] = []
+    maxima: list[int] = []
     for bound in text.split(", "):
         name = bound.lstrip("<>=")
         value = thresholds[name].value if name in thresholds else int(name)
