@@ -44,7 +44,7 @@ HOPELESS = 2.0
 GOAL = 1.05
 """The largest regret that counts as none."""
 _RECORDED = ("target", "device", "date", "cpu", "cores", "versions")
-_SAME = ("target", "device", "cpu", "cores", "versions")
+SAME = ("target", "device", "cpu", "cores", "versions")
 _DISTRIBUTIONS = ("jax", "jaxlib", "kernelry", "kernelry-dot-product")
 _OF_ACCELERATORS = (
     "kernelry-gpu-pallas", "kernelry-gpu-flash-attn", "kernelry-cudnn-te", "kernelry-tpu-splash",
@@ -235,7 +235,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         try:
             program.warm_up()
         except (RuntimeError, ValueError, NotImplementedError) as error:  # of a compiler, or for want of memory
-            print(f"{case!s:<62} {kernel} is left out: {str(error).strip().splitlines()[:1]}", flush=True)
+            print(f"{case!s:<62} {kernel} is left out: {str(error).partition(chr(10))[0]}", flush=True)
             continue
         programs.append(program)
     take_turns(programs, first := min(2, repeats))
@@ -274,7 +274,7 @@ class Recording:
 
     def check(self) -> None:
         """Ends the run where the file is of another machine or other versions."""
-        for name in _SAME:
+        for name in SAME:
             if self.times and self.recorded[name] != self.facts[name]:
                 raise SystemExit(
                     f"{self.path} was recorded with {name} {self.recorded[name]}, here it is {self.facts[name]}: "
