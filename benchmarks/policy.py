@@ -320,14 +320,18 @@ def show(data: Mapping[str, Any], results: Path) -> None:
     found = [[each for recording in some for each in regrets(data, recording)] for some in (fitted, held)]
     named = {each.name: each for each in shipped_thresholds(data)}
     sources = {condition(row["when"], named): row["source"] for row in reversed(data["rules"])}
-    print(f"{'regret of auto, mean and worst (cases):':<96}{'recording':<22}held out")
+    print("The rules in their order; the regret of auto where each decides: mean, worst (calls).")
+    print(_line("", "recording", "held out"))
     for rule in policy_of(data).defaults:
         source = data["sources"][sources[rule.when]]
-        told = " ".join((source["kind"], *(["by"] if "by" in source else []), source.get("by", "")))
-        cells = [_cell([each.lost for each in some if each.rule == rule]) for some in found]
-        print(f"{rule.when!s}: {', '.join(rule.names)}\n    {told:<92}{cells[0]:<22}{cells[1]}")
-    cells = [_cell([each.lost for each in some]) for some in found]
-    print(f"{'all':<96}{cells[0]:<22}{cells[1]}")
+        told = f"{source['kind']} by {source['by']}" if "by" in source else source["kind"]
+        print(f"{rule.when!s}: {', '.join(rule.names)}")
+        print(_line(f"    {told}", *(_cell([each.lost for each in some if each.rule == rule]) for some in found)))
+    print(_line("all", *(_cell([each.lost for each in some]) for some in found)))
+
+
+def _line(told: str, *cells: str) -> str:
+    return f"{told:<42}{cells[0]:<20}{cells[1]}"
 
 
 def _cell(lost: Sequence[float]) -> str:
