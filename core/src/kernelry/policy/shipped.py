@@ -87,11 +87,13 @@ def condition(when: Mapping[str, Any], thresholds: Mapping[str, Threshold]) -> C
       when: values of fields of `Condition`.
       thresholds: by name.
     """
-    readers = {
-        "mode": lambda names: tuple(map(Mode, names)),
-        **dict.fromkeys(RANGES, lambda text: _range(text, thresholds)),
-    }
-    return Condition(**{field: readers.get(field, tuple)(value) for field, value in when.items()})
+    fields: dict[str, Any] = {}
+    for name, value in when.items():
+        if name in RANGES:
+            fields[name] = _range(value, thresholds)
+        else:
+            fields[name] = tuple(map(Mode, value)) if name == "mode" else tuple(value)
+    return Condition(**fields)
 
 
 def _range(text: str, thresholds: Mapping[str, Threshold]) -> Range:
