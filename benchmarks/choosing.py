@@ -234,7 +234,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         program = Program(kernel, functools.partial(blocked, *each))
         try:
             program.warm_up()
-        except (RuntimeError, ValueError, NotImplementedError) as error:  # of a compiler, or for want of memory
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # of a compiler, or no memory is left
             print(f"{case!s:<62} {kernel} is left out: {str(error).partition(chr(10))[0]}", flush=True)
             continue
         programs.append(program)

@@ -24,7 +24,7 @@ from kernelry.request.request import Mode
 SHIPPED: Mapping[str, Any] = json.loads(
     resources.files("kernelry.policy").joinpath("shipped.json").read_text(encoding="utf-8")
 )
-"""`sources` by name, `thresholds` and `rules`, as they stand in the file."""
+"""`sources` by name, `thresholds` and `rules`: what the file contains."""
 
 
 @final
