@@ -83,7 +83,8 @@ class Draft:
     def long_and_short(self, when: Mapping[str, Any], use: Order, source: str, **why: str) -> None:
         """With `blockwise` before `dot_product` where dense logits would take too much memory."""
         bounds = [when["kv_len"]] if "kv_len" in when else []
-        self.rule({**when, "kv_len": ", ".join((*bounds, ">=blockwise_min_kv_len"))}, (*use, *TILES), source, **why)
+        tiles = tuple(name for name in TILES if name not in use)
+        self.rule({**when, "kv_len": ", ".join((*bounds, ">=blockwise_min_kv_len"))}, (*use, *tiles), source, **why)
         self.rule(when, (*use, *PLAIN), source, **why)
 
     @property
@@ -193,10 +194,19 @@ def _accelerator(draft: Draft, recording: Recording, groups: Sequence[tuple[str,
         if split.least:
             least = f"{target.kind}_{split.above[0]}_min_{group}_kv_len"
             draft.threshold(least, split.least, "key tokens", reason, name)
-            draft.rule({**when, "kv_len": f">={least}"}, split.above, name, follows=least)
-            draft.rule(when, split.below, name, follows=least)
+            _ordered(draft, {**when, "kv_len": f">={least}"}, split.above, name, follows=least)
+            _ordered(draft, when, split.below, name, follows=least)
         else:
-            draft.rule(when, split.above, name, reason=reason)
+            _ordered(draft, when, split.above, name, reason=reason)
+
+
+def _ordered(draft: Draft, when: dict[str, Any], order: Order, source: str, **why: str) -> None:
+    """A measured order; where `dot_product` is a fallback, as everywhere not for dense logits that are too large."""
+    before = tuple(name for name in order if name not in PLAIN)
+    if before and when["mode"] != ["decode"]:
+        draft.long_and_short(when, before, source, **why)
+    else:
+        draft.rule(when, (*before, *PLAIN), source, **why)
 
 
 def _decode(draft: Draft) -> None:

@@ -207,11 +207,18 @@ def test_short_queries_go_to_dot_product_on_a_recorded_device_too(with_h100):
     assert order(with_h100, Request(target="gpu:h100", q_len=64, kv_len=4096, mode="prefill")) == ("dot_product",)
 
 
-def test_the_regret_on_a_recorded_device_is_that_of_its_kernels(with_h100, tmp_path):
+def test_dense_logits_that_are_too_large_are_the_last_resort_of_a_recorded_device_too(with_h100):
+    asked = Request(target="gpu:h100", q_len=16384, mode="prefill", head_dim=128, value_dim=128, dtype="bfloat16")
+    assert order(with_h100, asked) == ("cudnn_jax", "pallas_flash", "blockwise", "dot_product")
+
+
+def test_the_regret_on_a_recorded_device_is_that_of_the_kernels_that_serve(with_h100, tmp_path):
+    """pallas_mha, the quickest of the made times with a window, refuses windows."""
     (tmp_path / "choosing-h100.json").write_text(recorded(CROSSES), encoding="utf-8")
     found = list(policy.regrets(with_h100, Recording(tmp_path / "choosing-h100.json")))
-    assert len(found) == len(CROSSES)
-    assert {each.rule.source for each in found} == {"shipped policy"}
+    kernels = ["pallas_flash", "pallas_flash", "cudnn_jax", "cudnn_jax", "pallas_flash", "dot_product"]
+    assert [each.kernel for each in found] == kernels
+    assert [each.lost for each in found] == pytest.approx([1, 1, 1, 4 / 3.9, 1.5, 1])
 
 
 # How lengths and orders are found
