@@ -37,7 +37,7 @@ MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.t
 
 .PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment test-flash flash-environment \
 	test-models models-environment model-defaults conformance lint format benchmark benchmark-decode \
-	benchmark-peers benchmark-choosing wheelhouse dist test-dist test-oldest dependencies clean
+	benchmark-peers benchmark-choosing policy wheelhouse dist test-dist test-oldest dependencies clean
 
 $(VENV)/.installed: $(MANIFESTS)
 	$(call create,$(VENV),$(PYTHON))
@@ -271,12 +271,18 @@ benchmark-peers:
 	$(call install,.venv-peers) -e "./core[all]" -e ./plugins/dot_product "torch==2.13.0"
 	.venv-peers/bin/python benchmarks/against_peers.py $(PEERS_ARGS)
 
-# Whether auto chooses the fastest kernel on this CPU: some ten minutes, in as many runs as one likes. What it shows comes
-# from a recording; that of the shipped policy is benchmarks/results/choosing-cpu.json.
-CHOOSING_ARGS ?= --json runs/choosing-cpu.json --grids main between others spans full chunks
+# Whether auto chooses the fastest kernel on this device: some ten minutes, in as many runs as one likes. It records
+# runs/choosing-<kind>.json; those of the shipped policy are in benchmarks/results.
+CHOOSING_ARGS ?=
 
 benchmark-choosing: $(VENV)/.installed
 	$(BIN)/python benchmarks/choosing.py $(CHOOSING_ARGS)
+
+# The shipped policy from the recordings, and what it loses in each; POLICY_ARGS=--check writes nothing and compares.
+POLICY_ARGS ?=
+
+policy: $(VENV)/.installed
+	$(BIN)/python benchmarks/policy.py $(POLICY_ARGS)
 
 # For a machine that has jax and no network. There:
 # pip install --no-index --find-links wheelhouse "kernelry[plot]" pytest kernelry-dot-product kernelry-gpu-pallas \

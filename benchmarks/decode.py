@@ -1,7 +1,7 @@
 """A decode step over a cache: blockwise against dot_product and jax.nn, by how much of the capacity is filled.
 
-Run: make benchmark-decode. B1 H64 float32 queries, two CPU cores. Where cpu_blockwise_min_decode_kv_len comes from, and
-what a cache of int8 numbers or of pages costs. Every ratio is measured within one run.
+Run: make benchmark-decode. B1 H64 float32 queries, two CPU cores. What a cache of int8 numbers or of pages costs; every
+ratio is measured within one run. Which kernel serves from which length on is recorded by benchmarks/choosing.py.
 """
 
 from __future__ import annotations

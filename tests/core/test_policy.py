@@ -83,6 +83,13 @@ def test_a_config_may_list_sizes_and_says_them():
     assert "head_dim=64|>=256" in str(rule)
 
 
+def test_a_config_may_ask_for_query_heads_per_key_head():
+    rule = load_config({"rules": [{"when": {"groups": ">=2"}, "use": "a"}]}).rules[0]
+    heads = ((8, 8), (8, 4), (8, 1))
+    assert [rule.when.matches(Request(q_len=8, q_heads=n, kv_heads=k)) for n, k in heads] == [False, True, True]
+    assert "when groups>=2 use a" in str(rule)
+
+
 @pytest.mark.parametrize(
     ("written", "known"),
     [("H100", "h100"), ("NVIDIA H100 80GB HBM3", "h100"), ("TPU v5 lite", "v5e"), ("v5p", "v5p"), ("V5*", "v5*")],

@@ -137,6 +137,7 @@ class WhenTable(_Table):
     q_len: Annotated[Any, _said(_RANGES, f"Query tokens T: {_READ}.")] = None
     kv_len: Annotated[Any, _said(_RANGES, f"Key tokens S: {_READ}.")] = None
     batch: Annotated[Any, _said(_RANGES, f"Sequences of the batch, B: {_READ}.")] = None
+    groups: Annotated[Any, _said(_RANGES, f"Query heads of a key/value head, G = N // K: {_READ}.")] = None
     head_dim: Annotated[Any, _said(_RANGES, f"Head dim H of queries and keys: {_READ}.")] = None
     dtype: Annotated[Names, _said(_or_listed(_words(*DTYPES)), "Any of these dtypes of the arrays.")] = ()
     mask: Annotated[

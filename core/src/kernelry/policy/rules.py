@@ -17,7 +17,7 @@ from kernelry.request.request import Mode, Request
 from kernelry.request.target import KINDS, PLATFORMS, Target
 
 FULL = "full"
-RANGES = ("q_len", "kv_len", "batch", "head_dim")
+RANGES = ("q_len", "kv_len", "batch", "groups", "head_dim")
 
 
 @final
@@ -116,6 +116,7 @@ class Condition:
         compared with kernelry's names.
       mode: any of these modes.
       q_len, kv_len, batch, head_dim: in this range, or any of these; a symbolic size is in none.
+      groups: query heads per key head, in this range, or any of these.
       dtype: any of these dtypes.
       mask: the mask has all of these atoms (`causal`, `window`, …); `full` means no atom at all.
 
@@ -129,6 +130,7 @@ class Condition:
     q_len: Range | AnyRange | None = None
     kv_len: Range | AnyRange | None = None
     batch: Range | AnyRange | None = None
+    groups: Range | AnyRange | None = None
     head_dim: Range | AnyRange | None = None
     dtype: tuple[str, ...] = ()
     mask: tuple[str, ...] = ()
