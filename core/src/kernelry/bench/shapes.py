@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, final
@@ -106,11 +107,12 @@ def _of(model: str, kind: str = "full", **changes: Any) -> Callable[[], Attentio
 def _layer(heads: tuple[int, int, int], *, kind: str = "global", **others: Any) -> Callable[[], AttentionConfig]:
     """A layer of N, K, H."""
     q_heads, kv_heads, head_dim = heads
-    sizes = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    return lambda: AttentionConfig(type=AttentionType(kind), **sizes, **others)
+    return functools.partial(
+        AttentionConfig, type=AttentionType(kind), q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, **others
+    )
 
 
-_ABSORBED = {"kv_heads": 1, "head_dim": 576, "value_dim": 512}
+_ABSORBED: dict[str, Any] = {"kv_heads": 1, "head_dim": 576, "value_dim": 512}
 """Of DeepSeek's MLA: the latent of 512 and the rotated 64 are the key of all heads, and the latent is the value."""
 _PACKED = (1500, 300, 2100, 900, 2548, 844)
 """Tokens; documents of unequal lengths, none a multiple of a block, that fill 8192."""
@@ -223,8 +225,8 @@ def named_cases(
       ArgumentError: a shape is unknown, or has none of the passes.
     """
     found = {name: shape_of(name) for name in names} or (CPU if target.platform == "cpu" else ACCELERATOR)
-    cases = []
-    for (name, shape), batch, length in itertools.product(found.items(), batches or [None], lengths or [None]):
+    cases = list[Case]()
+    for (name, shape), batch, length in itertools.product(found.items(), batches or (None,), lengths or (None,)):
         if not names and passes and not {*passes} & {*shape.passes}:
             continue
         cases += shape.cases(name, target, length=length, batch=batch, dtype=dtype, passes=passes)

@@ -98,7 +98,8 @@ class Truth:
             _, pull = jax.vjp(attend, *moving)
             return dict(zip(_GRADIENTS, pull(weights), strict=True))
 
-        return answer(weights[row, :, heads].astype(jnp.float32))
+        found: dict[str, jax.Array] = answer(weights[row, :, heads].astype(jnp.float32))
+        return found
 
     def _attend(self, mask: Any, place: Any, sinks: Any, bias: Any, query: Any, key: Any, value: Any) -> jax.Array:
         """[T, G, H], [S, 1, H], [S, 1, D] -> [T, G, D], a block of queries at a time."""
@@ -122,7 +123,7 @@ class Truth:
             return _weighted(logits, visible, sinks, value[:, 0])
 
         slots = jnp.minimum(jnp.arange(blocks * block), q_len - 1).reshape(blocks, block)
-        found = jax.lax.map(rows, slots)
+        found: jax.Array = jax.lax.map(rows, slots)
         return found.reshape(blocks * block, *found.shape[2:])[:q_len]
 
 

@@ -31,10 +31,8 @@ def work_of(request: Request, mask: Mask) -> Work:
       The work; `assumed` names the parts of the mask that were left out, which happens only where there are more than
       2**33 pairs.
     """
-    found = count_pairs(mask, request.batch, request.q_len, request.kv_len)
-    if found.assumed:
-        found = _evaluated(request, mask) or found
-    return Work.of_pairs(request, found)
+    found = _evaluated(request, mask) if jax.tree.leaves(mask) else None
+    return Work.of_pairs(request, found or count_pairs(mask, request.batch, request.q_len, request.kv_len))
 
 
 def _evaluated(request: Request, mask: Mask) -> PairCounts | None:
