@@ -38,8 +38,9 @@ class Lying(Kernel):
 
     def forward(self, inputs, request, tiling, *, statistics):
         with jax.named_scope("lying"):
-            out = inputs.value.mean(axis=1, keepdims=True).repeat(request.groups, axis=2)
-        return Partial(out.repeat(request.q_len, axis=1), dtype=request.dtype)
+            weights = jnp.full((request.q_len, request.kv_len), 1 / request.kv_len)
+            out = jnp.einsum("TS,BSKD->BTKD", weights, inputs.value)
+        return Partial(out.repeat(request.groups, axis=2), dtype=request.dtype)
 
 
 class Broken(Kernel):
@@ -108,7 +109,7 @@ def test_a_wrong_kernel_and_one_that_fails_are_marked_and_never_the_fastest(case
     assert "the relative error of out is" in rows["lying"].reason
     assert rows["broken"].reason == "RuntimeError: out of; luck"
     assert result.fastest.name == "dot_product"
-    assert [fault.split(": ")[1:3] for fault in result.faults] == [["broken", "failed"], ["lying", "wrong"]]
+    assert [fault.split(": ")[1:3] for fault in result.faults] == [["lying", "wrong"], ["broken", "failed"]]
     told = shown(verb._case_parts(result, [], every=False))
     assert "lying WRONG" in told
     assert "lying wrong: the relative error" in told
@@ -347,7 +348,7 @@ def test_series_are_cases_that_differ_by_their_length_alone():
 def test_tables_fit_their_width(width):
     text = told(width=width)
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
-    [row] = {tuple(line.split()) for line in text.splitlines() if line.startswith("  blockwise") and "4.50" in line}
+    [row] = {tuple(line.split()) for line in text.splitlines() if line.strip().startswith("blockwise") and "4.50" in line}
     assert row[:3] == ("blockwise", "4.50", "4.28–4.95")
 
 

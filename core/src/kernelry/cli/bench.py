@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -230,18 +231,17 @@ def _case_parts(result: Result, always: Sequence[str], *, every: bool) -> Iterat
     left_out = f", without the {' and '.join(work.assumed)} of the mask" if work.assumed else ""
     shown = [row for row in result.rows if row.program is not None and row.program.times]
     title = str(result.case)
-    about = f"  {_sizes(result)}; {_amount(work.flops, 1000)}FLOP, {_amount(work.bytes, 1024)}B at least{left_out}"
+    about = f"{_sizes(result)}; {_amount(work.flops, 1000)}FLOP, {_amount(work.bytes, 1024)}B at least{left_out}"
     if shown:
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
         table.add_column("kernel", overflow="fold")
         for name in ("ms", "quartiles", "product", "copy"):
             table.add_column(name, justify="right", no_wrap=True)
         yield Rows(table, [_cells(result, row) for row in sorted(shown, key=_by_time)])
     else:
         yield Text(title)
-    yield Text(about)
-    yield from (Text(f"  {line}") for line in _remarks(result))
-    yield from (Text(f"  {line}") for line in _untimed(result, always, every=every))
+    for line in (about, *_remarks(result), *_untimed(result, always, every=every)):
+        yield Padding(Text(line), (0, 0, 0, 2), expand=False)
 
 
 def _sizes(result: Result) -> str:
@@ -263,7 +263,7 @@ def _cells(result: Result, row: Row) -> list[str]:
     rates = result.rates(row)
     wrong = " WRONG" if row.outcome is Outcome.WRONG else ""
     return [
-        f"  {row.name}{wrong}",
+        f"{row.name}{wrong}",
         three_digits(median),
         f"{three_digits(low)}–{three_digits(high)}",
         f"{rates['of_matrix_product']:.1%}",
@@ -275,15 +275,20 @@ def _remarks(result: Result) -> Iterator[str]:
     """What `auto` takes, which programs are the same, and which kernels need adapters."""
     for row in result.rows:
         if row.kind is Kind.AUTO and row.outcome in (Outcome.SAME, Outcome.TIMED):
-            share, best = result.auto_share, result.fastest
-            speed = "" if share is None or best is None else f": {share:.0%} of the speed of {best.name}, the fastest"
-            yield f"auto takes {row.plan}{speed}"
+            yield f"auto takes {row.plan}{_speed_of_auto(result)}"
         elif row.outcome is Outcome.SAME:
             yield f"{row.name} has the same program as {row.same_as}"
         elif row.is_timed and row.plan != row.name:
-            yield f"{row.plan}"
+            yield row.plan
         if row.is_timed and row.reason:
             yield f"{row.name}: {row.reason}"
+
+
+def _speed_of_auto(result: Result) -> str:
+    share, best = result.auto_share, result.fastest
+    if share is None or best is None:
+        return ""
+    return ", the fastest" if share == 1 else f": {share:.0%} of the speed of {best.name}, the fastest"
 
 
 def _untimed(result: Result, always: Sequence[str], *, every: bool) -> Iterator[str]:
