@@ -231,6 +231,8 @@ def test_without_names_the_platform_decides():
     assert {case.name for case in named_cases([], Target.parse("tpu:v5e"), passes=[Pass.DECODE])} == {
         name for name, shape in ACCELERATOR.items() if Pass.DECODE in shape.passes
     }
+    [asked] = named_cases(["deepseek-mla"], HERE, lengths=[8], passes=[Pass.DECODE])
+    assert asked.which is Pass.DECODE
 
 
 def test_a_shape_without_the_pass_says_which_it_has():

@@ -8,6 +8,7 @@ wrong is not drawn.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,21 +151,21 @@ def _drawn(result: Result, kind: Kind, name: str) -> list[Row]:
 
 
 def _mark(axes: Axes, crossing: Crossing, place: int) -> None:
-    """A dotted line through a crossing; labels of neighbours are at different heights."""
+    """A dotted line through a crossing; the labels of neighbours are at different heights, inside the panel."""
     axes.axvline(crossing.length, color=_GREY, linewidth=1, linestyle=":", zorder=1)
-    axes.plot([crossing.length], [crossing.milliseconds], color=_GREY, marker="|", markersize=12, zorder=5)
+    left, right = axes.get_xlim()
+    is_left = crossing.length < math.sqrt(left * right)
     axes.annotate(
-        f"{round(crossing.length)}: {crossing.before} → {crossing.after}",
-        (crossing.length, 0.03 + 0.3 * (place % 3)),
+        f"{round(crossing.length)} → {crossing.after}",
+        (crossing.length, 0.02 + 0.07 * (place % 4)),
         xycoords=("data", "axes fraction"),
-        xytext=(2, 0),
+        xytext=(3 if is_left else -3, 0),
         textcoords="offset points",
-        fontsize="x-small",
-        rotation=90,
-        ha="left",
+        fontsize="small",
+        ha="left" if is_left else "right",
         va="bottom",
         color=_GREY,
-        bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1},
+        bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
         zorder=6,
     )
 

@@ -227,7 +227,7 @@ def named_cases(
     found = {name: shape_of(name) for name in names} or (CPU if target.platform == "cpu" else ACCELERATOR)
     cases = list[Case]()
     for (name, shape), batch, length in itertools.product(found.items(), batches or (None,), lengths or (None,)):
-        if not names and passes and not {*passes} & {*shape.passes}:
-            continue
-        cases += shape.cases(name, target, length=length, batch=batch, dtype=dtype, passes=passes)
+        wanted = passes if names else [which for which in shape.passes if which in (passes or shape.passes)]
+        if wanted or names:
+            cases += shape.cases(name, target, length=length, batch=batch, dtype=dtype, passes=wanted)
     return cases
