@@ -287,8 +287,8 @@ policy: $(VENV)/.installed
 # For a machine that has jax and no network. There:
 # pip install --no-index --find-links wheelhouse "kernelry[plot]" pytest kernelry-dot-product kernelry-gpu-pallas \
 #   kernelry-cudnn-te
-# then python benchmarks/device.py. WHEELHOUSE_PLOT= leaves matplotlib out (60 MB for both Pythons): without it there is no
-# picture. WHEELHOUSE_PEERS=tokamax adds tokamax with all that it needs, jax included (250 MB a Python), to be timed too.
+# then kernelry bench. WHEELHOUSE_PLOT= leaves matplotlib out (60 MB for both Pythons): without it there is no
+# picture. WHEELHOUSE_PEERS=tokamax adds tokamax with all that it needs, jax included (250 MB a Python), for its kernels.
 WHEELHOUSE_PYTHONS ?= 3.11 3.12
 WHEELHOUSE_PLOT ?= matplotlib
 WHEELHOUSE_PEERS ?=

@@ -217,8 +217,8 @@ def _specs(call: PhaseCall, sharding: Sharding, arguments: tuple[Any, ...]) -> t
     return placed("BTNH", query), of_keys(key), of_keys(value), of_sinks, of_bias, of_mask
 
 
-def program_of(call: PhaseCall) -> Callable[..., Any]:
-    """Attention as the phase calls it; in training with its gradients."""
+def attention_of(call: PhaseCall) -> Callable[..., Any]:
+    """Attention as the phase calls it, a function of `arguments_of`; in training without its gradients."""
     request = call.request
     structure = jax.tree.structure(call.mask)
     options = CallOptions(**{field.name: getattr(request, field.name) for field in dataclasses.fields(CallOptions)})
@@ -237,6 +237,17 @@ def program_of(call: PhaseCall) -> Callable[..., Any]:
             options=options,
         )
 
+    return attend
+
+
+def differentiated(request: Request) -> tuple[int, ...]:
+    """Which of `arguments_of` training differentiates by."""
+    return (0, 1, 2, *([3] if request.sinks else []), *([4] if request.bias else []))
+
+
+def program_of(call: PhaseCall) -> Callable[..., Any]:
+    """Attention as the phase calls it; in training with its gradients."""
+    request, attend = call.request, attention_of(call)
     if request.mode is not Mode.TRAIN:
         return attend
 
@@ -244,8 +255,7 @@ def program_of(call: PhaseCall) -> Callable[..., Any]:
         found = attend(*operands)
         return (found[0] if request.max_logits else found).astype(jnp.float32).sum()
 
-    differentiated = (0, 1, 2, *([3] if request.sinks else []), *([4] if request.bias else []))
-    return jax.value_and_grad(loss, argnums=differentiated)
+    return jax.value_and_grad(loss, argnums=differentiated(request))
 
 
 def arguments_of(call: PhaseCall) -> tuple[Any, ...]:

@@ -42,9 +42,13 @@ class Work:
           mask: its visible pairs are counted by `kernelry.aot.pairs.count_pairs`, which says what it assumes of arrays.
           moba: says how many blocks are chosen for a query, its own included, of which it sees at least one key.
         """
-        gradients = request.gradients if request.mode is Mode.TRAIN else frozenset()
         fewest = None if moba is None else (moba.top_k - 1) * moba.chunk_size + 1
-        seen = count_pairs(mask, request.batch, request.q_len, request.kv_len, fewest=fewest)
+        return cls.of_pairs(request, count_pairs(mask, request.batch, request.q_len, request.kv_len, fewest=fewest))
+
+    @classmethod
+    def of_pairs(cls, request: Request, seen: PairCounts) -> Work:
+        """Counts what a call takes whose mask shows so many pairs."""
+        gradients = request.gradients if request.mode is Mode.TRAIN else frozenset()
         devices = 1 if request.sharding is None else Sharding.parse(request.sharding).devices
         flops = 2.0 * request.q_heads * seen.pairs * _dims(request, gradients) / devices
         moved = _bytes(request, seen, gradients) / devices

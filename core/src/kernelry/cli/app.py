@@ -29,6 +29,7 @@ VERBS = {
     "lock": ("lock:lock", "Writes down which kernels a config or a model gets, or compares."),
     "check": ("check:check", "Compiles a config or a model for TPUs and GPUs."),
     "tune": ("tune:tune", "Finds and stores the fastest kernels on this device."),
+    "bench": ("bench:bench", "Times kernels on this device."),
     "conformance": ("conformance:check", "Tests kernels against what they declare."),
     "schema": ("schema:schema", "Prints the JSON schema of configs, for editors."),
 }
