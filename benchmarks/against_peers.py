@@ -21,10 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from turns import REPEATS, Program, facts, quartiles, ratios, rounded, take_turns
+from turns import facts, ratios, rounded
 
 import kernelry
 from kernelry import masks
+from kernelry.bench.turns import REPEATS, Program, quartiles, take_turns
 
 HEADS, HEAD_DIM = 8, 64
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)

@@ -28,10 +28,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from turns import REPEATS, Program, facts, quartiles, rounded, take_turns
+from turns import facts, rounded
 
 import kernelry
 from kernelry import Request, masks
+from kernelry.bench.turns import REPEATS, Program, quartiles, take_turns
 from kernelry.policy.measurements import Measurements
 from kernelry.policy.policy import Policy, Switches
 from kernelry.request.target import Target, current_target

@@ -1,75 +1,16 @@
-"""Programs of one process that take turns on a CPU, so that other work on the machine meets all of them alike."""
+"""What the benchmarks share: ratios of times that were taken in turns, rounding, and the facts about this machine."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-REPEATS = 9
-WARM_MS = 3.0
-"""Untimed calls at the start of a turn take this long, or one call where a call takes up to as long as a sample:
-OpenMP's threads, which torch uses, spin for about a millisecond after a call and slow down the next program."""
-SAMPLE_MS = 10.0
-"""Calls are timed together until a sample takes about this long."""
-
-
-@dataclasses.dataclass
-class Program:
-    """Something to call, which blocks until it is done, and the milliseconds per call of each of its turns.
-
-    `temporary` are the bytes that it needs on top of its arguments and results, where they are known.
-    """
-
-    name: str
-    call: Callable[[], Any]
-    temporary: int | None = None
-    times: list[float] = dataclasses.field(default_factory=list)
-    once: float = 0.0
-
-    def warm_up(self) -> None:
-        """The first call, which compiles, and one more; of short calls three."""
-        self._calls(1)
-        self.once = self._calls(1)
-        if self.once < SAMPLE_MS:
-            self.once = min(self.once, self._calls(1), self._calls(1))
-
-    def take_turn(self) -> None:
-        if self.once < SAMPLE_MS:
-            self._calls(max(1, round(WARM_MS / self.once)))
-        count = max(1, round(SAMPLE_MS / self.once))
-        self.times.append(self._calls(count) / count)
-        self.once = min(self.once, self.times[-1])
-
-    def _calls(self, count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            self.call()
-        return (time.perf_counter() - start) * 1e3
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.times)
-
-
-def take_turns(programs: Sequence[Program], repeats: int = REPEATS) -> None:
-    """Each program has [repeats] turns; who goes first changes every time."""
-    for repeat in range(repeats):
-        for program in programs[:: -1 if repeat % 2 else 1]:
-            program.take_turn()
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The lower quartile, the median and the upper quartile."""
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
-    return low, median, high
+from kernelry.bench.turns import quartiles
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float]:

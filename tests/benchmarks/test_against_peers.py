@@ -3,9 +3,9 @@
 import against_peers
 import pytest
 from against_peers import FLOOR, TARGETS, Case
-from turns import Program
 
 from kernelry import masks
+from kernelry.bench.turns import Program
 
 
 def case(length, name="causal"):

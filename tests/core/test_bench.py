@@ -277,11 +277,18 @@ def test_the_named_shapes_are_described(command):
     assert json.loads(out)["deepseek-mla-decode"]["passes"] == ["decode"]
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_no_bar_is_drawn_without_a_terminal_and_one_is_drawn_on_one(case, monkeypatch, capsys):
     verb._run(Bench(("dot_product",), turns=1), [case])
     assert capsys.readouterr().err == ""
-    terminal = io.StringIO()
-    monkeypatch.setattr(verb, "Console", lambda *, stderr: Console(file=terminal, force_terminal=stderr, width=100))
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", terminal)
     verb._run(Bench(("dot_product",), turns=1), [case])
     assert "0/1" in terminal.getvalue()
     assert str(case) in terminal.getvalue()

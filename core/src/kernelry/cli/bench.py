@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kernelry.bench import picture
@@ -26,7 +26,7 @@ from kernelry.bench.run import Bench
 from kernelry.bench.shapes import ACCELERATOR, CPU, named_cases
 from kernelry.bench.turns import REPEATS, quartiles
 from kernelry.cli import options
-from kernelry.cli.output import Json, Rows, Text, show
+from kernelry.cli.output import Json, Rows, Text, progress, show
 from kernelry.cli.speeds import three_digits
 from kernelry.errors import ConfigError
 from kernelry.policy.policy import Switches
@@ -167,14 +167,13 @@ def _check_names(cases: Sequence[Case], names: Sequence[str]) -> None:
 
 def _run(runner: Bench, cases: Sequence[Case]) -> tuple[list[Result], list[Case], list[str]]:
     """Runs the cases, under a progress bar where standard error is a terminal."""
-    console = Console(stderr=True)
     columns = BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     results, failures = list[Result](), list[str]()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(cases))
+    with progress(*columns) as bar:
+        task = bar.add_task("", total=len(cases))
 
         def tell(words: str) -> None:
-            progress.update(task, description=words)
+            bar.update(task, description=words)
 
         runner = dataclasses.replace(runner, tell=tell)
         for number, case in enumerate(cases):
@@ -184,7 +183,7 @@ def _run(runner: Bench, cases: Sequence[Case]) -> tuple[list[Result], list[Case]
                 results.append(runner.run(case))
             except Exception as error:  # its arrays do not fit into the memory, say; the other cases still count
                 failures.append(f"{case}: {words_of(error)}")
-            progress.advance(task)
+            bar.advance(task)
     return results, [], failures
 
 
