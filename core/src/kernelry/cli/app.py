@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kernelry import _version
-from kernelry.cli import check, conformance, explain, lock, mask, report, tune
+from kernelry.cli import check, conformance, explain, lock, mask, new_plugin, report, tune
 from kernelry.cli.output import Json, show, survive_narrow_encodings
 from kernelry.errors import KernelryError, followed, sentence
 from kernelry.policy.policy import Switches
@@ -98,3 +98,4 @@ app.command("lock")(lock.lock)
 app.command("check")(check.check)
 app.command("tune")(tune.tune)
 app.command("conformance")(conformance.check)
+app.command("new-plugin")(new_plugin.write)
