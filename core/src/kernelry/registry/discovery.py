@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -28,7 +29,7 @@ from kernelry.registry.hooks import CONTRACT, PROJECT, Ranking
 
 GROUP = "kernelry.plugins"
 _UNKNOWN = "unknown distribution"
-_ALIKE = 0.85
+_ALIKE = 0.95
 """How much of two texts is the same where one is likely the other misspelt: 0.97 where one letter is missing."""
 
 _logger = logging.getLogger("kernelry")
@@ -63,8 +64,10 @@ def build(entry_points: Iterable[importlib_metadata.EntryPoint], allowed: tuple[
 
 def _is_ours(group: str) -> bool:
     """Whether a group is, or was meant to be, the group of plugins."""
-    meant = group.startswith("k") and difflib.SequenceMatcher(None, group, GROUP).ratio() > _ALIKE
-    return group == GROUP or group.partition(".")[0] == PROJECT or meant
+    if group == GROUP or group.partition(".")[0] == PROJECT:
+        return True
+    dotted = re.sub("[_-]", ".", group)
+    return dotted.startswith("k") and difflib.SequenceMatcher(None, dotted, GROUP).ratio() > _ALIKE
 
 
 def _distribution(point: importlib_metadata.EntryPoint) -> str:
