@@ -23,7 +23,10 @@ from kernelry.masks.parse import parse_mask
 ROOT = Path(__file__).parents[2]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES["README.md"]
-SHOWN = [name for name, text in PAGES.items() if "```python" in text]
+FOLLOWED = ["writing-a-kernel.md"]
+"""Commands and edits in order, which tests/install follows in a fresh environment."""
+
+SHOWN = [name for name, text in PAGES.items() if "```python" in text and name not in FOLLOWED]
 IN_THIS_PROCESS = ["README.md", "attention.md", "masks.md", "maxtext.md", "plugins.md"]
 """Of these, each block is compiled as one program here; a fresh process runs them in the sweep."""
 

@@ -244,7 +244,11 @@ WRONG_RESULTS = {
         {},
         "Partial.dtype is 'float32', expected the query's 'bfloat16'",
     ),
-    "no statistics": (PARTIAL, {"return_partial": True}, "its statistics are missing, expected lse alone, or max and"),
+    "no statistics": (
+        PARTIAL,
+        {"return_partial": True},
+        "its statistics are missing, expected Partial(…, lse=lse)",
+    ),
     "max without sum": (dataclasses.replace(PARTIAL, max=LSE), {"return_partial": True}, "its statistics are max,"),
     "every statistic": (
         dataclasses.replace(PARTIAL, lse=LSE, max=LSE, sum=LSE),

@@ -115,7 +115,7 @@ BROKEN = {
     "is_no_plugin": (
         "",
         FaultKind.ENTRY_POINT,
-        "the entry point broken = 'broken' names <module 'broken'",
+        "the entry point broken = 'broken' names the module 'broken', which has neither a contract nor hooks",
         "under [project.entry-points.'kernelry.plugins'] of broken, name the module with the hooks, e.g. broken = ",
     ),
     "hook_misspelt": (

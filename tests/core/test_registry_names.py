@@ -40,7 +40,7 @@ def test_two_plugins_with_one_name_are_both_excluded(shelf):
     found = shelf.build()
     (fault,) = found.faults
     assert (fault.kind, fault.distribution) == (FaultKind.DUPLICATE_PLUGIN, "first 1.0 and second 1.0")
-    assert fault.fix == "uninstall one of them"
+    assert fault.fix == "uninstall one of them, or rename the entry point of yours"
     assert list(found.kernels) == ["healthy_kernel"]
 
 

@@ -30,6 +30,7 @@ VERBS = {
     "check": ("check:check", "Compiles a config or a model for TPUs and GPUs."),
     "tune": ("tune:tune", "Finds and stores the fastest kernels on this device."),
     "conformance": ("conformance:check", "Tests kernels against what they declare."),
+    "new-plugin": ("new_plugin:write", "Writes a plugin distribution with a kernel that works."),
     "schema": ("schema:schema", "Prints the JSON schema of configs, for editors."),
 }
 """The module and the function of each verb, and its line in the help; a module is imported when its verb is used."""

@@ -145,7 +145,7 @@ def _faults_of_partial(found: Partial, inputs: Inputs, request: Request, statist
     batch, q_len, heads = inputs.query.shape[:3]
     wide = ("float32", request.logits_dtype)  # of statistics, and of an output that goes with them
     if found.dtype != request.dtype:
-        yield f"Partial.dtype is {found.dtype!r}, expected the query's {request.dtype!r}"
+        yield f"Partial.dtype is {found.dtype!r}, expected the query's {request.dtype!r}: pass dtype=request.dtype"
     out = (batch, q_len, heads, request.value_dim)
     yield from _fault("out", found.out, "B T N D", out, (request.dtype, *wide))
     given = {name: array for name in ("lse", "max", "sum") if (array := getattr(found, name)) is not None}
@@ -154,7 +154,7 @@ def _faults_of_partial(found: Partial, inputs: Inputs, request: Request, statist
     if found.lse_rest is not None:
         yield from _fault("lse_rest", found.lse_rest, "B N T", (batch, heads, q_len), wide)
     if (given or statistics) and set(given) not in ({"lse"}, {"max", "sum"}):
-        yield f"its statistics are {' and '.join(given) or 'missing'}, expected lse alone, or max and sum"
+        yield f"its statistics are {' and '.join(given) or 'missing'}, expected Partial(…, lse=lse), or max and sum"
     if found.max_logits is not None or request.max_logits:
         yield from _fault("max_logits", found.max_logits, "B N", (batch, heads), wide)
 

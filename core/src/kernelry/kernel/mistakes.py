@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, final
 
 from kernelry.errors import ArgumentError, nearest
@@ -264,7 +265,9 @@ def _one_of(word: str, known: Iterable[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """Returns the repr of a value, cut where it is long; of a KernelSpec its name."""
+    """Returns the repr of a value, cut where it is long; of a KernelSpec or a module its name."""
+    if isinstance(value, ModuleType):
+        return f"the module {value.__name__!r}"
     if isinstance(value, KernelSpec):
         return f"the KernelSpec {value.name!r}"
     text = repr(value)

@@ -312,9 +312,9 @@ class KernelSpec:
         module, _, attribute = self.load.partition(":")
         try:
             found: Any = getattr(importlib.import_module(module), attribute)
+            body: Kernel = found() if isinstance(found, type) else found
         except Exception as error:
             raise PluginError(f"kernel {self.name!r}: cannot load its body {self.load!r}: {error!r}") from error
-        body: Kernel = found() if isinstance(found, type) else found
         return body
 
 

@@ -149,7 +149,8 @@ def claim_of(kernel: str, claimants: tuple[str, ...]) -> tuple[str, str]:
     who = tuple(dict.fromkeys(claimants))
     if len(who) == 1:
         return f"kernel {kernel!r} is claimed twice by {who[0]} and not used", f"upgrade {who[0]} or report it"
-    return f"kernel {kernel!r} is claimed by {' and '.join(who)}; none of them is used", "uninstall one of them"
+    fix = "uninstall one of them, or rename the kernel of yours"
+    return f"kernel {kernel!r} is claimed by {' and '.join(who)}; none of them is used", fix
 
 
 def backend_fault() -> Fault | None:

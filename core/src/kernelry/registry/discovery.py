@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -27,6 +29,9 @@ from kernelry.registry.hooks import CONTRACT, PROJECT, Ranking
 
 GROUP = "kernelry.plugins"
 _UNKNOWN = "unknown distribution"
+_ALIKE = 0.95
+"""How much of two texts is the same where one is likely the other misspelt: 0.97 where one letter is missing."""
+
 _logger = logging.getLogger("kernelry")
 
 
@@ -37,7 +42,7 @@ _CORE_NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
 
 def find() -> Registry:
     """Scans the entry points of this process and loads what the switches allow."""
-    points = importlib_metadata.entry_points(group=GROUP)
+    points = [point for point in importlib_metadata.entry_points() if _is_ours(point.group)]
     # The first call may be made while JAX traces, which would leak tracers into constants of plugin modules.
     with jax.ensure_compile_time_eval():
         registry = build(points, Switches.unchecked().plugins)
@@ -50,11 +55,19 @@ def build(entry_points: Iterable[importlib_metadata.EntryPoint], allowed: tuple[
     """Loads plugins one by one; whatever goes wrong with one leaves the others alone.
 
     Args:
-      entry_points: of the group `kernelry.plugins`, in any order.
+      entry_points: of the group `kernelry.plugins`, in any order; of any other group each is a fault.
       allowed: the entry-point names to load; None loads all.
     """
     ordered = sorted(entry_points, key=lambda point: (point.name, _distribution(point), point.value))
     return _Builder(allowed).build(ordered)
+
+
+def _is_ours(group: str) -> bool:
+    """Whether a group is, or was meant to be, the group of plugins."""
+    if group == GROUP or group.partition(".")[0] == PROJECT:
+        return True
+    dotted = re.sub("[_-]", ".", group)
+    return dotted.startswith("k") and difflib.SequenceMatcher(None, dotted, GROUP).ratio() > _ALIKE
 
 
 def _distribution(point: importlib_metadata.EntryPoint) -> str:
@@ -81,6 +94,8 @@ class _Builder:
 
     def build(self, points: Sequence[importlib_metadata.EntryPoint]) -> Registry:
         by_name: dict[str, list[importlib_metadata.EntryPoint]] = {}
+        self._check_groups([point for point in points if point.group != GROUP])
+        points = [point for point in points if point.group == GROUP]
         for point in points:
             by_name.setdefault(point.name, []).append(point)
         self._check_allow_list(by_name)
@@ -122,11 +137,20 @@ class _Builder:
                 detail = f"KERNELRY_PLUGINS names {name!r}, which is not installed{nearest(name, by_name)}"
                 self._fault(FaultKind.UNKNOWN_IN_ALLOW_LIST, name, detail, "correct or unset KERNELRY_PLUGINS")
 
+    def _check_groups(self, points: Sequence[importlib_metadata.EntryPoint]) -> None:
+        for point in points:
+            if self.allowed is None or point.name in self.allowed:
+                self.distributions.setdefault(point.name, _distribution(point))
+                detail = f"the entry point {point.name} = {point.value!r} is in the group {point.group!r}"
+                fix = f"write [project.entry-points.{GROUP!r}] in pyproject.toml, and install it again"
+                self._fault(FaultKind.ENTRY_POINT, point.name, f"{detail}, which kernelry does not read", fix)
+
     def _load(self, name: str, points: list[importlib_metadata.EntryPoint]) -> None:
         self.distributions[name] = " and ".join(_distribution(point) for point in points)
         if len(points) > 1:
             detail = f"{self.distributions[name]} both register the plugin {name!r}; none of them is used"
-            self._fault(FaultKind.DUPLICATE_PLUGIN, name, detail, "uninstall one of them")
+            fix = "uninstall one of them, or rename the entry point of yours"
+            self._fault(FaultKind.DUPLICATE_PLUGIN, name, detail, fix)
             return
         try:
             plugin = self._loaded(name, points[0])
@@ -206,9 +230,9 @@ class _Builder:
             return
         known = {key for key in vars(hooks) if key.startswith("kernelry_")}
         for attribute in dir(plugin):
-            if not attribute.startswith("kernelry_") or not callable(getattr(plugin, attribute)):
-                continue
             marked = self.manager.parse_hookimpl_opts(plugin, attribute) is not None
+            if not marked and not (attribute.startswith("kernelry_") and callable(getattr(plugin, attribute))):
+                continue
             if attribute not in known:
                 detail = f"there is no hook {attribute!r}{nearest(attribute, known)}"
                 self._fault(FaultKind.UNKNOWN_HOOK, name, detail, "rename the function")

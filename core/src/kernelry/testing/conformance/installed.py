@@ -16,7 +16,7 @@ from kernelry.kernel.spec import KernelSpec
 from kernelry.registry import installed
 from kernelry.testing.conformance.generate import cases_of
 from kernelry.testing.conformance.host import KernelHost
-from kernelry.testing.conformance.report import Case, CaseResult, Report
+from kernelry.testing.conformance.report import Case, CaseResult, Outcome, Report
 from kernelry.testing.conformance.run import known_names, run_case
 
 _SHARE = 16
@@ -36,6 +36,22 @@ class Assignment:
         """Runs it."""
         return run_case(self.case, self.known_failure)
 
+    def test(self) -> None:
+        """Runs it as a test of pytest.
+
+        Raises:
+          AssertionError: the kernel was wrong, or right where its author says that it is wrong. Where this machine
+            cannot tell the test is skipped, and where the kernel fails as its author says it is an expected failure.
+        """
+        import pytest  # for those who test with it
+
+        result = self.run()
+        if result.outcome is Outcome.SKIPPED:
+            pytest.skip(result.detail)
+        if result.outcome is Outcome.KNOWN_FAILURE:
+            pytest.xfail(result.detail)
+        assert not result.outcome.is_bad, f"{result.outcome.value}: {result.detail}"
+
     def __str__(self) -> str:
         return f"{self.kernel}: {self.case.name}"
 
@@ -44,12 +60,16 @@ def installed_spec(name: str) -> KernelSpec:
     """Finds an installed kernel.
 
     Raises:
-      ArgumentError: none has that name.
+      PluginError: plugins claim that name twice, or the kernel was left out.
+      ArgumentError: none has that name; names what is wrong with the installed plugins, which may be the reason.
     """
-    found = installed.registry().kernels
-    if name not in found:
-        raise ArgumentError(f"no installed kernel is named {name!r}{nearest(name, found)}")
-    return found[name].spec
+    found = installed.registry()
+    if name not in found.kernels:
+        found.check_name(name)
+        faults = "".join(f"\n  plugin {fault}" for fault in found.faults)
+        why = f"\nWhat is wrong with the installed plugins:{faults}" if faults else ""
+        raise ArgumentError(f"no installed kernel is named {name!r}{nearest(name, found.kernels)}{why}")
+    return found.kernels[name].spec
 
 
 def assignments(name: str, *, quick: bool = False) -> tuple[Assignment, ...]:
