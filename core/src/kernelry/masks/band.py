@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 class Full(Mask):
     """Every query sees every key.
 
-    1 1 1 1
-    1 1 1 1
-    1 1 1 1
-    1 1 1 1
+        1 1 1 1
+        1 1 1 1
+        1 1 1 1
+        1 1 1 1
     """
 
     word: ClassVar[str] = "full"
@@ -54,10 +54,10 @@ class Full(Mask):
 class Causal(Mask):
     """A query sees keys at its own position and before: p_k ≤ p_q.
 
-    1 . . .
-    1 1 . .
-    1 1 1 .
-    1 1 1 1
+        1 . . .
+        1 1 . .
+        1 1 1 .
+        1 1 1 1
     """
 
     word: ClassVar[str] = "causal"
@@ -83,10 +83,10 @@ class SlidingWindow(Mask):
 
     In a causal decoder "window w" is `left = w − 1`; encoders count w or w // 2 on each side. `SlidingWindow(1)`:
 
-        1 . . .
-        1 1 . .
-        . 1 1 .
-        . . 1 1
+            1 . . .
+            1 1 . .
+            . 1 1 .
+            . . 1 1
 
     Args:
       left: keys before the query's own position, ≥ 0.
