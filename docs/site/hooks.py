@@ -10,6 +10,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import mask_pictures
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -37,6 +38,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Returns the text of a page with links that lead somewhere in the site."""
+    markdown = mask_pictures.with_pictures(markdown)
     source = Path(page.file.abs_src_path or "").relative_to(ROOT).as_posix()
     return outside_code(markdown, lambda text: _LINK.sub(lambda link: _linked(link, source, page.file.src_uri), text))
 
