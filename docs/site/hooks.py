@@ -1,44 +1,78 @@
-"""What mkdocs runs while it builds the site: pages from elsewhere in the repository, and links that leave docs/.
+"""What mkdocs runs while it builds the site: pages from elsewhere in the repository, links that leave docs/, pictures.
 
-The pages are written to be read in a repository browser, too. There a link may lead to any file; in the site it leads to
-the page that is made of that file, or, where there is none, it becomes the path of the file.
+The pages are written to be read in a repository browser, too. There a link may lead to any file; in the site it leads
+to the page that is made of that file, or, where there is none, it becomes the path of the file.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import mask_pictures
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+sys.path.insert(0, str(Path(__file__).parent))  # mkdocs has it there only while it reads this file
+
+import mask_pictures
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    **{f"plugins/{path.parent.name}/README.md": f"plugins/{path.parent.name}.md" for path in ROOT.glob("plugins/*/README.md")},
+    **{
+        f"plugins/{path.parent.name}/README.md": f"plugins/{path.parent.name}.md"
+        for path in ROOT.glob("plugins/*/README.md")
+    },
 }
 """Files of the repository that are pages of the site, and where."""
 INSTEAD = {"README.md": "docs/index.md"}
 """Files of the repository that other pages of the site replace."""
+WIDE = ("kernels.md", "matrix.md", "support.md")
+"""Pages with wide tables, which get the place of the table of contents."""
 
+_SUPPORT = "<!-- support matrix -->"
 _CODE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+_TESTS = re.compile(r"^  `(tests/[^`]+::[^`]+)`$", re.MULTILINE)
 _LINK = re.compile(r"(?<!\!)\[(?P<text>[^\[\]]*)\]\((?P<path>[^)#:\s]*)(?P<heading>#[^)\s]*)?\)")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Adds the pages whose files are not in docs/."""
+    """Adds the pages whose files are not in docs/, and the data that pages are about."""
     for path, page in ELSEWHERE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
+    for path, data in _data(files):
+        files.append(File.generated(config, path, content=json.dumps(data, ensure_ascii=False, separators=(",", ":"))))
     return files
+
+
+def _data(files: Files) -> Iterator[tuple[str, Any]]:
+    """Files of JSON: the answers that the interactive matrix shows, and the schema of config files for editors."""
+    if files.get_file_from_path("matrix.md"):
+        import matrix
+
+        yield "assets/matrix.json", matrix.data()
+    if files.get_file_from_path("config.md"):
+        from kernelry.config import json_schema
+
+        yield "assets/kernelry-config.schema.json", json_schema()
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Returns the text of a page with links that lead somewhere in the site."""
+    if _SUPPORT in markdown:
+        import support
+
+        markdown = markdown.replace(_SUPPORT, support.markdown())
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     markdown = mask_pictures.with_pictures(markdown)
+    markdown = _TESTS.sub(r'  <br><code class="test">\1</code>', markdown)
     source = Path(page.file.abs_src_path or "").relative_to(ROOT).as_posix()
     return outside_code(markdown, lambda text: _LINK.sub(lambda link: _linked(link, source, page.file.src_uri), text))
 

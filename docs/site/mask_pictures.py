@@ -1,7 +1,7 @@
 """Pictures of masks for the site, as SVG that takes its colours from the style sheet, so that they suit both schemes.
 
-A page has `<!-- mask: EXPRESSION T=8 S=8 blocks=4 -->`, sizes and blocks being optional, and after it the mask as text, for
-readers of the file. The site shows a picture in place of both.
+A page has `<!-- mask: EXPRESSION T=8 S=8 blocks=4 -->`, sizes and blocks being optional, and after it the mask as text,
+for readers of the file. The site shows a picture in place of both.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def figure(drawing: Drawing) -> str:
 
 
 def _numbers(drawn: DrawnMask, cell: float) -> list[str]:
-    """The positions of queries and keys at the edges, where they are not 0, 1, 2, …"""
+    """The positions of queries and keys at the edges, unless they are 0, 1, 2 and so on."""
     query, kv = drawn.positions()
     if query is None or kv is None or all((side[0] == np.arange(side.shape[1])).all() for side in (query, kv)):
         return []

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class Full(Mask):
     """Every query sees every key.
 
+    `Full()`:
+
         1 1 1 1
         1 1 1 1
         1 1 1 1
@@ -53,6 +55,8 @@ class Full(Mask):
 @dataclasses.dataclass(frozen=True, slots=True)
 class Causal(Mask):
     """A query sees keys at its own position and before: p_k ≤ p_q.
+
+    `Causal()`:
 
         1 . . .
         1 1 . .
@@ -83,10 +87,10 @@ class SlidingWindow(Mask):
 
     In a causal decoder "window w" is `left = w − 1`; encoders count w or w // 2 on each side. `SlidingWindow(1)`:
 
-            1 . . .
-            1 1 . .
-            . 1 1 .
-            . . 1 1
+        1 . . .
+        1 1 . .
+        . 1 1 .
+        . . 1 1
 
     Args:
       left: keys before the query's own position, ≥ 0.
