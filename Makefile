@@ -201,7 +201,7 @@ $(VENV)/.docs-installed: $(VENV)/.installed
 
 # The documentation as a site in build/docs; any warning is an error, and nothing is fetched.
 docs: $(VENV)/.docs-installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Every page of it in a headless Chromium, at the widths of a desktop and a phone.
 test-docs: docs
