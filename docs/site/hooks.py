@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import mask_pictures
+import matrix
+import support
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-sys.path.insert(0, str(Path(__file__).parent))  # mkdocs has it there only while it reads this file
-
-import mask_pictures
+from kernelry.config import json_schema
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
@@ -46,28 +45,15 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Adds the pages whose files are not in docs/, and the data that pages are about."""
     for path, page in ELSEWHERE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
-    for path, data in _data(files):
-        files.append(File.generated(config, path, content=json.dumps(data, ensure_ascii=False, separators=(",", ":"))))
+    for path, data in (("matrix.json", matrix.data()), ("kernelry-config.schema.json", json_schema())):
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        files.append(File.generated(config, f"assets/{path}", content=text))
     return files
-
-
-def _data(files: Files) -> Iterator[tuple[str, Any]]:
-    """Files of JSON: the answers that the interactive matrix shows, and the schema of config files for editors."""
-    if files.get_file_from_path("matrix.md"):
-        import matrix
-
-        yield "assets/matrix.json", matrix.data()
-    if files.get_file_from_path("config.md"):
-        from kernelry.config import json_schema
-
-        yield "assets/kernelry-config.schema.json", json_schema()
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Returns the text of a page with links that lead somewhere in the site."""
     if _SUPPORT in markdown:
-        import support
-
         markdown = markdown.replace(_SUPPORT, support.markdown())
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
