@@ -68,11 +68,7 @@ def figure(drawing: Drawing) -> str:
     q_len, kv_len = visible.shape
     said = f"The mask {drawing.expression}: {q_len} queries as rows, {kv_len} keys as columns"
     cell = _CELL if max(q_len, kv_len) <= _CELLS else _CELL * _CELLS / max(q_len, kv_len)
-    squares = [
-        _square(column * cell, row * cell, cell, "seen" if visible[row, column] else "hidden")
-        for row in range(q_len)
-        for column in range(kv_len)
-    ]
+    squares = _cells(visible, cell) if cell == _CELL else _runs(visible, cell)
     if drawing.block:
         squares += _blocks(drawn, drawing.block, cell)
         said += f", in blocks of {drawing.block} by {drawing.block}"
@@ -89,6 +85,23 @@ def figure(drawing: Drawing) -> str:
         f'aria-label="{html.escape(said)}">{labels}<g transform="translate({margin} {margin})">{"".join(squares)}</g>'
         f"</svg><figcaption><code>{html.escape(drawing.expression)}</code></figcaption></figure>"
     )
+
+
+def _cells(visible: np.ndarray, cell: float) -> list[str]:
+    """A square for each token."""
+    return [
+        _square(column * cell, row * cell, cell, "seen" if seen else "hidden")
+        for (row, column), seen in np.ndenumerate(visible)
+    ]
+
+
+def _runs(visible: np.ndarray, cell: float) -> list[str]:
+    """A bar for each run of keys that a query sees, on one ground; squares would be too small to tell apart."""
+    bars = [_rectangle(0, 0, visible.shape[1] * cell, visible.shape[0] * cell, "hidden fine")]
+    for row, seen in enumerate(visible):
+        ends = np.flatnonzero(np.diff(np.r_[False, seen, False])).reshape(-1, 2)
+        bars += [_rectangle(start * cell, row * cell, (end - start) * cell, cell, "seen fine") for start, end in ends]
+    return bars
 
 
 def _numbers(drawn: DrawnMask, cell: float) -> list[str]:
@@ -114,4 +127,8 @@ def _blocks(drawn: DrawnMask, block: int, cell: float) -> list[str]:
 
 
 def _square(x: float, y: float, size: float, kind: str) -> str:
-    return f'<rect x="{x:g}" y="{y:g}" width="{size:g}" height="{size:g}" class="{kind}"/>'
+    return _rectangle(x, y, size, size, kind)
+
+
+def _rectangle(x: float, y: float, width: float, height: float, kind: str) -> str:
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" class="{kind}"/>'
