@@ -91,6 +91,12 @@ def test_explain_prints_what_was_looked_at(run, config, name, width):
     assert_readable(out, width)
 
 
+def test_the_page_shows_the_first_of_them():
+    page = (Path(__file__).parents[2] / "docs" / "explanations.md").read_text()
+    shown = (GOLDEN / "explain-served-80.txt").read_text().replace(" VERSION]", " 0.1.0]")
+    assert f"```\nkernelry explain {' '.join(QUESTIONS['served'])}\n```\n\n```text\n{shown}```\n" in page
+
+
 def assert_readable(text, width):
     """No line is longer than the terminal, unless it is one word, and no word is cut."""
     for line in text.splitlines():
