@@ -3,7 +3,6 @@
 import email
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -151,8 +150,3 @@ def test_a_kernel_for_a_tpu_is_explained(environment):
         "kernelry", "explain", "--target", "tpu:v6e", "--q-len", "4096", "--mask", "causal", "--json"
     )
     assert json.loads(said)["plan"]["kernel"] == "splash"
-
-
-def test_the_kit_passes(environment):
-    said = environment.run("kernelry", "conformance", "dot_product", "--quick", "--workers", "1")
-    assert re.search(r"\b0 failed", said)
