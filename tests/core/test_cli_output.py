@@ -148,6 +148,7 @@ STATUSES = {
         ("explain", "--target", "cpu"),
         ("mask", "causal"),
         ("schema",),
+        ("new-plugin", "mine"),
         ("lock", "config.toml", "--target", "cpu"),
         (),
         ("--version",),
