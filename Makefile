@@ -33,10 +33,12 @@ TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "pytest-randomly>=3.16" "hypothe
 # Without their dependencies: tokenizers asks for huggingface-hub, a client with a dozen packages of which it uses none here.
 TEST_NEEDS_ALONE := "safetensors>=0.5" "tokenizers>=0.21"
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
+# playwright drives the Chromium that is installed; it downloads none.
+DOCS_NEEDS := "mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10" "mkdocstrings>=1,<2" "mkdocstrings-python>=2,<3" "playwright>=1.50,<2"
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
 .PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment test-flash flash-environment \
-	test-models models-environment model-defaults conformance lint format benchmark benchmark-decode \
+	test-models models-environment model-defaults conformance docs test-docs lint format benchmark benchmark-decode \
 	benchmark-peers benchmark-choosing policy wheelhouse dist test-dist test-oldest dependencies clean
 
 $(VENV)/.installed: $(MANIFESTS)
@@ -243,6 +245,18 @@ test-models: models-environment
 model-defaults: models-environment
 	$(MODELS_VENV)/bin/python tests/models/model_defaults.py
 
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(call install,$(VENV)) $(DOCS_NEEDS)
+	touch $@
+
+# The documentation as a site in build/docs; any warning is an error, and nothing is fetched.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Every page of it in a headless Chromium, at the widths of a desktop and a phone.
+test-docs: docs
+	$(BIN)/python -m pytest -n 0 -p no:randomly -m docs tests/docs $(ARGS)
+
 lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -304,4 +318,4 @@ wheelhouse: $(VENV)/.installed
 	done
 
 clean:
-	rm -rf wheelhouse dist .venv .venv-* .te .jax_cache runs
+	rm -rf build wheelhouse dist .venv .venv-* .te .jax_cache runs

@@ -27,7 +27,7 @@ FOLLOWED = ["writing-a-kernel.md"]
 """Commands and edits in order, which tests/install follows in a fresh environment."""
 
 SHOWN = [name for name, text in PAGES.items() if "```python" in text and name not in FOLLOWED]
-IN_THIS_PROCESS = ["README.md", "attention.md", "masks.md", "maxtext.md", "plugins.md"]
+IN_THIS_PROCESS = ["README.md", "attention.md", "concepts.md", "index.md", "masks.md", "maxtext.md", "plugins.md"]
 """Of these, each block is compiled as one program here; a fresh process runs them in the sweep."""
 
 CHECKS = {
@@ -42,6 +42,14 @@ expected = reference_attention(absorbed, latent, latent[..., :512], mask=masks.F
 np.testing.assert_allclose(absorbed_out, expected, atol=2e-5)
 np.testing.assert_allclose(paged_out, expected, atol=2e-5)
 """,
+    "concepts.md": """
+import numpy as np
+from kernelry.testing import reference_attention
+
+expected = reference_attention(*map(np.asarray, (query, key, value)), mask=masks.Full()).out
+np.testing.assert_allclose(out, expected, atol=2e-6)
+""",
+    "index.md": "assert out.shape == (2, 256, 8, 64), out.shape",
     "masks.md": "assert balanced.form.atoms and decode_step.form.atoms",
     "maxtext.md": "assert out.shape == (2, 1024, 8, 64), out.shape",
     "models.md": "assert (out.shape, features.shape) == ((1, 64, 32, 128), (1, 64, 64))",
@@ -124,6 +132,8 @@ assert mla.lengths.tolist() == [21, 21]
 PRINTS = {
     "README.md": ["→ pallas_flash"],
     "attention.md": ["→ pallas_flash", "→ cudnn_te"],
+    "concepts.md": ["pallas_decode"],
+    "index.md": ["→ cudnn_jax"],
     "models.md": ["sliding: layers 0, 2, …, 44: mask=window(4095, 0)", "\npallas_decode\n"],
     "mesh.md": ["'data', 'context', None, None", "dual_chunk contiguous"],
     "caches.md": ["PagedCache: tokens were appended that did not fit"],

@@ -216,6 +216,16 @@ def test_differentiating_what_was_not_asked_for_is_an_error(name):
     assert differentiate("prefill", {name}).shape == arrays[name].shape
 
 
+def test_no_gradient_passes_through_max_logits():
+    query, key, value = _arrays()
+
+    def largest(query, key):
+        return kernelry.attention(query, key, value, kernel="dot_product", return_max_logits=True)[1].sum()
+
+    for gradient in jax.jit(jax.grad(largest, argnums=(0, 1)))(query, key):
+        assert (np.asarray(gradient) == 0).all()
+
+
 def test_numpy_arrays_are_accepted():
     arrays = tuple(np.asarray(array) for array in _arrays())
     out = jax.jit(lambda: kernelry.attention(*arrays))()

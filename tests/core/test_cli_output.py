@@ -23,6 +23,7 @@ from kernelry.cli import app, output
 from kernelry.cli.output import Paragraph, console
 from kernelry.errors import ConfigError
 from kernelry.policy.lock import Lock
+from kernelry.policy.policy import Switches
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDTHS = (60, 80, 140)
@@ -75,6 +76,8 @@ REFUSED = {"refused"}
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    switches = Switches(measurements=str(tmp_path / "times.json"))
+    monkeypatch.setattr("kernelry.policy.policy._of_process", lambda: switches)
     (tmp_path / "config.toml").write_text("[attention]\ntype = 'local_sliding'\nwindow = 512\nsinks = true\n")
 
 
@@ -89,6 +92,12 @@ def test_explain_prints_what_was_looked_at(run, config, name, width):
         path.write_text(text)
     assert text == path.read_text()
     assert_readable(out, width)
+
+
+def test_the_page_shows_the_first_of_them():
+    page = (Path(__file__).parents[2] / "docs" / "explanations.md").read_text()
+    shown = (GOLDEN / "explain-served-80.txt").read_text().replace(" VERSION]", " 0.1.0]")
+    assert f"```\nkernelry explain {' '.join(QUESTIONS['served'])}\n```\n\n```text\n{shown}```\n" in page
 
 
 def assert_readable(text, width):
@@ -118,8 +127,7 @@ def test_no_golden_text_is_left_over():
     ],
     ids=lambda arguments: " ".join(arguments)[:24],
 )
-def test_every_verb_is_readable_in_60_columns(run, config, monkeypatch, tmp_path, arguments):
-    monkeypatch.setenv("KERNELRY_MEASUREMENTS", str(tmp_path / "times.json"))
+def test_every_verb_is_readable_in_60_columns(run, config, arguments):
     if "--check" in arguments:
         run("lock", "config.toml", "--target", "cpu", "--file", "config.lock.json")
     _, out, err = run(*arguments, width=60)
@@ -140,6 +148,7 @@ STATUSES = {
         ("explain", "--target", "cpu"),
         ("mask", "causal"),
         ("schema",),
+        ("new-plugin", "mine"),
         ("lock", "config.toml", "--target", "cpu"),
         (),
         ("--version",),
@@ -172,8 +181,7 @@ STATUSES = {
     [(status, each) for status, all_of_them in STATUSES.items() for each in all_of_them],
     ids=lambda value: " ".join(value)[:24] if isinstance(value, tuple) else str(value),
 )
-def test_statuses_of_every_verb(run, config, tmp_path, monkeypatch, status, arguments):
-    monkeypatch.setenv("KERNELRY_MEASUREMENTS", str(tmp_path / "times.json"))
+def test_statuses_of_every_verb(run, config, tmp_path, status, arguments):
     (tmp_path / "refused.toml").write_text("[[attention.rules]]\nuse = ['splash']\n")
     Lock(()).write(tmp_path / "empty.lock.json")
     found, out, err = run(*arguments)

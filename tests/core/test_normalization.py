@@ -76,6 +76,17 @@ def test_merging_by_maximum_and_sum_is_exact_beside_large_logits(top):
     _close(to_lse(kernelry.merge([to_lse(one), to_lse(three)])).out, np.ones((1, 1, 1, 1)))  # lse with its rest
 
 
+def test_the_maximum_carries_no_gradient():
+    one, other = to_max_sum(_part(0)), to_max_sum(_part(1))
+
+    def summed(maximum):
+        return kernelry.finalize(kernelry.merge([dataclasses.replace(one, max=maximum), other])).sum()
+
+    value, gradient = jax.value_and_grad(summed)(one.max)
+    assert value != summed(one.max + 1)  # it decides what a part weighs
+    assert (np.asarray(gradient) == 0).all()
+
+
 def test_statistics_of_empty_rows_in_both_forms():
     partial = _part(0, empty=(0,))
     other = to_max_sum(partial)

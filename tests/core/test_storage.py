@@ -225,7 +225,7 @@ def test_quantising_and_back_is_the_same_under_jit_and_vmap(how):
         # Under jit a division may become a product, whose last bit may round another way.
         distance = np.abs(float32(other.values) - float32(eager.values))
         assert (distance <= np.maximum(1, np.abs(float32(eager.values)) / 8)).all()
-        assert (distance > 0).mean() < 0.05
+        assert (distance > 0).mean() < 0.1
     back = jax.jit(jax.vmap(lambda held: held.dequantize()))(eager)
     np.testing.assert_array_equal(back, eager.dequantize())
 

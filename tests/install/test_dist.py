@@ -3,7 +3,6 @@
 import email
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -119,14 +118,21 @@ class Environment:
         return done.stdout
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(version, marks=pytest.mark.xdist_group(version)) for version in PYTHONS]
-)
-def environment(request, tmp_path_factory):
-    python = interpreter(request.param)
-    if python is None:
-        pytest.skip(f"no Python {request.param} on this machine")
-    return Environment(tmp_path_factory.mktemp(f"python-{request.param}"), python)
+@pytest.fixture(scope="module")
+def environments():
+    """The environments that were made, by version: pytest may ask for them in any order."""
+    return {}
+
+
+@pytest.fixture(params=[pytest.param(version, marks=pytest.mark.xdist_group(version)) for version in PYTHONS])
+def environment(request, environments, tmp_path_factory):
+    version = request.param
+    if version not in environments:
+        python = interpreter(version)
+        if python is None:
+            pytest.skip(f"no Python {version} on this machine")
+        environments[version] = Environment(tmp_path_factory.mktemp(f"python-{version}"), python)
+    return environments[version]
 
 
 def test_requirements_are_met(environment):
@@ -151,8 +157,3 @@ def test_a_kernel_for_a_tpu_is_explained(environment):
         "kernelry", "explain", "--target", "tpu:v6e", "--q-len", "4096", "--mask", "causal", "--json"
     )
     assert json.loads(said)["plan"]["kernel"] == "splash"
-
-
-def test_the_kit_passes(environment):
-    said = environment.run("kernelry", "conformance", "dot_product", "--quick", "--workers", "1")
-    assert re.search(r"\b0 failed", said)

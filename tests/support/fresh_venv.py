@@ -30,7 +30,7 @@ class Venv:
         assert done.returncode == 0, done.stderr
 
     def install(self, *what):
-        """As pip does, in a tenth of the time where there is uv; the states that follow a first install by pip."""
+        """As pip does, in a tenth of the time where there is uv."""
         uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
         if uv is None:
             self.pip("install", *what)

@@ -37,7 +37,7 @@ from kernelry.storage.quantized import Stored
 class PagedCache(KVCache):
     """Keys and values of R rows and any number of layers in P pages, found through one table.
 
-    Token i of row r is, in every layer l, at keys[l][table[r, i // page_size], i % page_size]:
+    Token i of row r is, in every layer l, at `keys[l][table[r, i // page_size], i % page_size]`:
 
         lengths  table               pages of 4 slots
         r=0  6   2  0 −1 −1          0: r₀t₄ r₀t₅  ·    ·         references  1

@@ -138,7 +138,7 @@ def _status(name: str) -> int:
 def _unread() -> int:
     """The status where what reads the output was closed, as `| head` is: that of a shell for SIGPIPE."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # what is left is flushed when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed when Python ends
     return 141
 
 

@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 class Full(Mask):
     """Every query sees every key.
 
-    1 1 1 1
-    1 1 1 1
-    1 1 1 1
-    1 1 1 1
+    `Full()`:
+
+        1 1 1 1
+        1 1 1 1
+        1 1 1 1
+        1 1 1 1
     """
 
     word: ClassVar[str] = "full"
@@ -54,10 +56,12 @@ class Full(Mask):
 class Causal(Mask):
     """A query sees keys at its own position and before: p_k ≤ p_q.
 
-    1 . . .
-    1 1 . .
-    1 1 1 .
-    1 1 1 1
+    `Causal()`:
+
+        1 . . .
+        1 1 . .
+        1 1 1 .
+        1 1 1 1
     """
 
     word: ClassVar[str] = "causal"
