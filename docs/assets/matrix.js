@@ -1,7 +1,8 @@
 // The interactive support matrix: shows exported answers of kernelry.explain, and decides nothing itself.
 // docs/site/matrix.py writes matrix.json, and says what its numbers mean.
 
-const STATES = ["could serve, ranked lower", "passed over", "refuses", "made for other platforms"];
+const STATES = ["could serve", "passed over", "refuses", "made for other platforms"];
+const PASSED_OVER = 1;
 const ELSEWHERE = 3;
 const GROUPS = {
   heads: "Heads and head dims",
@@ -30,12 +31,12 @@ function breakable(text) {
   return text.split(/(?<=_)/).flatMap((part, place) => (place ? [make("wbr"), part] : [part]));
 }
 
-const joined = (names) => names.join(" and ");
+const joined = (names) => new Intl.ListFormat("en-GB").format(names);
 const thousands = (number) => number.toLocaleString("en-US");
 const quoted = (text) => (/^[\w().,-]+$/.test(text) && !/[()]/.test(text) ? text : `"${text}"`);
 
 /** The exported answers, and what can be chosen. */
-class Matrix {
+export class Matrix {
   constructor(data) {
     this.data = data;
     this.options = new Map(data.options.map((option) => [option.name, option]));
@@ -200,7 +201,7 @@ class Page {
     const pairs = (names) => names.map((name) => [name, name]);
     const masks = data.masks.map((mask) => [mask.name, mask.label]);
     const lengths = data.lengths.map((length) => [length, thousands(length)]);
-    const models = [["", "none: the request below"], ...pairs(data.models.map((model) => model.name))];
+    const models = [["", "none"], ...pairs(data.models.map((model) => model.name))];
     const caches = data.caches.map(({ name }) => [name, CACHES[name] ?? name.replace(":", ", ").replace(",", " of")]);
     const where = make(
       "fieldset", {}, make("legend", {}, "Where and what"),
@@ -208,7 +209,7 @@ class Page {
       this.select("mode", "Mode", pairs(data.modes)),
       this.select("length", "Length (tokens)", lengths, Number),
       this.select("model", "Model", models),
-      this.select("cache", "The model's cache", caches),
+      this.select("cache", "Cache", caches),
     );
     this.request = make(
       "fieldset", {}, make("legend", {}, "Request"),
@@ -280,8 +281,8 @@ class Page {
     for (const { name, group } of matrix.data.options) {
       if (group === "feature") this.controls.get(name).checked = choice.with.includes(name);
     }
-    this.request.disabled = this.controls.get("mode").disabled = Boolean(choice.model);
-    this.controls.get("cache").disabled = !choice.model;
+    this.request.hidden = this.controls.get("mode").parentElement.hidden = Boolean(choice.model);
+    this.controls.get("cache").parentElement.hidden = !choice.model;
     const [said, ...parts] = choice.model ? this.ofModel() : this.ofRequest();
     this.status.textContent = said;
     this.result.replaceChildren(...parts);
@@ -338,7 +339,7 @@ class Page {
       done.textContent = "copied";
     };
     return make(
-      "div", { class: "matrix-command" }, make("h3", {}, "The same by command"), make("pre", {}, make("code", {}, text)),
+      "div", { class: "matrix-command" }, make("h3", {}, "The same by command"), make("pre", {}, make("code", {}, ...together(text))),
       make("button", { type: "button", class: "matrix-instead", onclick: copy }, "Copy"), " ", done,
     );
   }
@@ -355,6 +356,11 @@ class Page {
 }
 
 const remarks = (texts) => (texts.length ? [make("ul", { class: "matrix-remarks" }, texts.map((text) => make("li", {}, text)))] : []);
+
+/** A command whose lines break between its options only. */
+function together(text) {
+  return text.split(/(?= --)/).map((part) => (part.length < 40 ? make("span", { class: "matrix-option" }, part) : part));
+}
 
 /** An answer in one sentence. */
 function told({ winner }) {
@@ -386,7 +392,7 @@ function explained({ winner, rule, losers, advice }, matrix) {
   const here = losers.filter((loser) => loser.state !== ELSEWHERE);
   const elsewhere = losers.filter((loser) => loser.state === ELSEWHERE);
   const others = elsewhere.length
-    ? [make("details", { class: "matrix-elsewhere" }, make("summary", {}, `${elsewhere.length} ${STATES[ELSEWHERE]}`), elsewhere.map(loserOf))]
+    ? [make("details", { class: "matrix-elsewhere" }, make("summary", {}, `${elsewhere.length} kernels ${STATES[ELSEWHERE]}`), elsewhere.map(loserOf))]
     : [];
   const why = losers.length ? [make("h3", {}, "Why not the others")] : [];
   return [make("dl", { class: "matrix-facts" }, facts), ...(advice ? [make("p", {}, advice)] : []), ...why, ...here.map(loserOf), ...others];
@@ -394,10 +400,13 @@ function explained({ winner, rule, losers, advice }, matrix) {
 
 function loserOf({ name, state, lines }) {
   const more = lines.length > 1 ? ` (+${lines.length - 1})` : "";
-  const said = state === 2 || state === ELSEWHERE ? `${lines[0]}${more}` : `${STATES[state]}${more}`;
+  const said = state === PASSED_OVER ? `${STATES[state]}${more}` : `${lines[0]}${more}`;
+  const attributes = { class: `matrix-other matrix-state-${state}`, "data-kernel": name };
+  const line = [code(name), " ", make("span", {}, ...breakable(said))];
+  if (said === lines[0]) return make("div", attributes, ...line);
   return make(
-    "details", { class: `matrix-other matrix-state-${state}`, "data-kernel": name },
-    make("summary", {}, code(name), " ", make("span", {}, ...breakable(said))),
+    "details", attributes,
+    make("summary", {}, ...line),
     make("ul", {}, lines.map((line) => make("li", {}, ...breakable(line)))),
   );
 }

@@ -36,6 +36,7 @@ from choices import (
 import kernelry
 from kernelry.kernel.refusal import RefusalCode
 from kernelry.kernel.spec import Environment, Knowledge
+from kernelry.models.model import LayerKind
 from kernelry.models.named import model_from, named_configs
 from kernelry.phases.calls import calls
 from kernelry.phases.model_shape import CacheShape, ModelShape
@@ -145,7 +146,7 @@ def model_calls(name: str, length: int, cache: str, target: str) -> Iterator[tup
 def _models(answers: Answers) -> Iterator[dict[str, Any]]:
     for name in sorted(named_configs()):
         model = _model(name)
-        kinds = [{"name": kind.name, "text": str(kind), "remarks": list(remarks_on(kind))} for kind in model.kinds]
+        kinds = [_kind_json(kind) for kind in model.kinds]
         others = [*map(str, model.others), *model.remarks]
         rows: dict[str, list[list[Any]]] = {}
         for cache in MODEL_CACHES:
@@ -155,6 +156,11 @@ def _models(answers: Answers) -> Iterator[dict[str, Any]]:
                 for place, (kind, call, _) in enumerate(called[0])
             ]
         yield {"name": name, "headline": model.headline, "kinds": kinds, "others": others, "rows": rows}
+
+
+def _kind_json(kind: LayerKind) -> dict[str, Any]:
+    text = str(kind)  # which ends in the kind's own remarks
+    return {"name": kind.name, "text": text, "remarks": [each for each in remarks_on(kind) if each not in text]}
 
 
 def data() -> dict[str, Any]:
