@@ -10,7 +10,6 @@ const GROUPS = {
   storage: "Keys and values",
 };
 const PLAIN = { dtype: "bfloat16", storage: "arrays" };
-const CACHES = { contiguous: "arrays" };
 const SOURCES = /\b(not measured|measured|predicted|published)\b/;
 
 /** Makes an element; attributes that are null or false are left out, `on…` are listeners. */
@@ -202,7 +201,7 @@ class Page {
     const masks = data.masks.map((mask) => [mask.name, mask.label]);
     const lengths = data.lengths.map((length) => [length, thousands(length)]);
     const models = [["", "none"], ...pairs(data.models.map((model) => model.name))];
-    const caches = data.caches.map(({ name }) => [name, CACHES[name] ?? name.replace(":", ", ").replace(",", " of")]);
+    const caches = data.caches.map(({ name, label }) => [name, label]);
     const where = make(
       "fieldset", {}, make("legend", {}, "Where and what"),
       this.select("target", "Target", pairs(data.targets)),
@@ -359,7 +358,11 @@ const remarks = (texts) => (texts.length ? [make("ul", { class: "matrix-remarks"
 
 /** A command whose lines break between its options only. */
 function together(text) {
-  return text.split(/(?= --)/).map((part) => (part.length < 40 ? make("span", { class: "matrix-option" }, part) : part));
+  const parts = text.split(/ (?=--)/);
+  return parts.flatMap((part, place) => {
+    const own = part.length < 40 ? make("span", { class: "matrix-option" }, part) : part;
+    return place ? [" ", own] : [own];
+  });
 }
 
 /** An answer in one sentence. */

@@ -188,7 +188,7 @@ def data() -> dict[str, Any]:
         "modes": list(MODES),
         "lengths": list(LENGTHS),
         "model_lengths": list(MODEL_LENGTHS),
-        "caches": [{"name": cache, "arguments": _cache_arguments(cache)} for cache in MODEL_CACHES],
+        "caches": [_cache_json(cache) for cache in MODEL_CACHES],
         "masks": [dataclasses.asdict(mask) for mask in MASKS],
         "plain_heads": {"label": PLAIN_HEADS.label, "arguments": PLAIN_HEADS.arguments},
         "options": [_option_json(option) for option in OPTIONS],
@@ -208,10 +208,10 @@ def _option_json(option: Option) -> dict[str, Any]:
     return {name: getattr(option, name) for name in names}
 
 
-def _cache_arguments(cache: str) -> str:
-    shape = CacheShape.parse(cache)
-    size = "" if shape.page_size is None else f"--page-size {shape.page_size}"
-    return f"{size} --kv-quantization {shape.storage}" if shape.storage else size
+def _cache_json(cache: str) -> dict[str, str]:
+    size = CacheShape.parse(cache).page_size
+    label, arguments = ("arrays", "") if size is None else (f"pages of {size}", f"--page-size {size}")
+    return {"name": cache, "label": label, "arguments": arguments}
 
 
 def _python() -> str:
