@@ -116,7 +116,7 @@ OPTIONS = (
     Option(
         "paged_int8",
         "storage",
-        f"pages of {PAGE_SIZE}, int8",
+        f"int8, in pages of {PAGE_SIZE}",
         {"page_size": PAGE_SIZE, "kv_quantization": "int8"},
         f"--page-size {PAGE_SIZE} --kv-quantization int8",
         modes=_SERVING,

@@ -134,7 +134,7 @@ def test_commands_of_the_page_ask_the_same_request(open_page, data, capsys, tmp_
     ]
     commands = page.evaluate(
         """async (chosen) => {
-          const { Matrix } = await import("../assets/matrix.js");
+          const { Matrix } = await import("../assets/matrix-answers.js");
           const data = await (await fetch("../assets/matrix.json")).json();
           const matrix = new Matrix(data);
           return chosen.map((choice) => matrix.command(choice));
