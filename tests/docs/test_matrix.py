@@ -16,7 +16,7 @@ from kernelry.plugin import AtomKind, Feature
 from kernelry.resolution.telling import answer_of
 
 SITE = Path(__file__).parents[2] / "docs" / "site"
-sys.path.insert(0, str(SITE))
+sys.path.append(str(SITE))
 
 import choices  # noqa: E402
 import matrix as exporting  # noqa: E402
@@ -34,6 +34,18 @@ def data(site):
 
     with urllib.request.urlopen(f"{site}/assets/matrix.json", timeout=10) as answer:
         return json.load(answer)
+
+
+@pytest.fixture
+def open_matrix(open_page):
+    """Like `open_page`, once the answer is there."""
+
+    def opening(path, **size):
+        page = open_page(path, **size)
+        page.wait_for_selector(".matrix-result > *")
+        return page
+
+    return opening
 
 
 def read(data, number):
@@ -122,9 +134,9 @@ def test_the_matrix_is_small_enough_to_load(site, data):
     assert len(gzip.compress(text)) < 250_000
 
 
-def test_commands_of_the_page_ask_the_same_request(open_page, data, capsys, tmp_path, monkeypatch):
+def test_commands_of_the_page_ask_the_same_request(open_matrix, data, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = open_page("matrix/")
+    page = open_matrix("matrix/")
     asked = [block for block in choices.blocks() if len(block.options) < 2]
     asked += random.Random(SEED).sample([block for block in choices.blocks() if len(block.options) == 2], 10)
     chosen = [
@@ -185,27 +197,24 @@ def expected(request):
     return {"kernel": kernel, "adapters": [name for name, _ in steps], "others": [(o[0], o[2]) for o in others]}
 
 
-def test_a_choice_shows_what_explain_says_and_its_address_restores_it(open_page):
-    page = open_page("matrix/")
-    page.wait_for_selector(".matrix-winner")
+def test_a_choice_shows_what_explain_says_and_its_address_restores_it(open_matrix):
+    page = open_matrix("matrix/")
     assert shown(page) == expected(choices.request_of("gpu:h100", "train", 8192, "causal"))
     choose(page, Target="tpu:v6e", Mode="train", Mask="prefix, then causal", Dtype="float32")
     wanted = expected(choices.request_of("tpu:v6e", "train", 8192, "prefix", ["float32"]))
     assert wanted["adapters"]
     assert shown(page) == wanted
     assert page.get_by_role("status").first.text_content().startswith(wanted["kernel"])
-    again = open_page("matrix/" + address(page))
-    again.wait_for_selector(".matrix-winner")
+    again = open_matrix("matrix/" + address(page))
     assert shown(again) == wanted
     assert again.get_by_label("Dtype").input_value() == "float32"
     again.get_by_role("button", name="Reset").click()
     assert address(again) == ""
-    assert shown(again) == shown(open_page("matrix/?mode=nonsense&length=1&with=,,"))
+    assert shown(again) == shown(open_matrix("matrix/?mode=nonsense&length=1&with=,,"))
 
 
-def test_features_are_chosen_by_the_keyboard(open_page):
-    page = open_page("matrix/?mode=decode&target=gpu:a100")
-    page.wait_for_selector(".matrix-winner")
+def test_features_are_chosen_by_the_keyboard(open_matrix):
+    page = open_matrix("matrix/?mode=decode&target=gpu:a100")
     box = page.get_by_label("soft cap", exact=True)
     page.get_by_label("Keys and values").focus()
     page.keyboard.press("Tab")
@@ -215,9 +224,8 @@ def test_features_are_chosen_by_the_keyboard(open_page):
     assert shown(page) == expected(choices.request_of("gpu:a100", "decode", 8192, "causal", ["soft_cap"]))
 
 
-def test_every_control_has_a_label(open_page):
-    page = open_page("matrix/")
-    page.wait_for_selector(".matrix-winner")
+def test_every_control_has_a_label(open_matrix):
+    page = open_matrix("matrix/")
     controls = page.locator(".matrix-form :is(select, input)")
     assert controls.count() == 9 + sum(option.group == "feature" for option in choices.OPTIONS)
     assert controls.evaluate_all(
@@ -226,9 +234,8 @@ def test_every_control_has_a_label(open_page):
     assert page.locator(".matrix-form fieldset > legend").count() == 2
 
 
-def test_a_model_shows_its_layers_and_phases(open_page):
-    page = open_page("matrix/")
-    page.wait_for_selector(".matrix-winner")
+def test_a_model_shows_its_layers_and_phases(open_matrix):
+    page = open_matrix("matrix/")
     choose(page, Target="tpu:v5e", Model="gemma-2-27b")
     rows = page.locator(".matrix-model tbody tr:has(td)").all()
     calls = list(exporting.model_calls("gemma-2-27b", 8192, "contiguous", "tpu:v5e"))
@@ -243,9 +250,8 @@ def test_a_model_shows_its_layers_and_phases(open_page):
     assert page.get_by_label("Mask", exact=True).is_hidden()
 
 
-def test_what_was_not_exported_is_not_guessed(open_page):
-    page = open_page("matrix/?with=dropout,sinks,bias")
-    page.wait_for_selector(".matrix-command")
+def test_what_was_not_exported_is_not_guessed(open_matrix):
+    page = open_matrix("matrix/?with=dropout,sinks,bias")
     assert page.get_by_role("status").first.text_content().startswith("Not exported")
     assert page.locator(".matrix-winner").count() == 0
     page.get_by_role("button", name="without sinks").click()
@@ -258,9 +264,8 @@ def test_what_was_not_exported_is_not_guessed(open_page):
 @pytest.mark.parametrize(
     "choice", ["target=tpu:v6e&mask=prefix&with=float32", "model=gemma-3-27b&target=tpu:v5e", "with=dropout,sinks,bias"]
 )
-def test_nothing_is_wider_than_a_phone(open_page, choice):
-    page = open_page(f"matrix/?{choice}", width=390)
-    page.wait_for_selector(".matrix-command")
+def test_nothing_is_wider_than_a_phone(open_matrix, choice):
+    page = open_matrix(f"matrix/?{choice}", width=390)
     page.locator(".matrix details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     wide = "all => all.filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.outerHTML.slice(0, 200))"
