@@ -198,7 +198,7 @@ class Page {
     const by = Object.entries(versions).map(([name, version]) => `${name} ${version}`).join(", ");
     return make(
       "details", { class: "matrix-about" }, make("summary", {}, "What is not here, and what is assumed"),
-      make("p", {}, `Resolved by ${by}; every library is assumed to be installed on every target. Not exported:`),
+      make("p", {}, `Resolved by ${by}; every library that this Python can have is assumed to be installed on every target. Not exported:`),
       make("ul", {}, leftOut.map((text) => make("li", {}, text))),
     );
   }
