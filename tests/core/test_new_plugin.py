@@ -24,6 +24,7 @@ from kernelry.errors import ArgumentError, PluginError
 from kernelry.kernel import spec
 from kernelry.registry import discovery, installed
 from kernelry.registry.contents import FaultKind
+from kernelry.registry.entry_points import is_ours
 from kernelry.registry.hooks import CONTRACT
 from kernelry.testing import conformance, reference_attention
 
@@ -201,7 +202,7 @@ class Author:
         points = [
             point
             for point in importlib_metadata.entry_points()
-            if point.dist.name in ("kernelry-mine", "kernelry-dot-product") and discovery._is_ours(point.group)
+            if point.dist.name in ("kernelry-mine", "kernelry-dot-product") and is_ours(point.group)
         ]
         return discovery.build(points)
 
@@ -388,12 +389,12 @@ def test_the_kit_of_a_contested_kernel_says_who_claims_it(author, install):
 
 @pytest.mark.parametrize("group", ["kernelry.plugin", "kernelry_plugins", "kernely.plugins", "kernelry.kernels"])
 def test_groups_that_were_meant_to_be_that_of_plugins_are_noticed(group):
-    assert discovery._is_ours(group)
+    assert is_ours(group)
 
 
 @pytest.mark.parametrize("group", ["console_scripts", "kedro.plugins", "kernelry_mine.extras", "kernel.plugins"])
 def test_groups_of_others_are_left_alone(group):
-    assert not discovery._is_ours(group)
+    assert not is_ours(group)
 
 
 # The page.
