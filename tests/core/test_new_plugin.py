@@ -349,6 +349,15 @@ def test_the_page_shows_every_mistake():
     assert set(TABLE) == set(MISTAKES)
 
 
+@pytest.mark.parametrize(("mistake", "claim"), [("wrong return type", "output"), ("forgotten lse", "statistics")])
+def test_the_kit_finds_what_a_body_returns_wrongly(author, install, mistake, claim):
+    MISTAKES[mistake](author, install)
+    case = next(each for each in conformance.assignments("mine", quick=True) if each.case.claim == claim)
+    result = case.run()
+    assert result.outcome.is_bad
+    assert "PluginError: kernel 'mine' (kernelry_mine.kernel.MineKernel) returned a wrong result" in result.detail
+
+
 def test_a_hook_without_the_prefix_is_a_fault(author, install):
     author.edit("src/kernelry_mine/plugin.py", "def kernelry_kernels", "def kernels")
     assert "there is no hook 'kernels'" in _fault(install(), FaultKind.UNKNOWN_HOOK)
@@ -404,7 +413,8 @@ def test_the_page_can_be_followed():
     steps = walk_through.steps_of(PAGE)
     commands = [command for step in steps if step.language == "console" for command, _ in step.commands]
     assert commands[:3] == ["kernelry new-plugin mine", "pip install -e ./mine", "kernelry conformance mine"]
-    assert len(re.findall(r"^```", PAGE, re.MULTILINE)) == 2 * len(steps), "every block is a step"
+    blocks = re.findall(r"^```(\w+)", PAGE, re.MULTILINE)
+    assert len(blocks) - blocks.count("text") == len(steps)  # every block but the log is a step
 
 
 def test_the_page_shows_what_is_generated():
