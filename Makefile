@@ -262,6 +262,11 @@ lint: $(VENV)/.lint-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	rm -rf build/new-plugin
+	$(BIN)/kernelry new-plugin sample --into build/new-plugin
+	$(BIN)/ruff check --isolated build/new-plugin
+	$(BIN)/ruff format --isolated --check build/new-plugin
+	MYPYPATH=build/new-plugin/sample/src $(BIN)/mypy -p kernelry_sample
 
 format: $(VENV)/.lint-installed
 	$(BIN)/ruff check --fix .

@@ -24,6 +24,7 @@ from kernelry.errors import ArgumentError, PluginError
 from kernelry.kernel import spec
 from kernelry.registry import discovery, installed
 from kernelry.registry.contents import FaultKind
+from kernelry.registry.entry_points import is_ours
 from kernelry.registry.hooks import CONTRACT
 from kernelry.testing import conformance, reference_attention
 
@@ -201,7 +202,7 @@ class Author:
         points = [
             point
             for point in importlib_metadata.entry_points()
-            if point.dist.name in ("kernelry-mine", "kernelry-dot-product") and discovery._is_ours(point.group)
+            if point.dist.name in ("kernelry-mine", "kernelry-dot-product") and is_ours(point.group)
         ]
         return discovery.build(points)
 
@@ -348,6 +349,15 @@ def test_the_page_shows_every_mistake():
     assert set(TABLE) == set(MISTAKES)
 
 
+@pytest.mark.parametrize(("mistake", "claim"), [("wrong return type", "output"), ("forgotten lse", "statistics")])
+def test_the_kit_finds_what_a_body_returns_wrongly(author, install, mistake, claim):
+    MISTAKES[mistake](author, install)
+    case = next(each for each in conformance.assignments("mine", quick=True) if each.case.claim == claim)
+    result = case.run()
+    assert result.outcome.is_bad
+    assert "PluginError: kernel 'mine' (kernelry_mine.kernel.MineKernel) returned a wrong result" in result.detail
+
+
 def test_a_hook_without_the_prefix_is_a_fault(author, install):
     author.edit("src/kernelry_mine/plugin.py", "def kernelry_kernels", "def kernels")
     assert "there is no hook 'kernels'" in _fault(install(), FaultKind.UNKNOWN_HOOK)
@@ -388,12 +398,12 @@ def test_the_kit_of_a_contested_kernel_says_who_claims_it(author, install):
 
 @pytest.mark.parametrize("group", ["kernelry.plugin", "kernelry_plugins", "kernely.plugins", "kernelry.kernels"])
 def test_groups_that_were_meant_to_be_that_of_plugins_are_noticed(group):
-    assert discovery._is_ours(group)
+    assert is_ours(group)
 
 
 @pytest.mark.parametrize("group", ["console_scripts", "kedro.plugins", "kernelry_mine.extras", "kernel.plugins"])
 def test_groups_of_others_are_left_alone(group):
-    assert not discovery._is_ours(group)
+    assert not is_ours(group)
 
 
 # The page.
@@ -403,7 +413,8 @@ def test_the_page_can_be_followed():
     steps = walk_through.steps_of(PAGE)
     commands = [command for step in steps if step.language == "console" for command, _ in step.commands]
     assert commands[:3] == ["kernelry new-plugin mine", "pip install -e ./mine", "kernelry conformance mine"]
-    assert len(re.findall(r"^```", PAGE, re.MULTILINE)) == 2 * len(steps), "every block is a step"
+    blocks = re.findall(r"^```(\w+)", PAGE, re.MULTILINE)
+    assert len(blocks) - blocks.count("text") == len(steps)  # every block but the log is a step
 
 
 def test_the_page_shows_what_is_generated():

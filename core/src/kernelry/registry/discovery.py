@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -25,12 +23,8 @@ from kernelry.masks.base import Mask
 from kernelry.policy.policy import Switches
 from kernelry.registry import hooks
 from kernelry.registry.contents import Fault, FaultKind, InstalledKernel, Plugin, Registry, claim_of
+from kernelry.registry.entry_points import GROUP, UNKNOWN, distribution_of, is_ours
 from kernelry.registry.hooks import CONTRACT, PROJECT, Ranking
-
-GROUP = "kernelry.plugins"
-_UNKNOWN = "unknown distribution"
-_ALIKE = 0.95
-"""How much of two texts is the same where one is likely the other misspelt: 0.97 where one letter is missing."""
 
 _logger = logging.getLogger("kernelry")
 
@@ -42,7 +36,7 @@ _CORE_NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
 
 def find() -> Registry:
     """Scans the entry points of this process and loads what the switches allow."""
-    points = [point for point in importlib_metadata.entry_points() if _is_ours(point.group)]
+    points = [point for point in importlib_metadata.entry_points() if is_ours(point.group)]
     # The first call may be made while JAX traces, which would leak tracers into constants of plugin modules.
     with jax.ensure_compile_time_eval():
         registry = build(points, Switches.unchecked().plugins)
@@ -58,27 +52,8 @@ def build(entry_points: Iterable[importlib_metadata.EntryPoint], allowed: tuple[
       entry_points: of the group `kernelry.plugins`, in any order; of any other group each is a fault.
       allowed: the entry-point names to load; None loads all.
     """
-    ordered = sorted(entry_points, key=lambda point: (point.name, _distribution(point), point.value))
+    ordered = sorted(entry_points, key=lambda point: (point.name, distribution_of(point), point.value))
     return _Builder(allowed).build(ordered)
-
-
-def _is_ours(group: str) -> bool:
-    """Whether a group is, or was meant to be, the group of plugins."""
-    if group == GROUP or group.partition(".")[0] == PROJECT:
-        return True
-    dotted = re.sub("[_-]", ".", group)
-    return dotted.startswith("k") and difflib.SequenceMatcher(None, dotted, GROUP).ratio() > _ALIKE
-
-
-def _distribution(point: importlib_metadata.EntryPoint) -> str:
-    """`name version`, read by hand: `point.dist.name` imports a parser of e-mails first, 20 ms."""
-    try:
-        text = (point.dist.read_text("METADATA") or point.dist.read_text("PKG-INFO")) if point.dist else None
-        lines = (text or "").partition("\n\n")[0].splitlines()
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        return f"{headers['name']} {headers['version']}"
-    except Exception:  # half uninstalled: the folder is there, the metadata is not
-        return _UNKNOWN
 
 
 class _Builder:
@@ -105,7 +80,7 @@ class _Builder:
         specs = self._kernels()
         kernels, contested = self._uncontested(specs)
         plugins = tuple(
-            Plugin(point.name, _distribution(point), point.value, point.name in enabled, _names(specs, point.name))
+            Plugin(point.name, distribution_of(point), point.value, point.name in enabled, _names(specs, point.name))
             for point in points
         )
         masks = self._mapping("kernelry_masks", "a mapping of names to Mask classes", _is_mask_class)
@@ -127,7 +102,7 @@ class _Builder:
         )
 
     def _fault(self, kind: FaultKind, plugin: str, detail: str, fix: str) -> None:
-        fault = Fault(kind, plugin, self.distributions.get(plugin, _UNKNOWN), detail, fix)
+        fault = Fault(kind, plugin, self.distributions.get(plugin, UNKNOWN), detail, fix)
         _logger.debug("plugin fault: %s", fault)
         self.faults.append(fault)
 
@@ -140,13 +115,13 @@ class _Builder:
     def _check_groups(self, points: Sequence[importlib_metadata.EntryPoint]) -> None:
         for point in points:
             if self.allowed is None or point.name in self.allowed:
-                self.distributions.setdefault(point.name, _distribution(point))
+                self.distributions.setdefault(point.name, distribution_of(point))
                 detail = f"the entry point {point.name} = {point.value!r} is in the group {point.group!r}"
                 fix = f"write [project.entry-points.{GROUP!r}] in pyproject.toml, and install it again"
                 self._fault(FaultKind.ENTRY_POINT, point.name, f"{detail}, which kernelry does not read", fix)
 
     def _load(self, name: str, points: list[importlib_metadata.EntryPoint]) -> None:
-        self.distributions[name] = " and ".join(_distribution(point) for point in points)
+        self.distributions[name] = " and ".join(distribution_of(point) for point in points)
         if len(points) > 1:
             detail = f"{self.distributions[name]} both register the plugin {name!r}; none of them is used"
             fix = "uninstall one of them, or rename the entry point of yours"
