@@ -14,7 +14,7 @@ import importlib_metadata
 from packaging.requirements import Requirement
 
 import kernelry
-from kernelry.cli.report import kernels_json
+from kernelry.cli.kernels import kernel_json
 from kernelry.kernel.capabilities import Capabilities, Feature, Gradient, Statistic
 from kernelry.kernel.refusal import RefusalCode
 from kernelry.kernel.spec import Environment, KernelSpec, Knowledge
@@ -209,7 +209,7 @@ def _head_dims(can: Capabilities) -> str:
 @functools.cache
 def _reservations() -> dict[str, list[str]]:
     """Why `auto` does not choose a kernel, by its name, as `kernelry list` says."""
-    return {row["name"]: row["reservations"] for row in kernels_json(installed.registry())["kernels"]}
+    return {name: kernel_json(kernel)["reservations"] for name, kernel in installed.registry().kernels.items()}
 
 
 def _needs(spec: KernelSpec) -> tuple[str, ...]:

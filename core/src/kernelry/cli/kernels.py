@@ -39,11 +39,12 @@ def show_list(
         if name not in found.kernels:
             raise ConfigError(sentence(f"no installed kernel is called {name!r}{nearest(name, found.kernels)}"))
     kernels = [found.kernels[name] for name in dict.fromkeys(names or ())] or list(found.kernels.values())
-    rows = [_as_json(kernel) for kernel in kernels]
+    rows = [kernel_json(kernel) for kernel in kernels]
     show(as_json, {"kernels": rows}, _parts(found, rows, in_full=everything or bool(names)))
 
 
-def _as_json(kernel: InstalledKernel) -> dict[str, Any]:
+def kernel_json(kernel: InstalledKernel) -> dict[str, Any]:
+    """What a kernel is and declares, as plain data."""
     can = kernel.spec.capabilities
     return {
         "name": kernel.name,
