@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 from rich.console import RenderableType
 
 from kernelry.cli.output import Paragraph
+from kernelry.errors import ConfigError, sentence
 from kernelry.kernel.refusal import RefusalCode
 from kernelry.registry import installed
 from kernelry.request.request import NEUTRAL
@@ -174,3 +175,22 @@ def _through(candidate: Candidate) -> str:
 
 def _is_elsewhere(candidate: Candidate) -> bool:
     return any(refusal.code is RefusalCode.PLATFORM for refusal in candidate.refusals)
+
+
+def advice_of(resolutions: Iterable[Resolution]) -> list[str]:
+    """What to do where no kernel serves, each piece of advice once."""
+    return list(dict.fromkeys(found.advice for found in resolutions if found.advice is not None))
+
+
+def check_names(resolutions: Sequence[Resolution]) -> None:
+    """Raises where a kernel was asked for by name that no installed plugin has.
+
+    Raises:
+      ConfigError: there is such a kernel.
+    """
+    for resolution in resolutions:
+        for candidate in resolution.candidates:
+            for refusal in candidate.refusals:
+                if refusal.code is RefusalCode.NOT_INSTALLED:
+                    asked = f"kernel {candidate.name!r}, by {resolution.rule}"
+                    raise ConfigError(sentence(f"{asked}: {refusal}"))

@@ -25,7 +25,7 @@ from kernelry.bench.results import Kind, Outcome, Result, Row, to_json
 from kernelry.bench.run import Bench
 from kernelry.bench.shapes import ACCELERATOR, CPU, named_cases
 from kernelry.bench.turns import REPEATS, quartiles
-from kernelry.cli import options
+from kernelry.cli import answer, options
 from kernelry.cli.output import Json, Rows, Text, progress, show
 from kernelry.cli.speeds import three_digits
 from kernelry.errors import ConfigError
@@ -161,7 +161,7 @@ def _check_names(cases: Sequence[Case], names: Sequence[str]) -> None:
     if cases and names:
         missing = missing_kernel(cases[0], names)
         if missing is not None:
-            options.check_names([missing])
+            answer.check_names([missing])
     Switches.of_process()  # a switch that is not valid is an error before anything is timed
 
 

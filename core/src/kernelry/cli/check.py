@@ -16,7 +16,7 @@ from rich.table import Table
 
 from kernelry.aot import LayerReport, NoCompilerError, Outcome, check_layers, topology_of
 from kernelry.aot.dumps import dumps_for
-from kernelry.cli import completion, options
+from kernelry.cli import answer, completion, options
 from kernelry.cli.output import Json, Paragraph, Rows, progress, show
 from kernelry.cli.speeds import speed_parts, three_digits
 from kernelry.models.model import LayerKind
@@ -52,7 +52,7 @@ def check(
             topology_of(name)
         for layer, shapes in layers:
             for each in shapes:
-                options.check_names(resolve_phases(layer, each, target=name, changes=False).all)
+                answer.check_names(resolve_phases(layer, each, target=name, changes=False).all)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     reports: dict[str, tuple[LayerReport, ...]] = {}
     with progress(*columns) as bar:
@@ -98,7 +98,7 @@ def _parts(reports: dict[str, tuple[LayerReport, ...]]) -> Iterator[RenderableTy
             if not report.ok:
                 verdicts.setdefault(report.verdict, []).append(report.name)
         yield from (Paragraph(f"{', '.join(phases)}: {verdict}", 2) for verdict, phases in verdicts.items())
-    yield from map(Paragraph, options.advice_of(report.resolution for found in reports.values() for report in found))
+    yield from map(Paragraph, answer.advice_of(report.resolution for found in reports.values() for report in found))
     yield Paragraph(
         f"MiB: arguments, outputs and temporaries of one device. FLOPs, bytes and roofline: {_bound(assumed)}; a "
         "decode step reads a full cache. Compiled, not run: this proves no numbers.",

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kernelry.cli import completion, options
+from kernelry.cli import answer, completion, options
 from kernelry.cli.output import Json, print_json, tell
 from kernelry.errors import ConfigError, KernelryError, followed
 from kernelry.models.model import LayerKind, config_of
@@ -64,7 +64,7 @@ def lock(
     for where, (name, layer) in itertools.product(targets, layers.items()):
         for sizes in model.shapes(layer):
             phases = resolve_phases(layer, sizes, target=where, changes=False)
-            options.check_names(phases.all)
+            answer.check_names(phases.all)
             found.extend(phases.all)
             locked = locked.merged(Lock.of(phases.all, _origin(name, where, sizes)))
             disagreements.update(dict.fromkeys(f"{_kind(layer)}{text}" for text in phases.disagreements))
@@ -73,12 +73,12 @@ def lock(
     gone = model.files.gone(Lock.read(file), layers, file.parent) if file.exists() else ()
     written = Lock(()) if nothing else locked.write(file, merge=True, gone=gone)
     if as_json:
-        told = {"unserved": unserved, "disagreements": list(disagreements), "advice": options.advice_of(found)}
+        told = {"unserved": unserved, "disagreements": list(disagreements), "advice": answer.advice_of(found)}
         print_json({"file": str(file), **written.to_json(), **told})
     else:
         _tell_written(file, layers, locked, written)
         tell(f"disagreement: {text}" for text in disagreements)
-        tell(options.advice_of(found))
+        tell(answer.advice_of(found))
     raise typer.Exit(1 if unserved else 0)
 
 
@@ -153,7 +153,7 @@ def _check(
         asked = dict.fromkeys(request for origin in origins for request in _asked_again(origin, layer))
         found = {request: explain(request, policy=config_of(layer).policy, changes=False) for request in asked}
         differences += _differences(locked, entries, found, name, files.arguments())
-        advice += options.advice_of(found.values())
+        advice += answer.advice_of(found.values())
     gone = files.gone(locked, layers, start)
     differences += (_gone(locked, name, files.arguments()) for name in gone)
     recorded = sum(not entry.origins for entry in locked.entries)

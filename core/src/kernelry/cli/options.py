@@ -19,13 +19,11 @@ from kernelry.cli import completion
 from kernelry.config.layer import HEADS, AttentionConfig
 from kernelry.config.loading import load_config, read_maxtext
 from kernelry.config.maxtext import Caller
-from kernelry.errors import ArgumentError, ConfigError, sentence
-from kernelry.kernel.refusal import RefusalCode
+from kernelry.errors import ArgumentError
 from kernelry.models.model import LayerKind, Model, config_of
 from kernelry.models.named import model_from
 from kernelry.phases.model_shape import CacheKind, CacheShape, ModelShape
 from kernelry.policy.lock import Lock
-from kernelry.resolution.explanation import Resolution
 
 Config = Annotated[Path | None, typer.Argument(help="a config whose [attention] table decides.")]
 MaxText = Annotated[
@@ -386,22 +384,3 @@ def takes(
         return with_options
 
     return decorated
-
-
-def advice_of(resolutions: Iterable[Resolution]) -> list[str]:
-    """What to do where no kernel serves, each piece of advice once."""
-    return list(dict.fromkeys(found.advice for found in resolutions if found.advice is not None))
-
-
-def check_names(resolutions: Sequence[Resolution]) -> None:
-    """Raises where a kernel was asked for by name that no installed plugin has.
-
-    Raises:
-      ConfigError: there is such a kernel.
-    """
-    for resolution in resolutions:
-        for candidate in resolution.candidates:
-            for refusal in candidate.refusals:
-                if refusal.code is RefusalCode.NOT_INSTALLED:
-                    asked = f"kernel {candidate.name!r}, by {resolution.rule}"
-                    raise ConfigError(sentence(f"{asked}: {refusal}"))
