@@ -507,7 +507,9 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_outputs_that_know_ascii_alone_get_plainer_signs():
-    least = next(t.value for t in Policy.shipped().thresholds if t.name == "cpu_blockwise_min_train_head_dim_128_kv_len")
+    least = next(
+        t.value for t in Policy.shipped().thresholds if t.name == "cpu_blockwise_min_train_head_dim_128_kv_len"
+    )
     shown = {
         ("mask", "causal", "--q-len", "128"): "# full   + partial   . empty",
         ("explain", "--target", "cpu", "--q-len", "64", "--kv-quantization", "int8"): "| -> | dot_product",
