@@ -81,6 +81,7 @@ def config(tmp_path, monkeypatch):
     (tmp_path / "config.toml").write_text("[attention]\ntype = 'local_sliding'\nwindow = 512\nsinks = true\n")
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="flywheel serves from Python 3.12 on, which the texts lack")
 @pytest.mark.parametrize("name", QUESTIONS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_explain_prints_what_was_looked_at(run, config, name, width):
