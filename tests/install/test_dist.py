@@ -118,21 +118,12 @@ class Environment:
         return done.stdout
 
 
-@pytest.fixture(scope="module")
-def environments():
-    """The environments that were made, by version: pytest may ask for them in any order."""
-    return {}
-
-
-@pytest.fixture(params=[pytest.param(version, marks=pytest.mark.xdist_group(version)) for version in PYTHONS])
-def environment(request, environments, tmp_path_factory):
-    version = request.param
-    if version not in environments:
-        python = interpreter(version)
-        if python is None:
-            pytest.skip(f"no Python {version} on this machine")
-        environments[version] = Environment(tmp_path_factory.mktemp(f"python-{version}"), python)
-    return environments[version]
+@pytest.fixture(scope="module", params=PYTHONS)
+def environment(request, tmp_path_factory):
+    python = interpreter(request.param)
+    if python is None:
+        pytest.skip(f"no Python {request.param} on this machine")
+    return Environment(tmp_path_factory.mktemp(f"python-{request.param}"), python)
 
 
 def test_requirements_are_met(environment):
