@@ -137,6 +137,7 @@ def test_a_named_kernel_that_refuses_says_why(case):
     assert "platform=cpu is not tpu" in row.reason
 
 
+@pytest.mark.sweep
 def test_training_compares_gradients():
     [case] = named_cases(["small-sinks"], HERE, lengths=[16], passes=[Pass.BOTH])
     [row] = Bench(("dot_product",), turns=1).run(case).timed
@@ -155,7 +156,7 @@ def test_a_peer_that_can_express_a_shape_is_timed_and_others_say_why(case):
     assert "not an array each" in peers.PEERS[0].why_not(absorbed.request)
 
 
-@pytest.mark.parametrize("name", ["small-window", "small-packed"])
+@pytest.mark.parametrize("name", [pytest.param("small-window", marks=pytest.mark.sweep), "small-packed"])
 def test_a_peer_computes_the_mask_of_the_case(name):
     [case] = named_cases([name], HERE, lengths=[300], passes=[Pass.FORWARD])
     arguments = case.arguments()

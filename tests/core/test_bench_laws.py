@@ -32,6 +32,7 @@ HERE = Target("cpu")
 HEAD_DIM, VALUE_DIM = 8, 4
 SMALL = {"small": 32, "small-window": 300, "small-sinks": 160, "small-packed": 64, "small-mla-decode": 32}
 """Lengths at which masks still hide something, and nothing takes long."""
+_SAMPLED = ("small-sinks", "small-mla-decode")
 
 
 def brute_force(mask, mode, q_len, kv_len):
@@ -251,7 +252,9 @@ def of_shape(name, which):
     return case, arguments, Truth(case, arguments)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name not in _SAMPLED)) for name in SMALL]
+)
 def test_the_truth_of_a_forward_pass_is_that_of_the_oracle(name):
     which = Pass.DECODE if name.endswith("decode") else Pass.FORWARD
     case, arguments, truth = of_shape(name, which)
@@ -276,6 +279,7 @@ def test_a_right_kernel_is_right_and_spoilt_gradients_are_not():
     assert truth.errors((loss, (spoilt["NaN"], *others)))["d_query"] == math.inf
 
 
+@pytest.mark.sweep
 def test_another_mask_is_wrong():
     config = AttentionConfig(q_heads=2, head_dim=8)
     shape = ModelShape(q_len=32, max_len=32, dtype="float32")

@@ -129,8 +129,10 @@ class Result:
 
     @property
     def faults(self) -> list[str]:
-        """Kernels whose result is wrong, or that failed, one line each."""
-        found = [row for row in self.rows if row.outcome in (Outcome.WRONG, Outcome.FAILED) and row.kind is Kind.KERNEL]
+        """Kernels, and `auto`, whose result is wrong or that failed, one line each; not peers."""
+        found = [
+            row for row in self.rows if row.outcome in (Outcome.WRONG, Outcome.FAILED) and row.kind is not Kind.PEER
+        ]
         return [f"{self.case}: {row.name}: {row.outcome.value}: {row.reason}" for row in found]
 
     @property

@@ -38,7 +38,7 @@ _OF_SHAPES = ("batch",)
 """The shared options that change named shapes, too."""
 
 
-@options.takes(options.ModelOptions, without=_OWN_SIZES)
+@options.takes(options.ModelOptions, *_OWN_SIZES)
 def bench(
     model: options.ModelOptions,
     *,

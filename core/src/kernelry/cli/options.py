@@ -9,7 +9,7 @@ import itertools
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, final
 
@@ -360,20 +360,16 @@ def check_encoder(encoder_len: int | None, model: str | None) -> None:
 _Options = TypeVar("_Options")
 
 
-def takes(
-    options: Callable[..., _Options], *, without: Collection[str] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(options: Callable[..., _Options], *without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that gives a verb the options of a dataclass, which it receives as its first argument.
 
-    Args:
-      options: the dataclass.
-      without: the options that the verb does not take so, and which keep their defaults.
+    Those that it is `without` keep their defaults.
     """
 
     def decorated(verb: Callable[..., None]) -> Callable[..., None]:
         _, *own = inspect.signature(verb, eval_str=True).parameters.values()
-        parameters = inspect.signature(options, eval_str=True).parameters
-        shared = {name: each for name, each in parameters.items() if name not in without}
+        every = inspect.signature(options, eval_str=True).parameters
+        shared = {name: each for name, each in every.items() if name not in without}
 
         @functools.wraps(verb)
         def with_options(**given: Any) -> None:
