@@ -38,6 +38,9 @@ WIDE = ("kernels.md", "matrix.md", "support.md")
 _SUPPORT = "<!-- support matrix -->"
 _CODE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _TESTS = re.compile(r"^  `(tests/[^`]+::[^`]+)`$", re.MULTILINE)
+_ROW = re.compile(r"<tr>.*?</tr>", re.DOTALL)
+_CELL = re.compile(r"<(?P<kind>t[hd])(?P<style>[^>]*)>(?P<text>.*?)</t[hd]>", re.DOTALL)
+_TAG = re.compile(r"<[^>]+>")
 _LINK = re.compile(r"(?<!\!)\[(?P<text>[^\[\]]*)\]\((?P<path>[^)#:\s]*)(?P<heading>#[^)\s]*)?\)")
 
 
@@ -58,9 +61,51 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
     markdown = mask_pictures.with_pictures(markdown)
+    page.meta.setdefault("description", described(markdown))
     markdown = _TESTS.sub(r'  <br><code class="test">\1</code>', markdown)
-    source = Path(page.file.abs_src_path or "").relative_to(ROOT).as_posix()
-    return outside_code(markdown, lambda text: _LINK.sub(lambda link: _linked(link, source, page.file.src_uri), text))
+    source, titles = Path(page.file.abs_src_path or "").relative_to(ROOT).as_posix(), titles_of(config.nav or [])
+    return outside_code(
+        markdown, lambda text: _LINK.sub(lambda link: _linked(link, source, page.file.src_uri, titles), text)
+    )
+
+
+def titles_of(nav: list[Any]) -> dict[str, str]:
+    """The titles that mkdocs.yml gives to pages, by their paths."""
+    titles: dict[str, str] = {}
+    for entry in nav:
+        if isinstance(entry, dict):
+            for title, under in entry.items():
+                titles |= titles_of(under) if isinstance(under, list) else {under: title}
+    return titles
+
+
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Returns the page with its column's heading in each cell, for narrow screens, where a row is shown as a list."""
+    return re.sub(r"<table>.*?</table>", lambda table: _with_headings(table.group()), html, flags=re.DOTALL)
+
+
+def _with_headings(table: str) -> str:
+    headings = [_TAG.sub("", cell["text"]).strip() for cell in _CELL.finditer(table) if cell["kind"] == "th"]
+
+    def row(found: re.Match[str]) -> str:
+        names = iter(headings)
+        return _CELL.sub(lambda cell: _with_heading(cell, next(names, "")), found.group())
+
+    return _ROW.sub(row, table)
+
+
+def _with_heading(cell: re.Match[str], heading: str) -> str:
+    if cell["kind"] == "th":
+        return cell.group()
+    name = heading.replace('"', "&quot;")
+    return f'<td{cell["style"]} data-heading="{name}">{cell["text"]}</td>'
+
+
+def described(markdown: str) -> str:
+    """The first paragraph of a page, as plain text: what search engines show of it."""
+    paragraphs = (part.strip() for part in _CODE.sub("", markdown).split("\n\n"))
+    first = next((part for part in paragraphs if part[:1].isalpha() or part[:1] == "`"), "")
+    return re.sub(r"[`*]", "", _LINK.sub(lambda link: link["text"], first)).replace("\n", " ").replace('"', "'")
 
 
 def outside_code(markdown: str, changed: Any) -> str:
@@ -72,17 +117,20 @@ def outside_code(markdown: str, changed: Any) -> str:
     return "".join([*parts, changed(markdown[start:])])
 
 
-def _linked(link: re.Match[str], source: str, page: str) -> str:
-    """A link of the file `source`, whose page is `page`, as a link between pages or as the path of a file."""
+def _linked(link: re.Match[str], source: str, page: str, titles: dict[str, str]) -> str:
+    """A link of the file `source`, whose page is `page`, as a link between pages or as the path of a file.
+
+    A link whose text is the name of a page's file has the page's title instead.
+    """
     text, path, heading = link["text"], link["path"], link["heading"] or ""
     if not path:
         return link.group()
     target = _normal(PurePosixPath(source).parent / path)
     target = INSTEAD.get(target, target)
-    if target in ELSEWHERE:
-        return f"[{text}]({_relative(ELSEWHERE[target], page)}{heading})"
-    if target.startswith("docs/") and (ROOT / target).is_file():
-        return f"[{text}]({_relative(target.removeprefix('docs/'), page)}{heading})"
+    if target in ELSEWHERE or (target.startswith("docs/") and (ROOT / target).is_file()):
+        to = ELSEWHERE.get(target, target.removeprefix("docs/"))
+        text = titles.get(to, text) if text.endswith(".md") else text
+        return f"[{text}]({_relative(to, page)}{heading})"
     if not (ROOT / target).exists():
         return link.group()  # mkdocs warns about it
     return f"`{target}`" if text.strip("`") == target else f"{text} (`{target}`)"

@@ -24,10 +24,13 @@ OVERFLOW = """() => {
         return box.width && box.right > width + 1 && !inBox(element);
     });
     const broken = [...document.images].filter((image) => !(image.complete && image.naturalWidth));
+    const cut = [...document.querySelectorAll(".md-typeset__scrollwrap")]
+        .filter((box) => box.scrollWidth > box.clientWidth + 1);
     const said = (element) => element.tagName + ": " + (element.textContent || element.src).slice(0, 80);
-    return {page: document.documentElement.scrollWidth - innerWidth, wide: wide.map(said), broken: broken.map(said)};
+    return {page: document.documentElement.scrollWidth - innerWidth, wide: [...wide, ...cut].map(said),
+            broken: broken.map(said)};
 }"""
-"""What is wider than the page and not in a box that scrolls; and images that did not load."""
+"""What is wider than the page and not in a box that scrolls; tables that must be scrolled; images that did not load."""
 
 NO_SEARCH = "window.Worker = class extends EventTarget { postMessage() {} terminate() {} };"
 """Each page would index the whole site for its search, which takes longer than to show it."""
@@ -77,6 +80,14 @@ def test_every_page_opens_without_errors_and_fits_at_the_widths_of_a_desktop_and
             if found["page"] > 0 or found["wide"] or found["broken"]:
                 wrong[_address(path), width] = found
     assert wrong == {}
+
+
+def test_pages_are_described_and_name_each_other_by_their_titles():
+    text = (SITE / "choosing" / "index.html").read_text(encoding="utf-8")
+    assert '<meta name="description" content="Kernels are chosen by name (kernel=' in text
+    assert '<a href="../tuning/">Tuning</a>' in text
+    named = [_address(path) for path in _pages() if ".md</a>" in path.read_text(encoding="utf-8")]
+    assert named == []
 
 
 def test_every_link_leads_somewhere():
