@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,8 +84,26 @@ def refuse_differences(first: Mapping[str, str], second: Mapping[str, str]) -> N
         raise DistError(f"two builds of the same commit differ in {', '.join(names)}")
 
 
+def refuse_incomplete(built: Path, licence: bytes) -> None:
+    """Raises DistError where versions differ, or where a wheel lacks the licence or a package of it its `py.typed`."""
+    wheels = sorted(built.glob("*.whl"))
+    versions = {wheel.name: wheel.name.split("-")[1] for wheel in wheels}
+    if len(set(versions.values())) > 1:
+        raise DistError(f"the distributions are not of one version: {', '.join(versions)}")
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as opened:
+            names = opened.namelist()
+            texts = [opened.read(name) for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+        if texts != [licence]:
+            raise DistError(f"{wheel.name} lacks the repository's LICENSE: copy it next to pyproject.toml.")
+        packages = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
+        for marker in sorted({f"{package}/py.typed" for package in packages} - set(names)):
+            raise DistError(f"{wheel.name} lacks {marker}: add the empty file to the package.")
+
+
 def check(tree: Path, built: Path) -> None:
-    """Raises DistError where metadata is incomplete, or a wheel is not exactly the packages of its distribution."""
+    """Raises DistError where something is missing, or a wheel is not exactly the packages of its distribution."""
+    refuse_incomplete(built, (tree / "LICENSE").read_bytes())
     run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", *sorted(built.iterdir()))
     for folder in distributions(tree):
         name = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
@@ -97,7 +116,7 @@ def release(repository: Path, outdir: Path) -> dict[str, str]:
     """Builds and checks everything, and returns the SHA-256 of each file by its name.
 
     Raises:
-        DistError: the tree has changes, two builds differ, or a file does not pass its checks.
+        DistError: the tree has changes, two builds or versions differ, or a file does not pass its checks.
     """
     refuse_changes(repository)
     commit_time = run("git", "log", "-1", "--format=%ct", cwd=repository).strip()

@@ -1,6 +1,7 @@
 """`tools/dist.py` refuses what must not be released. What it builds is tested by tests/install/test_dist.py."""
 
 import subprocess
+import zipfile
 
 import dist
 import pytest
@@ -48,6 +49,38 @@ def test_what_is_released_is_the_core_and_every_plugin():
 def test_builds_that_differ_are_refused(second):
     with pytest.raises(dist.DistError, match=r"differ in b\.whl"):
         dist.refuse_differences({"a.whl": "1", "b.whl": "2"}, second)
+
+
+def wheel(folder, *, version="0.1.0", licence=b"Apache", files=("a/__init__.py", "a/py.typed"), name="a"):
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as opened:
+        for path in files:
+            opened.writestr(path, b"")
+        if licence is not None:
+            opened.writestr(f"{name}-{version}.dist-info/licenses/LICENSE", licence)
+
+
+def test_wheels_of_one_version_with_licence_and_types_are_taken(tmp_path):
+    wheel(tmp_path)
+    wheel(tmp_path, name="b")
+    dist.refuse_incomplete(tmp_path, b"Apache")
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"version": "0.2.0"}, r"not of one version: a-0\.1\.0-py3-none-any\.whl, b-0\.2\.0-py3-none-any\.whl"),
+        ({"licence": None}, r"b-0\.1\.0.* lacks the repository's LICENSE"),
+        ({"licence": b"MIT"}, r"b-0\.1\.0.* lacks the repository's LICENSE"),
+        ({"files": ("a/__init__.py", "a/py.typed", "c/__init__.py")}, r"b-0\.1\.0.* lacks c/py\.typed"),
+    ],
+    ids=["version", "no licence", "another licence", "no types"],
+)
+def test_a_wheel_that_is_incomplete_or_of_another_version_is_refused(tmp_path, facts, told):
+    wheel(tmp_path)
+    wheel(tmp_path, name="b", **facts)
+    with pytest.raises(dist.DistError, match=told):
+        dist.refuse_incomplete(tmp_path, b"Apache")
 
 
 def test_a_command_that_fails_says_what_it_wrote():

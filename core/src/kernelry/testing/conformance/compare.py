@@ -104,7 +104,8 @@ def close(name: str, found: Any, expected: Any, tolerance: float) -> None:
     if not wrong.any():
         return
     first = tuple(int(index) for index in np.argwhere(wrong)[0])
-    distance = np.abs(mine - theirs)[wrong & finite & np.isfinite(mine)].max(initial=0.0)
+    both = wrong & finite & np.isfinite(mine)
+    distance = np.abs(mine[both] - theirs[both]).max(initial=0.0)
     raise MismatchError(
         f"{name} is wrong in {int(wrong.sum())} of {wrong.size} places, by up to {distance:.3g} where {allowed:.3g} "
         f"is allowed; e.g. at {first} it is {mine[first]:.6g}, not {theirs[first]:.6g}"
