@@ -156,7 +156,7 @@ def _unwritten(error: OSError) -> int:
 
 def _leave_the_rest() -> None:
     """What is left of the output is flushed when Python ends: to nowhere."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
