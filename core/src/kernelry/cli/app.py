@@ -6,7 +6,9 @@ import contextlib
 import functools
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, final
@@ -99,6 +101,7 @@ def run(name: str = "kernelry") -> int:
       name: the command's, for messages about its usage.
     """
     survive_narrow_encodings()
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
     try:
         with warnings.catch_warnings():
             # Faults are what `doctor` prints; the other verbs point there.
@@ -108,6 +111,8 @@ def run(name: str = "kernelry") -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         return _unread()
+    except OSError as error:
+        return _unwritten(error)
     except KeyboardInterrupt:
         status = 130
     return status
@@ -128,7 +133,7 @@ def _status(name: str) -> int:
         if isinstance(stop.__context__, BrokenPipeError):  # rich and click raise it in its place
             raise stop.__context__ from None
         return stop.code if isinstance(stop.code, int) else 0
-    except BrokenPipeError:
+    except OSError:
         raise
     except Exception as error:
         return _status_of(error)
@@ -137,9 +142,32 @@ def _status(name: str) -> int:
 
 def _unread() -> int:
     """The status where what reads the output was closed, as `| head` is: that of a shell for SIGPIPE."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed when Python ends
+    _leave_the_rest()
     return 141
+
+
+def _unwritten(error: OSError) -> int:
+    """The status where a file or the output could not be read or written, e.g. as the disk is full."""
+    _leave_the_rest()
+    where = "the output" if error.filename is None else error.filename
+    sys.stderr.write(f"cannot read or write {where}: {error.strerror or error}; free space there, or name another.\n")
+    return 2
+
+
+def _leave_the_rest() -> None:
+    """What is left of the output is flushed when Python ends: to nowhere."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unraisable(otherwise: Callable[[Any], object], ignored: Any) -> None:
+    """Interrupts once more where Ctrl-C met a callback of the garbage collector, as JAX has one: it is lost there."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        again = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+        again.daemon = True
+        again.start()
+    else:
+        otherwise(ignored)
 
 
 def _status_of(error: Exception) -> int:

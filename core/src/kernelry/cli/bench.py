@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -26,9 +25,10 @@ from kernelry.bench.run import Bench
 from kernelry.bench.shapes import ACCELERATOR, CPU, named_cases
 from kernelry.bench.turns import REPEATS, quartiles
 from kernelry.cli import answer, options
-from kernelry.cli.output import Json, Rows, Text, progress, show
+from kernelry.cli.output import Json, Paragraph, Rows, Text, progress, show
 from kernelry.cli.speeds import three_digits
 from kernelry.errors import ConfigError
+from kernelry.kernel.spec import AUTO
 from kernelry.policy.policy import Switches
 from kernelry.request.target import Target, home_target
 
@@ -85,7 +85,7 @@ def bench(
     """How fast the kernels are here that serve a config, a model, or named shapes, next to a matrix product and a copy.
 
     With neither a config, a model nor a shape, the named shapes for this platform are timed. Results are compared with
-    float32 first. Status 1: a kernel is wrong, or failed.
+    float32 first. Status 1: a kernel is wrong, or failed, or one that was asked for serves no case.
     """
     if listed:
         show(as_json, _shapes_json(), [_shapes_table()])
@@ -102,7 +102,7 @@ def bench(
     results, not_reached, failures = _run(runner, cases)
     groups = series_of(results)
     data = to_json(results, [*map(str, not_reached)], groups)
-    data["faults"] += failures
+    data["faults"] += [*failures, *_unserved(results, names or (AUTO,))]
     if out is not None:
         out.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     drawn = "" if plot is None else picture.draw(groups, data["machine"], plot)
@@ -187,6 +187,14 @@ def _run(runner: Bench, cases: Sequence[Case]) -> tuple[list[Result], list[Case]
     return results, [], failures
 
 
+def _unserved(results: Sequence[Result], names: Sequence[str]) -> Iterator[str]:
+    """A line for each kernel that was asked for and refuses every case: there is nothing to time."""
+    for name in names:
+        rows = [row for result in results for row in result.rows if row.name == name]
+        if rows and all(row.outcome is Outcome.REFUSED for row in rows):
+            yield f"{name} serves no case: {rows[0].reason}"
+
+
 def _parts(
     results: Sequence[Result], groups: Sequence[Series], data: dict[str, Any], *, every: bool, drawn: str
 ) -> Iterator[RenderableType]:
@@ -205,7 +213,7 @@ def _parts(
         yield from map(Text, crossings)
     yield Text("")
     if always and not every:
-        yield Text(f"refused everywhere (--all says why): {', '.join(always)}")
+        yield Paragraph(f"refused everywhere (--all says why): {', '.join(always)}")
     yield Text(
         "ms: median, and quartiles of its turns. product, copy: share of the rate of a matrix product and of the bytes "
         "of a copy, timed in the same turns; work is counted from the request."
@@ -240,7 +248,7 @@ def _case_parts(result: Result, always: Sequence[str], *, every: bool) -> Iterat
     else:
         yield Text(title)
     for line in (about, *_remarks(result), *_untimed(result, always, every=every)):
-        yield Padding(Text(line), (0, 0, 0, 2), expand=False)
+        yield Paragraph(line, indent=2, hang=0)
 
 
 def _sizes(result: Result) -> str:
