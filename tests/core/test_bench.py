@@ -152,6 +152,9 @@ def test_a_peer_that_can_express_a_shape_is_timed_and_others_say_why(case):
     assert "needs an NVIDIA GPU" in rows["jax.nn cudnn"].reason
     [sinks] = named_cases(["small-sinks"], HERE, lengths=[16], passes=[Pass.FORWARD])
     assert "no such argument" in peers.PEERS[0].why_not(sinks.request)
+    for changed in ({"precision": "highest"}, {"logits_dtype": "bfloat16"}):
+        asked = dataclasses.replace(case.request, **changed)
+        assert "no such argument" in peers.PEERS[0].why_not(asked), changed
     [absorbed] = named_cases(["small-mla-decode"], HERE, lengths=[16])
     assert "not an array each" in peers.PEERS[0].why_not(absorbed.request)
 

@@ -256,6 +256,8 @@ def test_names_are_completed(complete):
     assert complete("conformance", "splash", "pal") == ["pallas_decode", "pallas_flash", "pallas_mha"]
     assert complete("explain", "--kernel", "au") == ["auto"]
     assert complete("explain", "--model", "no-such") == [""]
+    assert complete("bench", "--pass", "for") == ["forward", "forward+backward"]
+    assert complete("bench", "--shape", "small-mla") == ["small-mla", "small-mla-decode"]
 
 
 def test_bash_divides_words_at_colons_and_replaces_what_follows(complete):

@@ -16,9 +16,14 @@ import jax.numpy as jnp
 from kernelry.bench.cases import Case
 from kernelry.masks.band import Causal, Full, SlidingWindow
 from kernelry.masks.base import Mask
-from kernelry.request.request import Request
+from kernelry.request.request import NEUTRAL, Request
 
 _IMPLEMENTATIONS = ("xla", "cudnn")
+_NO_ARGUMENT = (
+    *("soft_cap", "sinks", "dropout_rate", "normalization", "logits_dtype", "precision"),
+    *("partial", "max_logits"),
+)
+"""Fields of a request that `jax.nn.dot_product_attention` has no argument for."""
 
 
 @final
@@ -41,8 +46,8 @@ class Peer:
         """Why it cannot compute a request; None where it can."""
         if self.implementation == "cudnn" and request.target.platform != "gpu":
             return f"needs an NVIDIA GPU; this is {request.target.platform}"
-        for name in ("soft_cap", "sinks", "dropout_rate", "partial", "max_logits"):
-            if value := getattr(request, name, None):
+        for name in _NO_ARGUMENT:
+            if (value := getattr(request, name)) != NEUTRAL[name]:
                 return f"{name}={value}: jax.nn.dot_product_attention has no such argument"
         if not request.has_plain_kv:
             return "keys and values that are not an array each"

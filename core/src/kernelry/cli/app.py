@@ -101,7 +101,8 @@ def run(name: str = "kernelry") -> int:
       name: the command's, for messages about its usage.
     """
     survive_narrow_encodings()
-    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+    otherwise = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unraisable, otherwise)
     try:
         with warnings.catch_warnings():
             # Faults are what `doctor` prints; the other verbs point there.
@@ -115,6 +116,8 @@ def run(name: str = "kernelry") -> int:
         return _unwritten(error)
     except KeyboardInterrupt:
         status = 130
+    finally:
+        sys.unraisablehook = otherwise
     return status
 
 

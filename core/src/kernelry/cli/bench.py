@@ -24,7 +24,7 @@ from kernelry.bench.results import Kind, Outcome, Result, Row, to_json
 from kernelry.bench.run import Bench
 from kernelry.bench.shapes import ACCELERATOR, CPU, named_cases
 from kernelry.bench.turns import REPEATS, quartiles
-from kernelry.cli import answer, options
+from kernelry.cli import answer, completion, options
 from kernelry.cli.output import Json, Paragraph, Rows, Text, progress, show
 from kernelry.cli.speeds import three_digits
 from kernelry.errors import ConfigError
@@ -53,19 +53,35 @@ def bench(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="of query, key and value; default bfloat16, or that of the shape."),
+        typer.Option(
+            "--dtype",
+            help="of query, key and value; default bfloat16, or that of the shape.",
+            autocompletion=completion.dtypes,
+        ),
     ] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="a named shape in place of a config; --list shows them; may be repeated."),
+        typer.Option(
+            metavar="NAME",
+            help="a named shape in place of a config; --list shows them; may be repeated.",
+            autocompletion=completion.shapes,
+        ),
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Show the named shapes, and time nothing.")] = False,
     which: Annotated[
         list[str] | None,
-        typer.Option("--pass", help="forward, forward+backward or decode; default all; may be repeated."),
+        typer.Option(
+            "--pass",
+            help="forward, forward+backward or decode; default all; may be repeated.",
+            autocompletion=completion.passes,
+        ),
     ] = None,
     kernel: Annotated[
-        list[str] | None, typer.Option(help="a kernel to time; default: all that serve the call; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="a kernel to time; default: all that serve the call; may be repeated.",
+            autocompletion=completion.kernel_names,
+        ),
     ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Time jax.nn.dot_product_attention, too.")] = False,
     turns: Annotated[int, typer.Option(min=1, help="how often each kernel is timed, in turn with the others.")] = (

@@ -47,11 +47,25 @@ def _modes() -> Iterable[str]:
     return (mode.value for mode in Mode)
 
 
+def _shapes() -> Iterable[str]:
+    from kernelry.bench.shapes import ACCELERATOR, CPU
+
+    return *ACCELERATOR, *CPU
+
+
+def _passes() -> Iterable[str]:
+    from kernelry.bench.cases import Pass
+
+    return (which.value for which in Pass)
+
+
 kernel_names = _completer(_kernels)
 kernels_or_auto = _completer(lambda: ("auto", *_kernels()))
 targets = _completer(_targets)
 models = _completer(_models)
 modes = _completer(_modes)
+shapes = _completer(_shapes)
+passes = _completer(_passes)
 dtypes = _completer(lambda: ("bfloat16", "float16", "float32", "float64"))
 
 
