@@ -25,12 +25,12 @@ OVERFLOW = """() => {
     });
     const broken = [...document.images].filter((image) => !(image.complete && image.naturalWidth));
     const cut = [...document.querySelectorAll(".md-typeset__scrollwrap")]
-        .filter((box) => box.scrollWidth > box.clientWidth + 1);
+        .filter((box) => innerWidth < 600 && box.scrollWidth > box.clientWidth + 1);
     const said = (element) => element.tagName + ": " + (element.textContent || element.src).slice(0, 80);
     return {page: document.documentElement.scrollWidth - innerWidth, wide: [...wide, ...cut].map(said),
             broken: broken.map(said)};
 }"""
-"""What is wider than the page and not in a box that scrolls; tables that must be scrolled; images that did not load."""
+"""What is wider than the page and not in a box that scrolls; on a phone, tables that must be scrolled; images that did not load."""
 
 NO_SEARCH = "window.Worker = class extends EventTarget { postMessage() {} terminate() {} };"
 """Each page would index the whole site for its search, which takes longer than to show it."""
