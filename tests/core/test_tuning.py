@@ -138,6 +138,17 @@ def test_the_operands_of_a_decode_step_see_the_whole_cache():
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("how", ["int8", "int4", "float8_e4m3fn"])
+@pytest.mark.parametrize("pages", ["contiguous:", "paged:16:"])
+def test_quantised_operands_have_variance_1_as_others_do(how, pages):
+    """With larger logits a softmax sees one key, and rounding decides which: nothing could be compared."""
+    job = jobs(shape=dataclasses.replace(SHAPE, cache=f"{pages}{how}"))["decode"]
+    for stored in operands(job.call)[1:3]:
+        array = stored.gather() if pages == "paged:16:" else stored
+        plain = np.asarray(array.dequantize(), np.float64)
+        assert plain.std() == pytest.approx(1, abs=0.15)
+
+
 # Timing, with a clock that tells the work of a call
 
 

@@ -18,7 +18,7 @@ from kernelry.masks.composition import And, At, Not, Or
 from kernelry.masks.positions import Positions, TracedOffset, TracedPositions
 from kernelry.phases.calls import PhaseCall
 from kernelry.request.request import Request
-from kernelry.storage import PagedArray
+from kernelry.storage import PagedArray, QuantizedArray
 
 
 def operands(call: PhaseCall) -> tuple[Any, ...]:
@@ -36,14 +36,24 @@ def _filled(shapes: Any, random: np.random.Generator) -> Any:
         rows, pages = shapes.table.shape
         table = np.arange(rows * pages, dtype=np.int32).reshape(rows, pages) % jax.tree.leaves(shapes.pages)[0].shape[0]
         return PagedArray(_filled(shapes.pages, random), jnp.asarray(table), shapes.interleaved)
+    if isinstance(shapes, QuantizedArray):
+        return _quantized(shapes, random)
 
     def array(leaf: Any) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jnp.integer):  # quantised
-            largest = 7 if leaf.dtype == jnp.int4 else 127
-            return jnp.asarray(random.integers(-largest, largest, leaf.shape, np.int8)).astype(leaf.dtype)
         return jnp.asarray(random.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
 
     return jax.tree.map(array, shapes)
+
+
+def _quantized(shapes: QuantizedArray, random: np.random.Generator) -> QuantizedArray:
+    """Of variance 1, as what is not quantised: larger logits would leave a softmax of one key, and nothing to compare."""
+    dtype = shapes.values.dtype
+    if jnp.issubdtype(dtype, jnp.integer):
+        largest = 7 if dtype == jnp.int4 else 127
+        values, size = random.integers(-largest, largest, shapes.values.shape, np.int8, endpoint=True), 3**0.5 / largest
+    else:
+        values, size = random.standard_normal(shapes.values.shape, np.float32), 1.0
+    return QuantizedArray(jnp.asarray(values).astype(dtype), jnp.full(shapes.scale.shape, size, shapes.scale.dtype))
 
 
 def _valued(mask: Mask, request: Request) -> Mask:
