@@ -46,7 +46,7 @@ def _filled(shapes: Any, random: np.random.Generator) -> Any:
 
 
 def _quantized(shapes: QuantizedArray, random: np.random.Generator) -> QuantizedArray:
-    """Of variance 1, as what is not quantised: larger logits would leave a softmax of one key, and nothing to compare."""
+    """Of variance 1, as arrays are: with larger logits a softmax sees one key, and rounding decides which."""
     dtype = shapes.values.dtype
     if jnp.issubdtype(dtype, jnp.integer):
         largest = 7 if dtype == jnp.int4 else 127
