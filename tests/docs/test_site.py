@@ -30,7 +30,7 @@ OVERFLOW = """() => {
     return {page: document.documentElement.scrollWidth - innerWidth, wide: [...wide, ...cut].map(said),
             broken: broken.map(said)};
 }"""
-"""What is wider than the page and in no box that scrolls; on a phone, tables to be scrolled; images that did not load."""
+"""What is wider than the page, in no box that scrolls; on a phone, tables to be scrolled; images that did not load."""
 
 NO_SEARCH = "window.Worker = class extends EventTarget { postMessage() {} terminate() {} };"
 """Each page would index the whole site for its search, which takes longer than to show it."""
