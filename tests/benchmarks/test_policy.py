@@ -259,6 +259,8 @@ def test_the_table_has_every_rule_with_its_source_and_both_regrets(data, capsys)
     assert "predicted by libtpu" in told
     assert "published by tokamax" in told
     assert told.splitlines()[-1].count("(204)") == 2
+    page = (RESULTS.parents[1] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    assert told.splitlines()[-1].split() in [line.split() for line in page.splitlines()]
 
 
 def test_a_stale_file_fails_the_check(monkeypatch, tmp_path, data, capsys):
