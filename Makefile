@@ -34,7 +34,8 @@ TEST_NEEDS := "pytest>=8.3" "pytest-xdist>=3.6" "pytest-randomly>=3.16" "hypothe
 TEST_NEEDS_ALONE := "safetensors>=0.5" "tokenizers>=0.21"
 LINT_NEEDS := "ruff>=0.9" "mypy>=1.14" "import-linter>=2.1" types-PyYAML
 # playwright drives the Chromium that is installed; it downloads none.
-DOCS_NEEDS := "mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10" "mkdocstrings>=1,<2" "mkdocstrings-python>=2,<3" "playwright>=1.50,<2"
+# ruff divides long signatures into lines.
+DOCS_NEEDS := "mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10" "mkdocstrings>=1,<2" "mkdocstrings-python>=2,<3" "playwright>=1.50,<2" "ruff>=0.9"
 MANIFESTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
 
 .PHONY: demo serve minilm test test-all test-sweep test-versions test-te test-install test-fuzz coverage mutation test-maxtext test-aot test-aot-tpu test-aot-gpu aot-environment test-flash flash-environment \

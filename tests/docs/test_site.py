@@ -1,6 +1,8 @@
 """The built site: every page opens at two widths without errors, and every link, anchor, picture and name is there."""
 
 import functools
+import html
+import re
 import urllib.parse
 from html.parser import HTMLParser
 from pathlib import Path
@@ -175,3 +177,8 @@ def test_every_public_name_is_in_the_reference(module):
     page = "kernelry" if module in TOGETHER else module.removeprefix("kernelry.")
     ids = _page(SITE / "reference" / page / "index.html").ids
     assert [name for name in PAGES[module] if f"{module}.{name}" not in ids] == []
+
+
+def test_a_long_signature_has_a_line_for_each_parameter():
+    page = (SITE / "reference" / "kernelry" / "index.html").read_text(encoding="utf-8")
+    assert "attention(\n    query: " in html.unescape(re.sub("<[^>]+>", "", page))
