@@ -79,6 +79,12 @@ class Row:
         return self.outcome is Outcome.TIMED and self.program is not None and bool(self.program.times)
 
     @property
+    def median(self) -> float:
+        """Milliseconds of a call; of one that has a program."""
+        assert self.program is not None
+        return self.program.median
+
+    @property
     def plan(self) -> str:
         """The kernel, with the adapters around it."""
         if self.resolution is None or self.resolution.plan is None:
@@ -107,7 +113,7 @@ class Result:
     @property
     def timed(self) -> list[Row]:
         """Rows with times, the fastest first."""
-        return sorted((row for row in self.rows if row.is_timed), key=_median)
+        return sorted((row for row in self.rows if row.is_timed), key=lambda row: row.median)
 
     @property
     def fastest(self) -> Row | None:
@@ -125,7 +131,7 @@ class Result:
         best = self.fastest
         if auto is None or best is None or not auto.is_timed:
             return None
-        return _median(best) / _median(auto)
+        return best.median / auto.median
 
     @property
     def faults(self) -> list[str]:
@@ -142,7 +148,7 @@ class Result:
 
     def rates(self, row: Row) -> dict[str, float]:
         """FLOP/s and bytes/s of a row with times, and their shares of what the device does."""
-        seconds = _median(row) / 1e3
+        seconds = row.median / 1e3
         found = {"flops_per_second": self.work.flops / seconds, "bytes_per_second": self.work.bytes / seconds}
         found["of_matrix_product"] = found["flops_per_second"] / self.rulers[PRODUCT].flops_per_second
         found["of_copy"] = found["bytes_per_second"] / self.rulers[COPY].bytes_per_second
@@ -188,11 +194,6 @@ class Result:
             found |= _times(row.program)
             found |= {name: _digits(value) for name, value in self.rates(row).items()}
         return found
-
-
-def _median(row: Row) -> float:
-    assert row.program is not None
-    return row.program.median
 
 
 def _times(program: Program) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def _case_parts(result: Result, always: Sequence[str], *, every: bool) -> Iterat
         table.add_column("kernel", overflow="fold")
         for name in ("ms", "quartiles", "product", "copy"):
             table.add_column(name, justify="right", no_wrap=True)
-        yield Rows(table, [_cells(result, row) for row in sorted(shown, key=_by_time)])
+        yield Rows(table, [_cells(result, row) for row in sorted(shown, key=lambda row: row.median)])
     else:
         yield Text(title)
     for line in (about, *_remarks(result), *_untimed(result, always, every=every)):
@@ -273,11 +273,6 @@ def _sizes(result: Result) -> str:
     more = [f"soft_cap={request.soft_cap:g}"] if request.soft_cap else []
     more += ["sinks"] if request.sinks else []
     return " ".join([heads, request.dtype, str(request.mask), *more])
-
-
-def _by_time(row: Row) -> float:
-    assert row.program is not None
-    return row.program.median
 
 
 def _cells(result: Result, row: Row) -> list[str]:

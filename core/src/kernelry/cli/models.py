@@ -181,11 +181,11 @@ class _Table:
         calls = _widest(("phase", *(row.call for row in found.rows)))
         cells = [_widest((each, *(_cell(row.resolutions.get(each)) for row in found.rows))) for each in found.targets]
         facts = _widest(("layers", *(word for _, lines in kinds for line in lines for word in line.split())))
-        room = width - 1 - sum(each + 3 for each in (facts, calls, *cells))
-        if room < 0:
+        spare = width - 1 - sum(each + 3 for each in (facts, calls, *cells))
+        if spare < 0:
             return None
         table = Table()
-        table.add_column("layers", width=min(facts + room, _widest(line for _, lines in kinds for line in lines)))
+        table.add_column("layers", width=min(facts + spare, _widest(line for _, lines in kinds for line in lines)))
         table.add_column("phase", width=calls)
         for target, each in zip(found.targets, cells, strict=True):
             table.add_column(target, width=each)

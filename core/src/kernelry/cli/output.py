@@ -108,13 +108,13 @@ class Rows:
             _longest(_PIECE, own) if column.overflow == "fold" else width
             for column, own, width in zip(columns, texts, widths, strict=True)
         ]
-        room = width - sum(3 if self._table.box else 2 for _ in columns) - bool(self._table.box)
-        while sum(widths) > room:
+        available = width - sum(3 if self._table.box else 2 for _ in columns) - bool(self._table.box)
+        while sum(widths) > available:
             widest = max(range(len(columns)), key=lambda i: (widths[i] > least[i], widths[i]))
             if widths[widest] == least[widest]:
                 return None
             widths[widest] -= 1
-        for _ in range(room - sum(widths)):
+        for _ in range(available - sum(widths)):
             cut = max(range(len(columns)), key=lambda i: longest[i] - widths[i])
             widths[cut] += longest[cut] > widths[cut]
         for column, each in zip(columns, widths, strict=True):
